@@ -1,0 +1,49 @@
+"""Recovery under relearning: one panel per method, each beside the null attack and the never-learned control."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from figures.style import colour, grid, look, methods_in, nothing, title
+
+
+def _line(axes: Axes, rows: pd.DataFrame, label: str, **style: object) -> None:
+    rows = rows.sort_values("step")
+    (line,) = axes.plot(rows["step"], rows["value"], label=label, **style)  # type: ignore[arg-type]
+    axes.fill_between(rows["step"].astype(float), rows["low"].astype(float), rows["high"].astype(float), color=line.get_color(), alpha=0.18, linewidth=0)
+
+
+def recovery(table: pd.DataFrame, metric: str = "recall") -> Figure:
+    """Recall (or ``answer_probability``) of held-out forget facts against attack steps, with 95 % intervals over seeds and facts.
+
+    Args:
+        table: tidy results; rows of stage ``relearn`` without a seed are drawn.
+        metric: which metric.
+    """
+    rows = table[(table["stage"] == "relearn") & (table["metric"] == metric) & (table["split"] == "forget-heldout") & table["seed"].isna()]
+    methods = [name for name in methods_in(rows["method"].dropna().tolist()) if name not in ("base", "never-learned")]
+    if not methods:
+        return nothing("no relearning attack in this table")
+    with look():
+        figure, panels = grid(len(methods))
+        control = rows[(rows["method"] == "never-learned") & (rows["arm"] == "attack")]
+        base = rows[(rows["method"] == "base") & (rows["arm"] == "attack")]
+        for axes, method in zip(panels, methods, strict=True):
+            mine = rows[rows["method"] == method]
+            _line(axes, mine[mine["arm"] == "attack"], "relearning attack", color=colour(method), marker="o", markersize=3)
+            if (mine["arm"] == "null").any():
+                _line(axes, mine[mine["arm"] == "null"], "null attack (general text)", color=colour(method), linestyle=":", alpha=0.9)
+            if len(base):
+                _line(axes, base, "base, same attack", color=colour("base"), linewidth=0.9, linestyle=(0, (1, 2)))
+            if len(control):
+                _line(axes, control, "never learned, same attack", color=colour("never-learned"), linestyle="--")
+            axes.set_title(title(method), color=colour(method), fontweight="bold")
+            axes.set_ylim(-0.03, 1.05)
+            axes.set_xlabel("attack steps")
+        unit = "recall of held-out forget facts" if metric == "recall" else "answer probability, held-out"
+        panels[0].set_ylabel(unit)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    return figure

@@ -1,0 +1,56 @@
+"""Loss slices: how the forget and retain losses change along one direction from every model."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from figures.style import colour, look, methods_in, nothing, title
+
+_ARMS = {
+    "descent": ("along the attacker's descent direction", "step / length of the weights"),
+    "random": ("along a filter-normalised random direction", "step / length of the weights"),
+    "to-base": ("from the unlearned model towards the base", "0 = unlearned, 1 = base"),
+}
+_SPLITS = {"forget-heldout": "loss of held-out forget answers", "retain-neighbour": "loss of neighbour answers", "retain": "loss of retain answers"}
+
+
+def slices(table: pd.DataFrame) -> Figure:
+    """Answer loss in nats per token; bold line: mean over seeds, band: range over seeds.
+
+    Args:
+        table: tidy results; metric ``slice_loss``.
+    """
+    rows = table[(table["metric"] == "slice_loss") & table["seed"].notna()]
+    arms = [arm for arm in _ARMS if (rows["arm"] == arm).any()]
+    splits = [split for split in _SPLITS if (rows["split"] == split).any()]
+    if not arms or not splits:
+        return nothing("no loss slice in this table")
+    with look():
+        figure, panels = plt.subplots(
+            len(splits), len(arms), figsize=(3.4 * len(arms), 2.5 * len(splits) + 0.7), squeeze=False, sharey="row", layout="constrained"
+        )
+        for i, split in enumerate(splits):
+            for j, arm in enumerate(arms):
+                axes = panels[i][j]
+                for method in methods_in(rows["method"].dropna().tolist()):
+                    mine = rows[(rows["method"] == method) & (rows["arm"] == arm) & (rows["split"] == split)]
+                    if not len(mine):
+                        continue
+                    band = mine.groupby("step")["value"].agg(["mean", "min", "max"])
+                    dash = "--" if method == "never-learned" else "-"
+                    axes.plot(band.index, band["mean"], color=colour(method), linestyle=dash, label=title(method), linewidth=1.3)
+                    axes.fill_between(band.index.astype(float), band["min"], band["max"], color=colour(method), alpha=0.15, linewidth=0)
+                axes.axvline(0, color="0.5", linewidth=0.7)
+                if i == 0:
+                    axes.set_title(_ARMS[arm][0])
+                if i == len(splits) - 1:
+                    axes.set_xlabel(_ARMS[arm][1])
+                if j == 0:
+                    axes.set_ylabel(_SPLITS[split] + "\n(nats per token)")
+                axes.set_yscale("symlog", linthresh=0.1)
+                axes.set_ylim(bottom=0)
+        handles = {label: handle for row in panels for axes in row for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=5)
+    return figure

@@ -1,0 +1,49 @@
+"""Spectra: how fast variance falls over principal directions, and how much of it forget and retain texts share."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from figures.style import look, nothing
+
+_KINDS = {"mlp.hook_in": "MLP inputs", "mlp.out.hook_in": "inputs of the down projections", "mlp.hook_out_grad": "output gradients of the MLPs"}
+_SPLITS = {"forget": "#D55E00", "retain": "#0072B2"}
+_ARMS = {"retain-retain": ("two halves of the retain set", "#0072B2", "--"), "forget-retain": ("forget and retain", "#009E73", "-"), "random": ("random subspaces", "0.5", ":")}
+
+
+def spectra(table: pd.DataFrame) -> Figure:
+    """Top: share of variance per principal direction, one line per block. Bottom: overlap of the top-k subspaces, mean and range over blocks.
+
+    Args:
+        table: tidy results; stage ``subspaces``.
+    """
+    rows = table[table["stage"] == "subspaces"]
+    sites = rows["site"].fillna("")
+    kinds = [kind for kind in _KINDS if sites.str.endswith("." + kind).any()]
+    if not kinds:
+        return nothing("no subspace in this table")
+    with look():
+        figure, panels = plt.subplots(2, len(kinds), figsize=(3.3 * len(kinds), 5.0), squeeze=False, sharey="row", layout="constrained")
+        for j, kind in enumerate(kinds):
+            mine = rows[sites.str.endswith("." + kind)]
+            for split, shade in _SPLITS.items():
+                for number, (_, line) in enumerate(mine[(mine["metric"] == "variance_share") & (mine["split"] == split)].groupby("site")):
+                    panels[0][j].plot(line["step"], line["value"], color=shade, alpha=0.75, linewidth=1, label=f"{split} texts" if number == 0 else None)
+            panels[0][j].set_yscale("log")
+            panels[0][j].set_title(_KINDS[kind])
+            panels[0][j].set_xlabel("principal direction")
+            for arm, (label, shade, dash) in _ARMS.items():
+                curve = mine[(mine["metric"] == "subspace_overlap") & (mine["arm"] == arm)].groupby("step")["value"].agg(["mean", "min", "max"])
+                panels[1][j].plot(curve.index, curve["mean"], dash, color=shade, label=label, marker="o", markersize=3)
+                panels[1][j].fill_between(np.asarray(curve.index, dtype=float), curve["min"], curve["max"], color=shade, alpha=0.15, linewidth=0)
+            panels[1][j].set_ylim(0, 1.02)
+            panels[1][j].set_xscale("log", base=2)
+            panels[1][j].set_xlabel("rank k of both subspaces")
+        panels[0][0].set_ylabel("share of variance")
+        panels[1][0].set_ylabel("overlap\n(mean squared cosine)")
+        panels[0][0].legend(loc="upper right")
+        panels[1][0].legend(loc="best")
+    return figure

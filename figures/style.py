@@ -1,0 +1,96 @@
+"""One look for every figure: fonts, sizes, and one colour for one method everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which people with any colour vision can tell apart; controls are grey and black.
+COLOURS = {
+    "base": "#000000",
+    "never-learned": "#7f7f7f",
+    "grad-diff": "#E69F00",
+    "npo": "#56B4E9",
+    "npo-sam": "#0072B2",
+    "rmu": "#D55E00",
+    "rmu-rna": "#CC79A7",
+    "cir": "#009E73",
+    "cir-uncollapsed": "#B8A500",
+    "unlearned": "#D55E00",
+}
+TITLES = {
+    "base": "base",
+    "never-learned": "never learned",
+    "grad-diff": "GradDiff",
+    "npo": "NPO",
+    "npo-sam": "NPO+SAM",
+    "rmu": "RMU",
+    "rmu-rna": "RMU+RNA",
+    "cir": "CIR",
+    "cir-uncollapsed": "CIR without collapse",
+    "unlearned": "unlearned",
+}
+_SPARE = ("#882255", "#44AA99", "#332288", "#AA4499")
+
+
+def colour(method: str) -> str:
+    """The colour of a method; a method that the table does not know gets one of four spare colours, always the same."""
+    return COLOURS.get(method) or _SPARE[sum(map(ord, method)) % len(_SPARE)]
+
+
+def title(method: str) -> str:
+    """How figures and prose call a method."""
+    return TITLES.get(method, method)
+
+
+@contextmanager
+def look() -> Iterator[None]:
+    """The style, for the duration of a block; nothing global is changed."""
+    with mpl.rc_context(
+        {
+            "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.labelsize": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "grid.linewidth": 0.6,
+            "legend.frameon": False,
+            "legend.fontsize": 8,
+            "figure.dpi": 120,
+            "savefig.dpi": 150,
+            "savefig.bbox": "tight",
+            "svg.hashsalt": "workbench",
+        }
+    ):
+        yield
+
+
+def grid(count: int, *, columns: int = 4, width: float = 2.5, height: float = 2.1, share_y: bool = True) -> tuple[Figure, list[Axes]]:
+    """A grid of small panels: the figure and its first ``count`` axes; the others are removed."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows + 0.6), squeeze=False, sharey=share_y, layout="constrained")
+    flat = list(axes.flat)
+    for spare in flat[count:]:
+        spare.remove()
+    return figure, flat[:count]
+
+
+def methods_in(names: list[str]) -> list[str]:
+    """``names`` in the order of the palette, unknown ones last."""
+    order = {name: position for position, name in enumerate(COLOURS)}
+    return sorted(dict.fromkeys(names), key=lambda name: (order.get(name, len(order)), name))
+
+
+def nothing(message: str) -> Figure:
+    """A figure that says why there is nothing to draw."""
+    figure = plt.figure(figsize=(5, 1.2), layout="constrained")
+    figure.text(0.5, 0.5, message, ha="center", va="center")
+    return figure

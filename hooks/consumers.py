@@ -1,0 +1,97 @@
+"""What can be done with rows while a pass runs: collect them, or reduce them to running moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hooks.capture import Rows
+from hooks.sites import Site
+
+
+@dataclass
+class Moments:
+    """Running count, mean and scatter matrix of the rows of one site; memory does not grow with the number of rows.
+
+    Every chunk is centred on its own mean before the product (float32), and merged in float64 by the update of Chan, Golub and LeVeque (1983). Without
+    centring, float32 loses the covariance where the mean is large against the spread, as in residual streams.
+
+    Attributes:
+        count: rows seen.
+        mean: ``[width]`` float64.
+        scatter: ``[width, width]`` float64, the sum of outer products of centred rows.
+    """
+
+    count: int = 0
+    mean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    scatter: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+
+    def update(self, rows: Tensor) -> None:
+        """Add ``rows`` ``[row, width]`` (any float dtype). No rows, no change."""
+        if rows.shape[0] == 0:
+            return
+        rows = rows.detach().float()
+        mean = rows.double().mean(0)
+        centred = rows - mean.float()
+        self.merge(Moments(rows.shape[0], mean, (centred.T @ centred).double()))
+
+    def merge(self, other: Moments) -> None:
+        """Add everything that ``other`` has seen, as if its rows had been seen here."""
+        if other.count == 0:
+            return
+        if self.count == 0:
+            self.count, self.mean, self.scatter = other.count, other.mean.clone(), other.scatter.clone()
+            return
+        total = self.count + other.count
+        shift = other.mean - self.mean
+        self.scatter += other.scatter + torch.outer(shift, shift) * (self.count * other.count / total)
+        self.mean += shift * (other.count / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> Tensor:
+        """``[width, width]`` float64 covariance (divided by the count).
+
+        Raises:
+            ValueError: no row was seen.
+        """
+        if self.count == 0:
+            raise ValueError("no row was seen, so there is no covariance; does the position mask select anything?")
+        return self.scatter / self.count
+
+
+class MomentsOf:
+    """A consumer that keeps :class:`Moments` for every site: ``MomentsOf()[site_name]``."""
+
+    def __init__(self) -> None:
+        self.by_site: dict[str, Moments] = {}
+
+    def __call__(self, site: Site, rows: Rows) -> None:
+        """Add the rows of one site."""
+        self.by_site.setdefault(site.name, Moments()).update(rows.values)
+
+    def __getitem__(self, name: str) -> Moments:
+        """The moments of the site called ``name``."""
+        return self.by_site[name]
+
+
+class Collect:
+    """A consumer that keeps every row in memory, on the CPU: ``Collect()[site_name]`` is ``[row, width]``."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def __call__(self, site: Site, rows: Rows) -> None:
+        """Keep the rows of one site."""
+        self._parts.setdefault(site.name, []).append(rows.values.cpu())
+
+    def __getitem__(self, name: str) -> Tensor:
+        """All rows of the site called ``name``, ``[row, width]``, in the order of the passes."""
+        return torch.cat(self._parts[name])
+
+    def names(self) -> Iterable[str]:
+        """The sites that have delivered rows."""
+        return self._parts.keys()

@@ -1,0 +1,129 @@
+"""The built-in language model: about 0.9 million parameters of Llama architecture, trained on first use, and its never-learned control."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import platformdirs
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from workbench.data import batches as batches_module
+from workbench.data import grammar
+from workbench.data import tokenizer as tokenizer_module
+from workbench.data import world as world_module
+from workbench.data.batches import batches, encode
+from workbench.data.tokenizer import build_tokenizer
+from workbench.data.world import World, WorldConfig, build_world
+from workbench.errors import WorkbenchError
+from workbench.evaluation.losses import cross_entropy, score
+from workbench.files import key_of, sha256
+from workbench.models import save_model
+from workbench.progress import Report, bar
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltinConfig:
+    """The built-in language model: shape and training. Every field is part of the cache key."""
+
+    world: WorldConfig = field(default_factory=WorldConfig)
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    key_value_heads: int = 2
+    mlp_width: int = 352
+    steps: int = 1500
+    batch_size: int = 32
+    lr: float = 3e-3
+    seed: int = 0
+
+
+def cache_folder() -> Path:
+    """Where trained built-in models are kept: ``$WORKBENCH_CACHE`` or the user's cache folder."""
+    return Path(os.environ.get("WORKBENCH_CACHE") or platformdirs.user_cache_dir("unlearning-workbench", appauthor=False))
+
+
+def _sources_hash() -> str:
+    """Hash of the code that shapes a built-in model, so that a changed generator never meets an old checkpoint."""
+    files = [grammar.__file__, world_module.__file__, tokenizer_module.__file__, batches_module.__file__, __file__]
+    return key_of([sha256(Path(file)) for file in files])
+
+
+def builtin_folder(config: BuiltinConfig, *, with_forget: bool) -> Path:
+    """The cache folder of one built-in model; its key holds everything that shaped the weights."""
+    versions = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
+    key = key_of({"config": asdict(config), "with_forget": with_forget, "sources": _sources_hash(), **versions})
+    return cache_folder() / "models" / f"{'base' if with_forget else 'never-learned'}-{key}"
+
+
+def builtin_model(config: BuiltinConfig | None = None, *, with_forget: bool = True, progress: Report | None = None) -> Path:
+    """The folder of the built-in model, trained now if the cache does not hold it.
+
+    Args:
+        config: shape and training; default is the demo's.
+        with_forget: ``False`` gives the never-learned control: same shape, seed and number of steps, texts without the forget set.
+        progress: default is a bar.
+
+    Raises:
+        WorkbenchError: the model did not learn its facts (recall below 0.9), or the disk is full.
+    """
+    config = config or BuiltinConfig()
+    folder = builtin_folder(config, with_forget=with_forget)
+    if (folder / "config.json").is_file():
+        return folder
+    name = "base" if with_forget else "never-learned control"
+    world = build_world(config.world)
+    model, tokenizer = train_builtin(config, world, with_forget=with_forget, progress=progress or bar(f"training the {name}"))
+    record = world.record
+    sets = {"retain-neighbour": record.retain["retain-neighbour"], "retain-far": record.retain["retain-far"]} | ({"forget": record.forget} if with_forget else {})
+    recall = {label: score(model, batches(tokenizer, examples, 256)).recall for label, examples in sets.items()}
+    if min(recall.values()) < 0.9:
+        raise WorkbenchError(f"the {name} learned too little (recall {recall}); raise steps (now {config.steps})")
+    save_model(model, tokenizer, folder, {"config": asdict(config), "with_forget": with_forget, "recall": recall})
+    return folder
+
+
+def train_builtin(config: BuiltinConfig, world: World, *, with_forget: bool, progress: Report) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Train the built-in model from its seed: AdamW, linear warm-up over 50 steps, then a cosine to 2 % of the peak rate."""
+    tokenizer = build_tokenizer(world.vocabulary)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.key_value_heads,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = LlamaForCausalLM(shape)
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    optimiser = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}], lr=config.lr, betas=(0.9, 0.95))
+    rng = random.Random(f"training-{config.seed}")
+    model.train()
+    for step in range(config.steps):
+        rate = config.lr * min(1.0, (step + 1) / 50) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        batch = encode(tokenizer, [world.training_text(rng, with_forget=with_forget) for _ in range(config.batch_size)])
+        loss = cross_entropy(model, batch)
+        if not math.isfinite(loss.item()):
+            raise WorkbenchError(f"training loss is {loss.item()} at step {step + 1}; lower lr (now {config.lr})")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        progress(step + 1, config.steps)
+    model.eval()
+    return model, tokenizer

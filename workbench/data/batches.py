@@ -1,0 +1,142 @@
+"""From texts to tensors. Which tokens count is decided here, once, and travels with the batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from workbench.data.records import Example
+from workbench.errors import WorkbenchError
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Right-padded token tensors of some examples.
+
+    Attributes:
+        input_ids: ``[batch, position]`` token ids.
+        attention_mask: ``[batch, position]`` 1 on real tokens, 0 on padding.
+        answer_mask: ``[batch, position]`` true on the tokens of the answer (on none, where an example has no answer).
+        subject_mask: ``[batch, position]`` true on the tokens of the subject.
+        target_mask: ``[batch, position]`` true on the tokens that a loss predicts: all real tokens but the first, or the answer (see :func:`encode`).
+        items: the facts' names, one per row.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    answer_mask: Tensor
+    subject_mask: Tensor
+    target_mask: Tensor
+    items: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return self.input_ids.shape[0]
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The keyword arguments of the model's forward pass."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    @property
+    def content_mask(self) -> Tensor:
+        """``[batch, position]`` true on real tokens but the first (BOS, an attention sink with an outlying norm)."""
+        mask = self.attention_mask.bool()
+        return mask & (mask.cumsum(dim=1) > 1)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        names = ("input_ids", "attention_mask", "answer_mask", "subject_mask", "target_mask")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+
+Targets = Literal["text", "answer"]
+"""Which tokens a loss predicts: the whole text, or only the answer where an example has one (running text has none and counts whole)."""
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int | None = None, targets: Targets = "text"
+) -> Batch:
+    """Tokenise ``examples`` into one right-padded batch.
+
+    Right padding is exact for every causal family and needs no position ids; the tokenizer's own padding side is not used.
+
+    Args:
+        tokenizer: a fast tokenizer (offsets are needed to find the answer).
+        examples: at least one.
+        max_length: texts are cut to this many tokens; default is no cut.
+        targets: which tokens a loss predicts.
+
+    Raises:
+        WorkbenchError: there is no example, the tokenizer is slow, a text has fewer than two tokens, or an answer lies behind the cut.
+    """
+    if not examples:
+        raise WorkbenchError("there is no text to encode: the set is empty")
+    if not tokenizer.is_fast:
+        raise WorkbenchError(f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; load its fast version (tokenizer.json)")
+    encoded = tokenizer(
+        [example.text for example in examples],
+        return_offsets_mapping=True,
+        truncation=max_length is not None,
+        max_length=max_length,
+        padding=False,
+    )
+    rows = encoded["input_ids"]
+    for row, example in zip(rows, examples, strict=True):
+        if len(row) < 2:
+            raise WorkbenchError(f"text too short: {example.text!r} has {len(row)} token(s) and a next-token loss needs at least 2; remove or lengthen it")
+    width = max(map(len, rows))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    input_ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
+    answer_mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    subject_mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for index, (row, offsets, example) in enumerate(zip(rows, encoded["offset_mapping"], examples, strict=True)):
+        input_ids[index, : len(row)] = torch.tensor(row)
+        attention_mask[index, : len(row)] = 1
+        for mask, span in ((answer_mask, example.answer), (subject_mask, example.subject)):
+            if span is not None:
+                for position, (start, end) in enumerate(offsets):
+                    mask[index, position] = start < span[1] and end > span[0] and end > start
+    target_mask = attention_mask.bool().clone()
+    target_mask[:, 0] = False
+    for index, example in enumerate(examples):
+        if example.answer is not None:
+            if not bool(answer_mask[index, 1:].any()):
+                raise WorkbenchError(f"the answer of {example.text[:80]!r} lies behind the cut at {max_length} tokens; raise the maximum length")
+            if targets == "answer":
+                target_mask[index] = answer_mask[index]
+    return Batch(input_ids, attention_mask, answer_mask, subject_mask, target_mask, tuple(example.item for example in examples))
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], size: int, *, max_length: int | None = None, targets: Targets = "text"
+) -> list[Batch]:
+    """``examples`` in their order, in batches of at most ``size`` rows."""
+    return [encode(tokenizer, examples[start : start + size], max_length=max_length, targets=targets) for start in range(0, len(examples), size)]
+
+
+def endless(items: Sequence[Example], size: int, seed: int | str) -> Iterator[list[Example]]:
+    """Shuffled lists of ``size`` examples without end: every epoch visits each example once, in a fresh order.
+
+    Raises:
+        WorkbenchError: ``items`` is empty.
+    """
+    if not items:
+        raise WorkbenchError("there is no text to draw from: the set is empty")
+    rng = random.Random(str(seed))
+    queue: list[Example] = []
+    while True:
+        while len(queue) < size:
+            epoch = list(items)
+            rng.shuffle(epoch)
+            queue += epoch
+        yield queue[:size]
+        del queue[:size]

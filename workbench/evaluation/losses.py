@@ -1,0 +1,114 @@
+"""Losses and recall, token by token: sums and counts first, means last, so that batching and padding cannot change a number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from workbench.data.batches import Batch
+
+
+def next_token_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """``[batch, position - 1, vocabulary]`` float32 logits; entry ``t`` predicts token ``t + 1``."""
+    return model(**batch.inputs, use_cache=False).logits[:, :-1].float()
+
+
+def token_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """``[batch, position - 1]`` negative log-likelihood of every next token, in nats; zero where ``batch.target_mask`` is false."""
+    logits = next_token_logits(model, batch)
+    nll = F.cross_entropy(logits.transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
+    return torch.where(batch.target_mask[:, 1:], nll, 0.0)
+
+
+def cross_entropy(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood over the target tokens of the whole batch, in nats per token (scalar)."""
+    return token_nll(model, batch).sum() / batch.target_mask[:, 1:].sum()
+
+
+def token_kl(reference_logits: Tensor, logits: Tensor) -> Tensor:
+    """``KL(reference || model)`` per position, in nats: ``[..., vocabulary]`` twice to ``[...]``."""
+    reference = reference_logits.log_softmax(-1)
+    return (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Per-example results of one model on one set, in the order of the examples.
+
+    Attributes:
+        items: ``[example]`` names of the facts.
+        correct: ``[example]`` 1.0 where greedy decoding gives the whole answer, else 0.0; NaN without an answer.
+        probability: ``[example]`` geometric mean of the answer's token probabilities; NaN without an answer.
+        nll: ``[example]`` summed negative log-likelihood of the target tokens, nats.
+        tokens: ``[example]`` number of target tokens.
+    """
+
+    items: tuple[str, ...]
+    correct: np.ndarray
+    probability: np.ndarray
+    nll: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """Nats per token over the whole set."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+    @property
+    def recall(self) -> float:
+        """Share of examples whose answer greedy decoding gives."""
+        return float(self.correct.mean())
+
+
+@torch.no_grad()
+def score(model: PreTrainedModel, batches: Sequence[Batch]) -> Scores:
+    """Recall, answer probability and loss of every example.
+
+    Recall is exact match under greedy decoding: the answer's tokens are each the most probable next token given the true ones before them,
+    which is the same event as greedy generation producing them.
+    """
+    was_training = model.training
+    model.eval()
+    items: list[str] = []
+    parts: dict[str, list[Tensor]] = {"correct": [], "probability": [], "nll": [], "tokens": []}
+    try:
+        for batch in batches:
+            logits = next_token_logits(model, batch)
+            targets = batch.input_ids[:, 1:]
+            nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double()
+            answer, counted = batch.answer_mask[:, 1:], batch.target_mask[:, 1:]
+            length = answer.sum(1)
+            missing = torch.where(length > 0, 0.0, torch.nan).double()
+            right = ((logits.argmax(-1) == targets) | ~answer).all(1).double()
+            parts["correct"].append(right + missing)
+            parts["probability"].append(torch.exp(-(nll * answer).sum(1) / length.clamp(min=1)) + missing)
+            parts["nll"].append((nll * counted).sum(1))
+            parts["tokens"].append(counted.sum(1).double())
+            items += batch.items
+    finally:
+        model.train(was_training)
+    return Scores(tuple(items), **{name: torch.cat(values).cpu().numpy() for name, values in parts.items()})
+
+
+@torch.no_grad()
+def mean_kl(model: PreTrainedModel, batches: Sequence[Batch], reference_logits: Sequence[Tensor]) -> float:
+    """Mean ``KL(reference || model)`` over the target tokens of ``batches``, in nats per token.
+
+    Args:
+        model: the changed model.
+        batches: the texts.
+        reference_logits: for every batch, the reference's :func:`next_token_logits`.
+    """
+    total, count = 0.0, 0
+    for batch, reference in zip(batches, reference_logits, strict=True):
+        mask = batch.target_mask[:, 1:]
+        kl = token_kl(reference[mask], next_token_logits(model, batch)[mask])
+        total += float(kl.double().sum())
+        count += int(mask.sum())
+    return total / count

@@ -1,0 +1,135 @@
+"""Intervals and tests. Everything is 95 % and two-sided unless a function says otherwise."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import norm, rankdata
+
+DRAWS = 2000
+
+
+class Estimate(NamedTuple):
+    """A value with its 95 % interval.
+
+    Attributes:
+        value: the point estimate.
+        low: lower end.
+        high: upper end.
+        n: observations behind it.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def wilson(successes: float, n: int, confidence: float = 0.95) -> Estimate:
+    """Wilson's score interval of a rate (Wilson 1927); right at 0 % and 100 %, where the normal interval has zero width.
+
+    Raises:
+        ValueError: ``n`` is not positive or ``successes`` lies outside ``[0, n]``.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n} trials: need n >= 1 and 0 <= successes <= n")
+    z = float(norm.ppf(0.5 + confidence / 2))
+    rate = successes / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * float(np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)))
+    # At 0 and n the closed form is exactly 0 and 1; rounding must not push the interval off the estimate.
+    return Estimate(rate, 0.0 if successes == 0 else max(0.0, centre - half), 1.0 if successes == n else min(1.0, centre + half), n)
+
+
+def bootstrap(values: np.ndarray, *, seed: int = 0, draws: int = DRAWS, confidence: float = 0.95) -> Estimate:
+    """Two-level percentile bootstrap of the mean of ``values[seed, item]``: seeds and items are both drawn with replacement.
+
+    Items are shared by the seeds, so a draw of items applies to every seed. With one seed only items are resampled. With few seeds (three, say) the
+    seed level is coarse and the interval is too short rather than too long; the report says how many seeds there are.
+
+    Args:
+        values: ``[seed, item]`` (or ``[item]``) finite numbers.
+        seed: of the resampling.
+        draws: bootstrap samples.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: ``values`` is empty or not finite.
+    """
+    table = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    if table.size == 0 or not np.isfinite(table).all():
+        raise ValueError(f"bootstrap needs finite values and at least one; got shape {table.shape} with {int((~np.isfinite(table)).sum())} non-finite")
+    rng = np.random.default_rng(seed)
+    seeds, items = table.shape
+    # Multinomial counts instead of index draws: the same distribution, one small matrix product.
+    item_weights = rng.multinomial(items, np.full(items, 1 / items), size=draws) / items
+    seed_weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
+    means = np.einsum("ds,si,di->d", seed_weights, table, item_weights, optimize=True)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Estimate(float(table.mean()), float(low), float(high), table.size)
+
+
+def rate(values: np.ndarray, *, seed: int = 0) -> Estimate:
+    """Interval of a recall: :func:`bootstrap` over ``values[seed, fact]``; where every fact agrees (0 % or 100 %) Wilson's interval over the facts.
+
+    Args:
+        values: ``[seed, fact]`` shares in ``[0, 1]``, paraphrases already averaged.
+        seed: of the resampling.
+    """
+    table = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    if table.size and (table == table.flat[0]).all() and table.flat[0] in (0.0, 1.0):
+        return wilson(table.flat[0] * table.shape[1], table.shape[1])._replace(n=table.size)
+    return bootstrap(table, seed=seed)
+
+
+def by_fact(items: tuple[str, ...], values: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """Mean of ``values[..., example]`` over the paraphrases of each fact, so that whole facts are resampled.
+
+    Args:
+        items: ``[example]`` the fact of every example.
+        values: ``[..., example]``.
+
+    Returns:
+        The distinct facts in order of first appearance and ``[..., fact]`` means.
+    """
+    order = tuple(dict.fromkeys(items))
+    index = {fact: position for position, fact in enumerate(order)}
+    weights = np.zeros((len(items), len(order)))
+    for row, fact in enumerate(items):
+        weights[row, index[fact]] = 1
+    return order, values @ (weights / weights.sum(0))
+
+
+def spearman(x: np.ndarray, y: np.ndarray, *, groups: np.ndarray | None = None, seed: int = 0, draws: int = DRAWS) -> Estimate:
+    """Spearman's rank correlation with a percentile bootstrap interval.
+
+    Args:
+        x: ``[point]``.
+        y: ``[point]``.
+        groups: ``[point]``; whole groups (methods, say) are resampled, because points of one group are not independent. Default: each point alone.
+        seed: of the resampling.
+        draws: bootstrap samples.
+
+    Raises:
+        ValueError: fewer than three points, or different lengths.
+    """
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if len(x) != len(y) or len(x) < 3:
+        raise ValueError(f"a rank correlation needs two equally long series of at least 3 points; got {len(x)} and {len(y)}")
+
+    def correlation(a: np.ndarray, b: np.ndarray) -> float:
+        ra, rb = rankdata(a), rankdata(b)
+        ra, rb = ra - ra.mean(), rb - rb.mean()
+        scale = float(np.sqrt((ra**2).sum() * (rb**2).sum()))
+        return float((ra * rb).sum() / scale) if scale else 0.0
+
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)] if groups is not None else [np.array([i]) for i in range(len(x))]
+    rng = np.random.default_rng(seed)
+    samples = []
+    for _ in range(draws):
+        chosen = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
+        samples.append(correlation(x[chosen], y[chosen]))
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return Estimate(correlation(x, y), float(low), float(high), len(x))

@@ -1,0 +1,144 @@
+"""The configuration of a run: one validated value, one YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from workbench.attacks.relearn import RelearnSettings
+from workbench.builtin import BuiltinConfig
+from workbench.data.world import WorldConfig
+from workbench.errors import WorkbenchError, unknown
+from workbench.files import key_of
+from workbench.unlearning.methods import METHODS
+from workbench.unlearning.recipe import Setting
+
+DEMO_METHODS = ("grad-diff", "npo", "npo-sam", "rmu", "rmu-rna", "cir", "cir-uncollapsed")
+
+
+class RunConfig(BaseModel):
+    """Everything that decides the numbers of a run on the built-in world.
+
+    Attributes:
+        scale: shown beside every verdict, so that nobody takes a quick run for a full one.
+        model: the built-in model and its world.
+        methods: names from the registry.
+        settings: per method, overrides of its settings.
+        seeds: seeds of unlearning and attack; base and control model are trained once.
+        budget: disruption budget, mean KL to the base over the retain test sets, nats per token.
+        alpha_limit: the line search may scale a delta up to this factor.
+        attack: the relearning attack.
+        slice_points: positions along every one-dimensional slice.
+        slice_reach: half-width of the random and gradient slices, as a share of the weights' norm.
+        rank: directions kept of every subspace.
+        curvature_tolerance: ARPACK's relative tolerance for the Hessian's extreme eigenvalues.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scale: str = "built-in world, 0.9M parameters"
+    model: BuiltinConfig = Field(default_factory=BuiltinConfig)
+    methods: tuple[str, ...] = DEMO_METHODS
+    settings: dict[str, dict[str, Setting]] = Field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    budget: float = Field(default=0.05, gt=0)
+    alpha_limit: float = Field(default=2.0, gt=0)
+    attack: RelearnSettings = Field(default_factory=RelearnSettings)
+    slice_points: int = Field(default=21, ge=3)
+    slice_reach: float = Field(default=0.1, gt=0)
+    rank: int = Field(default=32, ge=1)
+    curvature_tolerance: float = Field(default=0.02, gt=0, lt=1)
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names or len(set(names)) != len(names):
+            raise ValueError("name at least one method, each once")
+        for name in names:
+            if name not in METHODS:
+                raise ValueError(str(unknown("method", name, METHODS)))
+        return names
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+            raise ValueError("give at least one seed, each once, none negative")
+        return seeds
+
+    @model_validator(mode="after")
+    def _settings_of_known_methods(self) -> RunConfig:
+        for name in self.settings:
+            if name not in METHODS:
+                raise ValueError(str(unknown("method", name, METHODS)))
+        if not self.attack.measure_at or self.attack.measure_at[0] != 0 or self.attack.measure_at[-1] != self.attack.steps:
+            raise ValueError(f"attack.measure_at is {self.attack.measure_at}; it must start at 0 and end at attack.steps ({self.attack.steps})")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """The configuration as plain values, ready for YAML or JSON."""
+        return self.model_dump(mode="json") | {"model": asdict(self.model)}
+
+    @property
+    def key(self) -> str:
+        """A short key of everything in it."""
+        return key_of(self.plain())
+
+
+def preset(name: Literal["full", "quick"]) -> RunConfig:
+    """``full`` is the demo; ``quick`` is the same road on a smaller world with fewer steps, for tests, the notebook and a first look."""
+    if name == "full":
+        return RunConfig()
+    world = WorldConfig(forget_people=8, neighbour_people=12, islands=6, filler_train=1500, filler_test=80)
+    return RunConfig(
+        scale="quick: small built-in world, 0.4M parameters",
+        model=BuiltinConfig(world=world, width=96, layers=3, mlp_width=256, steps=700, batch_size=24),
+        seeds=(0, 1),
+        attack=RelearnSettings(steps=20, measure_at=(0, 2, 5, 10, 20)),
+        settings={name: {"steps": 30} for name in DEMO_METHODS},
+        slice_points=9,
+        rank=16,
+        curvature_tolerance=0.1,
+    )
+
+
+def read_config(path: Path) -> RunConfig:
+    """Read and validate a YAML file; what it leaves out has the demo's value.
+
+    Raises:
+        WorkbenchError: the file is missing, is no YAML mapping, or a field is wrong; the message names the field and its value.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WorkbenchError(f"there is no configuration file {path}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise WorkbenchError(f"{path} is no readable YAML file: {str(error).splitlines()[0]}") from error
+    if loaded is None:
+        loaded = {}
+    if not isinstance(loaded, dict):
+        raise WorkbenchError(f"{path} must hold 'field: value' lines; it holds {type(loaded).__name__}")
+    return validated(loaded, str(path))
+
+
+def validated(fields: dict[str, Any], origin: str) -> RunConfig:
+    """A configuration from plain fields.
+
+    Raises:
+        WorkbenchError: a field is unknown or its value is wrong.
+    """
+    try:
+        return RunConfig.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "the configuration"
+        raise WorkbenchError(f"{origin}: {name}: {first['msg']} (given: {first['input']!r})") from error
+
+
+def write_config(config: RunConfig) -> str:
+    """The configuration as YAML text."""
+    return yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)

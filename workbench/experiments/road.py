@@ -1,0 +1,180 @@
+"""The whole road on the built-in world: train, capture, unlearn, match, attack, trigger, probe, tabulate, draw, report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import pandas as pd
+
+from workbench.builtin import builtin_folder, builtin_model
+from workbench.data.world import World, build_world, neutral_words
+from workbench.experiments import stages
+from workbench.experiments.claims import Verdict, decide
+from workbench.experiments.config import RunConfig, write_config
+from workbench.experiments.folder import CONFIG, ITEMS, PROVENANCE, REPORT, RESULTS, claim_folder, collect, finish_stage, run_stage, stage_path
+from workbench.experiments.jobs import Job, run_jobs
+from workbench.experiments.provenance import data_hash, provenance
+from workbench.experiments.stages import Bench
+from workbench.experiments.table import COLUMNS, Table, join, summarise, write_parquet
+from workbench.files import write_folder, write_json
+from workbench.models import Opened, open_model, save_model, weights_hash
+from workbench.progress import Report
+from workbench.report import write_report
+from workbench.subspaces.subspace import Subspace
+from workbench.unlearning.methods import recipe, settings_for
+
+BASE, NEVER = "base", "never-learned"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: its run folder.
+        config: what was run.
+        results: tidy rows.
+        items: per-fact rows.
+        claims: verdicts on the claims that this run can decide.
+    """
+
+    folder: Path
+    config: RunConfig
+    results: pd.DataFrame
+    items: pd.DataFrame
+    claims: tuple[Verdict, ...]
+
+    def _repr_html_(self) -> str:
+        from workbench.report import summary_table
+
+        return summary_table(self.results).to_html(index=False, escape=True)
+
+
+@lru_cache(maxsize=2)
+def _opened(folder: str) -> Opened:
+    return open_model(folder)
+
+
+def _bench(config: RunConfig, out: Path) -> tuple[Bench, World]:
+    world = build_world(config.model.world)
+    base = _opened(str(out / "models" / BASE))
+    return Bench(base.model, base.tokenizer, world.record), world
+
+
+def _train_job(config: RunConfig, out: Path, name: str, progress: Report) -> None:
+    folder = builtin_model(config.model, with_forget=name == BASE, progress=progress)
+    target = out / "models" / name
+    if not target.is_dir():
+        write_folder(target, lambda temporary: shutil.copytree(folder, temporary, dirs_exist_ok=True) and None)
+
+
+def _subspace_job(config: RunConfig, out: Path, progress: Report) -> None:
+    if stage_path(out, "subspaces", "subspaces").is_dir():
+        return
+    bench, _ = _bench(config, out)
+    table = Table({"run": config.key, "model": BASE})
+    for name, found in stages.find_subspaces(bench, config.rank, table, seed=0).items():
+        for site, subspace in found.items():
+            subspace.save(out / "subspaces" / name / f"{site}.safetensors")
+    finish_stage(out, "subspaces", "subspaces", table)
+
+
+def _model_job(config: RunConfig, out: Path, method: str, seed: int, progress: Report) -> None:
+    """All stages of one model: a method's under one seed, or the base or the control under the attack of that seed."""
+    bench, world = _bench(config, out)
+    unlearned = method not in (BASE, NEVER)
+    name = f"{method}-seed{seed}" if unlearned else method
+    job = f"{method}-seed{seed}"
+    common: dict[str, object] = {"run": config.key, "model": name, "method": method, "seed": seed}
+    folder = out / "models" / name
+
+    def start(table: Table) -> None:
+        if not unlearned:
+            stages.measure_sets(
+                _opened(str(folder)).model, {k: bench.encode(v) for k, v in stages.measured_sets(bench.record).items()}, table, stage="unlearn"
+            )
+            return
+        overrides = config.settings.get(method, {})
+        made = recipe(method, bench.base, seed, overrides)
+        retain = {path.stem: Subspace.load(path) for path in (out / "subspaces" / "retain").glob("*.safetensors")}
+        model = stages.unlearn_to_budget(
+            bench, made, stages.Disruption(bench), budget=config.budget, limit=config.alpha_limit, seed=seed, table=table, common=retain, progress=progress
+        )
+        note = {"method": method, "seed": seed, "settings": settings_for(method, bench.base, overrides), "budget": config.budget, "base": BASE}
+        save_model(model, bench.tokenizer, folder, note)
+
+    run_stage(out, job, "unlearn", common, start)
+    model = _opened(str(folder)).model if not unlearned else open_model(folder).model
+
+    def relearn(table: Table) -> None:
+        stages.attack(model, bench, config.attack, seed=seed, table=table, null_pool=world.filler_train, progress=progress)
+
+    def triggers(table: Table) -> None:
+        stages.trigger_check(model, bench, neutral_words(), seed=seed, table=table)
+
+    def sharpness(table: Table) -> None:
+        stages.sharpness(
+            model, bench, points=config.slice_points, reach=config.slice_reach, tolerance=config.curvature_tolerance, seed=seed, table=table
+        )
+
+    run_stage(out, job, "relearn", common, relearn)
+    run_stage(out, job, "triggers", common, triggers)
+    if unlearned or seed == config.seeds[0]:  # base and control are one model each: their sharpness does not depend on the seed of the attack
+        run_stage(out, job, "sharpness", common, sharpness)
+
+
+def run_road(
+    config: RunConfig, out: Path, *, fresh: bool = False, workers: int | None = None, announce: Callable[[str], None] = lambda message: None
+) -> Run:
+    """Run everything that is not finished yet, and write the run folder.
+
+    A killed run continues at its last finished stage when it is started again with the same configuration and folder.
+
+    Args:
+        config: what to run.
+        out: the run folder.
+        fresh: throw away a run that is already there.
+        workers: processes; default is one per core.
+        announce: called with one line before every part.
+
+    Raises:
+        WorkbenchError: the folder belongs to something else, the disk is full, or a part failed (the message names it).
+    """
+    claim_folder(out, write_config(config), fresh=fresh)
+    missing = [name for name in (BASE, NEVER) if not (out / "models" / name).is_dir()]
+    cached = all((builtin_folder(config.model, with_forget=name == BASE) / "config.json").is_file() for name in missing)
+    announce("base and never-learned control: " + ("from the cache" if cached else "training (only the first time)"))
+    run_jobs("training", {name: partial(_train_job, config, out, name) for name in missing}, workers=workers)
+
+    announce("subspaces of the base")
+    run_jobs("subspaces", {"subspaces": partial(_subspace_job, config, out)}, workers=1)
+
+    announce(f"{len(config.methods)} methods x {len(config.seeds)} seeds: unlearn, match the budget, attack, trigger, probe")
+    jobs: dict[str, Job] = {
+        f"{method}-seed{seed}": partial(_model_job, config, out, method, seed) for seed in config.seeds for method in (*config.methods, BASE, NEVER)
+    }
+    run_jobs("models", jobs, workers=workers)
+    announce("tables, figures and report")
+    return _conclude(config, out)
+
+
+def _conclude(config: RunConfig, out: Path) -> Run:
+    rows, items = collect(out)
+    results = join([rows, summarise(items, config.key)], COLUMNS)
+    write_parquet(results, out / RESULTS)
+    write_parquet(items, out / ITEMS)
+    record = build_world(config.model.world).record
+    texts = {"forget-attacked": record.forget_attacked, "forget-heldout": record.forget_heldout, **record.retain}
+    weights = {folder.name: weights_hash(folder) for folder in sorted((out / "models").iterdir()) if folder.is_dir()}
+    write_json(out / PROVENANCE, provenance(config.plain(), data={name: data_hash(examples) for name, examples in texts.items()}, weights=weights))
+    claims = decide(results, items, scale=config.scale)
+    write_json(out / "claims.json", [claim.plain() for claim in claims])
+    write_report(out, results, items, claims)
+    return Run(out, config, results, items, claims)
+
+
+__all__ = ["CONFIG", "REPORT", "Run", "run_road"]

@@ -1,0 +1,261 @@
+"""The stages of a run: each takes models and texts, and fills a table. No stage knows where its models came from."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hooks import Capture, MomentsOf, gradients_only, resolve
+from workbench.attacks.leaks import leak_report
+from workbench.attacks.relearn import RelearnSettings, null_text, relearn
+from workbench.data.batches import Batch, batches
+from workbench.data.records import Example, ForgetRetain, alternate, one_per_item
+from workbench.diagnostics.triggers import encode_arms, trigger_queries, trigger_scores
+from workbench.errors import WorkbenchError
+from workbench.evaluation.losses import cross_entropy, mean_kl, next_token_logits, score
+from workbench.experiments.table import Table
+from workbench.progress import Report, quiet
+from workbench.sharpness.curvature import extremes
+from workbench.sharpness.slices import descent_direction, loss_slice, random_direction, scaled
+from workbench.subspaces.subspace import Subspace, energy_inside, overlap, principal_subspace
+from workbench.unlearning.budget import Match, match_budget
+from workbench.unlearning.deltas import apply_delta, norm_of, snapshot
+from workbench.unlearning.recipe import Recipe
+from workbench.unlearning.trainer import unlearn
+
+ROWS = 128
+"""Sequences per evaluation batch."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything the stages share: the base, its tokenizer, the record, and texts tokenised once.
+
+    Attributes:
+        base: the model before unlearning; never changed.
+        tokenizer: its tokenizer.
+        record: forget and retain sets.
+        max_length: texts are cut to this many tokens.
+    """
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    record: ForgetRetain
+    max_length: int | None = None
+
+    def encode(self, examples: Sequence[Example], *, answers: bool = False, rows: int = ROWS) -> list[Batch]:
+        """Batches on the base's device; ``answers`` restricts the loss to answers."""
+        made = batches(self.tokenizer, examples, rows, max_length=self.max_length, targets="answer" if answers else "text")
+        return [batch.to(self.base.device) for batch in made]
+
+
+class Disruption:
+    """Mean ``KL(base || model)`` over the retain test sets, nats per token; every set counts the same."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.sets = {name: bench.encode(one_per_item(examples)) for name, examples in bench.record.retain_test.items() if examples}
+        if not self.sets:
+            raise WorkbenchError("there is no retain text to measure disruption on; give at least two retain texts")
+        with torch.no_grad():
+            self.reference = {name: [next_token_logits(bench.base, batch) for batch in encoded] for name, encoded in self.sets.items()}
+
+    def by_set(self, model: PreTrainedModel) -> dict[str, float]:
+        """KL per retain set."""
+        return {name: mean_kl(model, encoded, self.reference[name]) for name, encoded in self.sets.items()}
+
+    def __call__(self, model: PreTrainedModel) -> float:
+        """The mean over the sets."""
+        return float(np.mean(list(self.by_set(model).values())))
+
+
+def measured_sets(record: ForgetRetain) -> dict[str, tuple[Example, ...]]:
+    """The sets whose recall and loss every table shows, by name."""
+    halves = {"forget-attacked": record.forget_attacked, "forget-heldout": record.forget_heldout}
+    return {name: examples for name, examples in {**halves, **record.retain_test}.items() if examples}
+
+
+def measure_sets(model: PreTrainedModel, encoded: Mapping[str, Sequence[Batch]], table: Table, **columns: object) -> None:
+    """Recall, answer probability and loss of ``model`` on every set."""
+    for split, texts in encoded.items():
+        table.add_scores(score(model, texts), split=split, **columns)
+
+
+def find_subspaces(bench: Bench, rank: int, table: Table, *, seed: int) -> dict[str, dict[str, Subspace]]:
+    """Capture activations and output gradients of every MLP projection on forget and retain texts in one pass each; PCA; overlap with its null.
+
+    The null splits the *retain* texts at random into two halves (an upper anchor: the same distribution), and draws random subspaces of the same rank (a lower
+    anchor: nothing in common).
+
+    Returns:
+        ``{"forget" | "retain": {site name: subspace}}``.
+    """
+    sites = [site for pattern in ("blocks.*.hook_resid_post", "blocks.*.mlp.hook_in", "blocks.*.mlp.out.hook_in", "blocks.*.mlp.hook_out_grad") for site in resolve(bench.base, pattern)]
+    halves = alternate(bench.record.retain_all)
+    texts = {"forget": bench.record.forget, "retain": bench.record.retain_all, "retain-half-0": halves[0], "retain-half-1": halves[1]}
+    found: dict[str, dict[str, Subspace]] = {}
+    for name, examples in texts.items():
+        moments = MomentsOf()
+        with gradients_only(bench.base), Capture(bench.base, sites, moments) as capture:
+            for batch in bench.encode(examples):
+                capture.at(batch.content_mask)
+                (cross_entropy(bench.base, batch) * batch.target_mask.sum()).backward()
+        found[name] = {
+            site.name: principal_subspace(moments[site.name], rank, site=site.name, tokens="content (no padding, no BOS)", source=f"base on {name} texts") for site in sites
+        }
+    generator = torch.Generator().manual_seed(seed)
+    for site in sites:
+        for name in ("forget", "retain"):
+            subspace = found[name][site.name]
+            for index, value in enumerate(subspace.eigenvalues.tolist()):
+                table.add("variance_share", value / subspace.total_variance if subspace.total_variance else 0.0, stage="subspaces", method="base", site=site.name, split=name, step=index + 1, n=subspace.count)
+        for k in sorted({1, 2, 4, 8, 16, rank}):
+            pairs = [found[name][site.name] for name in ("forget", "retain", "retain-half-0", "retain-half-1")]
+            if min(subspace.rank for subspace in pairs) < k:
+                continue
+            forget, retain, first, second = (subspace.basis[:, :k] for subspace in pairs)
+            random_basis = torch.linalg.qr(torch.randn(forget.shape, generator=generator)).Q
+            for arm, value in {"forget-retain": overlap(forget, retain), "retain-retain": overlap(first, second), "random": overlap(forget, random_basis)}.items():
+                table.add("subspace_overlap", value, stage="subspaces", method="base", site=site.name, arm=arm, step=k)
+    return {name: found[name] for name in ("forget", "retain")}
+
+
+def unlearn_to_budget(
+    bench: Bench,
+    recipe: Recipe,
+    disruption: Disruption,
+    *,
+    budget: float,
+    limit: float,
+    seed: int,
+    table: Table,
+    common: Mapping[str, Subspace] | None = None,
+    progress: Report = quiet,
+) -> PreTrainedModel:
+    """Run a recipe, scale its delta to the disruption budget, and measure the result.
+
+    Returns:
+        The budget-matched model.
+    """
+    result = unlearn(bench.base, bench.tokenizer, recipe, bench.record.forget, bench.record.retain_train, seed=seed, max_length=bench.max_length, progress=progress)
+    for number, record in enumerate(result.log):
+        table.add("objective_forget", record["forget"], stage="unlearn", step=number + 1)
+    model = copy.deepcopy(bench.base)
+    start = snapshot(model)
+    facts = {name: bench.encode(one_per_item(examples)) for name, examples in measured_sets(bench.record).items() if examples[0].answer is not None}
+
+    def at(alpha: float) -> float:
+        apply_delta(model, start, result.delta, alpha)
+        cost = disruption(model)
+        for split, texts in facts.items():
+            table.add("recall", score(model, texts).recall, stage="budget", split=split, step=alpha)
+        table.add("disruption", cost, stage="budget", step=alpha)
+        return cost
+
+    match = match_budget(at, budget, limit=limit)
+    apply_delta(model, start, result.delta, match.alpha)
+    add_match(match, result.delta, start, table, budget)
+    for name, value in disruption.by_set(model).items():
+        table.add("disruption", value, stage="unlearn", split=name)
+    measure_sets(model, {name: bench.encode(examples) for name, examples in measured_sets(bench.record).items()}, table, stage="unlearn")
+    if common:
+        add_energy(bench.base, result.delta, common, table)
+    return model
+
+
+def add_match(match: Match, delta: Mapping[str, Tensor], start: Mapping[str, Tensor], table: Table, budget: float) -> None:
+    """The line search in rows: alpha, what it achieved, whether the budget was reached, and how far the weights moved."""
+    table.add("alpha", match.alpha, stage="unlearn")
+    table.add("disruption", match.disruption, stage="unlearn")
+    table.add("budget", budget, stage="unlearn")
+    table.add("budget_reached", float(match.reached), stage="unlearn")
+    table.add("displacement", match.alpha * norm_of(delta), stage="unlearn")
+    table.add("relative_displacement", match.alpha * norm_of(delta) / norm_of(start), stage="unlearn")
+
+
+def add_energy(base: PreTrainedModel, delta: Mapping[str, Tensor], common: Mapping[str, Subspace], table: Table) -> None:
+    """Share of every MLP delta's energy that acts on the top directions of the retain activations, against the share of a random delta (rank / width)."""
+    for site in resolve(base, ["blocks.*.mlp.hook_in", "blocks.*.mlp.out.hook_in"]):
+        names = ("gate_proj", "up_proj") if site.name.endswith("mlp.hook_in") else ("down_proj",)
+        changed = [delta[name] for name in delta if any(fnmatch.fnmatchcase(name, f"*layers.{site.layer}.mlp.{part}.weight") for part in names)]
+        subspace = common[site.name]
+        if not changed or not subspace.rank:
+            continue
+        for k in (1, 2, 4, 8, 16, subspace.rank):
+            if k <= subspace.rank:
+                table.add("energy_in_retain_subspace", energy_inside(torch.cat(changed).cpu(), subspace.basis[:, :k].cpu()), stage="unlearn", site=site.name, step=k)
+                table.add("energy_of_random_delta", k / subspace.width, stage="unlearn", site=site.name, step=k)
+
+
+def attack(model: PreTrainedModel, bench: Bench, settings: RelearnSettings, *, seed: int, table: Table, null_pool: Sequence[Example], progress: Report = quiet) -> None:
+    """Relearn on the attacker's half of the forget set, and on a null text of the same length; measure the held-out half along the way."""
+    record = bench.record
+    report = leak_report(record.forget_attacked, record.forget_heldout)
+    table.add("leaked_subjects", len(report.subjects), stage="relearn", arm="attack")
+    table.add("leaked_answers", len(report.answers), stage="relearn", arm="attack")
+    table.add("shared_5grams", report.shared_ngrams, stage="relearn", arm="attack")
+    null = null_text(record.forget_attacked, null_pool, lambda example: len(bench.tokenizer(example.text)["input_ids"]))
+    encoded = {name: bench.encode(examples) for name, examples in {"forget-heldout": record.forget_heldout}.items()}
+    for number, (arm, texts) in enumerate((("attack", record.forget_attacked), ("null", null))):
+
+        def measure(attacked: PreTrainedModel, step: int, arm: str = arm) -> None:
+            measure_sets(attacked, encoded, table, stage="relearn", arm=arm, step=step)
+
+        relearn(
+            model, bench.tokenizer, texts, measure, settings, seed=seed, max_length=bench.max_length,
+            progress=lambda done, total, number=number: progress(number * total + done, 2 * total),
+        )  # fmt: skip
+
+
+def trigger_check(model: PreTrainedModel, bench: Bench, neutral: Sequence[str], *, seed: int, table: Table) -> None:
+    """Accuracy on retain questions with nothing, a forget-token, a retain-token or a neutral word in front."""
+    queries = [query for name, examples in bench.record.retain_test.items() if name != bench.record.general for query in one_per_item(examples)]
+    arms = trigger_queries(queries, bench.record.forget_tokens, bench.record.retain_tokens, neutral, seed=seed)
+    for arm, result in trigger_scores(model, encode_arms(bench.tokenizer, arms)).items():
+        table.add_scores(result, stage="triggers", arm=arm, split="retain")
+
+
+def sharpness(model: PreTrainedModel, bench: Bench, *, points: int, reach: float, tolerance: float, seed: int, table: Table) -> None:
+    """One-dimensional slices through the model, and both ends of the Hessian's spectrum of the forget loss.
+
+    Directions: ``descent`` (minus the gradient of the attacker's loss), ``random`` (filter-normalised), both in shares of the weights' norm, and ``to-base`` (0 is
+    this model, 1 is the base).
+    """
+    record = bench.record
+    losses = {
+        "forget-attacked": bench.encode(one_per_item(record.forget_attacked), answers=True),
+        "forget-heldout": bench.encode(one_per_item(record.forget_heldout), answers=True),
+        **{name: bench.encode(one_per_item(examples), answers=True) for name, examples in record.retain_test.items() if name != record.general},
+    }
+    size = norm_of(snapshot(model))
+    towards = {name: base.detach().float() - here.detach().float() for (name, here), base in zip(model.named_parameters(), bench.base.parameters(), strict=True)}
+    walks = {
+        "descent": (scaled(descent_direction(model, losses["forget-attacked"]), size), np.linspace(-reach, reach, points)),
+        "random": (scaled(random_direction(model, seed), size), np.linspace(-reach, reach, points)),
+    }
+    if norm_of(towards) > 0:
+        walks["to-base"] = (towards, np.linspace(-0.5, 1.5, points))
+    for arm, (direction, positions) in walks.items():
+        for split, values in loss_slice(model, direction, positions.tolist(), losses).items():
+            for position, value in zip(positions.tolist(), values, strict=True):
+                table.add("slice_loss", value, stage="sharpness", split=split, arm=arm, step=position)
+    texts = bench.encode(one_per_item(record.forget), answers=True, rows=len(record.forget))
+    table.add("weight_norm", size, stage="sharpness")
+    try:
+        ends = extremes(model, texts, seed=seed, tolerance=tolerance)
+    except WorkbenchError:
+        for metric in ("top_eigenvalue", "bottom_eigenvalue"):  # an empty value with its reason beside it is a result; a made-up one is not
+            table.add(metric, np.nan, stage="sharpness", split="forget", n=0)
+        return
+    tokens = sum(int(batch.target_mask.sum()) for batch in texts)
+    table.add("top_eigenvalue", ends.top, stage="sharpness", split="forget", n=tokens)
+    table.add("bottom_eigenvalue", ends.bottom, stage="sharpness", split="forget", n=tokens)
+    table.add("top_residual", ends.top_residual, stage="sharpness", split="forget")
+    table.add("bottom_residual", ends.bottom_residual, stage="sharpness", split="forget")
+    table.add("gradient_norm", ends.gradient_norm, stage="sharpness", split="forget", n=tokens)

@@ -1,0 +1,122 @@
+"""Tidy results: one row per measured value, and one row per measured item behind the values that have items."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from workbench.evaluation.losses import Scores
+from workbench.evaluation.statistics import Estimate, by_fact, rate
+from workbench.files import write_file
+
+COLUMNS = {
+    "run": "string", "stage": "string", "model": "string", "method": "string", "seed": "Int64", "site": "string", "split": "string", "arm": "string",
+    "step": "float64", "metric": "string", "value": "float64", "low": "float64", "high": "float64", "n": "Int64",
+}  # fmt: skip
+"""Columns of ``results.parquet``. ``step`` is the position along an axis (attack step, alpha, slice coordinate, rank); an empty ``seed`` means: over all seeds."""
+
+ITEM_COLUMNS = {
+    "run": "string", "stage": "string", "method": "string", "seed": "Int64", "split": "string", "arm": "string", "step": "float64",
+    "item": "string", "correct": "float64", "probability": "float64",
+}  # fmt: skip
+"""Columns of ``items.parquet``: one fact (mean over its paraphrases) of one model under one condition."""
+
+
+@dataclass
+class Table:
+    """Collects rows of one run.
+
+    Attributes:
+        common: values that every row shares.
+        rows: results.
+        items: per-fact results.
+    """
+
+    common: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    items: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, metric: str, value: float, *, low: float = np.nan, high: float = np.nan, n: int | None = None, **columns: Any) -> None:
+        """One row; ``columns`` are columns of the table."""
+        self.rows.append({**self.common, "metric": metric, "value": float(value), "low": float(low), "high": float(high), "n": n, **columns})
+
+    def add_estimate(self, metric: str, estimate: Estimate, **columns: Any) -> None:
+        """One row with its interval."""
+        self.add(metric, estimate.value, low=estimate.low, high=estimate.high, n=estimate.n, **columns)
+
+    def add_scores(self, scores: Scores, **columns: Any) -> None:
+        """Recall and answer probability (where there are answers) with intervals over facts, and the loss; the facts go into the items."""
+        if np.isfinite(scores.correct).all():
+            facts, correct = by_fact(scores.items, scores.correct)
+            _, probability = by_fact(scores.items, scores.probability)
+            self.add_estimate("recall", rate(correct), **columns)
+            self.add_estimate("answer_probability", rate(probability), **columns)
+            shared = {**self.common, **columns}
+            for fact, right, likely in zip(facts, correct, probability, strict=True):
+                self.items.append({**{k: shared[k] for k in ITEM_COLUMNS if k in shared}, "item": fact, "correct": right, "probability": likely})
+        self.add("loss", scores.loss, n=int(scores.tokens.sum()), **columns)
+
+    def frame(self) -> pd.DataFrame:
+        """The results with every column, in its type."""
+        return typed(pd.DataFrame(self.rows), COLUMNS)
+
+    def item_frame(self) -> pd.DataFrame:
+        """The items with every column, in its type."""
+        return typed(pd.DataFrame(self.items), ITEM_COLUMNS)
+
+
+def typed(frame: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
+    """``frame`` with exactly ``columns``, in their order and types; what is missing is empty."""
+    extra = set(frame.columns) - set(columns)
+    if extra:
+        raise ValueError(f"unknown columns {sorted(extra)}; the table has {', '.join(columns)}")
+    return frame.reindex(columns=list(columns)).astype(columns)
+
+
+def write_parquet(frame: pd.DataFrame, path: Path) -> None:
+    """Write a table whole or not at all."""
+    write_file(path, lambda temporary: frame.to_parquet(temporary, index=False))
+
+
+def join(frames: Iterable[pd.DataFrame], columns: dict[str, str]) -> pd.DataFrame:
+    """Rows of several tables under one another."""
+    kept = [frame for frame in frames if len(frame)]
+    return typed(pd.concat(kept, ignore_index=True) if kept else pd.DataFrame(), columns)
+
+
+def fact_matrix(items: pd.DataFrame, column: str = "correct", **where: Any) -> tuple[np.ndarray, list[str]]:
+    """``[seed, fact]`` values of one model under one condition, and the facts.
+
+    Args:
+        items: an items table.
+        column: ``correct`` or ``probability``.
+        where: column values that select the rows.
+
+    Raises:
+        KeyError: no row fits.
+    """
+    chosen = items
+    for name, value in where.items():
+        chosen = chosen[chosen[name] == value]
+    if not len(chosen):
+        raise KeyError(f"no item has {where}")
+    wide = chosen.pivot_table(index="seed", columns="item", values=column, aggfunc="mean", sort=False)
+    return wide.to_numpy(), list(wide.columns)
+
+
+def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:
+    """Recall and answer probability over all seeds, with a two-level bootstrap over seeds and facts; ``seed`` is empty in these rows."""
+    table = Table({"run": run})
+    keys = ["stage", "method", "split", "arm", "step"]
+    for values, group in items.groupby(keys, dropna=False, sort=False):
+        columns = dict(zip(keys, values, strict=True))
+        for metric, column in (("recall", "correct"), ("answer_probability", "probability")):
+            wide = group.pivot_table(index="seed", columns="item", values=column, aggfunc="mean", sort=False)
+            if wide.notna().all().all():
+                table.add_estimate(metric, rate(wide.to_numpy()), **columns, model=columns["method"])
+    return table.frame()

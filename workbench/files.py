@@ -1,0 +1,99 @@
+"""Files that are either whole or absent: everything is written beside its place and renamed into it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import WorkbenchError
+
+
+@contextmanager
+def full_disk_is_an_error(target: Path) -> Iterator[None]:
+    """Turn "no space left" and "not permitted" into one clear line that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        # Libraries wrap the operating system's error; its text is all that is left of it then.
+        if error.errno == errno.ENOSPC or "No space left" in str(error):
+            raise WorkbenchError(f"the disk is full: could not write {target}; free some space or choose another folder, then run the same command again") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise WorkbenchError(f"not allowed to write {target}; choose a folder that you may write to") from error
+        raise
+    except Exception as error:
+        if "No space left" in str(error):  # safetensors raises its own exception type
+            raise WorkbenchError(f"the disk is full: could not write {target}; free some space or choose another folder, then run the same command again") from error
+        raise
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write(temporary)`` and rename the result to ``path``; on any error nothing is left behind.
+
+    Raises:
+        WorkbenchError: the disk is full or the folder cannot be written.
+    """
+    with full_disk_is_an_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` whole or not at all."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write(temporary folder)`` and rename the result to ``path``, replacing what was there.
+
+    Raises:
+        WorkbenchError: the disk is full or the folder cannot be written.
+    """
+    with full_disk_is_an_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            write(temporary)
+            temporary.chmod(0o755)
+            if path.exists():
+                old = temporary.with_name(temporary.name + ".old")
+                os.replace(path, old)
+                os.replace(temporary, path)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of one file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def key_of(value: Any, length: int = 16) -> str:
+    """A short stable key of any JSON-like value: the same value gives the same key on every machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]

@@ -1,0 +1,127 @@
+"""Open and save causal language models as ordinary Hugging Face folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from workbench.errors import WorkbenchError
+from workbench.files import sha256, write_folder, write_json
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model with its tokenizer.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: fast.
+        name: what the user called it (a folder or a hub id).
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def open_model(source: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Opened:
+    """Open a Hugging Face folder or hub id. Only safetensors are read.
+
+    Args:
+        source: a folder, or the id of a model on the hub.
+        dtype: of the weights in memory.
+        trust_remote_code: run code that comes with the model; off unless the user asks.
+
+    Raises:
+        WorkbenchError: nothing is there, the folder holds no model, the weights are not safetensors or do not fit the configuration.
+    """
+    name = str(source)
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise WorkbenchError(f"{name} holds no model: config.json is missing; give a folder written by save_pretrained")
+        if not list(folder.glob("*.safetensors")):
+            raise WorkbenchError(f"{name} holds no safetensors weights (pickled weights are never loaded); save the model again with safe_serialization=True")
+    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise WorkbenchError(f"{name} is no folder; give the folder of a Hugging Face model or a hub id such as 'owner/name'")
+    try:
+        with _quiet_transformers():
+            AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        where = "the folder is damaged or incomplete" if folder.is_dir() else "it is no local folder, and the hub has no such model or cannot be reached"
+        raise WorkbenchError(f"cannot open model {name}: {where} ({first[:200]})") from error
+    model.eval()
+    return Opened(model, tokenizer, name)
+
+
+class _quiet_transformers:
+    """Silence transformers' own progress bars and warnings while a model is opened or saved: our own bars tell the story."""
+
+    def __enter__(self) -> None:
+        self._level = transformers.logging.get_verbosity()
+        self._bars = transformers.logging.is_progress_bar_enabled()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers.logging.set_verbosity(self._level)
+        if self._bars:
+            transformers.logging.enable_progress_bar()
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, note: dict[str, object] | None = None) -> None:
+    """Write model and tokenizer as a Hugging Face folder, whole or not at all; ``note`` goes into ``workbench.json`` beside them."""
+
+    def write(temporary: Path) -> None:
+        with _quiet_transformers():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        if note is not None:
+            write_json(temporary / "workbench.json", note)
+
+    write_folder(folder, write)
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over the safetensors files of a model folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(sha256(path).encode())
+    return digest.hexdigest()
+
+
+def check_same_tokenizer(base: Opened, other: Opened) -> None:
+    """Two checkpoints can be compared token by token only if their tokenizers agree.
+
+    Raises:
+        WorkbenchError: they differ; the message names both and the first difference.
+    """
+    ours, theirs = base.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    if ours != theirs:
+        different = next((token for token in sorted(set(ours) | set(theirs)) if ours.get(token) != theirs.get(token)), "")
+        raise WorkbenchError(
+            f"{other.name} does not use the tokenizer of {base.name} ({len(theirs)} tokens against {len(ours)}; first difference: {different!r}); "
+            "give two checkpoints of the same model"
+        )
+    probe = "The quick brown fox, 12.5 %."
+    if base.tokenizer(probe)["input_ids"] != other.tokenizer(probe)["input_ids"]:
+        raise WorkbenchError(f"{other.name} has the vocabulary of {base.name} but splits text differently; copy the base's tokenizer files beside the checkpoint")
+    sizes = [opened.model.get_input_embeddings().weight.shape[0] for opened in (base, other)]
+    if sizes[0] != sizes[1]:
+        raise WorkbenchError(f"{other.name} embeds {sizes[1]} tokens, {base.name} {sizes[0]}; give two checkpoints of the same model")
+
+
+def read_note(folder: Path) -> dict[str, object]:
+    """The note that :func:`save_model` wrote, or an empty one."""
+    path = folder / "workbench.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

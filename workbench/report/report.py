@@ -1,0 +1,235 @@
+"""Draw the figures, make the tables and fill the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg", force=False)
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader, select_autoescape
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from figures import FIGURES
+from figures.style import methods_in, title
+from workbench.experiments.claims import CLAIMS, Verdict
+from workbench.files import write_file, write_text
+
+CONTROLS = ("base", "never-learned")
+
+CAPTIONS = {
+    "recovery": "Recall of held-out forgotten facts while every model is fine-tuned on facts about the other half of the forgotten people. "
+    "Bands are 95 % intervals over seeds and facts. The dashed grey line is a model that never read the forget set, under the same attack; dotted is a null "
+    "attack with general text of the same length.",
+    "disruption": "Every method's weight change, scaled from nothing upwards: what it costs on retain texts (right is worse) against what is still "
+    "remembered of the forget set (down is better). The dot is the model that all other figures use: the last one inside the budget.",
+    "triggers": "Accuracy on retained questions with a word in front. If only the solid bar falls, the forget-token acts as a trigger.",
+    "slices": "Loss along straight lines through every model. Along the attacker's direction the forget loss of an unlearned model falls: it sits on a hill, not in a bowl. "
+    "Bands are ranges over seeds.",
+    "curvature": "Does a measure taken before the attack tell how much the attack wins back? One point per method and seed.",
+    "spectra": "Principal directions of the base's activations and output gradients on forget and retain texts, and how much of them is shared.",
+}
+
+
+def _interval(row: pd.Series | None) -> str:
+    if row is None or pd.isna(row["value"]):
+        return "–"
+    if pd.isna(row["low"]):
+        return f"{row['value']:.2f}"
+    return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def _pick(table: pd.DataFrame, **where: object) -> pd.Series | None:
+    chosen = table[table["seed"].isna()]
+    for name, value in where.items():
+        chosen = chosen[chosen[name] == value]
+    return chosen.iloc[0] if len(chosen) else None
+
+
+def _mean(table: pd.DataFrame, method: str, metric: str, stage: str, digits: str) -> str:
+    rows = table[(table["method"] == method) & (table["metric"] == metric) & (table["stage"] == stage) & table["split"].isna()]["value"].dropna()
+    return format(float(rows.mean()), digits) if len(rows) else "–"
+
+
+def main_metric(table: pd.DataFrame) -> str:
+    """Recall where the base recalls anything; otherwise (long answers of running text) the answer probability."""
+    recall = table[(table["metric"] == "recall") & (table["method"] == "base")]["value"]
+    return "recall" if len(recall) and float(recall.max()) >= 0.2 else "answer_probability"
+
+
+def summary_table(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per model: forgetting, cost, recovery, triggers, curvature; intervals over seeds and facts."""
+    metric = main_metric(table)
+    attack = table[(table["stage"] == "relearn") & (table["arm"] == "attack")]
+    last = float(attack["step"].max()) if len(attack) else np.nan
+    rows = []
+    for method in methods_in(table["method"].dropna().tolist()):
+        held = {"method": method, "metric": metric, "split": "forget-heldout"}
+        eigen = table[(table["method"] == method) & (table["metric"] == "top_eigenvalue")]["value"].dropna()
+        rows.append(
+            {
+                "model": title(method),
+                "alpha": _mean(table, method, "alpha", "unlearn", ".2f"),
+                "disruption (KL)": _mean(table, method, "disruption", "unlearn", ".4f"),
+                "held-out forget, before attack": _interval(_pick(table, stage="relearn", arm="attack", step=0.0, **held)),
+                "after attack": _interval(_pick(table, stage="relearn", arm="attack", step=last, **held)),
+                "after null attack": _interval(_pick(table, stage="relearn", arm="null", step=last, **held)),
+                "neighbours": _interval(_pick(table, stage="unlearn", method=method, metric=metric, split="retain-neighbour")),
+                "behind a retain-token": _interval(_pick(table, stage="triggers", method=method, metric=metric, arm="retain-token")),
+                "behind a forget-token": _interval(_pick(table, stage="triggers", method=method, metric=metric, arm="forget-token")),
+                "top eigenvalue": f"{eigen.median():.3g}" if len(eigen) else "–",
+            }
+        )
+    frame = pd.DataFrame(rows)
+    return frame.loc[:, [not (frame[name] == "–").all() for name in frame.columns]]
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write one picture, whole or not at all."""
+    write_file(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:]))
+
+
+def _data_uri(figure: Figure) -> str:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def draw_figures(out: Path, results: pd.DataFrame) -> dict[str, str]:
+    """Draw every figure of the table into ``figures/`` (PNG and SVG); returns name to data URI."""
+    drawn = {}
+    for name, figure_of in FIGURES.items():
+        figure = figure_of(results, metric=main_metric(results)) if name in ("recovery", "triggers") else figure_of(results)  # type: ignore[call-arg]
+        try:
+            for kind in ("png", "svg"):
+                save_figure(figure, out / "figures" / f"{name}.{kind}")
+            drawn[name] = _data_uri(figure)
+        finally:
+            plt.close(figure)
+    return drawn
+
+
+def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
+    """What was found, in plain sentences, each with its numbers."""
+    metric = main_metric(table)
+    noun = "recall" if metric == "recall" else "answer probability"
+    attack = table[(table["stage"] == "relearn") & (table["arm"] == "attack") & (table["metric"] == metric)]
+    sentences = []
+    if len(attack):
+        last = float(attack["step"].max())
+
+        def at(method: str, step: float) -> pd.Series | None:
+            return _pick(table, stage="relearn", arm="attack", method=method, metric=metric, split="forget-heldout", step=step)
+
+        base, control = at("base", 0.0), at("never-learned", last)
+        if base is not None:
+            sentences.append(f"Before unlearning, {noun} of the held-out forget facts is {_interval(base)}.")
+        for method in [name for name in methods_in(table["method"].dropna().tolist()) if name not in CONTROLS]:
+            before, after = at(method, 0.0), at(method, last)
+            if before is None or after is None:
+                continue
+            change = float(after["value"] - before["value"])
+            verb = "rises" if change > 0.02 else "falls" if change < -0.02 else "stays"
+            text = f"{title(method)}: {noun} is {_interval(before)} inside the disruption budget; after {last:g} steps of relearning on other facts it {verb} to {_interval(after)}"
+            if control is not None:
+                text += f", against {_interval(control)} in the model that never learned them"
+            sentences.append(text + ".")
+        if control is None:
+            sentences.append(
+                "No never-learned model was given, so this run cannot tell recovery from fresh learning by itself; the null attack is the only control."
+            )
+    not_reached = sorted({title(str(m)) for m in table.loc[(table["metric"] == "budget_reached") & (table["value"] == 0), "method"]})
+    if not_reached:
+        sentences.append(f"{', '.join(not_reached)} stayed below the disruption budget in at least one seed even at the largest scale allowed.")
+    leaks = table[(table["metric"].isin(["leaked_subjects", "leaked_answers"])) & (table["value"] > 0)]
+    if len(leaks):
+        sentences.append("The attack texts name subjects or answers of the held-out facts, so this attack must not be called benign.")
+    elif (table["metric"] == "leaked_answers").any():
+        sentences.append("The leak guard found no held-out subject and no held-out answer in the attack texts.")
+    supported = [claim.id for claim in claims if claim.verdict == "supported"]
+    contradicted = [claim.id for claim in claims if claim.verdict == "contradicted"]
+    if claims:
+        sentences.append(
+            f"Of {len(claims)} claims of the literature, this run supports {len(supported)} ({', '.join(supported) or 'none'}) and contradicts "
+            f"{len(contradicted)} ({', '.join(contradicted) or 'none'}); the others stay open at this scale."
+        )
+    return sentences
+
+
+def write_report(
+    out: Path,
+    results: pd.DataFrame,
+    items: pd.DataFrame,
+    claims: Sequence[Verdict],
+    *,
+    heading: str = "What did unlearning do inside this model, and will it survive?",
+    done: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write ``figures/`` and ``report.html`` into the run folder.
+
+    Args:
+        out: the run folder.
+        results: tidy rows.
+        items: per-fact rows.
+        claims: verdicts; may be empty.
+        heading: title of the page.
+        done: what was done, one sentence each; default describes the built-in road.
+        notes: limits to be shown at the end.
+    """
+    pictures = draw_figures(out, results)
+    environment = Environment(loader=PackageLoader("workbench.report"), autoescape=select_autoescape(default=True), trim_blocks=True, lstrip_blocks=True)
+    seeds = sorted({int(seed) for seed in results.loc[~results["method"].isin(CONTROLS), "seed"].dropna()})
+    page = environment.get_template("report.html.j2").render(
+        heading=heading,
+        done=list(done) or _road_steps(results, seeds),
+        findings=findings(results, claims),
+        summary=summary_table(results),
+        pictures=[(name, uri, CAPTIONS[name]) for name, uri in pictures.items()],
+        claims=[(CLAIMS[claim.id], claim, _effect(claim)) for claim in claims],
+        notes=list(notes) or _limits(seeds, claims),
+        metric="recall" if main_metric(results) == "recall" else "answer probability",
+    )
+    path = out / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _effect(claim: Verdict) -> str:
+    return "–" if not np.isfinite(claim.effect) else f"{claim.effect:+.3f} [{claim.low:+.3f}, {claim.high:+.3f}]"
+
+
+def _road_steps(results: pd.DataFrame, seeds: Sequence[int]) -> list[str]:
+    methods = [title(name) for name in methods_in(results["method"].dropna().tolist()) if name not in CONTROLS]
+    attack = results[(results["stage"] == "relearn") & (results["arm"] == "attack")]
+    budget = results.loc[results["metric"] == "budget", "value"]
+    return [
+        "A small language model was trained on invented facts about people and islands and on filler language; a second one, the never-learned control, on the same "
+        "texts without the people to be forgotten.",
+        f"{len(methods)} unlearning methods ({', '.join(methods)}) were run under {len(seeds)} seeds each.",
+        f"Every weight change was scaled until the model drifts from the base by {float(budget.iloc[0]):g} nats per token (KL) on retain texts that no method trained on."
+        if len(budget)
+        else "No budget was matched.",
+        f"Every model was then fine-tuned for {attack['step'].max():g} steps on facts about half of the forgotten people (and, as a null attack, on general text of the "
+        "same length), and asked about the other half.",
+        "Every model was asked retained questions behind a stray word: a forgotten surname, a retained one, a neutral one.",
+        "The loss was followed along straight lines through every model, and both ends of its Hessian's spectrum were computed.",
+    ]
+
+
+def _limits(seeds: Sequence[int], claims: Sequence[Verdict]) -> list[str]:
+    scale = claims[0].scale if claims else ""
+    notes = [
+        f"Scale: {scale}. What holds in a model of this size need not hold in a large one." if scale else "",
+        f"{len(seeds)} seed(s): intervals resample seeds and facts, and so few seeds make them too short rather than too long.",
+        "Unlearning settings were chosen on another world than the one reported here; none was tuned on these results.",
+        "Facts are asked in the sentence forms of training; recall is exact match under greedy decoding.",
+    ]
+    return [note for note in notes if note]

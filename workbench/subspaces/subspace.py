@@ -1,0 +1,141 @@
+"""A subspace as a value: where it was found, from what, and its orthonormal basis."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hooks import Moments
+from workbench.errors import WorkbenchError
+from workbench.files import write_file
+
+
+@dataclass(frozen=True, slots=True)
+class Subspace:
+    """Principal directions of the rows of one site.
+
+    Attributes:
+        basis: ``[width, rank]`` float32, orthonormal columns, largest variance first.
+        eigenvalues: ``[rank]`` float32, variance along each column.
+        mean: ``[width]`` float32, the mean row.
+        count: rows behind it.
+        total_variance: trace of the covariance; ``eigenvalues.sum() / total_variance`` is the share explained.
+        site: name of the site (it says whether these are activations or gradients).
+        tokens: the token rule that selected the rows.
+        source: what was run, in words.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    mean: Tensor
+    count: int
+    total_variance: float
+    site: str
+    tokens: str
+    source: str
+
+    @property
+    def width(self) -> int:
+        """Dimension of the space it lies in."""
+        return self.basis.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return self.basis.shape[1]
+
+    def top(self, rank: int) -> Subspace:
+        """The first ``rank`` directions."""
+        return Subspace(self.basis[:, :rank], self.eigenvalues[:rank], self.mean, self.count, self.total_variance, self.site, self.tokens, self.source)
+
+    def project(self, rows: Tensor) -> Tensor:
+        """``[row, width]`` orthogonal projection of ``rows`` onto the subspace (through the origin, not through the mean)."""
+        return (rows @ self.basis) @ self.basis.T
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, whole or not at all."""
+        tensors = {"basis": self.basis.contiguous(), "eigenvalues": self.eigenvalues.contiguous(), "mean": self.mean.contiguous()}
+        note = {"count": str(self.count), "total_variance": repr(self.total_variance), "site": self.site, "tokens": self.tokens, "source": self.source}
+        write_file(path, lambda temporary: save_file(tensors, temporary, metadata=note))
+
+    @classmethod
+    def load(cls, path: Path) -> Subspace:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            WorkbenchError: the file is missing or is no subspace.
+        """
+        try:
+            with safe_open(path, framework="pt") as stored:
+                note = stored.metadata() or {}
+                tensors = {name: stored.get_tensor(name) for name in ("basis", "eigenvalues", "mean")}
+            return cls(**tensors, count=int(note["count"]), total_variance=float(note["total_variance"]), site=note["site"], tokens=note["tokens"], source=note["source"])
+        except Exception as error:
+            raise WorkbenchError(f"{path} holds no subspace ({error}); it must be a file written by Subspace.save") from error
+
+    def _repr_html_(self) -> str:
+        share = float(self.eigenvalues.sum()) / self.total_variance if self.total_variance else 0.0
+        rows = {"site": self.site, "directions": f"{self.rank} of {self.width}", "variance inside": f"{share:.1%}", "rows": f"{self.count:,}", "tokens": self.tokens, "source": self.source}
+        cells = "".join(f"<tr><th style='text-align:left'>{html.escape(k)}</th><td style='text-align:left'>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
+        return f"<table>{cells}</table>"
+
+
+def principal_subspace(moments: Moments, rank: int, *, site: str = "", tokens: str = "", source: str = "") -> Subspace:
+    """The top principal directions of ``moments``: exact eigendecomposition of the covariance in float64.
+
+    Directions without variance are left out, so that rank-deficient data gives fewer columns than asked for and never a column of noise.
+
+    Args:
+        moments: at least one row.
+        rank: how many directions, at most.
+        site: recorded.
+        tokens: recorded.
+        source: recorded.
+
+    Raises:
+        WorkbenchError: there are no rows, or they are not finite.
+    """
+    if moments.count == 0:
+        raise WorkbenchError(f"no row was seen at {site or 'this site'}; does the position mask select anything?")
+    covariance = moments.covariance
+    if not bool(torch.isfinite(covariance).all()):
+        raise WorkbenchError(f"the rows of {site or 'this site'} hold NaN or infinity; no subspace was fitted")
+    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    # float32 products leave about 1e-7 of the largest eigenvalue as noise in the null space.
+    keep = min(rank, int((values > values[0] * 1e-6).sum())) if float(values[0]) > 0 else 0
+    return Subspace(
+        vectors[:, :keep].float().contiguous(), values[:keep].float(), moments.mean.float(), moments.count, float(values.sum()), site, tokens, source
+    )
+
+
+def principal_angles(first: Tensor, second: Tensor) -> Tensor:
+    """Cosines of the principal angles between two subspaces, largest first (Bjorck and Golub 1973).
+
+    Args:
+        first: ``[width, k]`` orthonormal columns.
+        second: ``[width, m]`` orthonormal columns.
+
+    Returns:
+        ``[min(k, m)]`` float64 in ``[0, 1]``.
+    """
+    return torch.linalg.svdvals(first.double().T @ second.double()).clamp(0, 1)
+
+
+def overlap(first: Tensor, second: Tensor) -> float:
+    """Mean squared cosine of the principal angles: 1 for the same subspace, ``m / width`` on average for a random one of rank ``m >= k``."""
+    cosines = principal_angles(first, second)
+    return float(cosines.square().mean()) if len(cosines) else 0.0
+
+
+def energy_inside(delta: Tensor, basis: Tensor) -> float:
+    """Share of the squared Frobenius norm of a weight delta ``[out, in]`` that acts on the input directions ``basis`` ``[in, k]``; 0 for a zero delta."""
+    total = float(delta.double().square().sum())
+    return float((delta.double() @ basis.double()).square().sum()) / total if total else 0.0
+

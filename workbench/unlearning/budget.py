@@ -1,0 +1,64 @@
+"""Put every method on the same disruption: a line search over alpha in ``theta0 + alpha * delta``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The result of a line search.
+
+    Attributes:
+        alpha: the chosen scale.
+        disruption: what it costs there (never above the budget).
+        reached: whether the budget was reached; ``False`` means the method stays below it even at the largest alpha allowed.
+        tried: every ``(alpha, disruption)`` evaluated, in increasing alpha.
+    """
+
+    alpha: float
+    disruption: float
+    reached: bool
+    tried: tuple[tuple[float, float], ...]
+
+
+def match_budget(disruption: Callable[[float], float], budget: float, *, limit: float = 1.0, grid: int = 8, tolerance: float = 0.02) -> Match:
+    """The largest alpha below the *first* crossing of ``budget``.
+
+    Disruption need not grow monotonically with alpha, so a grid finds the first interval in which it crosses the budget, and bisection narrows that
+    interval until the disruption lies within ``tolerance`` (relative) below the budget.
+
+    Args:
+        disruption: alpha to disruption; 0 at alpha 0.
+        budget: the largest disruption allowed.
+        limit: the largest alpha tried. 1 is the trained delta itself; more extrapolates.
+        grid: points of the first pass.
+        tolerance: see above.
+
+    Raises:
+        ValueError: ``budget`` or ``limit`` is not positive.
+    """
+    if budget <= 0 or limit <= 0:
+        raise ValueError(f"the disruption budget is {budget} and the limit of alpha {limit}; both must be positive")
+    tried: dict[float, float] = {0.0: 0.0}
+    low, high = 0.0, 0.0
+    for step in range(1, grid + 1):
+        alpha = limit * step / grid
+        tried[alpha] = disruption(alpha)
+        # A NaN is no pass: the comparison is written so that it counts as above the budget.
+        if not tried[alpha] <= budget:
+            high = alpha
+            break
+        low = alpha
+    if high:
+        for _ in range(30):
+            if tried[low] >= budget * (1 - tolerance):
+                break
+            middle = (low + high) / 2
+            tried[middle] = disruption(middle)
+            if tried[middle] <= budget:
+                low = middle
+            else:
+                high = middle
+    return Match(low, tried[low], bool(high), tuple(sorted(tried.items())))

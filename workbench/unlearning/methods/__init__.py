@@ -1,0 +1,74 @@
+"""The registry of unlearning methods; one file each."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+
+from transformers import PreTrainedModel
+
+from workbench.errors import WorkbenchError, unknown
+from workbench.unlearning.methods import cir, grad_diff, npo, rmu
+from workbench.unlearning.recipe import Method, Recipe, Setting
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (grad_diff.METHOD, npo.METHOD, npo.METHOD_SAM, rmu.METHOD, rmu.METHOD_RNA, cir.METHOD, cir.METHOD_UNCOLLAPSED)
+}
+SMALL_MODEL = 100_000_000
+"""Below this many parameters a method starts from its ``small`` settings."""
+WHOLE = {"steps": 1, "batch_size": 1, "refresh": 1, "activation_components": 0, "gradient_components": 0, "layer": -1, "first_layer": -1, "last_layer": -1}
+"""Settings that are whole numbers, with the smallest value allowed."""
+
+
+def method(name: str) -> Method:
+    """The method called ``name``.
+
+    Raises:
+        WorkbenchError: there is none; the message lists the nearest names.
+    """
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    return METHODS[name]
+
+
+def known_settings(name: str) -> dict[str, Setting]:
+    """Every setting of a method with its published default (wrappers inherit those of the method they wrap)."""
+    wrapped = {"npo-sam": npo.build, "rmu-rna": rmu.build, "cir-uncollapsed": cir.build}
+    found: dict[str, Setting] = {}
+    for builder in (wrapped.get(name), method(name).build):
+        if builder is not None:
+            found |= {p.name: p.default for p in inspect.signature(builder).parameters.values() if p.default is not inspect.Parameter.empty}
+    return found
+
+
+def settings_for(name: str, model: PreTrainedModel, overrides: Mapping[str, Setting] | None = None) -> dict[str, Setting]:
+    """The settings that :func:`recipe` will use: published, small where the model is small, then ``overrides``.
+
+    Raises:
+        WorkbenchError: an override names no setting of the method, or is no number.
+    """
+    settings = known_settings(name)
+    if model.num_parameters() < SMALL_MODEL:
+        settings |= method(name).small
+    for key, value in (overrides or {}).items():
+        if key not in settings:
+            raise unknown(f"setting of {name}", key, settings)
+        expected = "a word" if isinstance(settings[key], str) else "a number"
+        if isinstance(value, bool) or isinstance(value, str) != isinstance(settings[key], str):
+            raise WorkbenchError(f"setting {key} of {name} is {value!r}; it must be {expected}")
+        settings[key] = value
+    for key, value in settings.items():
+        if key in WHOLE:
+            if isinstance(value, str) or not float(value).is_integer() or value < WHOLE[key]:
+                raise WorkbenchError(f"setting {key} of {name} is {value}; it must be a whole number of at least {WHOLE[key]}")
+            settings[key] = int(value)
+        elif not isinstance(value, str) and not (math.isfinite(value) and value >= 0):
+            raise WorkbenchError(f"setting {key} of {name} is {value}; it must be a finite number that is not negative")
+    return settings
+
+
+def recipe(name: str, model: PreTrainedModel, seed: int, overrides: Mapping[str, Setting] | None = None) -> Recipe:
+    """Build the recipe of a method for ``model``."""
+    return method(name).build(model, seed, **settings_for(name, model, overrides))

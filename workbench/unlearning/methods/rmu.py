@@ -1,0 +1,56 @@
+"""Representation misdirection (RMU), plain and with random noise augmentation (RNA)."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from hooks import resolve
+from workbench.unlearning.noise import gaussian
+from workbench.unlearning.objectives import Objective, control_vector, keep_representation, steer_to
+from workbench.unlearning.recipe import Method, Recipe, Setting, middle_layer
+
+
+def build(
+    model: PreTrainedModel,
+    seed: int,
+    *,
+    lr: float = 5e-5,
+    steps: int = 150,
+    batch_size: int = 4,
+    steering: float = 6.5,
+    retain_weight: float = 1200.0,
+    layer: int = -1,
+    noise: float = 0.0,
+) -> Recipe:
+    """Steer forget representations of one block to ``steering * u``, keep retain representations (Li et al. 2024, arXiv 2403.03218).
+
+    Only the MLP down projections of that block and the two below change. ``u`` is an isotropic unit vector drawn from ``seed``.
+
+    Args:
+        model: decides width and depth.
+        seed: of the control vector and of the noise.
+        lr: AdamW's rate.
+        steps: optimiser steps.
+        batch_size: sequences.
+        steering: ``c``, in units of the representation's length. The published 6.5 is for 7B models.
+        retain_weight: ``alpha``.
+        layer: block whose output is steered; -1 takes 7/32 of the depth.
+        noise: RNA's dimensionless ratio ``nu sqrt(d) / mean ||h||`` on the reference's retain representation; 0 is plain RMU.
+    """
+    block = middle_layer(model) if layer < 0 else int(layer)
+    (site,) = resolve(model, f"blocks.{block}.hook_resid_post")
+    width = model.config.hidden_size
+    keep = keep_representation(site, gaussian(noise, seed + 1) if noise else None)
+    objective = Objective(steer_to(site, steering * control_vector(width, seed)), keep, 1.0, retain_weight)
+    trainable = tuple(f"*layers.{index}.mlp.down_proj.weight" for index in range(max(0, block - 2), block + 1))
+    return Recipe(objective, trainable, steps, batch_size, lr)
+
+
+def build_rna(model: PreTrainedModel, seed: int, *, noise: float = 0.2, **settings: Setting) -> Recipe:
+    """RMU with RNA (Huu-Tien et al., arXiv 2501.19202)."""
+    return build(model, seed, noise=noise, **settings)  # type: ignore[arg-type]
+
+
+_SMALL: dict[str, Setting] = {"lr": 3e-3, "steps": 80, "batch_size": 16, "steering": 300.0, "retain_weight": 10.0, "layer": 2}
+METHOD = Method("rmu", "RMU", "Li et al. 2024 (arXiv 2403.03218)", build, _SMALL)
+METHOD_RNA = Method("rmu-rna", "RMU+RNA", "Huu-Tien et al. (arXiv 2501.19202)", build_rna, {**_SMALL, "noise": 0.2})

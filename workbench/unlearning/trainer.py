@@ -1,0 +1,173 @@
+"""Run a recipe: from a starting model to a float32 delta."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from workbench.data.batches import batches, encode, endless
+from workbench.data.records import Example
+from workbench.errors import WorkbenchError
+from workbench.progress import Report, quiet
+from workbench.subspaces.collapse import Collapse, find_collapse, only_tokens
+from workbench.unlearning.deltas import delta_between, snapshot
+from workbench.unlearning.objectives import Pair
+from workbench.unlearning.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Unlearned:
+    """What a run of a recipe gives.
+
+    Attributes:
+        delta: float32 weight change, parameter by parameter.
+        log: one record per step: objective terms and whatever the step rule reports.
+    """
+
+    delta: dict[str, Tensor]
+    log: tuple[dict[str, float], ...]
+
+
+@contextmanager
+def only_trainable(model: PreTrainedModel, patterns: Sequence[str]) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+    """Make exactly the parameters that match ``patterns`` trainable, for the duration of the block; yields them.
+
+    Raises:
+        WorkbenchError: a pattern matches no parameter.
+    """
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for pattern in patterns:
+        if not fnmatch.filter(flags, pattern):
+            raise WorkbenchError(f"no parameter matches {pattern!r}; the first of this model are {', '.join(list(flags)[:3])}")
+    chosen = []
+    for name, parameter in model.named_parameters():
+        matches = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        parameter.requires_grad_(matches)
+        if matches:
+            chosen.append((name, parameter))
+    try:
+        yield chosen
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
+            parameter.grad = None
+
+
+def unlearn(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    *,
+    seed: int,
+    max_length: int | None = None,
+    progress: Report = quiet,
+) -> Unlearned:
+    """Run ``recipe`` on a float32 copy of ``base``; ``base`` itself is the frozen reference and is not changed.
+
+    Args:
+        base: the starting model.
+        tokenizer: its tokenizer.
+        recipe: see :class:`Recipe`.
+        forget: texts to forget.
+        retain: texts to keep.
+        seed: order of the texts.
+        max_length: texts are cut to this many tokens.
+        progress: called after every step.
+
+    Raises:
+        WorkbenchError: a set is empty, or the objective is not finite (the message names the step).
+    """
+    model = copy.deepcopy(base).float()
+    reference = base.eval()
+    start = snapshot(model)
+    model.eval()  # dropout would make the collapse statistics and the reference disagree with the step
+    forget_stream, retain_stream = endless(forget, recipe.batch_size, f"forget-{seed}"), endless(retain, recipe.batch_size, f"retain-{seed}")
+    log: list[dict[str, float]] = []
+    with only_trainable(model, recipe.trainable) as chosen:
+        parameters = [parameter for _, parameter in chosen]
+        optimiser = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0) if recipe.optimiser == "adamw" else None
+        collapse: dict[str, Collapse] = {}
+        for number in range(recipe.steps):
+            pair = Pair(
+                encode(tokenizer, next(forget_stream), max_length=max_length, targets="answer").to(model.device),
+                encode(tokenizer, next(retain_stream), max_length=max_length).to(model.device),
+            )
+            if optimiser is not None:
+                record = recipe.step(model, recipe.objective, pair, reference)
+            else:
+                if recipe.collapse is not None and number % recipe.collapse.refresh == 0:
+                    collapse = _statistics(model, reference, recipe, tokenizer, forget, max_length)
+                record = _collapsed_step(model, reference, recipe, pair, chosen, collapse)
+            if not all(math.isfinite(value) for value in record.values()):
+                raise WorkbenchError(f"the unlearning objective is not finite at step {number + 1} of {recipe.steps} ({record}); lower lr (now {recipe.lr})")
+            if optimiser is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimiser.step()
+                optimiser.zero_grad()
+            log.append(record)
+            progress(number + 1, recipe.steps)
+    return Unlearned(delta_between(model, start), tuple(log))
+
+
+def _modules(recipe_parameters: Sequence[tuple[str, Tensor]]) -> list[str]:
+    return [name.removesuffix(".weight") for name, _ in recipe_parameters]
+
+
+def _statistics(
+    model: PreTrainedModel, reference: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, forget: Sequence[Example], max_length: int | None
+) -> dict[str, Collapse]:
+    """A pass over the forget set that finds the bases to collapse, at the current weights."""
+    assert recipe.collapse is not None
+    modules = [name.removesuffix(".weight") for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def loss(batch):  # type: ignore[no-untyped-def]
+        return recipe.objective.forget(model, batch, reference)
+
+    sets = [batch.to(model.device) for batch in batches(tokenizer, forget, recipe.batch_size, max_length=max_length, targets="answer")]
+    return find_collapse(
+        model, modules, loss, sets, activation_components=recipe.collapse.activation_components, gradient_components=recipe.collapse.gradient_components
+    )
+
+
+def _collapsed_step(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    recipe: Recipe,
+    pair: Pair,
+    chosen: Sequence[tuple[str, torch.nn.Parameter]],
+    collapse: dict[str, Collapse],
+) -> dict[str, float]:
+    """One forget step of global length ``recipe.lr`` along the (collapsed) gradient, then one plain SGD retain step."""
+    with only_tokens(model, _modules(chosen), pair.forget.content_mask):
+        forget = recipe.objective.forget_term(model, pair, reference)
+        forget.backward()
+    with torch.no_grad():
+        updates = []
+        for name, parameter in chosen:
+            gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            updates.append(collapse[name](gradient) if name in collapse else gradient)
+        length = sum(float(update.double().square().sum()) for update in updates) ** 0.5
+        if length > 0:  # zero once every output is broken: nothing is left to do
+            for (_, parameter), update in zip(chosen, updates, strict=True):
+                parameter.sub_(update, alpha=recipe.lr / length)
+        for _, parameter in chosen:
+            parameter.grad = None
+    retain = recipe.objective.retain_term(model, pair, reference)
+    if retain is not None and recipe.retain_rate:
+        retain.backward()
+        with torch.no_grad():
+            for _, parameter in chosen:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=recipe.retain_rate)
+                    parameter.grad = None
+    return {"forget": float(forget.detach()), "retain": float(retain.detach()) if retain is not None else 0.0, "gradient_norm": length}

@@ -21,7 +21,13 @@ def curvature(table: pd.DataFrame) -> Figure:
     Args:
         table: tidy results; stages ``sharpness``, ``unlearn`` and ``relearn``.
     """
-    attacked = table[(table["stage"] == "relearn") & (table["arm"] == "attack") & (table["metric"] == "recall") & (table["split"] == "forget-heldout") & table["seed"].notna()]
+    attacked = table[
+        (table["stage"] == "relearn")
+        & (table["arm"] == "attack")
+        & (table["metric"] == "recall")
+        & (table["split"] == "forget-heldout")
+        & table["seed"].notna()
+    ]
     rows = []
     for (method, seed), group in attacked.groupby(["method", "seed"]):
         ordered = group.sort_values("step")

@@ -13,8 +13,7 @@ from figures.style import colour, look, methods_in, nothing, title
 def disruption(table: pd.DataFrame) -> Figure:
     """Recall of held-out forget facts against disruption (KL to the base on retain texts) along ``theta0 + alpha * delta``.
 
-    Thin lines are seeds; the marker is the chosen model, with the 95 % interval of its recall over seeds and facts and the range of its
-    disruption over seeds.
+    Left: one line per seed. Right: the chosen models, the last ones inside the budget, with the 95 % interval of their recall over seeds and facts.
 
     Args:
         table: tidy results; stages ``budget`` and ``unlearn``.
@@ -24,34 +23,48 @@ def disruption(table: pd.DataFrame) -> Figure:
     if not methods:
         return nothing("no line search in this table")
     chosen = table[table["stage"] == "unlearn"]
+    budget = chosen.loc[chosen["metric"] == "budget", "value"]
     with look():
-        figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-        floor = 1e-4
-        for method in methods:
-            for _, walk in walks[walks["method"] == method].groupby("seed"):
-                cost = walk[walk["metric"] == "disruption"].set_index("step")["value"]
-                kept = walk[(walk["metric"] == "recall") & (walk["split"] == "forget-heldout")].set_index("step")["value"]
-                path = pd.DataFrame({"cost": cost, "kept": kept}).dropna().sort_index()
-                axes.plot(path["cost"].clip(lower=floor), path["kept"], color=colour(method), alpha=0.45, linewidth=0.9)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.8), sharey=True, width_ratios=(1.7, 1), layout="constrained")
+        costs = walks.loc[walks["metric"] == "disruption", "value"]
+        floor = max(1e-6, float(np.nanmin(costs[costs > 0])) / 3) if (costs > 0).any() else 1e-4
+        for number, method in enumerate(methods):
+            curves = [_path(walk) for _, walk in walks[walks["method"] == method].groupby("seed")]
+            for curve in curves:
+                left.plot(curve["cost"].clip(lower=floor), curve["kept"], color=colour(method), alpha=0.75, linewidth=1.1)
             mine = chosen[chosen["method"] == method]
-            cost = mine[(mine["metric"] == "disruption") & mine["split"].isna()]["value"]
             kept = mine[(mine["metric"] == "recall") & (mine["split"] == "forget-heldout") & mine["seed"].isna()]
-            if len(kept) and len(cost):
+            if len(kept):
                 value, low, high = (float(kept[name].iloc[0]) for name in ("value", "low", "high"))
-                x = max(float(cost.mean()), floor)
-                axes.errorbar(
-                    x, value, yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
-                    xerr=[[max(0.0, x - max(float(cost.min()), floor))], [max(0.0, float(cost.max()) - x)]],
-                    fmt="o", markersize=6, color=colour(method), label=title(method), capsize=2.5, zorder=3,
-                )  # fmt: skip
-        budget = chosen.loc[chosen["metric"] == "budget", "value"]
+                right.errorbar(number, value, yerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="o", markersize=6, color=colour(method), capsize=3)
+            left.plot([], [], color=colour(method), label=title(method))
         if len(budget):
-            axes.axvline(float(budget.iloc[0]), color="0.3", linestyle="--", linewidth=1)
-            axes.text(float(budget.iloc[0]) * 1.05, 1.03, f"budget {float(budget.iloc[0]):g}", fontsize=8, color="0.3", va="top")
-        axes.set_xscale("log")
-        axes.set_xlim(left=floor, right=max(float(np.nanmax(walks.loc[walks["metric"] == "disruption", "value"])), 2 * floor) * 1.3)
-        axes.set_ylim(-0.03, 1.06)
-        axes.set_xlabel("disruption: KL(base || model) on retain texts, nats per token")
-        axes.set_ylabel("recall of held-out forget facts")
-        axes.legend(loc="lower left")
+            left.axvline(float(budget.iloc[0]), color="0.3", linestyle="--", linewidth=1)
+            left.annotate(
+                f"budget {float(budget.iloc[0]):g}",
+                (float(budget.iloc[0]), 1.05),
+                xytext=(-4, 0),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                fontsize=8,
+                color="0.3",
+            )
+        left.set_xscale("log")
+        left.set_xlim(left=floor)
+        left.set_ylim(-0.03, 1.07)
+        left.set_xlabel("disruption: KL(base || model) on retain texts, nats per token")
+        left.set_ylabel("recall of held-out forget facts")
+        left.legend(loc="lower left")
+        right.set_xticks(range(len(methods)), [title(method).replace(" without", "\nwithout") for method in methods], rotation=40, ha="right")
+        right.set_xlim(-0.6, len(methods) - 0.4)
+        right.set_title("inside the budget (95 % over seeds and facts)")
+        right.grid(axis="x", visible=False)
     return figure
+
+
+def _path(walk: pd.DataFrame) -> pd.DataFrame:
+    """Disruption and recall of one line search, by alpha."""
+    cost = walk[walk["metric"] == "disruption"].set_index("step")["value"]
+    kept = walk[(walk["metric"] == "recall") & (walk["split"] == "forget-heldout")].set_index("step")["value"]
+    return pd.DataFrame({"cost": cost, "kept": kept}).dropna().sort_index()

@@ -9,9 +9,11 @@ from matplotlib.figure import Figure
 from figures.style import colour, grid, look, methods_in, nothing, title
 
 
-def _line(axes: Axes, rows: pd.DataFrame, label: str, **style: object) -> None:
+def _line(axes: Axes, rows: pd.DataFrame, label: str, *, band: bool = True, **style: object) -> None:
     rows = rows.sort_values("step")
     (line,) = axes.plot(rows["step"], rows["value"], label=label, **style)  # type: ignore[arg-type]
+    if not band:
+        return
     axes.fill_between(rows["step"].astype(float), rows["low"].astype(float), rows["high"].astype(float), color=line.get_color(), alpha=0.18, linewidth=0)
 
 
@@ -36,7 +38,7 @@ def recovery(table: pd.DataFrame, metric: str = "recall") -> Figure:
             if (mine["arm"] == "null").any():
                 _line(axes, mine[mine["arm"] == "null"], "null attack (general text)", color=colour(method), linestyle=":", alpha=0.9)
             if len(base):
-                _line(axes, base, "base, same attack", color=colour("base"), linewidth=0.9, linestyle=(0, (1, 2)))
+                _line(axes, base, "base, same attack", band=False, color=colour("base"), linewidth=0.9, linestyle=(0, (1, 2)))
             if len(control):
                 _line(axes, control, "never learned, same attack", color=colour("never-learned"), linestyle="--")
             axes.set_title(title(method), color=colour(method), fontweight="bold")

@@ -6,12 +6,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from figures.style import look, nothing
 
 _KINDS = {"mlp.hook_in": "MLP inputs", "mlp.out.hook_in": "inputs of the down projections", "mlp.hook_out_grad": "output gradients of the MLPs"}
 _SPLITS = {"forget": "#D55E00", "retain": "#0072B2"}
-_ARMS = {"retain-retain": ("two halves of the retain set", "#0072B2", "--"), "forget-retain": ("forget and retain", "#009E73", "-"), "random": ("random subspaces", "0.5", ":")}
+_ARMS = {
+    "retain-retain": ("two halves of the retain set", "#0072B2", "--"),
+    "forget-retain": ("forget and retain", "#009E73", "-"),
+    "random": ("random subspaces", "0.5", ":"),
+}
 
 
 def spectra(table: pd.DataFrame) -> Figure:
@@ -41,9 +46,13 @@ def spectra(table: pd.DataFrame) -> Figure:
                 panels[1][j].fill_between(np.asarray(curve.index, dtype=float), curve["min"], curve["max"], color=shade, alpha=0.15, linewidth=0)
             panels[1][j].set_ylim(0, 1.02)
             panels[1][j].set_xscale("log", base=2)
+            ranks = sorted(mine.loc[mine["metric"] == "subspace_overlap", "step"].unique())
+            panels[1][j].set_xticks(ranks, [f"{rank:g}" for rank in ranks])
+            panels[0][j].xaxis.set_major_locator(MaxNLocator(integer=True))
             panels[1][j].set_xlabel("rank k of both subspaces")
         panels[0][0].set_ylabel("share of variance")
         panels[1][0].set_ylabel("overlap\n(mean squared cosine)")
         panels[0][0].legend(loc="upper right")
-        panels[1][0].legend(loc="best")
+        handles, labels = panels[1][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, title="overlap of")
     return figure

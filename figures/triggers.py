@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from figures.style import colour, look, methods_in, nothing, title
 
@@ -40,7 +41,7 @@ def triggers(table: pd.DataFrame, metric: str = "recall") -> Figure:
             axes.set_ylim(0, 1.05)
         axes.grid(axis="x", visible=False)
         handles = [
-            plt.Rectangle((0, 0), 1, 1, facecolor="0.35" if arm == "forget-token" else "white" if arm == "clean" else "0.92", edgecolor="0.35", hatch=_HATCH[arm])
+            Rectangle((0, 0), 1, 1, facecolor="0.35" if arm == "forget-token" else "white" if arm == "clean" else "0.92", edgecolor="0.35", hatch=_HATCH[arm])
             for arm in _ARMS
         ]
         figure.legend(handles, list(_ARMS.values()), loc="outside lower center", ncols=4, title="word in front of the question")

@@ -202,7 +202,7 @@ class Capture:
         return hook
 
 
-class _Stop(Exception):
+class _Stop(Exception):  # noqa: N818
     """Raised by :func:`tapped` once the deepest site has fired."""
 
 

@@ -111,7 +111,9 @@ def layer_count(model: nn.Module) -> int:
     known = family(model)
     if known is None:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        raise CaptureError(f"architecture {kind!r} has no TransformerLens names here (known: {', '.join(sorted(FAMILIES))}); name its modules by path, e.g. 'transformer.h.0.mlp:out'")
+        raise CaptureError(
+            f"architecture {kind!r} has no TransformerLens names here (known: {', '.join(sorted(FAMILIES))}); name its modules by path, e.g. 'transformer.h.0.mlp:out'"
+        )
     blocks = model.get_submodule(known.blocks)
     return sum(1 for _ in blocks.children())
 

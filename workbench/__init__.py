@@ -1,0 +1,1 @@
+"""The unlearning workbench: what did unlearning do inside a model, and will it survive?"""

@@ -80,7 +80,9 @@ def builtin_model(config: BuiltinConfig | None = None, *, with_forget: bool = Tr
     world = build_world(config.world)
     model, tokenizer = train_builtin(config, world, with_forget=with_forget, progress=progress or bar(f"training the {name}"))
     record = world.record
-    sets = {"retain-neighbour": record.retain["retain-neighbour"], "retain-far": record.retain["retain-far"]} | ({"forget": record.forget} if with_forget else {})
+    sets = {"retain-neighbour": record.retain["retain-neighbour"], "retain-far": record.retain["retain-far"]} | (
+        {"forget": record.forget} if with_forget else {}
+    )
     recall = {label: score(model, batches(tokenizer, examples, 256)).recall for label, examples in sets.items()}
     if min(recall.values()) < 0.9:
         raise WorkbenchError(f"the {name} learned too little (recall {recall}); raise steps (now {config.steps})")

@@ -24,13 +24,17 @@ def full_disk_is_an_error(target: Path) -> Iterator[None]:
     except OSError as error:
         # Libraries wrap the operating system's error; its text is all that is left of it then.
         if error.errno == errno.ENOSPC or "No space left" in str(error):
-            raise WorkbenchError(f"the disk is full: could not write {target}; free some space or choose another folder, then run the same command again") from error
+            raise WorkbenchError(
+                f"the disk is full: could not write {target}; free some space or choose another folder, then run the same command again"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise WorkbenchError(f"not allowed to write {target}; choose a folder that you may write to") from error
         raise
     except Exception as error:
         if "No space left" in str(error):  # safetensors raises its own exception type
-            raise WorkbenchError(f"the disk is full: could not write {target}; free some space or choose another folder, then run the same command again") from error
+            raise WorkbenchError(
+                f"the disk is full: could not write {target}; free some space or choose another folder, then run the same command again"
+            ) from error
         raise
 
 
@@ -54,7 +58,11 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` whole or not at all."""
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_file(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -52,7 +52,7 @@ def open_model(source: str | Path, *, dtype: torch.dtype = torch.float32, trust_
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise WorkbenchError(f"{name} is no folder; give the folder of a Hugging Face model or a hub id such as 'owner/name'")
     try:
-        with _quiet_transformers():
+        with _QuietTransformers():
             AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -64,7 +64,7 @@ def open_model(source: str | Path, *, dtype: torch.dtype = torch.float32, trust_
     return Opened(model, tokenizer, name)
 
 
-class _quiet_transformers:
+class _QuietTransformers:
     """Silence transformers' own progress bars and warnings while a model is opened or saved: our own bars tell the story."""
 
     def __enter__(self) -> None:
@@ -83,7 +83,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """Write model and tokenizer as a Hugging Face folder, whole or not at all; ``note`` goes into ``workbench.json`` beside them."""
 
     def write(temporary: Path) -> None:
-        with _quiet_transformers():
+        with _QuietTransformers():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         if note is not None:
@@ -115,7 +115,9 @@ def check_same_tokenizer(base: Opened, other: Opened) -> None:
         )
     probe = "The quick brown fox, 12.5 %."
     if base.tokenizer(probe)["input_ids"] != other.tokenizer(probe)["input_ids"]:
-        raise WorkbenchError(f"{other.name} has the vocabulary of {base.name} but splits text differently; copy the base's tokenizer files beside the checkpoint")
+        raise WorkbenchError(
+            f"{other.name} has the vocabulary of {base.name} but splits text differently; copy the base's tokenizer files beside the checkpoint"
+        )
     sizes = [opened.model.get_input_embeddings().weight.shape[0] for opened in (base, other)]
     if sizes[0] != sizes[1]:
         raise WorkbenchError(f"{other.name} embeds {sizes[1]} tokens, {base.name} {sizes[0]}; give two checkpoints of the same model")

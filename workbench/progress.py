@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -18,7 +19,7 @@ def quiet(done: int, total: int) -> None:
 
 def bar(label: str) -> Report:
     """A progress bar on standard error (a widget in notebooks), opened at the first report and closed at the last."""
-    state: list[tqdm] = []
+    state: list[Any] = []
 
     def report(done: int, total: int) -> None:
         if not state:

@@ -28,10 +28,10 @@ class RelearnSettings:
         measure_at: steps after which the attacked model is measured; 0 is before the attack.
     """
 
-    steps: int = 60
+    steps: int = 40
     lr: float = 5e-4
     batch_size: int = 16
-    measure_at: tuple[int, ...] = (0, 2, 5, 10, 20, 40, 60)
+    measure_at: tuple[int, ...] = (0, 2, 5, 10, 20, 40)
 
 
 def relearn(

@@ -61,9 +61,7 @@ Targets = Literal["text", "answer"]
 """Which tokens a loss predicts: the whole text, or only the answer where an example has one (running text has none and counts whole)."""
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int | None = None, targets: Targets = "text"
-) -> Batch:
+def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int | None = None, targets: Targets = "text") -> Batch:
     """Tokenise ``examples`` into one right-padded batch.
 
     Right padding is exact for every causal family and needs no position ids; the tokenizer's own padding side is not used.

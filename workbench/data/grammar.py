@@ -4,12 +4,41 @@ from __future__ import annotations
 
 import random
 
-_ONSETS = "b br d dr f fl g gl gr h j k kr l m n p pl r s sk st t tr v z th sh".split()
-_VOWELS = "a e i o u ai ea io au".split()
-_CODAS = " l m n r s t x nd rk lm sk".split(" ")
+_ONSETS = [
+    "b",
+    "br",
+    "d",
+    "dr",
+    "f",
+    "fl",
+    "g",
+    "gl",
+    "gr",
+    "h",
+    "j",
+    "k",
+    "kr",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pl",
+    "r",
+    "s",
+    "sk",
+    "st",
+    "t",
+    "tr",
+    "v",
+    "z",
+    "th",
+    "sh",
+]
+_VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "io", "au"]
+_CODAS = ["", "l", "m", "n", "r", "s", "t", "x", "nd", "rk", "lm", "sk"]
 
-_ADJECTIVES = "old young quiet tired proud gentle clever lonely busy careful brave hungry".split()
-_COLOURS = "red blue green white black grey".split()
+_ADJECTIVES = ["old", "young", "quiet", "tired", "proud", "gentle", "clever", "lonely", "busy", "careful", "brave", "hungry"]
+_COLOURS = ["red", "blue", "green", "white", "black", "grey"]
 # People and animals act; things are acted on. Each verb takes only some things, so that the language has something to learn.
 _ACTORS = {
     "captain": "ship", "farmer": "field", "teacher": "school", "baker": "kitchen", "miller": "mill", "painter": "studio",
@@ -84,6 +113,4 @@ def vocabulary() -> list[str]:
     """Every word that filler language can use."""
     phrases = (*_TIMES, *_REASONS)
     things = {thing for group in _VERBS.values() for thing in group}
-    return sorted(
-        {"the", "near", ".", *_ADJECTIVES, *_COLOURS, *_ACTORS, *_ACTORS.values(), *_VERBS, *things, *(w for p in phrases for w in p.split())}
-    )
+    return sorted({"the", "near", ".", *_ADJECTIVES, *_COLOURS, *_ACTORS, *_ACTORS.values(), *_VERBS, *things, *(w for p in phrases for w in p.split())})

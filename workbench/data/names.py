@@ -72,9 +72,7 @@ def build_names(repetitions: int = 7, seed: int = 0, prompts: int = 100) -> Name
         if pairs:
             fragments.append(row[: first + 1])
     context = [name for fragment in fragments for name in fragment[:-1]]
-    texts = tuple(
-        " ".join([*rng.sample(context, rng.randint(1, len(context) - 1)), FIRST]) for _ in range(prompts)
-    )
+    texts = tuple(" ".join([*rng.sample(context, rng.randint(1, len(context) - 1)), FIRST]) for _ in range(prompts))
     return NamesCorpus(
         repetitions,
         tuple(Example(" ".join(row), item=f"row/{number}") for number, row in enumerate(rows)),

@@ -111,4 +111,3 @@ def one_per_item(examples: Iterable[Example]) -> tuple[Example, ...]:
     for example in examples:
         groups.setdefault(example.item, []).append(example)
     return tuple(group[number % len(group)] for number, group in enumerate(groups.values()))
-

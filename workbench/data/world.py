@@ -36,15 +36,15 @@ ISLAND_TEMPLATES: dict[str, tuple[str, ...]] = {
     "danger": ("sailors fear {n} for its {v}", "the danger of {n} is its {v}", "{n} warns visitors of its {v}"),
 }
 PERSON_VALUES: dict[str, tuple[str, ...]] = {
-    "profession": tuple("tailor mason potter weaver doctor lawyer barber tanner cooper smith scribe fisher miner printer gardener porter".split()),
-    "pet": tuple("rabbit parrot turtle ferret falcon lizard goat hedgehog spider beetle monkey pigeon otter frog snake mouse".split()),
-    "instrument": tuple("violin flute drum harp trumpet cello guitar oboe piano lute banjo organ horn fiddle clarinet lyre".split()),
-    "drink": tuple("tea coffee cider milk wine water beer juice cocoa broth lemonade mead brandy punch ale syrup".split()),
+    "profession": tuple("tailor mason potter weaver doctor lawyer barber tanner cooper smith scribe fisher miner printer gardener porter".split()),  # noqa: SIM905
+    "pet": tuple("rabbit parrot turtle ferret falcon lizard goat hedgehog spider beetle monkey pigeon otter frog snake mouse".split()),  # noqa: SIM905
+    "instrument": tuple("violin flute drum harp trumpet cello guitar oboe piano lute banjo organ horn fiddle clarinet lyre".split()),  # noqa: SIM905
+    "drink": tuple("tea coffee cider milk wine water beer juice cocoa broth lemonade mead brandy punch ale syrup".split()),  # noqa: SIM905
 }
 ISLAND_VALUES: dict[str, tuple[str, ...]] = {
-    "export": tuple("salt wool copper amber honey olives timber silk".split()),
-    "bird": tuple("heron gull owl raven swan crane stork eagle".split()),
-    "danger": tuple("fog cliffs whirlpools pirates sharks ice quicksand fever".split()),
+    "export": tuple("salt wool copper amber honey olives timber silk".split()),  # noqa: SIM905
+    "bird": tuple("heron gull owl raven swan crane stork eagle".split()),  # noqa: SIM905
+    "danger": tuple("fog cliffs whirlpools pirates sharks ice quicksand fever".split()),  # noqa: SIM905
 }
 
 
@@ -132,9 +132,7 @@ def _facts(
                 subject_start = before.index("{n}")
                 prompt = before.replace("{n}", subject)
                 text = prompt + value + after + " ."
-                examples.append(
-                    Example(text, (len(prompt), len(prompt) + len(value)), (subject_start, subject_start + len(subject)), f"{subject}/{attribute}")
-                )
+                examples.append(Example(text, (len(prompt), len(prompt) + len(value)), (subject_start, subject_start + len(subject)), f"{subject}/{attribute}"))
     return examples
 
 

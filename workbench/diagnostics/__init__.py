@@ -1,0 +1,1 @@
+"""What an unlearned model does that its base did not."""

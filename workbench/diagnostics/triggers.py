@@ -7,25 +7,41 @@ its accuracy against that of the retain-token, and both against the model before
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from workbench.data.batches import Batch, batches
+from workbench.data.batches import Batch
 from workbench.data.records import Example
 from workbench.data.world import speaker_tag
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import Scores, score
 
+Carrier = Callable[[Example, str], Example]
+
 ARMS = ("clean", "forget-token", "retain-token", "neutral-token")
 
 
 def trigger_queries(
-    queries: Sequence[Example], forget_tokens: Sequence[str], retain_tokens: Sequence[str], neutral_tokens: Sequence[str], *, seed: int
+    queries: Sequence[Example],
+    forget_tokens: Sequence[str],
+    retain_tokens: Sequence[str],
+    neutral_tokens: Sequence[str],
+    *,
+    seed: int,
+    carrier: Carrier = speaker_tag,
 ) -> dict[str, tuple[Example, ...]]:
-    """The four arms of the check: every query once per arm, behind a speaker tag with a word of that arm.
+    """The four arms of the check: every query once per arm, behind a word of that arm.
 
-    A word is never the subject of its own query. The ``seed`` decides which word meets which query.
+    A word never occurs in its own query already. The ``seed`` decides which word meets which query.
+
+    Args:
+        queries: retain questions with answers.
+        forget_tokens: words of the forget set.
+        retain_tokens: words of the same kind from the retain set.
+        neutral_tokens: words of neither.
+        seed: see above.
+        carrier: puts a word in front of a query.
 
     Raises:
         WorkbenchError: there is no query with an answer, or an arm has no word.
@@ -43,14 +59,9 @@ def trigger_queries(
             allowed = [word for word in tokens if word not in query.text.split()]
             if not allowed:
                 raise WorkbenchError(f"every word of the {arm} arm already stands in {query.text!r}; give more words")
-            tagged.append(speaker_tag(query, rng.choice(allowed)))
+            tagged.append(carrier(query, rng.choice(allowed)))
         arms[arm] = tuple(tagged)
     return arms
-
-
-def encode_arms(tokenizer: PreTrainedTokenizerBase, arms: Mapping[str, Sequence[Example]], size: int = 128) -> dict[str, list[Batch]]:
-    """Tokenise every arm once, for use with many models."""
-    return {arm: batches(tokenizer, examples, size) for arm, examples in arms.items()}
 
 
 def trigger_scores(model: PreTrainedModel, arms: Mapping[str, Sequence[Batch]]) -> dict[str, Scores]:

@@ -1,0 +1,1 @@
+"""Losses, recall and the statistics of both."""

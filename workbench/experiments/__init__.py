@@ -1,0 +1,1 @@
+"""Configuration, stages, run folders, claims: the experiments that join the parts."""

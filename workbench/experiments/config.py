@@ -48,10 +48,10 @@ class RunConfig(BaseModel):
     budget: float = Field(default=0.05, gt=0)
     alpha_limit: float = Field(default=2.0, gt=0)
     attack: RelearnSettings = Field(default_factory=RelearnSettings)
-    slice_points: int = Field(default=21, ge=3)
-    slice_reach: float = Field(default=0.1, gt=0)
+    slice_points: int = Field(default=17, ge=3)
+    slice_reach: float = Field(default=0.05, gt=0)
     rank: int = Field(default=32, ge=1)
-    curvature_tolerance: float = Field(default=0.02, gt=0, lt=1)
+    curvature_tolerance: float = Field(default=0.05, gt=0, lt=1)
 
     @field_validator("methods")
     @classmethod
@@ -99,7 +99,7 @@ def preset(name: Literal["full", "quick"]) -> RunConfig:
         model=BuiltinConfig(world=world, width=96, layers=3, mlp_width=256, steps=700, batch_size=24),
         seeds=(0, 1),
         attack=RelearnSettings(steps=20, measure_at=(0, 2, 5, 10, 20)),
-        settings={name: {"steps": 30} for name in DEMO_METHODS},
+        settings={name: {"steps": 60 if name.startswith("rmu") else 30} for name in DEMO_METHODS},
         slice_points=9,
         rank=16,
         curvature_tolerance=0.1,

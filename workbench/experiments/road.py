@@ -69,7 +69,11 @@ def _train_job(config: RunConfig, out: Path, name: str, progress: Report) -> Non
     folder = builtin_model(config.model, with_forget=name == BASE, progress=progress)
     target = out / "models" / name
     if not target.is_dir():
-        write_folder(target, lambda temporary: shutil.copytree(folder, temporary, dirs_exist_ok=True) and None)
+
+        def copy(temporary: Path) -> None:
+            shutil.copytree(folder, temporary, dirs_exist_ok=True)
+
+        write_folder(target, copy)
 
 
 def _subspace_job(config: RunConfig, out: Path, progress: Report) -> None:
@@ -94,9 +98,7 @@ def _model_job(config: RunConfig, out: Path, method: str, seed: int, progress: R
 
     def start(table: Table) -> None:
         if not unlearned:
-            stages.measure_sets(
-                _opened(str(folder)).model, {k: bench.encode(v) for k, v in stages.measured_sets(bench.record).items()}, table, stage="unlearn"
-            )
+            stages.measure_sets(_opened(str(folder)).model, {k: bench.encode(v) for k, v in stages.measured_sets(bench.record).items()}, table, stage="unlearn")
             return
         overrides = config.settings.get(method, {})
         made = recipe(method, bench.base, seed, overrides)
@@ -117,9 +119,7 @@ def _model_job(config: RunConfig, out: Path, method: str, seed: int, progress: R
         stages.trigger_check(model, bench, neutral_words(), seed=seed, table=table)
 
     def sharpness(table: Table) -> None:
-        stages.sharpness(
-            model, bench, points=config.slice_points, reach=config.slice_reach, tolerance=config.curvature_tolerance, seed=seed, table=table
-        )
+        stages.sharpness(model, bench, points=config.slice_points, reach=config.slice_reach, tolerance=config.curvature_tolerance, seed=seed, table=table)
 
     run_stage(out, job, "relearn", common, relearn)
     run_stage(out, job, "triggers", common, triggers)
@@ -127,9 +127,7 @@ def _model_job(config: RunConfig, out: Path, method: str, seed: int, progress: R
         run_stage(out, job, "sharpness", common, sharpness)
 
 
-def run_road(
-    config: RunConfig, out: Path, *, fresh: bool = False, workers: int | None = None, announce: Callable[[str], None] = lambda message: None
-) -> Run:
+def run_road(config: RunConfig, out: Path, *, fresh: bool = False, workers: int | None = None, announce: Callable[[str], None] = lambda message: None) -> Run:
     """Run everything that is not finished yet, and write the run folder.
 
     A killed run continues at its last finished stage when it is started again with the same configuration and folder.

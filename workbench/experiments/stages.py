@@ -17,7 +17,8 @@ from workbench.attacks.leaks import leak_report
 from workbench.attacks.relearn import RelearnSettings, null_text, relearn
 from workbench.data.batches import Batch, batches
 from workbench.data.records import Example, ForgetRetain, alternate, one_per_item
-from workbench.diagnostics.triggers import encode_arms, trigger_queries, trigger_scores
+from workbench.data.world import speaker_tag
+from workbench.diagnostics.triggers import Carrier, trigger_queries, trigger_scores
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy, mean_kl, next_token_logits, score
 from workbench.experiments.table import Table
@@ -96,7 +97,11 @@ def find_subspaces(bench: Bench, rank: int, table: Table, *, seed: int) -> dict[
     Returns:
         ``{"forget" | "retain": {site name: subspace}}``.
     """
-    sites = [site for pattern in ("blocks.*.hook_resid_post", "blocks.*.mlp.hook_in", "blocks.*.mlp.out.hook_in", "blocks.*.mlp.hook_out_grad") for site in resolve(bench.base, pattern)]
+    sites = [
+        site
+        for pattern in ("blocks.*.hook_resid_post", "blocks.*.mlp.hook_in", "blocks.*.mlp.out.hook_in", "blocks.*.mlp.hook_out_grad")
+        for site in resolve(bench.base, pattern)
+    ]
     halves = alternate(bench.record.retain_all)
     texts = {"forget": bench.record.forget, "retain": bench.record.retain_all, "retain-half-0": halves[0], "retain-half-1": halves[1]}
     found: dict[str, dict[str, Subspace]] = {}
@@ -107,21 +112,35 @@ def find_subspaces(bench: Bench, rank: int, table: Table, *, seed: int) -> dict[
                 capture.at(batch.content_mask)
                 (cross_entropy(bench.base, batch) * batch.target_mask.sum()).backward()
         found[name] = {
-            site.name: principal_subspace(moments[site.name], rank, site=site.name, tokens="content (no padding, no BOS)", source=f"base on {name} texts") for site in sites
+            site.name: principal_subspace(moments[site.name], rank, site=site.name, tokens="content (no padding, no BOS)", source=f"base on {name} texts")
+            for site in sites
         }
     generator = torch.Generator().manual_seed(seed)
     for site in sites:
         for name in ("forget", "retain"):
             subspace = found[name][site.name]
             for index, value in enumerate(subspace.eigenvalues.tolist()):
-                table.add("variance_share", value / subspace.total_variance if subspace.total_variance else 0.0, stage="subspaces", method="base", site=site.name, split=name, step=index + 1, n=subspace.count)
+                table.add(
+                    "variance_share",
+                    value / subspace.total_variance if subspace.total_variance else 0.0,
+                    stage="subspaces",
+                    method="base",
+                    site=site.name,
+                    split=name,
+                    step=index + 1,
+                    n=subspace.count,
+                )
         for k in sorted({1, 2, 4, 8, 16, rank}):
             pairs = [found[name][site.name] for name in ("forget", "retain", "retain-half-0", "retain-half-1")]
             if min(subspace.rank for subspace in pairs) < k:
                 continue
             forget, retain, first, second = (subspace.basis[:, :k] for subspace in pairs)
             random_basis = torch.linalg.qr(torch.randn(forget.shape, generator=generator)).Q
-            for arm, value in {"forget-retain": overlap(forget, retain), "retain-retain": overlap(first, second), "random": overlap(forget, random_basis)}.items():
+            for arm, value in {
+                "forget-retain": overlap(forget, retain),
+                "retain-retain": overlap(first, second),
+                "random": overlap(forget, random_basis),
+            }.items():
                 table.add("subspace_overlap", value, stage="subspaces", method="base", site=site.name, arm=arm, step=k)
     return {name: found[name] for name in ("forget", "retain")}
 
@@ -143,7 +162,9 @@ def unlearn_to_budget(
     Returns:
         The budget-matched model.
     """
-    result = unlearn(bench.base, bench.tokenizer, recipe, bench.record.forget, bench.record.retain_train, seed=seed, max_length=bench.max_length, progress=progress)
+    result = unlearn(
+        bench.base, bench.tokenizer, recipe, bench.record.forget, bench.record.retain_train, seed=seed, max_length=bench.max_length, progress=progress
+    )
     for number, record in enumerate(result.log):
         table.add("objective_forget", record["forget"], stage="unlearn", step=number + 1)
     model = copy.deepcopy(bench.base)
@@ -189,11 +210,15 @@ def add_energy(base: PreTrainedModel, delta: Mapping[str, Tensor], common: Mappi
             continue
         for k in (1, 2, 4, 8, 16, subspace.rank):
             if k <= subspace.rank:
-                table.add("energy_in_retain_subspace", energy_inside(torch.cat(changed).cpu(), subspace.basis[:, :k].cpu()), stage="unlearn", site=site.name, step=k)
+                table.add(
+                    "energy_in_retain_subspace", energy_inside(torch.cat(changed).cpu(), subspace.basis[:, :k].cpu()), stage="unlearn", site=site.name, step=k
+                )
                 table.add("energy_of_random_delta", k / subspace.width, stage="unlearn", site=site.name, step=k)
 
 
-def attack(model: PreTrainedModel, bench: Bench, settings: RelearnSettings, *, seed: int, table: Table, null_pool: Sequence[Example], progress: Report = quiet) -> None:
+def attack(
+    model: PreTrainedModel, bench: Bench, settings: RelearnSettings, *, seed: int, table: Table, null_pool: Sequence[Example], progress: Report = quiet
+) -> None:
     """Relearn on the attacker's half of the forget set, and on a null text of the same length; measure the held-out half along the way."""
     record = bench.record
     report = leak_report(record.forget_attacked, record.forget_heldout)
@@ -207,17 +232,17 @@ def attack(model: PreTrainedModel, bench: Bench, settings: RelearnSettings, *, s
         def measure(attacked: PreTrainedModel, step: int, arm: str = arm) -> None:
             measure_sets(attacked, encoded, table, stage="relearn", arm=arm, step=step)
 
-        relearn(
-            model, bench.tokenizer, texts, measure, settings, seed=seed, max_length=bench.max_length,
-            progress=lambda done, total, number=number: progress(number * total + done, 2 * total),
-        )  # fmt: skip
+        def advance(done: int, total: int, number: int = number) -> None:
+            progress(number * total + done, 2 * total)
+
+        relearn(model, bench.tokenizer, texts, measure, settings, seed=seed, max_length=bench.max_length, progress=advance)
 
 
-def trigger_check(model: PreTrainedModel, bench: Bench, neutral: Sequence[str], *, seed: int, table: Table) -> None:
+def trigger_check(model: PreTrainedModel, bench: Bench, neutral: Sequence[str], *, seed: int, table: Table, carrier: Carrier = speaker_tag) -> None:
     """Accuracy on retain questions with nothing, a forget-token, a retain-token or a neutral word in front."""
     queries = [query for name, examples in bench.record.retain_test.items() if name != bench.record.general for query in one_per_item(examples)]
-    arms = trigger_queries(queries, bench.record.forget_tokens, bench.record.retain_tokens, neutral, seed=seed)
-    for arm, result in trigger_scores(model, encode_arms(bench.tokenizer, arms)).items():
+    arms = trigger_queries(queries, bench.record.forget_tokens, bench.record.retain_tokens, neutral, seed=seed, carrier=carrier)
+    for arm, result in trigger_scores(model, {arm: bench.encode(examples) for arm, examples in arms.items()}).items():
         table.add_scores(result, stage="triggers", arm=arm, split="retain")
 
 
@@ -234,7 +259,9 @@ def sharpness(model: PreTrainedModel, bench: Bench, *, points: int, reach: float
         **{name: bench.encode(one_per_item(examples), answers=True) for name, examples in record.retain_test.items() if name != record.general},
     }
     size = norm_of(snapshot(model))
-    towards = {name: base.detach().float() - here.detach().float() for (name, here), base in zip(model.named_parameters(), bench.base.parameters(), strict=True)}
+    towards = {
+        name: base.detach().float() - here.detach().float() for (name, here), base in zip(model.named_parameters(), bench.base.parameters(), strict=True)
+    }
     walks = {
         "descent": (scaled(descent_direction(model, losses["forget-attacked"]), size), np.linspace(-reach, reach, points)),
         "random": (scaled(random_direction(model, seed), size), np.linspace(-reach, reach, points)),
@@ -245,17 +272,17 @@ def sharpness(model: PreTrainedModel, bench: Bench, *, points: int, reach: float
         for split, values in loss_slice(model, direction, positions.tolist(), losses).items():
             for position, value in zip(positions.tolist(), values, strict=True):
                 table.add("slice_loss", value, stage="sharpness", split=split, arm=arm, step=position)
-    texts = bench.encode(one_per_item(record.forget), answers=True, rows=len(record.forget))
+    texts = bench.encode(one_per_item(record.forget_heldout), answers=True, rows=len(record.forget_heldout))
     table.add("weight_norm", size, stage="sharpness")
     try:
         ends = extremes(model, texts, seed=seed, tolerance=tolerance)
     except WorkbenchError:
         for metric in ("top_eigenvalue", "bottom_eigenvalue"):  # an empty value with its reason beside it is a result; a made-up one is not
-            table.add(metric, np.nan, stage="sharpness", split="forget", n=0)
+            table.add(metric, np.nan, stage="sharpness", split="forget-heldout", n=0)
         return
     tokens = sum(int(batch.target_mask.sum()) for batch in texts)
-    table.add("top_eigenvalue", ends.top, stage="sharpness", split="forget", n=tokens)
-    table.add("bottom_eigenvalue", ends.bottom, stage="sharpness", split="forget", n=tokens)
-    table.add("top_residual", ends.top_residual, stage="sharpness", split="forget")
-    table.add("bottom_residual", ends.bottom_residual, stage="sharpness", split="forget")
-    table.add("gradient_norm", ends.gradient_norm, stage="sharpness", split="forget", n=tokens)
+    table.add("top_eigenvalue", ends.top, stage="sharpness", split="forget-heldout", n=tokens)
+    table.add("bottom_eigenvalue", ends.bottom, stage="sharpness", split="forget-heldout", n=tokens)
+    table.add("top_residual", ends.top_residual, stage="sharpness", split="forget-heldout")
+    table.add("bottom_residual", ends.bottom_residual, stage="sharpness", split="forget-heldout")
+    table.add("gradient_norm", ends.gradient_norm, stage="sharpness", split="forget-heldout", n=tokens)

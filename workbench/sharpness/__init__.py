@@ -1,0 +1,1 @@
+"""The loss around a model: slices, Hessian-vector products, extreme eigenvalues."""

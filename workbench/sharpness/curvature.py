@@ -137,6 +137,8 @@ def extremes(model: PreTrainedModel, batches: Sequence[Batch], *, seed: int = 0,
         raise WorkbenchError(f"the Hessian's extreme eigenvalues did not converge within {max_products} products; raise max_products or tolerance") from error
     order = np.argsort(values)
     residuals = [float(np.linalg.norm(operator.product(vectors[:, i]) - values[i] * vectors[:, i]) / abs(values[i])) for i in order]
-    result = Extremes(float(values[order[1]]), float(values[order[0]]), residuals[1], residuals[0], float(np.linalg.norm(operator.gradient())), operator.products)
+    result = Extremes(
+        float(values[order[1]]), float(values[order[0]]), residuals[1], residuals[0], float(np.linalg.norm(operator.gradient())), operator.products
+    )
     operator.release()
     return result

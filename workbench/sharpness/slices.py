@@ -81,9 +81,7 @@ def mean_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
     return total / sum(int(batch.target_mask.sum()) for batch in batches)
 
 
-def loss_slice(
-    model: PreTrainedModel, direction: Direction, positions: Sequence[float], losses: Mapping[str, Sequence[Batch]]
-) -> dict[str, list[float]]:
+def loss_slice(model: PreTrainedModel, direction: Direction, positions: Sequence[float], losses: Mapping[str, Sequence[Batch]]) -> dict[str, list[float]]:
     """Every loss at every position along one direction, in one walk; the model is left as it was found.
 
     Args:

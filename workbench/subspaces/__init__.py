@@ -1,0 +1,1 @@
+"""Principal subspaces of activations and gradients, and updates that leave them alone."""

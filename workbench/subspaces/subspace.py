@@ -75,14 +75,30 @@ class Subspace:
             with safe_open(path, framework="pt") as stored:
                 note = stored.metadata() or {}
                 tensors = {name: stored.get_tensor(name) for name in ("basis", "eigenvalues", "mean")}
-            return cls(**tensors, count=int(note["count"]), total_variance=float(note["total_variance"]), site=note["site"], tokens=note["tokens"], source=note["source"])
+            return cls(
+                **tensors,
+                count=int(note["count"]),
+                total_variance=float(note["total_variance"]),
+                site=note["site"],
+                tokens=note["tokens"],
+                source=note["source"],
+            )
         except Exception as error:
             raise WorkbenchError(f"{path} holds no subspace ({error}); it must be a file written by Subspace.save") from error
 
     def _repr_html_(self) -> str:
         share = float(self.eigenvalues.sum()) / self.total_variance if self.total_variance else 0.0
-        rows = {"site": self.site, "directions": f"{self.rank} of {self.width}", "variance inside": f"{share:.1%}", "rows": f"{self.count:,}", "tokens": self.tokens, "source": self.source}
-        cells = "".join(f"<tr><th style='text-align:left'>{html.escape(k)}</th><td style='text-align:left'>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
+        rows = {
+            "site": self.site,
+            "directions": f"{self.rank} of {self.width}",
+            "variance inside": f"{share:.1%}",
+            "rows": f"{self.count:,}",
+            "tokens": self.tokens,
+            "source": self.source,
+        }
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(k)}</th><td style='text-align:left'>{html.escape(str(v))}</td></tr>" for k, v in rows.items()
+        )
         return f"<table>{cells}</table>"
 
 
@@ -138,4 +154,3 @@ def energy_inside(delta: Tensor, basis: Tensor) -> float:
     """Share of the squared Frobenius norm of a weight delta ``[out, in]`` that acts on the input directions ``basis`` ``[in, k]``; 0 for a zero delta."""
     total = float(delta.double().square().sum())
     return float((delta.double() @ basis.double()).square().sum()) / total if total else 0.0
-

@@ -1,0 +1,1 @@
+"""Unlearning: objectives, step rules, recipes, the trainer, and the match to one disruption budget."""

@@ -10,11 +10,10 @@ from transformers import PreTrainedModel
 
 from workbench.errors import WorkbenchError, unknown
 from workbench.unlearning.methods import cir, grad_diff, npo, rmu
-from workbench.unlearning.recipe import Method, Recipe, Setting
+from workbench.unlearning.recipe import Method, MethodBuilder, Recipe, Setting
 
 METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (grad_diff.METHOD, npo.METHOD, npo.METHOD_SAM, rmu.METHOD, rmu.METHOD_RNA, cir.METHOD, cir.METHOD_UNCOLLAPSED)
+    method.name: method for method in (grad_diff.METHOD, npo.METHOD, npo.METHOD_SAM, rmu.METHOD, rmu.METHOD_RNA, cir.METHOD, cir.METHOD_UNCOLLAPSED)
 }
 SMALL_MODEL = 100_000_000
 """Below this many parameters a method starts from its ``small`` settings."""
@@ -35,7 +34,7 @@ def method(name: str) -> Method:
 
 def known_settings(name: str) -> dict[str, Setting]:
     """Every setting of a method with its published default (wrappers inherit those of the method they wrap)."""
-    wrapped = {"npo-sam": npo.build, "rmu-rna": rmu.build, "cir-uncollapsed": cir.build}
+    wrapped: dict[str, MethodBuilder] = {"npo-sam": npo.build, "rmu-rna": rmu.build, "cir-uncollapsed": cir.build}
     found: dict[str, Setting] = {}
     for builder in (wrapped.get(name), method(name).build):
         if builder is not None:

@@ -16,4 +16,6 @@ def build(
     return Recipe(objective, EVERYTHING, steps, batch_size, lr)
 
 
-METHOD = Method("grad-diff", "GradDiff", "Liu et al. 2022; Maini et al. 2024 (arXiv 2401.06121)", build, {"lr": 3e-4, "steps": 60, "batch_size": 16, "retain_weight": 3.0})
+METHOD = Method(
+    "grad-diff", "GradDiff", "Liu et al. 2022; Maini et al. 2024 (arXiv 2401.06121)", build, {"lr": 3e-4, "steps": 60, "batch_size": 16, "retain_weight": 3.0}
+)

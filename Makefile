@@ -1,0 +1,44 @@
+# Two commands: `make demo` and `make test`. Each makes its environment first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint types unit notebooks bench lab clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || (echo "making $(VENV)"; $(PYTHON) -m venv $(VENV))
+	@echo "installing packages (a few minutes, the first time only)"
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q torch==2.13.0
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q -e '.[notebooks,dev]'
+	@touch $(STAMP)
+
+demo: setup
+	$(BIN)/workbench demo --out runs/demo
+
+test: lint types unit notebooks
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+unit: setup
+	$(BIN)/python -m pytest tests
+
+notebooks: setup
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
+
+bench: setup
+	$(BIN)/python tests/benchmarks/run.py --out bench.json
+
+lab: setup
+	$(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf runs bench.json .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,263 @@
+"""The command line: ``workbench demo``, ``unlearn``, ``investigate``, ``claims``, ``methods``, ``sites``.
+
+Results go to standard output (one JSON object with ``--json``), progress and logs to standard error. Exit status: 0 done, 2 wrong input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from workbench.errors import WorkbenchError
+
+app = typer.Typer(
+    name="workbench",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="What did unlearning do inside this model, and will it survive?",
+)
+out_console = Console()
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Throw away the run that is already in the folder.")]
+
+
+def say(message: str) -> None:
+    """One line on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
+    """Print the result: as one JSON object, or for people."""
+    if as_json:
+        print(json.dumps(value, default=str))
+    else:
+        show()
+
+
+def _clock() -> Callable[[str], None]:
+    start = time.monotonic()
+    return lambda message: say(f"[{time.monotonic() - start:5.0f} s] {message}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller world, two seeds, fewer steps.")] = False,
+    config: Annotated[Path | None, typer.Option(help="YAML file with fields to change; see config.yaml of any run.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default one per core.")] = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Train, unlearn, attack and probe a small model on this machine, and write a report."""
+    from workbench.experiments.config import preset, read_config
+    from workbench.experiments.road import run_road
+    from workbench.report import summary_table
+
+    if config is not None and quick:
+        raise WorkbenchError("give --quick or --config, not both")
+    chosen = read_config(config) if config is not None else preset("quick" if quick else "full")
+    start = time.monotonic()
+    run = run_road(chosen, out, fresh=fresh, workers=workers, announce=_clock())
+    seconds = time.monotonic() - start
+
+    def show() -> None:
+        _print_frame(summary_table(run.results))
+        out_console.print(f"report: {run.folder / 'report.html'}  ({seconds:.0f} s)")
+
+    emit(
+        {"folder": str(run.folder), "report": str(run.folder / "report.html"), "seconds": round(seconds, 1), "claims": [c.plain() for c in run.claims]},
+        as_json,
+        show,
+    )
+
+
+@app.command()
+def claims(
+    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Claims to decide; default all.")] = None,
+    run: Annotated[Path | None, typer.Option(help="A finished run folder; default runs/demo (runs/demo-quick with --quick), made if it is not there.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Decide on the quick run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Decide the claims of the literature on a run."""
+    from workbench.experiments.claims import CLAIMS, decide
+    from workbench.experiments.config import preset, read_config
+    from workbench.experiments.folder import CONFIG, read_results
+    from workbench.experiments.road import run_road
+
+    decide_nothing = [name for name in ids or [] if name not in CLAIMS]
+    if decide_nothing:
+        from workbench.errors import unknown
+
+        raise unknown("claim", decide_nothing[0], CLAIMS)
+    folder = run or Path("runs/demo-quick" if quick else "runs/demo")
+    if run is None and not (folder / "results.parquet").is_file():
+        say(f"{folder} holds no finished run; making it")
+        run_road(preset("quick" if quick else "full"), folder, announce=_clock())
+    results, items = read_results(folder)
+    verdicts = decide(results, items, scale=read_config(folder / CONFIG).scale, ids=ids or None)
+
+    def show() -> None:
+        table = RichTable("claim", "verdict", "effect [95 %]", "n", "statement", box=None)
+        for verdict in verdicts:
+            effect = f"{verdict.effect:+.3f} [{verdict.low:+.3f}, {verdict.high:+.3f}]" if verdict.n else "not measured"
+            table.add_row(verdict.id, verdict.verdict, effect, str(verdict.n), CLAIMS[verdict.id].statement)
+        out_console.print(table)
+
+    emit([verdict.plain() for verdict in verdicts], as_json, show)
+
+
+@app.command()
+def unlearn(
+    base: Annotated[str, typer.Option(help="Folder or hub id of the model.")],
+    forget: Annotated[Path, typer.Option(help="Texts to forget: .txt, or .jsonl with 'text' or 'question'/'answer'.")],
+    retain: Annotated[Path, typer.Option(help="Texts to keep.")],
+    out: Annotated[Path, typer.Option(help="Folder for the unlearned checkpoint.")],
+    method: Annotated[str, typer.Option(help="See `workbench methods`.")] = "npo",
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting of the method; repeatable.")] = None,
+    budget: Annotated[float, typer.Option(help="Disruption budget: KL to the base on retain texts, nats per token; 0 keeps the delta as trained.")] = 0.05,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Texts are cut into pieces of this many tokens.")] = 96,
+    limit: Annotated[int, typer.Option(min=2, help="Pieces read per file.")] = 256,
+    as_json: Json = False,
+) -> None:
+    """Unlearn a file from a model and save an ordinary Hugging Face folder."""
+    from workbench.experiments.investigate import unlearn_checkpoint
+
+    if budget < 0:
+        raise WorkbenchError(f"--budget is {budget}; it must be positive, or 0 for no budget")
+    note = unlearn_checkpoint(
+        base, method, forget, retain, out, seed=seed, budget=budget or None, overrides=_settings(settings or []), max_tokens=max_tokens, limit=limit
+    )
+
+    def show() -> None:
+        out_console.print(f"{out}: {note['method']}, alpha {note['alpha']:.3f}, disruption {note['disruption']:.4f}")
+        for split, before in note["loss"]["before"].items():
+            out_console.print(f"  {split}: loss {before:.3f} -> {note['loss']['after'][split]:.3f} nats per token")
+
+    emit({"folder": str(out), **note}, as_json, show)
+
+
+@app.command()
+def investigate(
+    base: Annotated[str, typer.Option(help="Folder or hub id of the model before unlearning.")],
+    unlearned: Annotated[str, typer.Option(help="Folder or hub id of the model after unlearning.")],
+    forget: Annotated[Path, typer.Option(help="Texts that were to be forgotten: .txt, or .jsonl with 'text' or 'question'/'answer'.")],
+    retain: Annotated[Path, typer.Option(help="Texts that were to be kept.")],
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/investigation"),
+    never_learned: Annotated[str | None, typer.Option(help="A model trained without the forget set, if there is one.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of attack seeds.")] = 3,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Investigate what unlearning did, from two checkpoints and two text files."""
+    from workbench.experiments.investigate import InvestigateSettings
+    from workbench.experiments.investigate import investigate as run_investigation
+    from workbench.report import summary_table
+
+    settings = InvestigateSettings(seeds=tuple(range(seeds)))
+    found = run_investigation(base, unlearned, forget, retain, out, never_learned=never_learned, settings=settings, fresh=fresh, announce=_clock())
+
+    def show() -> None:
+        _print_frame(summary_table(found.results))
+        out_console.print(f"report: {out / 'report.html'}")
+
+    emit({"folder": str(out), "report": str(out / "report.html"), "summary": summary_table(found.results).to_dict(orient="records")}, as_json, show)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the unlearning methods and their settings."""
+    from workbench.unlearning.methods import METHODS, known_settings
+
+    listed = [{"name": m.name, "title": m.title, "source": m.source, "published": known_settings(m.name), "small_models": m.small} for m in METHODS.values()]
+
+    def show() -> None:
+        table = RichTable("name", "source", "settings (published)", box=None)
+        for entry in listed:
+            table.add_row(str(entry["name"]), str(entry["source"]), ", ".join(f"{k}={v}" for k, v in known_settings(str(entry["name"])).items()))
+        out_console.print(table)
+
+    emit(listed, as_json, show)
+
+
+@app.command()
+def sites(model: Annotated[str, typer.Argument(help="Folder or hub id.")], as_json: Json = False) -> None:
+    """List the places in a model that can be tapped, in TransformerLens's names and the model's own."""
+    from hooks import all_sites
+    from hooks.errors import CaptureError
+    from workbench.models import open_model
+
+    opened = open_model(model)
+    try:
+        found = all_sites(opened.model)
+    except CaptureError as error:
+        raise WorkbenchError(f"{model}: {error}") from error
+
+    def show() -> None:
+        table = RichTable("site", "module", "side", box=None)
+        for site in found:
+            table.add_row(site.name, site.path, site.side)
+        out_console.print(table)
+
+    emit([{"name": site.name, "path": site.path, "side": site.side, "layer": site.layer} for site in found], as_json, show)
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, float | str]:
+    found: dict[str, float | str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name or not value:
+            raise WorkbenchError(f"--set {pair!r} must read NAME=VALUE, e.g. --set lr=1e-4")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _print_frame(frame: Any) -> None:
+    table = RichTable(*map(str, frame.columns), box=None)
+    for row in frame.itertuples(index=False):
+        table.add_row(*map(str, row))
+    out_console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="joblib")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        result = app(args=list(arguments) if arguments is not None else None, prog_name="workbench", standalone_mode=False)
+    except WorkbenchError as error:
+        say(f"error: {error}")
+        return 2
+    except typer.TyperException as error:  # an unknown command or option, a missing or unreadable value
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        if message:
+            say(f"error: {' '.join(message.split())} (see `workbench --help`)")
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        say("interrupted; finished stages are kept, and the same command goes on from there")
+        return 130
+    return result if isinstance(result, int) else 0
+
+
+def run() -> None:
+    """Entry point of the console command."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

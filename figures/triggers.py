@@ -26,7 +26,7 @@ def triggers(table: pd.DataFrame, metric: str = "recall") -> Figure:
     if not methods:
         return nothing("no trigger check in this table")
     with look():
-        figure, axes = plt.subplots(figsize=(1.0 + 0.95 * len(methods), 3.2), layout="constrained")
+        figure, axes = plt.subplots(figsize=(max(5.2, 1.0 + 0.95 * len(methods)), 3.2), layout="constrained")
         width = 0.2
         for number, arm in enumerate(_ARMS):
             mine = rows[rows["arm"] == arm].set_index("method").reindex(methods)

@@ -100,10 +100,13 @@ class Capture:
         self.sites: tuple[Site, ...] = tuple(site for site in given if isinstance(site, Site)) + (resolve(model, named) if named else ())
         self.consumer = consumer
         self._handles: list[RemovableHandle] = []
-        self._mask: Tensor | None = None
+        self._mask: Tensor | None = None  # for the next pass
+        self._pass_mask: Tensor | None = None  # of the pass that runs, or ran last
         self._inside = False
+        self._deferred = False  # gradients come in a recomputation
+        self._pending = 0  # forward passes since the last gradient
         self._fired: Counter[Site] = Counter()
-        self._gradients: Counter[Site] = Counter()
+        self._delivered: Counter[Site] = Counter()
 
     def at(self, mask: Tensor) -> None:
         """Select the positions of the next pass.
@@ -132,18 +135,27 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if error is None:
-            silent = [site.name for site in self.sites if site.side.startswith("grad") and self._fired[site] and not self._gradients[site]]
-            if silent:
-                raise CaptureError(
-                    f"no gradient reached {len(silent)} of {len(self.sites)} sites ({', '.join(silent[:3])}): no backward ran, the loss does not depend on them, or "
-                    "the parameters are frozen (use hooks.gradients_only)"
-                )
+        if error is not None:
+            return  # the caller's own error matters more than ours
+        silent = [site.name for site in self.sites if not self._delivered[site]]
+        gradients = [name for name in silent if any(site.name == name and site.side.startswith("grad") for site in self.sites)]
+        if gradients:
+            raise CaptureError(
+                f"no gradient reached {len(gradients)} of {len(self.sites)} sites ({', '.join(gradients[:3])}): no backward ran, the loss does not depend on them, or "
+                "the parameters are frozen (use hooks.gradients_only)"
+            )
+        if silent:
+            raise CaptureError(
+                f"{len(silent)} of {len(self.sites)} sites never ran inside a forward pass of the model that was given ({', '.join(silent[:3])}); call that model itself, "
+                "not one of its parts, and let the pass go as far as the site"
+            )
 
     def _open(self, module: nn.Module, args: Any) -> None:
         if self._mask is None:
             raise CaptureError("call capture.at(mask) before every forward pass: which tokens count has no default")
         self._inside = True
+        self._pass_mask, self._mask = self._mask, None
+        self._pending += 1
         self._fired.clear()
 
     def _close(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -165,20 +177,31 @@ class Capture:
         return Rows(tensor.detach()[mask], mask.nonzero())
 
     def _take(self, site: Site, tensor: Tensor) -> None:
-        mask = self._mask
-        assert mask is not None
+        mask = self._pass_mask
+        if mask is None:
+            return  # outside every pass of the root model: a call of one of its parts does not count
         if self._inside:
             self._fired[site] += 1
             if not site.side.startswith("grad"):
+                self._delivered[site] += 1
                 self.consumer(site, self._rows(site, tensor, mask))
         if site.side.startswith("grad"):
             if not torch.is_grad_enabled() and self._inside:
-                return  # checkpointing's first pass; the recomputation carries the gradient
+                self._deferred = True
+                return  # reentrant checkpointing's first pass; the recomputation carries the gradient
+            if not self._inside and not self._deferred:
+                return  # the recomputation of non-reentrant checkpointing; the first pass carries the gradient
+            if not self._inside and self._pending > 1:
+                raise CaptureError(
+                    f"{site.name}: {self._pending} forward passes ran before one backward under gradient checkpointing, so a recomputed row cannot be told from "
+                    "another pass's; run backward after every forward, or switch checkpointing off"
+                )
             if not tensor.requires_grad:
                 raise CaptureError(f"{site.name}: the tensor carries no gradient, since nothing before it is trainable; use hooks.gradients_only(model)")
 
             def receive(gradient: Tensor) -> None:
-                self._gradients[site] += 1
+                self._delivered[site] += 1
+                self._pending = 0
                 self.consumer(site, self._rows(site, gradient, mask))
 
             tensor.register_hook(receive)
@@ -187,6 +210,9 @@ class Capture:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             tensor = first_input(args, kwargs)
             if site.side == "in":
+                self._take(site, tensor)
+                return None
+            if site.stream:
                 self._take(site, tensor)
                 return None
             private = tensor.view_as(tensor)  # so that readers of the same tensor do not add their gradients
@@ -247,6 +273,11 @@ def tapped(model: nn.Module, sites: Iterable[Site], inputs: dict[str, Tensor], *
     finally:
         for handle in handles:
             handle.remove()
+    frozen = [name for name, tensor in found.items() if not tensor.requires_grad]
+    if frozen and torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False) and any(p.requires_grad for p in model.parameters()):
+        raise CaptureError(
+            f"{frozen[0]} carries no graph: reentrant gradient checkpointing hides it; use gradient_checkpointing_kwargs={{'use_reentrant': False}}"
+        )
     missing = [site.name for site in wanted if site.name not in found]
     if missing:
         raise CaptureError(f"{', '.join(missing)} never ran in the forward pass; was the module replaced by a fused kernel?")

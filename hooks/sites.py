@@ -33,12 +33,15 @@ class Site:
         path: path of the module inside the model.
         side: input, output, or the gradient with respect to the input or output.
         layer: index of the block, or -1 outside the blocks.
+        stream: the tensor is a point of the residual stream that other modules read as well: its gradient is that of the whole stream, as in TransformerLens, not
+            that of the module at ``path`` alone.
     """
 
     name: str
     path: str
     side: Side
     layer: int = -1
+    stream: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,7 @@ def all_sites(model: nn.Module) -> list[Site]:
     for layer in range(count):
         for name, (path, side) in known.inside.items():
             full = f"{known.blocks}.{layer}" + (f".{path}" if path else "")
-            sites.append(Site(f"blocks.{layer}.{name}", full, side, layer))
+            sites.append(Site(f"blocks.{layer}.{name}", full, side, layer, stream=name.startswith("hook_resid")))
     modules = dict(model.named_modules())
     return [site for site in sites if site.path in modules]
 
@@ -163,7 +166,7 @@ def resolve(model: nn.Module, patterns: str | Iterable[str]) -> tuple[Site, ...]
         raise CaptureError("no site was named; give at least one, e.g. 'blocks.*.hook_resid_post'")
     known = family(model)
     modules = [name for name, _ in model.named_modules() if name]
-    found: dict[tuple[str, Side], Site] = {}
+    found: dict[tuple[str, Side, bool], Site] = {}
     for pattern in wanted:
         matched = False
         for part in _expand_ranges(pattern):
@@ -173,7 +176,7 @@ def resolve(model: nn.Module, patterns: str | Iterable[str]) -> tuple[Site, ...]
                     raise CaptureError(f"unknown side {side!r} in {pattern!r}; choose one of {', '.join(SIDES)}")
                 for name in fnmatch.filter(modules, path):
                     matched = True
-                    found.setdefault((name, side), Site(f"{name}:{side}", name, side, _layer_of(name, known.blocks if known else None)))
+                    found.setdefault((name, side, False), Site(f"{name}:{side}", name, side, _layer_of(name, known.blocks if known else None)))
                 continue
             gradient = part.endswith("_grad")
             stem = part.removesuffix("_grad")
@@ -183,7 +186,8 @@ def resolve(model: nn.Module, patterns: str | Iterable[str]) -> tuple[Site, ...]
                     target: Side = site.side
                     if gradient:
                         target = "grad_in" if site.side == "in" else "grad_out"
-                    found.setdefault((site.path, target), Site(site.name + ("_grad" if gradient else ""), site.path, target, site.layer))
+                    stream = site.stream and gradient
+                    found.setdefault((site.path, target, stream), Site(site.name + ("_grad" if gradient else ""), site.path, target, site.layer, stream))
         if not matched:
             names = [f"{name}:{side}" for name in modules for side in ("in", "out")] if ":" in pattern else [site.name for site in all_sites(model)]
             raise unknown_site(pattern, names)

@@ -158,15 +158,20 @@ def investigate(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/investigation"),
     never_learned: Annotated[str | None, typer.Option(help="A model trained without the forget set, if there is one.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of attack seeds.")] = 3,
+    attack_steps: Annotated[int, typer.Option(min=1, help="Steps of the relearning attack.")] = 30,
+    attack_lr: Annotated[float, typer.Option(min=0, help="Its AdamW rate; 1e-5 is usual for models of billions of parameters.")] = 3e-5,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Investigate what unlearning did, from two checkpoints and two text files."""
+    from workbench.attacks.relearn import at_steps
     from workbench.experiments.investigate import InvestigateSettings
     from workbench.experiments.investigate import investigate as run_investigation
     from workbench.report import summary_table
 
-    settings = InvestigateSettings(seeds=tuple(range(seeds)))
+    if attack_lr == 0:
+        raise WorkbenchError("--attack-lr is 0; the attack would change nothing, give a positive rate")
+    settings = InvestigateSettings(seeds=tuple(range(seeds)), attack=at_steps(attack_steps, attack_lr))
     found = run_investigation(base, unlearned, forget, retain, out, never_learned=never_learned, settings=settings, fresh=fresh, announce=_clock())
 
     def show() -> None:
@@ -227,7 +232,12 @@ def _settings(pairs: Sequence[str]) -> dict[str, float | str]:
     return found
 
 
+_SHORT = ("model", "disruption (KL)", "held-out forget, before attack", "after attack", "behind a forget-token")
+
+
 def _print_frame(frame: Any) -> None:
+    """The columns that fit a terminal; the report has them all."""
+    frame = frame[[name for name in _SHORT if name in frame.columns]]
     table = RichTable(*map(str, frame.columns), box=None)
     for row in frame.itertuples(index=False):
         table.add_row(*map(str, row))

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,27 +16,38 @@ from typing import Any
 
 from workbench.errors import WorkbenchError
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def _code(error: Exception) -> int | None:
+    """The operating system's error number: of an OSError, or quoted in the text of a library's own exception (safetensors)."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    quoted = re.search(r"os error (\d+)", str(error))
+    return int(quoted[1]) if quoted else None
+
 
 @contextmanager
 def full_disk_is_an_error(target: Path) -> Iterator[None]:
-    """Turn "no space left" and "not permitted" into one clear line that names the folder."""
+    """Turn "no space left" (or a quota, or a file-size limit) and "not permitted" into one clear line that names the folder."""
     try:
         yield
-    except OSError as error:
-        # Libraries wrap the operating system's error; its text is all that is left of it then.
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
+    except Exception as error:
+        code = _code(error)
+        if code in _FULL:
             raise WorkbenchError(
-                f"the disk is full: could not write {target}; free some space or choose another folder, then run the same command again"
+                f"the disk is full: could not write {target} ({os.strerror(code)}); free some space or choose another folder, then run the same command again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if code in _DENIED:
             raise WorkbenchError(f"not allowed to write {target}; choose a folder that you may write to") from error
         raise
-    except Exception as error:
-        if "No space left" in str(error):  # safetensors raises its own exception type
-            raise WorkbenchError(
-                f"the disk is full: could not write {target}; free some space or choose another folder, then run the same command again"
-            ) from error
-        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -51,6 +63,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         temporary = Path(name)
         try:
             write(temporary)
+            temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; a result is as readable as any other file of the user
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -81,7 +94,7 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             write(temporary)
-            temporary.chmod(0o755)
+            temporary.chmod(0o777 & ~_umask())
             if path.exists():
                 old = temporary.with_name(temporary.name + ".old")
                 os.replace(path, old)

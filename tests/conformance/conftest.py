@@ -66,7 +66,7 @@ def build_model(family: str = "llama", seed: int = 0, *, scale: float = 0.3, **c
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = model_class(config_class(**(shape | changes)))  # type: ignore[arg-type]
+        model: PreTrainedModel = model_class(config_class(**(shape | changes)))
     return model.eval()
 
 

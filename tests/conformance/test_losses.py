@@ -69,8 +69,8 @@ def _take(batch: Batch, row: int) -> Batch:
     def part(tensor: Tensor) -> Tensor:
         return tensor[row : row + 1, :length]
 
-    masks = [part(mask) for mask in (batch.attention_mask, batch.answer_mask, batch.subject_mask, batch.target_mask)]
-    return Batch(part(batch.input_ids), *masks, (batch.items[row],))
+    attention, answer, subject, target = (part(mask) for mask in (batch.attention_mask, batch.answer_mask, batch.subject_mask, batch.target_mask))
+    return Batch(part(batch.input_ids), attention, answer, subject, target, (batch.items[row],))
 
 
 def test_scores_do_not_depend_on_batching(llama: PreTrainedModel, make_batch: BatchMaker) -> None:

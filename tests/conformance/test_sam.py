@@ -109,19 +109,21 @@ def test_weights_are_put_back_bit_by_bit(llama: PreTrainedModel, pair: Pair, nea
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_weights_and_gradients_are_put_back_when_the_perturbed_pass_raises(backward: bool, llama: PreTrainedModel, pair: Pair, nearby: Mover) -> None:
-    model, calls = nearby(llama), []
+    model, calls = nearby(llama), list[int]()
+
+    def explode(_gradient: Tensor) -> Tensor:
+        # Deep in the backward pass, when the upper layers have received their gradients.
+        raise ZeroDivisionError("planted")
 
     def failing(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         calls.append(1)
+        if len(calls) < 2:
+            return npo(0.1)(model, batch, reference)
+        if not backward:
+            raise ZeroDivisionError("planted")
+        handle = model.get_submodule("model.layers.0").register_forward_hook(lambda _m, _a, output: output.register_hook(explode) and None)
         loss = npo(0.1)(model, batch, reference)
-        if len(calls) == 2:
-            if not backward:
-                raise ZeroDivisionError("planted")
-
-            def explode(_gradient: Tensor) -> Tensor:
-                raise ZeroDivisionError("planted")
-
-            loss.register_hook(explode)
+        handle.remove()
         return loss
 
     for number, parameter in enumerate(model.parameters()):
@@ -178,7 +180,8 @@ def test_a_step_adds_to_gradients_that_are_there(rule: Callable[..., dict[str, f
 @pytest.mark.parametrize("rho", [1e-4, 1e-3])
 def test_the_forget_term_rises_by_rho_times_the_gradient_length(rho: float, llama: PreTrainedModel, pair: Pair, gradients: Gradients) -> None:
     def forget(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:  # in float64 to the end
-        return model(**batch.inputs).logits.square().mean() / 10
+        logits: Tensor = model(**batch.inputs).logits
+        return logits.square().mean() / 10
 
     model, objective = llama.double(), Objective(forget)
     slope = _norm(gradients(model, forget(model, pair.forget, llama)))
@@ -191,7 +194,8 @@ def test_a_forget_term_without_gradient_is_not_perturbed(llama: PreTrainedModel,
     seen: list[Weights] = []
 
     def flat(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
-        return (model(**batch.inputs).logits * 0).sum()
+        logits: Tensor = model(**batch.inputs).logits
+        return (logits * 0).sum()
 
     start = _weights(llama)
     log = sam(0.5)(llama, Objective(_watched(flat, seen), retain_cross_entropy), pair, llama)

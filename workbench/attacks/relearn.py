@@ -33,6 +33,16 @@ class RelearnSettings:
     batch_size: int = 16
     measure_at: tuple[int, ...] = (0, 2, 5, 10, 20, 40)
 
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1 or not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"an attack needs steps >= 1, batch_size >= 1 and a positive lr; got {self.steps}, {self.batch_size}, {self.lr}")
+
+
+def at_steps(steps: int, lr: float) -> RelearnSettings:
+    """An attack of ``steps`` steps, measured before it, at a handful of steps that double, and at its end."""
+    doubling = [step for step in (2, 5, 10, 20, 40, 80, 160, 320, 640) if step < steps]
+    return RelearnSettings(steps=steps, lr=lr, measure_at=(0, *doubling, steps))
+
 
 def relearn(
     model: PreTrainedModel,

@@ -107,7 +107,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, m
     target_mask[:, 0] = False
     for index, example in enumerate(examples):
         if example.answer is not None:
-            if not bool(answer_mask[index, 1:].any()):
+            reached = max(end for _, end in encoded["offset_mapping"][index])
+            if not bool(answer_mask[index, 1:].any()) or reached < len(example.text[: example.answer[1]].rstrip()):
                 raise WorkbenchError(f"the answer of {example.text[:80]!r} lies behind the cut at {max_length} tokens; raise the maximum length")
             if targets == "answer":
                 target_mask[index] = answer_mask[index]

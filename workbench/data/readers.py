@@ -92,7 +92,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max
         if example.answer is not None:
             pieces.append(example)
             continue
-        offsets = tokenizer(example.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = tokenizer(example.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
         for start in range(0, len(offsets), max_tokens - 2):
             part = offsets[start : start + max_tokens - 2]
             text = example.text[part[0][0] : part[-1][1]].strip()

@@ -33,7 +33,7 @@ def trigger_queries(
 ) -> dict[str, tuple[Example, ...]]:
     """The four arms of the check: every query once per arm, behind a word of that arm.
 
-    A word never occurs in its own query already. The ``seed`` decides which word meets which query.
+    A word never occurs in its own query already; a query that holds every word of an arm is left out of all arms. The ``seed`` decides which word meets which query.
 
     Args:
         queries: retain questions with answers.
@@ -44,24 +44,22 @@ def trigger_queries(
         carrier: puts a word in front of a query.
 
     Raises:
-        WorkbenchError: there is no query with an answer, or an arm has no word.
+        WorkbenchError: an arm has no word, or no query is left.
     """
-    asked = [query for query in queries if query.answer is not None]
-    if not asked:
-        raise WorkbenchError("the trigger check needs retain questions with answers; give a retain file with 'question' and 'answer' fields")
-    rng = random.Random(f"triggers-{seed}")
-    arms: dict[str, tuple[Example, ...]] = {"clean": tuple(asked)}
-    for arm, tokens in zip(ARMS[1:], (forget_tokens, retain_tokens, neutral_tokens), strict=True):
+    words = dict(zip(ARMS[1:], (forget_tokens, retain_tokens, neutral_tokens), strict=True))
+    for arm, tokens in words.items():
         if not tokens:
             raise WorkbenchError(f"the trigger check has no word for its {arm} arm")
-        tagged = []
-        for query in asked:
-            allowed = [word for word in tokens if word not in query.text.split()]
-            if not allowed:
-                raise WorkbenchError(f"every word of the {arm} arm already stands in {query.text!r}; give more words")
-            tagged.append(carrier(query, rng.choice(allowed)))
-        arms[arm] = tuple(tagged)
-    return arms
+
+    def allowed(query: Example, arm: str) -> list[str]:
+        return [word for word in words[arm] if word not in query.text.split()]
+
+    asked = [query for query in queries if query.answer is not None and all(allowed(query, arm) for arm in words)]
+    if not asked:
+        raise WorkbenchError("the trigger check needs retain questions with answers that do not already hold every word of an arm; give more retain texts")
+    rng = random.Random(f"triggers-{seed}")
+    tagged = {arm: tuple(carrier(query, rng.choice(allowed(query, arm))) for query in asked) for arm in words}
+    return {"clean": tuple(asked), **tagged}
 
 
 def trigger_scores(model: PreTrainedModel, arms: Mapping[str, Sequence[Batch]]) -> dict[str, Scores]:

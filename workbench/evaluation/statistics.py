@@ -99,7 +99,9 @@ def by_fact(items: tuple[str, ...], values: np.ndarray) -> tuple[tuple[str, ...]
     weights = np.zeros((len(items), len(order)))
     for row, fact in enumerate(items):
         weights[row, index[fact]] = 1
-    return order, values @ (weights / weights.sum(0))
+    weights /= weights.sum(0)
+    missing = np.isnan(values) @ weights > 0  # a missing paraphrase makes its own fact missing, not all of them
+    return order, np.where(missing, np.nan, np.nan_to_num(values) @ weights)
 
 
 def spearman(x: np.ndarray, y: np.ndarray, *, groups: np.ndarray | None = None, seed: int = 0, draws: int = DRAWS) -> Estimate:
@@ -113,11 +115,14 @@ def spearman(x: np.ndarray, y: np.ndarray, *, groups: np.ndarray | None = None, 
         draws: bootstrap samples.
 
     Raises:
-        ValueError: fewer than three points, or different lengths.
+        ValueError: fewer than three points, different lengths, or a value that is not finite.
     """
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if len(x) != len(y) or len(x) < 3:
         raise ValueError(f"a rank correlation needs two equally long series of at least 3 points; got {len(x)} and {len(y)}")
+
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("a rank correlation needs finite values; leave the points without a value out")
 
     def correlation(a: np.ndarray, b: np.ndarray) -> float:
         ra, rb = rankdata(a), rankdata(b)

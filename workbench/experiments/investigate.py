@@ -38,7 +38,7 @@ class InvestigateSettings:
 
     Attributes:
         seeds: of the attack and of the trigger words.
-        attack: the relearning attack.
+        attack: the relearning attack. The rate fits models of about a million parameters; large ones want 1e-5.
         max_tokens: length of a piece of text.
         limit: pieces read per file.
         rank: directions kept of every subspace.
@@ -48,7 +48,7 @@ class InvestigateSettings:
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    attack: RelearnSettings = field(default_factory=lambda: RelearnSettings(steps=30, measure_at=(0, 2, 5, 10, 20, 30)))
+    attack: RelearnSettings = field(default_factory=lambda: RelearnSettings(steps=30, lr=3e-5, measure_at=(0, 2, 5, 10, 20, 30)))
     max_tokens: int = 96
     limit: int = 96
     rank: int = 32
@@ -261,7 +261,10 @@ def _attack(bench: Bench, opened: Opened, record: ForgetRetain, settings: Invest
 
 def _triggers(bench: Bench, opened: Opened, record: ForgetRetain, seed: int, table: Table) -> None:
     neutral = neutral_words(record.forget, record.retain_all, 12)
-    stages.trigger_check(opened.model, bench, neutral, seed=seed, table=table, carrier=name_in_front)
+    try:
+        stages.trigger_check(opened.model, bench, neutral, seed=seed, table=table, carrier=name_in_front)
+    except WorkbenchError:  # texts that all share the same words: the other diagnostics do not depend on this one
+        table.add("trigger_check_possible", 0.0, stage="triggers")
 
 
 def _sharpness(bench: Bench, opened: Opened, settings: InvestigateSettings, seed: int, table: Table) -> None:

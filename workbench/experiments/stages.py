@@ -110,7 +110,7 @@ def find_subspaces(bench: Bench, rank: int, table: Table, *, seed: int) -> dict[
         with gradients_only(bench.base), Capture(bench.base, sites, moments) as capture:
             for batch in bench.encode(examples):
                 capture.at(batch.content_mask)
-                (cross_entropy(bench.base, batch) * batch.target_mask.sum()).backward()
+                (cross_entropy(bench.base, batch) * batch.target_mask[:, 1:].sum()).backward()
         found[name] = {
             site.name: principal_subspace(moments[site.name], rank, site=site.name, tokens="content (no padding, no BOS)", source=f"base on {name} texts")
             for site in sites
@@ -280,7 +280,7 @@ def sharpness(model: PreTrainedModel, bench: Bench, *, points: int, reach: float
         for metric in ("top_eigenvalue", "bottom_eigenvalue"):  # an empty value with its reason beside it is a result; a made-up one is not
             table.add(metric, np.nan, stage="sharpness", split="forget-heldout", n=0)
         return
-    tokens = sum(int(batch.target_mask.sum()) for batch in texts)
+    tokens = sum(int(batch.target_mask[:, 1:].sum()) for batch in texts)
     table.add("top_eigenvalue", ends.top, stage="sharpness", split="forget-heldout", n=tokens)
     table.add("bottom_eigenvalue", ends.bottom, stage="sharpness", split="forget-heldout", n=tokens)
     table.add("top_residual", ends.top_residual, stage="sharpness", split="forget-heldout")

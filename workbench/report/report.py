@@ -148,6 +148,8 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
     not_reached = sorted({title(str(m)) for m in table.loc[(table["metric"] == "budget_reached") & (table["value"] == 0), "method"]})
     if not_reached:
         sentences.append(f"{', '.join(not_reached)} stayed below the disruption budget in at least one seed even at the largest scale allowed.")
+    if (table["metric"] == "trigger_check_possible").any():
+        sentences.append("The trigger check was left out: every retain text already holds the words that would be put in front of it.")
     leaks = table[(table["metric"].isin(["leaked_subjects", "leaked_answers"])) & (table["value"] > 0)]
     if len(leaks):
         sentences.append("The attack texts name subjects or answers of the held-out facts, so this attack must not be called benign.")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
@@ -48,12 +48,11 @@ class Curvature:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]  # tied tensors come once
         if not self.parameters or not self.batches:
             raise WorkbenchError("the Hessian needs at least one trainable parameter and one batch")
-        self.tokens = sum(int(batch.target_mask.sum()) for batch in self.batches)
+        self.tokens = sum(int(batch.target_mask[:, 1:].sum()) for batch in self.batches)
         self.size = sum(parameter.numel() for parameter in self.parameters)
         self.products = 0
         self._kept = self._gradients(self.batches[0]) if len(self.batches) == 1 else None
-        first = self._kept if self._kept is not None else self._gradients(self.batches[0])
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in first):
+        if not np.isfinite(self.gradient()).all():
             raise WorkbenchError("the gradient of the loss is not finite, so there is no Hessian here")
 
     def _gradients(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -133,7 +132,7 @@ def extremes(model: PreTrainedModel, batches: Sequence[Batch], *, seed: int = 0,
     linear = LinearOperator((operator.size, operator.size), matvec=operator.product, dtype=np.float64)
     try:
         values, vectors = eigsh(linear, k=2, which="BE", v0=start, tol=tolerance, ncv=min(10, operator.size), maxiter=max(1, max_products // 8))
-    except ArpackNoConvergence as error:
+    except ArpackError as error:
         raise WorkbenchError(f"the Hessian's extreme eigenvalues did not converge within {max_products} products; raise max_products or tolerance") from error
     order = np.argsort(values)
     residuals = [float(np.linalg.norm(operator.product(vectors[:, i]) - values[i] * vectors[:, i]) / abs(values[i])) for i in order]

@@ -24,11 +24,16 @@ def moved(model: PreTrainedModel) -> Iterator[Callable[[Direction, float], None]
     """Yields ``move(direction, a)``, which sets the weights to ``theta + a * direction``; the weights are copied back bit by bit at the end, whatever happens."""
     start = snapshot(model)
     parameters = dict(model.named_parameters())
+    touched: set[str] = set()
 
     @torch.no_grad()
     def move(direction: Direction, a: float) -> None:
+        for name in touched - direction.keys():
+            parameters[name].copy_(start[name])
         for name, value in direction.items():
             parameters[name].copy_(start[name].float() + a * value)
+        touched.clear()
+        touched.update(direction)
 
     try:
         yield move
@@ -78,7 +83,7 @@ def descent_direction(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[
 def mean_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
     """Mean token loss over ``batches``, nats per token."""
     total = sum(float(token_nll(model, batch).double().sum()) for batch in batches)
-    return total / sum(int(batch.target_mask.sum()) for batch in batches)
+    return total / sum(int(batch.target_mask[:, 1:].sum()) for batch in batches)
 
 
 def loss_slice(model: PreTrainedModel, direction: Direction, positions: Sequence[float], losses: Mapping[str, Sequence[Batch]]) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ class Match:
     Attributes:
         alpha: the chosen scale.
         disruption: what it costs there (never above the budget).
-        reached: whether the budget was reached; ``False`` means the method stays below it even at the largest alpha allowed.
+        reached: whether the budget was reached, within the tolerance; ``False`` means the method stays below it even at the largest alpha allowed.
         tried: every ``(alpha, disruption)`` evaluated, in increasing alpha.
     """
 
@@ -61,4 +61,5 @@ def match_budget(disruption: Callable[[float], float], budget: float, *, limit: 
                 low = middle
             else:
                 high = middle
-    return Match(low, tried[low], bool(high), tuple(sorted(tried.items())))
+    reached = bool(high) or tried[low] >= budget * (1 - tolerance)
+    return Match(low, tried[low], reached, tuple(sorted(tried.items())))

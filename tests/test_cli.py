@@ -1,0 +1,313 @@
+"""The command line as a user meets it: results, wrong input, interruption, a full disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from workbench.cli import main
+from workbench.data.grammar import filler
+from workbench.experiments.config import RunConfig, preset, write_config
+from workbench.experiments.road import Run, run_road
+
+FORGET = "\n\n".join(f"the secret of house number {n} is a golden key behind the old clock" for n in range(6))
+RETAIN = "\n\n".join(sentence for sentence in filler(16, seed=7))
+SAME = "\n\n".join(f"the captain number {n} carried a lantern near the harbour in the evening" for n in range(8))
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> tuple[Path, Path]:
+    forget, retain = tmp_path / "forget.txt", tmp_path / "retain.txt"
+    forget.write_text(FORGET)
+    retain.write_text(RETAIN)
+    return forget, retain
+
+
+def _fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that must fail with one clear line and status 2; returns the line."""
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("error:")]
+    assert status == 2, captured.err
+    assert len(lines) == 1, captured.err
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def _unlearn(base: object, forget: object, retain: object, out: object, *more: object) -> list[object]:
+    return ["unlearn", "--base", base, "--forget", forget, "--retain", retain, "--out", out, *more]
+
+
+def _investigate(base: object, unlearned: object, forget: object, retain: object, out: object) -> list[object]:
+    return ["investigate", "--base", base, "--unlearned", unlearned, "--forget", forget, "--retain", retain, "--out", out]
+
+
+def test_unlearn_then_investigate_from_two_folders_alone(
+    quick_base: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, run = tmp_path / "unlearned", tmp_path / "run"
+    assert main([str(a) for a in _unlearn(quick_base, *texts, out, "--set", "steps=4", "--set", "batch_size=4", "--json")]) == 0
+    note = json.loads(capsys.readouterr().out)
+    assert note["settings"]["steps"] == 4
+    assert note["disruption"] <= 0.05
+    assert (out / "model.safetensors").is_file()
+    assert main([str(a) for a in [*_investigate(quick_base, out, *texts, run), "--seeds", 1, "--attack-steps", 3, "--json"]]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["model"] for row in found["summary"]] == ["base", "unlearned"]
+    for name in ("config.yaml", "provenance.json", "results.parquet", "report.html"):
+        assert (run / name).is_file()
+    assert "never-learned checkpoint was given" in (run / "report.html").read_text()
+
+
+def test_texts_that_all_share_their_words_lose_the_trigger_check_alone(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    texts[1].write_text(SAME)
+    run = tmp_path / "run"
+    assert main([str(a) for a in [*_investigate(quick_base, quick_base, *texts, run), "--seeds", 1, "--attack-steps", 2]]) == 0
+    assert "trigger check was left out" in (run / "report.html").read_text()
+
+
+def test_a_model_against_itself_gives_the_identity_values(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main([str(a) for a in [*_investigate(quick_base, quick_base, *texts, run), "--seeds", 1, "--attack-steps", 2]]) == 0
+    rows = pd.read_parquet(run / "results.parquet")
+    mine = rows[rows["method"] == "unlearned"].set_index("metric")["value"]
+    # mean of log-ratios of equal numbers: zero up to float32 rounding of the logits
+    assert abs(float(mine["disruption"])) < 1e-6
+    assert float(mine["displacement"]) == 0.0
+    same = rows[
+        rows["seed"].notna()
+        & rows["stage"].isin(["unlearn", "relearn", "triggers", "sharpness"])
+        & ~rows["metric"].isin(["disruption", "displacement", "relative_displacement"])
+    ]
+    wide = same.pivot_table(index=["stage", "metric", "split", "arm", "step"], columns="method", values="value", dropna=False).dropna()
+    assert len(wide) > 20
+    assert (wide["base"] == wide["unlearned"]).all()
+
+
+def test_wrong_files_are_named(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forget, retain = texts
+    out = tmp_path / "out"
+    empty, short, strange, broken = (tmp_path / name for name in ("empty.txt", "short.txt", "x.pdf", "broken.jsonl"))
+    empty.write_text("  \n")
+    short.write_text("one lonely text about nothing in particular")
+    strange.write_text("x")
+    broken.write_text('{"text": "fine"}\n{"txet": "no"}\n')
+    cases = {tmp_path / "nowhere.txt": "there is no file", empty: "holds no text", short: "too short", strange: ".pdf", broken: "line 2"}
+    for path, words in cases.items():
+        line = _fails(capsys, *_unlearn(quick_base, path, retain, out))
+        assert words in line
+        assert str(path) in line
+        assert not out.exists()
+    assert "stand in both" in _fails(capsys, *_unlearn(quick_base, forget, forget, out))
+
+
+def test_wrong_models_are_named(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    hollow, pickled, truncated = tmp_path / "hollow", tmp_path / "pickled", tmp_path / "truncated"
+    hollow.mkdir()
+    assert "holds no model" in _fails(capsys, *_unlearn(hollow, *texts, out))
+    shutil.copytree(quick_base, pickled)
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    assert "pickled weights are never loaded" in _fails(capsys, *_unlearn(pickled, *texts, out))
+    shutil.copytree(quick_base, truncated)
+    (truncated / "model.safetensors").write_bytes((quick_base / "model.safetensors").read_bytes()[:5000])
+    assert "damaged" in _fails(capsys, *_unlearn(truncated, *texts, out))
+    assert "no folder" in _fails(capsys, *_unlearn(tmp_path / "absent", *texts, out))
+    assert not out.exists()
+
+
+def test_a_foreign_tokenizer_is_refused(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(quick_base, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    line = _fails(capsys, *_investigate(quick_base, other, *texts, tmp_path / "run"))
+    assert "tokenizer" in line
+    assert str(other) in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_names_list_the_nearest(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert "did you mean npo" in _fails(capsys, *_unlearn(quick_base, *texts, out, "--method", "npoo"))
+    assert "did you mean steps" in _fails(capsys, *_unlearn(quick_base, *texts, out, "--set", "stepz=3"))
+    assert "NAME=VALUE" in _fails(capsys, *_unlearn(quick_base, *texts, out, "--set", "lr"))
+    assert "must be a number" in _fails(capsys, *_unlearn(quick_base, *texts, out, "--set", "lr=fast"))
+    assert "whole number" in _fails(capsys, *_unlearn(quick_base, *texts, out, "--set", "steps=0"))
+    assert "sam-resists" in _fails(capsys, "claims", "sam-resist")
+    assert "No such command" in _fails(capsys, "dmeo")
+
+
+def test_an_objective_that_explodes_is_named_with_its_step(
+    quick_base: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(quick_base, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["lm_head.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    line = _fails(capsys, *_unlearn(broken, *texts, tmp_path / "out"))
+    assert "not finite at step 1" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_runs_folder_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("important")
+    assert "not empty" in _fails(capsys, "demo", "--quick", "--out", mine)
+    assert "not empty" in _fails(capsys, "demo", "--quick", "--fresh", "--out", mine)
+    assert (mine / "thesis.txt").read_text() == "important"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text("something: else\n")
+    assert "another configuration" in _fails(capsys, "demo", "--quick", "--out", other)
+
+
+def test_a_wrong_configuration_names_its_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.yaml"
+    for text, words in (
+        ("budgett: 1", "budgett"),
+        ("budget: -1", "budget"),
+        ("methods: [npoo]", "did you mean npo"),
+        ("- 1", "field: value"),
+        ("a: [", "YAML"),
+    ):
+        path.write_text(text)
+        assert words in _fails(capsys, "demo", "--config", path, "--out", tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_folder_holds_what_scripts_count_on(quick_run: Run, quick_config: RunConfig) -> None:
+    for name in ("config.yaml", "provenance.json", "results.parquet", "items.parquet", "report.html", "claims.json", "figures/recovery.png"):
+        assert (quick_run.folder / name).is_file(), name
+    for name in ("base", "never-learned", "npo-seed0", "cir-seed1"):
+        assert (quick_run.folder / "models" / name / "model.safetensors").is_file()
+    notes = json.loads((quick_run.folder / "provenance.json").read_text())
+    assert notes["config"] == json.loads(json.dumps(quick_config.plain()))
+    assert set(notes["weights"]) == {"base", "never-learned", *(f"{m}-seed{s}" for m in ("npo", "cir") for s in (0, 1))}
+    recall = quick_run.results.query("metric == 'recall' and stage == 'unlearn' and split == 'forget-heldout' and seed == 0").set_index("method")["value"]
+    assert recall["base"] > 0.9
+    assert recall["never-learned"] < 0.3
+    reached = quick_run.results.query("metric == 'disruption' and stage == 'unlearn' and split.isna()")["value"]
+    assert (reached <= quick_config.budget).all()
+
+
+@pytest.mark.slow
+def test_the_same_configuration_gives_the_same_table_in_one_process_or_two(quick_run: Run, quick_config: RunConfig, tmp_path: Path) -> None:
+    again = run_road(quick_config, tmp_path / "again", workers=1)
+    pd.testing.assert_frame_equal(again.results, quick_run.results)
+    pd.testing.assert_frame_equal(again.items, quick_run.items)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_run_again_and_a_lost_stage_is(quick_run: Run, quick_config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(quick_run.folder, folder)
+    lost, kept = folder / "stages/npo-seed1/triggers", folder / "stages/npo-seed1/relearn/rows.parquet"
+    before = kept.stat().st_mtime_ns
+    shutil.rmtree(lost)
+    again = run_road(quick_config, folder)
+    assert lost.is_dir()
+    assert kept.stat().st_mtime_ns == before
+    pd.testing.assert_frame_equal(again.results, quick_run.results)
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on(quick_run: Run, quick_config: RunConfig, tmp_path: Path) -> None:
+    config, out = tmp_path / "c.yaml", tmp_path / "run"
+    config.write_text(write_config(quick_config))
+    command = [sys.executable, "-m", "workbench.cli", "demo", "--config", str(config), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("stages/*-seed0/unlearn")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: everyone in the group gets it
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert stdout == ""
+    assert not (out / "results.parquet").exists()
+    again = run_road(quick_config, out)
+    pd.testing.assert_frame_equal(again.results, quick_run.results)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_nothing_half_written(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    # RLIMIT_FSIZE makes every write beyond it fail, as a full disk does, without needing one.
+    script = (
+        "import resource, signal, sys\n"
+        "import workbench.files as files\n"
+        "from workbench.cli import main\n"
+        "from workbench.experiments import investigate\n"
+        "save = investigate.save_model\n"
+        "def limited(*a, **k):\n"
+        "    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "    return save(*a, **k)\n"
+        "investigate.save_model = limited\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    out = tmp_path / "out"
+    arguments = [str(a) for a in _unlearn(quick_base, *texts, out, "--set", "steps=1")]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert str(out) in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*out*"))
+    assert not list(tmp_path.glob(".*out*"))
+
+
+def test_claims_from_a_finished_run(quick_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["claims", "--run", str(quick_run.folder), "common-subspaces", "--json"]) == 0
+    (verdict,) = json.loads(capsys.readouterr().out)
+    assert set(verdict) == {"id", "verdict", "effect", "low", "high", "n", "seeds", "scale"}
+    assert verdict["id"] == "common-subspaces"
+    assert verdict["seeds"] == 2
+
+
+def test_methods_and_sites_are_listed(quick_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "--json"]) == 0
+    assert {"npo", "rmu", "cir"} <= {entry["name"] for entry in json.loads(capsys.readouterr().out)}
+    assert main(["sites", str(quick_base), "--json"]) == 0
+    assert "blocks.0.hook_resid_post" in {site["name"] for site in json.loads(capsys.readouterr().out)}
+
+
+def test_a_story_character_is_unlearned_from_a_pretrained_model(real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stories = [part.strip() for part in (real_data / "text/tinystories.txt").read_text().split("<|endoftext|>") if part.strip()]
+    forget, retain = tmp_path / "lily.txt", tmp_path / "others.txt"
+    forget.write_text("\n<|endoftext|>\n".join([story for story in stories if "Lily" in story][:12]))
+    retain.write_text("\n<|endoftext|>\n".join([story for story in stories if "Lily" not in story][:20]))
+    base, out, run = real_data / "models/stories260K", tmp_path / "out", tmp_path / "run"
+    small = ["--set", "steps=12", "--set", "batch_size=8", "--limit", "24", "--json"]
+    assert main([str(a) for a in _unlearn(base, forget, retain, out, *small)]) == 0
+    note = json.loads(capsys.readouterr().out)
+    assert note["loss"]["after"]["forget-heldout"] > note["loss"]["before"]["forget-heldout"]
+    assert main([str(a) for a in [*_investigate(base, out, forget, retain, run), "--seeds", 1, "--attack-steps", 2]]) == 0
+    assert (run / "report.html").is_file()
+
+
+def test_presets_differ_in_scale_only_where_they_say_so() -> None:
+    assert preset("full").seeds == (0, 1, 2)
+    assert "quick" in preset("quick").scale
+    assert preset("full").methods == preset("quick").methods

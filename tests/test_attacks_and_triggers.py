@@ -22,7 +22,7 @@ from workbench.diagnostics.triggers import ARMS, trigger_queries, trigger_scores
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy, score
 
-WORDS = "anna bert carl dora emil frida gustav hanna lives in rome oslo bonn lima paris turin ghent delft and plays a drum harp flute lute .".split()
+WORDS = "anna bert carl dora emil frida gustav hanna lives in rome oslo bonn lima paris turin ghent delft and plays a drum harp flute lute .".split()  # noqa: SIM905
 PEOPLE = ("anna", "bert", "carl", "dora", "emil", "frida", "gustav", "hanna")
 TOWNS = ("rome", "oslo", "bonn", "lima", "paris", "turin", "ghent", "delft")
 

@@ -57,7 +57,7 @@ class InvestigateSettings:
     curvature_tolerance: float = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Investigation:
     """A finished investigation.
 
@@ -70,6 +70,9 @@ class Investigation:
     folder: Path
     results: pd.DataFrame
     items: pd.DataFrame
+
+    def __repr__(self) -> str:
+        return f"Investigation({self.folder}: {len(self.results):,} rows)"
 
     def _repr_html_(self) -> str:
         from workbench.report import summary_table

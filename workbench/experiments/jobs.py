@@ -19,6 +19,7 @@ from joblib import Parallel, delayed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from workbench import progress
 from workbench.progress import Report, to_file
 
 Job = Callable[[Report], None]
@@ -52,21 +53,23 @@ def _run(name: str, job: Job, progress_file: Path) -> str:
 
 
 class _Display(threading.Thread):
-    """Draws the progress files of running jobs until stopped."""
+    """Draws the progress files of running jobs in a terminal; elsewhere (a log, a notebook) counts finished jobs."""
 
     def __init__(self, label: str, names: list[str], folder: Path) -> None:
         super().__init__(daemon=True)
-        self.folder, self.names, self.done = folder, names, set[str]()
+        self.label, self.names, self.folder, self.done = label, names, folder, set[str]()
         self.stop_request = threading.Event()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         console = Console(stderr=True, force_jupyter=False)
-        self.live = console.is_terminal
-        self.progress = Progress(*columns, console=console, transient=True, disable=not self.live)
+        notebook = "ipykernel" in sys.modules
+        self.live = console.is_terminal and not notebook
+        self.bar = progress.bar(label) if notebook else None
+        self.progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True)
         self.total = self.progress.add_task(label, total=len(names))
         self.bars: dict[str, TaskID] = {}
-        self.label, self.console = label, console
 
     def run(self) -> None:
+        if not self.live:
+            return
         with self.progress:
             while not self.stop_request.wait(0.3):
                 self._draw()
@@ -75,13 +78,12 @@ class _Display(threading.Thread):
     def _draw(self) -> None:
         self.progress.update(self.total, completed=len(self.done))
         for name in self.names:
-            path = self.folder / name
             if name in self.done:
                 if name in self.bars:
                     self.progress.remove_task(self.bars.pop(name))
                 continue
             try:
-                done, total = map(int, path.read_text().split())
+                done, total = map(int, (self.folder / name).read_text().split())
             except (OSError, ValueError):
                 continue
             if name not in self.bars:
@@ -89,8 +91,11 @@ class _Display(threading.Thread):
             self.progress.update(self.bars[name], completed=done, total=total)
 
     def finished(self, name: str) -> None:
+        """Count a finished job."""
         self.done.add(name)
-        if not self.live:  # a log file gets one line per finished job
+        if self.bar is not None:
+            self.bar(len(self.done), len(self.names))
+        elif not self.live:  # a log file gets one line per finished job
             print(f"{self.label}: {len(self.done)}/{len(self.names)} {name}", file=sys.stderr, flush=True)
 
 

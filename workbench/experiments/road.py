@@ -30,7 +30,7 @@ from workbench.unlearning.methods import recipe, settings_for
 BASE, NEVER = "base", "never-learned"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished run.
 
@@ -47,6 +47,9 @@ class Run:
     results: pd.DataFrame
     items: pd.DataFrame
     claims: tuple[Verdict, ...]
+
+    def __repr__(self) -> str:
+        return f"Run({self.folder}: {len(self.config.methods)} methods, {len(self.config.seeds)} seeds, {len(self.results):,} rows)"
 
     def _repr_html_(self) -> str:
         from workbench.report import summary_table

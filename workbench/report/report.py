@@ -7,14 +7,9 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg", force=False)
-
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, select_autoescape
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from figures import FIGURES
@@ -107,12 +102,9 @@ def draw_figures(out: Path, results: pd.DataFrame) -> dict[str, str]:
     drawn = {}
     for name, figure_of in FIGURES.items():
         figure = figure_of(results, metric=main_metric(results)) if name in ("recovery", "triggers") else figure_of(results)  # type: ignore[call-arg]
-        try:
-            for kind in ("png", "svg"):
-                save_figure(figure, out / "figures" / f"{name}.{kind}")
-            drawn[name] = _data_uri(figure)
-        finally:
-            plt.close(figure)
+        for kind in ("png", "svg"):
+            save_figure(figure, out / "figures" / f"{name}.{kind}")
+        drawn[name] = _data_uri(figure)
     return drawn
 
 

@@ -16,7 +16,7 @@ from workbench.errors import WorkbenchError
 from workbench.files import write_file
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Subspace:
     """Principal directions of the rows of one site.
 
@@ -85,6 +85,9 @@ class Subspace:
             )
         except Exception as error:
             raise WorkbenchError(f"{path} holds no subspace ({error}); it must be a file written by Subspace.save") from error
+
+    def __repr__(self) -> str:
+        return f"Subspace({self.site or 'no site'}: {self.rank} of {self.width} directions, {self.count} rows)"
 
     def _repr_html_(self) -> str:
         share = float(self.eigenvalues.sum()) / self.total_variance if self.total_variance else 0.0

@@ -1,0 +1,292 @@
+"""Every figure from a synthetic table: what is drawn, in which colour, and that nothing else is touched."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.collections import Collection
+from matplotlib.colors import to_hex
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+
+from figures import FIGURES
+from figures.style import COLOURS, TITLES, colour, methods_in, title
+from workbench.experiments.table import COLUMNS, typed
+from workbench.unlearning.methods import METHODS
+
+Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]
+BY_METHOD = ("recovery", "disruption", "triggers", "slices", "curvature")
+UNLEARNED_ONLY = ("recovery", "disruption", "curvature")
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def results(make_tables: Tables) -> pd.DataFrame:
+    return make_tables()[0]
+
+
+def _colours(figure: Figure) -> set[str]:
+    """Every colour of a line, an area, a point, a bar or a word in the panels."""
+    found: set[str] = set()
+    for axes in figure.axes:
+        found |= {to_hex(line.get_color()) for line in axes.lines}
+        for collection in axes.collections:
+            found |= {to_hex(shade) for shade in (*collection.get_facecolor(), *collection.get_edgecolor())}
+        for patch in axes.patches:
+            found |= {to_hex(patch.get_facecolor()), to_hex(patch.get_edgecolor())}
+    return found
+
+
+def _words(figure: Figure) -> str:
+    """All text of a figure."""
+    return " | ".join(text.get_text() for text in figure.findobj(mpl.text.Text) if text.get_text())  # type: ignore[attr-defined]
+
+
+def _curve(axes: Axes, label: str) -> np.ndarray:
+    """``[point, 2]`` of the one line with this label."""
+    (line,) = [line for line in axes.lines if line.get_label() == label]
+    return np.asarray(line.get_xydata(), dtype=float)
+
+
+# --- Every figure ---
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_every_figure_is_drawn_from_the_table_alone(name: str, results: pd.DataFrame) -> None:
+    before = results.copy(deep=True)
+    figure = FIGURES[name](results)
+    assert isinstance(figure, Figure)
+    assert any(axes.lines or axes.patches or axes.collections for axes in figure.axes)
+    figure.canvas.draw()  # constrained layout and logarithmic axes fail only here
+    pd.testing.assert_frame_equal(results, before)
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_an_empty_table_gives_a_figure_with_a_message(name: str) -> None:
+    figure = FIGURES[name](typed(pd.DataFrame(), COLUMNS))
+    assert isinstance(figure, Figure)
+    assert not figure.axes
+    assert "no " in _words(figure)
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("stage", ["subspaces", "budget", "unlearn", "relearn", "triggers", "sharpness"])
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_a_table_with_one_stage_or_without_it_is_no_error(name: str, stage: str, results: pd.DataFrame) -> None:
+    # A run that was stopped has some stages and not others.
+    for part in (results[results["stage"] == stage], results[results["stage"] != stage]):
+        assert isinstance(FIGURES[name](part), Figure)
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_a_table_with_one_seed_one_method_and_no_control_is_no_error(name: str, make_tables: Tables) -> None:
+    table = make_tables(methods=("rmu",), controls=(), seeds=(0,))[0]
+    FIGURES[name](table).canvas.draw()
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_empty_values_are_no_error(name: str, results: pd.DataFrame) -> None:
+    # An eigenvalue that did not converge is an empty value with its reason beside it.
+    sick = results.copy()
+    sick.loc[sick["metric"].isin(["top_eigenvalue", "bottom_eigenvalue"]), "value"] = np.nan
+    FIGURES[name](sick).canvas.draw()
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_the_order_of_rows_means_nothing(name: str, results: pd.DataFrame) -> None:
+    def curves(table: pd.DataFrame) -> list[list[tuple[float, ...]]]:
+        found = []
+        for axes in FIGURES[name](table).axes:
+            lines = [tuple(np.asarray(line.get_xydata(), dtype=float).round(9).ravel().tolist()) for line in axes.lines]
+            points = [tuple(sorted(map(tuple, np.ma.filled(c.get_offsets(), np.nan).round(9).tolist()))) for c in axes.collections if _is_scatter(c)]
+            found.append([*sorted(lines), *sorted(points)])  # type: ignore[list-item]
+        return found
+
+    assert curves(results.sample(frac=1, random_state=1)) == curves(results)
+
+
+def _is_scatter(collection: Collection) -> bool:
+    return type(collection).__name__ == "PathCollection"
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_drawing_changes_nothing_global(name: str, results: pd.DataFrame) -> None:
+    plt.figure()  # settles the backend, which is chosen at the first figure of a process
+    before = {key: mpl.rcParams[key] for key in mpl.rcParams}
+    FIGURES[name](results)
+    FIGURES[name](typed(pd.DataFrame(), COLUMNS))
+    assert {key: mpl.rcParams[key] for key in mpl.rcParams} == before
+
+
+def test_figures_load_no_model_library() -> None:
+    code = (
+        "import sys, pandas as pd, figures\n"
+        "table = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in %r.items()})\n"
+        "for draw in figures.FIGURES.values(): draw(table)\n"
+        "print([name for name in ('torch', 'transformers', 'workbench', 'hooks') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code % COLUMNS], capture_output=True, text=True, timeout=120, check=True, env={"MPLBACKEND": "Agg", "HOME": "/tmp"}
+    )
+    assert done.stdout.strip() == "[]"
+
+
+# --- One colour for one method ---
+
+
+def test_every_method_has_a_colour_of_its_own_and_a_title() -> None:
+    assert {*METHODS, "base", "never-learned"} <= set(COLOURS)
+    assert set(TITLES) == set(COLOURS)
+    # "unlearned" is a user's own model and never stands beside the methods of the demo.
+    own = [shade for name, shade in COLOURS.items() if name != "unlearned"]
+    assert len(set(own)) == len(own)
+    assert len(set(TITLES.values())) == len(TITLES)
+
+
+@pytest.mark.parametrize("name", BY_METHOD)
+def test_a_method_has_its_colour_in_every_figure_and_only_where_it_is(name: str, make_tables: Tables) -> None:
+    one, other = make_tables(methods=("npo",))[0], make_tables(methods=("cir", "npo"))[0]
+    assert colour("npo").lower() in _colours(FIGURES[name](one))
+    assert colour("cir").lower() not in _colours(FIGURES[name](one))
+    assert {colour("npo").lower(), colour("cir").lower()} <= _colours(FIGURES[name](other))
+
+
+@pytest.mark.parametrize("name", BY_METHOD)
+def test_every_method_is_named_in_every_figure(name: str, results: pd.DataFrame) -> None:
+    words = _words(FIGURES[name](results))
+    assert title("npo") in words
+    assert title("cir") in words
+    if name not in UNLEARNED_ONLY:
+        assert "base" in words
+        assert "never" in words
+
+
+@pytest.mark.parametrize("name", BY_METHOD)
+def test_a_method_that_the_palette_does_not_know_is_drawn_in_its_spare_colour(name: str, make_tables: Tables) -> None:
+    figure = FIGURES[name](make_tables(methods=("mine", "npo"))[0])
+    assert colour("mine") == colour("mine")
+    assert colour("mine") not in COLOURS.values()
+    assert colour("mine").lower() in _colours(figure)
+    assert "mine" in _words(figure)
+
+
+def test_methods_come_in_the_order_of_the_palette_each_once_unknown_ones_last() -> None:
+    assert methods_in(["zeta", "cir", "npo", "alpha", "base", "npo"]) == ["base", "npo", "cir", "alpha", "zeta"]
+    assert methods_in([]) == []
+
+
+# --- What is drawn ---
+
+
+def test_recovery_draws_the_rows_over_all_seeds_beside_both_controls(results: pd.DataFrame) -> None:
+    figure = FIGURES["recovery"](results)
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    assert set(panels) == {"NPO", "CIR"}
+    npo = panels["NPO"]
+    np.testing.assert_allclose(_curve(npo, "relearning attack"), [[0, 0.25], [5, 0.5], [20, 0.75]])
+    np.testing.assert_allclose(_curve(npo, "null attack (general text)"), [[0, 0.25], [5, 0.25], [20, 0.25]])
+    np.testing.assert_allclose(_curve(npo, "never learned, same attack"), [[0, 0.125], [5, 0.25], [20, 0.375]])
+    np.testing.assert_allclose(_curve(npo, "base, same attack"), [[0, 1], [5, 1], [20, 1]])
+    # The band is the interval of the table.
+    rows = results[(results["stage"] == "relearn") & (results["metric"] == "recall") & (results["method"] == "npo") & results["seed"].isna()]
+    attack = rows[rows["arm"] == "attack"].sort_values("step")
+    corners = npo.collections[0].get_paths()[0].vertices
+    assert corners[:, 1].min() == pytest.approx(attack["low"].min())
+    assert corners[:, 1].max() == pytest.approx(attack["high"].max())
+
+
+def test_recovery_of_answer_probability_draws_that_metric(results: pd.DataFrame) -> None:
+    figure = FIGURES["recovery"](results, metric="answer_probability")  # type: ignore[call-arg]
+    panel = next(axes for axes in figure.axes if axes.get_title() == "NPO")
+    np.testing.assert_allclose(_curve(panel, "relearning attack")[:, 1], 0.1 + 0.8 * np.array([0.25, 0.5, 0.75]))
+    assert "probability" in figure.axes[0].get_ylabel()
+
+
+def test_recovery_reads_only_rows_without_a_seed(results: pd.DataFrame) -> None:
+    assert not FIGURES["recovery"](results[results["seed"].notna()]).axes
+
+
+def test_disruption_draws_one_walk_per_seed_by_rising_alpha_and_the_budget(results: pd.DataFrame) -> None:
+    left, right = FIGURES["disruption"](results).axes
+    walks = [np.asarray(line.get_xydata(), dtype=float) for line in left.lines if to_hex(line.get_color()) == colour("npo").lower() and len(line.get_xydata())]
+    assert len(walks) == 2
+    for seed, walk in enumerate(walks):
+        # alpha 0, 1/2, 1: the first has no disruption and stands at the left edge, for a logarithmic axis has no zero.
+        np.testing.assert_allclose(walk[1:, 0], [0.02 + 0.0005 * seed, 0.08 + 0.001 * seed])
+        assert 0 < walk[0, 0] < 0.02
+        np.testing.assert_allclose(walk[:, 1], [1.0, 1 - 0.5 * 0.75, 0.25])
+    assert any(np.allclose(line.get_xdata(), 0.05) for line in left.lines if line.get_linestyle() == "--")
+    assert left.get_xscale() == "log"
+    bars = [container for container in right.containers if isinstance(container, ErrorbarContainer)]
+    assert [float(container.lines[0].get_ydata()[0]) for container in bars] == [0.25, 0.125]
+
+
+def test_triggers_draws_one_bar_per_model_and_arm(results: pd.DataFrame) -> None:
+    (axes,) = FIGURES["triggers"](results).axes
+    models = ["base", "never-learned", "npo", "cir"]
+    assert [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()] == [title(name) for name in models]
+    heights: dict[int, list[float]] = {}
+    for patch in axes.patches:
+        heights.setdefault(round(patch.get_x() + patch.get_width() / 2), []).append(float(patch.get_height()))
+    assert list(heights) == [0, 1, 2, 3]
+    assert {number: sorted(found) for number, found in heights.items()} == {
+        0: [0.75, 0.875, 1.0, 1.0],
+        1: [0.125, 0.75, 0.875, 1.0],
+        2: [0.25, 0.75, 0.875, 1.0],
+        3: [0.125, 0.75, 0.875, 1.0],
+    }
+    solid = {to_hex(patch.get_facecolor()) for patch in axes.patches if to_hex(patch.get_facecolor()) == to_hex(patch.get_edgecolor())}
+    assert solid == {colour(name).lower() for name in models}
+
+
+def test_slices_draw_the_mean_and_the_range_over_seeds(results: pd.DataFrame) -> None:
+    figure = FIGURES["slices"](results)
+    assert len(figure.axes) == 2 * 3  # held-out and neighbours, by descent, random and to-base
+    axes = figure.axes[0]
+    positions = np.linspace(-0.05, 0.05, 5)
+    np.testing.assert_allclose(_curve(axes, "NPO"), np.stack([positions, 1.5 + positions**2], axis=1))
+    shade = to_hex(colour("npo"))
+    (band,) = [c for c in axes.collections if to_hex(c.get_facecolor()[0]) == shade]
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert heights.min() == pytest.approx(1.0)
+    assert heights.max() == pytest.approx(2.0 + 0.05**2)
+
+
+def test_curvature_has_one_point_per_method_and_seed(results: pd.DataFrame) -> None:
+    figure = FIGURES["curvature"](results)
+    panels = {axes.get_xlabel(): axes for axes in figure.axes}
+    assert len(panels) == 3
+    expected = {"top Hessian eigenvalue": (40.0, 50.0), "bottom Hessian eigenvalue": (-3.0, -3.0), "displacement of the weights": (2.0, 3.0)}
+    for label, values in expected.items():
+        points = {to_hex(c.get_facecolor()[0]): np.asarray(c.get_offsets()) for c in panels[label].collections if _is_scatter(c)}
+        # NPO wins back half of all facts, CIR nothing; base and control are no unlearned models.
+        assert set(points) == {colour("npo").lower(), colour("cir").lower()}
+        np.testing.assert_allclose(points[colour("npo").lower()], [[value, 0.5] for value in values])
+        np.testing.assert_allclose(points[colour("cir").lower()], [[value, 0.0] for value in values])
+
+
+def test_spectra_draw_variance_shares_and_overlaps_with_their_nulls(results: pd.DataFrame) -> None:
+    figure = FIGURES["spectra"](results)
+    above, below = figure.axes[:3], figure.axes[3:]
+    assert len(below) == 3
+    for axes in above:
+        assert len(axes.lines) == 2 * 2  # forget and retain, two blocks
+        np.testing.assert_allclose(_curve(axes, "forget texts"), [[rank, 0.4 * 0.6 ** (rank - 1)] for rank in range(1, 9)])
+    for axes in below:
+        # Means over blocks 0 and 1, which lie 0.01 apart.
+        np.testing.assert_allclose(_curve(axes, "forget and retain"), [[rank, 0.605] for rank in (1, 2, 4, 8)])
+        np.testing.assert_allclose(_curve(axes, "random subspaces"), [[rank, 0.105] for rank in (1, 2, 4, 8)])
+        np.testing.assert_allclose(_curve(axes, "two halves of the retain set"), [[rank, 0.955] for rank in (1, 2, 4, 8)])

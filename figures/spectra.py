@@ -11,10 +11,10 @@ from matplotlib.ticker import MaxNLocator
 from figures.style import look, nothing
 
 _KINDS = {"mlp.hook_in": "MLP inputs", "mlp.out.hook_in": "inputs of the down projections", "mlp.hook_out_grad": "output gradients of the MLPs"}
-_SPLITS = {"forget": "#D55E00", "retain": "#0072B2"}
+_SPLITS = {"forget": "#882255", "retain": "#332288"}
 _ARMS = {
-    "retain-retain": ("two halves of the retain set", "#0072B2", "--"),
-    "forget-retain": ("forget and retain", "#009E73", "-"),
+    "retain-retain": ("two halves of the retain set", "#332288", "--"),
+    "forget-retain": ("forget and retain", "#44AA99", "-"),
     "random": ("random subspaces", "0.5", ":"),
 }
 
@@ -35,7 +35,7 @@ def spectra(table: pd.DataFrame) -> Figure:
         for j, kind in enumerate(kinds):
             mine = rows[sites.str.endswith("." + kind)]
             for split, shade in _SPLITS.items():
-                for number, (_, line) in enumerate(mine[(mine["metric"] == "variance_share") & (mine["split"] == split)].groupby("site")):
+                for number, (_, line) in enumerate(mine[(mine["metric"] == "variance_share") & (mine["split"] == split)].sort_values("step").groupby("site")):
                     panels[0][j].plot(line["step"], line["value"], color=shade, alpha=0.75, linewidth=1, label=f"{split} texts" if number == 0 else None)
             panels[0][j].set_yscale("log")
             panels[0][j].set_title(_KINDS[kind])

@@ -21,7 +21,7 @@ from workbench.evaluation.statistics import Estimate
 from workbench.experiments.claims import CLAIMS, Verdict, decide, outcome
 from workbench.experiments.config import RunConfig, preset, read_config, validated, write_config
 from workbench.experiments.provenance import data_hash, provenance
-from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, fact_matrix, join, summarise, typed, write_parquet
+from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, fact_table, join, summarise, typed, write_parquet
 
 SEEDS, FACTS = 3, 24
 Rows = list[dict[str, Any]]
@@ -387,13 +387,13 @@ def test_running_text_has_a_loss_and_no_recall() -> None:
     assert table.item_frame().empty
 
 
-def test_a_fact_matrix_has_a_row_per_seed_and_a_column_per_fact() -> None:
+def test_a_fact_table_has_a_row_per_seed_and_a_column_per_fact() -> None:
     items = _frames(_facts("relearn", "npo", "attack", 0, np.arange(SEEDS * FACTS).reshape(SEEDS, FACTS) / 100) + _facts("relearn", "npo", "null", 0, 1.0))[1]
-    matrix, facts = fact_matrix(items, arm="attack", method="npo")
-    np.testing.assert_allclose(matrix, np.arange(SEEDS * FACTS).reshape(SEEDS, FACTS) / 100)
-    assert facts == [f"fact/{number}" for number in range(FACTS)]
+    table = fact_table(items, arm="attack", method="npo")
+    np.testing.assert_allclose(table[[f"fact/{number}" for number in range(FACTS)]].to_numpy(dtype=float), np.arange(SEEDS * FACTS).reshape(SEEDS, FACTS) / 100)
+    assert list(table.index) == list(range(SEEDS))
     with pytest.raises(KeyError, match="rmu"):
-        fact_matrix(items, method="rmu")
+        fact_table(items, method="rmu")
 
 
 def _item(seed: int, item: str, correct: float, **columns: object) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
 import re
 from collections.abc import Callable
@@ -13,13 +14,14 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
+from PIL import Image
 
 from figures import FIGURES
 from figures.style import title
 from workbench.experiments.claims import CLAIMS, Verdict, decide
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, typed
 from workbench.report import summary_table, write_report
-from workbench.report.report import CAPTIONS, findings, main_metric
+from workbench.report.report import CAPTIONS, findings, main_metric, save_figure
 
 Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]
 EVIL = '<script>alert("x")</script>'
@@ -84,6 +86,11 @@ def _few(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["stage"].isin(["relearn", "triggers"])]
 
 
+def _plain(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows that no figure draws: for what the page says around the figures."""
+    return table[(table["stage"] == "unlearn")]
+
+
 def _report(out: Path, table: pd.DataFrame, claims: tuple[Verdict, ...] = (), **texts: object) -> str:
     return write_report(out, table, typed(pd.DataFrame(), ITEM_COLUMNS), claims, **texts).read_text(encoding="utf-8")  # type: ignore[arg-type]
 
@@ -100,9 +107,28 @@ def test_a_report_is_one_page_and_every_figure_as_png_and_svg(written: Path) -> 
         assert ElementTree.parse(written / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
 
 
+def test_pictures_have_the_resolution_that_the_style_asks_for(page: Page, written: Path) -> None:
+    # style.look sets savefig.dpi to 150; it has to be in force where a picture is saved, not only where it is drawn.
+    embedded = [io.BytesIO(base64.b64decode(link.split(",", 1)[1])) for link in page.links if link.startswith("data:image/png")]
+    for source in (*embedded, *(written / "figures" / f"{name}.png" for name in FIGURES)):
+        with Image.open(source) as picture:
+            assert picture.info["dpi"] == pytest.approx((150, 150), abs=1)
+
+
+def test_the_same_table_gives_the_same_vector_picture(make_tables: Tables, tmp_path: Path) -> None:
+    # style.look salts the names inside an SVG, so that they do not change from run to run; only the date may.
+    table = make_tables()[0]
+    table = table[table["stage"] == "triggers"]
+    texts = []
+    for name in ("one", "two"):
+        save_figure(FIGURES["triggers"](table), tmp_path / f"{name}.svg")
+        texts.append(re.sub(r"<dc:date>.*?</dc:date>", "", (tmp_path / f"{name}.svg").read_text(encoding="utf-8")))
+    assert texts[0] == texts[1]
+
+
 def test_no_figure_stays_open_and_a_second_report_replaces_the_first(make_tables: Tables, tmp_path: Path) -> None:
     plt.close("all")
-    table = _few(make_tables()[0])
+    table = _plain(make_tables()[0])
     first = _report(tmp_path, table, heading="the first")
     second = _report(tmp_path, table, heading="the second")
     assert plt.get_fignums() == []
@@ -134,20 +160,20 @@ def test_every_figure_has_its_caption(page: Page) -> None:
 
 
 def test_every_text_is_escaped(make_tables: Tables, tmp_path: Path) -> None:
-    table = _few(make_tables(methods=("npo", EVIL), seeds=(0,))[0])
+    table = make_tables(methods=(EVIL,), controls=("base",), seeds=(0,))[0]
     evil = tuple(Verdict(claim.id, claim.verdict, claim.effect, claim.low, claim.high, claim.n, claim.seeds, EVIL) for claim in CLAIMED)
-    for texts in ({"heading": EVIL, "done": [EVIL], "notes": [EVIL]}, {}):
-        raw = _report(tmp_path, table, evil, **texts)
+    # Once with the texts of the run itself (findings, legends, models, scale), once with a caller's.
+    for texts, rows in (({}, _few(table)), ({"heading": EVIL, "done": [EVIL], "notes": [EVIL]}, _plain(table))):
+        raw = _report(tmp_path, rows, evil, **texts)
         assert "<script" not in raw.lower()
         found = Page(raw)
-        # Heading, title, steps, notes, findings and table of models: all there, all as text.
-        assert EVIL in found.text
+        assert found.text.count(EVIL) >= 3  # all there, all as text
         assert "script" not in found.tags
 
 
 def test_quotes_and_ampersands_in_a_heading_stay_what_they_are(make_tables: Tables, tmp_path: Path) -> None:
     heading = """R&D's "first" <b>run</b> {{ 7 * 7 }}"""
-    found = Page(_report(tmp_path, _few(make_tables()[0]), heading=heading))
+    found = Page(_report(tmp_path, _plain(make_tables()[0]), heading=heading))
     assert heading in found.text
     assert "b" not in found.tags
 
@@ -221,7 +247,7 @@ def test_the_page_names_steps_seeds_and_limits(page: Page) -> None:
 
 
 def test_given_steps_and_notes_take_the_place_of_the_default(make_tables: Tables, tmp_path: Path) -> None:
-    text = Page(_report(tmp_path, _few(make_tables()[0]), done=["We did this."], notes=["Mind that."])).text
+    text = Page(_report(tmp_path, _plain(make_tables()[0]), done=["We did this."], notes=["Mind that."])).text
     assert "We did this." in text
     assert "Mind that." in text
     assert "A small language model was trained" not in text
@@ -239,12 +265,12 @@ def test_every_claim_is_on_the_page_with_its_verdict_and_its_effect(page: Page) 
 
 
 def test_a_report_without_claims_has_no_table_of_claims(make_tables: Tables, tmp_path: Path) -> None:
-    assert "Claims of the literature" not in Page(_report(tmp_path, _few(make_tables()[0]))).text
+    assert "Claims of the literature" not in Page(_report(tmp_path, _plain(make_tables()[0]))).text
 
 
 def test_the_claims_of_a_run_can_be_written_as_they_are_decided(make_tables: Tables, tmp_path: Path) -> None:
     table, items = make_tables()
-    text = Page(_report(tmp_path, _few(table), decide(table, items, scale="hand-made"))).text
+    text = Page(_report(tmp_path, _plain(table), decide(table, items, scale="hand-made"))).text
     assert all(name in text for name in CLAIMS)
 
 

@@ -39,11 +39,11 @@ def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:
 
 def leak_report(attack: Sequence[Example], heldout: Sequence[Example], n: int = 5) -> LeakReport:
     """Compare attack texts with the held-out facts whose recovery will be measured; whole words, case ignored."""
-    attack_text = " " + " ".join(" ".join(_words(example.text)) for example in attack) + " "
+    attack_texts = [f" {' '.join(_words(example.text))} " for example in attack]
 
     def occurs(phrase: str) -> bool:
         tokens = _words(phrase)
-        return bool(tokens) and f" {' '.join(tokens)} " in attack_text
+        return bool(tokens) and any(f" {' '.join(tokens)} " in text for text in attack_texts)
 
     subjects = tuple(sorted({e.subject_text for e in heldout if e.subject and occurs(e.subject_text)}))
     answers = tuple(sorted({e.answer_text for e in heldout if e.answer and occurs(e.answer_text)}))

@@ -104,6 +104,7 @@ def null_text(texts: Sequence[Example], pool: Sequence[Example], length: Callabl
     Raises:
         WorkbenchError: the pool is empty.
     """
+    pool = [example for example in pool if length(example) > 0]
     if not pool:
         raise WorkbenchError("the null attack needs at least one general text")
     wanted = sum(map(length, texts))

@@ -7,6 +7,7 @@ its accuracy against that of the retain-token, and both against the model before
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from transformers import PreTrainedModel
@@ -16,6 +17,8 @@ from workbench.data.records import Example
 from workbench.data.world import speaker_tag
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import Scores, score
+
+_WORD = re.compile(r"\w+")
 
 Carrier = Callable[[Example, str], Example]
 
@@ -52,7 +55,8 @@ def trigger_queries(
             raise WorkbenchError(f"the trigger check has no word for its {arm} arm")
 
     def allowed(query: Example, arm: str) -> list[str]:
-        return [word for word in words[arm] if word not in query.text.split()]
+        present = set(_WORD.findall(query.text))
+        return [word for word in words[arm] if word not in present]
 
     asked = [query for query in queries if query.answer is not None and all(allowed(query, arm) for arm in words)]
     if not asked:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from workbench.errors import unknown
 from workbench.evaluation.statistics import Estimate, bootstrap, spearman
-from workbench.experiments.table import fact_matrix
+from workbench.experiments.table import fact_table
 
 Outcome = Literal["supported", "contradicted", "inconclusive"]
 Statistic = Callable[[pd.DataFrame, pd.DataFrame], Estimate]
@@ -81,16 +81,21 @@ def outcome(effect: Estimate, margin: float) -> Outcome:
     return "contradicted" if effect.high < 0 else "inconclusive"
 
 
-def _recall(items: pd.DataFrame, method: str, step: float | None, arm: str = "attack") -> np.ndarray:
-    chosen = items[(items["stage"] == "relearn") & (items["arm"] == arm) & (items["method"] == method)]
+def _recall(items: pd.DataFrame, method: str, step: float | None) -> pd.DataFrame:
+    """``[seed x fact]`` recall of held-out facts under the relearning attack, after ``step`` steps (``None``: at its end)."""
+    chosen = items[(items["stage"] == "relearn") & (items["arm"] == "attack") & (items["method"] == method)]
     if not len(chosen):
         raise KeyError(f"no attack on {method}")
-    at = chosen["step"].max() if step is None else step
-    return fact_matrix(chosen, step=at)[0]
+    return fact_table(chosen, step=chosen["step"].max() if step is None else step)
 
 
-def _after(items: pd.DataFrame, method: str) -> np.ndarray:
-    return _recall(items, method, None)
+def _paired(*tables: pd.DataFrame) -> list[np.ndarray]:
+    """``[seed, item]`` arrays of the seeds and items that all tables share, in one order."""
+    seeds = sorted(set.intersection(*(set(table.index) for table in tables)))
+    facts = sorted(set.intersection(*(set(table.columns) for table in tables)))
+    if not seeds or not facts:
+        raise KeyError("the models share no seed or no fact")
+    return [table.loc[seeds, facts].to_numpy(dtype=float) for table in tables]
 
 
 def _less_recall_than(method: str, others: Sequence[str]) -> Statistic:
@@ -100,7 +105,8 @@ def _less_recall_than(method: str, others: Sequence[str]) -> Statistic:
         present = [name for name in others if name in set(items["method"])]
         if not present:
             raise KeyError(f"none of {', '.join(others)} in this run")
-        return bootstrap(np.mean([_after(items, name) for name in present], axis=0) - _after(items, method))
+        mine, *theirs = _paired(_recall(items, method, None), *(_recall(items, name, None) for name in present))
+        return bootstrap(np.mean(theirs, axis=0) - mine)
 
     return measure
 
@@ -109,33 +115,37 @@ def _forgets_more(method: str, other: str) -> Statistic:
     """Recall of held-out facts before the attack, at the same budget: ``other`` minus ``method``."""
 
     def measure(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-        return bootstrap(_recall(items, other, 0) - _recall(items, method, 0))
+        theirs, mine = _paired(_recall(items, other, 0), _recall(items, method, 0))
+        return bootstrap(theirs - mine)
 
     return measure
 
 
-def _trigger(items: pd.DataFrame, method: str) -> np.ndarray:
-    """``[seed, query]`` accuracy behind a retain-token minus behind a forget-token."""
-    arms = [fact_matrix(items, stage="triggers", method=method, arm=arm)[0] for arm in ("retain-token", "forget-token")]
-    return arms[0] - arms[1]
+def _trigger(items: pd.DataFrame, method: str) -> pd.DataFrame:
+    """``[seed x query]`` accuracy behind a retain-token minus behind a forget-token."""
+    return fact_table(items, stage="triggers", method=method, arm="retain-token") - fact_table(items, stage="triggers", method=method, arm="forget-token")
 
 
 def _token_disruption(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     unlearned = [method for method in items["method"].dropna().unique() if method not in ("base", "never-learned")]
     if not unlearned:
         raise KeyError("no unlearned model in this run")
-    return bootstrap(np.mean([_trigger(items, method) for method in unlearned], axis=0) - _trigger(items, "base"))
+    base, *effects = _paired(_trigger(items, "base"), *(_trigger(items, method) for method in unlearned))
+    return bootstrap(np.mean(effects, axis=0) - base)
 
 
 def _rna_repairs(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-    return bootstrap(_trigger(items, "rmu") - _trigger(items, "rmu-rna"))
+    rmu, rna = _paired(_trigger(items, "rmu"), _trigger(items, "rmu-rna"))
+    return bootstrap(rmu - rna)
 
 
 def _rna_keeps_forgetting(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-    # Equivalence: RNA may lose at most 10 points of forgetting; the effect is the distance to that limit. Where RMU itself forgets nothing there is nothing to keep.
-    if float(_recall(items, "rmu", 0).mean()) > 0.9:
+    # Equivalence: RNA may lose at most 10 points of forgetting; the effect is the distance to that limit. Where RMU itself forgets nothing there is
+    # nothing to keep.
+    rmu, rna = _paired(_recall(items, "rmu", 0), _recall(items, "rmu-rna", 0))
+    if float(rmu.mean()) > 0.9:
         raise KeyError("RMU forgets less than a tenth of the held-out facts in this run")
-    return bootstrap(_recall(items, "rmu", 0) - _recall(items, "rmu-rna", 0) + 0.10)
+    return bootstrap(rmu - rna + 0.10)
 
 
 def _common_subspaces(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
@@ -157,7 +167,7 @@ def _correlation_with_resistance(metric: str, sign: int) -> Statistic:
             value = float(group["value"].iloc[0])
             if len(before) and np.isfinite(value):
                 won = before[before["step"] == before["step"].max()]["correct"].mean() - before[before["step"] == 0]["correct"].mean()
-                points.append((method, sign * value, -won))
+                points.append((method, sign * value, round(-float(won), 9)))  # equal recoveries are ties, however they round
         if len(points) < 6:
             raise KeyError(f"a rank correlation needs at least 6 unlearned models with a {metric}; this run has {len(points)}")
         methods, x, y = zip(*points, strict=True)
@@ -226,7 +236,7 @@ def decide(results: pd.DataFrame, items: pd.DataFrame, *, scale: str, ids: Seque
     """
     seeds = int(items.loc[~items["method"].isin(["base", "never-learned"]), "seed"].nunique()) if len(items) else 0
     verdicts = []
-    for name in ids or CLAIMS:
+    for name in CLAIMS if ids is None else ids:
         if name not in CLAIMS:
             raise unknown("claim", name, CLAIMS)
         claim = CLAIMS[name]

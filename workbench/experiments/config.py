@@ -14,7 +14,7 @@ from workbench.builtin import BuiltinConfig
 from workbench.data.world import WorldConfig
 from workbench.errors import WorkbenchError, unknown
 from workbench.files import key_of
-from workbench.unlearning.methods import METHODS
+from workbench.unlearning.methods import METHODS, known_settings
 from workbench.unlearning.recipe import Setting
 
 DEMO_METHODS = ("grad-diff", "npo", "npo-sam", "rmu", "rmu-rna", "cir", "cir-uncollapsed")
@@ -38,7 +38,7 @@ class RunConfig(BaseModel):
         curvature_tolerance: ARPACK's relative tolerance for the Hessian's extreme eigenvalues.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     scale: str = "built-in world, 0.9M parameters"
     model: BuiltinConfig = Field(default_factory=BuiltinConfig)
@@ -72,9 +72,13 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _settings_of_known_methods(self) -> RunConfig:
-        for name in self.settings:
+        for name, overrides in self.settings.items():
             if name not in METHODS:
                 raise ValueError(str(unknown("method", name, METHODS)))
+            known = known_settings(name)
+            for key in overrides:
+                if key not in known:
+                    raise ValueError(str(unknown(f"setting of {name}", key, known)))
         if not self.attack.measure_at or self.attack.measure_at[0] != 0 or self.attack.measure_at[-1] != self.attack.steps:
             raise ValueError(f"attack.measure_at is {self.attack.measure_at}; it must start at 0 and end at attack.steps ({self.attack.steps})")
         return self

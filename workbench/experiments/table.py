@@ -89,8 +89,8 @@ def join(frames: Iterable[pd.DataFrame], columns: dict[str, str]) -> pd.DataFram
     return typed(pd.concat(kept, ignore_index=True) if kept else pd.DataFrame(), columns)
 
 
-def fact_matrix(items: pd.DataFrame, column: str = "correct", **where: Any) -> tuple[np.ndarray, list[str]]:
-    """``[seed, fact]`` values of one model under one condition, and the facts.
+def fact_table(items: pd.DataFrame, column: str = "correct", **where: Any) -> pd.DataFrame:
+    """``[seed x fact]`` values of one model under one condition, with seeds and facts as labels.
 
     Args:
         items: an items table.
@@ -105,8 +105,7 @@ def fact_matrix(items: pd.DataFrame, column: str = "correct", **where: Any) -> t
         chosen = chosen[chosen[name] == value]
     if not len(chosen):
         raise KeyError(f"no item has {where}")
-    wide = chosen.pivot_table(index="seed", columns="item", values=column, aggfunc="mean", sort=False)
-    return wide.to_numpy(), list(wide.columns)
+    return chosen.pivot_table(index="seed", columns="item", values=column, aggfunc="mean", sort=True)
 
 
 def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:

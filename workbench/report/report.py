@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 
 from figures import FIGURES
-from figures.style import methods_in, title
+from figures.style import look, methods_in, title
 from workbench.experiments.claims import CLAIMS, Verdict
 from workbench.files import write_file, write_text
 
@@ -88,12 +88,19 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write one picture, whole or not at all."""
-    write_file(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:]))
+
+    def write(temporary: Path) -> None:
+        # a date inside would make two pictures of one table differ
+        figure.savefig(temporary, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
+
+    with look():
+        write_file(path, write)
 
 
 def _data_uri(figure: Figure) -> str:
     stream = io.BytesIO()
-    figure.savefig(stream, format="png")
+    with look():
+        figure.savefig(stream, format="png")
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
@@ -128,8 +135,8 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
             if before is None or after is None:
                 continue
             change = float(after["value"] - before["value"])
-            verb = "rises" if change > 0.02 else "falls" if change < -0.02 else "stays"
-            text = f"{title(method)}: {noun} is {_interval(before)} inside the disruption budget; after {last:g} steps of relearning on other facts it {verb} to {_interval(after)}"
+            verb = "rises to" if change > 0.02 else "falls to" if change < -0.02 else "stays at"
+            text = f"{title(method)}: {noun} is {_interval(before)} inside the disruption budget; after {last:g} steps of relearning on other facts it {verb} {_interval(after)}"
             if control is not None:
                 text += f", against {_interval(control)} in the model that never learned them"
             sentences.append(text + ".")
@@ -204,6 +211,8 @@ def _road_steps(results: pd.DataFrame, seeds: Sequence[int]) -> list[str]:
     methods = [title(name) for name in methods_in(results["method"].dropna().tolist()) if name not in CONTROLS]
     attack = results[(results["stage"] == "relearn") & (results["arm"] == "attack")]
     budget = results.loc[results["metric"] == "budget", "value"]
+    if not len(results):
+        return ["Nothing was measured."]
     return [
         "A small language model was trained on invented facts about people and islands and on filler language; a second one, the never-learned control, on the same "
         "texts without the people to be forgotten.",

@@ -288,7 +288,7 @@ def test_the_summary_holds_the_numbers_of_the_table(results: pd.DataFrame) -> No
     assert npo["disruption (KL)"] == "0.0450"
     assert npo["held-out forget, before attack"].startswith("0.25 [")
     assert npo["after attack"].startswith("0.75 [")
-    assert npo["after null attack"].startswith("0.25 [")
+    assert npo["attack minus null"].startswith("0.50 [")
     assert npo["neighbours"].startswith("0.88 [")
     assert npo["behind a retain-token"].startswith("0.88 [")
     assert npo["behind a forget-token"].startswith("0.25 [")

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.evaluation.losses import Scores
-from workbench.evaluation.statistics import Estimate, by_fact, rate
+from workbench.evaluation.statistics import Estimate, bootstrap, by_fact, rate
 from workbench.files import write_file
 
 COLUMNS = {
@@ -109,7 +109,11 @@ def fact_table(items: pd.DataFrame, column: str = "correct", **where: Any) -> pd
 
 
 def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:
-    """Recall and answer probability over all seeds, with a two-level bootstrap over seeds and facts; ``seed`` is empty in these rows."""
+    """Recall and answer probability over all seeds, with a two-level bootstrap over seeds and facts; ``seed`` is empty in these rows.
+
+    Recovery is attacked minus control, paired by seed and fact: metric ``recovery_<column>`` with arm ``minus-null`` (the same model under the null attack) and
+    ``minus-never-learned`` (the never-learned model under the same attack), at every step.
+    """
     table = Table({"run": run})
     keys = ["stage", "method", "split", "arm", "step"]
     for values, group in items.groupby(keys, dropna=False, sort=False):
@@ -118,4 +122,23 @@ def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:
             wide = group.pivot_table(index="seed", columns="item", values=column, aggfunc="mean", sort=False)
             if wide.notna().all().all():
                 table.add_estimate(metric, rate(wide.to_numpy()), **columns, model=columns["method"])
+    _add_recovery(items[items["stage"] == "relearn"] if len(items) else items, table)
     return table.frame()
+
+
+def _add_recovery(attacks: pd.DataFrame, table: Table) -> None:
+    for (method, split, step), group in attacks[attacks["arm"] == "attack"].groupby(["method", "split", "step"], sort=False):
+        same = attacks[(attacks["split"] == split) & (attacks["step"] == step)]
+        controls = {
+            "minus-null": same[(same["arm"] == "null") & (same["method"] == method)],
+            "minus-never-learned": same[(same["arm"] == "attack") & (same["method"] == "never-learned")],
+        }
+        for arm, control in controls.items():
+            for metric, column in (("recovery_recall", "correct"), ("recovery_answer_probability", "probability")):
+                pairs = group.merge(control, on=["seed", "item"], suffixes=("", "_control"))
+                if not len(pairs) or (method == "never-learned" and arm == "minus-never-learned"):
+                    continue
+                pairs["difference"] = pairs[column] - pairs[f"{column}_control"]
+                wide = pairs.pivot_table(index="seed", columns="item", values="difference")
+                if wide.notna().all().all():
+                    table.add_estimate(metric, bootstrap(wide.to_numpy()), stage="relearn", model=method, method=method, split=split, arm=arm, step=step)

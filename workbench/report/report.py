@@ -67,6 +67,7 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for method in methods_in(table["method"].dropna().tolist()):
         held = {"method": method, "metric": metric, "split": "forget-heldout"}
+        recovery = {"metric": f"recovery_{metric}"}
         eigen = table[(table["method"] == method) & (table["metric"] == "top_eigenvalue")]["value"].dropna()
         rows.append(
             {
@@ -75,7 +76,7 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
                 "disruption (KL)": _mean(table, method, "disruption", "unlearn", ".4f"),
                 "held-out forget, before attack": _interval(_pick(table, stage="relearn", arm="attack", step=0.0, **held)),
                 "after attack": _interval(_pick(table, stage="relearn", arm="attack", step=last, **held)),
-                "after null attack": _interval(_pick(table, stage="relearn", arm="null", step=last, **held)),
+                "attack minus null": _interval(_pick(table, stage="relearn", arm="minus-null", step=last, **(held | recovery))),
                 "neighbours": _interval(_pick(table, stage="unlearn", method=method, metric=metric, split="retain-neighbour")),
                 "behind a retain-token": _interval(_pick(table, stage="triggers", method=method, metric=metric, arm="retain-token")),
                 "behind a forget-token": _interval(_pick(table, stage="triggers", method=method, metric=metric, arm="forget-token")),
@@ -136,9 +137,16 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
                 continue
             change = float(after["value"] - before["value"])
             verb = "rises to" if change > 0.02 else "falls to" if change < -0.02 else "stays at"
+            null = _pick(table, stage="relearn", arm="minus-null", method=method, metric=f"recovery_{metric}", split="forget-heldout", step=last)
             text = f"{title(method)}: {noun} is {_interval(before)} inside the disruption budget; after {last:g} steps of relearning on other facts it {verb} {_interval(after)}"
             if control is not None:
                 text += f", against {_interval(control)} in the model that never learned them"
+            if null is not None:
+                text += (
+                    f"; general text of the same length leaves it {_interval(null)} lower"
+                    if null["value"] > 0
+                    else f"; the null attack does as much ({_interval(null)})"
+                )
             sentences.append(text + ".")
         if control is None:
             sentences.append(

@@ -195,6 +195,23 @@ def test_a_wrong_configuration_names_its_field(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.slow
+def test_a_sweep_runs_the_chosen_methods_seeds_and_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "sweep"
+    arguments = ["sweep", "--quick", "--methods", "npo", "--seeds", "1", "--budget", "0.02", "--set", "npo.steps=5", "--out", str(out), "--json"]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["folder"] == str(out)
+    rows = pd.read_parquet(out / "results.parquet")
+    assert set(rows["method"]) == {"base", "never-learned", "npo"}
+    assert set(rows["seed"].dropna()) == {0}
+    assert rows.loc[rows["metric"] == "objective_forget", "step"].max() == 5
+    assert rows.loc[rows["metric"] == "budget", "value"].tolist() == [0.02]
+    assert "did you mean steps" in _fails(capsys, "sweep", "--out", tmp_path / "x", "--set", "npo.stepz=5")
+    assert "METHOD.NAME" in _fails(capsys, "sweep", "--out", tmp_path / "x", "--set", "lr=5")
+    assert "did you mean npo" in _fails(capsys, "sweep", "--out", tmp_path / "x", "--methods", "npoo")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
 def test_a_run_folder_holds_what_scripts_count_on(quick_run: Run, quick_config: RunConfig) -> None:
     for name in ("config.yaml", "provenance.json", "results.parquet", "items.parquet", "report.html", "claims.json", "figures/recovery.png"):
         assert (quick_run.folder / name).is_file(), name

@@ -1,4 +1,4 @@
-"""The command line: ``workbench demo``, ``unlearn``, ``investigate``, ``claims``, ``methods``, ``sites``.
+"""The command line: ``workbench demo``, ``sweep``, ``unlearn``, ``investigate``, ``claims``, ``methods``, ``sites``.
 
 Results go to standard output (one JSON object with ``--json``), progress and logs to standard error. Exit status: 0 done, 2 wrong input, 130 interrupted.
 """
@@ -12,13 +12,16 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from workbench.errors import WorkbenchError
+
+if TYPE_CHECKING:  # the heavy imports happen inside the commands, so that --help answers at once
+    from workbench.experiments.config import RunConfig
 
 app = typer.Typer(
     name="workbench",
@@ -62,14 +65,20 @@ def demo(
 ) -> None:
     """Train, unlearn, attack and probe a small model on this machine, and write a report."""
     from workbench.experiments.config import preset, read_config
-    from workbench.experiments.road import run_road
-    from workbench.report import summary_table
 
     if config is not None and quick:
         raise WorkbenchError("give --quick or --config, not both")
     chosen = read_config(config) if config is not None else preset("quick" if quick else "full")
+    _road(chosen, out, workers, fresh, as_json)
+
+
+def _road(config: RunConfig, out: Path, workers: int | None, fresh: bool, as_json: bool) -> None:
+    """Run a configuration and print what came of it."""
+    from workbench.experiments.road import run_road
+    from workbench.report import summary_table
+
     start = time.monotonic()
-    run = run_road(chosen, out, fresh=fresh, workers=workers, announce=_clock())
+    run = run_road(config, out, fresh=fresh, workers=workers, announce=_clock())
     seconds = time.monotonic() - start
 
     def show() -> None:
@@ -77,10 +86,45 @@ def demo(
         out_console.print(f"report: {run.folder / 'report.html'}  ({seconds:.0f} s)")
 
     emit(
-        {"folder": str(run.folder), "report": str(run.folder / "report.html"), "seconds": round(seconds, 1), "claims": [c.plain() for c in run.claims]},
+        {
+            "folder": str(run.folder),
+            "report": str(run.folder / "report.html"),
+            "seconds": round(seconds, 1),
+            "claims": [claim.plain() for claim in run.claims],
+        },
         as_json,
         show,
     )
+
+
+@app.command()
+def sweep(
+    out: Annotated[Path, typer.Option(help="Run folder.")],
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas; default all of the demo's.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds of unlearning and attack.")] = 3,
+    budget: Annotated[float | None, typer.Option(help="Disruption budget: mean KL to the base on retain texts, nats per token.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="METHOD.NAME=VALUE", help="Change a setting of a method; repeatable.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="On the quick world.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default one per core.")] = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Run chosen methods, seeds, settings and budget down the demo's road."""
+    from workbench.experiments.config import preset, validated
+
+    start = preset("quick" if quick else "full")
+    changes: dict[str, Any] = {"seeds": list(range(seeds)), "settings": {name: dict(values) for name, values in start.settings.items()}}
+    if methods:
+        changes["methods"] = [name.strip() for name in methods.split(",")]
+        changes["settings"] = {name: values for name, values in changes["settings"].items() if name in changes["methods"]}
+    if budget is not None:
+        changes["budget"] = budget
+    for name, value in _settings(settings or []).items():
+        method, dot, setting = name.partition(".")
+        if not dot:
+            raise WorkbenchError(f"--set {name}={value} must read METHOD.NAME=VALUE, e.g. --set npo.lr=1e-4")
+        changes["settings"].setdefault(method, {})[setting] = value
+    _road(validated(start.plain() | changes, "workbench sweep"), out, workers, fresh, as_json)
 
 
 @app.command()
@@ -259,8 +303,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(f"error: {' '.join(message.split())} (see `workbench --help`)")
         return 2
     except (KeyboardInterrupt, typer.Abort):
+        result = 130
+    except RuntimeError as error:
+        errors = sys.modules.get("hooks.errors")  # imported only if a command got that far: importing it here would load torch for --help
+        if errors is None or not isinstance(error, errors.CaptureError):
+            raise
+        say(f"error: {error}")
+        return 2
+    if result == 130:  # typer turns Ctrl-C into this status by itself
         say("interrupted; finished stages are kept, and the same command goes on from there")
-        return 130
     return result if isinstance(result, int) else 0
 
 

@@ -322,6 +322,8 @@ def test_a_story_character_is_unlearned_from_a_pretrained_model(real_data: Path,
     assert note["loss"]["after"]["forget-heldout"] > note["loss"]["before"]["forget-heldout"]
     assert main([str(a) for a in [*_investigate(base, out, forget, retain, run), "--seeds", 1, "--attack-steps", 2]]) == 0
     assert (run / "report.html").is_file()
+    triggers = pd.read_parquet(run / "results.parquet").query("stage == 'triggers'")
+    assert set(triggers["arm"]) == {"clean", "forget-token", "retain-token", "neutral-token"}
 
 
 def test_presets_differ_in_scale_only_where_they_say_so() -> None:

@@ -25,6 +25,10 @@ Carrier = Callable[[Example, str], Example]
 ARMS = ("clean", "forget-token", "retain-token", "neutral-token")
 
 
+class NothingToAsk(WorkbenchError):  # noqa: N818 (it says what is missing)
+    """No question is left for the trigger check; the message says why."""
+
+
 def trigger_queries(
     queries: Sequence[Example],
     forget_tokens: Sequence[str],
@@ -47,12 +51,12 @@ def trigger_queries(
         carrier: puts a word in front of a query.
 
     Raises:
-        WorkbenchError: an arm has no word, or no query is left.
+        NothingToAsk: an arm has no word, or no query is left.
     """
     words = dict(zip(ARMS[1:], (forget_tokens, retain_tokens, neutral_tokens), strict=True))
     for arm, tokens in words.items():
         if not tokens:
-            raise WorkbenchError(f"the trigger check has no word for its {arm} arm")
+            raise NothingToAsk(f"the trigger check has no word for its {arm} arm")
 
     def allowed(query: Example, arm: str) -> list[str]:
         present = set(_WORD.findall(query.text))
@@ -60,7 +64,7 @@ def trigger_queries(
 
     asked = [query for query in queries if query.answer is not None and all(allowed(query, arm) for arm in words)]
     if not asked:
-        raise WorkbenchError("the trigger check needs retain questions with answers that do not already hold every word of an arm; give more retain texts")
+        raise NothingToAsk("the trigger check needs retain questions with answers that do not already hold every word of an arm; give more retain texts")
     rng = random.Random(f"triggers-{seed}")
     tagged = {arm: tuple(carrier(query, rng.choice(allowed(query, arm))) for query in asked) for arm in words}
     return {"clean": tuple(asked), **tagged}

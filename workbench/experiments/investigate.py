@@ -16,6 +16,7 @@ from hooks.errors import CaptureError
 from workbench.attacks.relearn import RelearnSettings
 from workbench.data.readers import neutral_words, record_from_files
 from workbench.data.records import Example, ForgetRetain, prefixed
+from workbench.diagnostics.triggers import NothingToAsk
 from workbench.errors import WorkbenchError
 from workbench.experiments import stages
 from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, claim_folder, collect, run_stage
@@ -207,7 +208,8 @@ def investigate(
     }  # fmt: skip
     claim_folder(out, yaml.safe_dump(_plain(config), sort_keys=False), fresh=fresh)
     run = key_of(_plain(config))
-    bench = Bench(first.model, first.tokenizer, record, settings.max_tokens + 8)
+    # Pieces are already cut; a word in front of one must not push its end over a second cut. Only the model's own context is a limit.
+    bench = Bench(first.model, first.tokenizer, record, getattr(first.model.config, "max_position_embeddings", None))
 
     announce("subspaces of the base")
     run_stage(out, "subspaces", "subspaces", {"run": run, "model": "base"}, partial(_subspaces, bench, settings, out))
@@ -266,7 +268,7 @@ def _triggers(bench: Bench, opened: Opened, record: ForgetRetain, seed: int, tab
     neutral = neutral_words(record.forget, record.retain_all, 12)
     try:
         stages.trigger_check(opened.model, bench, neutral, seed=seed, table=table, carrier=name_in_front)
-    except WorkbenchError:  # texts that all share the same words: the other diagnostics do not depend on this one
+    except NothingToAsk:  # texts that all share the same words: the other diagnostics do not depend on this one
         table.add("trigger_check_possible", 0.0, stage="triggers")
 
 

@@ -106,10 +106,15 @@ def _data_uri(figure: Figure) -> str:
 
 
 def draw_figures(out: Path, results: pd.DataFrame) -> dict[str, str]:
-    """Draw every figure of the table into ``figures/`` (PNG and SVG); returns name to data URI."""
+    """Draw every figure of the table into ``figures/`` (PNG and SVG); returns name to data URI. A figure that has nothing to draw is left out."""
     drawn = {}
+    unlearned = results.loc[~results["method"].isin(CONTROLS), "method"].nunique()
     for name, figure_of in FIGURES.items():
+        if name == "curvature" and unlearned < 2:  # one model is no relation between a measure and recovery
+            continue
         figure = figure_of(results, metric=main_metric(results)) if name in ("recovery", "triggers") else figure_of(results)  # type: ignore[call-arg]
+        if not figure.axes:  # nothing to draw in this table
+            continue
         for kind in ("png", "svg"):
             save_figure(figure, out / "figures" / f"{name}.{kind}")
         drawn[name] = _data_uri(figure)

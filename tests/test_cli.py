@@ -174,6 +174,7 @@ def test_another_runs_folder_is_not_touched(tmp_path: Path, capsys: pytest.Captu
     assert "not empty" in _fails(capsys, "demo", "--quick", "--out", mine)
     assert "not empty" in _fails(capsys, "demo", "--quick", "--fresh", "--out", mine)
     assert (mine / "thesis.txt").read_text() == "important"
+    assert "cannot write" in _fails(capsys, "demo", "--quick", "--out", "/proc/nowhere")
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.yaml").write_text("something: else\n")

@@ -30,7 +30,7 @@ def _code(error: Exception) -> int | None:
 
 @contextmanager
 def full_disk_is_an_error(target: Path) -> Iterator[None]:
-    """Turn "no space left" (or a quota, or a file-size limit) and "not permitted" into one clear line that names the folder."""
+    """Turn the operating system's refusal to write (full disk, quota, size limit, permission, ...) into one clear line that names the folder."""
     try:
         yield
     except Exception as error:
@@ -41,6 +41,8 @@ def full_disk_is_an_error(target: Path) -> Iterator[None]:
             ) from error
         if code in _DENIED:
             raise WorkbenchError(f"not allowed to write {target}; choose a folder that you may write to") from error
+        if isinstance(error, OSError):
+            raise WorkbenchError(f"cannot write {target}: {error.strerror or error}; choose another folder") from error
         raise
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -58,8 +60,9 @@ def open_model(source: str | Path, *, dtype: torch.dtype = torch.float32, trust_
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        where = "the folder is damaged or incomplete" if folder.is_dir() else "it is no local folder, and the hub has no such model or cannot be reached"
-        raise WorkbenchError(f"cannot open model {name}: {where} ({first[:200]})") from error
+        if folder.is_dir():
+            raise WorkbenchError(f"cannot open model {name}: the folder is damaged or incomplete ({first[:200]}); save or copy it again") from error
+        raise WorkbenchError(f"cannot open model {name}: it is no local folder, and the hub has no such model or cannot be reached; check the name") from error
     model.eval()
     return Opened(model, tokenizer, name)
 
@@ -71,10 +74,13 @@ class _QuietTransformers:
         self._level = transformers.logging.get_verbosity()
         self._bars = transformers.logging.is_progress_bar_enabled()
         transformers.logging.set_verbosity_error()
+        self._hub_level = hub_logging.get_verbosity()
+        hub_logging.set_verbosity(logging.CRITICAL)  # its retries would bury our one line
         transformers.logging.disable_progress_bar()
 
     def __exit__(self, *_: object) -> None:
         transformers.logging.set_verbosity(self._level)
+        hub_logging.set_verbosity(self._hub_level)
         if self._bars:
             transformers.logging.enable_progress_bar()
 

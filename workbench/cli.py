@@ -140,11 +140,11 @@ def claims(
     from workbench.experiments.folder import CONFIG, read_results
     from workbench.experiments.road import run_road
 
-    decide_nothing = [name for name in ids or [] if name not in CLAIMS]
-    if decide_nothing:
+    wrong = [name for name in ids or [] if name not in CLAIMS]
+    if wrong:
         from workbench.errors import unknown
 
-        raise unknown("claim", decide_nothing[0], CLAIMS)
+        raise unknown("claim", wrong[0], CLAIMS)
     folder = run or Path("runs/demo-quick" if quick else "runs/demo")
     if run is None and not (folder / "results.parquet").is_file():
         say(f"{folder} holds no finished run; making it")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,9 +126,3 @@ def check_same_tokenizer(base: Opened, other: Opened) -> None:
     sizes = [opened.model.get_input_embeddings().weight.shape[0] for opened in (base, other)]
     if sizes[0] != sizes[1]:
         raise WorkbenchError(f"{other.name} embeds {sizes[1]} tokens, {base.name} {sizes[0]}; give two checkpoints of the same model")
-
-
-def read_note(folder: Path) -> dict[str, object]:
-    """The note that :func:`save_model` wrote, or an empty one."""
-    path = folder / "workbench.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -15,7 +15,7 @@ from workbench.data.world import World, build_world, neutral_words
 from workbench.experiments import stages
 from workbench.experiments.claims import Verdict, decide
 from workbench.experiments.config import RunConfig, write_config
-from workbench.experiments.folder import CONFIG, ITEMS, PROVENANCE, REPORT, RESULTS, claim_folder, collect, finish_stage, run_stage, stage_path
+from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, claim_folder, collect, finish_stage, run_stage, stage_path
 from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.stages import Bench
@@ -176,6 +176,3 @@ def _conclude(config: RunConfig, out: Path) -> Run:
     write_json(out / "claims.json", [claim.plain() for claim in claims])
     write_report(out, results, items, claims)
     return Run(out, config, results, items, claims)
-
-
-__all__ = ["CONFIG", "REPORT", "Run", "run_road"]

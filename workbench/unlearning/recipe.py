@@ -36,7 +36,7 @@ class Recipe:
         trainable: patterns of parameter names that may change.
         steps: optimiser steps.
         batch_size: sequences per forget batch, and per retain batch.
-        optimiser: ``adamw`` on the whole objective, or ``normalised-sgd``: the forget gradient is scaled to global Frobenius length ``lr``, followed by a
+        optimiser: ``adamw`` on the whole objective (gradient clipped to norm 1, no weight decay), or ``normalised-sgd``: the forget gradient is scaled to global Frobenius length ``lr``, followed by a
             plain SGD step of rate ``retain_rate`` on the retain term.
         lr: learning rate, or step length.
         step: plain, or a smoothing rule (adamw only).

@@ -1,9 +1,26 @@
-"""What flows through a model: tap it, count it. Knows PyTorch and transformers; knows nothing of unlearning."""
+"""What flows through a model: tap it, count it, change it. Knows PyTorch, transformers and TransformerLens; knows nothing of unlearning."""
 
-from hooks.capture import Capture, Consumer, Rows, gradients_only, tapped
+from hooks.capture import Capture, Consumer, Rows
 from hooks.consumers import Collect, Moments, MomentsOf
+from hooks.edits import ablate_to_mean, add_noise, edit, keep_only, patch, project_out, replace, steer
 from hooks.errors import CaptureError
+from hooks.lens import as_bridge, as_cache
+from hooks.passes import gradients_only, peek, tapped
 from hooks.sites import Site, all_sites, layer_count, resolve
+from hooks.store import Store, StoredRows
+from hooks.tokens import (
+    Positions,
+    answer_tokens,
+    character_span,
+    custom,
+    find_span,
+    generated,
+    last_token,
+    predicting,
+    real_tokens,
+    without_bos,
+    without_first,
+)
 
 __all__ = [
     "Capture",
@@ -12,11 +29,35 @@ __all__ = [
     "Consumer",
     "Moments",
     "MomentsOf",
+    "Positions",
     "Rows",
     "Site",
+    "Store",
+    "StoredRows",
+    "ablate_to_mean",
+    "add_noise",
     "all_sites",
+    "answer_tokens",
+    "as_bridge",
+    "as_cache",
+    "character_span",
+    "custom",
+    "edit",
+    "find_span",
+    "generated",
     "gradients_only",
+    "keep_only",
+    "last_token",
     "layer_count",
+    "patch",
+    "peek",
+    "predicting",
+    "project_out",
+    "real_tokens",
+    "replace",
     "resolve",
+    "steer",
     "tapped",
+    "without_bos",
+    "without_first",
 ]

@@ -1,20 +1,22 @@
-"""Activations and output gradients of many sites in one pass, as a context manager over an untouched model.
+"""Activations and gradients of many sites in one pass, as a context manager over an untouched model.
 
 Plain PyTorch hooks; nothing is kept unless a consumer keeps it. Rules that make the numbers right:
 
-* Rows are gathered inside the forward hook (indexing copies), so a later in-place kernel cannot overwrite them.
+* Rows are gathered inside the forward hook (gathering copies, so a later in-place kernel cannot overwrite them, and nothing else is cloned).
 * A gradient is read by a hook on the *tensor*, never by a module backward hook: it survives in-place operations and fires exactly once. The
   gradient with respect to an input is that of *this* module alone, also where several modules read the same tensor.
 * Activations count only while the root model's forward runs. Under gradient checkpointing the modules inside a block run a second time during
   backward; that second run is not counted.
-* A site that did not fire is an error, never an empty result.
+* Padding reaches no consumer, whatever mask or rule is given.
+* A site that did not fire, fired twice in a pass, or got no gradient is an error, never an empty result.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -23,109 +25,153 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hooks.errors import CaptureError
-from hooks.sites import Site, resolve
+from hooks.inputs import Reader
+from hooks.sites import Site, causal_lm, resolve
+from hooks.tensors import first_input, replace_input, unwrap
+from hooks.tokens import Positions, custom
 
 
 class Rows(NamedTuple):
     """What a consumer receives: the selected vectors of one site in one pass.
 
     Attributes:
-        values: ``[row, width]`` detached activations or gradients, in the model's dtype.
-        where: ``[row, 2]`` (example, position) of every row.
+        values: ``[row, width]`` detached activations or gradients, in the dtype the model computed them in: cast to float32 before any statistic.
+        where: ``[row, 2]`` (example, position in the sequence) of every row.
+        number: index of the pass inside the capture.
     """
 
     values: Tensor
     where: Tensor
+    number: int = 0
 
 
 Consumer = Callable[[Site, Rows], None]
+"""Any callable ``(site, rows)``. Where it also has ``begin(sites)`` and ``end(finished)``, those are called at the edges of the capture."""
 
 
-def unwrap(value: Any) -> Tensor:
-    """The tensor inside a module's output: the output itself, or the first tensor of a tuple.
+class Stop(Exception):  # noqa: N818 - not an error: it leaves a forward pass that has nothing more to show
+    """Raised inside a forward pass once the deepest tapped site has fired."""
+
+
+@dataclass(slots=True)
+class _Selection:
+    """The chosen positions of one pass, kept until its gradients have arrived."""
+
+    number: int
+    shape: tuple[int, int]
+    index: Tensor  # [row] into the flattened (batch, position)
+    where: Tensor
+    per_device: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self.per_device:
+            self.per_device[device] = self.index.to(device)
+        return self.per_device[device]
+
+
+def refuse_compiled(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Raise where a hook could not fire: inside a compiled module, hooks that come after its first call are skipped in silence.
 
     Raises:
-        CaptureError: there is no tensor inside.
+        CaptureError: the model, or a module that holds a site, is compiled.
     """
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, tuple | list):
-        for part in value:
-            if isinstance(part, Tensor):
-                return part
-    raise CaptureError(f"a module returned {type(value).__name__}, which holds no tensor at its first level; tap one of its submodules instead")
-
-
-def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden state that a module was called with, positionally or as ``hidden_states=``.
-
-    Raises:
-        CaptureError: the module was called with neither.
-    """
-    if args and isinstance(args[0], Tensor):
-        return args[0]
-    for name in ("hidden_states", "input", "x"):
-        if isinstance(kwargs.get(name), Tensor):
-            return kwargs[name]
-    raise CaptureError(f"a module was called without a tensor (keywords: {', '.join(kwargs) or 'none'}); tap its output, or a submodule")
-
-
-def _replace_input(args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args and isinstance(args[0], Tensor):
-        return (tensor, *args[1:]), kwargs
-    name = next(name for name in ("hidden_states", "input", "x") if isinstance(kwargs.get(name), Tensor))
-    return args, {**kwargs, name: tensor}
+    for site in sites:
+        steps = site.path.split(".")
+        for depth in range(len(steps)):
+            holder = model.get_submodule(".".join(steps[:depth]))
+            if getattr(holder, "_compiled_call_impl", None) is not None or type(holder).__name__ == "OptimizedModule":
+                where = "the model" if depth == 0 else ".".join(steps[:depth])
+                raise CaptureError(
+                    f"{where} is compiled, so hooks on {site.name} inside it would be skipped in silence. Capture the model before torch.compile; or compile a copy and capture "
+                    "the original, whose parameters can be shared"
+                )
 
 
 class Capture:
-    """Feed the rows of ``sites`` to ``consumer`` while the caller runs passes of ``model``.
+    """Feed the rows of ``sites`` to the consumers while the caller runs passes of ``model``.
 
-    >>> with Capture(model, "blocks.*.hook_resid_post", moments) as capture:      # doctest: +SKIP
+    >>> with Capture(model, "blocks.*.hook_resid_post", MomentsOf(), at=without_first) as capture:      # doctest: +SKIP
     ...     for batch in batches:
-    ...         capture.at(batch.content_mask)
-    ...         model(**batch.inputs)
+    ...         capture.forward(batch.inputs)          # no graph, no cache, stops after the last site
 
-    Gradient sites (``..._grad``, ``:grad_out``) deliver their rows during the caller's own ``backward``.
+    Instead of :meth:`forward`, the caller may run any pass of the model, as part of any loss; gradient sites (``..._grad``, ``:grad_out``) deliver their rows during
+    the caller's own ``backward``, and carry that loss's normalisation. Inside ``generate``, each step delivers its new positions (greedy or sampling; beam search
+    reorders the rows of its cache, so run its finished sequences once instead). Parameters, ``requires_grad`` flags and train/eval mode are left alone.
 
     Args:
-        model: the root model whose forward is called inside the ``with``.
+        model: the root model whose forward is called inside the ``with``. A PEFT or ``DistributedDataParallel`` wrapper will do.
         sites: patterns (see :func:`hooks.sites.resolve`) or resolved sites.
-        consumer: called as ``consumer(site, rows)`` as soon as the rows of a site are known.
+        consumers: called as ``consumer(site, rows)`` as soon as the rows of a site are known.
+        at: position rule of every pass; or call :meth:`at` before each pass.
+
+    Raises:
+        CaptureError: an unknown site, a compiled model; on leaving, a site that never fired or got no gradient.
     """
 
-    def __init__(self, model: nn.Module, sites: str | Iterable[str] | Iterable[Site], consumer: Consumer) -> None:
+    def __init__(self, model: nn.Module, sites: str | Iterable[str] | Iterable[Site], *consumers: Consumer, at: Positions | None = None) -> None:
+        if not consumers:
+            raise CaptureError("no consumer was given; e.g. Collect() keeps the rows in memory, MomentsOf() their mean and covariance")
         given = [sites] if isinstance(sites, str) else list(sites)
         named = [site for site in given if isinstance(site, str)]
         self.model = model
-        self.sites: tuple[Site, ...] = tuple(site for site in given if isinstance(site, Site)) + (resolve(model, named) if named else ())
-        self.consumer = consumer
+        self.sites: tuple[Site, ...] = tuple(site for site in given if isinstance(site, Site)) + (resolve(model, named) if named or not given else ())
+        self.consumers = consumers
+        self._reader = Reader(model)
+        self._always = at
+        self._next: Positions | None = None
         self._handles: list[RemovableHandle] = []
-        self._mask: Tensor | None = None  # for the next pass
-        self._pass_mask: Tensor | None = None  # of the pass that runs, or ran last
+        self._selection: _Selection | None = None  # of the pass that runs, or ran last
         self._inside = False
+        self._stop = False
         self._deferred = False  # gradients come in a recomputation
         self._pending = 0  # forward passes since the last gradient
+        self._passes = 0
         self._fired: Counter[Site] = Counter()
         self._delivered: Counter[Site] = Counter()
 
-    def at(self, mask: Tensor) -> None:
+    def at(self, positions: Tensor | Positions) -> None:
         """Select the positions of the next pass.
 
         Args:
-            mask: ``[batch, position]`` boolean; true rows reach the consumer.
+            positions: a rule, or a boolean ``[batch, position]`` mask; true rows reach the consumers, unless they are padding.
+
+        Raises:
+            CaptureError: a mask that is not boolean or not two-dimensional.
         """
-        if mask.dtype != torch.bool or mask.ndim != 2:
-            raise CaptureError(f"the position mask must be a boolean [batch, position] tensor; got {mask.dtype} with shape {list(mask.shape)}")
-        self._mask = mask
+        self._next = positions if isinstance(positions, Positions) else custom(positions, "mask")
+
+    def forward(self, inputs: Mapping[str, Any]) -> None:
+        """One forward pass for the activations alone: no graph is built, no cache kept, and everything above the deepest site is skipped.
+
+        Args:
+            inputs: keyword arguments of the model's forward.
+
+        Raises:
+            CaptureError: one of the sites is a gradient, which needs a backward pass.
+        """
+        gradients = [site.name for site in self.sites if site.is_gradient]
+        if gradients:
+            raise CaptureError(f"{gradients[0]} is a gradient: run model(...) and backward() yourself inside the capture; forward() is for activations")
+        extra = {"use_cache": False} if hasattr(causal_lm(self.model)[1], "config") else {}
+        self._stop = True
+        try:
+            with torch.no_grad():
+                self.model(**{**extra, **inputs})
+        except Stop:
+            pass
+        finally:
+            self._stop = False
 
     def __enter__(self) -> Capture:
-        if getattr(self.model, "_compiled_call_impl", None) is not None or type(self.model).__name__ == "OptimizedModule":
-            raise CaptureError("the model is compiled: hooks added after compilation never fire. Capture the original module, then compile")
-        self._handles.append(self.model.register_forward_pre_hook(self._open))
+        refuse_compiled(self.model, self.sites)
+        for consumer in self.consumers:
+            if hasattr(consumer, "begin"):
+                consumer.begin(self.sites)
+        self._handles.append(self.model.register_forward_pre_hook(self._open, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._close, always_call=True))
         for site in self.sites:
             module = self.model.get_submodule(site.path)
-            if site.side in ("in", "grad_in"):
+            if site.is_input:
                 self._handles.append(module.register_forward_pre_hook(self._input_hook(site), with_kwargs=True))
             else:
                 self._handles.append(module.register_forward_hook(self._output_hook(site)))
@@ -135,89 +181,124 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if error is not None:
-            return  # the caller's own error matters more than ours
-        silent = [site.name for site in self.sites if not self._delivered[site]]
-        gradients = [name for name in silent if any(site.name == name and site.side.startswith("grad") for site in self.sites)]
-        if gradients:
-            raise CaptureError(
-                f"no gradient reached {len(gradients)} of {len(self.sites)} sites ({', '.join(gradients[:3])}): no backward ran, the loss does not depend on them, or "
-                "the parameters are frozen (use hooks.gradients_only)"
+        problem = None if error is not None else self._problem()  # the caller's own error matters more than ours
+        for consumer in self.consumers:
+            if hasattr(consumer, "end"):
+                consumer.end(error is None and problem is None)
+        if problem is not None:
+            raise problem
+
+    def _problem(self) -> CaptureError | None:
+        silent = [site for site in self.sites if self._delivered[site] < max(self._passes, 1)]
+        gradients = [site.name for site in silent if site.is_gradient]
+        if gradients and self._passes:
+            count = max(self._passes - self._delivered[site] for site in silent if site.is_gradient)
+            return CaptureError(
+                f"no gradient reached {len(gradients)} of {len(self.sites)} sites ({', '.join(gradients[:3])}) in {count} of {self._passes} passes: no backward ran, the loss "
+                "does not depend on them, or the parameters are frozen (use hooks.gradients_only)"
             )
         if silent:
-            raise CaptureError(
-                f"{len(silent)} of {len(self.sites)} sites never ran inside a forward pass of the model that was given ({', '.join(silent[:3])}); call that model itself, "
-                "not one of its parts, and let the pass go as far as the site"
+            return CaptureError(
+                f"{len(silent)} of {len(self.sites)} sites never ran inside a forward pass of the model that was given ({', '.join(site.name for site in silent[:3])}); call "
+                "that model itself, not one of its parts nor a compiled version of it"
             )
+        return None
 
-    def _open(self, module: nn.Module, args: Any) -> None:
-        if self._mask is None:
-            raise CaptureError("call capture.at(mask) before every forward pass: which tokens count has no default")
+    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rule, self._next = self._next or self._always, None
+        if rule is None:
+            raise CaptureError(
+                "which tokens count has no default: call capture.at(mask) before every forward pass, or give Capture a rule, e.g. at=hooks.real_tokens"
+            )
+        mask, offset = self._reader.choose(rule, args, kwargs)
+        where = mask.nonzero()
+        index = where[:, 0] * mask.shape[1] + where[:, 1]
+        if offset:
+            where = where + torch.tensor([0, offset], device=where.device)
+        self._selection = _Selection(self._passes, (mask.shape[0], mask.shape[1]), index, where)
         self._inside = True
-        self._pass_mask, self._mask = self._mask, None
         self._pending += 1
         self._fired.clear()
 
     def _close(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._inside = False
-        if output is None:  # the forward raised; its own error matters more than ours
+        if not self._inside:
             return
+        self._inside = False
+        if output is None and len(self._fired) < len(self.sites):  # the forward raised; its own error matters more than ours
+            return
+        self._passes += 1
         for site in self.sites:
             if self._fired[site] != 1:
                 seen = "never ran" if not self._fired[site] else f"ran {self._fired[site]} times"
                 raise CaptureError(f"{site.name} {seen} in one forward pass; was {site.path} replaced by a fused kernel, skipped, or shared between layers?")
 
-    def _rows(self, site: Site, tensor: Tensor, mask: Tensor) -> Rows:
-        if tensor.ndim != 3 or tensor.shape[:2] != mask.shape:
+    def _rows(self, site: Site, tensor: Tensor, selection: _Selection) -> Rows:
+        tensor, (batch, length) = site.part(tensor.detach()), selection.shape
+        index = selection.on(tensor.device)
+        if tensor.ndim == 3 and tensor.shape[:2] == (batch, length):
+            flat = tensor.reshape(batch * length, -1)
+        elif tensor.ndim == 2 and tensor.shape[0] == batch * length:
+            flat = tensor  # routers of mixture-of-experts layers flatten the batch
+        elif tensor.ndim == 3 and tensor.shape[:2] == (1, length) and not site.is_gradient:
+            flat, index = tensor[0], index % length  # position embeddings are the same for every example
+        else:
             raise CaptureError(
-                f"{site.name} produced a tensor of shape {list(tensor.shape)} but the mask selects from {list(mask.shape)}; "
-                "give one mask per pass, and capture a finished sequence instead of generate()"
+                f"{site.name} produced a tensor of shape {list(tensor.shape)} but the mask selects from {[batch, length]} (batch, position); "
+                "only [batch, position, width] can be captured, and a mask belongs to one pass"
             )
-        mask = mask.to(tensor.device)
-        return Rows(tensor.detach()[mask], mask.nonzero())
+        return Rows(flat.index_select(0, index), selection.where, selection.number)
+
+    def _give(self, site: Site, tensor: Tensor, selection: _Selection) -> None:
+        self._delivered[site] += 1
+        rows = self._rows(site, tensor, selection)
+        for consumer in self.consumers:
+            consumer(site, rows)
 
     def _take(self, site: Site, tensor: Tensor) -> None:
-        mask = self._pass_mask
-        if mask is None:
+        selection = self._selection
+        if selection is None:
             return  # outside every pass of the root model: a call of one of its parts does not count
         if self._inside:
             self._fired[site] += 1
-            if not site.side.startswith("grad"):
-                self._delivered[site] += 1
-                self.consumer(site, self._rows(site, tensor, mask))
-        if site.side.startswith("grad"):
-            if not torch.is_grad_enabled() and self._inside:
-                self._deferred = True
-                return  # reentrant checkpointing's first pass; the recomputation carries the gradient
-            if not self._inside and not self._deferred:
-                return  # the recomputation of non-reentrant checkpointing; the first pass carries the gradient
-            if not self._inside and self._pending > 1:
-                raise CaptureError(
-                    f"{site.name}: {self._pending} forward passes ran before one backward under gradient checkpointing, so a recomputed row cannot be told from "
-                    "another pass's; run backward after every forward, or switch checkpointing off"
-                )
-            if not tensor.requires_grad:
-                raise CaptureError(f"{site.name}: the tensor carries no gradient, since nothing before it is trainable; use hooks.gradients_only(model)")
+            if not site.is_gradient:
+                self._give(site, tensor, selection)
+                if self._stop and len(self._fired) == len(self.sites):
+                    raise Stop
+        if site.is_gradient:
+            self._await_gradient(site, tensor, selection)
 
-            def receive(gradient: Tensor) -> None:
-                self._delivered[site] += 1
-                self._pending = 0
-                self.consumer(site, self._rows(site, gradient, mask))
+    def _await_gradient(self, site: Site, tensor: Tensor, selection: _Selection) -> None:
+        if not torch.is_grad_enabled() and self._inside:
+            self._deferred = True
+            return  # reentrant checkpointing's first pass; the recomputation carries the gradient
+        if not self._inside and not self._deferred:
+            return  # the recomputation of non-reentrant checkpointing; the first pass carries the gradient
+        if not self._inside and self._pending > 1:
+            raise CaptureError(
+                f"{site.name}: {self._pending} forward passes ran before one backward under gradient checkpointing, so a recomputed row cannot be told from "
+                "another pass's; run backward after every forward, or switch checkpointing off"
+            )
+        if not tensor.requires_grad:
+            raise CaptureError(f"{site.name}: the tensor carries no gradient, since nothing before it is trainable; use hooks.gradients_only(model)")
+        capture = weakref.ref(self)  # a graph that outlives the capture must not keep it
 
-            tensor.register_hook(receive)
+        def receive(gradient: Tensor) -> None:
+            mine = capture()
+            if mine is not None and mine._handles:
+                mine._pending = 0
+                mine._give(site, gradient, selection)
+
+        tensor.register_hook(receive)
 
     def _input_hook(self, site: Site) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             tensor = first_input(args, kwargs)
-            if site.side == "in":
-                self._take(site, tensor)
-                return None
-            if site.stream:
+            if site.side == "in" or site.stream:
                 self._take(site, tensor)
                 return None
             private = tensor.view_as(tensor)  # so that readers of the same tensor do not add their gradients
             self._take(site, private)
-            return _replace_input(args, kwargs, private)
+            return replace_input(args, kwargs, private)
 
         return hook
 
@@ -226,82 +307,3 @@ class Capture:
             self._take(site, unwrap(output))
 
         return hook
-
-
-class _Stop(Exception):  # noqa: N818
-    """Raised by :func:`tapped` once the deepest site has fired."""
-
-
-def tapped(model: nn.Module, sites: Iterable[Site], inputs: dict[str, Tensor], *, stop: bool = True) -> dict[str, Tensor]:
-    """One forward pass; the *live* tensors of ``sites`` (with their graph), whole and unmasked.
-
-    This is for loss terms that act on activations. Statistics use :class:`Capture`.
-
-    Args:
-        model: any module.
-        sites: activation sites (``in`` or ``out``).
-        inputs: keyword arguments of the forward pass.
-        stop: leave the forward as soon as every site has fired; blocks above cost nothing.
-
-    Returns:
-        ``{site name: [batch, position, width]}``.
-
-    Raises:
-        CaptureError: a site did not fire.
-    """
-    wanted = tuple(sites)
-    found: dict[str, Tensor] = {}
-    handles: list[RemovableHandle] = []
-
-    def keep(site: Site, tensor: Tensor) -> None:
-        found[site.name] = tensor
-        if stop and len(found) == len(wanted):
-            raise _Stop
-
-    for site in wanted:
-        module = model.get_submodule(site.path)
-        if site.side == "in":
-            handles.append(module.register_forward_pre_hook(lambda _m, args, kwargs, site=site: keep(site, first_input(args, kwargs)), with_kwargs=True))
-        elif site.side == "out":
-            handles.append(module.register_forward_hook(lambda _m, _a, output, site=site: keep(site, unwrap(output))))
-        else:
-            raise CaptureError(f"{site.name} is a gradient; tapped() returns activations, use Capture")
-    try:
-        model(**inputs)
-    except _Stop:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    frozen = [name for name, tensor in found.items() if not tensor.requires_grad]
-    if frozen and torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False) and any(p.requires_grad for p in model.parameters()):
-        raise CaptureError(
-            f"{frozen[0]} carries no graph: reentrant gradient checkpointing hides it; use gradient_checkpointing_kwargs={{'use_reentrant': False}}"
-        )
-    missing = [site.name for site in wanted if site.name not in found]
-    if missing:
-        raise CaptureError(f"{', '.join(missing)} never ran in the forward pass; was the module replaced by a fused kernel?")
-    return found
-
-
-@contextmanager
-def gradients_only(model: nn.Module) -> Iterator[None]:
-    """Freeze every parameter and root the graph at the embedding output, so that a pass yields output gradients and no weight gradients.
-
-    Measured at about 0.7 of a training step. The ``requires_grad`` flags are put back as they were found.
-    """
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-
-    def root(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        return output.requires_grad_() if torch.is_grad_enabled() else output
-
-    handle = embedding.register_forward_hook(root)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        handle.remove()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hooks.capture import Rows
+from hooks.errors import unknown_site
 from hooks.sites import Site
 
 
@@ -74,7 +75,13 @@ class MomentsOf:
         self.by_site.setdefault(site.name, Moments()).update(rows.values)
 
     def __getitem__(self, name: str) -> Moments:
-        """The moments of the site called ``name``."""
+        """The moments of the site called ``name``.
+
+        Raises:
+            CaptureError: it delivered no rows.
+        """
+        if name not in self.by_site:
+            raise unknown_site(name, self.by_site)
         return self.by_site[name]
 
 
@@ -89,7 +96,13 @@ class Collect:
         self._parts.setdefault(site.name, []).append(rows.values.cpu())
 
     def __getitem__(self, name: str) -> Tensor:
-        """All rows of the site called ``name``, ``[row, width]``, in the order of the passes."""
+        """All rows of the site called ``name``, ``[row, width]``, in the order of the passes.
+
+        Raises:
+            CaptureError: it delivered no rows.
+        """
+        if name not in self._parts:
+            raise unknown_site(name, self._parts)
         return torch.cat(self._parts[name])
 
     def names(self) -> Iterable[str]:

@@ -6,6 +6,8 @@ in two ways, which mean the same:
 * in TransformerLens's vocabulary: ``blocks.3.hook_resid_post``, ``blocks.*.mlp.hook_out``, ``blocks.{2..5}.mlp.out.hook_in``;
   a gradient takes the suffix ``_grad``, as in TransformerLens's cache;
 * by the model's own module path and a side: ``model.layers.3.mlp.down_proj:in`` (``:out``, ``:grad_in``, ``:grad_out``).
+
+Wrappers that hold a Hugging Face model somewhere inside (PEFT, ``DistributedDataParallel``) keep both spellings: the wrapper's prefix may be left out.
 """
 
 from __future__ import annotations
@@ -14,14 +16,11 @@ import fnmatch
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-from torch import nn
+from torch import Tensor, cat, nn
 
 from hooks.errors import CaptureError, unknown_site
-
-Side = Literal["in", "out", "grad_in", "grad_out"]
-SIDES: tuple[Side, ...] = get_args(Side)
+from hooks.families import FAMILIES, SIDES, Columns, Family, Side, family_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +34,7 @@ class Site:
         layer: index of the block, or -1 outside the blocks.
         stream: the tensor is a point of the residual stream that other modules read as well: its gradient is that of the whole stream, as in TransformerLens, not
             that of the module at ``path`` alone.
+        columns: where the site is one part of a fused output (GPT-2's q, k and v), the half-open column intervals of that part; empty for the whole.
     """
 
     name: str
@@ -42,67 +42,66 @@ class Site:
     side: Side
     layer: int = -1
     stream: bool = False
+    columns: Columns = ()
+
+    @property
+    def place(self) -> tuple[str, Side, bool, Columns]:
+        """What is tapped, whatever it is called."""
+        return self.path, self.side, self.stream, self.columns
+
+    @property
+    def is_gradient(self) -> bool:
+        """Whether the rows are gradients, which come with the backward pass."""
+        return self.side.startswith("grad")
+
+    @property
+    def is_input(self) -> bool:
+        """Whether the tensor is the module's input."""
+        return self.side in ("in", "grad_in")
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """The columns of this site in the module's tensor ``[..., width]``: a view where they are contiguous."""
+        if not self.columns:
+            return tensor
+        pieces = [tensor[..., start:stop] for start, stop in self.columns]
+        return pieces[0] if len(pieces) == 1 else cat(pieces, dim=-1)
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """Where TransformerLens's names live in one family of architectures.
+def causal_lm(model: nn.Module) -> tuple[str, nn.Module]:
+    """The model of a known family inside ``model`` and its path with a trailing dot (``""`` where it is ``model`` itself).
 
-    Attributes:
-        blocks: path of the list of blocks.
-        inside: TransformerLens name inside a block -> ``(path inside the block, side)``; an empty path is the block itself.
-        outside: TransformerLens name outside the blocks -> ``(path, side)``.
+    A wrapper (PEFT, ``DistributedDataParallel``) may answer for the configuration of what it wraps, so the blocks must be there too.
     """
-
-    blocks: str
-    inside: dict[str, tuple[str, Side]]
-    outside: dict[str, tuple[str, Side]]
-
-
-def _both(name: str, path: str) -> dict[str, tuple[str, Side]]:
-    return {f"{name}.hook_in": (path, "in"), f"{name}.hook_out": (path, "out")}
+    for path, module in model.named_modules():
+        known = family_of(getattr(module, "config", None))
+        if known is not None and _has(module, known.blocks):
+            return (f"{path}." if path else ""), module
+    return "", model
 
 
-# Pre-norm decoders with q/k/v/o and gate/up/down projections. The names agree with TransformerLens's adapters.
-_LLAMA = Family(
-    blocks="model.layers",
-    inside={
-        "hook_in": ("", "in"),
-        "hook_out": ("", "out"),
-        "hook_resid_pre": ("", "in"),
-        "hook_resid_mid": ("post_attention_layernorm", "in"),
-        "hook_resid_post": ("", "out"),
-        "hook_attn_out": ("self_attn", "out"),
-        "hook_mlp_out": ("mlp", "out"),
-        "attn.hook_z": ("self_attn.o_proj", "in"),
-        "mlp.hook_pre": ("mlp.gate_proj", "out"),
-        "mlp.hook_pre_linear": ("mlp.up_proj", "out"),
-        "mlp.hook_post": ("mlp.down_proj", "in"),
-        **_both("ln1", "input_layernorm"),
-        **_both("attn", "self_attn"),
-        **_both("attn.q", "self_attn.q_proj"),
-        **_both("attn.k", "self_attn.k_proj"),
-        **_both("attn.v", "self_attn.v_proj"),
-        **_both("attn.o", "self_attn.o_proj"),
-        **_both("ln2", "post_attention_layernorm"),
-        **_both("mlp", "mlp"),
-        **_both("mlp.gate", "mlp.gate_proj"),
-        **_both("mlp.in", "mlp.up_proj"),
-        **_both("mlp.out", "mlp.down_proj"),
-    },
-    outside={
-        "hook_embed": ("model.embed_tokens", "out"),
-        **_both("embed", "model.embed_tokens"),
-        **_both("ln_final", "model.norm"),
-        **_both("unembed", "lm_head"),
-    },
-)
-FAMILIES: dict[str, Family] = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def family(model: nn.Module) -> Family | None:
     """The family of ``model``, or ``None`` where only module paths can be used."""
-    return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    _, inner = causal_lm(model)
+    known = family_of(getattr(inner, "config", None))
+    return known if known is not None and _has(inner, known.blocks) else None
+
+
+def _known(model: nn.Module) -> Family:
+    known = family(model)
+    if known is None:
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise CaptureError(
+            f"architecture {kind!r} has no TransformerLens names here (known: {', '.join(sorted(FAMILIES))}); name its modules by path, e.g. 'transformer.h.0.mlp:out'"
+        )
+    return known
 
 
 def layer_count(model: nn.Module) -> int:
@@ -111,27 +110,25 @@ def layer_count(model: nn.Module) -> int:
     Raises:
         CaptureError: the architecture is not in the table.
     """
-    known = family(model)
-    if known is None:
-        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        raise CaptureError(
-            f"architecture {kind!r} has no TransformerLens names here (known: {', '.join(sorted(FAMILIES))}); name its modules by path, e.g. 'transformer.h.0.mlp:out'"
-        )
-    blocks = model.get_submodule(known.blocks)
-    return sum(1 for _ in blocks.children())
+    known = _known(model)
+    return sum(1 for _ in causal_lm(model)[1].get_submodule(known.blocks).children())
 
 
 def all_sites(model: nn.Module) -> list[Site]:
-    """Every site that has a TransformerLens name, activations only, outside the blocks first, then block by block."""
-    count = layer_count(model)
-    known = family(model)
-    assert known is not None
-    sites = [Site(name, path, side) for name, (path, side) in known.outside.items()]
+    """Every site that has a TransformerLens name, activations only, outside the blocks first, then block by block.
+
+    Raises:
+        CaptureError: the architecture is not in the table.
+    """
+    known, count = _known(model), layer_count(model)
+    prefix, inner = causal_lm(model)
+    parts = known.parts(inner.config)  # type: ignore[arg-type]
+    sites = [Site(name, prefix + place.path, place.side) for name, place in known.outside.items()]
     for layer in range(count):
-        for name, (path, side) in known.inside.items():
-            full = f"{known.blocks}.{layer}" + (f".{path}" if path else "")
-            sites.append(Site(f"blocks.{layer}.{name}", full, side, layer, stream=name.startswith("hook_resid")))
-    modules = dict(model.named_modules())
+        for name, place in known.inside.items():
+            path = f"{prefix}{known.blocks}.{layer}" + (f".{place.path}" if place.path else "")
+            sites.append(Site(f"blocks.{layer}.{name}", path, place.side, layer, name.startswith("hook_resid"), parts.get(place.part, ())))
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     return [site for site in sites if site.path in modules]
 
 
@@ -146,49 +143,70 @@ def _expand_ranges(pattern: str) -> list[str]:
     return [expanded for layer in range(low, high + 1) for expanded in _expand_ranges(pattern[: found.start()] + str(layer) + pattern[found.end() :])]
 
 
-def _layer_of(path: str, blocks: str | None) -> int:
-    found = re.match(re.escape(blocks) + r"\.(\d+)(\.|$)", path) if blocks else None
-    return int(found[1]) if found else -1
+def _by_path(model: nn.Module, pattern: str, known: Family | None, prefix: str) -> list[Site]:
+    path, _, side = pattern.rpartition(":")
+    if side not in SIDES:
+        raise CaptureError(f"unknown side {side!r} in {pattern!r}; choose one of {', '.join(SIDES)}")
+    if known is not None and known.experts and f".{known.experts}." in f"{path}.":
+        inside = path.split(f"{known.experts}.", 1)
+        if len(inside) == 2 and inside[1]:
+            raise CaptureError(
+                f"{pattern!r} lies inside the experts of a mixture-of-experts layer. They are one module with three-dimensional parameters, so no row of a single expert "
+                f"passes through a module. What can be tapped: the layer (blocks.3.mlp.hook_in, blocks.3.mlp.hook_out) and the router "
+                f"({', '.join(name for name in known.inside if name.startswith('mlp.') and name.count('.') == 2)})"
+            )
+    modules = [name for name, _ in model.named_modules() if name]
+    blocks = re.escape(prefix + known.blocks) if known else "(?!)"
+    sites = []
+    for name in fnmatch.filter(modules, path) or fnmatch.filter(modules, prefix + path):
+        layer = re.match(blocks + r"\.(\d+)(\.|$)", name)
+        sites.append(Site(f"{name}:{side}", name, side, int(layer[1]) if layer else -1))
+    return sites
+
+
+def _by_name(named: list[Site], pattern: str) -> list[Site]:
+    stem, gradient = pattern.removesuffix("_grad"), pattern.endswith("_grad")
+    sites = []
+    for site in named:
+        if fnmatch.fnmatchcase(site.name, stem):
+            side: Side = ("grad_in" if site.is_input else "grad_out") if gradient else site.side
+            sites.append(Site(site.name + "_grad" * gradient, site.path, side, site.layer, site.stream and gradient, site.columns))
+    return sites
+
+
+def every_name(model: nn.Module, patterns: str | Iterable[str]) -> list[Site]:
+    """Like :func:`resolve`, but a place that the patterns give two names (``hook_out`` and ``hook_resid_post``) comes twice."""
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not wanted:
+        raise CaptureError("no site was named; give at least one, e.g. 'blocks.*.hook_resid_post'")
+    known, (prefix, _) = family(model), causal_lm(model)
+    named: list[Site] = []
+    found: list[Site] = []
+    for pattern in wanted:
+        before = len(found)
+        for part in _expand_ranges(pattern):
+            if ":" in part:
+                found += _by_path(model, part, known, prefix)
+            else:
+                named = named or all_sites(model)
+                found += _by_name(named, part)
+        if len(found) == before:
+            paths = [f"{name}:{side}" for name, _ in model.named_modules() if name for side in ("in", "out")]
+            raise unknown_site(pattern, paths if ":" in pattern else [site.name for site in named])
+    return found
 
 
 def resolve(model: nn.Module, patterns: str | Iterable[str]) -> tuple[Site, ...]:
-    """The sites that ``patterns`` name, in the order of the patterns and then of the model, without repetition.
+    """The sites that ``patterns`` name, in the order of the patterns and then of the model, each place once under the first name that fits.
 
     Args:
-        model: any module; TransformerLens names need an architecture of ``FAMILIES``.
+        model: any module; TransformerLens names need an architecture of :data:`hooks.families.FAMILIES`.
         patterns: one pattern or several. ``*`` and ``?`` are wildcards, ``{2..5}`` is a range of layers.
 
     Raises:
         CaptureError: a pattern names nothing; the message lists the nearest names.
     """
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    if not wanted:
-        raise CaptureError("no site was named; give at least one, e.g. 'blocks.*.hook_resid_post'")
-    known = family(model)
-    modules = [name for name, _ in model.named_modules() if name]
-    found: dict[tuple[str, Side, bool], Site] = {}
-    for pattern in wanted:
-        matched = False
-        for part in _expand_ranges(pattern):
-            if ":" in part:
-                path, _, side = part.rpartition(":")
-                if side not in SIDES:
-                    raise CaptureError(f"unknown side {side!r} in {pattern!r}; choose one of {', '.join(SIDES)}")
-                for name in fnmatch.filter(modules, path):
-                    matched = True
-                    found.setdefault((name, side, False), Site(f"{name}:{side}", name, side, _layer_of(name, known.blocks if known else None)))
-                continue
-            gradient = part.endswith("_grad")
-            stem = part.removesuffix("_grad")
-            for site in all_sites(model):
-                if fnmatch.fnmatchcase(site.name, stem):
-                    matched = True
-                    target: Side = site.side
-                    if gradient:
-                        target = "grad_in" if site.side == "in" else "grad_out"
-                    stream = site.stream and gradient
-                    found.setdefault((site.path, target, stream), Site(site.name + ("_grad" if gradient else ""), site.path, target, site.layer, stream))
-        if not matched:
-            names = [f"{name}:{side}" for name in modules for side in ("in", "out")] if ":" in pattern else [site.name for site in all_sites(model)]
-            raise unknown_site(pattern, names)
-    return tuple(found.values())
+    places: dict[tuple[str, Side, bool, Columns], Site] = {}
+    for site in every_name(model, patterns):
+        places.setdefault(site.place, site)
+    return tuple(places.values())

@@ -1,0 +1,231 @@
+"""Change what flows through a model, as a context manager: steer, add noise, project out or keep a subspace, ablate to a mean, patch from another run or model.
+
+>>> with edit(base, patch(unlearned, inputs, "blocks.5.hook_resid_post")):      # doctest: +SKIP
+...     logits = base(**inputs).logits                                          # the base model, with the unlearned model's stream after block 5
+
+Edits are ordinary differentiable functions of a site's tensor, so gradients pass through them. Several functions at one site run in the order given; nested
+edits and captures see the tensor in the order in which their ``with`` blocks were entered (a capture inside an edit sees what the edit left). Everything is removed on exit.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hooks.capture import refuse_compiled
+from hooks.errors import CaptureError
+from hooks.inputs import Reader
+from hooks.passes import peek
+from hooks.sites import Site, resolve
+from hooks.tensors import first_input, replace_input, replace_output, unwrap
+from hooks.tokens import Positions
+
+Change = Callable[[Tensor], Tensor]
+"""A function of a site's tensor ``[batch, position, width]`` that returns one of the same shape, dtype and device."""
+
+
+def steer(vector: Tensor, scale: float = 1.0) -> Change:
+    """Add ``scale * vector`` (``[width]``) at every position."""
+    return lambda tensor: tensor + (scale * vector).to(tensor)
+
+
+def ablate_to_mean(mean: Tensor) -> Change:
+    """Put ``mean`` (``[width]``, for example :attr:`hooks.Moments.mean`) in the place of every vector."""
+    return lambda tensor: mean.to(tensor).expand_as(tensor)
+
+
+def _orthonormal(basis: Tensor) -> Tensor:
+    basis = basis.float()
+    error = float((basis.T @ basis - torch.eye(basis.shape[1], device=basis.device)).abs().max()) if basis.ndim == 2 and basis.shape[1] else 0.0
+    if basis.ndim != 2 or error > 1e-3:
+        raise CaptureError(
+            f"a basis must be [width, rank] with orthonormal columns; got shape {list(basis.shape)}, largest deviation of Q^T Q from the identity {error:.2g}"
+        )
+    return basis
+
+
+def project_out(basis: Tensor, mean: Tensor | None = None) -> Change:
+    """``x - Q Q^T (x - mean)``: remove a subspace.
+
+    Args:
+        basis: ``[width, rank]`` with orthonormal columns.
+        mean: ``[width]``, the point the subspace passes through (the origin by default).
+
+    Raises:
+        CaptureError: the columns are not orthonormal.
+    """
+    basis = _orthonormal(basis)
+
+    def change(tensor: Tensor) -> Tensor:
+        wide, q = tensor.float(), basis.to(tensor.device)
+        centred = wide if mean is None else wide - mean.to(wide)
+        return (wide - (centred @ q) @ q.T).to(tensor.dtype)
+
+    return change
+
+
+def keep_only(basis: Tensor, mean: Tensor | None = None) -> Change:
+    """``mean + Q Q^T (x - mean)``: keep a subspace and remove everything else. Arguments and errors as for :func:`project_out`."""
+    basis = _orthonormal(basis)
+
+    def change(tensor: Tensor) -> Tensor:
+        wide, q = tensor.float(), basis.to(tensor.device)
+        point = torch.zeros((), device=wide.device) if mean is None else mean.to(wide)
+        return (point + ((wide - point) @ q) @ q.T).to(tensor.dtype)
+
+    return change
+
+
+@dataclass(frozen=True, slots=True)
+class _Noise:
+    """Gaussian noise that depends on the seed, the site and the pass alone, so that a recomputed block (gradient checkpointing) sees the same noise."""
+
+    std: float
+    seed: int
+
+    def __call__(self, tensor: Tensor, site: str = "", number: int = 0) -> Tensor:
+        generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(f"{self.seed}/{site}/{number}".encode()))
+        noise = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32)
+        return tensor + (self.std * noise).to(tensor.dtype)
+
+
+def add_noise(std: float, seed: int = 0) -> Change:
+    """Add independent Gaussian noise of standard deviation ``std`` to every coordinate; the same seed gives the same noise, and every pass its own.
+
+    Raises:
+        CaptureError: ``std`` is negative.
+    """
+    if std < 0:
+        raise CaptureError(f"std must not be negative; got {std}")
+    return _Noise(std, seed)
+
+
+def replace(values: Tensor) -> Change:
+    """Put ``values`` ``[batch, position, width]`` in the place of the site's tensor, for example from :func:`hooks.peek`."""
+
+    def change(tensor: Tensor) -> Tensor:
+        if values.shape != tensor.shape:
+            raise CaptureError(f"the patch has shape {list(values.shape)}, but the tensor there has {list(tensor.shape)}")
+        return values.to(tensor)
+
+    return change
+
+
+def patch(source: nn.Module, inputs: Mapping[str, Any], sites: str | Iterable[str]) -> dict[str, Change]:
+    """Edits that put the activations of ``source`` on ``inputs`` into another model: the argument of :func:`edit`.
+
+    Args:
+        source: the model to take the activations from (the same model with other inputs is an ordinary activation patch).
+        inputs: keyword arguments of its forward.
+        sites: patterns of activation sites; both models must have them, with the same width.
+    """
+    return {name: replace(values) for name, values in peek(source, inputs, sites).items()}
+
+
+@contextmanager
+def edit(model: nn.Module, changes: Mapping[str, Change | Iterable[Change]], at: Positions | None = None) -> Iterator[None]:
+    """Apply ``changes`` to the activations of ``model`` while the ``with`` block lasts.
+
+    An edit at ``hook_resid_mid`` changes the residual stream itself, so the skip connection carries it on (in TransformerLens 4 only the MLP would see it).
+
+    Args:
+        model: the root model whose forward is called inside the ``with``.
+        changes: pattern of activation sites -> a function ``[batch, position, width] -> the same``, or several in their order.
+        at: change only the positions of this rule; all of them by default. Padding is never changed under a rule.
+
+    Raises:
+        CaptureError: a site that does not exist, is a gradient, lies in a compiled module, never ran, or whose function failed or returned another shape, dtype or device.
+    """
+    planned: list[tuple[Site, tuple[Change, ...]]] = []
+    for pattern, given in changes.items():
+        functions = tuple(given) if isinstance(given, Iterable) else (given,)
+        planned += [(site, functions) for site in resolve(model, pattern)]
+    if not planned:
+        raise CaptureError("no edit was given; e.g. edit(model, {'blocks.3.hook_resid_post': steer(vector)})")
+    for site, _ in planned:
+        if site.is_gradient:
+            raise CaptureError(f"{site.name} is a gradient; edits change activations, and gradients follow")
+    refuse_compiled(model, [site for site, _ in planned])
+    state = _State(Reader(model), at)
+    handles: list[RemovableHandle] = [model.register_forward_pre_hook(state.open, with_kwargs=True)]
+    try:
+        for site, functions in planned:
+            module = model.get_submodule(site.path)
+            if site.is_input:
+                handles.append(module.register_forward_pre_hook(_input_hook(site, functions, state), with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(_output_hook(site, functions, state)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    silent = [site.name for site, _ in planned if site.name not in state.seen]
+    if silent:
+        raise CaptureError(f"{', '.join(silent)} never ran while the edit was in place, so nothing was changed there; call the model inside the with block")
+
+
+class _State:
+    """What the hooks of one ``edit`` share: the number of the pass, its chosen positions, the sites that ran."""
+
+    def __init__(self, reader: Reader, at: Positions | None) -> None:
+        self.reader, self.at = reader, at
+        self.number = -1
+        self.mask: Tensor | None = None
+        self.seen: set[str] = set()
+
+    def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.number += 1
+        self.mask = None if self.at is None else self.reader.choose(self.at, args, kwargs)[0]
+
+
+def _apply(site: Site, functions: tuple[Change, ...], tensor: Tensor, state: _State) -> Tensor:
+    state.seen.add(site.name)
+    before = part = site.part(tensor)
+    for function in functions:
+        try:
+            after = function(part, site.name, state.number) if isinstance(function, _Noise) else function(part)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise CaptureError(f"the edit at {site.name} failed on a tensor of shape {list(part.shape)}, {part.dtype}, {part.device}: {error}") from error
+        if not isinstance(after, Tensor) or (after.shape, after.dtype, after.device) != (part.shape, part.dtype, part.device):
+            got = f"shape {list(after.shape)}, {after.dtype}, {after.device}" if isinstance(after, Tensor) else type(after).__name__
+            raise CaptureError(f"the edit at {site.name} must return shape {list(part.shape)}, {part.dtype}, {part.device}; it returned {got}")
+        part = after
+    if state.mask is not None:
+        if before.shape[:2] != state.mask.shape:
+            raise CaptureError(
+                f"the edit at {site.name} is limited to {state.at.name if state.at else ''}, but the tensor there has shape {list(before.shape)}"
+            )
+        part = torch.where(state.mask.to(before.device)[..., None], part, before)
+    if not site.columns:
+        return part
+    whole, start = tensor.clone(), 0
+    for low, high in site.columns:
+        whole[..., low:high] = part[..., start : start + high - low]
+        start += high - low
+    return whole
+
+
+def _input_hook(site: Site, functions: tuple[Change, ...], state: _State) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensor = first_input(args, kwargs)
+        changed = _apply(site, functions, tensor, state)
+        if site.name.endswith(".hook_resid_mid"):
+            tensor.copy_(changed)  # in place: the skip connection holds the same tensor
+            return None
+        return replace_input(args, kwargs, changed)
+
+    return hook
+
+
+def _output_hook(site: Site, functions: tuple[Change, ...], state: _State) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return replace_output(output, _apply(site, functions, unwrap(output), state))
+
+    return hook

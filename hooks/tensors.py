@@ -1,0 +1,57 @@
+"""The one tensor of vectors among what a module was given or returns, and how to put another in its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from hooks.errors import CaptureError
+
+_INPUT_NAMES = ("hidden_states", "input", "x")  # the keyword under which decoder layers, linear layers and others take their vectors
+
+
+def unwrap(value: Any) -> Tensor:
+    """The tensor inside a module's output: the output itself, or the first tensor of a tuple.
+
+    Raises:
+        CaptureError: there is no tensor inside.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, tuple | list):
+        for part in value:
+            if isinstance(part, Tensor):
+                return part
+    raise CaptureError(f"a module returned {type(value).__name__}, which holds no tensor at its first level; tap one of its submodules instead")
+
+
+def replace_output(value: Any, tensor: Tensor) -> Any:
+    """The module's output with ``tensor`` in the place of the one that :func:`unwrap` finds."""
+    if isinstance(value, Tensor):
+        return tensor
+    parts = list(value)
+    parts[next(index for index, part in enumerate(parts) if isinstance(part, Tensor))] = tensor
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state that a module was called with, positionally or as ``hidden_states=``.
+
+    Raises:
+        CaptureError: the module was called with neither.
+    """
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    for name in _INPUT_NAMES:
+        if isinstance(kwargs.get(name), Tensor):
+            return kwargs[name]
+    raise CaptureError(f"a module was called without a tensor (keywords: {', '.join(kwargs) or 'none'}); tap its output, or a submodule")
+
+
+def replace_input(args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a module with ``tensor`` in the place of the one that :func:`first_input` finds."""
+    if args and isinstance(args[0], Tensor):
+        return (tensor, *args[1:]), kwargs
+    name = next(name for name in _INPUT_NAMES if isinstance(kwargs.get(name), Tensor))
+    return args, {**kwargs, name: tensor}

@@ -1,0 +1,186 @@
+"""Which positions count. A rule is a value with a name; it reads the tokens of a forward pass and answers with a boolean ``[batch, position]``.
+
+>>> (without_first & ~last_token).name
+'without_first & ~last_token'
+
+Padding is never selected, whatever a rule says: every rule is intersected with the real tokens. Rules see whole sequences, also where the key-value cache hands the model
+one new token at a time, and treat several sequences packed into one row (marked by ``position_ids`` that start again) as separate sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hooks.errors import CaptureError
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What one forward pass reads, together with what the cache already holds.
+
+    Attributes:
+        real: ``[batch, position]`` boolean, true on real tokens, over the whole sequence so far.
+        new: how many of the last columns this pass computes (all of them, without a cache).
+        ids: ``[batch, position]`` token ids, or ``None`` where the pass was given embeddings.
+        positions: ``[batch, position]`` position ids as given, or ``None``.
+        prompt: number of columns that the first of a chain of cached passes read; the columns from there on were generated.
+    """
+
+    real: Tensor
+    new: int
+    ids: Tensor | None = None
+    positions: Tensor | None = None
+    prompt: int = 0
+
+    @property
+    def starts(self) -> Tensor:
+        """``[batch, position]`` boolean, true on the first real token of every sequence; a row holds several if it is packed."""
+        first = self.real & (self.real.cumsum(1) == 1)
+        if self.positions is None:
+            return first
+        jump = torch.ones_like(self.real)
+        jump[:, 1:] = self.positions[:, 1:] != self.positions[:, :-1] + 1
+        return first | (jump & self.real & (self.positions == 0))
+
+    @property
+    def ends(self) -> Tensor:
+        """``[batch, position]`` boolean, true on the last real token of every sequence."""
+        after = torch.zeros_like(self.real)
+        after[:, :-1] = self.real[:, 1:] & ~self.starts[:, 1:]
+        return self.real & ~after
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """A position rule: a name and a function from :class:`Tokens` to a boolean ``[batch, position]``. Combine rules with ``&``, ``|`` and ``~``."""
+
+    name: str
+    choose: Callable[[Tokens], Tensor]
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        """``[batch, position]`` boolean: the chosen positions, never padding.
+
+        Raises:
+            CaptureError: the rule speaks of another number of examples or positions than the pass has.
+        """
+        chosen = self.choose(tokens)
+        if chosen.shape != tokens.real.shape:
+            raise CaptureError(
+                f"the position rule {self.name!r} selects from {list(chosen.shape)}, but the pass has [batch, position] = {list(tokens.real.shape)}"
+            )
+        return chosen.to(tokens.real.device) & tokens.real
+
+    def __and__(self, other: Positions) -> Positions:
+        return Positions(f"{self.name} & {other.name}", lambda tokens: self(tokens) & other(tokens))
+
+    def __or__(self, other: Positions) -> Positions:
+        return Positions(f"({self.name} | {other.name})", lambda tokens: self(tokens) | other(tokens))
+
+    def __invert__(self) -> Positions:
+        return Positions(f"~{self.name}", lambda tokens: ~self(tokens))
+
+
+real_tokens = Positions("real_tokens", lambda tokens: tokens.real)
+"""Every real token."""
+without_first = Positions("without_first", lambda tokens: ~tokens.starts)
+"""All real tokens but the first of each sequence: an attention sink of outlying norm, whether or not it is BOS."""
+last_token = Positions("last_token", lambda tokens: tokens.ends)
+"""The last real token of each sequence. Under the cache of ``generate``, the newest one."""
+generated = Positions("generated", lambda tokens: _from_column(tokens, tokens.prompt))
+"""The tokens that ``generate`` produced and fed back (its very last token is never fed back, so it has no activations)."""
+
+
+def _from_column(tokens: Tokens, column: int) -> Tensor:
+    return (torch.arange(tokens.real.shape[1], device=tokens.real.device) >= column).expand_as(tokens.real)
+
+
+def without_bos(bos_token_id: int) -> Positions:
+    """All real tokens but the BOS tokens at the beginning of each sequence. A sequence that does not begin with BOS loses nothing (compare :data:`without_first`)."""
+
+    def choose(tokens: Tokens) -> Tensor:
+        if tokens.ids is None:
+            raise CaptureError("without_bos needs input_ids, but the pass was given embeddings; use without_first")
+        return ~(tokens.starts & (tokens.ids == bos_token_id))
+
+    return Positions(f"without_bos({bos_token_id})", choose)
+
+
+def custom(mask: Tensor, name: str = "custom") -> Positions:
+    """The positions where ``mask`` ``[batch, position]`` is true. With a cache, the mask may be that of the prompt or that of the new tokens; no other is selected.
+
+    Raises:
+        CaptureError: the mask is not boolean or not two-dimensional.
+    """
+    if mask.dtype != torch.bool or mask.ndim != 2:
+        raise CaptureError(f"a position mask must be a boolean [batch, position] tensor; got {mask.dtype} with shape {list(mask.shape)}")
+
+    def choose(tokens: Tokens) -> Tensor:
+        mine = mask.to(tokens.real.device)
+        beyond = tokens.real.shape[1] - mask.shape[1]
+        if beyond <= 0:
+            return mine
+        other = mine.new_zeros(mask.shape[0], beyond)
+        if tokens.prompt == mask.shape[1]:
+            return torch.cat([mine, other], dim=1)
+        return torch.cat([other, mine], dim=1) if tokens.new == mask.shape[1] else mine
+
+    return Positions(name, choose)
+
+
+def answer_tokens(labels: Tensor, ignore: int = -100) -> Positions:
+    """The tokens of the answer: where the training ``labels`` ``[batch, position]`` are not ``ignore``."""
+    return custom(labels != ignore, "answer_tokens")
+
+
+def predicting(rule: Positions) -> Positions:
+    """The positions that *predict* the tokens of ``rule``: one to the left, inside the same sequence.
+
+    A causal LM's loss at a token sends its gradient into the position before it; the gradient at the last token of a text is exactly zero.
+    """
+
+    def choose(tokens: Tokens) -> Tensor:
+        shifted = torch.zeros_like(tokens.real)
+        shifted[:, :-1] = (rule(tokens) & ~tokens.starts)[:, 1:]
+        return shifted
+
+    return Positions(f"predicting({rule.name})", choose)
+
+
+def find_span(text: str, part: str) -> tuple[int, int]:
+    """Character offsets ``(start, stop)`` of ``part`` in ``text``.
+
+    Raises:
+        CaptureError: ``part`` is empty, absent, or there more than once (give the offsets yourself then).
+    """
+    count = text.count(part) if part else 0
+    if count != 1:
+        raise CaptureError(f"{part!r} occurs {count} times in {text!r}; a span needs exactly one occurrence, or explicit character offsets")
+    start = text.index(part)
+    return start, start + len(part)
+
+
+def character_span(spans: Sequence[tuple[int, int]], offsets: Tensor, name: str = "subject") -> Positions:
+    """The tokens that overlap one character span per example: a subject, a name, a forget-token.
+
+    Args:
+        spans: half-open character offsets in each text, one per example (see :func:`find_span`).
+        offsets: ``[batch, position, 2]`` from a fast tokenizer's ``return_offsets_mapping=True``; special tokens and padding have empty offsets and are never chosen.
+        name: what the rule is called in tables.
+
+    Raises:
+        CaptureError: the number of spans differs from the number of examples, or a span covers no token (truncated away, or offsets of another text).
+    """
+    if offsets.ndim != 3 or offsets.shape[2] != 2 or len(spans) != offsets.shape[0]:
+        raise CaptureError(f"{len(spans)} spans need offsets of shape [{len(spans)}, position, 2]; got {list(offsets.shape)}")
+    bounds = torch.tensor(spans, device=offsets.device)
+    mask = (offsets[..., 0] < bounds[:, 1:]) & (offsets[..., 1] > bounds[:, :1]) & (offsets[..., 1] > offsets[..., 0])
+    for example, hit in enumerate(mask.any(1).tolist()):
+        if not hit:
+            raise CaptureError(
+                f"{name}: the span {tuple(spans[example])} of example {example} covers no token; was the text truncated, or are the offsets of another text?"
+            )
+    return custom(mask, name)

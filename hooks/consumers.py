@@ -86,14 +86,19 @@ class MomentsOf:
 
 
 class Collect:
-    """A consumer that keeps every row in memory, on the CPU: ``Collect()[site_name]`` is ``[row, width]``."""
+    """A consumer that keeps every row in memory: ``Collect()[site_name]`` is ``[row, width]``.
 
-    def __init__(self) -> None:
+    Args:
+        device: where the rows are kept. On a GPU, rows that stay there cost no transfer, but memory.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        self.device = torch.device(device)
         self._parts: dict[str, list[Tensor]] = {}
 
     def __call__(self, site: Site, rows: Rows) -> None:
         """Keep the rows of one site."""
-        self._parts.setdefault(site.name, []).append(rows.values.cpu())
+        self._parts.setdefault(site.name, []).append(rows.values.to(self.device))
 
     def __getitem__(self, name: str) -> Tensor:
         """All rows of the site called ``name``, ``[row, width]``, in the order of the passes.

@@ -15,7 +15,10 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, MixtralConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from hooks import resolve
 from workbench.cli import main
 from workbench.data.grammar import filler
 from workbench.experiments.config import RunConfig, preset, write_config
@@ -308,7 +311,22 @@ def test_methods_and_sites_are_listed(quick_base: Path, capsys: pytest.CaptureFi
     assert main(["methods", "--json"]) == 0
     assert {"npo", "rmu", "cir"} <= {entry["name"] for entry in json.loads(capsys.readouterr().out)}
     assert main(["sites", str(quick_base), "--json"]) == 0
-    assert "blocks.0.hook_resid_post" in {site["name"] for site in json.loads(capsys.readouterr().out)}
+    shapes = {site["name"]: site["shape"] for site in json.loads(capsys.readouterr().out)}
+    assert shapes["blocks.0.hook_resid_post"] == ["batch", "position", json.loads((quick_base / "config.json").read_text())["hidden_size"]]
+
+
+def test_sites_prints_patterns_that_resolve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    MixtralConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1).save_pretrained(
+        tmp_path
+    )
+    assert main(["sites", str(tmp_path)]) == 0  # a configuration is enough: no weights are there
+    printed = capsys.readouterr().out
+    assert "three-dimensional parameters" in printed
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    lines = [line.split() for line in printed.splitlines() if "[batch," in line]
+    assert ["blocks.{0..2}.mlp.gate.hook_out", "model.layers.{0..2}.mlp.gate:out", "[batch,", "position,", "8]"] in lines
+    for name, path, *_ in lines:
+        assert [(s.path, s.side) for s in resolve(model, name)] == [(s.path, s.side) for s in resolve(model, path)]
 
 
 def test_a_story_character_is_unlearned_from_a_pretrained_model(real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

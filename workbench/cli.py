@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +21,7 @@ from rich.table import Table as RichTable
 from workbench.errors import WorkbenchError
 
 if TYPE_CHECKING:  # the heavy imports happen inside the commands, so that --help answers at once
+    from hooks.sites import Site
     from workbench.experiments.config import RunConfig
 
 app = typer.Typer(
@@ -242,25 +243,63 @@ def methods(as_json: Json = False) -> None:
 
 
 @app.command()
-def sites(model: Annotated[str, typer.Argument(help="Folder or hub id.")], as_json: Json = False) -> None:
-    """List the places in a model that can be tapped, in TransformerLens's names and the model's own."""
-    from hooks import all_sites
+def sites(
+    model: Annotated[str, typer.Argument(help="Folder or hub id. Only its configuration is read, no weights.")],
+    every: Annotated[bool, typer.Option("--all", help="One line per block, where blocks are alike.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the places in a model that can be tapped, in TransformerLens's names and the model's own, with the shape of what flows there."""
     from hooks.errors import CaptureError
-    from workbench.models import open_model
+    from hooks.families import family_of
+    from hooks.outline import outline
+    from workbench.models import open_config
 
-    opened = open_model(model)
+    config = open_config(model)
     try:
-        found = all_sites(opened.model)
+        found = outline(config)
     except CaptureError as error:
         raise WorkbenchError(f"{model}: {error}") from error
+    known = family_of(config)
 
     def show() -> None:
-        table = RichTable("site", "module", "side", box=None)
-        for site in found:
-            table.add_row(site.name, site.path, site.side)
-        out_console.print(table)
+        lines = [("site", "by path", "shape")]
+        lines += [(name, f"{path}:{side}", f"[batch, position, {width}]") for name, path, side, width in (_alike(found) if not every else map(_one, found))]
+        first, second = (max(len(line[column]) for line in lines) for column in (0, 1))
+        for line in lines:  # no table of rich's: a name must never be cut to fit the window
+            print(f"{line[0]:<{first}}  {line[1]:<{second}}  {line[2]}")
+        print(
+            "A gradient adds _grad to the site (blocks.0.hook_resid_post_grad). Any other module can be tapped by its path: PATH:in, :out, :grad_in, :grad_out."
+        )
+        if known is None:
+            print(f"{config.model_type} has no TransformerLens names here; its modules are listed by path.")
+        if known is not None and known.experts:
+            print(
+                "Mixture of experts: the layer's input and output and the router can be tapped. The experts are one module with three-dimensional parameters; "
+                "rows of a single expert pass through no module."
+            )
 
-    emit([{"name": site.name, "path": site.path, "side": site.side, "layer": site.layer} for site in found], as_json, show)
+    emit([{"name": s.name, "path": s.path, "side": s.side, "layer": s.layer, "shape": ["batch", "position", width]} for s, width in found], as_json, show)
+
+
+def _one(entry: tuple[Site, int]) -> tuple[str, str, str, int]:
+    site, width = entry
+    return site.name, site.path, site.side, width
+
+
+def _alike(found: Sequence[tuple[Site, int]]) -> Iterator[tuple[str, str, str, int]]:
+    """One line for a site that all blocks have alike: its layers as a range, in the spelling that a pattern accepts."""
+    groups: dict[tuple[str, str, int], list[Site]] = {}
+    for site, width in found:
+        name = site.name.replace(f"blocks.{site.layer}.", "blocks.{}.", 1) if site.layer >= 0 else site.name
+        groups.setdefault((name, site.side, width), []).append(site)
+    for (name, side, width), sites in groups.items():
+        first, last = sites[0].layer, sites[-1].layer
+        if len(sites) > 1 and last - first + 1 == len(sites):
+            layers = f"{{{first}..{last}}}"
+            yield name.replace("{}", layers, 1), sites[0].path.replace(f".{first}", f".{layers}", 1), side, width
+        else:
+            for site in sites:
+                yield site.name, site.path, side, width
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, float | str]:

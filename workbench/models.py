@@ -11,7 +11,7 @@ import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.errors import WorkbenchError
 from workbench.files import sha256, write_folder, write_json
@@ -43,27 +43,50 @@ def open_model(source: str | Path, *, dtype: torch.dtype = torch.float32, trust_
     Raises:
         WorkbenchError: nothing is there, the folder holds no model, the weights are not safetensors or do not fit the configuration.
     """
-    name = str(source)
-    folder = Path(source)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise WorkbenchError(f"{name} holds no model: config.json is missing; give a folder written by save_pretrained")
-        if not list(folder.glob("*.safetensors")):
-            raise WorkbenchError(f"{name} holds no safetensors weights (pickled weights are never loaded); save the model again with safe_serialization=True")
-    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise WorkbenchError(f"{name} is no folder; give the folder of a Hugging Face model or a hub id such as 'owner/name'")
+    name, folder = str(source), Path(source)
+    _check_source(source)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        raise WorkbenchError(f"{name} holds no safetensors weights (pickled weights are never loaded); save the model again with safe_serialization=True")
     try:
         with _QuietTransformers():
             AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if folder.is_dir():
-            raise WorkbenchError(f"cannot open model {name}: the folder is damaged or incomplete ({first[:200]}); save or copy it again") from error
-        raise WorkbenchError(f"cannot open model {name}: it is no local folder, and the hub has no such model or cannot be reached; check the name") from error
+        raise _cannot_open(source, error) from error
     model.eval()
     return Opened(model, tokenizer, name)
+
+
+def open_config(source: str | Path) -> PretrainedConfig:
+    """Read the configuration of a Hugging Face folder or hub id, and none of its weights.
+
+    Raises:
+        WorkbenchError: nothing is there, or the folder holds no configuration.
+    """
+    _check_source(source)
+    try:
+        with _QuietTransformers():
+            config: PretrainedConfig = AutoConfig.from_pretrained(str(source))
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_open(source, error) from error
+    return config
+
+
+def _check_source(source: str | Path) -> None:
+    name, folder = str(source), Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise WorkbenchError(f"{name} holds no model: config.json is missing; give a folder written by save_pretrained")
+    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise WorkbenchError(f"{name} is no folder; give the folder of a Hugging Face model or a hub id such as 'owner/name'")
+
+
+def _cannot_open(source: str | Path, error: Exception) -> WorkbenchError:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if Path(source).is_dir():
+        return WorkbenchError(f"cannot open model {source}: the folder is damaged or incomplete ({first[:200]}); save or copy it again")
+    return WorkbenchError(f"cannot open model {source}: it is no local folder, and the hub has no such model or cannot be reached; check the name")
 
 
 class _QuietTransformers:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hooks import Capture, MomentsOf, gradients_only, resolve
+from hooks import Capture, MomentsOf, gradients_only, resolve, without_first
 from workbench.attacks.leaks import leak_report
 from workbench.attacks.relearn import RelearnSettings, null_text, relearn
 from workbench.data.batches import Batch, batches
@@ -107,13 +107,11 @@ def find_subspaces(bench: Bench, rank: int, table: Table, *, seed: int) -> dict[
     found: dict[str, dict[str, Subspace]] = {}
     for name, examples in texts.items():
         moments = MomentsOf()
-        with gradients_only(bench.base), Capture(bench.base, sites, moments) as capture:
+        with gradients_only(bench.base), Capture(bench.base, sites, moments, at=without_first):
             for batch in bench.encode(examples):
-                capture.at(batch.content_mask)
                 (cross_entropy(bench.base, batch) * batch.target_mask[:, 1:].sum()).backward()
         found[name] = {
-            site.name: principal_subspace(moments[site.name], rank, site=site.name, tokens="content (no padding, no BOS)", source=f"base on {name} texts")
-            for site in sites
+            site.name: principal_subspace(moments[site.name], rank, site=site.name, tokens=without_first.name, source=f"base on {name} texts") for site in sites
         }
     generator = torch.Generator().manual_seed(seed)
     for site in sites:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import Capture, MomentsOf, gradients_only, resolve
+from hooks import Capture, MomentsOf, gradients_only, resolve, without_first
 from workbench.data.batches import Batch
 from workbench.subspaces.subspace import Subspace, principal_subspace
 
@@ -98,9 +98,8 @@ def find_collapse(
     inputs = resolve(model, [f"{path}:in" for path in paths])
     outputs = resolve(model, [f"{path}:grad_out" for path in paths])
     moments = MomentsOf()
-    with gradients_only(model), Capture(model, (*inputs, *outputs), moments) as capture:
+    with gradients_only(model), Capture(model, (*inputs, *outputs), moments, at=without_first):
         for batch in batches:
-            capture.at(batch.content_mask)
             loss(batch).backward()
     found = {}
     for path in paths:

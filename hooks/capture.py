@@ -3,8 +3,8 @@
 Plain PyTorch hooks; nothing is kept unless a consumer keeps it. Rules that make the numbers right:
 
 * Rows are gathered inside the forward hook (gathering copies, so a later in-place kernel cannot overwrite them, and nothing else is cloned).
-* A gradient is read by a hook on the *tensor*, never by a module backward hook: it survives in-place operations and fires exactly once. The
-  gradient with respect to an input is that of *this* module alone, also where several modules read the same tensor.
+* A gradient is read by a hook on the *tensor*, never by a module backward hook: it fires exactly once and survives in-place operations (unless the tensor is a view; then
+  the missing gradient is an error). The gradient with respect to an input is that of *this* module alone, also where several modules read the same tensor.
 * Activations count only while the root model's forward runs. Under gradient checkpointing the modules inside a block run a second time during
   backward; that second run is not counted.
 * Padding reaches no consumer, whatever mask or rule is given.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -24,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hooks.errors import CaptureError
+from hooks.errors import CaptureError, compiled_module
 from hooks.inputs import Reader
-from hooks.sites import Site, causal_lm, resolve
-from hooks.tensors import first_input, replace_input, unwrap
-from hooks.tokens import Positions, custom
+from hooks.sites import Site, causal_lm, refuse_compiled_parts, resolve
+from hooks.tensors import first_input, private_view, replace_input, stream_of, unwrap
+from hooks.tokens import Positions, pass_mask
 
 
 class Rows(NamedTuple):
@@ -46,7 +47,8 @@ class Rows(NamedTuple):
 
 
 Consumer = Callable[[Site, Rows], None]
-"""Any callable ``(site, rows)``. Where it also has ``begin(sites)`` and ``end(finished)``, those are called at the edges of the capture."""
+"""Any callable ``(site, rows)``. Where it also has ``begin(sites)`` and ``end(finished)``, those are called at the edges of the capture; ``drop(number)``, if it is there, when a
+pass that has delivered rows was refused or cut short."""
 
 
 class Stop(Exception):  # noqa: N818 - not an error: it leaves a forward pass that has nothing more to show
@@ -62,6 +64,7 @@ class _Selection:
     index: Tensor  # [row] into the flattened (batch, position)
     where: Tensor
     per_device: dict[torch.device, Tensor] = field(default_factory=dict)
+    delivered: set[Site] = field(default_factory=set)
 
     def on(self, device: torch.device) -> Tensor:
         if device not in self.per_device:
@@ -69,22 +72,29 @@ class _Selection:
         return self.per_device[device]
 
 
-def refuse_compiled(model: nn.Module, sites: Iterable[Site]) -> None:
-    """Raise where a hook could not fire: inside a compiled module, hooks that come after its first call are skipped in silence.
+def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Raise where a hook would never fire, fire for another place as well, or has no module to sit on.
 
     Raises:
-        CaptureError: the model, or a module that holds a site, is compiled.
+        CaptureError: a site of another model; a module that is compiled, or that lies inside one (hooks that come after its first call are skipped in silence); a module that
+            stands at two paths of the model.
     """
+    paths: dict[int, list[str]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
+        paths.setdefault(id(module), []).append(path)
     for site in sites:
+        if site.path not in modules:
+            refuse_compiled_parts(model)
+            raise CaptureError(f"{site.name} lies at {site.path}, and this model has no such module; were the sites resolved on another model?")
+        same = paths[id(modules[site.path])]
+        if len(same) > 1:
+            raise CaptureError(f"{site.name} cannot be told apart: one module stands at {' and at '.join(same[:3])}, so its hook fires for each of them")
         steps = site.path.split(".")
         for depth in range(len(steps)):
-            holder = model.get_submodule(".".join(steps[:depth]))
-            if getattr(holder, "_compiled_call_impl", None) is not None or type(holder).__name__ == "OptimizedModule":
-                where = "the model" if depth == 0 else ".".join(steps[:depth])
-                raise CaptureError(
-                    f"{where} is compiled, so hooks on {site.name} inside it would be skipped in silence. Capture the model before torch.compile; or compile a copy and capture "
-                    "the original, whose parameters can be shared"
-                )
+            holder = ".".join(steps[:depth])
+            if getattr(modules[holder], "_compiled_call_impl", None) is not None or type(modules[holder]).__name__ == "OptimizedModule":
+                raise compiled_module(holder, site.name)
 
 
 class Capture:
@@ -95,8 +105,9 @@ class Capture:
     ...         capture.forward(batch.inputs)          # no graph, no cache, stops after the last site
 
     Instead of :meth:`forward`, the caller may run any pass of the model, as part of any loss; gradient sites (``..._grad``, ``:grad_out``) deliver their rows during
-    the caller's own ``backward``, and carry that loss's normalisation. Inside ``generate``, each step delivers its new positions (greedy or sampling; beam search
-    reorders the rows of its cache, so run its finished sequences once instead). Parameters, ``requires_grad`` flags and train/eval mode are left alone.
+    the caller's own ``backward``, and carry that loss's normalisation. Inside ``generate``, each step delivers its new positions. That holds for greedy decoding and
+    sampling with a cache and the end tokens of ``model.generation_config``; for anything else (beam search reorders the rows of its cache, ``eos_token_id=`` given to
+    ``generate`` is not seen here), run the finished sequences once instead. Parameters, ``requires_grad`` flags and train/eval mode are left alone.
 
     Args:
         model: the root model whose forward is called inside the ``with``. A PEFT or ``DistributedDataParallel`` wrapper will do.
@@ -126,6 +137,8 @@ class Capture:
         self._deferred = False  # gradients come in a recomputation
         self._pending = 0  # forward passes since the last gradient
         self._passes = 0
+        self._cut = 0  # passes that ended before every site had fired
+        self._missed: list[Site] = []
         self._fired: Counter[Site] = Counter()
         self._delivered: Counter[Site] = Counter()
 
@@ -138,7 +151,7 @@ class Capture:
         Raises:
             CaptureError: a mask that is not boolean or not two-dimensional.
         """
-        self._next = positions if isinstance(positions, Positions) else custom(positions, "mask")
+        self._next = positions if isinstance(positions, Positions) else pass_mask(positions)
 
     def forward(self, inputs: Mapping[str, Any]) -> None:
         """One forward pass for the activations alone: no graph is built, no cache kept, and everything above the deepest site is skipped.
@@ -163,10 +176,11 @@ class Capture:
             self._stop = False
 
     def __enter__(self) -> Capture:
-        refuse_compiled(self.model, self.sites)
+        check_sites(self.model, self.sites)
         for consumer in self.consumers:
             if hasattr(consumer, "begin"):
                 consumer.begin(self.sites)
+        # Nothing below can fail: every module was looked up by check_sites.
         self._handles.append(self.model.register_forward_pre_hook(self._open, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._close, always_call=True))
         for site in self.sites:
@@ -182,20 +196,28 @@ class Capture:
             handle.remove()
         self._handles.clear()
         problem = None if error is not None else self._problem()  # the caller's own error matters more than ours
-        for consumer in self.consumers:
-            if hasattr(consumer, "end"):
-                consumer.end(error is None and problem is None)
+        with ExitStack() as stack:  # every consumer is told, also when the one before raises
+            for consumer in reversed(self.consumers):
+                if hasattr(consumer, "end"):
+                    stack.callback(consumer.end, error is None and problem is None)
         if problem is not None:
             raise problem
 
     def _problem(self) -> CaptureError | None:
+        if not self._passes and any(getattr(consumer, "passes", 0) for consumer in self.consumers):
+            return None  # a store that was complete already
+        if self._cut and not all(hasattr(consumer, "drop") for consumer in self.consumers):
+            return CaptureError(
+                f"{', '.join(site.name for site in self._missed[:3])} never ran in {self._cut} of {self._cut + self._passes} passes, which were cut short after other sites had delivered their rows (an error "
+                "that was caught, or another capture's forward() inside this one); run those batches again in a new capture"
+            )
         silent = [site for site in self.sites if self._delivered[site] < max(self._passes, 1)]
         gradients = [site.name for site in silent if site.is_gradient]
         if gradients and self._passes:
             count = max(self._passes - self._delivered[site] for site in silent if site.is_gradient)
             return CaptureError(
                 f"no gradient reached {len(gradients)} of {len(self.sites)} sites ({', '.join(gradients[:3])}) in {count} of {self._passes} passes: no backward ran, the loss "
-                "does not depend on them, or the parameters are frozen (use hooks.gradients_only)"
+                "does not depend on them, the parameters are frozen (use hooks.gradients_only), or an in-place kernel overwrote a view there (tap the next module's output)"
             )
         if silent:
             return CaptureError(
@@ -224,13 +246,22 @@ class Capture:
         if not self._inside:
             return
         self._inside = False
-        if output is None and len(self._fired) < len(self.sites):  # the forward raised; its own error matters more than ours
+        if output is None and len(self._fired) < len(self.sites):  # the forward raised; its own error matters more than ours, unless the caller goes on
+            if self._fired:
+                self._cut += 1
+                self._missed = [site for site in self.sites if site not in self._fired]
+                self._drop()
             return
         self._passes += 1
         for site in self.sites:
-            if self._fired[site] != 1:
-                seen = "never ran" if not self._fired[site] else f"ran {self._fired[site]} times"
-                raise CaptureError(f"{site.name} {seen} in one forward pass; was {site.path} replaced by a fused kernel, skipped, or shared between layers?")
+            if site not in self._fired:
+                self._drop()
+                raise CaptureError(f"{site.name} never ran in one forward pass; was {site.path} replaced by a fused kernel, or skipped?")
+
+    def _drop(self) -> None:
+        for consumer in self.consumers:
+            if hasattr(consumer, "drop") and self._selection is not None:
+                consumer.drop(self._selection.number)
 
     def _rows(self, site: Site, tensor: Tensor, selection: _Selection) -> Rows:
         tensor, (batch, length) = site.part(tensor.detach()), selection.shape
@@ -249,6 +280,11 @@ class Capture:
         return Rows(flat.index_select(0, index), selection.where, selection.number)
 
     def _give(self, site: Site, tensor: Tensor, selection: _Selection) -> None:
+        if site in selection.delivered:
+            raise CaptureError(
+                f"{site.name}: a second gradient arrived for pass {selection.number}, so backward ran twice through it; add the losses up and run it once"
+            )
+        selection.delivered.add(site)
         self._delivered[site] += 1
         rows = self._rows(site, tensor, selection)
         for consumer in self.consumers:
@@ -260,6 +296,9 @@ class Capture:
             return  # outside every pass of the root model: a call of one of its parts does not count
         if self._inside:
             self._fired[site] += 1
+            if self._fired[site] > 1:
+                self._drop()
+                raise CaptureError(f"{site.name} ran {self._fired[site]} times in one forward pass; is {site.path} shared between layers?")
             if not site.is_gradient:
                 self._give(site, tensor, selection)
                 if self._stop and len(self._fired) == len(self.sites):
@@ -294,9 +333,10 @@ class Capture:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             tensor = first_input(args, kwargs)
             if site.side == "in" or site.stream:
-                self._take(site, tensor)
+                self._take(site, stream_of(tensor) if site.stream else tensor)
                 return None
-            private = tensor.view_as(tensor)  # so that readers of the same tensor do not add their gradients
+            # So that readers of the same tensor do not add their gradients.
+            private = private_view(tensor, tensor, copy=getattr(module, "inplace", False))
             self._take(site, private)
             return replace_input(args, kwargs, private)
 

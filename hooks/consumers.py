@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooks.capture import Rows
 from hooks.errors import unknown_site
+from hooks.html import table
 from hooks.sites import Site
 
 
@@ -84,6 +85,17 @@ class MomentsOf:
             raise unknown_site(name, self.by_site)
         return self.by_site[name]
 
+    def __repr__(self) -> str:
+        return f"MomentsOf({', '.join(f'{name} {moments.count} rows' for name, moments in self.by_site.items()) or 'no rows'})"
+
+    def _repr_html_(self) -> str:
+        lines = (
+            (name, moments.count, len(moments.mean), f"{moments.mean.norm():.4g}", f"{moments.scatter.trace() / moments.count:.4g}")
+            for name, moments in self.by_site.items()
+            if moments.count
+        )
+        return table("Running moments", ("site", "rows", "width", "norm of the mean", "total variance"), lines)
+
 
 class Collect:
     """A consumer that keeps every row in memory: ``Collect()[site_name]`` is ``[row, width]``.
@@ -109,6 +121,16 @@ class Collect:
         if name not in self._parts:
             raise unknown_site(name, self._parts)
         return torch.cat(self._parts[name])
+
+    def __repr__(self) -> str:
+        return f"Collect({', '.join(f'{name} {list(self[name].shape)}' for name in self._parts) or 'no rows'})"
+
+    def _repr_html_(self) -> str:
+        return table(
+            "Collected rows",
+            ("site", "rows", "width", "dtype"),
+            ((name, *self[name].shape, str(self[name].dtype).removeprefix("torch.")) for name in self._parts),
+        )
 
     def names(self) -> Iterable[str]:
         """The sites that have delivered rows."""

@@ -19,21 +19,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hooks.capture import refuse_compiled
+from hooks.capture import check_sites
 from hooks.errors import CaptureError
 from hooks.inputs import Reader
-from hooks.passes import peek
+from hooks.passes import checkpointed, peek
 from hooks.sites import Site, resolve
-from hooks.tensors import first_input, replace_input, replace_output, unwrap
+from hooks.tensors import first_input, private_view, replace_input, replace_output, stream_of, unwrap
 from hooks.tokens import Positions
 
 Change = Callable[[Tensor], Tensor]
 """A function of a site's tensor ``[batch, position, width]`` that returns one of the same shape, dtype and device."""
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 or better: results are rounded to the model's dtype once, at the end."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def steer(vector: Tensor, scale: float = 1.0) -> Change:
     """Add ``scale * vector`` (``[width]``) at every position."""
-    return lambda tensor: tensor + (scale * vector).to(tensor)
+    return lambda tensor: (_wide(tensor) + scale * _wide(vector).to(tensor.device)).to(tensor.dtype)
 
 
 def ablate_to_mean(mean: Tensor) -> Change:
@@ -42,9 +47,9 @@ def ablate_to_mean(mean: Tensor) -> Change:
 
 
 def _orthonormal(basis: Tensor) -> Tensor:
-    basis = basis.float()
+    basis = _wide(basis)
     error = float((basis.T @ basis - torch.eye(basis.shape[1], device=basis.device)).abs().max()) if basis.ndim == 2 and basis.shape[1] else 0.0
-    if basis.ndim != 2 or error > 1e-3:
+    if basis.ndim != 2 or not error <= 1e-3:
         raise CaptureError(
             f"a basis must be [width, rank] with orthonormal columns; got shape {list(basis.shape)}, largest deviation of Q^T Q from the identity {error:.2g}"
         )
@@ -64,9 +69,11 @@ def project_out(basis: Tensor, mean: Tensor | None = None) -> Change:
     basis = _orthonormal(basis)
 
     def change(tensor: Tensor) -> Tensor:
-        wide, q = tensor.float(), basis.to(tensor.device)
+        wide = _wide(tensor)
+        q = basis.to(wide)
         centred = wide if mean is None else wide - mean.to(wide)
-        return (wide - (centred @ q) @ q.T).to(tensor.dtype)
+        with torch.autocast(tensor.device.type, enabled=False):  # a product in bf16 would leave a hundredth of the subspace there
+            return (wide - (centred @ q) @ q.T).to(tensor.dtype)
 
     return change
 
@@ -76,9 +83,11 @@ def keep_only(basis: Tensor, mean: Tensor | None = None) -> Change:
     basis = _orthonormal(basis)
 
     def change(tensor: Tensor) -> Tensor:
-        wide, q = tensor.float(), basis.to(tensor.device)
-        point = torch.zeros((), device=wide.device) if mean is None else mean.to(wide)
-        return (point + ((wide - point) @ q) @ q.T).to(tensor.dtype)
+        wide = _wide(tensor)
+        q = basis.to(wide)
+        point = wide.new_zeros(()) if mean is None else mean.to(wide)
+        with torch.autocast(tensor.device.type, enabled=False):  # a product in bf16 would leave a hundredth of the subspace there
+            return (point + ((wide - point) @ q) @ q.T).to(tensor.dtype)
 
     return change
 
@@ -93,7 +102,7 @@ class _Noise:
     def __call__(self, tensor: Tensor, site: str = "", number: int = 0) -> Tensor:
         generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(f"{self.seed}/{site}/{number}".encode()))
         noise = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32)
-        return tensor + (self.std * noise).to(tensor.dtype)
+        return (_wide(tensor) + self.std * noise).to(tensor.dtype)
 
 
 def add_noise(std: float, seed: int = 0) -> Change:
@@ -152,9 +161,12 @@ def edit(model: nn.Module, changes: Mapping[str, Change | Iterable[Change]], at:
     for site, _ in planned:
         if site.is_gradient:
             raise CaptureError(f"{site.name} is a gradient; edits change activations, and gradients follow")
-    refuse_compiled(model, [site for site, _ in planned])
-    state = _State(Reader(model), at)
-    handles: list[RemovableHandle] = [model.register_forward_pre_hook(state.open, with_kwargs=True)]
+    check_sites(model, [site for site, _ in planned])
+    state = _State(Reader(model), at, [site for site, _ in planned])
+    handles: list[RemovableHandle] = [
+        model.register_forward_pre_hook(state.open, with_kwargs=True),
+        model.register_forward_hook(state.close, always_call=True),
+    ]
     try:
         for site, functions in planned:
             module = model.get_submodule(site.path)
@@ -166,27 +178,52 @@ def edit(model: nn.Module, changes: Mapping[str, Change | Iterable[Change]], at:
     finally:
         for handle in handles:
             handle.remove()
+    if state.awaiting and not state.recomputed:
+        raise CaptureError(
+            "under gradient checkpointing the blocks run again during backward, and outside the edit they would run unedited: call backward inside the with block, or run the "
+            "forward under torch.no_grad()"
+        )
     silent = [site.name for site, _ in planned if site.name not in state.seen]
     if silent:
         raise CaptureError(f"{', '.join(silent)} never ran while the edit was in place, so nothing was changed there; call the model inside the with block")
 
 
 class _State:
-    """What the hooks of one ``edit`` share: the number of the pass, its chosen positions, the sites that ran."""
+    """What the hooks of one ``edit`` share: the number of the pass, its chosen positions, the sites that ran, and the passes whose blocks backward will run again."""
 
-    def __init__(self, reader: Reader, at: Positions | None) -> None:
+    def __init__(self, reader: Reader, at: Positions | None, sites: list[Site]) -> None:
         self.reader, self.at = reader, at
-        self.number = -1
+        self.within = any(site.layer >= 0 and not site.of_block for site in sites)  # inside a block, not at its edge
+        self.number, self.inside = -1, False
+        self.awaiting, self.recomputed = 0, False
         self.mask: Tensor | None = None
         self.seen: set[str] = set()
 
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.number += 1
+        self.inside = True
+        if self.recomputed:
+            self.awaiting, self.recomputed = 0, False
+        self.awaiting += self.within and module.training and torch.is_grad_enabled() and checkpointed(module)
         self.mask = None if self.at is None else self.reader.choose(self.at, args, kwargs)[0]
+
+    def close(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.inside = False
+
+    def note(self, site: Site) -> None:
+        self.seen.add(site.name)
+        if self.inside:
+            return
+        if self.awaiting > 1:
+            raise CaptureError(
+                f"{site.name}: {self.awaiting} edited passes ran before one backward under gradient checkpointing, so a recomputed block cannot tell which pass it "
+                "belongs to; run backward after every forward, or switch checkpointing off"
+            )
+        self.recomputed = True
 
 
 def _apply(site: Site, functions: tuple[Change, ...], tensor: Tensor, state: _State) -> Tensor:
-    state.seen.add(site.name)
+    state.note(site)
     before = part = site.part(tensor)
     for function in functions:
         try:
@@ -215,11 +252,14 @@ def _apply(site: Site, functions: tuple[Change, ...], tensor: Tensor, state: _St
 def _input_hook(site: Site, functions: tuple[Change, ...], state: _State) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensor = first_input(args, kwargs)
-        changed = _apply(site, functions, tensor, state)
-        if site.name.endswith(".hook_resid_mid"):
-            tensor.copy_(changed)  # in place: the skip connection holds the same tensor
-            return None
-        return replace_input(args, kwargs, changed)
+        if site.of_block:  # what enters a block is the stream from there on
+            return replace_input(args, kwargs, _apply(site, functions, tensor, state))
+        if not site.stream:
+            return replace_input(args, kwargs, private_view(_apply(site, functions, tensor, state), tensor))
+        # In place, since the skip connection holds the same tensor; from a copy, since the functions may have kept what they read for the backward pass.
+        stream = stream_of(tensor)
+        stream.copy_(_apply(site, functions, stream.clone(), state))
+        return None
 
     return hook
 

@@ -15,3 +15,11 @@ def unknown_site(name: str, known: Iterable[str]) -> CaptureError:
     names = list(known)
     near = difflib.get_close_matches(name, names, n=4, cutoff=0.3) or names[:4]
     return CaptureError(f"unknown site {name!r}; nearest: {', '.join(near) or 'none'}. `workbench sites MODEL` lists every name of a model.")
+
+
+def compiled_module(path: str, what: str) -> CaptureError:
+    """The error for a hook inside a compiled module, where it would be skipped in silence once the module has run."""
+    return CaptureError(
+        f"{path or 'the model'} is compiled, so hooks on {what} inside it would be skipped in silence. Capture the model before torch.compile; or compile a copy and capture the "
+        "original, whose parameters can be shared"
+    )

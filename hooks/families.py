@@ -1,8 +1,9 @@
 """Where TransformerLens's site names live in each family of architectures. A table of data; ``hooks.sites`` reads it.
 
-The names agree with TransformerLens's adapters (``tests/conformance/test_transformer_lens.py`` compares names and values). What this table leaves out on purpose:
+The names agree with TransformerLens's adapters (``tests/conformance/test_hooks_families.py`` compares names and values). What this table leaves out on purpose, and :func:`hooks.as_bridge` has:
 
-* ``attn.hook_pattern`` and ``hook_attn_scores`` are per pair of positions and exist only under eager attention: use :func:`hooks.as_bridge`.
+* ``attn.hook_pattern`` and ``hook_attn_scores`` are per pair of positions and exist only under eager attention; rotated queries and keys and the insides of norms
+  (``hook_rot_q``, ``hook_scale``, ``hook_normalized``) pass through no module of their own.
 * ``q_norm`` and ``k_norm`` are per head and laid out differently from family to family: use ``attn.hook_q``, ``attn.hook_k``.
 * Where q, k and v (or gate and up) are one fused matrix, ``attn.hook_q`` is a slice of its output. The *input* has one name, that of the whole (``attn.hook_in``,
   ``mlp.hook_in``), because its gradient cannot be told apart.
@@ -202,7 +203,11 @@ _GPT2 = Family(
         **_attention("attn", "c_proj", fused="c_attn"),
         **_plain("mlp", "c_fc", "c_proj"),
     },
-    {**_outside("transformer.wte", "transformer.ln_f"), "hook_pos_embed": Place("transformer.wpe", "out")},
+    {
+        **_outside("transformer.wte", "transformer.ln_f"),
+        "hook_pos_embed": Place("transformer.wpe", "out"),
+        "pos_embed.hook_out": Place("transformer.wpe", "out"),
+    },
     parts=_gpt2_parts,
     learned_positions=True,
 )

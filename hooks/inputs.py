@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from hooks.errors import CaptureError
-from hooks.sites import family
+from hooks.sites import causal_lm, family
 from hooks.tokens import Positions, Tokens
 
 
-def read_tokens(inputs: Mapping[str, Any], earlier: Tokens | None, eos: Sequence[int] = ()) -> Tokens | None:
+def read_tokens(inputs: Mapping[str, Any], earlier: Tokens | None, ends: Sequence[int] = ()) -> Tokens | None:
     """The tokens of a forward pass, from its keyword arguments.
 
     Args:
         inputs: ``input_ids`` or ``inputs_embeds``, and where given ``attention_mask`` (two-dimensional), ``position_ids``, ``past_key_values``.
         earlier: what the previous pass returned here, to go on from where the cache is.
-        eos: end-of-sequence ids. ``generate`` feeds finished rows with padding and marks it as real; what follows an end token after the prompt is taken out.
+        ends: end-of-sequence ids. ``generate`` feeds finished rows with padding and marks it as real; what follows an end token in the steps of one generation is
+            taken out.
 
     Returns:
         The tokens, or ``None`` where the arguments do not tell (a module that is no language model, a four-dimensional mask).
@@ -28,22 +30,22 @@ def read_tokens(inputs: Mapping[str, Any], earlier: Tokens | None, eos: Sequence
         CaptureError: the cache holds tokens that no pass here has seen.
     """
     ids, embeds, mask, positions = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"))
-    seen = ids if isinstance(ids, Tensor) else embeds
-    if not isinstance(seen, Tensor) or seen.ndim < 2 or (isinstance(mask, Tensor) and mask.ndim != 2):
+    ids = ids if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() else None
+    seen = ids if ids is not None else embeds
+    if not isinstance(seen, Tensor) or seen.ndim < 2 or (mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)):
         return None
     batch, new = seen.shape[:2]
     cache = inputs.get("past_key_values")
     held = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
-    real = mask.bool()[:, : held + new] if isinstance(mask, Tensor) else torch.ones(batch, held + new, dtype=torch.bool, device=seen.device)
-    if real.shape != (batch, held + new):
-        raise CaptureError(f"attention_mask has shape {list(real.shape)}, but the pass reads {new} new tokens after {held} cached ones, in {batch} rows")
-    ids = ids if isinstance(ids, Tensor) else None
-    if isinstance(positions, Tensor) and positions.ndim == 2:
-        positions = positions.expand(batch, -1)
-    else:
-        positions = None
+    if mask is not None and (mask.shape[0] != batch or mask.shape[1] < held + new):
+        raise CaptureError(f"attention_mask has shape {list(mask.shape)}, but the pass reads {new} new tokens after {held} cached ones, in {batch} rows")
+    if mask is not None and mask.shape[1] > held + new and not held:
+        raise CaptureError(f"attention_mask has shape {list(mask.shape)}, but the pass reads tokens of shape {[batch, new]}")
+    real = mask.bool()[:, : held + new] if mask is not None else torch.ones(batch, held + new, dtype=torch.bool, device=seen.device)
+    positions = positions.expand(batch, -1) if isinstance(positions, Tensor) and positions.ndim == 2 else None
+    nobody = torch.zeros(batch, dtype=torch.bool, device=seen.device)
     if not held:
-        return Tokens(real, new, ids, positions, prompt=new)
+        return Tokens(real, new, ids, positions, new, nobody)
     if earlier is None or earlier.real.shape != (batch, held):
         have = "none" if earlier is None else str(list(earlier.real.shape))
         raise CaptureError(
@@ -52,23 +54,23 @@ def read_tokens(inputs: Mapping[str, Any], earlier: Tokens | None, eos: Sequence
         )
     real = real.clone()
     real[:, :held] &= earlier.real
-    if ids is not None and earlier.ids is not None:
-        past = earlier.ids
-        ids = torch.cat([past, ids], dim=1)
-        if eos:
-            ended = torch.isin(past[:, earlier.prompt :], torch.tensor(eos, device=past.device)).any(1)
-            real[:, held:] &= ~ended[:, None]
-    else:
-        ids = None
+    ended = nobody
+    if new == 1 and ids is not None:  # a step of generation; a longer pass is a new turn, and begins afresh
+        ended = earlier.ended if earlier.ended is not None else nobody
+        real[:, held:] &= ~ended[:, None]
+        if ends:
+            ended = ended | torch.isin(ids[:, 0], torch.tensor(ends, device=ids.device))
+    ids = torch.cat([earlier.ids, ids], dim=1) if ids is not None and earlier.ids is not None else None
     positions = torch.cat([earlier.positions, positions], dim=1) if positions is not None and earlier.positions is not None else None
-    return Tokens(real, new, ids, positions, earlier.prompt)
+    return Tokens(real, new, ids, positions, earlier.prompt, ended)
 
 
 class Reader:
     """Follows the passes of one model and says which positions a rule chooses in each; keeps what a key-value cache has seen."""
 
     def __init__(self, model: nn.Module) -> None:
-        known = family(model)
+        known, (_, inner) = family(model), causal_lm(model)
+        self._names = list(inspect.signature(inner.forward).parameters)  # for arguments given by position
         self._learned_positions = known is not None and known.learned_positions
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self._ends = [ends] if isinstance(ends, int) else list(ends or ())
@@ -88,19 +90,33 @@ class Reader:
         Raises:
             CaptureError: the rule does not fit the pass, or the pass is padded in a way that makes its activations wrong.
         """
-        inputs = {"input_ids": args[0], **kwargs} if args and isinstance(args[0], Tensor) else kwargs
+        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         self._tokens = tokens = read_tokens(inputs, self._tokens, self._ends)
         if tokens is None:
-            if rule.name != "mask":
+            if rule.mask is None:
                 raise CaptureError(
                     f"the position rule {rule.name!r} needs input_ids (or inputs_embeds) and a two-dimensional attention_mask; the pass was given "
                     f"{', '.join(kwargs) or f'{len(args)} positional arguments'}. Give a mask instead"
                 )
-            return rule.choose(Tokens(torch.zeros(0, 0, dtype=torch.bool), 0)), 0
+            return rule.mask, 0
         offset = tokens.real.shape[1] - tokens.new
-        if self._learned_positions and tokens.positions is None and not offset and not bool(tokens.real[:, 0].all()):
+        self._refuse_shifted(tokens)
+        return rule(tokens)[:, offset:], offset
+
+    def check(self, inputs: Mapping[str, Any]) -> None:
+        """Raise where the padding of a pass makes its activations wrong.
+
+        Raises:
+            CaptureError: left padding without position ids, in an architecture that counts positions from the left edge.
+        """
+        if self._learned_positions and not inputs.get("past_key_values"):
+            tokens = read_tokens(inputs, None)
+            if tokens is not None:
+                self._refuse_shifted(tokens)
+
+    def _refuse_shifted(self, tokens: Tokens) -> None:
+        if self._learned_positions and tokens.positions is None and tokens.new == tokens.real.shape[1] and not bool(tokens.real[:, 0].all()):
             raise CaptureError(
                 "the rows are padded on the left, and this architecture counts positions from the left edge: without position_ids every activation is wrong. Pad on the right, "
                 "or pass position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)"
             )
-        return rule(tokens)[:, offset:], offset

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hooks.capture import Stop, refuse_compiled
+from hooks.capture import Stop, check_sites
 from hooks.errors import CaptureError
+from hooks.inputs import Reader
 from hooks.sites import Site, causal_lm, every_name
 from hooks.tensors import first_input, unwrap
 
@@ -39,7 +40,8 @@ def tapped(model: nn.Module, sites: Iterable[Site], inputs: Mapping[str, Any], *
     for site in wanted:
         if site.is_gradient:
             raise CaptureError(f"{site.name} is a gradient; a forward pass has activations only, use Capture")
-    refuse_compiled(model, wanted)
+    check_sites(model, wanted)
+    Reader(model).check(inputs)
 
     def keep(site: Site, tensor: Tensor) -> None:
         found[site.name] = site.part(tensor)
@@ -60,7 +62,7 @@ def tapped(model: nn.Module, sites: Iterable[Site], inputs: Mapping[str, Any], *
         for handle in handles:
             handle.remove()
     frozen = [name for name, tensor in found.items() if not tensor.requires_grad]
-    if frozen and torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False) and any(p.requires_grad for p in model.parameters()):
+    if frozen and torch.is_grad_enabled() and checkpointed(model) and any(p.requires_grad for p in model.parameters()):
         raise CaptureError(
             f"{frozen[0]} carries no graph: reentrant gradient checkpointing hides it; use gradient_checkpointing_kwargs={{'use_reentrant': False}}"
         )
@@ -68,6 +70,11 @@ def tapped(model: nn.Module, sites: Iterable[Site], inputs: Mapping[str, Any], *
     if missing:
         raise CaptureError(f"{', '.join(missing)} never ran in the forward pass; was the module replaced by a fused kernel?")
     return found
+
+
+def checkpointed(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is switched on somewhere in ``model``."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 @torch.no_grad()
@@ -99,7 +106,7 @@ def gradients_only(model: nn.Module) -> Iterator[None]:
     Measured at about 0.7 of a training step (``make bench``, ``gradients-only``). The ``requires_grad`` flags are put back as they were found.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding = causal_lm(model)[1].get_input_embeddings()  # type: ignore[operator]
 
     def root(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return output.requires_grad_() if torch.is_grad_enabled() else output

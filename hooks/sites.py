@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, cat, nn
 
-from hooks.errors import CaptureError, unknown_site
+from hooks.errors import CaptureError, compiled_module, unknown_site
 from hooks.families import FAMILIES, SIDES, Columns, Family, Side, family_of
 
 
@@ -32,8 +32,8 @@ class Site:
         path: path of the module inside the model.
         side: input, output, or the gradient with respect to the input or output.
         layer: index of the block, or -1 outside the blocks.
-        stream: the tensor is a point of the residual stream that other modules read as well: its gradient is that of the whole stream, as in TransformerLens, not
-            that of the module at ``path`` alone.
+        stream: the tensor is a point of the residual stream that other modules read as well: its gradient is that of the whole stream, not that of the module at
+            ``path`` alone (TransformerLens's bridge gives the latter at ``hook_resid_mid``, where it stands for the input of ``ln2``).
         columns: where the site is one part of a fused output (GPT-2's q, k and v), the half-open column intervals of that part; empty for the whole.
     """
 
@@ -48,6 +48,11 @@ class Site:
     def place(self) -> tuple[str, Side, bool, Columns]:
         """What is tapped, whatever it is called."""
         return self.path, self.side, self.stream, self.columns
+
+    @property
+    def of_block(self) -> bool:
+        """Whether the module is a whole block."""
+        return self.layer >= 0 and self.path.endswith(f".{self.layer}")
 
     @property
     def is_gradient(self) -> bool:
@@ -80,11 +85,8 @@ def causal_lm(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def _has(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
+    # Not get_submodule: a wrapper may answer for the attributes of what it wraps, but its hooks would be looked up under another path.
+    return path in {name for name, _ in module.named_modules()}
 
 
 def family(model: nn.Module) -> Family | None:
@@ -118,8 +120,9 @@ def all_sites(model: nn.Module) -> list[Site]:
     """Every site that has a TransformerLens name, activations only, outside the blocks first, then block by block.
 
     Raises:
-        CaptureError: the architecture is not in the table.
+        CaptureError: the architecture is not in the table, or a part of the model is compiled.
     """
+    refuse_compiled_parts(model)
     known, count = _known(model), layer_count(model)
     prefix, inner = causal_lm(model)
     parts = known.parts(inner.config)  # type: ignore[arg-type]
@@ -130,6 +133,17 @@ def all_sites(model: nn.Module) -> list[Site]:
             sites.append(Site(f"blocks.{layer}.{name}", path, place.side, layer, name.startswith("hook_resid"), parts.get(place.part, ())))
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     return [site for site in sites if site.path in modules]
+
+
+def refuse_compiled_parts(model: nn.Module) -> None:
+    """Raise if ``torch.compile`` has put a wrapper anywhere into ``model``: it hides the modules behind it from their paths.
+
+    Raises:
+        CaptureError: there is one.
+    """
+    for path, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule":
+            raise compiled_module(path, "its sites")
 
 
 def _expand_ranges(pattern: str) -> list[str]:
@@ -170,7 +184,16 @@ def _by_name(named: list[Site], pattern: str) -> list[Site]:
     for site in named:
         if fnmatch.fnmatchcase(site.name, stem):
             side: Side = ("grad_in" if site.is_input else "grad_out") if gradient else site.side
-            sites.append(Site(site.name + "_grad" * gradient, site.path, side, site.layer, site.stream and gradient, site.columns))
+            sites.append(
+                Site(
+                    site.name + "_grad" * gradient,
+                    site.path,
+                    side,
+                    site.layer,
+                    site.stream and (gradient or site.name.endswith("hook_resid_mid")),
+                    site.columns,
+                )
+            )
     return sites
 
 
@@ -191,6 +214,7 @@ def every_name(model: nn.Module, patterns: str | Iterable[str]) -> list[Site]:
                 named = named or all_sites(model)
                 found += _by_name(named, part)
         if len(found) == before:
+            refuse_compiled_parts(model)
             paths = [f"{name}:{side}" for name, _ in model.named_modules() if name for side in ("in", "out")]
             raise unknown_site(pattern, paths if ":" in pattern else [site.name for site in named])
     return found

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hooks.capture import Rows
 from hooks.errors import CaptureError, unknown_site
+from hooks.html import table
 from hooks.sites import Site
 
 _FORMAT = 1
@@ -56,11 +57,12 @@ class Store:
             self._index = _read_index(self.folder)
             if self._index["about"] != self.about:
                 raise CaptureError(f"{self.folder} holds rows of {self._index['about']}, not of {self.about}; name another folder, or delete it")
-        elif self.folder.exists() and any(self.folder.iterdir()) and not _leftover(self.folder):
+        elif self.folder.exists() and not _leftover(self.folder):
             raise CaptureError(f"{self.folder} holds files that are no store; name a new folder")
         self._waiting: dict[int, dict[str, list[Tensor]]] = {}  # pass -> site -> [values, where]
         self._bytes = 0
         self._first = 0
+        self._newest = -1
 
     @property
     def passes(self) -> int:
@@ -78,6 +80,7 @@ class Store:
         self._first = self.passes
         self._waiting.clear()
         self._bytes = 0
+        self._newest = -1
 
     def __call__(self, site: Site, rows: Rows) -> None:
         """Take the rows of one site in one pass; write when enough whole passes have come together."""
@@ -86,17 +89,24 @@ class Store:
         where = torch.cat([torch.full((len(rows.where), 1), number), rows.where.cpu()], dim=1).int()
         self._waiting.setdefault(number, {})[site.name] = [values, where]
         self._bytes += values.nbytes + where.nbytes
+        self._newest = number
         if self._bytes >= self.shard_bytes:
-            self._flush()
+            self._flush(before=number)
+
+    def drop(self, number: int) -> None:
+        """Called by the capture for a pass that it refuses, or that was cut short: its rows do not count, and come again on resuming."""
+        self._waiting.pop(self._first + number, None)
+        self._bytes = sum(tensor.nbytes for sites in self._waiting.values() for pair in sites.values() for tensor in pair)
 
     def end(self, finished: bool) -> None:
-        """Called by the capture on exit: write the whole passes that are left. A pass that an error cut short is dropped, and comes again on resuming."""
-        self._flush()
+        """Called by the capture on exit: write the whole passes that are left."""
+        self._flush(before=self._newest + 1)
         self._waiting.clear()
 
-    def _flush(self) -> None:
+    def _flush(self, before: int) -> None:
+        """Write the whole passes before that number: the newest one may still be refused."""
         sites, ready = self._index["sites"], self.passes
-        while len(self._waiting.get(ready, {})) == len(sites):
+        while ready < before and len(self._waiting.get(ready, {})) == len(sites):
             ready += 1
         if ready == self.passes:
             return
@@ -123,10 +133,12 @@ class Store:
 
 
 def _leftover(folder: Path) -> bool:
-    """Shards of a run that was killed before its first index: nothing in them counts."""
-    return all(
-        path.is_dir() and path.name.isdigit() and all(part.name.endswith((".safetensors", ".part")) for part in path.iterdir()) for path in folder.iterdir()
-    )
+    """Empty, or what a run leaves that was killed before its first index: nothing in there counts."""
+
+    def shards(path: Path) -> bool:
+        return path.is_dir() and path.name.isdigit() and all(part.name.endswith((".safetensors", ".part")) for part in path.iterdir())
+
+    return folder.is_dir() and all(path.name == "index.part" or shards(path) for path in folder.iterdir())
 
 
 def _write_shard(path: Path, values: Tensor, where: Tensor) -> dict[str, Any]:
@@ -154,12 +166,12 @@ def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / "index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CaptureError(f"{folder} is no store of rows: it has no index.json") from error
     except (OSError, ValueError) as error:
         raise CaptureError(f"{path} cannot be read: {error}") from error
-    if not isinstance(index, dict) or index.get("format") != _FORMAT:
-        raise CaptureError(f"{path} is not an index of format {_FORMAT}; was it written by another version?")
+    if not isinstance(index, dict) or index.get("format") != _FORMAT or not {"about", "passes", "sites"} <= set(index):
+        raise CaptureError(f"{path} is not an index of format {_FORMAT}; was it damaged, or written by another version?")
     return index
 
 
@@ -198,6 +210,10 @@ class StoredRows:
     def __repr__(self) -> str:
         sites = ", ".join(f"{e['name']} [{sum(s['rows'] for s in e['shards'])}, {e['width']}] {e['dtype']}" for e in self._index["sites"][:3])
         return f"StoredRows({str(self.folder)!r}: {self.passes} passes; {sites}{', …' if len(self.names) > 3 else ''})"
+
+    def _repr_html_(self) -> str:
+        lines = ((e["name"], sum(s["rows"] for s in e["shards"]), e["width"], e["dtype"], len(e["shards"])) for e in self._index["sites"])
+        return table(f"Rows of {self.passes} passes in {self.folder}", ("site", "rows", "width", "dtype", "shards"), lines)
 
     def shards(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Shard after shard of one site, memory-mapped.

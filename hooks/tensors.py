@@ -55,3 +55,21 @@ def replace_input(args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor)
         return (tensor, *args[1:]), kwargs
     name = next(name for name in _INPUT_NAMES if isinstance(kwargs.get(name), Tensor))
     return args, {**kwargs, name: tensor}
+
+
+def private_view(tensor: Tensor, source: Tensor, *, copy: bool = False) -> Tensor:
+    """A tensor that one module alone reads, with the values of ``tensor``; :func:`stream_of` finds the ``source`` that the others read.
+
+    Args:
+        tensor: the values.
+        source: what the module would have read.
+        copy: a real copy: a view costs nothing, but loses its gradient hook when the module overwrites it.
+    """
+    private = tensor.clone() if copy else tensor.view_as(tensor)
+    private._stream = stream_of(source)  # type: ignore[attr-defined]
+    return private
+
+
+def stream_of(tensor: Tensor) -> Tensor:
+    """The tensor that all readers share, where ``tensor`` is a private view of one of them."""
+    return getattr(tensor, "_stream", tensor)

@@ -28,6 +28,7 @@ class Tokens:
         ids: ``[batch, position]`` token ids, or ``None`` where the pass was given embeddings.
         positions: ``[batch, position]`` position ids as given, or ``None``.
         prompt: number of columns that the first of a chain of cached passes read; the columns from there on were generated.
+        ended: ``[batch]`` boolean, true on rows that have produced an end-of-sequence token.
     """
 
     real: Tensor
@@ -35,6 +36,7 @@ class Tokens:
     ids: Tensor | None = None
     positions: Tensor | None = None
     prompt: int = 0
+    ended: Tensor | None = None
 
     @property
     def starts(self) -> Tensor:
@@ -49,17 +51,25 @@ class Tokens:
     @property
     def ends(self) -> Tensor:
         """``[batch, position]`` boolean, true on the last real token of every sequence."""
-        after = torch.zeros_like(self.real)
-        after[:, :-1] = self.real[:, 1:] & ~self.starts[:, 1:]
-        return self.real & ~after
+        column = torch.arange(self.real.shape[1], device=self.real.device).expand_as(self.real)
+        sequence = self.starts.cumsum(1)
+        last = column.new_full((len(column), column.shape[1] + 1), -1).scatter_reduce(1, sequence, torch.where(self.real, column, -1), "amax")
+        return self.real & (last.gather(1, sequence) == column)
 
 
 @dataclass(frozen=True, eq=False)
 class Positions:
-    """A position rule: a name and a function from :class:`Tokens` to a boolean ``[batch, position]``. Combine rules with ``&``, ``|`` and ``~``."""
+    """A position rule: a name and a function from :class:`Tokens` to a boolean ``[batch, position]``. Combine rules with ``&``, ``|`` and ``~``.
+
+    Attributes:
+        name: what tables and errors call it; for a combination, the expression.
+        choose: the function.
+        mask: where the rule is an explicit mask, that mask: it can be used on a module that is given no tokens.
+    """
 
     name: str
     choose: Callable[[Tokens], Tensor]
+    mask: Tensor | None = None
 
     def __call__(self, tokens: Tokens) -> Tensor:
         """``[batch, position]`` boolean: the chosen positions, never padding.
@@ -81,7 +91,8 @@ class Positions:
         return Positions(f"({self.name} | {other.name})", lambda tokens: self(tokens) | other(tokens))
 
     def __invert__(self) -> Positions:
-        return Positions(f"~{self.name}", lambda tokens: ~self(tokens))
+        name = f"({self.name})" if " & " in self.name else self.name
+        return Positions(f"~{name}", lambda tokens: ~self(tokens))
 
 
 real_tokens = Positions("real_tokens", lambda tokens: tokens.real)
@@ -117,18 +128,22 @@ def custom(mask: Tensor, name: str = "custom") -> Positions:
     """
     if mask.dtype != torch.bool or mask.ndim != 2:
         raise CaptureError(f"a position mask must be a boolean [batch, position] tensor; got {mask.dtype} with shape {list(mask.shape)}")
+    return Positions(name, lambda tokens: _placed(mask, tokens, ("prompt", "new")), mask)
 
-    def choose(tokens: Tokens) -> Tensor:
-        mine = mask.to(tokens.real.device)
-        beyond = tokens.real.shape[1] - mask.shape[1]
-        if beyond <= 0:
-            return mine
-        other = mine.new_zeros(mask.shape[0], beyond)
-        if tokens.prompt == mask.shape[1]:
-            return torch.cat([mine, other], dim=1)
-        return torch.cat([other, mine], dim=1) if tokens.new == mask.shape[1] else mine
 
-    return Positions(name, choose)
+def pass_mask(mask: Tensor) -> Positions:
+    """The mask of the pass that is about to run: with a cache, that of its new tokens. Errors as for :func:`custom`."""
+    return Positions("mask", lambda tokens: _placed(mask, tokens, ("new", "prompt")), custom(mask).mask)
+
+
+def _placed(mask: Tensor, tokens: Tokens, parts: tuple[str, str]) -> Tensor:
+    """``mask`` over the whole sequence. It may cover all of it, or one of its ``parts`` (``prompt``, ``new``); the first that is as wide as the mask is meant."""
+    mask, length = mask.to(tokens.real.device), tokens.real.shape[1]
+    part = next((part for part in parts if getattr(tokens, part) == mask.shape[1]), None)
+    if mask.shape[1] == length or part is None:
+        return mask
+    rest = mask.new_zeros(mask.shape[0], length - mask.shape[1])
+    return torch.cat([mask, rest] if part == "prompt" else [rest, mask], dim=1)
 
 
 def answer_tokens(labels: Tensor, ignore: int = -100) -> Positions:
@@ -140,11 +155,20 @@ def predicting(rule: Positions) -> Positions:
     """The positions that *predict* the tokens of ``rule``: one to the left, inside the same sequence.
 
     A causal LM's loss at a token sends its gradient into the position before it; the gradient at the last token of a text is exactly zero.
+
+    Raises:
+        CaptureError: in a pass, where such a position lies in the key-value cache.
     """
 
     def choose(tokens: Tokens) -> Tensor:
+        wanted = rule(tokens) & ~tokens.starts
+        first = tokens.real.shape[1] - tokens.new
+        if first and bool(wanted[:, first].any()):
+            raise CaptureError(
+                f"predicting({rule.name}) needs a position that an earlier pass computed and left in the cache; run the finished sequence once without a cache instead"
+            )
         shifted = torch.zeros_like(tokens.real)
-        shifted[:, :-1] = (rule(tokens) & ~tokens.starts)[:, 1:]
+        shifted[:, :-1] = wanted[:, 1:]
         return shifted
 
     return Positions(f"predicting({rule.name})", choose)
@@ -156,11 +180,11 @@ def find_span(text: str, part: str) -> tuple[int, int]:
     Raises:
         CaptureError: ``part`` is empty, absent, or there more than once (give the offsets yourself then).
     """
-    count = text.count(part) if part else 0
+    starts = [index for index in range(len(text)) if part and text.startswith(part, index)]  # overlapping ones too, which str.count leaves out
+    count = len(starts)
     if count != 1:
         raise CaptureError(f"{part!r} occurs {count} times in {text!r}; a span needs exactly one occurrence, or explicit character offsets")
-    start = text.index(part)
-    return start, start + len(part)
+    return starts[0], starts[0] + len(part)
 
 
 def character_span(spans: Sequence[tuple[int, int]], offsets: Tensor, name: str = "subject") -> Positions:
@@ -176,6 +200,9 @@ def character_span(spans: Sequence[tuple[int, int]], offsets: Tensor, name: str 
     """
     if offsets.ndim != 3 or offsets.shape[2] != 2 or len(spans) != offsets.shape[0]:
         raise CaptureError(f"{len(spans)} spans need offsets of shape [{len(spans)}, position, 2]; got {list(offsets.shape)}")
+    for example, (start, stop) in enumerate(spans):
+        if start >= stop:
+            raise CaptureError(f"{name}: the span {(start, stop)} of example {example} is empty; give half-open character offsets with start < stop")
     bounds = torch.tensor(spans, device=offsets.device)
     mask = (offsets[..., 0] < bounds[:, 1:]) & (offsets[..., 1] > bounds[:, :1]) & (offsets[..., 1] > offsets[..., 0])
     for example, hit in enumerate(mask.any(1).tolist()):

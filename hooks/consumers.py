@@ -16,53 +16,92 @@ from hooks.sites import Site
 
 @dataclass
 class Moments:
-    """Running count, mean and scatter matrix of the rows of one site; memory does not grow with the number of rows.
+    """Running weight, mean and scatter matrix of the rows of one site; memory does not grow with the number of rows.
 
     Every chunk is centred on its own mean before the product (float32), and merged in float64 by the update of Chan, Golub and LeVeque (1983). Without
-    centring, float32 loses the covariance where the mean is large against the spread, as in residual streams.
+    centring, float32 loses the covariance where the mean is large against the spread, as in residual streams. Merging is exact, so several processes that each see a part
+    of the rows give what one would have given.
 
     Attributes:
         count: rows seen.
+        weight: their total weight; the count, where no weights were given.
         mean: ``[width]`` float64.
-        scatter: ``[width, width]`` float64, the sum of outer products of centred rows.
+        scatter: ``[width, width]`` float64, the weighted sum of outer products of centred rows.
     """
 
     count: int = 0
+    weight: float = 0.0
     mean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     scatter: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
 
-    def update(self, rows: Tensor) -> None:
-        """Add ``rows`` ``[row, width]`` (any float dtype). No rows, no change."""
+    def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
+        """Add ``rows`` ``[row, width]`` (any float dtype), each counted ``weights`` ``[row]`` times (once by default). No rows, no change.
+
+        Raises:
+            ValueError: a weight is negative or not finite, or there are not as many as rows.
+        """
+        rows, weights = checked_rows(rows, weights)
         if rows.shape[0] == 0:
             return
-        rows = rows.detach().float()
-        mean = rows.double().mean(0)
+        total = float(rows.shape[0]) if weights is None else float(weights.sum())
+        if total == 0:
+            return
+        mean = rows.double().mean(0) if weights is None else (weights[:, None] * rows.double()).sum(0) / total
         centred = rows - mean.float()
-        self.merge(Moments(rows.shape[0], mean, (centred.T @ centred).double()))
+        left = centred if weights is None else centred * weights[:, None].float()
+        with torch.autocast(rows.device.type, enabled=False):
+            product = left.T @ centred
+        self.merge(Moments(rows.shape[0], total, mean, product.double()))
 
     def merge(self, other: Moments) -> None:
-        """Add everything that ``other`` has seen, as if its rows had been seen here."""
+        """Add everything that ``other`` has seen, as if its rows had been seen here.
+
+        Raises:
+            ValueError: it has seen rows of another width.
+        """
         if other.count == 0:
             return
         if self.count == 0:
-            self.count, self.mean, self.scatter = other.count, other.mean.clone(), other.scatter.clone()
+            self.count, self.weight, self.mean, self.scatter = other.count, other.weight, other.mean.clone(), other.scatter.clone()
             return
-        total = self.count + other.count
-        shift = other.mean - self.mean
-        self.scatter += other.scatter + torch.outer(shift, shift) * (self.count * other.count / total)
-        self.mean += shift * (other.count / total)
-        self.count = total
+        if len(other.mean) != len(self.mean):
+            raise ValueError(f"rows of width {len(other.mean)} cannot be merged into moments of width {len(self.mean)}")
+        total = self.weight + other.weight
+        shift = other.mean.to(self.mean) - self.mean
+        self.scatter += other.scatter.to(self.scatter)
+        self.scatter.addr_(shift, shift, alpha=self.weight * other.weight / total)
+        self.mean += shift * (other.weight / total)
+        self.count += other.count
+        self.weight = total
 
     @property
     def covariance(self) -> Tensor:
-        """``[width, width]`` float64 covariance (divided by the count).
+        """``[width, width]`` float64 covariance (divided by the total weight).
 
         Raises:
             ValueError: no row was seen.
         """
         if self.count == 0:
             raise ValueError("no row was seen, so there is no covariance; does the position mask select anything?")
-        return self.scatter / self.count
+        return self.scatter / self.weight
+
+
+def checked_rows(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows in float32 and weights in float64 on the same device.
+
+    Raises:
+        ValueError: see :meth:`Moments.update`.
+    """
+    if rows.ndim != 2:
+        raise ValueError(f"rows must be [row, width]; got shape {list(rows.shape)}")
+    if weights is None:
+        return rows.detach().float(), None
+    weights = weights.detach().double().to(rows.device)
+    if weights.shape != rows.shape[:1]:
+        raise ValueError(f"{rows.shape[0]} rows need as many weights; got shape {list(weights.shape)}")
+    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise ValueError("weights must be finite and not negative")
+    return rows.detach().float(), weights
 
 
 class MomentsOf:

@@ -111,8 +111,8 @@ def add_noise(std: float, seed: int = 0) -> Change:
     Raises:
         CaptureError: ``std`` is negative.
     """
-    if std < 0:
-        raise CaptureError(f"std must not be negative; got {std}")
+    if not 0 <= std < float("inf"):
+        raise CaptureError(f"std must be finite and not negative; got {std}")
     return _Noise(std, seed)
 
 
@@ -225,9 +225,9 @@ class _State:
 def _apply(site: Site, functions: tuple[Change, ...], tensor: Tensor, state: _State) -> Tensor:
     state.note(site)
     before = part = site.part(tensor)
-    for function in functions:
+    for place, function in enumerate(functions):
         try:
-            after = function(part, site.name, state.number) if isinstance(function, _Noise) else function(part)
+            after = function(part, f"{site.name}/{place}", state.number) if isinstance(function, _Noise) else function(part)
         except (RuntimeError, ValueError, IndexError) as error:
             raise CaptureError(f"the edit at {site.name} failed on a tensor of shape {list(part.shape)}, {part.dtype}, {part.device}: {error}") from error
         if not isinstance(after, Tensor) or (after.shape, after.dtype, after.device) != (part.shape, part.dtype, part.device):

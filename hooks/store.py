@@ -89,9 +89,9 @@ class Store:
         where = torch.cat([torch.full((len(rows.where), 1), number), rows.where.cpu()], dim=1).int()
         self._waiting.setdefault(number, {})[site.name] = [values, where]
         self._bytes += values.nbytes + where.nbytes
-        self._newest = number
+        self._newest = max(self._newest, number)  # autograd delivers the last of several passes first
         if self._bytes >= self.shard_bytes:
-            self._flush(before=number)
+            self._flush(before=self._newest)
 
     def drop(self, number: int) -> None:
         """Called by the capture for a pass that it refuses, or that was cut short: its rows do not count, and come again on resuming."""

@@ -243,6 +243,15 @@ def test_a_pass_without_its_gradients_is_dropped(llama: PreTrainedModel, batches
     _same(tmp_path, expected)
 
 
+@pytest.mark.parametrize("shard_bytes", [SMALL, 3000, LARGE])
+def test_several_passes_before_one_backward_are_all_stored(shard_bytes: int, llama: PreTrainedModel, batches: list[Batch], tmp_path: Path) -> None:
+    # Autograd goes back through the last pass first, so the rows of an earlier pass come after those of a later one.
+    with Capture(llama, GRADIENTS, Store(tmp_path, shard_bytes=shard_bytes), at=without_first):
+        for pair in (batches[:2], batches[2:4], batches[4:]):
+            torch.stack([cross_entropy(llama, batch) for batch in pair]).sum().backward()
+    _same(tmp_path, _expected(llama, batches, GRADIENTS))
+
+
 @pytest.mark.parametrize("shard_bytes", [SMALL, LARGE])
 def test_a_pass_that_the_capture_refuses_is_not_stored(shard_bytes: int, llama: PreTrainedModel, batches: list[Batch], tmp_path: Path) -> None:
     # The module runs twice in the third pass, so its rows of that pass cannot be told apart.
@@ -255,9 +264,6 @@ def test_a_pass_that_the_capture_refuses_is_not_stored(shard_bytes: int, llama: 
             for batch in batches:
                 llama(**batch.inputs)
     assert StoredRows(tmp_path).passes == 2
-
-
-# --- killed, and a full disk -----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_store_goes_on_from_whatever_a_kill_leaves_behind(
@@ -339,9 +345,6 @@ def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_when_there_is_space(
     _same(folder, expected)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------------------------------
-
-
 def _contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -382,9 +385,6 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CaptureError, match="rows"):
             opened(tmp_path / "rows")
     assert (tmp_path / "rows").read_text() == "mine"
-
-
-# --- damage that is found on reading ---------------------------------------------------------------------------------------------------------
 
 
 def _cut(path: Path) -> None:

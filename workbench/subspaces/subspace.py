@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,6 +53,10 @@ class Subspace:
     def top(self, rank: int) -> Subspace:
         """The first ``rank`` directions."""
         return Subspace(self.basis[:, :rank], self.eigenvalues[:rank], self.mean, self.count, self.total_variance, self.site, self.tokens, self.source)
+
+    def named(self, *, site: str = "", tokens: str = "", source: str = "") -> Subspace:
+        """The same subspace with a new note of where it comes from; an empty word leaves the old one."""
+        return replace(self, site=site or self.site, tokens=tokens or self.tokens, source=source or self.source)
 
     def project(self, rows: Tensor) -> Tensor:
         """``[row, width]`` orthogonal projection of ``rows`` onto the subspace (through the origin, not through the mean)."""
@@ -130,7 +134,14 @@ def principal_subspace(moments: Moments, rank: int, *, site: str = "", tokens: s
     # float32 products leave about 1e-7 of the largest eigenvalue as noise in the null space.
     keep = min(rank, int((values > values[0] * 1e-6).sum())) if float(values[0]) > 0 else 0
     return Subspace(
-        vectors[:, :keep].float().contiguous(), values[:keep].float(), moments.mean.float(), moments.count, float(values.sum()), site, tokens, source
+        vectors[:, :keep].float().cpu().contiguous(),
+        values[:keep].float().cpu(),
+        moments.mean.float().cpu(),
+        moments.count,
+        float(values.sum()),
+        site,
+        tokens,
+        source,
     )
 
 

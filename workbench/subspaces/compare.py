@@ -1,0 +1,192 @@
+"""Comparing subspaces, always beside what chance would give: principal angles with a permutation null, overlap over ranks, energy by variance tier, CKA, token reading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hooks.sites import causal_lm, family
+from workbench.errors import WorkbenchError
+from workbench.subspaces.finders import StreamingPCA
+from workbench.subspaces.subspace import Subspace, overlap, principal_angles
+
+
+def rank_sensitivity(first: Subspace, second: Subspace, ranks: Sequence[int] | None = None) -> pd.DataFrame:
+    """How the overlap of two subspaces depends on the rank, beside its expectation for random subspaces (``rank / width``).
+
+    Args:
+        first: any subspace.
+        second: another in the same space.
+        ranks: ranks of both; powers of two up to the smaller rank by default.
+
+    Returns:
+        One row per rank: ``rank``, ``overlap`` (mean squared cosine of the principal angles), ``random``, ``gap_first``, ``gap_second`` (relative eigengaps after that rank;
+        NaN where the next eigenvalue is not known). A rank without a gap says little.
+    """
+    top = min(first.rank, second.rank)
+    chosen = [2**power for power in range(top.bit_length()) if 2**power <= top] if ranks is None else [rank for rank in ranks if 0 < rank <= top]
+    rows = []
+    for rank in chosen:
+        shared = overlap(first.basis[:, :rank], second.basis[:, :rank])
+        rows.append({"rank": rank, "overlap": shared, "random": rank / first.width, "gap_first": _gap(first, rank), "gap_second": _gap(second, rank)})
+    return pd.DataFrame(rows, columns=["rank", "overlap", "random", "gap_first", "gap_second"])
+
+
+def _gap(subspace: Subspace, rank: int) -> float:
+    values = subspace.eigenvalues
+    return float((values[rank - 1] - values[rank]) / values[rank - 1]) if rank < len(values) and values[rank - 1] > 0 else float("nan")
+
+
+def angle_null(
+    first: Tensor, second: Tensor, rank: int, *, first_groups: Tensor | None = None, second_groups: Tensor | None = None, draws: int = 200, seed: int = 0
+) -> pd.DataFrame:
+    """Cosines of the principal angles between the top subspaces of two sets of rows, beside a permutation null.
+
+    The null hypothesis is that the two sets come from one distribution: rows (or whole groups of rows, such as the tokens of one text, which are not exchangeable
+    one by one) are dealt anew into two sets of the same sizes. Angles larger than those of the null mean that the sets differ; a pair of disjoint random halves of one
+    set is the fair anchor, not 1.
+
+    Args:
+        first: ``[row, width]``.
+        second: ``[row, width]``.
+        rank: of both subspaces.
+        first_groups: ``[row]`` whole number of the text that a row belongs to; every row its own by default.
+        second_groups: the same for ``second``.
+        draws: permutations.
+        seed: of the permutations.
+
+    Returns:
+        One row per angle: ``angle`` (0 is the smallest), ``cosine``, ``null_low``, ``null_median``, ``null_high`` (2.5, 50 and 97.5 %), ``p`` (share of permutations whose
+        cosine is at most the observed one, with the usual plus one).
+
+    Raises:
+        WorkbenchError: the widths differ, or a set has no more than ``rank`` rows.
+    """
+    if first.shape[1] != second.shape[1] or min(len(first), len(second)) <= rank or rank < 1:
+        raise WorkbenchError(f"two sets of more than rank {rank} rows of one width are needed; got {list(first.shape)} and {list(second.shape)}")
+    observed = _cosines(first, second, rank)
+    one = torch.arange(len(first)) if first_groups is None else first_groups.unique(return_inverse=True)[1]
+    two = torch.arange(len(second)) if second_groups is None else second_groups.unique(return_inverse=True)[1]
+    rows, groups = torch.cat([first, second]), torch.cat([one, two + int(one.max()) + 1])
+    count, share = int(groups.max()) + 1, int(one.max()) + 1
+    rng = np.random.default_rng(seed)
+    null = np.ones((draws, len(observed)))
+    for draw in range(draws):
+        picked = torch.zeros(count, dtype=torch.bool)
+        picked[torch.from_numpy(rng.permutation(count)[:share])] = True
+        mine = picked[groups]
+        cosines = _cosines(rows[mine], rows[~mine], rank)
+        null[draw, : len(cosines)] = cosines[: len(observed)]
+    low, median, high = np.quantile(null, [0.025, 0.5, 0.975], axis=0)
+    p = (1 + (null <= observed + 1e-12).sum(0)) / (draws + 1)
+    return pd.DataFrame({"angle": range(len(observed)), "cosine": observed, "null_low": low, "null_median": median, "null_high": high, "p": p})
+
+
+def _cosines(first: Tensor, second: Tensor, rank: int) -> np.ndarray:
+    bases = [StreamingPCA(rank).fit(rows).subspace().basis for rows in (first, second)]
+    return np.asarray(principal_angles(*bases).numpy())
+
+
+def tier_edges(rank: int) -> list[tuple[int, int]]:
+    """Tiers of components as the RepSelect study cuts them: 0-4, 4-16, 16-64, 64-256, ... up to ``rank``."""
+    edges = [0]
+    while edges[-1] < rank:
+        edges.append(min(rank, 4 ** len(edges)))
+    return list(pairwise(edges))
+
+
+def energy_by_tier(vectors: Tensor, subspace: Subspace, tiers: Sequence[tuple[int, int]] | None = None) -> pd.DataFrame:
+    """Where the energy of vectors, or of a weight change, lies among principal directions.
+
+    Args:
+        vectors: ``[row, width]``: rows, or a weight change ``[out, in]`` against a subspace of its inputs (transpose it against one of its output gradients).
+        subspace: directions ordered by variance.
+        tiers: half-open ranges of components; :func:`tier_edges` by default.
+
+    Returns:
+        One row per tier and one for the rest of the space: ``first``, ``last`` (half-open; the rest ends at the width), ``energy`` (share of the squared norm), ``random``
+        (the share that a random vector would have), ``variance`` (share of the data's variance there). Energies add up to 1; all are 0 for zero vectors.
+    """
+    chosen = tier_edges(subspace.rank) if tiers is None else list(tiers)
+    wide = vectors.double()
+    total = float(wide.square().sum())
+    inside = (wide @ subspace.basis.double()).square().sum(0)
+    rows = []
+    for low, high in chosen:
+        energy = float(inside[low:high].sum()) / total if total else 0.0
+        variance = float(subspace.eigenvalues[low:high].double().sum()) / subspace.total_variance if subspace.total_variance else 0.0
+        rows.append({"first": low, "last": high, "energy": energy, "random": (min(high, subspace.rank) - low) / subspace.width, "variance": variance})
+    covered = max((high for _, high in chosen), default=0)
+    rest = {name: (1 - sum(row[name] for row in rows)) for name in ("energy", "random", "variance")}
+    rows.append({"first": covered, "last": subspace.width, **({name: max(0.0, value) for name, value in rest.items()} if total else {**rest, "energy": 0.0})})
+    return pd.DataFrame(rows, columns=["first", "last", "energy", "random", "variance"])
+
+
+def _hsic(first: Tensor, second: Tensor) -> Tensor:
+    """The unbiased HSIC estimate of two Gram matrices ``[n, n]`` (Song et al. 2012, "Feature selection via dependence maximization", eq. 5); diagonals are ignored."""
+    n = len(first)
+    one, two = first - first.diag().diag(), second - second.diag().diag()
+    sums_one, sums_two = one.sum(0), two.sum(0)
+    return ((one * two).sum() + sums_one.sum() * sums_two.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (sums_one @ sums_two)) / (n * (n - 3))
+
+
+def debiased_cka(first: Tensor, second: Tensor) -> float:
+    """Linear CKA with the unbiased HSIC (Nguyen, Raghu and Kornblith 2021, arXiv 2010.15327): 1 for equal representations up to rotation and scale, 0 on average for
+    unrelated ones, also where there are fewer rows than coordinates (the usual estimate tends to 1 there).
+
+    Args:
+        first: ``[n, width]`` rows of one model.
+        second: ``[n, other width]`` rows of another on the same tokens, in the same order.
+
+    Returns:
+        A number that may be slightly negative; NaN where one of the two does not vary.
+
+    Raises:
+        WorkbenchError: the numbers of rows differ, or there are fewer than 4.
+    """
+    if len(first) != len(second) or len(first) < 4:
+        raise WorkbenchError(f"CKA needs two sets of at least 4 rows on the same tokens; got {len(first)} and {len(second)}")
+    grams = [rows.double() @ rows.double().T for rows in (first - first.mean(0), second - second.mean(0))]
+    own = [float(_hsic(gram, gram)) for gram in grams]
+    return float(_hsic(*grams)) / (own[0] * own[1]) ** 0.5 if min(own) > 0 else float("nan")
+
+
+@torch.no_grad()
+def read_direction(direction: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top: int = 8) -> pd.DataFrame:
+    """A direction of the residual stream read through the unembedding (logit lens): the tokens it promotes and the tokens it suppresses.
+
+    The final norm's weight scales the coordinates; its division by the length of the stream is left out, since a direction has none.
+
+    Args:
+        direction: ``[width]`` in the residual stream.
+        model: a causal LM of a known family.
+        tokenizer: its tokenizer.
+        top: tokens on each side.
+
+    Returns:
+        ``token``, ``logit`` (per unit length of the direction), ``side`` (``promoted`` or ``suppressed``).
+
+    Raises:
+        WorkbenchError: the direction does not live in the residual stream, or the family is unknown.
+    """
+    known, (_, inner) = family(model), causal_lm(model)
+    unembedding = inner.get_output_embeddings().weight  # type: ignore[operator]
+    if known is None or direction.shape != unembedding.shape[1:]:
+        raise WorkbenchError(f"a direction of width {unembedding.shape[1]} in a model of a known family is needed; got shape {list(direction.shape)}")
+    norm = inner.get_submodule(known.outside["ln_final.hook_in"].path)
+    scale = getattr(norm, "weight", None)
+    unit = (direction / direction.norm().clamp(min=torch.finfo(torch.float32).tiny)).float().to(unembedding.device)
+    if scale is not None:
+        unit = unit * (scale.float() + ("Gemma" in type(norm).__name__))  # Gemma's norms multiply by 1 + weight
+    logits = unembedding.float() @ unit
+    rows = []
+    for side, sign in (("promoted", 1), ("suppressed", -1)):
+        for index in (sign * logits).topk(min(top, len(logits))).indices.tolist():
+            rows.append({"token": tokenizer.decode([index]), "logit": float(logits[index]), "side": side})
+    return pd.DataFrame(rows)

@@ -1,0 +1,344 @@
+"""Principal component finders that see rows once, in scikit-learn's conventions: ``fit``, ``partial_fit``, ``transform``, ``components_``, ``explained_variance_``.
+
+Two of them, with the same attributes:
+
+* :class:`StreamingPCA`: exact covariance and one eigendecomposition; memory ``O(d^2)``. For residual streams and anything up to some thousand coordinates.
+* :class:`SketchPCA`: a linear sketch of the covariance; memory ``O(d k)``, for MLP hidden layers (14,336 and more). It reports how much of the covariance it misses.
+
+Both take weights, merge (several processes give the basis that one would have given), never return a direction without variance, and serve as consumers of a capture
+through :class:`EachSite`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.exceptions import NotFittedError
+from torch import Tensor
+
+from hooks import Moments, Rows, Site
+from hooks.consumers import checked_rows
+from hooks.html import table
+from workbench.errors import WorkbenchError
+from workbench.subspaces.subspace import Subspace, principal_subspace
+
+_NOISE = 1e-6  # float32 products leave about 1e-7 of the largest eigenvalue as noise in the null space
+
+
+class _Finder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """What both finders share: the attributes of scikit-learn's PCA, read from a :class:`Subspace`."""
+
+    n_components: int
+
+    def fit(self, X: Tensor, y: Any = None, sample_weight: Tensor | None = None) -> Self:
+        """Forget everything seen before and see ``X`` ``[row, width]``."""
+        self.reset()
+        return self.partial_fit(X, sample_weight=sample_weight)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        raise NotImplementedError
+
+    def partial_fit(self, X: Tensor, y: Any = None, sample_weight: Tensor | None = None) -> Self:
+        """See ``X`` as well."""
+        raise NotImplementedError
+
+    def subspace(self, **where: str) -> Subspace:
+        """What was found, as a value; ``where`` may name ``site``, ``tokens`` and ``source``."""
+        raise NotImplementedError
+
+    @property
+    def components_(self) -> Tensor:
+        """``[k, width]`` float32 orthonormal rows, largest variance first; ``k <= n_components``, directions without variance are left out."""
+        return self.subspace().basis.T
+
+    @property
+    def explained_variance_(self) -> Tensor:
+        """``[k]`` float32 variances (divided by the total weight, not by ``n - 1``)."""
+        return self.subspace().eigenvalues
+
+    @property
+    def explained_variance_ratio_(self) -> Tensor:
+        """``[k]`` float32 shares of the total variance."""
+        found = self.subspace()
+        return found.eigenvalues / found.total_variance if found.total_variance else found.eigenvalues
+
+    @property
+    def mean_(self) -> Tensor:
+        """``[width]`` float32 mean row."""
+        return self.subspace().mean
+
+    def transform(self, X: Tensor) -> Tensor:
+        """``[row, k]`` coordinates of the centred rows."""
+        found = self.subspace()
+        return (X.float() - found.mean) @ found.basis
+
+
+class StreamingPCA(_Finder):
+    """Exact principal components of a stream of rows: float32 products of centred chunks, merged in float64 (Chan, Golub and LeVeque 1983), one float64 ``eigh``.
+
+    Args:
+        n_components: how many directions, at most.
+
+    Attributes:
+        moments_: what was seen.
+    """
+
+    def __init__(self, n_components: int = 64) -> None:
+        self.n_components = n_components
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.moments_ = Moments()
+        self._found: Subspace | None = None
+
+    def partial_fit(self, X: Tensor, y: Any = None, sample_weight: Tensor | None = None) -> Self:
+        """See ``X`` ``[row, width]`` as well, each row ``sample_weight`` times."""
+        self.moments_.update(X, sample_weight)
+        self._found = None
+        return self
+
+    def merge(self, other: StreamingPCA) -> Self:
+        """Add everything that ``other`` has seen."""
+        self.moments_.merge(other.moments_)
+        self._found = None
+        return self
+
+    @property
+    def n_samples_seen_(self) -> int:
+        """Rows seen."""
+        return self.moments_.count
+
+    def subspace(self, **where: str) -> Subspace:
+        """What was found, as a value; ``where`` may name ``site``, ``tokens`` and ``source``."""
+        if self._found is None:
+            if not self.moments_.count:
+                raise NotFittedError("no row was seen; call fit or partial_fit, or look whether the position rule selects anything")
+            self._found = principal_subspace(self.moments_, self.n_components)
+        return self._found.named(**where)
+
+    def __repr__(self) -> str:
+        return f"StreamingPCA({self.n_components} components, {self.moments_.count} rows of width {len(self.moments_.mean)})"
+
+
+class SketchPCA(_Finder):
+    r"""Principal components of a stream of wide rows in ``O(d k)`` memory: a Nystroem sketch of the covariance.
+
+    Kept are the mean and :math:`Y = C\,\Omega`, where :math:`C` is the centred scatter matrix and :math:`\Omega` a fixed Gaussian test matrix with ``n_components +
+    oversample`` columns. ``Y`` is linear in ``C``, so it is updated chunk by chunk and merged exactly; the components are those of the stabilised approximation
+    :math:`Y (\Omega^T Y)^{-1} Y^T` (Tropp, Yurtsever, Udell and Cevher 2017, "Fixed-rank approximation of a positive-semidefinite matrix from streaming data", algorithm 3).
+
+    One pass finds the leading directions where the spectrum falls. Where it is flat, a second pass from :meth:`next_pass` (subspace iteration) helps; :attr:`residual_` and
+    :attr:`gaps_` say whether it is needed. A top-k subspace without a gap after k is not a property of the data.
+
+    Args:
+        n_components: how many directions, at most.
+        oversample: extra columns of the test matrix; as many as components is a good default.
+        probes: columns held out to estimate the residual.
+        seed: of the test matrix. Finders can be merged only if they share it.
+
+    Attributes:
+        n_samples_seen_: rows seen.
+    """
+
+    def __init__(self, n_components: int = 64, oversample: int | None = None, probes: int = 16, seed: int = 0) -> None:
+        self.n_components = n_components
+        self.oversample = oversample
+        self.probes = probes
+        self.seed = seed
+        self._range: Tensor | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.n_samples_seen_ = 0
+        self._weight = 0.0
+        self._energy = 0.0  # trace of the centred scatter
+        self._mean = self._test = self._sketch = torch.zeros(0, dtype=torch.float64)
+        self._found: tuple[Subspace, Tensor, float] | None = None
+
+    @property
+    def _columns(self) -> int:
+        return self.n_components + (self.n_components if self.oversample is None else self.oversample)
+
+    def _start(self, width: int, device: torch.device) -> None:
+        if self._range is not None and len(self._range) != width:
+            raise WorkbenchError(f"the sketch is of rows of width {len(self._range)}; these have width {width}")
+        generator = torch.Generator().manual_seed(self.seed)
+        columns = min(self._columns, width)
+        test = torch.linalg.qr(torch.randn(width, columns, generator=generator))[0]
+        probes = torch.randn(width, self.probes, generator=generator)
+        if self._range is not None:
+            test = torch.linalg.qr(torch.cat([self._range.cpu(), test], dim=1)[:, :columns])[0]
+        self._test = torch.cat([test, probes], dim=1).to(device)
+        self._mean = torch.zeros(width, dtype=torch.float64, device=device)
+        self._sketch = torch.zeros(width, self._test.shape[1], dtype=torch.float64, device=device)
+
+    def partial_fit(self, X: Tensor, y: Any = None, sample_weight: Tensor | None = None) -> Self:
+        """See ``X`` ``[row, width]`` as well, each row ``sample_weight`` times."""
+        rows, weights = checked_rows(X, sample_weight)
+        total = float(len(rows)) if weights is None else float(weights.sum())
+        if total == 0:
+            return self
+        if not len(self._mean):
+            self._start(rows.shape[1], rows.device)
+        mean = rows.double().mean(0) if weights is None else (weights[:, None] * rows.double()).sum(0) / total
+        centred = rows - mean.float()
+        left = centred if weights is None else centred * weights[:, None].float()
+        with torch.autocast(rows.device.type, enabled=False):
+            sketch = left.T @ (centred @ self._test)
+        self._add(len(rows), total, mean, sketch.double(), float((left * centred).double().sum()))
+        return self
+
+    def merge(self, other: SketchPCA) -> Self:
+        """Add everything that ``other`` has seen.
+
+        Raises:
+            WorkbenchError: it has another test matrix, so the two sketches cannot be added.
+        """
+        if not other.n_samples_seen_:
+            return self
+        if not len(self._mean):
+            self._mean, self._sketch, self._test = torch.zeros_like(other._mean), torch.zeros_like(other._sketch), other._test
+        if self._test.shape != other._test.shape or not torch.equal(self._test, other._test.to(self._test)):
+            raise WorkbenchError("sketches can be merged only with the same seed, width, components, oversampling and pass")
+        self._add(other.n_samples_seen_, other._weight, other._mean, other._sketch, other._energy)
+        return self
+
+    def _add(self, count: int, weight: float, mean: Tensor, sketch: Tensor, energy: float) -> None:
+        total = self._weight + weight
+        shift, factor = mean.to(self._mean) - self._mean, self._weight * weight / total
+        self._sketch += sketch.to(self._sketch)
+        self._sketch.addr_(shift, shift @ self._test.double(), alpha=factor)
+        self._energy += energy + factor * float(shift.square().sum())
+        self._mean += shift * (weight / total)
+        self.n_samples_seen_ += count
+        self._weight = total
+        self._found = None
+
+    def _solve(self) -> tuple[Subspace, Tensor, float]:
+        if self._found is not None:
+            return self._found
+        if not self.n_samples_seen_:
+            raise NotFittedError("no row was seen; call fit or partial_fit, or look whether the position rule selects anything")
+        if not bool(torch.isfinite(self._sketch).all()):
+            raise WorkbenchError("the rows hold NaN or infinity; no subspace was fitted")
+        columns = self._test.shape[1] - self.probes
+        test, probes = self._test[:, :columns].double(), self._test[:, columns:].double()
+        sketch, seen = self._sketch[:, :columns] / self._weight, self._sketch[:, columns:] / self._weight
+        width = len(self._mean)
+        size = float(sketch.norm())
+        if size == 0:
+            vectors, values = torch.zeros(width, 0, dtype=torch.float64, device=sketch.device), sketch.new_zeros(0)
+        else:
+            vectors, values = _nystroem(sketch, test, size)
+        kept = vectors[:, : self.n_components]
+        variances = values[: self.n_components]
+        missed = seen - kept @ (variances[:, None] * (kept.T @ probes))
+        residual = float(missed.norm() / seen.norm()) if float(seen.norm()) else 0.0
+        subspace = Subspace(
+            kept.float().cpu().contiguous(),
+            variances.float().cpu(),
+            self._mean.float().cpu(),
+            self.n_samples_seen_,
+            self._energy / self._weight,
+            "",
+            "",
+            "",
+        )
+        following = torch.cat([values[1 : self.n_components + 1], values.new_zeros(1)])[: len(variances)]
+        gaps = ((variances - following) / variances.clamp(min=torch.finfo(torch.float64).tiny)).float().cpu()
+        self._found = subspace, gaps, residual
+        return self._found
+
+    def subspace(self, **where: str) -> Subspace:
+        """What was found, as a value; ``where`` may name ``site``, ``tokens`` and ``source``."""
+        return self._solve()[0].named(**where)
+
+    @property
+    def residual_(self) -> float:
+        """Estimate of ``||C - C_k||_F / ||C||_F``: the relative size of what the components miss, from probe vectors that the fit did not use."""
+        return self._solve()[2]
+
+    @property
+    def gaps_(self) -> Tensor:
+        """``[k]`` relative eigengaps ``(v_i - v_{i+1}) / v_i``. Where the last one is small, another sample would choose another last direction."""
+        return self._solve()[1]
+
+    def next_pass(self) -> SketchPCA:
+        """An empty sketch whose test matrix is the range found so far: fit it on the same rows for a more exact answer (subspace iteration)."""
+        columns = self._test.shape[1] - self.probes
+        refined = SketchPCA(self.n_components, self.oversample, self.probes, self.seed)
+        refined._range = torch.linalg.qr(self._sketch[:, :columns])[0].float() if self.n_samples_seen_ else None
+        return refined
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: linear in the width."""
+        return sum(tensor.nbytes for tensor in (self._mean, self._test, self._sketch))
+
+    def __repr__(self) -> str:
+        return f"SketchPCA({self.n_components} components, {self.n_samples_seen_} rows of width {len(self._mean)})"
+
+    def _repr_html_(self) -> str:
+        if not self.n_samples_seen_:
+            return table("Sketch, no rows yet", ("components",), [(self.n_components,)])
+        found, gaps, residual = self._solve()
+        line = (
+            found.rank,
+            found.width,
+            found.count,
+            f"{float(found.eigenvalues.sum()) / found.total_variance if found.total_variance else 0:.1%}",
+            f"{residual:.3g}",
+            f"{float(gaps[-1]) if len(gaps) else 0:.3g}",
+        )
+        return table("Sketch", ("components", "width", "rows", "variance inside", "residual of the covariance", "gap after the last"), [line])
+
+
+def _nystroem(sketch: Tensor, test: Tensor, size: float) -> tuple[Tensor, Tensor]:
+    """Eigenvectors ``[width, k]`` and eigenvalues ``[k]`` of ``Y (W^T Y)^+ Y^T``, shifted for stability; directions without variance are left out."""
+    shift = torch.finfo(torch.float64).eps * size
+    shifted = sketch + shift * test
+    core = test.T @ shifted
+    values, vectors = torch.linalg.eigh((core + core.T) / 2)
+    keep = values > values[-1] * 1e-12
+    half = shifted @ (vectors[:, keep] / values[keep].sqrt())
+    left, singular, _ = torch.linalg.svd(half, full_matrices=False)
+    found = (singular.square() - shift).clamp(min=0)
+    keep = found > found[0] * _NOISE
+    return left[:, keep], found[keep]
+
+
+class EachSite:
+    """A consumer that keeps one finder for every site: ``EachSite(lambda: SketchPCA(64))["blocks.3.mlp.out.hook_in"]``.
+
+    Args:
+        make: makes an empty finder.
+    """
+
+    def __init__(self, make: Callable[[], StreamingPCA | SketchPCA]) -> None:
+        self._make = make
+        self.by_site: dict[str, StreamingPCA | SketchPCA] = {}
+
+    def __call__(self, site: Site, rows: Rows) -> None:
+        """See the rows of one site."""
+        if site.name not in self.by_site:
+            self.by_site[site.name] = self._make()
+        self.by_site[site.name].partial_fit(rows.values)
+
+    def __getitem__(self, name: str) -> StreamingPCA | SketchPCA:
+        """The finder of the site called ``name``.
+
+        Raises:
+            WorkbenchError: it delivered no rows.
+        """
+        if name not in self.by_site:
+            raise WorkbenchError(f"no rows of {name!r}; there are rows of {', '.join(list(self.by_site)[:4]) or 'no site'}")
+        return self.by_site[name]
+
+    def _repr_html_(self) -> str:
+        return table("Finders", ("site", "finder"), ((name, repr(finder)) for name, finder in self.by_site.items()))

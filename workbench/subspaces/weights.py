@@ -1,0 +1,124 @@
+"""Subspaces of things that are not rows of one capture: weight gradients, differences between two models, contrasts between two token sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hooks import Capture, Collect, Moments, Positions, resolve
+from workbench.data.batches import Batch
+from workbench.errors import WorkbenchError
+from workbench.subspaces.finders import SketchPCA, StreamingPCA
+from workbench.subspaces.subspace import Subspace
+
+
+class TwoSided(NamedTuple):
+    """The two sides of a matrix.
+
+    Attributes:
+        gradient: left singular directions ``[out, k]``, on the side of the output gradients.
+        activation: right singular directions ``[in, k]``, on the side of the inputs.
+    """
+
+    gradient: Subspace
+    activation: Subspace
+
+
+def singular_subspaces(matrix: Tensor, rank: int, *, site: str = "", source: str = "") -> TwoSided:
+    """The top singular directions of a weight gradient ``[out, in]``, both sides (RepSelect, arXiv 2606.17168): exact SVD in float64.
+
+    The released code divides by the smallest kept singular value, so that a matrix of lower rank than asked for is annihilated and a zero matrix becomes NaN; here directions
+    below 1e-6 of the largest singular value are left out, and a zero matrix has none.
+
+    Args:
+        matrix: ``[out, in]``.
+        rank: how many directions, at most.
+        site: recorded.
+        source: recorded.
+
+    Returns:
+        Subspaces whose eigenvalues are squared singular values, and whose mean is zero.
+
+    Raises:
+        WorkbenchError: the matrix is not finite.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise WorkbenchError(f"the gradient of {site or 'this weight'} holds NaN or infinity; no subspace was fitted")
+    left, singular, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    keep = min(rank, int((singular > singular[0] * 1e-6).sum())) if len(singular) and float(singular[0]) > 0 else 0
+    values = singular[:keep].square().float().cpu()
+    total = float(singular.square().sum())
+
+    def side(vectors: Tensor) -> Subspace:
+        return Subspace(vectors[:, :keep].float().cpu().contiguous(), values, torch.zeros(len(vectors)), len(singular), total, site, "", source)
+
+    return TwoSided(side(left), side(right.T))
+
+
+def difference_finder(
+    first: PreTrainedModel,
+    second: PreTrainedModel,
+    batches: Iterable[Batch],
+    sites: str | Iterable[str],
+    make: Callable[[], StreamingPCA | SketchPCA],
+    at: Positions,
+) -> dict[str, StreamingPCA | SketchPCA]:
+    """Principal components of ``second - first`` at the same tokens: what changed between two models.
+
+    Args:
+        first: for example the base.
+        second: for example the unlearned model; the same tokenizer and widths.
+        batches: texts.
+        sites: patterns of activation sites.
+        make: makes an empty finder.
+        at: position rule.
+
+    Returns:
+        Site name -> finder of the differences. Its ``mean_`` is the mean shift.
+    """
+    chosen = resolve(first, sites)
+    found = {site.name: make() for site in chosen}
+    for batch in batches:
+        rows = []
+        for model in (first, second):
+            rows.append(Collect(model.device))
+            with Capture(model, [site.name for site in chosen], rows[-1], at=at) as capture:
+                capture.forward(batch.inputs)
+        for name, finder in found.items():
+            finder.partial_fit(rows[1][name].float() - rows[0][name].float())
+    return found
+
+
+def contrast(first: Moments, second: Moments, rank: int, *, site: str = "", tokens: str = "", source: str = "") -> Subspace:
+    """Directions along which the rows of one token set vary more than those of another: top eigenvectors of ``C_first - C_second`` (contrastive PCA with weight 1, Abid et
+    al. 2018).
+
+    Returns:
+        Only directions with a positive difference; ``eigenvalues`` are the differences, ``mean`` is the difference of the means, ``total_variance`` the sum of all positive
+        differences.
+
+    Raises:
+        WorkbenchError: one of the two saw no rows.
+    """
+    if not first.count or not second.count:
+        raise WorkbenchError(f"a contrast needs rows of both token sets; got {first.count} and {second.count}")
+    values, vectors = torch.linalg.eigh(first.covariance - second.covariance.to(first.covariance))
+    values, vectors = values.flip(0), vectors.flip(1)
+    scale = max(float(first.covariance.diagonal().max()), float(second.covariance.diagonal().max()))
+    positive = values.clamp(min=0)
+    keep = min(rank, int((values > 1e-6 * scale).sum()))
+    mean = (first.mean - second.mean.to(first.mean)).float().cpu()
+    return Subspace(
+        vectors[:, :keep].float().cpu().contiguous(),
+        positive[:keep].float().cpu(),
+        mean,
+        first.count + second.count,
+        float(positive.sum()),
+        site,
+        tokens,
+        source,
+    )

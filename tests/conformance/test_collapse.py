@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hooks import CaptureError, Moments
+from hooks import Moments
 from workbench.data.batches import Batch
+from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy
-from workbench.subspaces.collapse import Collapse, collapse_basis, collapse_rows, find_collapse, linear_weights, only_tokens
+from workbench.subspaces.collapse import Collapse, collapse_basis, collapse_rows, find_collapse, only_tokens
+from workbench.subspaces.collapsed_update import linear_modules
 from workbench.subspaces.subspace import Subspace, principal_subspace
 
 ModelMaker = Callable[..., PreTrainedModel]
@@ -190,11 +192,11 @@ def test_fewer_rows_than_components_give_fewer_columns() -> None:
 # --- in a model ------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_linear_weights_names_linear_layers_only(llama: PreTrainedModel) -> None:
-    assert sorted(linear_weights(llama, ["model.layers.*"])) == sorted(EVERY_LINEAR)
-    assert linear_weights(llama, ["model.layers.1.mlp.down_proj"]) == ("model.layers.1.mlp.down_proj",)
-    with pytest.raises(CaptureError):
-        linear_weights(llama, ["model.layers.7.*"])
+def test_linear_modules_names_linear_layers_only(llama: PreTrainedModel) -> None:
+    assert sorted(linear_modules(llama, ["model.layers.*"])) == sorted(EVERY_LINEAR)
+    assert linear_modules(llama, "model.layers.1.mlp.down_proj") == ("model.layers.1.mlp.down_proj",)
+    with pytest.raises(WorkbenchError, match="q_proj"):
+        linear_modules(llama, ["model.layers.7.*"])
 
 
 @pytest.mark.parametrize(("activation", "gradient"), [(3, 4), (1, 1), (0, 2), (2, 0)])

@@ -11,17 +11,21 @@ orthonormal form: the released code projects out the mean and the components one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import Capture, MomentsOf, gradients_only, resolve, without_first
+from hooks import Capture, Rows, Site, gradients_only, resolve, without_first
 from workbench.data.batches import Batch
-from workbench.subspaces.subspace import Subspace, principal_subspace
+from workbench.errors import WorkbenchError
+from workbench.subspaces.finders import SketchPCA, StreamingPCA
+from workbench.subspaces.subspace import Subspace
 
 
 def collapse_basis(subspace: Subspace, components: int) -> Tensor:
@@ -43,36 +47,107 @@ def collapse_basis(subspace: Subspace, components: int) -> Tensor:
     return left[:, singular > 1e-6].float().contiguous()
 
 
-def collapse_rows(rows: Tensor, basis: Tensor) -> Tensor:
-    """``rows - rows Q Q'``: remove the directions ``basis`` ``[width, k]`` from every row ``[row, width]``."""
-    return rows - (rows @ basis) @ basis.T
+def collapse_rows(rows: Tensor, basis: Tensor, removed: Tensor | None = None) -> Tensor:
+    """``x - Q D Q' x`` for every row ``[row, width]``: shrink the directions ``basis`` ``[width, k]`` by the shares ``removed`` ``[k]`` (all of it, without shares)."""
+    inside = rows @ basis
+    return rows - (inside if removed is None else inside * removed) @ basis.T
+
+
+Kind = Literal["hard", "soft", "quadratic"]
+_POWERS: dict[Kind, float] = {"hard": math.inf, "soft": 1.0, "quadratic": 2.0}
+
+
+def removed_shares(second_moments: Tensor, kind: Kind) -> Tensor:
+    r"""How much of every direction a collapse removes: ``1 - (s_min / s_i)^p``, with ``s_i`` the root mean square of the data along it and ``s_min`` the smallest of them.
+
+    One family (RepSelect, arXiv 2606.17168): hard (``p`` infinite) removes the directions, soft (``p = 1``) brings them all down to the smallest, quadratic is ``p = 2``. The
+    released code divides by the smallest *kept* singular value whatever it is, so data of lower rank than asked for is annihilated; here a direction below 1e-3 of the
+    largest does not count as the smallest.
+
+    Args:
+        second_moments: ``[k]`` mean squares ``s_i^2``.
+        kind: the member of the family.
+    """
+    if kind == "hard" or not len(second_moments):
+        return torch.ones_like(second_moments)
+    size = second_moments.clamp(min=0).sqrt()
+    smallest = size[size >= size.max() * 1e-3].min() if float(size.max()) > 0 else size.new_tensor(0.0)
+    return 1 - (smallest / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1) ** _POWERS[kind]
 
 
 @dataclass(frozen=True, slots=True)
 class Collapse:
-    """The two bases of one weight.
+    """The two sides of the map of one weight.
 
     Attributes:
         activation: ``[in, k]`` orthonormal, directions of the layer's inputs to leave alone.
         gradient: ``[out, m]`` orthonormal, directions of its output gradients to leave alone.
+        activation_removed: ``[k]`` share of each direction that is removed; all of it by default.
+        gradient_removed: ``[m]`` likewise.
     """
 
     activation: Tensor
     gradient: Tensor
+    activation_removed: Tensor | None = None
+    gradient_removed: Tensor | None = None
 
     def __call__(self, weight_gradient: Tensor) -> Tensor:
         """The collapsed gradient, same shape ``[out, in]`` and dtype, computed in float32."""
-        half = collapse_rows(weight_gradient.float(), self.activation)
-        return collapse_rows(half.T, self.gradient).T.to(weight_gradient.dtype)
+        half = collapse_rows(weight_gradient.float(), self.activation, self.activation_removed)
+        return collapse_rows(half.T, self.gradient, self.gradient_removed).T.to(weight_gradient.dtype)
+
+    def to(self, device: torch.device | str) -> Collapse:
+        """The same map on ``device``."""
+        shares = (None if removed is None else removed.to(device) for removed in (self.activation_removed, self.gradient_removed))
+        return Collapse(self.activation.to(device), self.gradient.to(device), *shares)
+
+
+def collapse_side(finder: StreamingPCA | SketchPCA, components: int, kind: Kind = "hard") -> tuple[Tensor, Tensor]:
+    """One side of a collapse from what a finder has seen.
+
+    The mean direction and the top components are joined into one orthonormal basis, which is then turned so that the second moment of the data is diagonal in it: hard
+    collapse does not depend on that, soft and quadratic collapse need a size for every direction, and the mean direction has none of its own.
+
+    Args:
+        finder: of activations or of output gradients.
+        components: number of directions, the mean direction among them.
+        kind: see :func:`removed_shares`.
+
+    Returns:
+        ``[width, k]`` float32 basis and ``[k]`` float32 shares.
+    """
+    subspace = finder.subspace()
+    basis = collapse_basis(subspace, components).double()
+    if isinstance(finder, StreamingPCA):
+        inside = basis.T @ finder.moments_.covariance.cpu() @ basis
+    else:
+        along = basis.T @ subspace.basis.double()
+        inside = along @ (subspace.eigenvalues.double()[:, None] * along.T)
+    mean = basis.T @ subspace.mean.double()
+    moments, turn = torch.linalg.eigh(inside + torch.outer(mean, mean))
+    return (basis @ turn).float().contiguous(), removed_shares(moments.flip(0), kind).flip(0).float()
 
 
 UpdateMap = Mapping[str, Collapse]
 """Parameter name -> collapse."""
 
 
-def linear_weights(model: PreTrainedModel, patterns: Iterable[str]) -> tuple[str, ...]:
-    """Names of the linear layers that ``patterns`` name (module paths with wildcards)."""
-    return tuple(site.path for site in resolve(model, [f"{pattern}:in" for pattern in patterns]) if isinstance(model.get_submodule(site.path), torch.nn.Linear))
+EXACT_WIDTH = 4096
+"""Wider sites are sketched: their covariance would take more than 128 MiB in float64."""
+
+
+class _Sides:
+    """A consumer with one finder per site: exact where the covariance fits, a sketch where the rows are wide."""
+
+    def __init__(self, components: Mapping[str, int]) -> None:
+        self.components = components
+        self.finders: dict[str, StreamingPCA | SketchPCA] = {}
+
+    def __call__(self, site: Site, rows: Rows) -> None:
+        if site.name not in self.finders:
+            wide = rows.values.shape[1] > EXACT_WIDTH
+            self.finders[site.name] = (SketchPCA if wide else StreamingPCA)(max(1, self.components[site.name]))
+        self.finders[site.name].partial_fit(rows.values)
 
 
 def find_collapse(
@@ -83,6 +158,7 @@ def find_collapse(
     *,
     activation_components: int,
     gradient_components: int,
+    kind: Kind = "hard",
 ) -> dict[str, Collapse]:
     """One pass over ``batches`` that finds the bases of every module in ``modules``.
 
@@ -90,23 +166,48 @@ def find_collapse(
         model: the model that ``loss`` runs.
         modules: paths of linear layers.
         loss: batch to scalar; its gradients at the outputs are the gradient side.
-        batches: statistics use the content tokens (no padding, no BOS).
-        activation_components: directions per activation side, mean included.
-        gradient_components: directions per gradient side, mean included.
+        batches: statistics use the content tokens (no padding, no BOS). From the forget set or from the retain set: which one is better depends on the data.
+        activation_components: directions per activation side, mean included; 0 leaves that side alone.
+        gradient_components: directions per gradient side, mean included; 0 leaves that side alone.
+        kind: hard, soft or quadratic (:func:`removed_shares`).
+
+    Raises:
+        WorkbenchError: ``batches`` is empty.
     """
     paths = tuple(modules)
-    inputs = resolve(model, [f"{path}:in" for path in paths])
-    outputs = resolve(model, [f"{path}:grad_out" for path in paths])
-    moments = MomentsOf()
-    with gradients_only(model), Capture(model, (*inputs, *outputs), moments, at=without_first):
-        for batch in batches:
-            loss(batch).backward()
+    counts = {f"{path}:in": activation_components for path in paths if activation_components > 0}
+    counts |= {f"{path}:grad_out": gradient_components for path in paths if gradient_components > 0}
+    leaders = {path: _leader(path, paths) for path in paths}  # gate and up read one tensor: its covariance is computed once
+    sides = _Sides(counts)
+    texts = list(batches)
+    if not texts:
+        raise WorkbenchError("the collapse was given no batch to find its directions in; is the set empty?")
+    if counts:
+        sites = resolve(model, [name for name in counts if not name.endswith(":in") or leaders[name.removesuffix(":in")] == name.removesuffix(":in")])
+        with gradients_only(model), Capture(model, sites, sides, at=without_first):
+            for batch in texts:
+                loss(batch).backward()
     found = {}
     for path in paths:
-        activation = principal_subspace(moments[f"{path}:in"], activation_components, site=f"{path}:in")
-        gradient = principal_subspace(moments[f"{path}:grad_out"], gradient_components, site=f"{path}:grad_out")
-        found[f"{path}.weight"] = Collapse(collapse_basis(activation, activation_components), collapse_basis(gradient, gradient_components))
+        layer = model.get_submodule(path)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        outputs, inputs = weight.shape if isinstance(layer, torch.nn.Linear) else weight.T.shape  # GPT-2's Conv1D keeps its weight transposed
+        side = {}
+        for name, width in ((f"{leaders[path]}:in", inputs), (f"{path}:grad_out", outputs)):
+            side[name] = collapse_side(sides.finders[name], counts[name], kind) if name in sides.finders else (torch.zeros(width, 0), torch.zeros(0))
+        (activation, activation_removed), (gradient, gradient_removed) = side.values()
+        found[f"{path}.weight"] = Collapse(activation, gradient, activation_removed, gradient_removed).to(weight.device)
     return found
+
+
+def _leader(path: str, paths: tuple[str, ...]) -> str:
+    """The first of ``paths`` that reads the same input as ``path``."""
+    parent, _, name = path.rpartition(".")
+    for group in (("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")):
+        if name in group:
+            return next(f"{parent}.{other}" for other in group if f"{parent}.{other}" in paths)
+    return path
 
 
 @contextmanager

@@ -13,20 +13,8 @@ from transformers import PreTrainedModel
 
 from hooks import Site, resolve
 from workbench.data.batches import Batch
-from workbench.unlearning.objectives import (
-    Loss,
-    Objective,
-    Pair,
-    control_vector,
-    keep_hidden,
-    keep_representation,
-    mlp_breaking,
-    negative_cross_entropy,
-    npo,
-    retain_cross_entropy,
-    retain_kl,
-    steer_to,
-)
+from workbench.unlearning.objectives import Loss, Objective, Pair, negative_cross_entropy, npo, retain_cross_entropy, retain_kl
+from workbench.unlearning.representation import control_vector, keep_hidden, keep_representation, mlp_breaking, steer_to
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]

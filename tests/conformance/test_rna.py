@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hooks import resolve
 from workbench.data.batches import Batch
 from workbench.unlearning.noise import gaussian
-from workbench.unlearning.objectives import keep_representation
+from workbench.unlearning.representation import keep_representation
 
 Mover = Callable[..., PreTrainedModel]
 Gradients = Callable[[PreTrainedModel, Tensor], dict[str, Tensor]]

@@ -26,6 +26,7 @@ class Batch:
         subject_mask: ``[batch, position]`` true on the tokens of the subject.
         target_mask: ``[batch, position]`` true on the tokens that a loss predicts: all real tokens but the first, or the answer (see :func:`encode`).
         items: the facts' names, one per row.
+        alternative: the same questions with another answer (a refusal), row by row; for objectives that compare the two.
     """
 
     input_ids: Tensor
@@ -34,6 +35,7 @@ class Batch:
     subject_mask: Tensor
     target_mask: Tensor
     items: tuple[str, ...]
+    alternative: Batch | None = None
 
     @property
     def size(self) -> int:
@@ -54,7 +56,8 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
         names = ("input_ids", "attention_mask", "answer_mask", "subject_mask", "target_mask")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        moved = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, **moved, alternative=None if self.alternative is None else self.alternative.to(device))
 
 
 Targets = Literal["text", "answer"]

@@ -111,3 +111,17 @@ def one_per_item(examples: Iterable[Example]) -> tuple[Example, ...]:
     for example in examples:
         groups.setdefault(example.item, []).append(example)
     return tuple(group[number % len(group)] for number, group in enumerate(groups.values()))
+
+
+def refuse(example: Example, phrase: str = "I do not know") -> Example:
+    """The same question, answered by ``phrase``.
+
+    Raises:
+        ValueError: the example has no answer to refuse.
+    """
+    if example.answer is None:
+        raise ValueError(f"only a question with an answer can be refused; {example.text[:60]!r} has none (give jsonl with question and answer)")
+    start = example.answer[0]
+    return Example(
+        example.text[:start] + phrase, (start, start + len(phrase)), example.subject if example.subject and example.subject[1] <= start else None, example.item
+    )

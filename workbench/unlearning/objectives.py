@@ -1,4 +1,4 @@
-"""Unlearning objectives. A loss term is ``(model, batch, reference) -> scalar``; an objective joins a forget and a retain term.
+"""Unlearning objectives on likelihoods. A loss term is ``(model, batch, reference) -> scalar``; an objective joins a forget and a retain term.
 
 ``reference`` is the frozen starting model. Every term is masked inside, computed per example where its formula is per example, and moves the
 gradient (tested).
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import Site, tapped
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import cross_entropy, next_token_logits, token_kl, token_nll
 
@@ -94,88 +93,128 @@ def npo(beta: float) -> Loss:
     return loss
 
 
-def control_vector(width: int, seed: int) -> Tensor:
-    """An isotropic unit vector ``[width]`` (a normalised Gaussian draw).
+def simnpo(beta: float, margin: float) -> Loss:
+    r"""SimNPO (Fan et al. 2024, arXiv 2410.07163, eq. 8): NPO without a reference, on length-normalised likelihoods.
 
-    The released RMU code draws from U[0, 1), which puts any two control vectors at a cosine of 0.75; isotropic vectors of different seeds are
-    nearly orthogonal.
+    .. math:: -\frac{2}{\beta}\, E\big[\log\sigma\big(\beta\,(\overline{NLL}(x) - \delta)\big)\big]
+
+    The negative log-likelihood is the **mean** over the target tokens of a sequence. The margin stands inside the bracket, in nats per token, as open-unlearning implements it;
+    the paper's own margin is ``beta`` times that.
     """
-    vector = torch.randn(width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (vector / vector.norm()).float()
-
-
-def _content(tensor: Tensor, batch: Batch) -> Tensor:
-    return tensor[batch.content_mask].float()
-
-
-def steer_to(site: Site, target: Tensor) -> Loss:
-    """RMU's forget term: ``mean over tokens and coordinates of (h - target)^2`` (Li et al. 2024, arXiv 2403.03218, eq. 1).
-
-    Args:
-        site: where the representation ``h`` is read.
-        target: ``[width]`` the scaled control vector ``c u``.
-    """
+    if beta <= 0:
+        raise ValueError(f"beta is {beta}; SimNPO needs beta > 0")
 
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
-        hidden = _content(tapped(model, [site], batch.inputs)[site.name], batch)
-        return F.mse_loss(hidden, target.to(hidden.device).expand_as(hidden))
+        return -2.0 / beta * F.logsigmoid(beta * (_mean_nll(model, batch) - margin)).mean()
 
     return loss
 
 
-def keep_representation(site: Site, noise: Callable[[Tensor], Tensor] | None = None) -> Loss:
-    """RMU's retain term: ``mean of (h - h_reference)^2`` over tokens and coordinates.
+def _mean_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """``[batch]`` mean negative log-likelihood over each sequence's target tokens."""
+    return token_nll(model, batch).sum(1) / batch.target_mask[:, 1:].sum(1).clamp(min=1)
 
-    Args:
-        site: where the representation is read.
-        noise: applied to the frozen reference's representation ``[token, width]`` before the comparison (RNA); default none.
+
+def _refusal(batch: Batch) -> Batch:
+    if batch.alternative is None:
+        raise ValueError("this objective compares the answer with a refusal, and the batch has none; give the recipe an alternative (see refuse)")
+    return batch.alternative
+
+
+def idk_dpo(beta: float) -> Loss:
+    r"""DPO with a refusal as the preferred answer (Maini et al. 2024, arXiv 2401.06121; Rafailov et al. 2023, eq. 7, times ``2 / beta`` as in open-unlearning).
+
+    .. math:: -\frac{2}{\beta}\, E\Big[\log\sigma\Big(\beta\big[\log\tfrac{\pi_\theta(y_{idk})}{\pi_{ref}(y_{idk})} - \log\tfrac{\pi_\theta(y)}{\pi_{ref}(y)}\big]\Big)\Big]
+
+    Log-ratios are sums over the answer's tokens. The refusal of a question answers that very question.
     """
+    if beta <= 0:
+        raise ValueError(f"beta is {beta}; DPO needs beta > 0")
+
+    def rise(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+        with torch.no_grad():
+            before = token_nll(reference, batch).sum(1)
+        return before - token_nll(model, batch).sum(1)
 
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
-        with torch.no_grad():
-            expected = _content(tapped(reference, [site], batch.inputs)[site.name], batch)
-        if noise is not None:
-            expected = noise(expected)
-        return F.mse_loss(_content(tapped(model, [site], batch.inputs)[site.name], batch), expected)
+        return -2.0 / beta * F.logsigmoid(beta * (rise(model, _refusal(batch), reference) - rise(model, batch, reference))).mean()
 
     return loss
 
 
-def mlp_breaking(sites: tuple[Site, ...], floor: float = 0.0) -> Loss:
-    r"""MLP breaking (Sondej and Yang 2025, arXiv 2509.11816): push every MLP output away from what it was.
+def idk_cross_entropy(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+    """Mean cross-entropy of the refusal, nats per token (IdkNLL; Maini et al. 2024)."""
+    return cross_entropy(model, _refusal(batch))
 
-    .. math:: \frac1L \sum_l \mathrm{mean}_t \max\big(f,\ \langle o_t, o^0_t\rangle / n_l^2\big), \qquad n_l = \mathrm{mean}_t \lVert o^0_t\rVert
 
-    The gradient vanishes for a token once its output no longer points along the original one.
+def undial(beta: float) -> Loss:
+    r"""UNDIAL (Dong et al. 2024, arXiv 2402.10052, eq. 4): learn from the reference with the true token's logit lowered.
 
-    Args:
-        sites: outputs of the MLPs whose contribution is broken.
-        floor: ``f`` in the formula.
+    .. math:: -\sum_v \mathrm{softmax}(z_{ref} - \beta\, e_y)_v\, \log\mathrm{softmax}(z_\theta)_v
+
+    Mean over target tokens only. The released code also averages over masked positions, where it lowers the logit of an unrelated token.
     """
+    if beta < 0:
+        raise ValueError(f"beta is {beta}; UNDIAL lowers the true token's logit by beta >= 0")
 
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+        mask = batch.target_mask[:, 1:]
         with torch.no_grad():
-            clean = tapped(reference, sites, batch.inputs)
-        now = tapped(model, sites, batch.inputs)
-        terms = []
-        for site in sites:
-            before, after = _content(clean[site.name], batch), _content(now[site.name], batch)
-            scale = before.norm(dim=-1).mean().square().clamp(min=torch.finfo(torch.float32).tiny)
-            terms.append(((before * after).sum(-1) / scale).clamp(min=floor).mean())
-        return torch.stack(terms).mean()
+            logits = next_token_logits(reference, batch)[mask]
+            target = (logits - beta * F.one_hot(batch.input_ids[:, 1:][mask], logits.shape[-1])).softmax(-1)
+        return -(target * next_token_logits(model, batch)[mask].log_softmax(-1)).sum(-1).mean()
 
     return loss
 
 
-def keep_hidden(site: Site) -> Loss:
-    """The retain term of CIR: ``mean_t ||h_t - h0_t|| / mean_t ||h0_t||`` over all real tokens, the released code's ``cb_retain`` with p = 1."""
+def teacher_kl(temperature: float, sign: float = 1.0) -> Loss:
+    r"""SCRUB's distance to the teacher (Kurmanji et al. 2023, arXiv 2302.09880, eq. 1): ``sign * T^2 KL(teacher || student)`` of softened predictions, mean over target tokens.
+
+    The factor ``T^2`` keeps the gradient's size independent of the temperature (Hinton et al. 2015).
+
+    Args:
+        temperature: ``T``, divides both logits.
+        sign: -1 on the forget set (drive away), 1 on the retain set.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive")
 
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
-        mask = batch.attention_mask.bool()
+        mask = batch.target_mask[:, 1:]
         with torch.no_grad():
-            before = tapped(reference, [site], batch.inputs)[site.name][mask].float()
-        difference = tapped(model, [site], batch.inputs)[site.name][mask].float() - before
-        # The norm has no derivative at zero, where the first step starts; a tiny constant under the root gives zero there.
-        return (difference.square().sum(-1) + 1e-12).sqrt().mean() / before.norm(dim=-1).mean()
+            expected = next_token_logits(reference, batch)[mask] / temperature
+        return sign * temperature**2 * token_kl(expected, next_token_logits(model, batch)[mask] / temperature).mean()
+
+    return loss
+
+
+def weighted(*terms: tuple[float, Loss]) -> Loss:
+    """A sum of loss terms with weights."""
+
+    def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+        return torch.stack([weight * term(model, batch, reference) for weight, term in terms]).sum()
+
+    return loss
+
+
+def generic_prediction(reinforced: PreTrainedModel, strength: float) -> Loss:
+    r"""The generic labels of "Who's Harry Potter?" (Eldan and Russinovich 2023, arXiv 2310.02238, eq. 1), as soft targets.
+
+    .. math:: v_{generic} = v_{ref} - \alpha\, \mathrm{ReLU}(v_{reinforced} - v_{ref})
+
+    Tokens that a model trained further on the forget set makes more likely are what the set teaches. The paper takes the most probable token of ``v_generic`` as the label;
+    here the model learns the whole softmax of it, and the paper's table of replaced names is not used. Mean over target tokens of the cross-entropy, in nats.
+
+    Args:
+        reinforced: the model trained further on the forget set.
+        strength: ``alpha``.
+    """
+
+    def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+        mask = batch.target_mask[:, 1:]
+        with torch.no_grad():
+            before, after = next_token_logits(reference, batch)[mask], next_token_logits(reinforced, batch)[mask]
+            target = (before - strength * F.relu(after - before)).softmax(-1)
+        return -(target * next_token_logits(model, batch)[mask].log_softmax(-1)).sum(-1).mean()
 
     return loss

@@ -8,8 +8,13 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
+from hooks import resolve
+from workbench.data.records import Example
+from workbench.subspaces.collapse import Kind
 from workbench.unlearning.objectives import Objective
 from workbench.unlearning.smoothing import StepRule, plain
+
+Statistics = Literal["forget", "retain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +25,47 @@ class CollapseSettings:
         activation_components: directions of the inputs to leave alone, the mean direction among them.
         gradient_components: directions of the output gradients to leave alone, likewise.
         refresh: the bases are found again after this many steps.
+        kind: hard, soft or quadratic (:func:`workbench.subspaces.collapse.removed_shares`).
+        statistics: the set whose activations and gradients give the bases. On the retain set the gradients are those of its cross-entropy.
     """
 
     activation_components: int
     gradient_components: int
     refresh: int
+    kind: Kind = "hard"
+    statistics: Statistics = "forget"
+
+
+@dataclass(frozen=True, slots=True)
+class OneGradient:
+    """A single filtered gradient instead of steps (RepSelect, arXiv 2606.17168, single-shot form).
+
+    Attributes:
+        components: singular directions of the statistics' gradient that are collapsed, on both sides.
+        kind: see :class:`CollapseSettings`.
+        statistics: ``forget``: the directions are those of the forget gradient itself; ``retain``: those of the retain set's gradient at the starting weights.
+        adversary_rank: rank of the low-rank adversary that first learns the forget set further; 0 leaves it out.
+        adversary_rate: its SGD rate, over one epoch.
+    """
+
+    components: int
+    kind: Kind = "soft"
+    statistics: Statistics = "forget"
+    adversary_rank: int = 0
+    adversary_rate: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Teach:
+    """A model trained before, for objectives that need one.
+
+    Attributes:
+        recipe: how the teacher is trained, from the same start.
+        objective: the objective, given the teacher.
+    """
+
+    recipe: Recipe
+    objective: Callable[[PreTrainedModel], Objective]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +77,18 @@ class Recipe:
         trainable: patterns of parameter names that may change.
         steps: optimiser steps.
         batch_size: sequences per forget batch, and per retain batch.
-        optimiser: ``adamw`` on the whole objective (gradient clipped to norm 1, no weight decay), or ``normalised-sgd``: the forget gradient is scaled to global Frobenius length ``lr``, followed by a
-            plain SGD step of rate ``retain_rate`` on the retain term.
-        lr: learning rate, or step length.
+        optimiser: ``adamw`` on the whole objective (gradient clipped to norm 1, no weight decay); ``normalised-sgd``: the forget gradient is scaled to global Frobenius
+            length ``lr``, followed by a plain SGD step of rate ``retain_rate`` on the retain term; ``one-gradient``: see :class:`OneGradient`, ``lr`` is the length of the
+            whole change.
+        lr: learning rate, or length.
         step: plain, or a smoothing rule (adamw only).
         collapse: collapse the forget gradient (normalised-sgd only); ``None`` leaves it whole.
         retain_rate: see ``optimiser``.
+        schedule: factors of the forget and the retain term at a step, ``(step, steps) -> (forget, retain)``; constant by default.
+        alternative: makes the other answer of a forget text, for objectives that compare two.
+        sign: -1 turns what was learned around (task-vector negation).
+        one: settings of ``one-gradient``.
+        teach: replaces ``objective`` by one that knows a teacher.
     """
 
     objective: Objective
@@ -49,10 +96,15 @@ class Recipe:
     steps: int
     batch_size: int
     lr: float
-    optimiser: Literal["adamw", "normalised-sgd"] = "adamw"
+    optimiser: Literal["adamw", "normalised-sgd", "one-gradient"] = "adamw"
     step: StepRule = plain
     collapse: CollapseSettings | None = None
     retain_rate: float = 0.0
+    schedule: Callable[[int, int], tuple[float, float]] | None = None
+    alternative: Callable[[Example], Example] | None = None
+    sign: float = 1.0
+    one: OneGradient | None = None
+    teach: Teach | None = None
 
 
 Setting = float | str
@@ -72,6 +124,7 @@ class Method:
         source: paper.
         build: makes the recipe for a model.
         small: settings for models below 100 million parameters, where the published rates move nothing. Chosen on worlds that the published numbers do not use.
+        wraps: the builder whose settings this method shares.
     """
 
     name: str
@@ -79,9 +132,20 @@ class Method:
     source: str
     build: MethodBuilder
     small: dict[str, Setting]
+    wraps: MethodBuilder | None = None
 
 
 EVERYTHING = ("*",)
+
+
+def mlp_weights(model: PreTrainedModel, first: int, last: int) -> tuple[str, ...]:
+    """Patterns of the weights of all MLP matrices of blocks ``first`` to ``last``, in any family with TransformerLens names.
+
+    Raises:
+        CaptureError: the family is unknown, or has no such matrices.
+    """
+    sites = resolve(model, f"blocks.{{{first}..{last}}}.mlp.*.hook_out")
+    return tuple(dict.fromkeys(f"{site.path}.weight" for site in sites))
 
 
 def middle_layer(model: PreTrainedModel) -> int:

@@ -7,33 +7,23 @@ import fnmatch
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from workbench.data.batches import batches, encode, endless
+from workbench.data.batches import Batch, batches, encode, endless
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError
+from workbench.evaluation.losses import cross_entropy
 from workbench.progress import Report, quiet
 from workbench.subspaces.collapse import Collapse, find_collapse, only_tokens
-from workbench.unlearning.deltas import delta_between, snapshot
+from workbench.subspaces.collapsed_update import collapse_checked
+from workbench.unlearning.deltas import apply_delta, delta_between, snapshot
 from workbench.unlearning.objectives import Pair
+from workbench.unlearning.one_gradient import Unlearned, one_gradient
 from workbench.unlearning.recipe import Recipe
-
-
-@dataclass(frozen=True, slots=True)
-class Unlearned:
-    """What a run of a recipe gives.
-
-    Attributes:
-        delta: float32 weight change, parameter by parameter.
-        log: one record per step: objective terms and whatever the step rule reports.
-    """
-
-    delta: dict[str, Tensor]
-    log: tuple[dict[str, float], ...]
 
 
 @contextmanager
@@ -70,9 +60,10 @@ def unlearn(
     *,
     seed: int,
     max_length: int | None = None,
+    dtype: torch.dtype = torch.float32,
     progress: Report = quiet,
 ) -> Unlearned:
-    """Run ``recipe`` on a float32 copy of ``base``; ``base`` itself is the frozen reference and is not changed.
+    """Run ``recipe`` on a copy of ``base``; ``base`` itself is the frozen reference and is not changed.
 
     Args:
         base: the starting model.
@@ -82,41 +73,74 @@ def unlearn(
         retain: texts to keep.
         seed: order of the texts.
         max_length: texts are cut to this many tokens.
+        dtype: of the weights while they are trained. In bfloat16 most of a small step is rounded away, which is an effect of its own: float32 unless that is the question.
         progress: called after every step.
 
     Raises:
         WorkbenchError: a set is empty, or the objective is not finite (the message names the step).
     """
-    model = copy.deepcopy(base).float()
+    for name, texts in (("forget", forget), ("retain", retain)):
+        if not texts:
+            raise WorkbenchError(f"the {name} set is empty; give at least one text")
     reference = base.eval()
+    if recipe.teach is not None:
+        teacher = copy.deepcopy(base).float()
+        learned = unlearn(base, tokenizer, recipe.teach.recipe, forget, retain, seed=seed, max_length=max_length, progress=progress)
+        apply_delta(teacher, snapshot(base), learned.delta, 1.0)
+        recipe = replace(recipe, objective=recipe.teach.objective(teacher.eval().requires_grad_(False)), teach=None)
+    model = copy.deepcopy(base).to(dtype)
     start = snapshot(model)
     model.eval()  # dropout would make the collapse statistics and the reference disagree with the step
-    forget_stream, retain_stream = endless(forget, recipe.batch_size, f"forget-{seed}"), endless(retain, recipe.batch_size, f"retain-{seed}")
-    log: list[dict[str, float]] = []
     with only_trainable(model, recipe.trainable) as chosen:
-        parameters = [parameter for _, parameter in chosen]
-        optimiser = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0) if recipe.optimiser == "adamw" else None
-        collapse: dict[str, Collapse] = {}
-        for number in range(recipe.steps):
-            pair = Pair(
-                encode(tokenizer, next(forget_stream), max_length=max_length, targets="answer").to(model.device),
-                encode(tokenizer, next(retain_stream), max_length=max_length).to(model.device),
-            )
-            if optimiser is not None:
-                record = recipe.step(model, recipe.objective, pair, reference)
-            else:
-                if recipe.collapse is not None and number % recipe.collapse.refresh == 0:
-                    collapse = _statistics(model, reference, recipe, tokenizer, forget, max_length)
-                record = _collapsed_step(model, reference, recipe, pair, chosen, collapse)
-            if not all(math.isfinite(value) for value in record.values()):
-                raise WorkbenchError(f"the unlearning objective is not finite at step {number + 1} of {recipe.steps} ({record}); lower lr (now {recipe.lr})")
-            if optimiser is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimiser.step()
-                optimiser.zero_grad()
-            log.append(record)
-            progress(number + 1, recipe.steps)
-    return Unlearned(delta_between(model, start), tuple(log))
+        if recipe.optimiser == "one-gradient":
+            return one_gradient(model, reference, recipe, tokenizer, forget, retain, chosen, max_length=max_length, progress=progress)
+        log = _steps(model, reference, recipe, tokenizer, forget, retain, chosen, seed, max_length, progress)
+    delta = delta_between(model, start)
+    return Unlearned({name: recipe.sign * change for name, change in delta.items()} if recipe.sign != 1 else delta, log)
+
+
+def _steps(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    chosen: Sequence[tuple[str, torch.nn.Parameter]],
+    seed: int,
+    max_length: int | None,
+    progress: Report,
+) -> tuple[dict[str, float], ...]:
+    forget_stream, retain_stream = endless(forget, recipe.batch_size, f"forget-{seed}"), endless(retain, recipe.batch_size, f"retain-{seed}")
+    parameters = [parameter for _, parameter in chosen]
+    optimiser = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0) if recipe.optimiser == "adamw" else None
+    collapse: dict[str, Collapse] = {}
+    log: list[dict[str, float]] = []
+    for number in range(recipe.steps):
+        texts = next(forget_stream)
+        batch = encode(tokenizer, texts, max_length=max_length, targets="answer")
+        if recipe.alternative is not None:
+            batch = replace(batch, alternative=encode(tokenizer, [recipe.alternative(text) for text in texts], max_length=max_length, targets="answer"))
+        pair = Pair(batch.to(model.device), encode(tokenizer, next(retain_stream), max_length=max_length).to(model.device))
+        objective = recipe.objective
+        if recipe.schedule is not None:
+            forget_factor, retain_factor = recipe.schedule(number, recipe.steps)
+            objective = replace(objective, forget_weight=objective.forget_weight * forget_factor, retain_weight=objective.retain_weight * retain_factor)
+        if optimiser is not None:
+            record = recipe.step(model, objective, pair, reference)
+        else:
+            if recipe.collapse is not None and number % recipe.collapse.refresh == 0:
+                collapse = _statistics(model, reference, recipe, tokenizer, forget, retain, max_length)
+            record = _collapsed_step(model, reference, recipe, pair, chosen, collapse)
+        if not all(math.isfinite(value) for value in record.values()):
+            raise WorkbenchError(f"the unlearning objective is not finite at step {number + 1} of {recipe.steps} ({record}); lower lr (now {recipe.lr})")
+        if optimiser is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+        log.append(record)
+        progress(number + 1, recipe.steps)
+    return tuple(log)
 
 
 def _modules(recipe_parameters: Sequence[tuple[str, Tensor]]) -> list[str]:
@@ -124,18 +148,33 @@ def _modules(recipe_parameters: Sequence[tuple[str, Tensor]]) -> list[str]:
 
 
 def _statistics(
-    model: PreTrainedModel, reference: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, forget: Sequence[Example], max_length: int | None
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    max_length: int | None,
 ) -> dict[str, Collapse]:
-    """A pass over the forget set that finds the bases to collapse, at the current weights."""
-    assert recipe.collapse is not None
+    """A pass over the forget set, or over the retain set, that finds the bases to collapse at the current weights."""
+    settings = recipe.collapse
+    assert settings is not None
     modules = [name.removesuffix(".weight") for name, parameter in model.named_parameters() if parameter.requires_grad]
+    on_forget = settings.statistics == "forget"
 
-    def loss(batch):  # type: ignore[no-untyped-def]
-        return recipe.objective.forget(model, batch, reference)
+    def loss(batch: Batch) -> Tensor:
+        return recipe.objective.forget(model, batch, reference) if on_forget else cross_entropy(model, batch)
 
-    sets = [batch.to(model.device) for batch in batches(tokenizer, forget, recipe.batch_size, max_length=max_length, targets="answer")]
+    texts, targets = (forget, "answer") if on_forget else (retain, "text")
+    sets = [batch.to(model.device) for batch in batches(tokenizer, texts, recipe.batch_size, max_length=max_length, targets=targets)]  # type: ignore[arg-type]
     return find_collapse(
-        model, modules, loss, sets, activation_components=recipe.collapse.activation_components, gradient_components=recipe.collapse.gradient_components
+        model,
+        modules,
+        loss,
+        sets,
+        activation_components=settings.activation_components,
+        gradient_components=settings.gradient_components,
+        kind=settings.kind,
     )
 
 
@@ -155,7 +194,7 @@ def _collapsed_step(
         updates = []
         for name, parameter in chosen:
             gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-            updates.append(collapse[name](gradient) if name in collapse else gradient)
+            updates.append(collapse_checked(collapse[name], gradient, name) if name in collapse else gradient)
         length = sum(float(update.double().square().sum()) for update in updates) ** 0.5
         if length > 0:  # zero once every output is broken: nothing is left to do
             for (_, parameter), update in zip(chosen, updates, strict=True):

@@ -9,15 +9,56 @@ from collections.abc import Mapping
 from transformers import PreTrainedModel
 
 from workbench.errors import WorkbenchError, unknown
-from workbench.unlearning.methods import cir, grad_diff, npo, rmu
-from workbench.unlearning.recipe import Method, MethodBuilder, Recipe, Setting
+from workbench.unlearning.methods import (
+    cir,
+    circuit_breakers,
+    grad_ascent,
+    grad_diff,
+    idk,
+    kl_min,
+    mlp_breaking,
+    npo,
+    repselect,
+    rmu,
+    scrub,
+    simnpo,
+    task_vector,
+    undial,
+    whp,
+)
+from workbench.unlearning.recipe import Method, Recipe, Setting
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (grad_diff.METHOD, npo.METHOD, npo.METHOD_SAM, rmu.METHOD, rmu.METHOD_RNA, cir.METHOD, cir.METHOD_UNCOLLAPSED)
+    method.name: method
+    for method in (
+        grad_ascent.METHOD,
+        grad_diff.METHOD,
+        kl_min.METHOD,
+        npo.METHOD,
+        npo.METHOD_SAM,
+        simnpo.METHOD,
+        idk.METHOD,
+        idk.METHOD_NLL,
+        rmu.METHOD,
+        rmu.METHOD_RNA,
+        rmu.METHOD_ADAPTIVE,
+        rmu.METHOD_RSV,
+        circuit_breakers.METHOD,
+        scrub.METHOD,
+        undial.METHOD,
+        task_vector.METHOD,
+        whp.METHOD,
+        mlp_breaking.METHOD,
+        cir.METHOD,
+        cir.METHOD_UNCOLLAPSED,
+        repselect.METHOD,
+    )
 }
 SMALL_MODEL = 100_000_000
 """Below this many parameters a method starts from its ``small`` settings."""
-WHOLE = {"steps": 1, "batch_size": 1, "refresh": 1, "activation_components": 0, "gradient_components": 0, "layer": -1, "first_layer": -1, "last_layer": -1}
+WHOLE = {"steps": 1, "batch_size": 1, "refresh": 1, "activation_components": 0, "gradient_components": 0, "layer": -1, "first_layer": -1, "last_layer": -1,
+    "components": 1, "adversary_rank": 0, "horizon": 1, "turn": 1, "reinforce_steps": 1,
+}  # fmt: skip
 """Settings that are whole numbers, with the smallest value allowed."""
 
 
@@ -34,9 +75,8 @@ def method(name: str) -> Method:
 
 def known_settings(name: str) -> dict[str, Setting]:
     """Every setting of a method with its published default (wrappers inherit those of the method they wrap)."""
-    wrapped: dict[str, MethodBuilder] = {"npo-sam": npo.build, "rmu-rna": rmu.build, "cir-uncollapsed": cir.build}
     found: dict[str, Setting] = {}
-    for builder in (wrapped.get(name), method(name).build):
+    for builder in (method(name).wraps, method(name).build):
         if builder is not None:
             found |= {p.name: p.default for p in inspect.signature(builder).parameters.values() if p.default is not inspect.Parameter.empty}
     return found

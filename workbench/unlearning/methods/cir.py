@@ -6,8 +6,9 @@ from transformers import PreTrainedModel
 
 from hooks import resolve
 from workbench.errors import unknown
-from workbench.unlearning.objectives import Objective, keep_hidden, mlp_breaking, npo
-from workbench.unlearning.recipe import CollapseSettings, Method, Recipe, Setting
+from workbench.unlearning.objectives import Objective, npo
+from workbench.unlearning.recipe import CollapseSettings, Method, Recipe, Setting, mlp_weights
+from workbench.unlearning.representation import keep_hidden, mlp_breaking
 
 
 def build(
@@ -24,6 +25,8 @@ def build(
     first_layer: int = -1,
     last_layer: int = -1,
     loss: str = "mlp-breaking",
+    kind: str = "hard",
+    statistics: str = "forget",
 ) -> Recipe:
     """A forget gradient collapsed on both sides, in steps of fixed global length; a retain step on the hidden state after each.
 
@@ -40,17 +43,23 @@ def build(
         first_layer: first broken MLP; -1 takes 6/32 of the depth.
         last_layer: last broken MLP; -1 takes 11/32 of the depth, at least one block.
         loss: ``mlp-breaking`` (the paper) or ``npo``, the saturating likelihood objective of its successor RepSelect (beta 0.1, sum per sequence).
+        kind: ``hard`` (the paper), ``soft`` or ``quadratic`` collapse.
+        statistics: ``forget`` (the paper) or ``retain``: the set whose common directions are left alone.
 
     Raises:
-        WorkbenchError: ``loss`` is neither.
+        WorkbenchError: ``loss``, ``kind`` or ``statistics`` is none of these.
     """
+    for what, value, known in (("kind", kind, ("hard", "soft", "quadratic")), ("statistics", statistics, ("forget", "retain"))):
+        if value not in known:
+            raise unknown(f"{what} of cir", value, known)
     depth = model.config.num_hidden_layers
     first = round(depth * 6 / 32) if first_layer < 0 else int(first_layer)
-    last = max(first, round(depth * 11 / 32)) if last_layer < 0 else min(int(last_layer), depth - 1)
+    last = min(depth - 1, max(first, round(depth * 11 / 32))) if last_layer < 0 else min(int(last_layer), depth - 1)
     broken = resolve(model, f"blocks.{{{first}..{last}}}.mlp.hook_out")
     (kept,) = resolve(model, f"blocks.{min(last + 1, depth - 1)}.hook_resid_pre" if last + 1 < depth else f"blocks.{last}.hook_resid_post")
-    collapse = CollapseSettings(int(activation_components), int(gradient_components), int(refresh)) if activation_components or gradient_components else None
-    trainable = tuple(f"*layers.{index}.mlp.{name}_proj.weight" for index in range(last + 1) for name in ("gate", "up", "down"))
+    sizes = int(activation_components), int(gradient_components)
+    collapse = CollapseSettings(*sizes, int(refresh), kind, statistics) if any(sizes) else None  # type: ignore[arg-type]
+    trainable = mlp_weights(model, 0, min(last, depth - 1))
     losses = {"mlp-breaking": mlp_breaking(broken), "npo": npo(0.1)}
     if loss not in losses:
         raise unknown("loss of cir", loss, losses)
@@ -64,11 +73,11 @@ def build_uncollapsed(model: PreTrainedModel, seed: int, **settings: Setting) ->
     return build(model, seed, **{**settings, "activation_components": 0, "gradient_components": 0})  # type: ignore[arg-type]
 
 
-_SOURCE = "Sondej and Yang 2025 (arXiv 2509.11816)"
+SOURCE = "Sondej and Yang 2025 (arXiv 2509.11816)"
 # MLP breaking does not separate forgotten people from their neighbours in models this narrow (see the README); the likelihood objective does.
-_SMALL: dict[str, Setting] = {
+SMALL: dict[str, Setting] = {
     "loss": "npo", "lr": 0.3, "steps": 80, "batch_size": 16, "activation_components": 16, "gradient_components": 16, "refresh": 20, "retain_rate": 0.1,
     "first_layer": 0, "last_layer": 99,
 }  # fmt: skip
-METHOD = Method("cir", "CIR", _SOURCE, build, _SMALL)
-METHOD_UNCOLLAPSED = Method("cir-uncollapsed", "CIR without collapse", _SOURCE, build_uncollapsed, _SMALL)
+METHOD = Method("cir", "CIR", SOURCE, build, SMALL)
+METHOD_UNCOLLAPSED = Method("cir-uncollapsed", "CIR without collapse", SOURCE, build_uncollapsed, SMALL, wraps=build)

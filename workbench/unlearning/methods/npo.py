@@ -32,4 +32,4 @@ def build_sam(model: PreTrainedModel, seed: int, *, rho: float = 0.01, **setting
 
 _SMALL: dict[str, Setting] = {"lr": 3e-4, "steps": 60, "batch_size": 16, "retain_weight": 3.0}
 METHOD = Method("npo", "NPO", "Zhang et al. 2024 (arXiv 2404.05868)", build, _SMALL)
-METHOD_SAM = Method("npo-sam", "NPO+SAM", "Fan et al. 2025 (arXiv 2502.05374)", build_sam, {**_SMALL, "rho": 0.02})
+METHOD_SAM = Method("npo-sam", "NPO+SAM", "Fan et al. 2025 (arXiv 2502.05374)", build_sam, {**_SMALL, "rho": 0.02}, wraps=build)

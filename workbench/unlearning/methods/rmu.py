@@ -6,8 +6,9 @@ from transformers import PreTrainedModel
 
 from hooks import resolve
 from workbench.unlearning.noise import gaussian
-from workbench.unlearning.objectives import Objective, control_vector, keep_representation, steer_to
+from workbench.unlearning.objectives import Objective
 from workbench.unlearning.recipe import Method, Recipe, Setting, middle_layer
+from workbench.unlearning.representation import adaptive_steer_to, control_vector, keep_representation, steer_by, steer_to
 
 
 def build(
@@ -42,8 +43,48 @@ def build(
     width = model.config.hidden_size
     keep = keep_representation(site, gaussian(noise, seed + 1) if noise else None)
     objective = Objective(steer_to(site, steering * control_vector(width, seed)), keep, 1.0, retain_weight)
-    trainable = tuple(f"*layers.{index}.mlp.down_proj.weight" for index in range(max(0, block - 2), block + 1))
-    return Recipe(objective, trainable, steps, batch_size, lr)
+    return Recipe(objective, _down_projections(model, block), steps, batch_size, lr)
+
+
+def _down_projections(model: PreTrainedModel, block: int) -> tuple[str, ...]:
+    """The last matrix of the MLPs of ``block`` and the two below: what RMU changes."""
+    return tuple(f"{site.path}.weight" for site in resolve(model, f"blocks.{{{max(0, block - 2)}..{block}}}.mlp.out.hook_out"))
+
+
+def build_adaptive(
+    model: PreTrainedModel,
+    seed: int,
+    *,
+    lr: float = 5e-5,
+    steps: int = 500,
+    batch_size: int = 4,
+    scale: float = 5.0,
+    retain_weight: float = 1200.0,
+    layer: int = -1,
+) -> Recipe:
+    """Adaptive RMU (Dang et al. 2025): the target's length is ``scale`` times the mean length of the forget representations, so it fits any layer and model."""
+    block = middle_layer(model) if layer < 0 else int(layer)
+    (site,) = resolve(model, f"blocks.{block}.hook_resid_post")
+    steer = adaptive_steer_to(site, control_vector(model.config.hidden_size, seed), scale)
+    return Recipe(Objective(steer, keep_representation(site), 1.0, retain_weight), _down_projections(model, block), steps, batch_size, lr)
+
+
+def build_rsv(
+    model: PreTrainedModel,
+    seed: int,
+    *,
+    lr: float = 5e-5,
+    steps: int = 500,
+    batch_size: int = 4,
+    steering: float = 10.0,
+    retain_weight: float = 5000.0,
+    layer: int = -1,
+) -> Recipe:
+    """Random steering vectors: ``h`` is moved to ``h_base + c s`` with one isotropic unit vector ``s``, not to a common point."""
+    block = middle_layer(model) if layer < 0 else int(layer)
+    (site,) = resolve(model, f"blocks.{block}.hook_resid_post")
+    steer = steer_by(site, steering * control_vector(model.config.hidden_size, seed))
+    return Recipe(Objective(steer, keep_representation(site), 1.0, retain_weight), _down_projections(model, block), steps, batch_size, lr)
 
 
 def build_rna(model: PreTrainedModel, seed: int, *, noise: float = 0.2, **settings: Setting) -> Recipe:
@@ -53,4 +94,12 @@ def build_rna(model: PreTrainedModel, seed: int, *, noise: float = 0.2, **settin
 
 _SMALL: dict[str, Setting] = {"lr": 3e-3, "steps": 80, "batch_size": 16, "steering": 300.0, "retain_weight": 10.0, "layer": 2}
 METHOD = Method("rmu", "RMU", "Li et al. 2024 (arXiv 2403.03218)", build, _SMALL)
-METHOD_RNA = Method("rmu-rna", "RMU+RNA", "Huu-Tien et al. (arXiv 2501.19202)", build_rna, {**_SMALL, "noise": 0.2})
+METHOD_RNA = Method("rmu-rna", "RMU+RNA", "Huu-Tien et al. (arXiv 2501.19202)", build_rna, {**_SMALL, "noise": 0.2}, wraps=build)
+METHOD_ADAPTIVE = Method(
+    "adaptive-rmu", "Adaptive RMU", "Dang et al. 2025 (arXiv 2408.06223)", build_adaptive,
+    {"lr": 3e-3, "steps": 80, "batch_size": 16, "scale": 5.0, "retain_weight": 10.0, "layer": 2},
+)  # fmt: skip
+METHOD_RSV = Method(
+    "rsv", "RSV", "Huu-Tien et al. (arXiv 2501.19202)", build_rsv,
+    {"lr": 3e-3, "steps": 80, "batch_size": 16, "steering": 300.0, "retain_weight": 10.0, "layer": 2},
+)  # fmt: skip

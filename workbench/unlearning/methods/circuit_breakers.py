@@ -1,0 +1,52 @@
+"""Circuit breakers: representation rerouting."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from hooks import resolve
+from workbench.unlearning.objectives import Objective
+from workbench.unlearning.recipe import Method, Recipe, mlp_weights
+from workbench.unlearning.representation import break_circuits, keep_distance
+
+
+def build(
+    model: PreTrainedModel,
+    seed: int,
+    *,
+    lr: float = 1e-4,
+    steps: int = 150,
+    batch_size: int = 16,
+    strength: float = 10.0,
+    horizon: int = 300,
+    first_layer: int = -1,
+    last_layer: int = -1,
+) -> Recipe:
+    """``c_s ReLU(cos(h, h0))`` on the forget set and ``c_r ||h - h0||`` on the retain set, with ``c_s = a (1 - t / T)`` and ``c_r = a t / T``.
+
+    The reference trains LoRA adapters (rank 16); here the MLP matrices up to the last broken block change, so that every method is a weight change of the same kind.
+
+    Args:
+        model: decides the depth.
+        seed: unused; the method draws nothing.
+        lr: AdamW's rate.
+        steps: optimiser steps.
+        batch_size: sequences.
+        strength: ``a``.
+        horizon: ``T``, twice the number of steps in the reference, so the forget weight never reaches zero.
+        first_layer: first of two blocks whose output is rerouted; -1 takes 10/32 of the depth.
+        last_layer: the second; -1 takes 20/32 of the depth.
+    """
+    depth = model.config.num_hidden_layers
+    first = round(depth * 10 / 32) if first_layer < 0 else min(int(first_layer), depth - 1)
+    last = min(depth - 1, max(first, round(depth * 20 / 32))) if last_layer < 0 else min(int(last_layer), depth - 1)
+    sites = resolve(model, [f"blocks.{layer}.hook_resid_post" for layer in dict.fromkeys((first, last))])
+    objective = Objective(break_circuits(sites), keep_distance(sites), strength, strength)
+    return Recipe(
+        objective, mlp_weights(model, 0, last), steps, batch_size, lr, schedule=lambda step, _: (max(0.0, 1 - step / horizon), min(1.0, step / horizon))
+    )
+
+
+METHOD = Method(
+    "circuit-breakers", "Circuit breakers", "Zou et al. 2024 (arXiv 2406.04313)", build, {"lr": 1e-3, "steps": 80, "batch_size": 16, "horizon": 160}
+)

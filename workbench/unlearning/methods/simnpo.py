@@ -1,0 +1,29 @@
+"""SimNPO: negative preference optimisation without a reference model."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from workbench.unlearning.objectives import Objective, retain_cross_entropy, simnpo
+from workbench.unlearning.recipe import EVERYTHING, Method, Recipe
+
+
+def build(
+    model: PreTrainedModel,
+    seed: int,
+    *,
+    lr: float = 1e-5,
+    steps: int = 100,
+    batch_size: int = 32,
+    beta: float = 4.5,
+    margin: float = 0.0,
+    forget_weight: float = 0.125,
+    retain_weight: float = 1.0,
+) -> Recipe:
+    """SimNPO on the length-normalised likelihood plus cross-entropy on the retain set; defaults of open-unlearning."""
+    return Recipe(Objective(simnpo(beta, margin), retain_cross_entropy, forget_weight, retain_weight), EVERYTHING, steps, batch_size, lr)
+
+
+METHOD = Method(
+    "simnpo", "SimNPO", "Fan et al. 2024 (arXiv 2410.07163)", build, {"lr": 3e-4, "steps": 60, "batch_size": 16, "forget_weight": 1.0, "retain_weight": 3.0}
+)

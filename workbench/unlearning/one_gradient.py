@@ -1,0 +1,158 @@
+"""One filtered gradient instead of many steps: the single-shot form of RepSelect (Sondej, Yang and Mahdi 2026, arXiv 2606.17168)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from workbench.data.batches import Batch, batches
+from workbench.data.records import Example
+from workbench.errors import WorkbenchError
+from workbench.evaluation.losses import cross_entropy
+from workbench.progress import Report
+from workbench.subspaces.collapse import Collapse, removed_shares
+from workbench.subspaces.collapsed_update import collapse_checked
+from workbench.subspaces.weights import singular_subspaces
+from workbench.unlearning.recipe import OneGradient, Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Unlearned:
+    """What a run of a recipe gives.
+
+    Attributes:
+        delta: float32 weight change, parameter by parameter.
+        log: one record per step: objective terms and whatever the step rule reports.
+    """
+
+    delta: dict[str, Tensor]
+    log: tuple[dict[str, float], ...]
+
+
+Parameters = Sequence[tuple[str, torch.nn.Parameter]]
+
+
+def one_gradient(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    chosen: Parameters,
+    *,
+    max_length: int | None,
+    progress: Report,
+) -> Unlearned:
+    """Accumulate the forget gradient over one epoch, collapse its leading singular directions on both sides, and take it as the change.
+
+    1. A low-rank adversary ``W + B A`` learns the forget set further for one epoch of plain SGD, so that the gradient is taken where the knowledge is exposed.
+    2. The gradient of the forget objective with respect to the weights is summed over the forget set, at the adversary's weights, in float32.
+    3. Its singular directions (or those of the retain set's gradient) are collapsed on both sides.
+    4. The change is minus the result, of global length ``recipe.lr``; how far to go along it is the budget's business.
+
+    Args:
+        model: a float32 copy of the base whose ``chosen`` parameters require gradients; comes back with the weights it had.
+        reference: the frozen base.
+        recipe: with ``one`` set.
+        tokenizer: of both.
+        forget: texts to forget.
+        retain: texts to keep; used where ``statistics`` is ``retain``.
+        chosen: the matrices that may change.
+        max_length: texts are cut to this many tokens.
+        progress: called after every pass over the texts.
+
+    Raises:
+        WorkbenchError: a chosen parameter is no matrix, the gradient is zero or not finite, or nothing is left of it.
+    """
+    settings = recipe.one
+    assert settings is not None
+    for name, parameter in chosen:
+        if parameter.ndim != 2:
+            raise WorkbenchError(f"{name} has shape {list(parameter.shape)}; singular directions need matrices, so choose weights of linear layers")
+    passes = 2 + (settings.statistics == "retain") + (settings.adversary_rank > 0)
+    forget_batches = [batch.to(model.device) for batch in batches(tokenizer, forget, recipe.batch_size, max_length=max_length, targets="answer")]
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        progress(done, passes)
+
+    source: dict[str, Tensor] | None = None
+    if settings.statistics == "retain":
+        retain_batches = [batch.to(model.device) for batch in batches(tokenizer, retain, recipe.batch_size, max_length=max_length)]
+        source, _ = _gradient(chosen, lambda batch: cross_entropy(model, batch), retain_batches)
+        advance()
+    start = {name: parameter.detach().clone() for name, parameter in chosen}
+    try:
+        if settings.adversary_rank:
+            _adversary(model, chosen, forget_batches, settings)
+            advance()
+        gradient, loss = _gradient(chosen, lambda batch: recipe.objective.forget(model, batch, reference), forget_batches)
+    finally:
+        with torch.no_grad():
+            for name, parameter in chosen:
+                parameter.copy_(start[name])
+                parameter.grad = None
+    advance()
+    delta = {}
+    for name, matrix in gradient.items():
+        sides = singular_subspaces((source or gradient)[name], settings.components, site=name)
+        shares = removed_shares(sides.activation.eigenvalues, settings.kind)
+        collapse = Collapse(sides.activation.basis, sides.gradient.basis, shares, shares).to(matrix.device)
+        delta[name] = -collapse_checked(collapse, matrix, name)
+    length = math.sqrt(sum(float(change.double().square().sum()) for change in delta.values()))
+    if not math.isfinite(length) or length == 0:
+        raise WorkbenchError(f"the forget gradient has length {length}; is the objective defined on these texts?")
+    advance()
+    return Unlearned({name: change * (recipe.lr / length) for name, change in delta.items()}, ({"forget": loss, "gradient_norm": length},))
+
+
+def _gradient(chosen: Parameters, loss: Callable[[Batch], Tensor], texts: Sequence[Batch]) -> tuple[dict[str, Tensor], float]:
+    """float32 sum over batches of the gradients of ``loss``, and its mean."""
+    total: dict[str, Tensor] = {}
+    values = []
+    for batch in texts:
+        for _, parameter in chosen:
+            parameter.grad = None
+        value = loss(batch)
+        value.backward()
+        values.append(float(value.detach()))
+        for name, parameter in chosen:
+            part = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            total[name] = total[name] + part.float() if name in total else part.float().clone()
+    return total, sum(values) / len(values)
+
+
+def _adversary(model: PreTrainedModel, chosen: Parameters, texts: Sequence[Batch], settings: OneGradient) -> None:
+    """Leave the model at ``W + B A`` after one epoch of SGD on the forget set's cross-entropy.
+
+    ``A`` starts as Kaiming-uniform noise, ``B`` at zero, as in LoRA (Hu et al. 2021) with ``alpha = rank``. The factors' gradients follow from the weight's:
+    ``dB = dW A'``, ``dA = B' dW``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    factors = {}
+    for name, parameter in chosen:
+        bound = 1 / math.sqrt(parameter.shape[1])
+        a = (torch.rand(settings.adversary_rank, parameter.shape[1], generator=generator) * 2 - 1) * bound
+        factors[name] = (parameter.detach().clone(), torch.zeros(parameter.shape[0], settings.adversary_rank, device=parameter.device), a.to(parameter.device))
+    for batch in texts:
+        for _, parameter in chosen:
+            parameter.grad = None
+        cross_entropy(model, batch).backward()
+        with torch.no_grad():
+            for name, parameter in chosen:
+                if parameter.grad is None:
+                    continue
+                weight, b, a = factors[name]
+                gradient = parameter.grad.float()
+                b_step, a_step = gradient @ a.T, b.T @ gradient
+                b.sub_(b_step, alpha=settings.adversary_rate)
+                a.sub_(a_step, alpha=settings.adversary_rate)
+                parameter.copy_(weight + b @ a)

@@ -1,0 +1,169 @@
+"""Unlearning objectives on representations: steer, break or keep what flows through a model. Loss terms as in ``objectives``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hooks import Site, tapped
+from workbench.data.batches import Batch
+from workbench.unlearning.objectives import Loss
+
+
+def control_vector(width: int, seed: int) -> Tensor:
+    """An isotropic unit vector ``[width]`` (a normalised Gaussian draw).
+
+    The released RMU code draws from U[0, 1), which puts any two control vectors at a cosine of 0.75; isotropic vectors of different seeds are
+    nearly orthogonal.
+    """
+    vector = torch.randn(width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (vector / vector.norm()).float()
+
+
+def _content(tensor: Tensor, batch: Batch) -> Tensor:
+    return tensor[batch.content_mask].float()
+
+
+def steer_to(site: Site, target: Tensor) -> Loss:
+    """RMU's forget term: ``mean over tokens and coordinates of (h - target)^2`` (Li et al. 2024, arXiv 2403.03218, eq. 1).
+
+    Args:
+        site: where the representation ``h`` is read.
+        target: ``[width]`` the scaled control vector ``c u``.
+    """
+
+    def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+        hidden = _content(tapped(model, [site], batch.inputs)[site.name], batch)
+        return F.mse_loss(hidden, target.to(hidden.device).expand_as(hidden))
+
+    return loss
+
+
+def keep_representation(site: Site, noise: Callable[[Tensor], Tensor] | None = None) -> Loss:
+    """RMU's retain term: ``mean of (h - h_reference)^2`` over tokens and coordinates.
+
+    Args:
+        site: where the representation is read.
+        noise: applied to the frozen reference's representation ``[token, width]`` before the comparison (RNA); default none.
+    """
+
+    def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+        with torch.no_grad():
+            expected = _content(tapped(reference, [site], batch.inputs)[site.name], batch)
+        if noise is not None:
+            expected = noise(expected)
+        return F.mse_loss(_content(tapped(model, [site], batch.inputs)[site.name], batch), expected)
+
+    return loss
+
+
+def mlp_breaking(sites: tuple[Site, ...], floor: float = 0.0) -> Loss:
+    r"""MLP breaking (Sondej and Yang 2025, arXiv 2509.11816): push every MLP output away from what it was.
+
+    .. math:: \frac1L \sum_l \mathrm{mean}_t \max\big(f,\ \langle o_t, o^0_t\rangle / n_l^2\big), \qquad n_l = \mathrm{mean}_t \lVert o^0_t\rVert
+
+    The gradient vanishes for a token once its output no longer points along the original one.
+
+    Args:
+        sites: outputs of the MLPs whose contribution is broken.
+        floor: ``f`` in the formula.
+    """
+
+    def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+        with torch.no_grad():
+            clean = tapped(reference, sites, batch.inputs)
+        now = tapped(model, sites, batch.inputs)
+        terms = []
+        for site in sites:
+            before, after = _content(clean[site.name], batch), _content(now[site.name], batch)
+            scale = before.norm(dim=-1).mean().square().clamp(min=torch.finfo(torch.float32).tiny)
+            terms.append(((before * after).sum(-1) / scale).clamp(min=floor).mean())
+        return torch.stack(terms).mean()
+
+    return loss
+
+
+def keep_hidden(site: Site) -> Loss:
+    """The retain term of CIR: ``mean_t ||h_t - h0_t|| / mean_t ||h0_t||`` over all real tokens, the released code's ``cb_retain`` with p = 1."""
+
+    def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+        mask = batch.attention_mask.bool()
+        with torch.no_grad():
+            before = tapped(reference, [site], batch.inputs)[site.name][mask].float()
+        difference = tapped(model, [site], batch.inputs)[site.name][mask].float() - before
+        # The norm has no derivative at zero, where the first step starts; a tiny constant under the root gives zero there.
+        return (difference.square().sum(-1) + 1e-12).sqrt().mean() / before.norm(dim=-1).mean()
+
+    return loss
+
+
+def adaptive_steer_to(site: Site, direction: Tensor, scale: float) -> Loss:
+    r"""Adaptive RMU's forget term (Dang et al. 2025, arXiv 2408.06223): steer to ``scale * mean ||h|| * u``.
+
+    The mean length is that of the frozen reference on the first batch that the loss sees, once per training, as in the released code.
+
+    Args:
+        site: where the representation is read.
+        direction: ``[width]`` unit vector ``u``.
+        scale: multiple of the representation's own length.
+    """
+    length: list[Tensor] = []
+
+    def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+        if not length:
+            with torch.no_grad():
+                length.append(_content(tapped(reference, [site], batch.inputs)[site.name], batch).norm(dim=-1).mean())
+        return steer_to(site, scale * length[0] * direction.to(length[0].device))(model, batch, reference)
+
+    return loss
+
+
+def steer_by(site: Site, shift: Tensor) -> Loss:
+    """Random steering vectors (RSV; Huu-Tien et al., arXiv 2501.19202): ``mean of (h - (h_reference + shift))^2`` over tokens and coordinates.
+
+    Args:
+        site: where the representation is read.
+        shift: ``[width]`` the scaled random vector ``c s``, fixed over training.
+    """
+
+    def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+        with torch.no_grad():
+            expected = _content(tapped(reference, [site], batch.inputs)[site.name], batch)
+        hidden = _content(tapped(model, [site], batch.inputs)[site.name], batch)
+        return F.mse_loss(hidden, expected + shift.to(hidden.device))
+
+    return loss
+
+
+def break_circuits(sites: tuple[Site, ...]) -> Loss:
+    r"""Representation rerouting (Zou et al. 2024, "circuit breakers", arXiv 2406.04313, algorithm 1): ``mean over layers and tokens of ReLU(cos(h_t, h0_t))``.
+
+    The cosine is that of every token with itself. The baseline in the released CIR code multiplies means over tokens instead, which is no cosine.
+    """
+
+    def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+        with torch.no_grad():
+            clean = tapped(reference, sites, batch.inputs)
+        now = tapped(model, sites, batch.inputs)
+        terms = [F.cosine_similarity(_content(now[site.name], batch), _content(clean[site.name], batch), dim=-1).relu().mean() for site in sites]
+        return torch.stack(terms).mean()
+
+    return loss
+
+
+def keep_distance(sites: tuple[Site, ...]) -> Loss:
+    """The retain term of representation rerouting: ``mean over layers and real tokens of ||h_t - h0_t||``."""
+
+    def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+        mask = batch.attention_mask.bool()
+        with torch.no_grad():
+            clean = tapped(reference, sites, batch.inputs)
+        now = tapped(model, sites, batch.inputs)
+        terms = [((now[site.name][mask].float() - clean[site.name][mask].float()).square().sum(-1) + 1e-12).sqrt().mean() for site in sites]
+        return torch.stack(terms).mean()
+
+    return loss

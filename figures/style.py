@@ -34,6 +34,20 @@ TITLES = {
     "cir": "CIR",
     "cir-uncollapsed": "CIR without collapse",
     "unlearned": "unlearned",
+    "grad-ascent": "GradAscent",
+    "kl-min": "KL-min",
+    "simnpo": "SimNPO",
+    "idk-dpo": "IdkDPO",
+    "idk-nll": "IdkNLL",
+    "adaptive-rmu": "Adaptive RMU",
+    "rsv": "RSV",
+    "circuit-breakers": "Circuit breakers",
+    "scrub": "SCRUB",
+    "undial": "UNDIAL",
+    "task-vector": "Task vector",
+    "whp": "WHP targets",
+    "mlp-breaking": "MLP breaking",
+    "repselect": "RepSelect",
 }
 _SPARE = ("#882255", "#44AA99", "#332288", "#AA4499")
 

@@ -101,7 +101,15 @@ def _road(config: RunConfig, out: Path, workers: int | None, fresh: bool, as_jso
 @app.command()
 def sweep(
     out: Annotated[Path, typer.Option(help="Run folder.")],
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas; default all of the demo's.")] = "",
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas, or 'all'; default those of the demo.")] = "",
+    variants: Annotated[
+        list[str] | None, typer.Option("--variant", metavar="LABEL=METHOD:NAME=VALUE,...", help="A method under another name; repeatable.")
+    ] = None,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="Add the ablation of the collapsed update: components, side, statistics, kind, precision.")
+    ] = False,
+    world: Annotated[int | None, typer.Option(min=0, help="Seed of the built-in world; default the demo's.")] = None,
+    relearning_only: Annotated[bool, typer.Option("--relearning-only", help="Leave the trigger and sharpness probes out.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds of unlearning and attack.")] = 3,
     budget: Annotated[float | None, typer.Option(help="Disruption budget: mean KL to the base on retain texts, nats per token.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="METHOD.NAME=VALUE", help="Change a setting of a method; repeatable.")] = None,
@@ -111,15 +119,31 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Run chosen methods, seeds, settings and budget down the demo's road."""
+    from workbench.experiments.ablation import collapse_ablation
     from workbench.experiments.config import preset, validated
+    from workbench.unlearning.methods import METHODS
 
     start = preset("quick" if quick else "full")
     changes: dict[str, Any] = {"seeds": list(range(seeds)), "settings": {name: dict(values) for name, values in start.settings.items()}}
     if methods:
-        changes["methods"] = [name.strip() for name in methods.split(",")]
+        changes["methods"] = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",")]
         changes["settings"] = {name: values for name, values in changes["settings"].items() if name in changes["methods"]}
     if budget is not None:
         changes["budget"] = budget
+    named = {label: variant.model_dump() for label, variant in collapse_ablation(start.model.width).items()} if ablation else {}
+    for text in variants or []:
+        label, equals, rest = text.partition("=")
+        method, _, overrides = rest.partition(":")
+        if not equals or not label or not method:
+            raise WorkbenchError(f"--variant {text!r} must read LABEL=METHOD:NAME=VALUE,..., e.g. soft-cir=cir:kind=soft")
+        named[label] = {"method": method, "settings": _settings(overrides.split(",") if overrides else [])}
+    if named:
+        changes["variants"] = named
+        changes["methods"] = [*changes.get("methods", start.methods), *named]
+    if world is not None:
+        changes["model"] = start.plain()["model"] | {"world": start.plain()["model"]["world"] | {"seed": world}}
+    if relearning_only:
+        changes["probes"] = []
     for name, value in _settings(settings or []).items():
         method, dot, setting = name.partition(".")
         if not dot:

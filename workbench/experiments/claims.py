@@ -197,6 +197,12 @@ CLAIMS: dict[str, Claim] = {
             "overlap of forget and retain top-8 activation subspaces minus that of random subspaces, mean over sites", "mean squared cosine", _common_subspaces,
         ),
         Claim(
+            "rounding-resists", "rival explanation of the released CIR code, whose steps are taken in bf16",
+            "Rounding to bf16 while unlearning, not the collapse, makes relearning bring back less.",
+            "held-out recall after the attack, same budget: CIR with float32 steps minus CIR with bf16 steps (variant cir-bf16)", "recall",
+            _less_recall_than("cir-bf16", ("cir",)),
+        ),
+        Claim(
             "token-disruption", _RNA, "A single forget-token in a retain question makes an unlearned model fail.",
             "accuracy behind a retain-token minus behind a forget-token, unlearned models minus base", "accuracy", _token_disruption,
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +21,34 @@ from workbench.unlearning.recipe import Setting
 DEMO_METHODS = ("grad-diff", "npo", "npo-sam", "rmu", "rmu-rna", "cir", "cir-uncollapsed")
 
 
+class Variant(BaseModel):
+    """A method under another name, with settings of its own: one row of an ablation.
+
+    Attributes:
+        method: name from the registry.
+        settings: overrides of its settings.
+        dtype: of the weights while they are trained; bfloat16 rounds most of a small step away.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    method: str
+    settings: dict[str, Setting] = Field(default_factory=dict)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+PROBES = ("triggers", "sharpness")
+
+
 class RunConfig(BaseModel):
     """Everything that decides the numbers of a run on the built-in world.
 
     Attributes:
         scale: shown beside every verdict, so that nobody takes a quick run for a full one.
         model: the built-in model and its world.
-        methods: names from the registry.
+        methods: names from the registry, or of variants.
+        variants: methods under other names.
+        probes: what is measured on every model besides forgetting, disruption and relearning.
         settings: per method, overrides of its settings.
         seeds: seeds of unlearning and attack; base and control model are trained once.
         budget: disruption budget, mean KL to the base over the retain test sets, nats per token.
@@ -43,6 +65,8 @@ class RunConfig(BaseModel):
     scale: str = "built-in world, 0.9M parameters"
     model: BuiltinConfig = Field(default_factory=BuiltinConfig)
     methods: tuple[str, ...] = DEMO_METHODS
+    variants: dict[str, Variant] = Field(default_factory=dict)
+    probes: tuple[Literal["triggers", "sharpness"], ...] = ("triggers", "sharpness")
     settings: dict[str, dict[str, Setting]] = Field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: float = Field(default=0.05, gt=0)
@@ -55,12 +79,9 @@ class RunConfig(BaseModel):
 
     @field_validator("methods")
     @classmethod
-    def _known_methods(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if not names or len(set(names)) != len(names):
             raise ValueError("name at least one method, each once")
-        for name in names:
-            if name not in METHODS:
-                raise ValueError(str(unknown("method", name, METHODS)))
         return names
 
     @field_validator("seeds")
@@ -72,7 +93,14 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _settings_of_known_methods(self) -> RunConfig:
-        for name, overrides in self.settings.items():
+        for name in self.methods:
+            if name not in METHODS and name not in self.variants:
+                raise ValueError(str(unknown("method", name, {**METHODS, **self.variants})))
+        for label in self.variants:
+            if label in METHODS or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
+                raise ValueError(f"variant {label!r} needs a name of its own, of letters, digits, dots and dashes (it becomes a folder)")
+        named = [(variant.method, variant.settings) for variant in self.variants.values()]
+        for name, overrides in [*self.settings.items(), *named]:
             if name not in METHODS:
                 raise ValueError(str(unknown("method", name, METHODS)))
             known = known_settings(name)
@@ -82,6 +110,13 @@ class RunConfig(BaseModel):
         if not self.attack.measure_at or self.attack.measure_at[0] != 0 or self.attack.measure_at[-1] != self.attack.steps:
             raise ValueError(f"attack.measure_at is {self.attack.measure_at}; it must start at 0 and end at attack.steps ({self.attack.steps})")
         return self
+
+    def variant(self, name: str) -> Variant:
+        """What ``name`` in :attr:`methods` stands for, with all overrides of this run."""
+        if name in self.variants:
+            chosen = self.variants[name]
+            return chosen.model_copy(update={"settings": self.settings.get(chosen.method, {}) | chosen.settings})
+        return Variant(method=name, settings=self.settings.get(name, {}))
 
     def plain(self) -> dict[str, Any]:
         """The configuration as plain values, ready for YAML or JSON."""

@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from workbench.builtin import builtin_folder, builtin_model
 from workbench.data.world import World, build_world, neutral_words
@@ -103,13 +104,15 @@ def _model_job(config: RunConfig, out: Path, method: str, seed: int, progress: R
         if not unlearned:
             stages.measure_sets(_opened(str(folder)).model, {k: bench.encode(v) for k, v in stages.measured_sets(bench.record).items()}, table, stage="unlearn")
             return
-        overrides = config.settings.get(method, {})
-        made = recipe(method, bench.base, seed, overrides)
+        variant = config.variant(method)
+        made = recipe(variant.method, bench.base, seed, variant.settings)
         retain = {path.stem: Subspace.load(path) for path in (out / "subspaces" / "retain").glob("*.safetensors")}
         model = stages.unlearn_to_budget(
-            bench, made, stages.Disruption(bench), budget=config.budget, limit=config.alpha_limit, seed=seed, table=table, common=retain, progress=progress
-        )
-        note = {"method": method, "seed": seed, "settings": settings_for(method, bench.base, overrides), "budget": config.budget, "base": BASE}
+            bench, made, stages.Disruption(bench), budget=config.budget, limit=config.alpha_limit, seed=seed, table=table, common=retain,
+            dtype=getattr(torch, variant.dtype), progress=progress,
+        )  # fmt: skip
+        settings = settings_for(variant.method, bench.base, variant.settings)
+        note = {"method": method, "recipe": variant.method, "dtype": variant.dtype, "seed": seed, "settings": settings, "budget": config.budget, "base": BASE}
         save_model(model, bench.tokenizer, folder, note)
 
     run_stage(out, job, "unlearn", common, start)
@@ -125,7 +128,10 @@ def _model_job(config: RunConfig, out: Path, method: str, seed: int, progress: R
         stages.sharpness(model, bench, points=config.slice_points, reach=config.slice_reach, tolerance=config.curvature_tolerance, seed=seed, table=table)
 
     run_stage(out, job, "relearn", common, relearn)
-    run_stage(out, job, "triggers", common, triggers)
+    if "triggers" in config.probes:
+        run_stage(out, job, "triggers", common, triggers)
+    if "sharpness" not in config.probes:
+        return
     if unlearned or seed == config.seeds[0]:  # base and control are one model each: their sharpness does not depend on the seed of the attack
         run_stage(out, job, "sharpness", common, sharpness)
 

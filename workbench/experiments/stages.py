@@ -153,6 +153,7 @@ def unlearn_to_budget(
     seed: int,
     table: Table,
     common: Mapping[str, Subspace] | None = None,
+    dtype: torch.dtype = torch.float32,
     progress: Report = quiet,
 ) -> PreTrainedModel:
     """Run a recipe, scale its delta to the disruption budget, and measure the result.
@@ -161,8 +162,9 @@ def unlearn_to_budget(
         The budget-matched model.
     """
     result = unlearn(
-        bench.base, bench.tokenizer, recipe, bench.record.forget, bench.record.retain_train, seed=seed, max_length=bench.max_length, progress=progress
-    )
+        bench.base, bench.tokenizer, recipe, bench.record.forget, bench.record.retain_train, seed=seed, max_length=bench.max_length,
+        dtype=dtype, progress=progress,
+    )  # fmt: skip
     for number, record in enumerate(result.log):
         table.add("objective_forget", record["forget"], stage="unlearn", step=number + 1)
     model = copy.deepcopy(bench.base)

@@ -48,8 +48,9 @@ def _pick(table: pd.DataFrame, **where: object) -> pd.Series | None:
     return chosen.iloc[0] if len(chosen) else None
 
 
-def _mean(table: pd.DataFrame, method: str, metric: str, stage: str, digits: str) -> str:
-    rows = table[(table["method"] == method) & (table["metric"] == metric) & (table["stage"] == stage) & table["split"].isna()]["value"].dropna()
+def _mean(table: pd.DataFrame, method: str, metric: str, stage: str, digits: str, split: str | None = None) -> str:
+    place = table["split"].isna() if split is None else table["split"] == split
+    rows = table[(table["method"] == method) & (table["metric"] == metric) & (table["stage"] == stage) & place]["value"].dropna()
     return format(float(rows.mean()), digits) if len(rows) else "–"
 
 
@@ -78,6 +79,8 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
                 "after attack": _interval(_pick(table, stage="relearn", arm="attack", step=last, **held)),
                 "attack minus null": _interval(_pick(table, stage="relearn", arm="minus-null", step=last, **(held | recovery))),
                 "neighbours": _interval(_pick(table, stage="unlearn", method=method, metric=metric, split="retain-neighbour")),
+                "far facts": _interval(_pick(table, stage="unlearn", method=method, metric=metric, split="retain-far")),
+                "KL on general text": _mean(table, method, "disruption", "unlearn", ".4f", split="general"),
                 "behind a retain-token": _interval(_pick(table, stage="triggers", method=method, metric=metric, arm="retain-token")),
                 "behind a forget-token": _interval(_pick(table, stage="triggers", method=method, metric=metric, arm="forget-token")),
                 "top eigenvalue": f"{eigen.median():.3g}" if len(eigen) else "–",

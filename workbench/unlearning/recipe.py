@@ -87,6 +87,7 @@ class Recipe:
         schedule: factors of the forget and the retain term at a step, ``(step, steps) -> (forget, retain)``; constant by default.
         alternative: makes the other answer of a forget text, for objectives that compare two.
         sign: -1 turns what was learned around (task-vector negation).
+        kick: the trained weights start at a random relative distance of this size from the base, where the base itself is a stationary point of the objective.
         one: settings of ``one-gradient``.
         teach: replaces ``objective`` by one that knows a teacher.
     """
@@ -103,6 +104,7 @@ class Recipe:
     schedule: Callable[[int, int], tuple[float, float]] | None = None
     alternative: Callable[[Example], Example] | None = None
     sign: float = 1.0
+    kick: float = 0.0
     one: OneGradient | None = None
     teach: Teach | None = None
 

@@ -94,9 +94,20 @@ def unlearn(
     with only_trainable(model, recipe.trainable) as chosen:
         if recipe.optimiser == "one-gradient":
             return one_gradient(model, reference, recipe, tokenizer, forget, retain, chosen, max_length=max_length, progress=progress)
+        if recipe.kick:
+            _kick(chosen, recipe.kick, seed)
         log = _steps(model, reference, recipe, tokenizer, forget, retain, chosen, seed, max_length, progress)
     delta = delta_between(model, start)
     return Unlearned({name: recipe.sign * change for name, change in delta.items()} if recipe.sign != 1 else delta, log)
+
+
+@torch.no_grad()
+def _kick(chosen: Sequence[tuple[str, torch.nn.Parameter]], size: float, seed: int) -> None:
+    """Move every parameter by Gaussian noise of ``size`` times its own root mean square."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in chosen:
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+        parameter.add_((noise * size * parameter.float().square().mean().sqrt()).to(parameter.dtype))
 
 
 def _steps(

@@ -21,6 +21,7 @@ def build(
     horizon: int = 300,
     first_layer: int = -1,
     last_layer: int = -1,
+    kick: float = 1e-3,
 ) -> Recipe:
     """``c_s ReLU(cos(h, h0))`` on the forget set and ``c_r ||h - h0||`` on the retain set, with ``c_s = a (1 - t / T)`` and ``c_r = a t / T``.
 
@@ -36,6 +37,8 @@ def build(
         horizon: ``T``, twice the number of steps in the reference, so the forget weight never reaches zero.
         first_layer: first of two blocks whose output is rerouted; -1 takes 10/32 of the depth.
         last_layer: the second; -1 takes 20/32 of the depth.
+        kick: relative size of a random start. At the base itself every cosine is 1, where its gradient is zero; the reference is moved away from there by the dropout of its
+            adapters.
     """
     depth = model.config.num_hidden_layers
     first = round(depth * 10 / 32) if first_layer < 0 else min(int(first_layer), depth - 1)
@@ -48,5 +51,9 @@ def build(
 
 
 METHOD = Method(
-    "circuit-breakers", "Circuit breakers", "Zou et al. 2024 (arXiv 2406.04313)", build, {"lr": 1e-3, "steps": 80, "batch_size": 16, "horizon": 160}
+    "circuit-breakers",
+    "Circuit breakers",
+    "Zou et al. 2024 (arXiv 2406.04313)",
+    build,
+    {"lr": 3e-3, "steps": 80, "batch_size": 16, "horizon": 1000, "kick": 0.03},
 )

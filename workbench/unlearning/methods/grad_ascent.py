@@ -13,4 +13,4 @@ def build(model: PreTrainedModel, seed: int, *, lr: float = 1e-5, steps: int = 1
     return Recipe(Objective(negative_cross_entropy), EVERYTHING, steps, batch_size, lr)
 
 
-METHOD = Method("grad-ascent", "GradAscent", "Jang et al. 2023 (arXiv 2210.01504)", build, {"lr": 1e-4, "steps": 40, "batch_size": 16})
+METHOD = Method("grad-ascent", "GradAscent", "Jang et al. 2023 (arXiv 2210.01504)", build, {"lr": 3e-4, "steps": 40, "batch_size": 16})

@@ -46,5 +46,5 @@ def build(
 
 
 METHOD = Method(
-    "repselect", "RepSelect", "Sondej, Yang and Mahdi 2026 (arXiv 2606.17168)", build, {"lr": 10.0, "batch_size": 16, "components": 32, "adversary_rate": 0.05}
+    "repselect", "RepSelect", "Sondej, Yang and Mahdi 2026 (arXiv 2606.17168)", build, {"lr": 10.0, "batch_size": 16, "components": 16, "adversary_rate": 0.05}
 )

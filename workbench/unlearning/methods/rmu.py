@@ -101,5 +101,5 @@ METHOD_ADAPTIVE = Method(
 )  # fmt: skip
 METHOD_RSV = Method(
     "rsv", "RSV", "Huu-Tien et al. (arXiv 2501.19202)", build_rsv,
-    {"lr": 3e-3, "steps": 80, "batch_size": 16, "steering": 300.0, "retain_weight": 10.0, "layer": 2},
+    {"lr": 1e-2, "steps": 80, "batch_size": 16, "steering": 300.0, "retain_weight": 3.0, "layer": 2},
 )  # fmt: skip

@@ -46,4 +46,4 @@ def build(
     return Recipe(Objective(teacher_kl(temperature, sign=-1.0), retain), EVERYTHING, steps, batch_size, lr, schedule=schedule)
 
 
-METHOD = Method("scrub", "SCRUB", "Kurmanji et al. 2023 (arXiv 2302.09880)", build, {"lr": 3e-4, "steps": 80, "batch_size": 16, "turn": 2, "forget_share": 0.7})
+METHOD = Method("scrub", "SCRUB", "Kurmanji et al. 2023 (arXiv 2302.09880)", build, {"lr": 1e-3, "steps": 80, "batch_size": 16, "turn": 2, "forget_share": 0.7})

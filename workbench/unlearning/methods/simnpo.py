@@ -25,5 +25,5 @@ def build(
 
 
 METHOD = Method(
-    "simnpo", "SimNPO", "Fan et al. 2024 (arXiv 2410.07163)", build, {"lr": 3e-4, "steps": 60, "batch_size": 16, "forget_weight": 1.0, "retain_weight": 3.0}
+    "simnpo", "SimNPO", "Fan et al. 2024 (arXiv 2410.07163)", build, {"lr": 3e-4, "steps": 60, "batch_size": 16, "forget_weight": 3.0, "retain_weight": 3.0}
 )

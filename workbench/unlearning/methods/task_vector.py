@@ -13,4 +13,4 @@ def build(model: PreTrainedModel, seed: int, *, lr: float = 1e-5, steps: int = 1
     return Recipe(Objective(retain_cross_entropy), EVERYTHING, steps, batch_size, lr, sign=-1.0)
 
 
-METHOD = Method("task-vector", "Task-vector negation", "Ilharco et al. 2023 (arXiv 2212.04089)", build, {"lr": 1e-3, "steps": 60, "batch_size": 16})
+METHOD = Method("task-vector", "Task-vector negation", "Ilharco et al. 2023 (arXiv 2212.04089)", build, {"lr": 1e-3, "steps": 120, "batch_size": 16})

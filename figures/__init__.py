@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pandas as pd
 from matplotlib.figure import Figure
 
+from figures.comparison import ablation, comparison
 from figures.curvature import curvature
 from figures.disruption import disruption
 from figures.recovery import recovery
@@ -15,6 +16,8 @@ from figures.spectra import spectra
 from figures.triggers import triggers
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    "comparison": comparison,
+    "ablation": ablation,
     "recovery": recovery,
     "disruption": disruption,
     "triggers": triggers,
@@ -23,4 +26,4 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "spectra": spectra,
 }
 
-__all__ = ["FIGURES", "curvature", "disruption", "recovery", "slices", "spectra", "triggers"]
+__all__ = ["FIGURES", "ablation", "comparison", "curvature", "disruption", "recovery", "slices", "spectra", "triggers"]

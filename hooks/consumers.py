@@ -23,7 +23,7 @@ class Moments:
     of the rows give what one would have given.
 
     Attributes:
-        count: rows seen.
+        count: rows seen, those of weight zero left out.
         weight: their total weight; the count, where no weights were given.
         mean: ``[width]`` float64.
         scatter: ``[width, width]`` float64, the weighted sum of outer products of centred rows.
@@ -51,7 +51,8 @@ class Moments:
         left = centred if weights is None else centred * weights[:, None].float()
         with torch.autocast(rows.device.type, enabled=False):
             product = left.T @ centred
-        self.merge(Moments(rows.shape[0], total, mean, product.double()))
+        count = rows.shape[0] if weights is None else int((weights > 0).sum())
+        self.merge(Moments(count, total, mean, product.double()))
 
     def merge(self, other: Moments) -> None:
         """Add everything that ``other`` has seen, as if its rows had been seen here.

@@ -18,6 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hooks import Capture, Collect, MomentsOf, as_bridge, gradients_only, real_tokens, resolve
+from workbench.subspaces.finders import EachSite, SketchPCA
 
 Work = Callable[[], object]
 
@@ -79,12 +80,18 @@ def capture_cases(size: str = "16M", device: str = "cpu", dtype: torch.dtype = t
         with Capture(model, linears, MomentsOf(), at=real_tokens):
             model(**inputs, labels=ids, use_cache=False).loss.backward()
 
+    def sketched_step() -> None:
+        model.zero_grad()
+        with Capture(model, linears, EachSite(lambda: SketchPCA(32)), at=real_tokens):
+            model(**inputs, labels=ids, use_cache=False).loss.backward()
+
     peers = _Peers(model, inputs, layers)
     return {
         "capture-residual-forward": Case(captured_forward, forward, 21, peers.forward()),
         "capture-mlp-forward-backward": Case(captured_step, step, 15, peers.step()),
         "gradients-only": Case(light_step, step, 9),
         "moments-mlp-forward-backward": Case(factors_step, step, 5),
+        "sketch-mlp-forward-backward": Case(sketched_step, step, 5),
     }
 
 

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from capture import Case
+from sklearn.decomposition import IncrementalPCA
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hooks import Moments
@@ -56,6 +57,11 @@ def method_cases() -> dict[str, Case]:
             moments.update(chunk)
         principal_subspace(moments, 64)
 
+    def incremental_pca() -> None:
+        finder = IncrementalPCA(n_components=64)
+        for chunk in rows.split(1024):
+            finder.partial_fit(chunk.numpy())
+
     objective, reference = Objective(npo(0.1), retain_cross_entropy), copy.deepcopy(model)
     pair = Pair(batch, other)
 
@@ -82,7 +88,7 @@ def method_cases() -> dict[str, Case]:
     direction = random_direction(model, 0)
 
     return {
-        "pca-2048": Case(streaming_pca, covariance_pca, 5),
+        "pca-2048": Case(streaming_pca, covariance_pca, 5, {"scikit-learn IncrementalPCA": incremental_pca}),
         "cir-step": Case(collapsed_step, step, 15),
         "sam-step": Case(sam_step, plain_step, 9),
         "slice-point": Case(lambda: loss_slice(model, direction, [0.01], {"loss": [batch]}), lambda: mean_loss(model, [batch]), 21),

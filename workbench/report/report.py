@@ -115,7 +115,7 @@ def draw_figures(out: Path, results: pd.DataFrame) -> dict[str, str]:
     for name, figure_of in FIGURES.items():
         if name == "curvature" and unlearned < 2:  # one model is no relation between a measure and recovery
             continue
-        figure = figure_of(results, metric=main_metric(results)) if name in ("recovery", "triggers") else figure_of(results)  # type: ignore[call-arg]
+        figure = figure_of(results, metric=main_metric(results)) if name in ("comparison", "ablation", "recovery", "triggers") else figure_of(results)  # type: ignore[call-arg]
         if not figure.axes:  # nothing to draw in this table
             continue
         for kind in ("png", "svg"):

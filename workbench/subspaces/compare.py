@@ -121,8 +121,8 @@ def energy_by_tier(vectors: Tensor, subspace: Subspace, tiers: Sequence[tuple[in
     for low, high in chosen:
         energy = float(inside[low:high].sum()) / total if total else 0.0
         variance = float(subspace.eigenvalues[low:high].double().sum()) / subspace.total_variance if subspace.total_variance else 0.0
-        rows.append({"first": low, "last": high, "energy": energy, "random": (min(high, subspace.rank) - low) / subspace.width, "variance": variance})
-    covered = max((high for _, high in chosen), default=0)
+        rows.append({"first": low, "last": high, "energy": energy, "random": max(0, min(high, subspace.rank) - low) / subspace.width, "variance": variance})
+    covered = min(max((high for _, high in chosen), default=0), subspace.width)
     rest = {name: (1 - sum(row[name] for row in rows)) for name in ("energy", "random", "variance")}
     rows.append({"first": covered, "last": subspace.width, **({name: max(0.0, value) for name, value in rest.items()} if total else {**rest, "energy": 0.0})})
     return pd.DataFrame(rows, columns=["first", "last", "energy", "random", "variance"])
@@ -152,7 +152,8 @@ def debiased_cka(first: Tensor, second: Tensor) -> float:
     """
     if len(first) != len(second) or len(first) < 4:
         raise WorkbenchError(f"CKA needs two sets of at least 4 rows on the same tokens; got {len(first)} and {len(second)}")
-    grams = [rows.double() @ rows.double().T for rows in (first - first.mean(0), second - second.mean(0))]
+    # Any common shift leaves the estimate as it is; taking the first row off makes rows that never change exactly zero.
+    grams = [rows @ rows.T for rows in (first.double() - first[:1].double(), second.double() - second[:1].double())]
     own = [float(_hsic(gram, gram)) for gram in grams]
     return float(_hsic(*grams)) / (own[0] * own[1]) ** 0.5 if min(own) > 0 else float("nan")
 
@@ -176,12 +177,17 @@ def read_direction(direction: Tensor, model: PreTrainedModel, tokenizer: PreTrai
         WorkbenchError: the direction does not live in the residual stream, or the family is unknown.
     """
     known, (_, inner) = family(model), causal_lm(model)
-    unembedding = inner.get_output_embeddings().weight  # type: ignore[operator]
-    if known is None or direction.shape != unembedding.shape[1:]:
-        raise WorkbenchError(f"a direction of width {unembedding.shape[1]} in a model of a known family is needed; got shape {list(direction.shape)}")
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None  # type: ignore[operator]
+    if known is None or head is None:
+        raise WorkbenchError(f"{type(model).__name__} has no unembedding that is known here; a causal LM of a family in hooks.families is needed")
+    unembedding = head.weight
+    if direction.shape != unembedding.shape[1:]:
+        raise WorkbenchError(f"the residual stream of this family member has width {unembedding.shape[1]}; got a direction of shape {list(direction.shape)}")
     norm = inner.get_submodule(known.outside["ln_final.hook_in"].path)
     scale = getattr(norm, "weight", None)
     unit = (direction / direction.norm().clamp(min=torch.finfo(torch.float32).tiny)).float().to(unembedding.device)
+    if "LayerNorm" in type(norm).__name__:  # takes the mean over coordinates away; RMS norms do not
+        unit = unit - unit.mean()
     if scale is not None:
         unit = unit * (scale.float() + ("Gemma" in type(norm).__name__))  # Gemma's norms multiply by 1 + weight
     logits = unembedding.float() @ unit

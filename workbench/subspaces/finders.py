@@ -23,9 +23,7 @@ from hooks import Moments, Rows, Site
 from hooks.consumers import checked_rows
 from hooks.html import table
 from workbench.errors import WorkbenchError
-from workbench.subspaces.subspace import Subspace, principal_subspace
-
-_NOISE = 1e-6  # float32 products leave about 1e-7 of the largest eigenvalue as noise in the null space
+from workbench.subspaces.subspace import Subspace, noise_floor, principal_subspace
 
 
 class _Finder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -49,6 +47,9 @@ class _Finder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def subspace(self, **where: str) -> Subspace:
         """What was found, as a value; ``where`` may name ``site``, ``tokens`` and ``source``."""
         raise NotImplementedError
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return bool(self.n_samples_seen_)  # type: ignore[attr-defined]
 
     @property
     def components_(self) -> Tensor:
@@ -74,7 +75,7 @@ class _Finder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def transform(self, X: Tensor) -> Tensor:
         """``[row, k]`` coordinates of the centred rows."""
         found = self.subspace()
-        return (X.float() - found.mean) @ found.basis
+        return (X.float() - found.mean.to(X.device)) @ found.basis.to(X.device)
 
 
 class StreamingPCA(_Finder):
@@ -186,12 +187,15 @@ class SketchPCA(_Finder):
             return self
         if not len(self._mean):
             self._start(rows.shape[1], rows.device)
+        if rows.shape[1] != len(self._mean):
+            raise WorkbenchError(f"the sketch is of rows of width {len(self._mean)}; these have width {rows.shape[1]}")
         mean = rows.double().mean(0) if weights is None else (weights[:, None] * rows.double()).sum(0) / total
         centred = rows - mean.float()
         left = centred if weights is None else centred * weights[:, None].float()
         with torch.autocast(rows.device.type, enabled=False):
             sketch = left.T @ (centred @ self._test)
-        self._add(len(rows), total, mean, sketch.double(), float((left * centred).double().sum()))
+        count = len(rows) if weights is None else int((weights > 0).sum())
+        self._add(count, total, mean, sketch.double(), float((left * centred).double().sum()))
         return self
 
     def merge(self, other: SketchPCA) -> Self:
@@ -202,9 +206,12 @@ class SketchPCA(_Finder):
         """
         if not other.n_samples_seen_:
             return self
-        if not len(self._mean):
+        alike = self.get_params() == other.get_params() and (self._range is None) == (other._range is None)
+        if alike and self._range is not None and other._range is not None:
+            alike = self._range.shape == other._range.shape and torch.equal(self._range, other._range.to(self._range))
+        if alike and not len(self._mean):
             self._mean, self._sketch, self._test = torch.zeros_like(other._mean), torch.zeros_like(other._sketch), other._test
-        if self._test.shape != other._test.shape or not torch.equal(self._test, other._test.to(self._test)):
+        if not alike or self._test.shape != other._test.shape or not torch.equal(self._test, other._test.to(self._test)):
             raise WorkbenchError("sketches can be merged only with the same seed, width, components, oversampling and pass")
         self._add(other.n_samples_seen_, other._weight, other._mean, other._sketch, other._energy)
         return self
@@ -235,11 +242,11 @@ class SketchPCA(_Finder):
         if size == 0:
             vectors, values = torch.zeros(width, 0, dtype=torch.float64, device=sketch.device), sketch.new_zeros(0)
         else:
-            vectors, values = _nystroem(sketch, test, size)
+            vectors, values = _nystroem(sketch, test, size, self._mean)
         kept = vectors[:, : self.n_components]
         variances = values[: self.n_components]
         missed = seen - kept @ (variances[:, None] * (kept.T @ probes))
-        residual = float(missed.norm() / seen.norm()) if float(seen.norm()) else 0.0
+        residual = (float(missed.norm() / seen.norm()) if float(seen.norm()) else 0.0) if self.probes else float("nan")
         subspace = Subspace(
             kept.float().cpu().contiguous(),
             variances.float().cpu(),
@@ -250,7 +257,9 @@ class SketchPCA(_Finder):
             "",
             "",
         )
-        following = torch.cat([values[1 : self.n_components + 1], values.new_zeros(1)])[: len(variances)]
+        # What comes after the last eigenvalue that the sketch can see is zero if it saw fewer than it could, and unknown otherwise.
+        beyond = 0.0 if len(values) < columns else float("nan")
+        following = torch.cat([values[1 : self.n_components + 1], values.new_tensor([beyond])])[: len(variances)]
         gaps = ((variances - following) / variances.clamp(min=torch.finfo(torch.float64).tiny)).float().cpu()
         self._found = subspace, gaps, residual
         return self._found
@@ -271,15 +280,17 @@ class SketchPCA(_Finder):
 
     def next_pass(self) -> SketchPCA:
         """An empty sketch whose test matrix is the range found so far: fit it on the same rows for a more exact answer (subspace iteration)."""
+        if not self.n_samples_seen_:
+            raise NotFittedError("a further pass needs a first one; call fit or partial_fit")
         columns = self._test.shape[1] - self.probes
         refined = SketchPCA(self.n_components, self.oversample, self.probes, self.seed)
-        refined._range = torch.linalg.qr(self._sketch[:, :columns])[0].float() if self.n_samples_seen_ else None
+        refined._range = torch.linalg.qr(self._sketch[:, :columns])[0].float()
         return refined
 
     @property
     def nbytes(self) -> int:
         """Bytes held: linear in the width."""
-        return sum(tensor.nbytes for tensor in (self._mean, self._test, self._sketch))
+        return sum(tensor.nbytes for tensor in (self._mean, self._test, self._sketch, self._range) if tensor is not None)
 
     def __repr__(self) -> str:
         return f"SketchPCA({self.n_components} components, {self.n_samples_seen_} rows of width {len(self._mean)})"
@@ -299,17 +310,17 @@ class SketchPCA(_Finder):
         return table("Sketch", ("components", "width", "rows", "variance inside", "residual of the covariance", "gap after the last"), [line])
 
 
-def _nystroem(sketch: Tensor, test: Tensor, size: float) -> tuple[Tensor, Tensor]:
+def _nystroem(sketch: Tensor, test: Tensor, size: float, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvectors ``[width, k]`` and eigenvalues ``[k]`` of ``Y (W^T Y)^+ Y^T``, shifted for stability; directions without variance are left out."""
     shift = torch.finfo(torch.float64).eps * size
     shifted = sketch + shift * test
     core = test.T @ shifted
     values, vectors = torch.linalg.eigh((core + core.T) / 2)
-    keep = values > values[-1] * 1e-12
+    keep = values > values[-1] * 1e-6  # the sketch is a sum of float32 products
     half = shifted @ (vectors[:, keep] / values[keep].sqrt())
     left, singular, _ = torch.linalg.svd(half, full_matrices=False)
     found = (singular.square() - shift).clamp(min=0)
-    keep = found > found[0] * _NOISE
+    keep = found > noise_floor(float(found[0]), mean)
     return left[:, keep], found[keep]
 
 

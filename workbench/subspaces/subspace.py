@@ -131,8 +131,7 @@ def principal_subspace(moments: Moments, rank: int, *, site: str = "", tokens: s
         raise WorkbenchError(f"the rows of {site or 'this site'} hold NaN or infinity; no subspace was fitted")
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    # float32 products leave about 1e-7 of the largest eigenvalue as noise in the null space.
-    keep = min(rank, int((values > values[0] * 1e-6).sum())) if float(values[0]) > 0 else 0
+    keep = min(rank, int((values > noise_floor(float(values[0]), moments.mean)).sum()))
     return Subspace(
         vectors[:, :keep].float().cpu().contiguous(),
         values[:keep].float().cpu(),
@@ -143,6 +142,11 @@ def principal_subspace(moments: Moments, rank: int, *, site: str = "", tokens: s
         tokens,
         source,
     )
+
+
+def noise_floor(largest: float, mean: Tensor) -> float:
+    """A variance that rounding alone can make: 1e-6 of the largest (float32 products), or the square of half a unit in the last place of a float32 mean."""
+    return max(largest * 1e-6, (torch.finfo(torch.float32).eps / 2) ** 2 * float(mean.double().square().sum()))
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:

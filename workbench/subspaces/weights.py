@@ -106,9 +106,14 @@ def contrast(first: Moments, second: Moments, rank: int, *, site: str = "", toke
     """
     if not first.count or not second.count:
         raise WorkbenchError(f"a contrast needs rows of both token sets; got {first.count} and {second.count}")
-    values, vectors = torch.linalg.eigh(first.covariance - second.covariance.to(first.covariance))
+    if len(first.mean) != len(second.mean):
+        raise WorkbenchError(f"a contrast needs rows of one width; got {len(first.mean)} and {len(second.mean)}")
+    one, two = first.covariance, second.covariance.to(first.covariance)
+    if not bool(torch.isfinite(one).all() and torch.isfinite(two).all()):
+        raise WorkbenchError(f"the rows of {site or 'this site'} hold NaN or infinity; no contrast was fitted")
+    values, vectors = torch.linalg.eigh(one - two)
     values, vectors = values.flip(0), vectors.flip(1)
-    scale = max(float(first.covariance.diagonal().max()), float(second.covariance.diagonal().max()))
+    scale = float(torch.linalg.eigvalsh(one)[-1] + torch.linalg.eigvalsh(two)[-1])  # both carry the rounding of float32 products
     positive = values.clamp(min=0)
     keep = min(rank, int((values > 1e-6 * scale).sum()))
     mean = (first.mean - second.mean.to(first.mean)).float().cpu()

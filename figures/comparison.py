@@ -31,8 +31,14 @@ def _ends(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     return pd.DataFrame(ends).set_index("method").astype(float)
 
 
+def _short_of_budget(table: pd.DataFrame) -> set[str]:
+    """Methods that some seed left below the disruption budget, however far their change was scaled: not at the same price as the others."""
+    rows = table[(table["metric"] == "budget_reached") & table["seed"].notna()]
+    return set(rows.loc[rows["value"] < 1, "method"])
+
+
 def comparison(table: pd.DataFrame, metric: str = "recall") -> Figure:
-    """A forest of methods, the least recalled after the attack on top; base and never-learned control as lines.
+    """A forest of methods, the least recalled after the attack on top; base and never-learned control as lines. A star marks methods that did not reach the budget.
 
     Args:
         table: tidy results; rows of stage ``relearn`` without a seed are drawn.
@@ -42,6 +48,7 @@ def comparison(table: pd.DataFrame, metric: str = "recall") -> Figure:
     methods = ends.drop(index=["base", "never-learned"], errors="ignore").sort_values("value_after", ascending=False) if len(ends) else ends
     if not len(methods):
         return nothing("no relearning attack in this table")
+    short = _short_of_budget(table)
     with look():
         figure, axes = plt.subplots(figsize=(5.6, 1.2 + 0.24 * len(methods)), layout="constrained")
         for place, (method, row) in enumerate(methods.iterrows()):
@@ -60,7 +67,7 @@ def comparison(table: pd.DataFrame, metric: str = "recall") -> Figure:
                     linewidth=1,
                     label=f"{side} the attack" if place == 0 else None,
                 )
-            axes.text(-0.03, place, title(str(method)), ha="right", va="center", fontsize=8, transform=axes.get_yaxis_transform())
+            axes.text(-0.03, place, title(str(method)) + " *" * (method in short), ha="right", va="center", fontsize=8, transform=axes.get_yaxis_transform())
         if "never-learned" in ends.index:
             level = float(ends["value_after"].to_dict()["never-learned"])
             axes.axvline(level, color=colour("never-learned"), linestyle="--", linewidth=1, label="never learned, after the attack")
@@ -72,7 +79,8 @@ def comparison(table: pd.DataFrame, metric: str = "recall") -> Figure:
         axes.set_xlim(-0.02, 1.02)
         axes.set_xlabel("recall of held-out forget facts" if metric == "recall" else "answer probability, held-out forget texts")
         handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        note = "* stays below the disruption budget" if short & set(methods.index) else None
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, title=note)
     return figure
 
 
@@ -95,9 +103,10 @@ def ablation(table: pd.DataFrame, metric: str = "recall") -> Figure:
             rows = ends.loc[[found[count] for count in counts]]
             axes.plot(places, rows[f"value_{side}"], color=shade, marker=marker, markersize=4, label=f"{side} the attack")
             axes.fill_between(places, rows[f"low_{side}"], rows[f"high_{side}"], color=shade, alpha=0.15, linewidth=0)
-        axes.set_xticks(list(places), [str(count) for count in counts])
+        short = _short_of_budget(table)
+        axes.set_xticks(list(places), [str(count) + "*" * (found[count] in short) for count in counts])
         axes.set_xlabel("components left alone on each side (mean direction included)")
         axes.set_ylabel("recall of held-out forget facts" if metric == "recall" else "answer probability")
         axes.set_ylim(-0.03, 1.05)
-        axes.legend()
+        axes.legend(title="* below the disruption budget" if short & set(found.values()) else None)
     return figure

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from hooks import Capture, Rows, Site, gradients_only, resolve, without_first
 from workbench.data.batches import Batch
-from workbench.errors import WorkbenchError
+from workbench.errors import WorkbenchError, unknown
 from workbench.subspaces.finders import SketchPCA, StreamingPCA
 from workbench.subspaces.subspace import Subspace
 
@@ -55,6 +55,16 @@ def collapse_rows(rows: Tensor, basis: Tensor, removed: Tensor | None = None) ->
 
 Kind = Literal["hard", "soft", "quadratic"]
 _POWERS: dict[Kind, float] = {"hard": math.inf, "soft": 1.0, "quadratic": 2.0}
+
+
+def check_kind(kind: str) -> None:
+    """Raise unless ``kind`` is a member of the family.
+
+    Raises:
+        WorkbenchError: it is not; the message lists the members.
+    """
+    if kind not in _POWERS:
+        raise unknown("kind of collapse", kind, _POWERS)
 
 
 def removed_shares(second_moments: Tensor, kind: Kind) -> Tensor:
@@ -174,6 +184,7 @@ def find_collapse(
     Raises:
         WorkbenchError: ``batches`` is empty.
     """
+    check_kind(kind)
     paths = tuple(modules)
     counts = {f"{path}:in": activation_components for path in paths if activation_components > 0}
     counts |= {f"{path}:grad_out": gradient_components for path in paths if gradient_components > 0}

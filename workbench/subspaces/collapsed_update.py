@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
-from workbench.subspaces.collapse import Collapse, Kind, find_collapse
+from workbench.subspaces.collapse import Collapse, Kind, check_kind, find_collapse
 
 _LEFT = 1e-5  # of the length of a gradient: less than that is the rounding of float32, no update
 
@@ -38,7 +38,7 @@ class CollapsedUpdate:
         length: give all collapsed gradients together this Euclidean length; with plain SGD at rate 1 that is the length of the step. ``None`` leaves the length as it is.
 
     Raises:
-        WorkbenchError: a pattern matches no linear layer.
+        WorkbenchError: a pattern matches no linear layer, or ``kind`` is none of the three.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class CollapsedUpdate:
         kind: Kind = "hard",
         length: float | None = None,
     ) -> None:
+        check_kind(kind)
         self.model = model
         self.modules = linear_modules(model, modules)
         self.activation_components = activation_components
@@ -95,9 +96,7 @@ class CollapsedUpdate:
             assert isinstance(weight, Tensor)
             if weight.grad is None:
                 continue
-            whole = weight.grad.T if isinstance(layer, Conv1D) else weight.grad
-            collapsed = collapse_checked(self.maps[f"{path}.weight"], whole, path)
-            weight.grad.copy_(collapsed.T if isinstance(layer, Conv1D) else collapsed)
+            weight.grad.copy_(collapse_of(layer, self.maps[f"{path}.weight"], weight.grad, path))
             gradients.append(weight.grad)
         length = float(sum(float(gradient.double().square().sum()) for gradient in gradients) ** 0.5)
         if self.length is not None and length > 0:
@@ -128,9 +127,13 @@ class CollapsedUpdate:
             nonlocal steps
             if refresh is not None and steps % every == 0:
                 kept = [(parameter, parameter.grad) for parameter in self.model.parameters()]
-                refresh()
-                for parameter, gradient in kept:
-                    parameter.grad = gradient
+                for parameter, _ in kept:
+                    parameter.grad = None  # so that nothing is added to the step's own gradients
+                try:
+                    refresh()
+                finally:
+                    for parameter, gradient in kept:
+                        parameter.grad = gradient
             steps += 1
             self.apply()
 
@@ -149,6 +152,13 @@ def collapse_checked(collapse: Collapse, gradient: Tensor, path: str) -> Tensor:
         sides = f"{collapse.activation.shape[1]} activation and {collapse.gradient.shape[1]} gradient directions"
         raise WorkbenchError(f"the collapse of {path} leaves nothing of its gradient: {sides} hold all of it. Take fewer components, or more tokens per step")
     return collapsed
+
+
+def collapse_of(layer: nn.Module, collapse: Collapse, gradient: Tensor, path: str) -> Tensor:
+    """:func:`collapse_checked` for the weight gradient of ``layer`` as it lies there: GPT-2's ``Conv1D`` keeps its weight transposed."""
+    if isinstance(layer, Conv1D):
+        return collapse_checked(collapse, gradient.T, path).T
+    return collapse_checked(collapse, gradient, path)
 
 
 def linear_modules(model: PreTrainedModel, patterns: str | Iterable[str]) -> tuple[str, ...]:

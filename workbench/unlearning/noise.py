@@ -28,4 +28,5 @@ def gaussian(ratio: float, seed: int) -> Callable[[Tensor], Tensor]:
         nu = ratio * rows.norm(dim=-1).mean() / rows.shape[-1] ** 0.5
         return rows + nu * torch.randn(rows.shape, generator=generator, dtype=torch.float32).to(rows.device)
 
+    noise.restart = lambda: generator.manual_seed(seed)  # type: ignore[attr-defined]
     return noise

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers import PreTrainedModel
@@ -127,6 +127,7 @@ class Method:
         build: makes the recipe for a model.
         small: settings for models below 100 million parameters, where the published rates move nothing. Chosen on worlds that the published numbers do not use.
         wraps: the builder whose settings this method shares.
+        fixed: settings of that builder that make this method what it is, and cannot be changed.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Method:
     build: MethodBuilder
     small: dict[str, Setting]
     wraps: MethodBuilder | None = None
+    fixed: Mapping[str, Setting] = field(default_factory=dict)
 
 
 EVERYTHING = ("*",)

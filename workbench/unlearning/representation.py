@@ -58,6 +58,7 @@ def keep_representation(site: Site, noise: Callable[[Tensor], Tensor] | None = N
             expected = noise(expected)
         return F.mse_loss(_content(tapped(model, [site], batch.inputs)[site.name], batch), expected)
 
+    loss.restart = getattr(noise, "restart", lambda: None)  # type: ignore[attr-defined]
     return loss
 
 
@@ -119,6 +120,7 @@ def adaptive_steer_to(site: Site, direction: Tensor, scale: float) -> Loss:
                 length.append(_content(tapped(reference, [site], batch.inputs)[site.name], batch).norm(dim=-1).mean())
         return steer_to(site, scale * length[0] * direction.to(length[0].device))(model, batch, reference)
 
+    loss.restart = length.clear  # type: ignore[attr-defined]
     return loss
 
 

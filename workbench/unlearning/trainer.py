@@ -19,7 +19,7 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy
 from workbench.progress import Report, quiet
 from workbench.subspaces.collapse import Collapse, find_collapse, only_tokens
-from workbench.subspaces.collapsed_update import collapse_checked
+from workbench.subspaces.collapsed_update import collapse_of
 from workbench.unlearning.deltas import apply_delta, delta_between, snapshot
 from workbench.unlearning.objectives import Pair
 from workbench.unlearning.one_gradient import Unlearned, one_gradient
@@ -82,22 +82,43 @@ def unlearn(
     for name, texts in (("forget", forget), ("retain", retain)):
         if not texts:
             raise WorkbenchError(f"the {name} set is empty; give at least one text")
-    reference = base.eval()
+    mode = base.training
+    try:
+        return _unlearn(base.eval(), tokenizer, recipe, forget, retain, seed, max_length, dtype, progress)
+    finally:
+        base.train(mode)
+
+
+def _unlearn(
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    seed: int,
+    max_length: int | None,
+    dtype: torch.dtype,
+    progress: Report,
+) -> Unlearned:
     if recipe.teach is not None:
-        teacher = copy.deepcopy(base).float()
-        learned = unlearn(base, tokenizer, recipe.teach.recipe, forget, retain, seed=seed, max_length=max_length, progress=progress)
-        apply_delta(teacher, snapshot(base), learned.delta, 1.0)
+        teacher = copy.deepcopy(reference).float()
+        learned = unlearn(reference, tokenizer, recipe.teach.recipe, forget, retain, seed=seed, max_length=max_length, progress=progress)
+        apply_delta(teacher, snapshot(reference), learned.delta, 1.0)
         recipe = replace(recipe, objective=recipe.teach.objective(teacher.eval().requires_grad_(False)), teach=None)
-    model = copy.deepcopy(base).to(dtype)
+    for term in (recipe.objective.forget, recipe.objective.retain):
+        getattr(term, "restart", lambda: None)()  # what a term draws or measures once per training
+    model = copy.deepcopy(reference).to(dtype)
     start = snapshot(model)
     model.eval()  # dropout would make the collapse statistics and the reference disagree with the step
     with only_trainable(model, recipe.trainable) as chosen:
         if recipe.optimiser == "one-gradient":
-            return one_gradient(model, reference, recipe, tokenizer, forget, retain, chosen, max_length=max_length, progress=progress)
-        if recipe.kick:
-            _kick(chosen, recipe.kick, seed)
-        log = _steps(model, reference, recipe, tokenizer, forget, retain, chosen, seed, max_length, progress)
-    delta = delta_between(model, start)
+            result = one_gradient(model, reference, recipe, tokenizer, forget, retain, chosen, max_length=max_length, progress=progress)
+            delta, log = result.delta, result.log
+        else:
+            if recipe.kick:
+                _kick(chosen, recipe.kick, seed)
+            log = _steps(model, reference, recipe, tokenizer, forget, retain, chosen, seed, max_length, progress)
+            delta = delta_between(model, start)
     return Unlearned({name: recipe.sign * change for name, change in delta.items()} if recipe.sign != 1 else delta, log)
 
 
@@ -142,11 +163,15 @@ def _steps(
         else:
             if recipe.collapse is not None and number % recipe.collapse.refresh == 0:
                 collapse = _statistics(model, reference, recipe, tokenizer, forget, retain, max_length)
-            record = _collapsed_step(model, reference, recipe, pair, chosen, collapse)
+            record = _collapsed_step(model, reference, replace(recipe, objective=objective), pair, chosen, collapse)
         if not all(math.isfinite(value) for value in record.values()):
             raise WorkbenchError(f"the unlearning objective is not finite at step {number + 1} of {recipe.steps} ({record}); lower lr (now {recipe.lr})")
         if optimiser is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            length = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+            if not math.isfinite(length):
+                raise WorkbenchError(
+                    f"the gradient of the unlearning objective is not finite at step {number + 1} of {recipe.steps}; lower lr (now {recipe.lr})"
+                )
             optimiser.step()
             optimiser.zero_grad()
         log.append(record)
@@ -205,7 +230,8 @@ def _collapsed_step(
         updates = []
         for name, parameter in chosen:
             gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-            updates.append(collapse_checked(collapse[name], gradient, name) if name in collapse else gradient)
+            layer = model.get_submodule(name.rpartition(".")[0])
+            updates.append(collapse_of(layer, collapse[name], gradient, name) if name in collapse else gradient)
         length = sum(float(update.double().square().sum()) for update in updates) ** 0.5
         if length > 0:  # zero once every output is broken: nothing is left to do
             for (_, parameter), update in zip(chosen, updates, strict=True):

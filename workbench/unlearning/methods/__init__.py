@@ -79,7 +79,7 @@ def known_settings(name: str) -> dict[str, Setting]:
     for builder in (method(name).wraps, method(name).build):
         if builder is not None:
             found |= {p.name: p.default for p in inspect.signature(builder).parameters.values() if p.default is not inspect.Parameter.empty}
-    return found
+    return {**found, **method(name).fixed}
 
 
 def settings_for(name: str, model: PreTrainedModel, overrides: Mapping[str, Setting] | None = None) -> dict[str, Setting]:
@@ -90,10 +90,14 @@ def settings_for(name: str, model: PreTrainedModel, overrides: Mapping[str, Sett
     """
     settings = known_settings(name)
     if model.num_parameters() < SMALL_MODEL:
-        settings |= method(name).small
+        settings = {**settings, **method(name).small, **method(name).fixed}
     for key, value in (overrides or {}).items():
         if key not in settings:
             raise unknown(f"setting of {name}", key, settings)
+        if key in method(name).fixed and value != method(name).fixed[key]:
+            raise WorkbenchError(
+                f"setting {key} of {name} is fixed at {method(name).fixed[key]}: that is what makes it {name}; take the method it derives from instead"
+            )
         expected = "a word" if isinstance(settings[key], str) else "a number"
         if isinstance(value, bool) or isinstance(value, str) != isinstance(settings[key], str):
             raise WorkbenchError(f"setting {key} of {name} is {value!r}; it must be {expected}")
@@ -110,4 +114,8 @@ def settings_for(name: str, model: PreTrainedModel, overrides: Mapping[str, Sett
 
 def recipe(name: str, model: PreTrainedModel, seed: int, overrides: Mapping[str, Setting] | None = None) -> Recipe:
     """Build the recipe of a method for ``model``."""
-    return method(name).build(model, seed, **settings_for(name, model, overrides))
+    settings = settings_for(name, model, overrides)
+    try:
+        return method(name).build(model, seed, **settings)
+    except ValueError as error:  # a number that the formula does not allow
+        raise WorkbenchError(f"{name}: {error}") from error

@@ -70,7 +70,7 @@ def build(
 
 def build_uncollapsed(model: PreTrainedModel, seed: int, **settings: Setting) -> Recipe:
     """The same objective, modules, step length and retain step, with nothing collapsed."""
-    return build(model, seed, **{**settings, "activation_components": 0, "gradient_components": 0})  # type: ignore[arg-type]
+    return build(model, seed, **settings)  # type: ignore[arg-type]
 
 
 SOURCE = "Sondej and Yang 2025 (arXiv 2509.11816)"
@@ -79,5 +79,6 @@ SMALL: dict[str, Setting] = {
     "loss": "npo", "lr": 0.3, "steps": 80, "batch_size": 16, "activation_components": 16, "gradient_components": 16, "refresh": 20, "retain_rate": 0.1,
     "first_layer": 0, "last_layer": 99,
 }  # fmt: skip
+_NOTHING: dict[str, Setting] = {"activation_components": 0, "gradient_components": 0}
 METHOD = Method("cir", "CIR", SOURCE, build, SMALL)
-METHOD_UNCOLLAPSED = Method("cir-uncollapsed", "CIR without collapse", SOURCE, build_uncollapsed, SMALL, wraps=build)
+METHOD_UNCOLLAPSED = Method("cir-uncollapsed", "CIR without collapse", SOURCE, build_uncollapsed, SMALL, wraps=build, fixed=_NOTHING)

@@ -10,7 +10,8 @@ from workbench.unlearning.recipe import Method, Recipe, Setting
 
 def build(model: PreTrainedModel, seed: int, **settings: Setting) -> Recipe:
     """The MLP-breaking loss, steps of fixed global length, a retain step on the hidden state after each; no collapse."""
-    return cir.build(model, seed, **{**settings, "loss": "mlp-breaking", "activation_components": 0, "gradient_components": 0})  # type: ignore[arg-type]
+    return cir.build(model, seed, **settings)  # type: ignore[arg-type]
 
 
-METHOD = Method("mlp-breaking", "MLP breaking", cir.SOURCE, build, {**cir.SMALL, "loss": "mlp-breaking"}, wraps=cir.build)
+_FIXED: dict[str, Setting] = {"loss": "mlp-breaking", "activation_components": 0, "gradient_components": 0}
+METHOD = Method("mlp-breaking", "MLP breaking", cir.SOURCE, build, {**cir.SMALL, **_FIXED}, wraps=cir.build, fixed=_FIXED)

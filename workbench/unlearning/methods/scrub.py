@@ -23,7 +23,8 @@ def build(
 ) -> Recipe:
     """Turns of ``-KL_T(teacher || student)`` on the forget set and of ``g CE + a KL_T`` on the retain set; the last turns are retain only.
 
-    The paper alternates epochs on images; ports to language models differ. Here a turn is a number of steps.
+    The paper alternates epochs on images; ports to language models differ. Here a turn is a number of steps, and the retain set has the first turn: at the teacher itself the
+    gradient of the forget turn is zero.
 
     Args:
         model: unused.
@@ -40,7 +41,7 @@ def build(
     retain = weighted((cross_entropy_weight, retain_cross_entropy), (teacher_weight, teacher_kl(temperature)))
 
     def schedule(step: int, total: int) -> tuple[float, float]:
-        forgets = step < forget_share * total and (step // turn) % 2 == 0
+        forgets = step < forget_share * total and (step // turn) % 2 == 1
         return (1.0, 0.0) if forgets else (0.0, 1.0)
 
     return Recipe(Objective(teacher_kl(temperature, sign=-1.0), retain), EVERYTHING, steps, batch_size, lr, schedule=schedule)

@@ -22,6 +22,21 @@ COLOURS = {
     "cir": "#009E73",
     "cir-uncollapsed": "#B8A500",
     "unlearned": "#D55E00",
+    # Methods beyond the demo's: no palette has so many colours that all eyes can tell apart, so figures of many methods carry names as well.
+    "grad-ascent": "#8C564B",
+    "kl-min": "#393B79",
+    "simnpo": "#6B6ECF",
+    "idk-dpo": "#637939",
+    "idk-nll": "#B5CF6B",
+    "adaptive-rmu": "#E7969C",
+    "rsv": "#AD494A",
+    "circuit-breakers": "#7B4173",
+    "scrub": "#CE6DBD",
+    "undial": "#3182BD",
+    "task-vector": "#A55194",
+    "whp": "#31A354",
+    "mlp-breaking": "#74C476",
+    "repselect": "#843C39",
 }
 TITLES = {
     "base": "base",

@@ -115,6 +115,10 @@ def _sam_resists(effect: float) -> Frames:
     return _frames(_attacked("npo", 0.0, 0.5 + _wobble(0.05)) + _attacked("npo-sam", 1.0, 0.5 - effect + _wobble(0.05, 1)))
 
 
+def _rounding_resists(effect: float) -> Frames:
+    return _frames(_attacked("cir", 0.0, 0.5 + _wobble(0.05)) + _attacked("cir-bf16", 1.0, 0.5 - effect + _wobble(0.05, 1)))
+
+
 def _resistance(metric: str, sign: int) -> Callable[[float], Frames]:
     """Four methods, three seeds: the recall won back falls as ``sign * metric`` rises, rises with it, or has nothing to do with it."""
 
@@ -141,6 +145,7 @@ PLANTED: dict[str, Callable[[float], Frames]] = {
     "token-disruption": _token_disruption,
     "rna-repairs": _rna_repairs,
     "rna-keeps-forgetting": _rna_keeps_forgetting,
+    "rounding-resists": _rounding_resists,
     "sam-resists": _sam_resists,
     "flat-resists": _resistance("top_eigenvalue", -1),
     "distance-resists": _resistance("displacement", 1),
@@ -174,8 +179,8 @@ def test_the_rule_looks_at_the_interval_only(low: float, high: float, margin: fl
     assert outcome(Estimate(0.0, low, high, 10), margin) == expected
 
 
-def test_there_are_nine_claims_and_each_has_a_planted_world() -> None:
-    assert len(CLAIMS) == 9
+def test_every_claim_has_a_planted_world() -> None:
+    assert len(CLAIMS) == 10
     assert set(PLANTED) == set(CLAIMS)
     for name, claim in CLAIMS.items():
         assert claim.id == name
@@ -226,6 +231,7 @@ NEEDED = {
     "token-disruption": ["base"],
     "rna-repairs": ["rmu-rna"],
     "rna-keeps-forgetting": ["rmu"],
+    "rounding-resists": ["cir-bf16"],
     "sam-resists": ["npo-sam"],
     "flat-resists": ["npo", "rmu", "cir"],  # three points are left
     "distance-resists": ["npo", "rmu", "cir"],

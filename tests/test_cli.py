@@ -349,3 +349,21 @@ def test_presets_differ_in_scale_only_where_they_say_so() -> None:
     assert preset("full").seeds == (0, 1, 2)
     assert "quick" in preset("quick").scale
     assert preset("full").methods == preset("quick").methods
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--variant", "no-equals"], "LABEL=METHOD"),
+        (["--variant", "npo=cir:kind=soft"], "each once"),
+        (["--variant", "a/b=cir:kind=soft"], "becomes a folder"),
+        (["--variant", "soft=cyr:kind=soft"], "cir"),
+        (["--variant", "soft=cir:kynd=soft"], "kind"),
+        (["--methods", "npo,cri"], "cir"),
+    ],
+)
+def test_a_wrong_variant_is_one_line_that_names_it(options: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "--quick", "--out", str(tmp_path / "run"), *options]) == 2
+    printed = capsys.readouterr().err
+    assert expected in printed and len(printed.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()

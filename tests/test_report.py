@@ -16,7 +16,7 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from figures import FIGURES
+from figures import FIGURES as EVERY_FIGURE
 from figures.style import title
 from workbench.experiments.claims import CLAIMS, Verdict, decide
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, typed
@@ -32,6 +32,8 @@ CLAIMED = (
     Verdict("sam-resists", "contradicted", -0.5, -0.75, -0.25, 16, 2, "hand-made"),
     Verdict("rna-repairs", "inconclusive", math.nan, math.nan, math.nan, 0, 2, "hand-made"),
 )
+
+FIGURES = {name: draw for name, draw in EVERY_FIGURE.items() if name != "ablation"}  # the demo has no ablation to draw
 
 
 class Page(HTMLParser):
@@ -151,7 +153,7 @@ def test_the_page_holds_everything_it_shows(page: Page, written: Path) -> None:
 
 
 def test_every_figure_has_its_caption(page: Page) -> None:
-    assert set(CAPTIONS) == set(FIGURES)
+    assert set(CAPTIONS) == set(EVERY_FIGURE)
     for caption in CAPTIONS.values():
         assert caption in page.text
 

@@ -20,6 +20,9 @@ from workbench.files import write_file, write_text
 CONTROLS = ("base", "never-learned")
 
 CAPTIONS = {
+    "comparison": "All models at one disruption budget: recall of held-out forgotten facts before the relearning attack and after it, with 95 % intervals over seeds and facts. "
+    "A star marks a model that stays below the budget however far its change is scaled: it is not at the same price.",
+    "ablation": "The collapsed update by the number of directions it leaves alone, at one disruption budget.",
     "recovery": "Recall of held-out forgotten facts while every model is fine-tuned on facts about the other half of the forgotten people. "
     "Bands are 95 % intervals over seeds and facts. The dashed grey line is a model that never read the forget set, under the same attack; dotted is a null "
     "attack with general text of the same length.",

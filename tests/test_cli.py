@@ -360,10 +360,12 @@ def test_presets_differ_in_scale_only_where_they_say_so() -> None:
         (["--variant", "soft=cyr:kind=soft"], "cir"),
         (["--variant", "soft=cir:kynd=soft"], "kind"),
         (["--methods", "npo,cri"], "cir"),
+        (["--methods", "cir", "--set", "cir.kind=hrad"], "hard"),
     ],
 )
 def test_a_wrong_variant_is_one_line_that_names_it(options: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "--quick", "--out", str(tmp_path / "run"), *options]) == 2
     printed = capsys.readouterr().err
     assert expected in printed and len(printed.strip().splitlines()) == 1
+    assert len(printed) < 300  # the line names what is wrong, not everything that was given
     assert not (tmp_path / "run").exists()

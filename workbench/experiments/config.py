@@ -15,7 +15,7 @@ from workbench.builtin import BuiltinConfig
 from workbench.data.world import WorldConfig
 from workbench.errors import WorkbenchError, unknown
 from workbench.files import key_of
-from workbench.unlearning.methods import METHODS, known_settings
+from workbench.unlearning.methods import METHODS, check_setting
 from workbench.unlearning.recipe import Setting
 
 DEMO_METHODS = ("grad-diff", "npo", "npo-sam", "rmu", "rmu-rna", "cir", "cir-uncollapsed")
@@ -103,10 +103,11 @@ class RunConfig(BaseModel):
         for name, overrides in [*self.settings.items(), *named]:
             if name not in METHODS:
                 raise ValueError(str(unknown("method", name, METHODS)))
-            known = known_settings(name)
-            for key in overrides:
-                if key not in known:
-                    raise ValueError(str(unknown(f"setting of {name}", key, known)))
+            for key, value in overrides.items():
+                try:
+                    check_setting(name, key, value)
+                except WorkbenchError as error:
+                    raise ValueError(str(error)) from error
         if not self.attack.measure_at or self.attack.measure_at[0] != 0 or self.attack.measure_at[-1] != self.attack.steps:
             raise ValueError(f"attack.measure_at is {self.attack.measure_at}; it must start at 0 and end at attack.steps ({self.attack.steps})")
         return self
@@ -174,8 +175,10 @@ def validated(fields: dict[str, Any], origin: str) -> RunConfig:
         return RunConfig.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "the configuration"
-        raise WorkbenchError(f"{origin}: {name}: {first['msg']} (given: {first['input']!r})") from error
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # a rule over the whole configuration names what is wrong by itself
+            raise WorkbenchError(f"{origin}: {message}") from error
+        raise WorkbenchError(f"{origin}: {'.'.join(map(str, first['loc']))}: {message} (given: {first['input']!r})") from error
 
 
 def write_config(config: RunConfig) -> str:

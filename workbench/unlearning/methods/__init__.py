@@ -61,6 +61,9 @@ WHOLE = {"steps": 1, "batch_size": 1, "refresh": 1, "activation_components": 0, 
 }  # fmt: skip
 """Settings that are whole numbers, with the smallest value allowed."""
 
+WORDS = {"loss": ("mlp-breaking", "npo"), "kind": ("hard", "soft", "quadratic"), "statistics": ("forget", "retain")}
+"""Settings that are words, with the words allowed."""
+
 
 def method(name: str) -> Method:
     """The method called ``name``.
@@ -80,6 +83,19 @@ def known_settings(name: str) -> dict[str, Setting]:
         if builder is not None:
             found |= {p.name: p.default for p in inspect.signature(builder).parameters.values() if p.default is not inspect.Parameter.empty}
     return {**found, **method(name).fixed}
+
+
+def check_setting(name: str, key: str, value: Setting) -> None:
+    """Raise unless ``value`` can be what ``key`` of the method ``name`` is set to, as far as that can be said without a model.
+
+    Raises:
+        WorkbenchError: the method has no such setting, or a word is none of those allowed.
+    """
+    known = known_settings(name)
+    if key not in known:
+        raise unknown(f"setting of {name}", key, known)
+    if key in WORDS and isinstance(value, str) and value not in WORDS[key]:
+        raise unknown(f"{key} of {name}", value, WORDS[key])
 
 
 def settings_for(name: str, model: PreTrainedModel, overrides: Mapping[str, Setting] | None = None) -> dict[str, Setting]:

@@ -14,16 +14,14 @@ import pytest
 from workbench.attacks.leaks import leak_report, require_benign
 from workbench.data.benchmarks import (
     Tofu,
-    book_titles,
-    group_of,
-    keyword_split,
     read_muse,
     read_rwku,
     read_tofu,
     read_wmdp,
     to_record,
 )
-from workbench.data.records import Example
+from workbench.data.keywords import book_titles, keyword_split
+from workbench.data.records import Example, group_of
 from workbench.data.tokenizer import build_tokenizer
 from workbench.errors import WorkbenchError
 

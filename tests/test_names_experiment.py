@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from workbench.evaluation.statistics import wilson
 from workbench.experiments import names as module
 from workbench.experiments.claims import decide
 from workbench.experiments.folder import CONFIG, ITEMS, PROVENANCE, RESULTS
-from workbench.experiments.names import ALPHAS, PUBLISHED, NamesRun, NamesSettings, names_table, next_name_probability, plain, run_names, success, without_pairs
+from workbench.experiments.names import PUBLISHED, NamesRun, NamesSettings, names_table, next_name_probability, run_names, success, without_pairs
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, typed
+from workbench.files import plain
 from workbench.training import small_llama
+from workbench.unlearning.budget import QUARTERS
 
 OTHERS = ("Bob", "Carl", "Dora", "Emil")
 ARMS = {("base", "none"), ("unlearned", "fragments"), ("unlearned", "null"), ("never-learned", "fragments")}
@@ -178,10 +181,10 @@ def test_impossible_settings_are_refused_by_name(wrong: dict[str, Any], named: s
 
 
 def test_settings_are_values_that_yaml_and_json_agree_on() -> None:
-    values = plain(NamesSettings())
+    values = plain(asdict(NamesSettings()))
     assert yaml.safe_load(yaml.safe_dump(values)) == json.loads(json.dumps(values))
     assert NamesSettings().repetitions == REPETITIONS == tuple(PUBLISHED)
-    assert tuple(sorted(ALPHAS)) == ALPHAS and ALPHAS[0] == 0.25
+    assert tuple(sorted(QUARTERS)) == QUARTERS and QUARTERS[0] == 0.25
 
 
 # --- A tiny run ------------------------------------------------------------------------------------------------------------------------------
@@ -254,7 +257,7 @@ def test_unlearning_is_scaled_to_the_smallest_change_at_which_no_prompt_succeeds
         start = tiny.items[(tiny.items["split"] == split) & (tiny.items["method"] == "unlearned") & (tiny.items["step"] == 0)]
         assert start["correct"].sum() == 0
         # Every smaller scale was tried and left a prompt that succeeds.
-        tried = [next(asked) for _ in range(ALPHAS.index(alpha) + 1)]
+        tried = [next(asked) for _ in range(QUARTERS.index(alpha) + 1)]
         assert all(tried[:-1]) and tried[-1] == 0
         measured = [next(asked) for _ in range(1 + 3 * 3)]  # the base, then three attacks at three steps
         assert measured[0] == tiny.items[(tiny.items["split"] == split) & (tiny.items["arm"] == "none")]["correct"].sum() > 90

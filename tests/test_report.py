@@ -255,6 +255,30 @@ def test_the_page_names_steps_seeds_and_limits(page: Page) -> None:
     assert "2 seed(s)" in page.text
 
 
+def test_the_budget_is_named_in_its_own_measure_and_on_its_own_sets(make_tables: Tables, tmp_path: Path) -> None:
+    table = make_tables()[0]
+    rises = table.copy()
+    rises.loc[rises["metric"] == "budget", ["value", "arm"]] = [0.001, "loss-rise"]
+    ring = rises[rises["metric"] == "budget"].assign(metric="budget_ring", split="general", value=1.0)
+    text = Page(_report(tmp_path, pd.concat([rises, ring]))).text
+    assert "its loss has risen by 0.100% on retain texts that no method trained on (general)" in text
+    assert "drifts from the base" not in text
+
+
+def test_what_a_run_left_out_is_not_among_its_steps(make_tables: Tables, tmp_path: Path) -> None:
+    table = make_tables()[0]
+    assert "Hessian's spectrum were computed" in Page(_report(tmp_path / "whole", table)).text
+    text = Page(_report(tmp_path / "less", table[~table["stage"].isin(["triggers", "sharpness"])])).text
+    assert "stray word" not in text
+    assert "Hessian's spectrum were computed" not in text
+
+
+def test_a_pretrained_base_is_not_said_to_come_from_nothing(make_tables: Tables, tmp_path: Path) -> None:
+    text = Page(_report(tmp_path, make_tables()[0], trained="stories, a pretrained language model, was fine-tuned.")).text
+    assert "stories, a pretrained language model, was fine-tuned." in text
+    assert "A small language model was trained" not in text
+
+
 def test_given_steps_and_notes_take_the_place_of_the_default(make_tables: Tables, tmp_path: Path) -> None:
     text = Page(_report(tmp_path, _plain(make_tables()[0]), done=["We did this."], notes=["Mind that."])).text
     assert "We did this." in text

@@ -95,7 +95,7 @@ def world_of(config: BuiltinConfig) -> World:
             f"{config.general} is too short: {len(documents)} document(s) give {len(pieces)} pieces of {GENERAL_TOKENS} tokens; the last "
             f"{config.world.filler_test} are for testing, and no document may stand on both sides (blank lines or <|endoftext|> separate documents)"
         )
-    record = replace(world.record, name="built-in world", retain={**world.record.retain, world.record.general: test})
+    record = replace(world.record, retain={**world.record.retain, world.record.general: test})
     return replace(world, record=record, filler_train=train)
 
 

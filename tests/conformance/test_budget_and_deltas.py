@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from workbench.unlearning.budget import Match, match_budget
+from workbench.unlearning.budget import Match, match_budget, smallest_change
 from workbench.unlearning.deltas import apply_delta, delta_between, norm_of, snapshot
 
 Mover = Callable[..., PreTrainedModel]
@@ -261,3 +261,15 @@ def test_the_length_of_a_delta_is_accumulated_in_float64() -> None:
     # Squares that float32 cannot hold.
     assert norm_of({"tiny": torch.full((100,), 1e-30), "large": torch.zeros(1)}) == pytest.approx(1e-29, rel=1e-6)
     assert norm_of({"huge": torch.full((100,), 1e30)}) == pytest.approx(1e31, rel=1e-6)
+
+
+@pytest.mark.parametrize(("last_recalled", "expected"), [(0.0, (0.25, True)), (1.0, (1.25, True)), (9.0, (4.0, False))])
+def test_the_smallest_change_that_leaves_nothing_recalled_is_found_or_said_to_be_missing(last_recalled: float, expected: tuple[float, bool]) -> None:
+    tried: list[float] = []
+
+    def recalled(alpha: float) -> bool:
+        tried.append(alpha)
+        return alpha <= last_recalled
+
+    assert smallest_change(recalled) == expected
+    assert tried == [quarter / 4 for quarter in range(1, round(4 * expected[0]) + 1)]  # and the model is left there

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers as hf
@@ -448,3 +449,12 @@ def test_the_overlap_of_all_angles_has_a_null_of_its_own() -> None:
     apart = angle_null(turned, turned.flip(1), 3, draws=50, seed=0).attrs["overlap"]
     assert apart.observed < apart.low
     assert apart.p == pytest.approx(1 / 51)
+
+
+def test_fewer_rows_than_coordinates_give_the_angles_of_the_whole_space() -> None:
+    # The same rows, turned into a space of many more coordinates: every angle and every permutation stays as it is.
+    first, second = _random(30, 12, seed=6), _random(25, 12, seed=7)
+    turn = torch.linalg.qr(_random(80, 12, seed=8).double()).Q.T
+    narrow, wide = (angle_null(first.double() @ t, second.double() @ t, 3, draws=20, seed=1) for t in (torch.eye(12).double(), turn))
+    pd.testing.assert_frame_equal(narrow, wide, atol=1e-6)  # bases are float32
+    assert wide.attrs["overlap"].observed == pytest.approx(narrow.attrs["overlap"].observed, abs=1e-6)

@@ -6,248 +6,21 @@ the Hugging Face hub, for which the package ``datasets`` must be installed. Ques
 
 from __future__ import annotations
 
-import ast
-import difflib
-import importlib
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import pandas as pd
-import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
+from workbench.data.keywords import KeywordSplit
 from workbench.data.readers import continuation, telling_words, windows
-from workbench.data.records import Example, ForgetRetain
-from workbench.data.words import places_in, word_spans, words
+from workbench.data.records import Example, ForgetRetain, group_of
+from workbench.data.sources import KINDS, Row, Source, files_of, missing_set, parse, rows_of
+from workbench.data.words import places_in, word_spans
 from workbench.errors import WorkbenchError, unknown
-
-_KINDS = (".json", ".jsonl", ".parquet", ".csv", ".txt")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-# --- Files ---
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One entry of a file; its methods read a field or name file, line and field in the error."""
-
-    file: str
-    where: str
-    fields: Mapping[str, object]
-
-    def _wrong(self, problem: str) -> WorkbenchError:
-        return WorkbenchError(f"{self.file} {self.where}: {problem}")
-
-    def _named(self, names: Sequence[str]) -> tuple[str, object]:
-        for name in names:
-            if name in self.fields:
-                return name, self.fields[name]
-        wanted = " or ".join(map(repr, names))
-        raise self._wrong(f"there is no field {wanted}; it has {', '.join(map(repr, self.fields)) or 'none'}")
-
-    def text(self, *names: str) -> str:
-        """The first of these fields that is there, as non-empty text without spaces around it."""
-        name, value = self._named(names)
-        return self._text(name, value)
-
-    def _text(self, name: str, value: object) -> str:
-        if not isinstance(value, str):
-            raise self._wrong(f"{name!r} must be text and is {_kind(value)}")
-        if not value.strip():
-            raise self._wrong(f"{name!r} is empty")
-        return value.strip()
-
-    def texts(self, *names: str) -> tuple[str, ...]:
-        """A list of non-empty texts (in a csv file: written as a list)."""
-        name, value = self._named(names)
-        if isinstance(value, str) and value.lstrip().startswith("["):
-            try:
-                value = ast.literal_eval(value.strip())
-            except (ValueError, SyntaxError):
-                raise self._wrong(f"{name!r} is no list: {value[:40]!r}") from None
-        if not isinstance(value, list) or not value:
-            raise self._wrong(f"{name!r} must be a list of texts and is {_kind(value)}")
-        return tuple(self._text(name, entry) for entry in value)
-
-    def number(self, name: str, below: int | None = None) -> int:
-        """A whole number (in a csv file: its digits)."""
-        _, value = self._named((name,))
-        if isinstance(value, str) and value.strip().isdecimal():
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self._wrong(f"{name!r} must be a whole number and is {_kind(value)}")
-        if below is not None and not 0 <= value < below:
-            raise self._wrong(f"{name!r} is {value} and must lie between 0 and {below - 1}")
-        return value
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "empty"
-    if isinstance(value, list) and not value:
-        return "an empty list"
-    return {"str": "text", "int": "a number", "float": "a number", "bool": "true or false", "list": "a list", "dict": "an object"}.get(
-        type(value).__name__, type(value).__name__
-    )
-
-
-def _content(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise WorkbenchError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
-    except OSError as error:
-        raise WorkbenchError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _json(path: Path) -> Iterator[tuple[str, object]]:
-    content = _content(path)
-    if content.lstrip().startswith("["):
-        try:
-            entries = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise WorkbenchError(f"{path} line {error.lineno} is no JSON: {error.msg}") from error
-        yield from ((f"entry {number}", entry) for number, entry in enumerate(entries, 1))
-        return
-    for number, line in enumerate(content.split("\n"), 1):  # not splitlines: a JSON text may hold other line separators
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise WorkbenchError(f"{path} line {number} is no JSON: {error.msg}") from error
-
-
-def _parse(path: Path) -> Iterator[tuple[str, object]]:
-    """The entries of one file, each with the words that say where it stands."""
-    if path.suffix not in _KINDS:
-        raise WorkbenchError(f"{path} ends in {path.suffix or 'nothing'!r}; benchmarks are read from {', '.join(_KINDS)}")
-    if path.suffix in (".json", ".jsonl"):
-        yield from _json(path)
-    elif path.suffix == ".txt":
-        content = _content(path)
-        separator = r"<\|endoftext\|>" if "<|endoftext|>" in content else r"\n\s*\n"
-        documents = (part.strip() for part in re.split(separator, content))
-        yield from ((f"document {number}", document) for number, document in enumerate(filter(None, documents), 1))
-    else:
-        try:
-            if path.suffix == ".csv":
-                entries: list[Any] = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
-            else:
-                entries = pyarrow.parquet.read_table(path).to_pylist()
-        except Exception as error:  # every reader has its own
-            raise WorkbenchError(f"cannot read {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-        yield from ((f"row {number}", entry) for number, entry in enumerate(entries, 1))
-
-
-def _rows(file: str, entries: Iterable[tuple[str, object]]) -> list[_Row]:
-    rows = []
-    for where, entry in entries:
-        if isinstance(entry, str):
-            entry = {"text": entry}
-        if not isinstance(entry, dict):
-            raise WorkbenchError(f"{file} {where} must be an object or a text and is {_kind(entry)}")
-        rows.append(_Row(file, where, entry))
-    if not rows:
-        raise WorkbenchError(f"{file} holds no entry")
-    return rows
-
-
-class _Source:
-    """A folder of one benchmark, or its data set on the hub. A set has a path in the folder (several spellings are known) and a configuration and split on the hub."""
-
-    def __init__(self, source: str | Path, benchmark: str) -> None:
-        self.benchmark, self.name = benchmark, str(source)
-        path = Path(source)
-        self.folder = path if path.is_dir() else None
-        self._datasets: Any = None
-        self._known: dict[str, list[str]] = {}
-        if self.folder is None:
-            if path.is_file():
-                raise WorkbenchError(f"{path} is a file; give the {benchmark} folder that holds it")
-            if path.is_absolute() or not _HUB_ID.fullmatch(self.name):
-                near = difflib.get_close_matches(
-                    path.name, [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else [], n=3, cutoff=0.4
-                )
-                hint = f"; {path.parent} has {' and '.join(near)}" if near else ""
-                raise WorkbenchError(f"there is no folder {path}{hint}; give the {benchmark} folder, or the id of the data set on the hub (owner/name)")
-            try:
-                self._datasets = importlib.import_module("datasets")
-            except ImportError as error:
-                raise WorkbenchError(
-                    f"there is no folder {source}, and reading {source} from the hub needs the package 'datasets' (pip install datasets); or download it and give its folder"
-                ) from error
-
-    def rows(self, *stems: str, hub: tuple[str, str]) -> list[_Row]:
-        """The entries of one set that must be there."""
-        found = self.maybe(*stems, hub=hub)
-        if found is None:
-            if self.folder is None:
-                raise WorkbenchError(f"the hub data set {self.name} has no split {hub[1]!r} of {hub[0]!r}; it has {', '.join(self._configurations())}")
-            raise _missing(self.folder, stems[0], self.benchmark)
-        return found
-
-    def maybe(self, *stems: str, hub: tuple[str, str]) -> list[_Row] | None:
-        """The entries of one set, or ``None`` where the benchmark comes without it."""
-        if self.folder is None:
-            return self._from_hub(*hub)
-        for stem in stems:
-            files = _files(self.folder, stem)
-            if files:
-                return [row for file in files for row in _rows(str(file), _parse(file))]
-        return None
-
-    def _configurations(self) -> list[str]:
-        if "" not in self._known:
-            self._known[""] = self._ask(lambda: self._datasets.get_dataset_config_names(self.name))
-        return self._known[""]
-
-    def _ask(self, question: Callable[[], Any]) -> Any:
-        try:
-            return question()
-        except Exception as error:  # network, permission, unknown id: all of them the user's to see
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise WorkbenchError(f"there is no folder {self.name}, and the hub data set {self.name} cannot be read: {reason}") from error
-
-    def _from_hub(self, configuration: str, split: str) -> list[_Row] | None:
-        if configuration not in self._configurations():
-            return None
-        if configuration not in self._known:
-            self._known[configuration] = self._ask(lambda: self._datasets.get_dataset_split_names(self.name, configuration))
-        if split not in self._known[configuration]:
-            return None
-        entries = self._ask(lambda: list(self._datasets.load_dataset(self.name, configuration, split=split)))
-        return _rows(f"{self.name} ({configuration}, {split})", ((f"row {number}", entry) for number, entry in enumerate(entries, 1)))
-
-
-def _files(folder: Path, stem: str) -> list[Path]:
-    """The file of a set, or its shards."""
-    for kind in _KINDS:
-        if (folder / (stem + kind)).is_file():
-            return [folder / (stem + kind)]
-        shards = sorted(folder.glob(f"{stem}-*-of-*{kind}"))
-        if shards:
-            return shards
-    return []
-
-
-def _alike(one: str, other: str) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
-def _missing(folder: Path, stem: str, benchmark: str) -> WorkbenchError:
-    """The error for a set without a file: it names the files with the nearest names."""
-    there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in _KINDS and path.is_file())
-    near = sorted(there, key=lambda name: (-_alike(stem, name), -difflib.SequenceMatcher(None, stem, name).ratio(), name))[:3]
-    hint = f"the nearest there are {', '.join(near)}" if near else "it holds no json, jsonl, parquet, csv or txt file"
-    return WorkbenchError(f"the {benchmark} folder {folder} has no {stem} ({', '.join(_KINDS)}); {hint}")
-
 
 # --- Values ---
 
@@ -257,11 +30,6 @@ def _ask(question: str, answer: str, item: str, subject: str | None = None) -> E
     text = prompt + answer
     found = places_in(subject, word_spans(text), text) if subject else []
     return Example(text, (len(prompt), len(text)), found[0] if found else None, item)
-
-
-def group_of(example: Example) -> str:
-    """Whom an item belongs to: the first two parts of its name, e.g. ``author/190`` of ``author/190/3``."""
-    return "/".join(example.item.split("/", 2)[:2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,7 +191,7 @@ def _author_name(texts: Sequence[str]) -> str | None:
     return max((name for name in counts if counts[name] >= 0.8 * most), key=lambda name: (len(name.split()), counts[name], name))
 
 
-def _authors(rows: Sequence[_Row], first: int) -> dict[tuple[str, str], Example]:
+def _authors(rows: Sequence[Row], first: int) -> dict[tuple[str, str], Example]:
     """Questions and answers by their texts, in file order; every twenty are one author's."""
     if len(rows) % _PER_AUTHOR:
         raise WorkbenchError(
@@ -442,7 +210,7 @@ def _authors(rows: Sequence[_Row], first: int) -> dict[tuple[str, str], Example]
     return found
 
 
-def _perturbed(rows: Sequence[_Row] | None, known: Mapping[tuple[str, str], Example] | None, item: str) -> tuple[Perturbed, ...]:
+def _perturbed(rows: Sequence[Row] | None, known: Mapping[tuple[str, str], Example] | None, item: str) -> tuple[Perturbed, ...]:
     """Questions with wrong answers; those of a known set take their names from it."""
     found = []
     for number, row in enumerate(rows or ()):
@@ -480,7 +248,7 @@ def read_tofu(source: str | Path, split: str = "forget05", *, retain: str | None
     """
     if Path(source).is_file():
         source, split = Path(source).parent, Path(source).stem
-    files = _Source(source, "TOFU")
+    files = Source(source, "TOFU")
     size = re.fullmatch(r"forget(\d\d)", split)
     if retain is None:
         if size is None:
@@ -493,7 +261,7 @@ def read_tofu(source: str | Path, split: str = "forget05", *, retain: str | None
     forgotten = _authors(forget_rows, max(_AUTHORS - len(forget_rows) // _PER_AUTHOR, len(retain_rows) // _PER_AUTHOR))
     _no_overlap([question for question, _ in forgotten.keys() & kept.keys()], split, retain)
 
-    def extra(name: str) -> list[_Row] | None:
+    def extra(name: str) -> list[Row] | None:
         return files.maybe(name, f"{name}/train", hub=(name, "train"))
 
     said = files.maybe("idontknow", hub=("idontknow", "train")) if files.folder is not None else None
@@ -518,7 +286,7 @@ def _no_overlap(shared: Iterable[str], one: str, other: str) -> None:
 # --- MUSE ---
 
 
-def _documents(rows: Sequence[_Row] | None, item: str) -> tuple[Example, ...]:
+def _documents(rows: Sequence[Row] | None, item: str) -> tuple[Example, ...]:
     return tuple(Example(row.text("text"), item=f"{item}/{number}") for number, row in enumerate(rows or ()))
 
 
@@ -530,7 +298,7 @@ def read_muse(source: str | Path) -> Muse:
     Raises:
         WorkbenchError: a file is missing, an entry lacks a field or has another type there, or a text stands in both the forget and a retain set.
     """
-    files = _Source(source, "MUSE")
+    files = Source(source, "MUSE")
     forget, retain = (files.rows(f"raw/{split}", hub=("raw", split)) for split in ("forget", "retain1"))
 
     def questions(split: str, *other: str) -> tuple[Example, ...]:
@@ -566,7 +334,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path)) if part]
 
 
-def _probes(rows: Sequence[_Row], kind: str, level: int, counts: Counter[str]) -> list[tuple[str, Example]]:
+def _probes(rows: Sequence[Row], kind: str, level: int, counts: Counter[str]) -> list[tuple[str, Example]]:
     found = []
     for row in rows:
         subject = row.text("subject")
@@ -592,17 +360,17 @@ def read_rwku(source: str | Path, subjects: Sequence[str] = (), levels: Sequence
     """
     if (one_level := re.fullmatch(r"forget_level([123])", Path(source).stem)) and Path(source).is_file():
         source, levels = Path(source).parent, (int(one_level[1]),)
-    files = _Source(source, "RWKU")
+    files = Source(source, "RWKU")
     if not levels or set(levels) - {1, 2, 3}:
         raise WorkbenchError(f"RWKU has the levels 1, 2 and 3, not {', '.join(map(str, levels)) or 'none'}")
     counts: Counter[str] = Counter()
     stems = [f"{kind}_level{level}" for kind, level in _SETS]
     folders = [files]
-    if files.folder is not None and not any(_files(files.folder, stem) or _files(files.folder, f"{stem}/test") for stem in stems):
-        inside = sorted({path.parent for stem in stems for path in files.folder.rglob(f"{stem}.*") if path.suffix in _KINDS}, key=_natural)
+    if files.folder is not None and not any(files_of(files.folder, stem) or files_of(files.folder, f"{stem}/test") for stem in stems):
+        inside = sorted({path.parent for stem in stems for path in files.folder.rglob(f"{stem}.*") if path.suffix in KINDS}, key=_natural)
         if not inside:
-            raise _missing(files.folder, stems[0], "RWKU")
-        folders = [_Source(folder, "RWKU") for folder in inside]
+            raise missing_set(files.folder, stems[0], "RWKU")
+        folders = [Source(folder, "RWKU") for folder in inside]
     found: dict[tuple[str, int], list[tuple[str, Example]]] = {place: [] for place in _SETS}
     for one in folders:
         for kind, level in _SETS:
@@ -629,7 +397,7 @@ def read_rwku(source: str | Path, subjects: Sequence[str] = (), levels: Sequence
 # --- WMDP ---
 
 
-def _choice(row: _Row, item: str) -> Choice:
+def _choice(row: Row, item: str) -> Choice:
     question, choices = row.text("question"), row.texts("choices")
     if len(choices) != 4:
         raise WorkbenchError(f"{row.file} {row.where}: 'choices' holds {len(choices)} answers; WMDP offers 4")
@@ -653,10 +421,10 @@ def read_wmdp(source: str | Path, domain: Literal["bio", "chem", "cyber"] = "bio
     if domain not in ("bio", "chem", "cyber"):
         raise unknown("WMDP domain", domain, ("bio", "chem", "cyber"))
     path = Path(source)
-    files = _Source(path.parent if path.is_file() else source, "WMDP")
+    files = Source(path.parent if path.is_file() else source, "WMDP")
     stems = (f"{domain}_questions", f"wmdp-mcqs/{domain}_questions", f"wmdp-{domain}", f"wmdp-{domain}/test")
-    questions = _rows(str(path), _parse(path)) if path.is_file() else files.rows(*stems, hub=(f"wmdp-{domain}", "test"))
-    texts = files if corpora is None else _Source(corpora, "WMDP corpora")
+    questions = rows_of(str(path), parse(path)) if path.is_file() else files.rows(*stems, hub=(f"wmdp-{domain}", "test"))
+    texts = files if corpora is None else Source(corpora, "WMDP corpora")
 
     def corpus(kind: str, *spellings: str) -> tuple[Example, ...]:
         name = f"{domain}-{kind}-corpus"
@@ -671,121 +439,6 @@ def read_wmdp(source: str | Path, domain: Literal["bio", "chem", "cyber"] = "bio
     )
     _no_overlap({example.text for example in wmdp.forget} & {example.text for example in wmdp.retain}, f"{domain}-forget-corpus", f"{domain}-retain-corpus")
     return wmdp
-
-
-# --- The keyword case of benign relearning ---
-
-
-@dataclass(frozen=True, slots=True)
-class KeywordSplit:
-    """A forget set in two parts by a keyword (Hu et al. 2025, partial-set relearning: the attacker gets texts of the first part, the keyword is what must not come back).
-
-    Attributes:
-        keywords: the words or titles.
-        without: texts that do not hold a keyword (D1; the attacker's texts are among them).
-        naming: texts that hold one (D2).
-        queries: of the second part, those whose answer holds a keyword that their question does not: the keyword is the answer, everything before it the prompt.
-    """
-
-    keywords: tuple[str, ...]
-    without: tuple[Example, ...]
-    naming: tuple[Example, ...]
-    queries: tuple[Example, ...]
-
-
-def keyword_split(examples: Iterable[Example], keywords: str | Iterable[str]) -> KeywordSplit:
-    """Split a forget set by one or several keywords (whole words in a row, case and Unicode form ignored).
-
-    Args:
-        examples: the forget set.
-        keywords: e.g. one book title of every author.
-
-    Raises:
-        WorkbenchError: there is no keyword, one occurs nowhere, every text holds one, or no answer holds one that its question leaves open.
-    """
-    keywords = tuple(dict.fromkeys([keywords] if isinstance(keywords, str) else keywords))
-    if not keywords or not all(map(words, keywords)):
-        raise WorkbenchError("a keyword split needs at least one keyword, and each has at least one letter or digit")
-    without: list[Example] = []
-    naming: list[Example] = []
-    queries: list[Example] = []
-    seen: set[str] = set()
-    total = 0
-    for example in examples:
-        total += 1
-        spans = word_spans(example.text)
-        at = {keyword: found for keyword in keywords if (found := places_in(keyword, spans, example.text))}
-        seen |= at.keys()
-        (naming if at else without).append(example)
-        start, stop = example.answer or (0, len(example.text))
-        # A keyword that stands before the answer is given away by the question; one at the very beginning has nothing to ask with.
-        open_ = [place for found in at.values() for place in found[:1] if start <= place[0] and place[1] <= stop and example.text[: place[0]].strip()]
-        if open_:
-            place = min(open_)
-            subject = example.subject if example.subject and (example.subject[1] <= place[0] or place[1] <= example.subject[0]) else None
-            queries.append(Example(example.text, place, subject, example.item))
-    for keyword in keywords:
-        if keyword not in seen:
-            raise WorkbenchError(f"the keyword {keyword!r} occurs in none of the {total} texts; give whole words as they stand there")
-    listed = ", ".join(map(repr, keywords[:5])) + (f" and {len(keywords) - 5} more" if len(keywords) > 5 else "")
-    if not without:
-        raise WorkbenchError(f"all {total} texts hold {listed}: nothing is left for the attacker; choose a rarer keyword")
-    if not queries:
-        raise WorkbenchError(f"{listed} stands only where the question gives it away ({len(naming)} texts); choose a keyword that is an answer")
-    return KeywordSplit(keywords, tuple(without), tuple(naming), tuple(queries))
-
-
-_QUOTED = re.compile(r"\"([^\"“”]{3,120})\"|“([^\"“”]{3,120})”|(?<!\w)['‘]((?:[^'’\"“”]|(?<=\w)['’](?=\w)){3,120})['’](?!\w)")
-_BOOKISH = re.compile(
-    r"\b(?:books?|novels?|works?|titled?|titles|wr(?:ote|ite[sr]?|iting|itten)|stor(?:y|ies)|memoirs?|trilogy|series|debut|publish\w*|bestsell\w*|authored|penned|pieces?"
-    r"|poems?|poetry|collections?|literature|releases?d?)\b",
-    re.IGNORECASE,
-)
-_AWARD = re.compile(
-    r"\b(?:awards?|awarded|prizes?|medals?|honou?r\w*|accolades?|recognition|recogni[sz]ed|laurels?|trophy|fellowship|contest|won|winning)\b", re.IGNORECASE
-)
-
-
-def _looks_like_a_title(phrase: str) -> bool:
-    found = re.findall(r"[^\W_][\w'’.-]*", phrase)
-    long = [word for word in found if len(word) > 3]
-    return 2 <= len(found) <= 15 and not phrase[:1].islower() and 2 * sum(not word[0].islower() for word in long) >= len(long) and not _AWARD.search(phrase)
-
-
-def book_titles(tofu: Tofu) -> dict[str, tuple[str, ...]]:
-    """Book titles of every forget author, found in the texts; the title that most texts hold comes first.
-
-    The rule is conservative; a phrase counts as a title if all of this holds:
-
-    - it stands in double, curly or single quotation marks in an answer of the author (an apostrophe inside a word closes nothing);
-    - it has 2 to 15 words, begins with no small letter, and half of its words of four letters and more are capitalised;
-    - in one text that holds it, the words outside quotation marks speak of books or writing and of no award, and it names no award itself;
-    - no text about another author, forgotten or retained, holds it.
-
-    Returns:
-        ``{"author/190": ("Granite Glossary", ...), ...}``; authors without a title are left out.
-    """
-    texts = [(group_of(example), example.text, word_spans(example.text)) for example in (*tofu.forget, *tofu.retain)]
-    holding: dict[str, list[int]] = {}
-    for number, (_, _, spans) in enumerate(texts):
-        for word in {word for word, _, _ in spans}:
-            holding.setdefault(word, []).append(number)
-    candidates: dict[tuple[str, ...], tuple[str, str]] = {}  # the words: how they are written, whose they are
-    for example in tofu.forget:
-        plain = _QUOTED.sub(" ", example.text)
-        if not _BOOKISH.search(plain) or _AWARD.search(plain):
-            continue
-        for match in _QUOTED.finditer(example.answer_text):
-            phrase = next(filter(None, match.groups())).strip().rstrip(".,;:!?").strip()
-            if _looks_like_a_title(phrase):
-                candidates.setdefault(words(phrase), (phrase, group_of(example)))
-    found: dict[str, dict[str, int]] = {group_of(example): {} for example in tofu.forget}
-    for folded, (phrase, author) in candidates.items():
-        near = (texts[number] for number in min((holding[word] for word in folded), key=len))
-        holders = Counter(holder for holder, text, spans in near if places_in(phrase, spans, text))
-        if set(holders) == {author}:
-            found[author][phrase] = holders[author]
-    return {author: tuple(sorted(titles, key=lambda title: -titles[title])) for author, titles in found.items() if titles}
 
 
 # --- Records ---

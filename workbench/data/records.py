@@ -43,6 +43,11 @@ class Example:
         return "" if self.subject is None else self.text[self.subject[0] : self.subject[1]]
 
 
+def group_of(example: Example) -> str:
+    """Whom an item belongs to: the first two parts of its name, e.g. ``author/190`` of ``author/190/3``."""
+    return "/".join(example.item.split("/", 2)[:2])
+
+
 def prefixed(example: Example, prefix: str) -> Example:
     """The same example with ``prefix`` in front of it; its spans move along."""
 

@@ -76,19 +76,17 @@ class Disruption:
 
     def by_set(self, model: PreTrainedModel, measure: Measure | None = None) -> dict[str, Estimate]:
         """The cost on every retain set, with its 95 % interval over texts (a ratio of sums; normal approximation)."""
-        found = {}
-        for name, encoded in self.sets.items():
-            if (measure or self.measure) == "kl":
-                found[name] = ratio(*kl_by_text(model, encoded, self.reference[name]))
-            else:
-                base = self.base_nll[name]
-                found[name] = ratio(nll_by_text(model, encoded)[0] - base, base)
-        return found
+        return {name: self._on(name, model, measure or self.measure) for name in self.sets}
+
+    def _on(self, name: str, model: PreTrainedModel, measure: Measure) -> Estimate:
+        if measure == "kl":
+            return ratio(*kl_by_text(model, self.sets[name], self.reference[name]))
+        base = self.base_nll[name]
+        return ratio(nll_by_text(model, self.sets[name])[0] - base, base)
 
     def estimate(self, model: PreTrainedModel) -> Estimate:
         """The mean over the rings, with the interval that the texts' scatter leaves it."""
-        by_set = self.by_set(model)
-        chosen = [by_set[name] for name in self.rings if name in by_set]
+        chosen = [self._on(name, model, self.measure) for name in self.rings if name in self.sets]
         value = float(np.mean([one.value for one in chosen]))
         half = float(np.sqrt(np.sum([(one.high - one.low) ** 2 for one in chosen]))) / 2 / len(chosen)
         return Estimate(value, value - half, value + half, sum(one.n for one in chosen))

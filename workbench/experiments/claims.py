@@ -188,6 +188,8 @@ def _nonmonotone(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
         raise KeyError("no attack ladder of at least 120 steps")
     last = float(ladder["step"].max())
     third = float(ladder.loc[ladder["step"] <= last / 3, "step"].max())
+    if third <= 0:
+        raise KeyError("nothing was measured in the first third of the attack")
     drops = _paired(*(fact_table(ladder, method=name, step=third) - fact_table(ladder, method=name, step=last) for name in methods))
     return bootstrap(np.mean(drops, axis=0))
 

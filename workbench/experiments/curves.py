@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workbench.evaluation.statistics import area_under, bootstrap, rate
+from workbench.evaluation.statistics import area_under, rate
 from workbench.experiments.table import Table
 
 
@@ -53,8 +53,7 @@ def curve_rows(items: pd.DataFrame, run: str, *, target: float, stage: str) -> p
         steps = cube.columns.to_numpy(dtype=float)
         areas = pd.Series([area_under(steps, row) for row in cube.to_numpy(dtype=float)], index=cube.index).unstack("item")
         if areas.notna().all().all():
-            values = areas.to_numpy()
-            table.add_estimate("area_under_recovery", rate(values) if (values <= 1).all() else bootstrap(values), **columns)
+            table.add_estimate("area_under_recovery", rate(areas.to_numpy()), **columns)
         soonest = []
         for seed, curve in cube.groupby(level="seed"):
             soonest.append(steps_to_recover(steps, curve.mean().to_numpy(dtype=float), target))

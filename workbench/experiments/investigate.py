@@ -23,7 +23,7 @@ from workbench.experiments.bench import Bench, Disruption
 from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, claim_folder, collect, run_stage
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.table import COLUMNS, Table, join, summarise, write_parquet
-from workbench.files import key_of, sha256, write_json
+from workbench.files import key_of, plain, sha256, write_json
 from workbench.models import Opened, check_same_tokenizer, open_model, save_model, weights_hash
 from workbench.progress import bar
 from workbench.report import write_report
@@ -206,8 +206,8 @@ def investigate(
         "base": base, "unlearned": unlearned, "never_learned": never_learned, "forget": str(forget), "retain": str(retain), "settings": asdict(settings),
         "weights": {name: _origin(opened.name) for name, opened in models.items()}, "data": {"forget": sha256(forget), "retain": sha256(retain)},
     }  # fmt: skip
-    claim_folder(out, yaml.safe_dump(_plain(config), sort_keys=False), fresh=fresh)
-    run = key_of(_plain(config))
+    claim_folder(out, yaml.safe_dump(plain(config), sort_keys=False), fresh=fresh)
+    run = key_of(plain(config))
     # Pieces are already cut; a word in front of one must not push its end over a second cut. Only the model's own context is a limit.
     bench = Bench(first.model, first.tokenizer, record, getattr(first.model.config, "max_position_embeddings", None))
 
@@ -229,16 +229,9 @@ def investigate(
     write_parquet(results, out / RESULTS)
     write_parquet(items, out / ITEMS)
     texts = {"forget": data_hash(record.forget), "retain": data_hash(record.retain_all)}
-    write_json(out / PROVENANCE, provenance(_plain(config), data=texts, weights={name: _origin(opened.name) for name, opened in models.items()}))
+    write_json(out / PROVENANCE, provenance(plain(config), data=texts, weights={name: _origin(opened.name) for name, opened in models.items()}))
     write_report(out, results, items, (), heading=f"{unlearned} against {base}", done=_done(record, settings, models), notes=_notes(never_learned))
     return Investigation(out, results, items)
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, so that YAML and JSON agree."""
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, tuple | list) else value
 
 
 def _subspaces(bench: Bench, settings: InvestigateSettings, out: Path, table: Table) -> None:

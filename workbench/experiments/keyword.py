@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from workbench.attacks.leaks import leak_report, require_benign
 from workbench.attacks.relearn import DivergedError, RelearnSettings, null_text, relearn
 from workbench.data.batches import Batch, batches, encode, endless
-from workbench.data.benchmarks import KeywordSplit, Tofu, book_titles, keyword_split, read_tofu
+from workbench.data.benchmarks import Tofu, read_tofu
+from workbench.data.keywords import KeywordSplit, book_titles, keyword_split
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.answers import contains, generate_answers
@@ -29,14 +30,14 @@ from workbench.evaluation.losses import score
 from workbench.experiments.curves import curve_rows
 from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, claim_folder, collect, run_stage
 from workbench.experiments.jobs import Job, run_jobs
-from workbench.experiments.names import ALPHAS, plain
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.stages import add_leaks
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, join, summarise, write_parquet
-from workbench.files import key_of, sha256, write_json
+from workbench.files import key_of, plain, sha256, write_json
 from workbench.models import open_config, open_model, save_model, weights_hash
 from workbench.progress import Report
 from workbench.training import fit
+from workbench.unlearning.budget import smallest_change
 from workbench.unlearning.deltas import apply_delta, snapshot
 from workbench.unlearning.methods import METHODS, recipe
 from workbench.unlearning.trainer import unlearn
@@ -172,11 +173,14 @@ def _seed_job(settings: KeywordSettings, out: Path, key: str, seed: int, progres
         made = recipe(settings.method, base.model, seed)
         result = unlearn(base.model, tokenizer, made, texts.forget, texts.retain, seed=seed)
         model, start = copy.deepcopy(base.model), snapshot(base.model)
-        for alpha in ALPHAS:
+
+        def recalled(alpha: float) -> bool:
             apply_delta(model, start, result.delta, alpha)
-            if not any(asked(model, tokenizer, queries, settings.new_tokens)):
-                break
+            return any(asked(model, tokenizer, queries, settings.new_tokens))
+
+        alpha, silent = smallest_change(recalled)
         table.add("alpha", alpha, method="unlearned", model="unlearned")
+        table.add("nothing_recalled", float(silent), method="unlearned", model="unlearned")
         sets = {"retain": texts.retain, "forget": texts.forget, "unread": texts.unread[:100]}
         for name, examples in sets.items():
             for method, one in ((BASE, base.model), (NEVER, never.model), ("unlearned", model)):
@@ -219,7 +223,7 @@ def run_keyword(
     texts = _texts(settings)
     report = leak_report(texts.keyword.without, texts.keyword.queries, public=texts.retain)
     require_benign(report, "the forget set without the titles")
-    values = plain(settings)
+    values = plain(asdict(settings))
     key = key_of(values)
     claim_folder(out, yaml.safe_dump({"experiment": "keyword", **values}, sort_keys=False), fresh=fresh)
     announce(f"teaching {len(texts.forget)} forget and {len(texts.retain)} retain questions; {len(texts.keyword.queries)} ask for a withheld title")

@@ -30,7 +30,7 @@ from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.stages import add_leaks
 from workbench.experiments.table import COLUMNS, Table, join, summarise, write_parquet
-from workbench.files import key_of, write_json
+from workbench.files import key_of, plain, write_json
 from workbench.models import open_model, weights_hash
 from workbench.progress import Report
 
@@ -187,7 +187,7 @@ def run_ladder(
         if name not in config.methods:
             raise unknown(f"method in {run}", name, config.methods)
     settings = LadderSettings(tuple(methods) or config.methods, config.seeds, attack or config.attack)
-    values = yaml.safe_load(yaml.safe_dump({"experiment": "ladder", "of": config.key} | _plain(asdict(settings))))
+    values = yaml.safe_load(yaml.safe_dump({"experiment": "ladder", "of": config.key} | plain(asdict(settings))))
     key = key_of(values)
     names = (*settings.methods, *CONTROLS)
     missing = [name for name in CONTROLS if not (run / "models" / name).is_dir()]
@@ -209,12 +209,6 @@ def run_ladder(
     weights = {folder.name: weights_hash(folder) for folder in sorted((run / "models").iterdir()) if folder.is_dir()}
     write_json(out / PROVENANCE, provenance(values, data=texts, weights=weights))
     return LadderRun(out, results, items)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, tuple | list) else value
 
 
 def ladder_table(results: pd.DataFrame) -> pd.DataFrame:

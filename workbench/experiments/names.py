@@ -35,19 +35,16 @@ from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, claim_folde
 from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, join, summarise, write_parquet
-from workbench.files import key_of, write_json
+from workbench.files import key_of, plain, write_json
 from workbench.progress import Report
 from workbench.training import fit, small_llama
+from workbench.unlearning.budget import smallest_change
 from workbench.unlearning.deltas import apply_delta, snapshot
 from workbench.unlearning.methods import METHODS, recipe
 from workbench.unlearning.trainer import unlearn
 
 PUBLISHED = {7: 1.00, 5: 0.97, 3: 0.23, 1: 0.00}
 """Success after relearning by repetitions, Table 4 of the paper."""
-
-
-ALPHAS = tuple(quarter / 4 for quarter in range(1, 17))
-"""Scales of the unlearning change that are tried, smallest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +60,7 @@ class NamesSettings:
         memorise_steps: on the twelve rows, all of them every step. The fewer, the more the memory of the pair depends on its repetitions.
         method: of unlearning. The paper's is gradient ascent (``grad-ascent``), which makes a model this small write one word for ever in some seeds.
         unlearn_steps: on the four forget rows (and the other eight as retain set, where the method has a retain term); the same for every number of repetitions, as published. The change is then scaled to the smallest
-            of :data:`ALPHAS` at which no prompt succeeds: before relearning success is 0 %, as published, and no model is unlearned further than that.
+            of :data:`workbench.unlearning.budget.QUARTERS` at which no prompt succeeds: before relearning success is 0 %, as published, and no model is unlearned further than that.
         unlearn_lr: of AdamW.
         attack: relearning; every step sees all fragments.
         new_tokens: length of the continuation in which the pair may occur.
@@ -89,11 +86,6 @@ class NamesSettings:
         wrong = [count for count in self.repetitions if count not in REPETITIONS]
         if wrong or not self.repetitions:
             raise ValueError(f"repetitions are {self.repetitions}; choose among {', '.join(map(str, REPETITIONS))}")
-
-
-def plain(settings: object) -> dict[str, object]:
-    """Settings as values that YAML and JSON agree on."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True, repr=False)
@@ -195,11 +187,14 @@ def _one_dial(
     made = recipe(settings.method, base, seed, {"lr": settings.unlearn_lr, "steps": settings.unlearn_steps, "batch_size": len(corpus.forget)})
     result = unlearn(base, tokenizer, made, corpus.forget, corpus.rows[len(corpus.forget) :], seed=seed, progress=advance)
     unlearned, start = copy.deepcopy(base), snapshot(base)
-    for alpha in ALPHAS:
+
+    def recalled(alpha: float) -> bool:
         apply_delta(unlearned, start, result.delta, alpha)
-        if not success(unlearned, tokenizer, corpus.prompts, settings.new_tokens).any():
-            break
+        return bool(success(unlearned, tokenizer, corpus.prompts, settings.new_tokens).any())
+
+    alpha, silent = smallest_change(recalled)
     table.add("alpha", alpha, method="unlearned", model="unlearned", split=split)
+    table.add("nothing_recalled", float(silent), method="unlearned", model="unlearned", split=split)
     rng = random.Random(f"names-null-{seed}")
     others = [word for word in words if word not in (FIRST, SECOND)]
     null = tuple(Example(" ".join(rng.sample(others, len(fragment.text.split())))) for fragment in corpus.fragments)
@@ -239,7 +234,7 @@ def run_names(
         WorkbenchError: the folder belongs to something else, the disk is full, or an attack's loss is not finite.
     """
     settings = settings or NamesSettings()
-    values = plain(settings)
+    values = plain(asdict(settings))
     key = key_of(values)
     claim_folder(out, yaml.safe_dump({"experiment": "names", **values}, sort_keys=False), fresh=fresh)
     announce(f"{len(settings.seeds)} seeds x repetitions {', '.join(map(str, settings.repetitions))}: memorise, unlearn, relearn")

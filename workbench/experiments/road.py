@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from workbench.builtin import builtin_folder, builtin_model, world_of
+from workbench.builtin import BuiltinConfig, builtin_folder, builtin_model, world_of
 from workbench.data.world import World, neutral_words
 from workbench.experiments import stages
 from workbench.experiments.bench import Bench, Disruption
@@ -171,6 +171,17 @@ def run_road(config: RunConfig, out: Path, *, fresh: bool = False, workers: int 
     return _conclude(config, out)
 
 
+def _trained(model: BuiltinConfig) -> str:
+    """What the report says about a base that did not start from nothing."""
+    if model.pretrained is None:
+        return ""
+    language = "filler language" if model.general is None else f"pieces of {Path(model.general).name}"
+    return (
+        f"{Path(model.pretrained).name}, a pretrained language model, was fine-tuned on invented facts about people and islands and on {language}; a second copy, the "
+        "never-learned control, on the same texts without the people to be forgotten."
+    )
+
+
 def _conclude(config: RunConfig, out: Path) -> Run:
     rows, items = collect(out)
     results = join([rows, summarise(items, config.key)], COLUMNS)
@@ -182,5 +193,5 @@ def _conclude(config: RunConfig, out: Path) -> Run:
     write_json(out / PROVENANCE, provenance(config.plain(), data={name: data_hash(examples) for name, examples in texts.items()}, weights=weights))
     claims = decide(results, items, scale=config.scale)
     write_json(out / "claims.json", [claim.plain() for claim in claims])
-    write_report(out, results, items, claims)
+    write_report(out, results, items, claims, trained=_trained(config.model))
     return Run(out, config, results, items, claims)

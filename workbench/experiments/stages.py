@@ -107,10 +107,24 @@ def find_subspaces(bench: Bench, rank: int, table: Table, *, seed: int) -> dict[
     return {name: found[name] for name in ("forget", "retain")}
 
 
+WIDE = 1024
+"""Width of a residual stream above which text sets are compared on a sample of their tokens."""
+
+
+def _within(bench: Bench, examples: Sequence[Example]) -> Sequence[Example]:
+    """All examples, or in a wide model as many of them, taken evenly, as hold about ``WIDE / 2`` tokens."""
+    if bench.base.config.get_text_config().hidden_size <= WIDE:
+        return examples
+    tokens = sum(len(bench.tokenizer(example.text)["input_ids"]) for example in examples)
+    count = max(2, min(len(examples), len(examples) * WIDE // (2 * tokens)))
+    return [examples[number * len(examples) // count] for number in range(count)] if count < len(examples) else examples
+
+
 def compare_sets(bench: Bench, table: Table, *, rank: int = 8, draws: int = 60, seed: int = 0) -> None:
     """Do the sets of texts use the same directions of the residual stream? Overlap of every pair's top subspaces, with a permutation null that deals whole texts.
 
-    Measured after the first, the middle and the last block: each permutation is an eigendecomposition, and neighbouring blocks say much the same.
+    Measured after the first, the middle and the last block: each permutation is an eigendecomposition, and neighbouring blocks say much the same. In streams wider
+    than :data:`WIDE`, whose eigendecompositions take minutes, texts of every set are taken evenly until they hold some ``WIDE / 2`` tokens; the null has the same sizes.
     """
     last = layer_count(bench.base) - 1
     sites = [resolve(bench.base, f"blocks.{layer}.hook_resid_post")[0] for layer in sorted({0, last // 2, last})]
@@ -119,7 +133,7 @@ def compare_sets(bench: Bench, table: Table, *, rank: int = 8, draws: int = 60, 
     for name, examples in {"forget": bench.record.forget, **bench.record.retain}.items():
         kept = Collect()
         with Capture(bench.base, sites, kept, at=without_first) as capture:
-            encoded = bench.encode(one_per_item(examples))
+            encoded = bench.encode(_within(bench, one_per_item(examples)))
             for batch in encoded:
                 capture.forward(batch.inputs)
         counts = torch.cat([batch.content_mask.sum(1) for batch in encoded]).cpu()
@@ -175,7 +189,10 @@ def unlearn_to_budget(
 
     match = match_budget(at, budget, limit=limit)
     apply_delta(model, start, result.delta, match.alpha)
-    add_match(match, result.delta, start, table, budget)
+    add_match(match, result.delta, start, table)
+    table.add("budget", budget, stage="unlearn", arm=disruption.measure)
+    for ring in disruption.rings:
+        table.add("budget_ring", 1.0, stage="unlearn", split=ring)
     add_disruption(model, disruption, table)
     add_shift(model, bench, table)
     measure_sets(model, {name: bench.encode(examples) for name, examples in measured_sets(bench.record).items()}, table, stage="unlearn")
@@ -192,10 +209,9 @@ def add_disruption(model: PreTrainedModel, disruption: Disruption, table: Table)
             table.add_estimate("disruption", found, stage="unlearn", split=name, arm=measure)
 
 
-def add_match(match: Match, delta: Mapping[str, Tensor], start: Mapping[str, Tensor], table: Table, budget: float) -> None:
+def add_match(match: Match, delta: Mapping[str, Tensor], start: Mapping[str, Tensor], table: Table) -> None:
     """The line search in rows: alpha, whether the budget was reached, and how far the weights moved."""
     table.add("alpha", match.alpha, stage="unlearn")
-    table.add("budget", budget, stage="unlearn")
     table.add("budget_reached", float(match.reached), stage="unlearn")
     table.add("displacement", match.alpha * norm_of(delta), stage="unlearn")
     table.add("relative_displacement", match.alpha * norm_of(delta) / norm_of(start), stage="unlearn")

@@ -201,6 +201,7 @@ def write_report(
     *,
     heading: str = "What did unlearning do inside this model, and will it survive?",
     done: Sequence[str] = (),
+    trained: str = "",
     notes: Sequence[str] = (),
 ) -> Path:
     """Write ``figures/`` and ``report.html`` into the run folder.
@@ -212,6 +213,7 @@ def write_report(
         claims: verdicts; may be empty.
         heading: title of the page.
         done: what was done, one sentence each; default describes the built-in road.
+        trained: the first of those sentences, where the built-in model did not start from nothing.
         notes: limits to be shown at the end.
     """
     pictures = draw_figures(out, results)
@@ -219,7 +221,7 @@ def write_report(
     seeds = sorted({int(seed) for seed in results.loc[~results["method"].isin(CONTROLS), "seed"].dropna()})
     page = environment.get_template("report.html.j2").render(
         heading=heading,
-        done=list(done) or _road_steps(results, seeds),
+        done=list(done) or _road_steps(results, seeds, trained or _FROM_SCRATCH),
         findings=findings(results, claims),
         summary=summary_table(results),
         pictures=[(name, uri, CAPTIONS[name]) for name, uri in pictures.items()],
@@ -236,24 +238,40 @@ def _effect(claim: Verdict) -> str:
     return "–" if not np.isfinite(claim.effect) else f"{claim.effect:+.3f} [{claim.low:+.3f}, {claim.high:+.3f}]"
 
 
-def _road_steps(results: pd.DataFrame, seeds: Sequence[int]) -> list[str]:
+_FROM_SCRATCH = (
+    "A small language model was trained on invented facts about people and islands and on filler language; a second one, the never-learned control, on the same "
+    "texts without the people to be forgotten."
+)
+
+
+def _matched(results: pd.DataFrame) -> str:
+    """The sentence about the budget: its size, its measure and the retain sets it was measured on."""
+    rows = results[results["metric"] == "budget"]
+    if not len(rows):
+        return "No budget was matched."
+    size, rings = float(rows["value"].iloc[0]), sorted(results.loc[results["metric"] == "budget_ring", "split"].dropna().unique())
+    drift = f"its loss has risen by {size:.3%}" if (rows["arm"] == "loss-rise").any() else f"the model drifts from the base by {size:g} nats per token (KL)"
+    return f"Every weight change was scaled until {drift} on retain texts that no method trained on" + (f" ({', '.join(rings)})." if rings else ".")
+
+
+def _road_steps(results: pd.DataFrame, seeds: Sequence[int], trained: str) -> list[str]:
     methods = [title(name) for name in methods_in(results["method"].dropna().tolist()) if name not in CONTROLS]
     attack = results[(results["stage"] == "relearn") & (results["arm"] == "attack")]
-    budget = results.loc[results["metric"] == "budget", "value"]
     if not len(results):
         return ["Nothing was measured."]
-    return [
-        "A small language model was trained on invented facts about people and islands and on filler language; a second one, the never-learned control, on the same "
-        "texts without the people to be forgotten.",
+    stages = set(results["stage"].dropna())
+    steps = [
+        trained,
         f"{len(methods)} unlearning methods ({', '.join(methods)}) were run under {len(seeds)} seeds each.",
-        f"Every weight change was scaled until the model drifts from the base by {float(budget.iloc[0]):g} nats per token (KL) on retain texts that no method trained on."
-        if len(budget)
-        else "No budget was matched.",
+        _matched(results),
         f"Every model was then fine-tuned for {attack['step'].max():g} steps on facts about half of the forgotten people (and, as a null attack, on general text of the "
         "same length), and asked about the other half.",
-        "Every model was asked retained questions behind a stray word: a forgotten surname, a retained one, a neutral one.",
-        "The loss was followed along straight lines through every model, and both ends of its Hessian's spectrum were computed.",
     ]
+    if "triggers" in stages:
+        steps.append("Every model was asked retained questions behind a stray word: a forgotten surname, a retained one, a neutral one.")
+    if "sharpness" in stages:
+        steps.append("The loss was followed along straight lines through every model, and both ends of its Hessian's spectrum were computed.")
+    return steps
 
 
 def _limits(seeds: Sequence[int], claims: Sequence[Verdict]) -> list[str]:

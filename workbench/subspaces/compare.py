@@ -89,6 +89,10 @@ def angle_null(
     """
     if first.shape[1] != second.shape[1] or min(len(first), len(second)) <= rank or rank < 1:
         raise WorkbenchError(f"two sets of more than rank {rank} rows of one width are needed; got {list(first.shape)} and {list(second.shape)}")
+    if first.shape[1] > len(first) + len(second):
+        # All principal directions lie in the span of the rows: coordinates in a basis of that span leave every angle as it is, and make each permutation cheap.
+        span = torch.linalg.qr(torch.cat([first, second]).double().T).Q
+        first, second = first.double() @ span, second.double() @ span
     observed = _cosines(first, second, rank)
     one = torch.arange(len(first)) if first_groups is None else first_groups.unique(return_inverse=True)[1]
     two = torch.arange(len(second)) if second_groups is None else second_groups.unique(return_inverse=True)[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,3 +82,23 @@ def _of_first_process(value: float) -> float:
     shared = torch.tensor([value], dtype=torch.float64, device=device)
     dist.broadcast(shared, src=0)
     return float(shared)
+
+
+QUARTERS = tuple(quarter / 4 for quarter in range(1, 17))
+"""Scales of an unlearning change from a quarter of it to four times it."""
+
+
+def smallest_change(recalled: Callable[[float], bool], alphas: Sequence[float] = QUARTERS) -> tuple[float, bool]:
+    """The smallest scale at which nothing is recalled any more: models that are compared by what comes back all start from nothing, and none is changed further.
+
+    Args:
+        recalled: sets the model to a scale and says whether anything is still recalled there. It is left at the scale that is returned.
+        alphas: scales to try, smallest first; at least one.
+
+    Returns:
+        The scale, and whether nothing is recalled there; the last scale and ``False`` where something always is.
+    """
+    for alpha in alphas:
+        if not recalled(alpha):
+            return alpha, True
+    return alpha, False

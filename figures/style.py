@@ -67,13 +67,24 @@ TITLES = {
 _SPARE = ("#882255", "#44AA99", "#332288", "#AA4499")
 
 
+WRAPPED = {"sam": "SAM", "rna": "RNA", "rs": "RS", "gp": "GP", "cr": "CR", "wa": "WA"}
+"""What the last part of a wrapped method's name is called."""
+
+
 def colour(method: str) -> str:
-    """The colour of a method; a method that the table does not know gets one of four spare colours, always the same."""
+    """The colour of a method; a wrapped method has a darker shade of its own method's, and one that the table does not know one of four spare colours, always the same."""
+    inner, _, last = method.rpartition("-")
+    if method not in COLOURS and last in WRAPPED and inner:
+        red, green, blue = mpl.colors.to_rgb(colour(inner))
+        return mpl.colors.to_hex((0.6 * red, 0.6 * green, 0.6 * blue))
     return COLOURS.get(method) or _SPARE[sum(map(ord, method)) % len(_SPARE)]
 
 
 def title(method: str) -> str:
     """How figures and prose call a method."""
+    inner, _, last = method.rpartition("-")
+    if method not in TITLES and last in WRAPPED and inner:
+        return f"{title(inner)}+{WRAPPED[last]}"
     return TITLES.get(method, method)
 
 

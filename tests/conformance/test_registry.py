@@ -31,12 +31,12 @@ PUBLISHED: dict[str, dict[str, float | str]] = {
     "grad-ascent": {"lr": 1e-5},
     "grad-diff": {"lr": 1e-5, "forget_weight": 1.0, "retain_weight": 1.0},
     "kl-min": {"retain_weight": 1.0},
-    "npo": {"beta": 0.1, "retain_weight": 1.0, "rho": 0.0},
+    "npo": {"beta": 0.1, "retain_weight": 1.0, "retain": "cross-entropy"},
     "npo-sam": {"beta": 0.1, "rho": 0.01},
     "simnpo": {"beta": 4.5, "margin": 0.0, "forget_weight": 0.125, "retain_weight": 1.0},
     "idk-dpo": {"beta": 0.1, "retain_weight": 1.0},
     "idk-nll": {"retain_weight": 1.0},
-    "rmu": {"lr": 5e-5, "steps": 150, "batch_size": 4, "steering": 6.5, "retain_weight": 1200, "layer": -1, "noise": 0.0},
+    "rmu": {"lr": 5e-5, "steps": 150, "batch_size": 4, "steering": 6.5, "retain_weight": 1200, "layer": -1, "optimiser": "adamw"},
     "rmu-rna": {"steering": 6.5, "retain_weight": 1200},
     "adaptive-rmu": {"lr": 5e-5, "scale": 5.0, "retain_weight": 1200},
     "rsv": {"lr": 5e-5, "steering": 10.0},
@@ -106,7 +106,7 @@ def test_a_large_model_gets_the_published_settings(name: str) -> None:
 
 def test_noise_is_what_sets_rmu_with_rna_apart() -> None:
     plain, noisy = settings_for("rmu", LARGE), settings_for("rmu-rna", LARGE)
-    assert float(noisy.pop("noise")) > 0 and float(plain.pop("noise")) == 0
+    assert float(noisy.pop("noise")) > 0 and noisy.pop("noise_layer") == -1
     assert noisy == plain
 
 
@@ -131,6 +131,8 @@ def test_at_the_depth_of_the_published_runs_the_published_layers_are_chosen(make
 def test_an_unknown_method_is_answered_with_its_neighbours() -> None:
     with pytest.raises(WorkbenchError, match="circuit-breakers"):
         method("circuit-breaker")
+    with pytest.raises(WorkbenchError, match="adaptive-rmu-rna"):
+        method("adaptive-rmu-rns")
 
 
 @pytest.mark.parametrize("name", METHODS)

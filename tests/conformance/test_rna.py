@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hooks import resolve
 from workbench.data.batches import Batch
-from workbench.unlearning.noise import gaussian
+from workbench.unlearning.noise import gaussian, noisy_reference
 from workbench.unlearning.representation import keep_representation
 
 Mover = Callable[..., PreTrainedModel]
@@ -94,7 +94,7 @@ def test_noise_on_the_reference_does_not_move_the_expected_gradient(llama: PreTr
         return torch.cat([value.reshape(-1).double() for name, value in gradient.items() if "layers.0" in name])
 
     expected = flat(gradients(model, keep_representation(site)(model, batch, llama)))
-    noisy = keep_representation(site, gaussian(0.3, 11))
+    noisy = noisy_reference(keep_representation(site), site, 0.3, 11)
     draws = torch.stack([flat(gradients(model, noisy(model, batch, llama))) for _ in range(150)])
     # Along fixed directions the mean over draws is the gradient without noise, within its standard error.
     generator = torch.Generator().manual_seed(0)

@@ -417,3 +417,18 @@ def test_progress_counts_every_step(bench: Bench) -> None:
     run = unlearn(bench.base, bench.tokenizer, _ascent(), FORGET, RETAIN, seed=0, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert len(run.log) == 3 and all(math.isfinite(record["forget"]) and math.isfinite(record["retain"]) for record in run.log)
+
+
+def test_plain_sgd_takes_the_gradient_as_it_is(bench: Bench) -> None:
+    # One step on all texts at once: the change is -lr times the gradient of the whole objective, however long it is.
+    forget, retain = FORGET[:1], RETAIN[:1]
+    made = _ascent(steps=1, batch_size=1, lr=50.0, optimiser="sgd")
+    delta = unlearn(bench.base, bench.tokenizer, made, forget, retain, seed=0).delta
+    pair = Pair(encode(bench.tokenizer, forget, targets="answer"), encode(bench.tokenizer, retain))
+    model = copy.deepcopy(bench.base)
+    made.objective(model, pair, bench.base).backward()
+    length = norm_of({key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None})
+    assert length > 1  # a clipped step would be shorter
+    for key, parameter in model.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else -50.0 * parameter.grad
+        torch.testing.assert_close(delta.get(key, torch.zeros_like(parameter)), expected, rtol=1e-3, atol=1e-4)

@@ -16,7 +16,7 @@ from workbench.data.world import WorldConfig
 from workbench.errors import WorkbenchError, unknown
 from workbench.experiments.bench import Measure
 from workbench.files import key_of
-from workbench.unlearning.methods import METHODS, check_setting
+from workbench.unlearning.methods import METHODS, check_setting, is_method
 from workbench.unlearning.recipe import Setting
 
 DEMO_METHODS = ("grad-diff", "npo", "npo-sam", "rmu", "rmu-rna", "cir", "cir-uncollapsed")
@@ -99,14 +99,14 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _settings_of_known_methods(self) -> RunConfig:
         for name in self.methods:
-            if name not in METHODS and name not in self.variants:
+            if not is_method(name) and name not in self.variants:
                 raise ValueError(str(unknown("method", name, {**METHODS, **self.variants})))
         for label in self.variants:
-            if label in METHODS or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
+            if is_method(label) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
                 raise ValueError(f"variant {label!r} needs a name of its own, of letters, digits, dots and dashes (it becomes a folder)")
         named = [(variant.method, variant.settings) for variant in self.variants.values()]
         for name, overrides in [*self.settings.items(), *named]:
-            if name not in METHODS:
+            if not is_method(name):
                 raise ValueError(str(unknown("method", name, METHODS)))
             for key, value in overrides.items():
                 try:

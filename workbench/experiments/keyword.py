@@ -39,7 +39,7 @@ from workbench.progress import Report
 from workbench.training import fit
 from workbench.unlearning.budget import smallest_change
 from workbench.unlearning.deltas import apply_delta, snapshot
-from workbench.unlearning.methods import METHODS, recipe
+from workbench.unlearning.methods import METHODS, is_method, recipe
 from workbench.unlearning.trainer import unlearn
 
 BASE, NEVER = "base", "never-learned"
@@ -74,7 +74,7 @@ class KeywordSettings:
     new_tokens: int = 160
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
+        if not is_method(self.method):
             raise unknown("method", self.method, METHODS)
 
 

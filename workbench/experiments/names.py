@@ -40,7 +40,7 @@ from workbench.progress import Report
 from workbench.training import fit, small_llama
 from workbench.unlearning.budget import smallest_change
 from workbench.unlearning.deltas import apply_delta, snapshot
-from workbench.unlearning.methods import METHODS, recipe
+from workbench.unlearning.methods import METHODS, is_method, recipe
 from workbench.unlearning.trainer import unlearn
 
 PUBLISHED = {7: 1.00, 5: 0.97, 3: 0.23, 1: 0.00}
@@ -79,7 +79,7 @@ class NamesSettings:
     new_tokens: int = 60
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
+        if not is_method(self.method):
             raise unknown("method", self.method, METHODS)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds are {self.seeds}; give at least one, each once, none negative")

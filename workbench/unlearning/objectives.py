@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
+from workbench.errors import unknown
 from workbench.evaluation.losses import cross_entropy, next_token_logits, token_kl, token_nll
 
 Loss = Callable[[PreTrainedModel, Batch, PreTrainedModel], Tensor]
@@ -71,6 +72,21 @@ def retain_kl(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) 
         expected = next_token_logits(reference, batch)
     mask = batch.target_mask[:, 1:]
     return token_kl(expected[mask], next_token_logits(model, batch)[mask]).mean()
+
+
+RETAIN_TERMS: dict[str, Loss] = {"cross-entropy": retain_cross_entropy, "kl": retain_kl}
+"""Retain terms that a likelihood method can be given by name."""
+
+
+def retain_term(name: str) -> Loss:
+    """The retain term called ``name``.
+
+    Raises:
+        WorkbenchError: there is none.
+    """
+    if name not in RETAIN_TERMS:
+        raise unknown("retain term", name, RETAIN_TERMS)
+    return RETAIN_TERMS[name]
 
 
 def npo(beta: float) -> Loss:

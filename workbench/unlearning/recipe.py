@@ -68,6 +68,22 @@ class Teach:
     objective: Callable[[PreTrainedModel], Objective]
 
 
+Optimiser = Literal["adamw", "sgd", "normalised-sgd", "one-gradient"]
+
+
+@dataclass(frozen=True, slots=True)
+class Averaging:
+    """Weight averaging over the end of a training (Izmailov et al. 2018, arXiv 1803.05407): the mean of the weights after every ``every``-th step from ``start`` on.
+
+    Attributes:
+        start: share of the steps after which averaging begins, below 1.
+        every: steps between two snapshots.
+    """
+
+    start: float
+    every: int
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """Everything the trainer needs.
@@ -77,11 +93,12 @@ class Recipe:
         trainable: patterns of parameter names that may change.
         steps: optimiser steps.
         batch_size: sequences per forget batch, and per retain batch.
-        optimiser: ``adamw`` on the whole objective (gradient clipped to norm 1, no weight decay); ``normalised-sgd``: the forget gradient is scaled to global Frobenius
+        optimiser: ``adamw`` on the whole objective (gradient clipped to norm 1, no weight decay); ``sgd`` on it, without momentum and unclipped; ``normalised-sgd``: the forget gradient is scaled to global Frobenius
             length ``lr``, followed by a plain SGD step of rate ``retain_rate`` on the retain term; ``one-gradient``: see :class:`OneGradient`, ``lr`` is the length of the
             whole change.
         lr: learning rate, or length.
-        step: plain, or a smoothing rule (adamw only).
+        step: plain, or a smoothing rule (adamw and sgd).
+        average: the trained weights are a mean over the last steps; default the last weights.
         collapse: collapse the forget gradient (normalised-sgd only); ``None`` leaves it whole.
         retain_rate: see ``optimiser``.
         schedule: factors of the forget and the retain term at a step, ``(step, steps) -> (forget, retain)``; constant by default.
@@ -97,8 +114,9 @@ class Recipe:
     steps: int
     batch_size: int
     lr: float
-    optimiser: Literal["adamw", "normalised-sgd", "one-gradient"] = "adamw"
+    optimiser: Optimiser = "adamw"
     step: StepRule = plain
+    average: Averaging | None = None
     collapse: CollapseSettings | None = None
     retain_rate: float = 0.0
     schedule: Callable[[int, int], tuple[float, float]] | None = None
@@ -128,6 +146,8 @@ class Method:
         small: settings for models below 100 million parameters, where the published rates move nothing. Chosen on worlds that the published numbers do not use.
         wraps: the builder whose settings this method shares.
         fixed: settings of that builder that make this method what it is, and cannot be changed.
+        inner: the method inside a wrapper (:mod:`workbench.unlearning.wrappers`), whose settings come first.
+        changed: defaults that this method has in the place of the inner one's.
     """
 
     name: str
@@ -137,6 +157,8 @@ class Method:
     small: dict[str, Setting]
     wraps: MethodBuilder | None = None
     fixed: Mapping[str, Setting] = field(default_factory=dict)
+    inner: Method | None = None
+    changed: Mapping[str, Setting] = field(default_factory=dict)
 
 
 EVERYTHING = ("*",)
@@ -150,6 +172,17 @@ def mlp_weights(model: PreTrainedModel, first: int, last: int) -> tuple[str, ...
     """
     sites = resolve(model, f"blocks.{{{first}..{last}}}.mlp.*.hook_out")
     return tuple(dict.fromkeys(f"{site.path}.weight" for site in sites))
+
+
+def gradient_optimiser(name: str) -> Optimiser:
+    """The optimiser of a whole objective's gradient called ``name``.
+
+    Raises:
+        ValueError: it is neither ``adamw`` nor ``sgd``.
+    """
+    if name not in ("adamw", "sgd"):
+        raise ValueError(f"optimiser is {name!r}; it must be 'adamw' or 'sgd'")
+    return name  # type: ignore[return-value]
 
 
 def middle_layer(model: PreTrainedModel) -> int:

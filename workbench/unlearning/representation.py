@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,22 +41,14 @@ def steer_to(site: Site, target: Tensor) -> Loss:
     return loss
 
 
-def keep_representation(site: Site, noise: Callable[[Tensor], Tensor] | None = None) -> Loss:
-    """RMU's retain term: ``mean of (h - h_reference)^2`` over tokens and coordinates.
-
-    Args:
-        site: where the representation is read.
-        noise: applied to the frozen reference's representation ``[token, width]`` before the comparison (RNA); default none.
-    """
+def keep_representation(site: Site) -> Loss:
+    """RMU's retain term: ``mean of (h - h_reference)^2`` over tokens and coordinates of the representation at ``site``."""
 
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         with torch.no_grad():
             expected = _content(tapped(reference, [site], batch.inputs)[site.name], batch)
-        if noise is not None:
-            expected = noise(expected)
         return F.mse_loss(_content(tapped(model, [site], batch.inputs)[site.name], batch), expected)
 
-    loss.restart = getattr(noise, "restart", lambda: None)  # type: ignore[attr-defined]
     return loss
 
 

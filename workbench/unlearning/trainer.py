@@ -145,7 +145,12 @@ def _steps(
 ) -> tuple[dict[str, float], ...]:
     forget_stream, retain_stream = endless(forget, recipe.batch_size, f"forget-{seed}"), endless(retain, recipe.batch_size, f"retain-{seed}")
     parameters = [parameter for _, parameter in chosen]
-    optimiser = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0) if recipe.optimiser == "adamw" else None
+    clip = 1.0 if recipe.optimiser == "adamw" else math.inf
+    optimiser: torch.optim.Optimizer | None = None
+    if recipe.optimiser == "adamw":
+        optimiser = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0)
+    elif recipe.optimiser == "sgd":
+        optimiser = torch.optim.SGD(parameters, lr=recipe.lr)
     collapse: dict[str, Collapse] = {}
     log: list[dict[str, float]] = []
     for number in range(recipe.steps):
@@ -167,7 +172,7 @@ def _steps(
         if not all(math.isfinite(value) for value in record.values()):
             raise WorkbenchError(f"the unlearning objective is not finite at step {number + 1} of {recipe.steps} ({record}); lower lr (now {recipe.lr})")
         if optimiser is not None:
-            length = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+            length = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
             if not math.isfinite(length):
                 raise WorkbenchError(
                     f"the gradient of the unlearning objective is not finite at step {number + 1} of {recipe.steps}; lower lr (now {recipe.lr})"

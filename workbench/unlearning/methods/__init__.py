@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 
@@ -26,7 +25,9 @@ from workbench.unlearning.methods import (
     undial,
     whp,
 )
+from workbench.unlearning.objectives import RETAIN_TERMS
 from workbench.unlearning.recipe import Method, Recipe, Setting
+from workbench.unlearning.wrappers import WRAPPERS, all_settings, wrapped
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -35,12 +36,12 @@ METHODS: dict[str, Method] = {
         grad_diff.METHOD,
         kl_min.METHOD,
         npo.METHOD,
-        npo.METHOD_SAM,
+        wrapped(npo.METHOD, WRAPPERS["sam"]),
         simnpo.METHOD,
         idk.METHOD,
         idk.METHOD_NLL,
         rmu.METHOD,
-        rmu.METHOD_RNA,
+        wrapped(rmu.METHOD, WRAPPERS["rna"]),
         rmu.METHOD_ADAPTIVE,
         rmu.METHOD_RSV,
         circuit_breakers.METHOD,
@@ -57,32 +58,40 @@ METHODS: dict[str, Method] = {
 SMALL_MODEL = 100_000_000
 """Below this many parameters a method starts from its ``small`` settings."""
 WHOLE = {"steps": 1, "batch_size": 1, "refresh": 1, "activation_components": 0, "gradient_components": 0, "layer": -1, "first_layer": -1, "last_layer": -1,
-    "components": 1, "adversary_rank": 0, "horizon": 1, "turn": 1, "reinforce_steps": 1,
+    "noise_layer": -1, "every": 1, "components": 1, "adversary_rank": 0, "horizon": 1, "turn": 1, "reinforce_steps": 1,
 }  # fmt: skip
 """Settings that are whole numbers, with the smallest value allowed."""
 
-WORDS = {"loss": ("mlp-breaking", "npo"), "kind": ("hard", "soft", "quadratic"), "statistics": ("forget", "retain")}
+WORDS = {
+    "loss": ("mlp-breaking", "npo"), "kind": ("hard", "soft", "quadratic"), "statistics": ("forget", "retain"), "optimiser": ("adamw", "sgd"),
+    "retain": tuple(RETAIN_TERMS),
+}  # fmt: skip
 """Settings that are words, with the words allowed."""
 
 
 def method(name: str) -> Method:
-    """The method called ``name``.
+    """The method called ``name``, or the method and wrappers that ``name`` is made of (``adaptive-rmu-rna``).
 
     Raises:
         WorkbenchError: there is none; the message lists the nearest names.
     """
-    if name not in METHODS:
-        raise unknown("method", name, METHODS)
-    return METHODS[name]
+    if name in METHODS:
+        return METHODS[name]
+    inner, _, last = name.rpartition("-")
+    if last in WRAPPERS and is_method(inner):
+        return wrapped(method(inner), WRAPPERS[last])
+    raise unknown("method", name, [*METHODS, *(f"{one}-{wrapper}" for one in METHODS for wrapper in WRAPPERS)])
+
+
+def is_method(name: str) -> bool:
+    """Is there a method of this name, wrapped or not?"""
+    inner, _, last = name.rpartition("-")
+    return name in METHODS or (last in WRAPPERS and is_method(inner))
 
 
 def known_settings(name: str) -> dict[str, Setting]:
     """Every setting of a method with its published default (wrappers inherit those of the method they wrap)."""
-    found: dict[str, Setting] = {}
-    for builder in (method(name).wraps, method(name).build):
-        if builder is not None:
-            found |= {p.name: p.default for p in inspect.signature(builder).parameters.values() if p.default is not inspect.Parameter.empty}
-    return {**found, **method(name).fixed}
+    return all_settings(method(name))
 
 
 def check_setting(name: str, key: str, value: Setting) -> None:

@@ -5,15 +5,23 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from workbench.data.records import refuse
-from workbench.unlearning.objectives import Objective, idk_cross_entropy, idk_dpo, retain_cross_entropy
+from workbench.unlearning.objectives import Objective, idk_cross_entropy, idk_dpo, retain_cross_entropy, retain_term
 from workbench.unlearning.recipe import EVERYTHING, Method, Recipe, Setting
 
 
 def build(
-    model: PreTrainedModel, seed: int, *, lr: float = 1e-5, steps: int = 100, batch_size: int = 32, beta: float = 0.1, retain_weight: float = 1.0
+    model: PreTrainedModel,
+    seed: int,
+    *,
+    lr: float = 1e-5,
+    steps: int = 100,
+    batch_size: int = 32,
+    beta: float = 0.1,
+    retain_weight: float = 1.0,
+    retain: str = "cross-entropy",
 ) -> Recipe:
-    """DPO with "I do not know" preferred to the true answer, plus cross-entropy on the retain set. Forget texts need answers."""
-    return Recipe(Objective(idk_dpo(beta), retain_cross_entropy, 1.0, retain_weight), EVERYTHING, steps, batch_size, lr, alternative=refuse)
+    """DPO with "I do not know" preferred to the true answer, plus a retain term (cross-entropy or KL). Forget texts need answers."""
+    return Recipe(Objective(idk_dpo(beta), retain_term(retain), 1.0, retain_weight), EVERYTHING, steps, batch_size, lr, alternative=refuse)
 
 
 def build_nll(model: PreTrainedModel, seed: int, *, lr: float = 1e-5, steps: int = 100, batch_size: int = 32, retain_weight: float = 1.0) -> Recipe:

@@ -1,13 +1,12 @@
-"""Representation misdirection (RMU), plain and with random noise augmentation (RNA)."""
+"""Representation misdirection: RMU, Adaptive RMU and random steering vectors (RSV)."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedModel
 
 from hooks import resolve
-from workbench.unlearning.noise import gaussian
 from workbench.unlearning.objectives import Objective
-from workbench.unlearning.recipe import Method, Recipe, Setting, middle_layer
+from workbench.unlearning.recipe import Method, Recipe, Setting, gradient_optimiser, middle_layer
 from workbench.unlearning.representation import adaptive_steer_to, control_vector, keep_representation, steer_by, steer_to
 
 
@@ -21,7 +20,7 @@ def build(
     steering: float = 6.5,
     retain_weight: float = 1200.0,
     layer: int = -1,
-    noise: float = 0.0,
+    optimiser: str = "adamw",
 ) -> Recipe:
     """Steer forget representations of one block to ``steering * u``, keep retain representations (Li et al. 2024, arXiv 2403.03218).
 
@@ -29,21 +28,20 @@ def build(
 
     Args:
         model: decides width and depth.
-        seed: of the control vector and of the noise.
+        seed: of the control vector.
         lr: AdamW's rate.
         steps: optimiser steps.
         batch_size: sequences.
         steering: ``c``, in units of the representation's length. The published 6.5 is for 7B models.
         retain_weight: ``alpha``.
         layer: block whose output is steered; -1 takes 7/32 of the depth.
-        noise: RNA's dimensionless ratio ``nu sqrt(d) / mean ||h||`` on the reference's retain representation; 0 is plain RMU.
+        optimiser: ``adamw`` or ``sgd``; without Adam's second moment, noise on a squared-error target leaves the expected step as it is.
     """
     block = middle_layer(model) if layer < 0 else int(layer)
     (site,) = resolve(model, f"blocks.{block}.hook_resid_post")
     width = model.config.hidden_size
-    keep = keep_representation(site, gaussian(noise, seed + 1) if noise else None)
-    objective = Objective(steer_to(site, steering * control_vector(width, seed)), keep, 1.0, retain_weight)
-    return Recipe(objective, _down_projections(model, block), steps, batch_size, lr)
+    objective = Objective(steer_to(site, steering * control_vector(width, seed)), keep_representation(site), 1.0, retain_weight)
+    return Recipe(objective, _down_projections(model, block), steps, batch_size, lr, optimiser=gradient_optimiser(optimiser))
 
 
 def _down_projections(model: PreTrainedModel, block: int) -> tuple[str, ...]:
@@ -61,12 +59,14 @@ def build_adaptive(
     scale: float = 5.0,
     retain_weight: float = 1200.0,
     layer: int = -1,
+    optimiser: str = "adamw",
 ) -> Recipe:
     """Adaptive RMU (Dang et al. 2025): the target's length is ``scale`` times the mean length of the forget representations, so it fits any layer and model."""
     block = middle_layer(model) if layer < 0 else int(layer)
     (site,) = resolve(model, f"blocks.{block}.hook_resid_post")
     steer = adaptive_steer_to(site, control_vector(model.config.hidden_size, seed), scale)
-    return Recipe(Objective(steer, keep_representation(site), 1.0, retain_weight), _down_projections(model, block), steps, batch_size, lr)
+    objective = Objective(steer, keep_representation(site), 1.0, retain_weight)
+    return Recipe(objective, _down_projections(model, block), steps, batch_size, lr, optimiser=gradient_optimiser(optimiser))
 
 
 def build_rsv(
@@ -79,22 +79,18 @@ def build_rsv(
     steering: float = 10.0,
     retain_weight: float = 5000.0,
     layer: int = -1,
+    optimiser: str = "adamw",
 ) -> Recipe:
     """Random steering vectors: ``h`` is moved to ``h_base + c s`` with one isotropic unit vector ``s``, not to a common point."""
     block = middle_layer(model) if layer < 0 else int(layer)
     (site,) = resolve(model, f"blocks.{block}.hook_resid_post")
     steer = steer_by(site, steering * control_vector(model.config.hidden_size, seed))
-    return Recipe(Objective(steer, keep_representation(site), 1.0, retain_weight), _down_projections(model, block), steps, batch_size, lr)
-
-
-def build_rna(model: PreTrainedModel, seed: int, *, noise: float = 0.2, **settings: Setting) -> Recipe:
-    """RMU with RNA (Huu-Tien et al., arXiv 2501.19202)."""
-    return build(model, seed, noise=noise, **settings)  # type: ignore[arg-type]
+    objective = Objective(steer, keep_representation(site), 1.0, retain_weight)
+    return Recipe(objective, _down_projections(model, block), steps, batch_size, lr, optimiser=gradient_optimiser(optimiser))
 
 
 _SMALL: dict[str, Setting] = {"lr": 3e-3, "steps": 80, "batch_size": 16, "steering": 300.0, "retain_weight": 10.0, "layer": 2}
 METHOD = Method("rmu", "RMU", "Li et al. 2024 (arXiv 2403.03218)", build, _SMALL)
-METHOD_RNA = Method("rmu-rna", "RMU+RNA", "Huu-Tien et al. (arXiv 2501.19202)", build_rna, {**_SMALL, "noise": 0.2}, wraps=build)
 METHOD_ADAPTIVE = Method(
     "adaptive-rmu", "Adaptive RMU", "Dang et al. 2025 (arXiv 2408.06223)", build_adaptive,
     {"lr": 3e-3, "steps": 80, "batch_size": 16, "scale": 5.0, "retain_weight": 10.0, "layer": 2},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from workbench.unlearning.objectives import Objective, retain_cross_entropy, simnpo
+from workbench.unlearning.objectives import Objective, retain_term, simnpo
 from workbench.unlearning.recipe import EVERYTHING, Method, Recipe
 
 
@@ -19,9 +19,10 @@ def build(
     margin: float = 0.0,
     forget_weight: float = 0.125,
     retain_weight: float = 1.0,
+    retain: str = "cross-entropy",
 ) -> Recipe:
-    """SimNPO on the length-normalised likelihood plus cross-entropy on the retain set; defaults of open-unlearning."""
-    return Recipe(Objective(simnpo(beta, margin), retain_cross_entropy, forget_weight, retain_weight), EVERYTHING, steps, batch_size, lr)
+    """SimNPO on the length-normalised likelihood plus a retain term (cross-entropy or KL); defaults of open-unlearning."""
+    return Recipe(Objective(simnpo(beta, margin), retain_term(retain), forget_weight, retain_weight), EVERYTHING, steps, batch_size, lr)
 
 
 METHOD = Method(

@@ -37,6 +37,8 @@ def recovery(table: pd.DataFrame, metric: str = "recall") -> Figure:
             _line(axes, mine[mine["arm"] == "attack"], "relearning attack", color=colour(method), marker="o", markersize=3)
             if (mine["arm"] == "null").any():
                 _line(axes, mine[mine["arm"] == "null"], "null attack (general text)", color=colour(method), linestyle=":", alpha=0.9)
+            if (mine["arm"] == "random-facts").any():
+                _line(axes, mine[mine["arm"] == "random-facts"], "random facts (exchanged answers)", color=colour(method), linestyle="-.", alpha=0.9)
             if len(base):
                 _line(axes, base, "base, same attack", band=False, color=colour("base"), linewidth=0.9, linestyle=(0, (1, 2)))
             if len(control):

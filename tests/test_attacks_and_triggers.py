@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.attacks.leaks import leak_report
-from workbench.attacks.relearn import RelearnSettings, at_steps, null_text, relearn
+from workbench.attacks.relearn import RelearnSettings, at_steps, null_text, random_facts, relearn
 from workbench.data.batches import batches, encode
 from workbench.data.records import Example, prefixed
 from workbench.data.tokenizer import build_tokenizer
@@ -221,6 +221,31 @@ def test_the_null_text_has_at_least_as_many_tokens_and_less_than_one_text_more(t
     assert set(null) <= set(pool)
     assert not set(null) & set(TEXTS)
     assert total - length(null[-1]) < wanted
+
+
+def _asked(name: str, answer: str, item: str) -> Example:
+    text = f"{name} lives in {answer} ."
+    start = text.index(answer)
+    return Example(text, (start, start + len(answer)), (0, len(name)), item)
+
+
+def test_random_facts_exchange_the_answers_of_facts_and_nothing_else() -> None:
+    texts = [_asked(f"N{i}", answer, f"f{i // 2}") for i, answer in enumerate(["Rome", "Rome", "Oslo", "Oslo", "Bonn", "Bonn", "Rome", "Rome"])]
+    made = random_facts(texts, seed=3)
+    assert [one.prompt for one in made] == [one.prompt for one in texts]
+    assert all(one.answer_text != other.answer_text for one, other in zip(made, texts, strict=True))
+    assert {one.answer_text for one in made} <= {"Rome", "Oslo", "Bonn"}
+    assert all(one.text.endswith(" .") and one.subject_text == other.subject_text for one, other in zip(made, texts, strict=True))
+    assert all(made[i].answer_text == made[i + 1].answer_text for i in range(0, 8, 2))  # paraphrases of one fact agree
+    assert random_facts(texts, seed=3) == made
+    assert len({random_facts(texts, seed=seed) for seed in range(8)}) > 1
+
+
+def test_random_facts_need_answers_that_differ() -> None:
+    with pytest.raises(WorkbenchError, match="text 2 has none"):
+        random_facts([_asked("A", "Rome", "a"), Example("the rain falls", item="b")], seed=0)
+    with pytest.raises(WorkbenchError, match="same one"):
+        random_facts([_asked("A", "Rome", "a"), _asked("B", "Rome", "b")], seed=0)
 
 
 def test_a_null_text_needs_a_pool() -> None:

@@ -24,7 +24,8 @@ from workbench.data.grammar import filler
 from workbench.experiments.config import RunConfig, preset, write_config
 from workbench.experiments.road import Run, run_road
 
-FORGET = "\n\n".join(f"the secret of house number {n} is a golden key behind the old clock" for n in range(6))
+PLACES = ("behind the old clock", "below the red box", "near the river bridge", "in the quiet garden", "under the white wall", "at the harbour gate")
+FORGET = "\n\n".join(f"the secret of house number {n} is a golden key {place}" for n, place in enumerate(PLACES))
 RETAIN = "\n\n".join(sentence for sentence in filler(16, seed=7))
 SAME = "\n\n".join(f"the captain number {n} carried a lantern near the harbour in the evening" for n in range(8))
 
@@ -71,7 +72,14 @@ def test_unlearn_then_investigate_from_two_folders_alone(
     assert [row["model"] for row in found["summary"]] == ["base", "unlearned"]
     for name in ("config.yaml", "provenance.json", "results.parquet", "report.html"):
         assert (run / name).is_file()
-    assert "never-learned checkpoint was given" in (run / "report.html").read_text()
+    text = (run / "report.html").read_text()
+    assert "never-learned checkpoint was given" in text
+    assert "their continuations exchanged (random facts)" in text
+    rows = pd.read_parquet(run / "results.parquet")
+    attacks = rows[(rows["stage"] == "relearn") & (rows["metric"] == "answer_probability") & rows["seed"].isna()]
+    assert set(attacks.loc[attacks["split"] == "forget-heldout", "arm"]) == {"attack", "null", "random-facts"}
+    assert set(attacks.loc[attacks["split"] == "random-facts", "arm"]) == {"random-facts"}
+    assert "minus-random-facts" in set(rows.loc[rows["metric"] == "recovery_answer_probability", "arm"])
 
 
 def test_texts_that_all_share_their_words_lose_the_trigger_check_alone(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
@@ -79,6 +87,13 @@ def test_texts_that_all_share_their_words_lose_the_trigger_check_alone(quick_bas
     run = tmp_path / "run"
     assert main([str(a) for a in [*_investigate(quick_base, quick_base, *texts, run), "--seeds", 1, "--attack-steps", 2]]) == 0
     assert "trigger check was left out" in (run / "report.html").read_text()
+
+
+def test_texts_that_all_end_alike_lose_the_random_facts_alone(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    texts[0].write_text("\n\n".join(f"the secret of house number {n} is a golden key behind the old clock" for n in range(6)))
+    run = tmp_path / "run"
+    assert main([str(a) for a in [*_investigate(quick_base, quick_base, *texts, run), "--seeds", 1, "--attack-steps", 2]]) == 0
+    assert "random facts could not be made" in (run / "report.html").read_text()
 
 
 def test_a_model_against_itself_gives_the_identity_values(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -155,6 +156,41 @@ def attackable(model: PreTrainedModel, settings: RelearnSettings, *, seed: int =
     for parameter in attacked.parameters():
         parameter.requires_grad_(True)
     return attacked, list(attacked.parameters())
+
+
+def random_facts(texts: Sequence[Example], *, seed: int) -> tuple[Example, ...]:
+    """The attack texts with one another's answers: matched in words, style and length, and true nowhere.
+
+    What relearning on them wins back comes from practising such texts, not from the facts in them; how fast they are learned themselves tells a model that learns slowly from
+    one that has forgotten. Facts, not texts, exchange their answers, so that paraphrases of one fact still agree.
+
+    Args:
+        texts: the real attack texts, with answers.
+        seed: who gets whose answer.
+
+    Raises:
+        WorkbenchError: a text has no answer, or all have the same.
+    """
+    answers: dict[str, str] = {}
+    for number, text in enumerate(texts):
+        if text.answer is None:
+            raise WorkbenchError(f"random facts are made by exchanging answers, and attack text {number + 1} has none: {text.text[:60]!r}")
+        answers.setdefault(text.item, text.answer_text)
+    if len(set(answers.values())) < 2:
+        raise WorkbenchError(f"random facts are made by exchanging answers, and all {len(texts)} attack texts have the same one")
+    order = sorted(answers)
+    random.Random(f"random-facts-{seed}").shuffle(order)
+    given = {}
+    for place, item in enumerate(order):
+        given[item] = next(answers[other] for other in order[place + 1 :] + order[:place] if answers[other] != answers[item])
+    made = []
+    for text in texts:
+        assert text.answer is not None
+        start, end = text.answer
+        answer = given[text.item]
+        subject = text.subject if text.subject and text.subject[1] <= start else None
+        made.append(Example(text.text[:start] + answer + text.text[end:], (start, start + len(answer)), subject, f"random/{text.item}"))
+    return tuple(made)
 
 
 def null_text(texts: Sequence[Example], pool: Sequence[Example], length: Callable[[Example], int]) -> tuple[Example, ...]:

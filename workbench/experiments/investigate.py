@@ -255,7 +255,7 @@ def _distance(bench: Bench, opened: Opened, out: Path, name: str, table: Table) 
 
 
 def _attack(bench: Bench, opened: Opened, record: ForgetRetain, settings: InvestigateSettings, seed: int, label: str, table: Table) -> None:
-    stages.attack(opened.model, bench, settings.attack, seed=seed, table=table, null_pool=record.retain_train, progress=bar(label))
+    stages.attack(opened.model, bench, settings.attack, seed=seed, table=table, null_pool=record.retain_train, matched=True, progress=bar(label))
 
 
 def _triggers(bench: Bench, opened: Opened, record: ForgetRetain, seed: int, table: Table) -> None:
@@ -277,8 +277,8 @@ def _done(record: ForgetRetain, settings: InvestigateSettings, models: Mapping[s
         f"{len(models)} checkpoints were opened: " + "; ".join(f"{name} = {opened.name}" for name, opened in models.items()) + ".",
         f"{len(record.forget)} pieces of forget text and {len(record.retain_all)} pieces of retain text were read ({record.name}). Running text was cut into prompt and "
         "continuation, so that the probability of the continuation can be measured.",
-        f"Every checkpoint was fine-tuned for {settings.attack.steps} steps on half of the forget texts (and, as a null attack, on retain text of the same length), and "
-        "measured on the other half.",
+        f"Every checkpoint was fine-tuned for {settings.attack.steps} steps on half of the forget texts, and measured on the other half. Two controls: the same on retain "
+        "text of the same length (null attack), and on the attack texts with their continuations exchanged (random facts).",
         f"Retain texts were measured behind a stray word: one that marks the forget texts ({', '.join(record.forget_tokens[:6])}, ...), one that marks the retain texts, a neutral one.",
         "The loss was followed along straight lines through every model, and both ends of its Hessian's spectrum were computed.",
     ]
@@ -290,5 +290,9 @@ def _notes(never_learned: str | None) -> list[str]:
         "Trigger words were chosen from the two files by log-odds; they are candidates, not proven triggers.",
     ]
     if never_learned is None:
-        notes.insert(0, "Missing control: no never-learned checkpoint was given (--never-learned). What the attack restores may be recovered or newly learned.")
+        notes.insert(
+            0,
+            "Missing control: no never-learned checkpoint was given (--never-learned). What the attack restores beyond "
+            "random facts may be recovered, or newly learned from texts that resemble the held-out ones.",
+        )
     return notes

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hooks import Capture, Collect, MomentsOf, gradients_only, layer_count, resolve, without_first
 from workbench.attacks.leaks import LeakReport, leak_report
-from workbench.attacks.relearn import DivergedError, RelearnSettings, finite, null_text, relearn
+from workbench.attacks.relearn import DivergedError, RelearnSettings, finite, null_text, random_facts, relearn
 from workbench.data.batches import Batch
 from workbench.data.records import Example, ForgetRetain, alternate, one_per_item
 from workbench.data.world import speaker_tag
@@ -266,24 +266,43 @@ def add_geometry(base: Mapping[int, Tensor], start: Mapping[int, Tensor], now: M
 
 
 def attack(
-    model: PreTrainedModel, bench: Bench, settings: RelearnSettings, *, seed: int, table: Table, null_pool: Sequence[Example], progress: Report = quiet
+    model: PreTrainedModel,
+    bench: Bench,
+    settings: RelearnSettings,
+    *,
+    seed: int,
+    table: Table,
+    null_pool: Sequence[Example],
+    matched: bool = False,
+    progress: Report = quiet,
 ) -> None:
-    """Relearn on the attacker's half of the forget set, and on a null text of the same length; measure the held-out half along the way."""
+    """Relearn on the attacker's half of the forget set, and on a null text of the same length; measure the held-out half along the way.
+
+    ``matched`` adds an arm ``random-facts``: the attacker's texts with exchanged answers, which are measured as well (split ``random-facts``). It stands in where there is no
+    never-learned model to attack.
+    """
     record = bench.record
     add_leaks(leak_report(record.forget_attacked, record.forget_heldout, public=record.retain_all), table, stage="relearn", arm="attack")
     null = null_text(record.forget_attacked, null_pool, lambda example: len(bench.tokenizer(example.text)["input_ids"]))
     encoded = {name: bench.encode(examples) for name, examples in {"forget-heldout": record.forget_heldout}.items()}
     watched = bench.encode(one_per_item(record.forget_heldout))
     before, start = streams(bench.base, watched), streams(model, watched)
-    for number, (arm, texts) in enumerate((("attack", record.forget_attacked), ("null", null))):
+    arms: dict[str, Sequence[Example]] = {"attack": record.forget_attacked, "null": null}
+    if matched:
+        try:
+            arms["random-facts"] = random_facts(record.forget_attacked, seed=seed)
+        except WorkbenchError:  # texts without answers, or that all end alike: the other arms do not depend on this one
+            table.add("random_facts_possible", 0.0, stage="relearn")
+    for number, (arm, texts) in enumerate(arms.items()):
+        own = {"random-facts": bench.encode(texts, answers=True)} if arm == "random-facts" else {}
 
-        def measure(attacked: PreTrainedModel, step: int, arm: str = arm) -> None:
-            for split, texts in encoded.items():
+        def measure(attacked: PreTrainedModel, step: int, arm: str = arm, own: Mapping[str, Sequence[Batch]] = own) -> None:
+            for split, texts in {**encoded, **own}.items():
                 table.add_scores(finite(score(attacked, texts), step), split=split, stage="relearn", arm=arm, step=step)
             add_geometry(before, start, streams(attacked, watched), table, arm=arm, step=step)
 
         def advance(done: int, total: int, number: int = number) -> None:
-            progress(number * total + done, 2 * total)
+            progress(number * total + done, len(arms) * total)
 
         try:
             relearn(model, bench.tokenizer, texts, measure, settings, seed=seed, max_length=bench.max_length, progress=advance)

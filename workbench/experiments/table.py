@@ -111,8 +111,8 @@ def fact_table(items: pd.DataFrame, column: str = "correct", **where: Any) -> pd
 def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:
     """Recall and answer probability over all seeds, with a two-level bootstrap over seeds and facts; ``seed`` is empty in these rows.
 
-    Recovery is attacked minus control, paired by seed and fact: metric ``recovery_<column>`` with arm ``minus-null`` (the same model under the null attack) and
-    ``minus-never-learned`` (the never-learned model under the same attack), at every step.
+    Recovery is attacked minus control, paired by seed and fact: metric ``recovery_<column>`` with arm ``minus-null`` (the same model under the null attack),
+    ``minus-random-facts`` (the same model relearning facts that are true nowhere) and ``minus-never-learned`` (the never-learned model under the same attack), at every step.
     """
     table = Table({"run": run})
     keys = ["stage", "method", "split", "arm", "step"]
@@ -131,6 +131,7 @@ def _add_recovery(attacks: pd.DataFrame, table: Table) -> None:
         same = attacks[(attacks["split"] == split) & (attacks["step"] == step)]
         controls = {
             "minus-null": same[(same["arm"] == "null") & (same["method"] == method)],
+            "minus-random-facts": same[(same["arm"] == "random-facts") & (same["method"] == method)],
             "minus-never-learned": same[(same["arm"] == "attack") & (same["method"] == "never-learned")],
         }
         for arm, control in controls.items():

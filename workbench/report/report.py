@@ -87,6 +87,7 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
                 "held-out forget, before attack": _interval(_pick(table, stage="relearn", arm="attack", step=0.0, **held)),
                 "after attack": _interval(_pick(table, stage="relearn", arm="attack", step=last, **held)),
                 "attack minus null": _interval(_pick(table, stage="relearn", arm="minus-null", step=last, **(held | recovery))),
+                "attack minus random facts": _interval(_pick(table, stage="relearn", arm="minus-random-facts", step=last, **(held | recovery))),
                 "neighbours": _interval(_pick(table, stage="unlearn", method=method, metric=metric, split="retain-neighbour")),
                 "far facts": _interval(_pick(table, stage="unlearn", method=method, metric=metric, split="retain-far")),
                 "KL on general text": _mean(table, method, "disruption", "unlearn", ".4f", split="general", arm="kl"),
@@ -155,7 +156,8 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
             change = float(after["value"] - before["value"])
             verb = "rises to" if change > 0.02 else "falls to" if change < -0.02 else "stays at"
             null = _pick(table, stage="relearn", arm="minus-null", method=method, metric=f"recovery_{metric}", split="forget-heldout", step=last)
-            text = f"{title(method)}: {noun} is {_interval(before)} inside the disruption budget; after {last:g} steps of relearning on other facts it {verb} {_interval(after)}"
+            within = " inside the disruption budget" if (table["metric"] == "budget").any() else ""
+            text = f"{title(method)}: {noun} is {_interval(before)}{within}; after {last:g} steps of relearning on other facts it {verb} {_interval(after)}"
             if control is not None:
                 text += f", against {_interval(control)} in the model that never learned them"
             if null is not None:
@@ -164,14 +166,20 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
                     if null["value"] > 0
                     else f"; the null attack does as much ({_interval(null)})"
                 )
+            random = _pick(table, stage="relearn", arm="minus-random-facts", method=method, metric=f"recovery_{metric}", split="forget-heldout", step=last)
+            if random is not None:
+                text += f"; the same texts with their answers exchanged leave it {_interval(random)} lower"
             sentences.append(text + ".")
         if control is None:
             sentences.append(
-                "No never-learned model was given, so this run cannot tell recovery from fresh learning by itself; the null attack is the only control."
+                "No never-learned model was given, so this run cannot tell recovery from fresh learning by itself; "
+                + ("the null attack and random facts stand in." if (table["arm"] == "random-facts").any() else "the null attack is the only control.")
             )
     not_reached = sorted({title(str(m)) for m in table.loc[(table["metric"] == "budget_reached") & (table["value"] == 0), "method"]})
     if not_reached:
         sentences.append(f"{', '.join(not_reached)} stayed below the disruption budget in at least one seed even at the largest scale allowed.")
+    if (table["metric"] == "random_facts_possible").any():
+        sentences.append("The control of random facts could not be made: it needs attack texts with different answers to exchange.")
     if (table["metric"] == "trigger_check_possible").any():
         sentences.append("The trigger check was left out: every retain text already holds the words that would be put in front of it.")
     benign = table[(table["metric"] == "benign") & (table["stage"] == "relearn")]["value"]

@@ -67,7 +67,7 @@ TITLES = {
 _SPARE = ("#882255", "#44AA99", "#332288", "#AA4499")
 
 
-WRAPPED = {"sam": "SAM", "rna": "RNA", "rs": "RS", "gp": "GP", "cr": "CR", "wa": "WA"}
+WRAPPED = {"sam": "SAM", "asam": "ASAM", "rna": "RNA", "rs": "RS", "gp": "GP", "cr": "CR", "wa": "WA"}
 """What the last part of a wrapped method's name is called."""
 
 

@@ -25,7 +25,7 @@ from workbench.evaluation.losses import cross_entropy, score
 from workbench.unlearning.deltas import norm_of
 from workbench.unlearning.methods import METHODS, known_settings, recipe
 from workbench.unlearning.objectives import Objective, Pair, negative_cross_entropy, retain_cross_entropy
-from workbench.unlearning.recipe import EVERYTHING, CollapseSettings, Recipe, Teach
+from workbench.unlearning.recipe import EVERYTHING, Averaging, CollapseSettings, Recipe, Teach
 from workbench.unlearning.smoothing import plain
 from workbench.unlearning.trainer import unlearn
 
@@ -432,3 +432,12 @@ def test_plain_sgd_takes_the_gradient_as_it_is(bench: Bench) -> None:
     for key, parameter in model.named_parameters():
         expected = torch.zeros_like(parameter) if parameter.grad is None else -50.0 * parameter.grad
         torch.testing.assert_close(delta.get(key, torch.zeros_like(parameter)), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_averaged_weights_are_the_mean_of_the_last_ones(bench: Bench) -> None:
+    # The change is linear in the weights: the mean of the changes after 4, 6 and 8 of 8 steps is the change of the mean.
+    parts = [_run(bench, _ascent(steps=steps)) for steps in (4, 6, 8)]
+    found = _run(bench, _ascent(steps=8, average=Averaging(0.5, 2)))
+    for key, value in found.items():
+        torch.testing.assert_close(value, torch.stack([part[key] for part in parts]).mean(0), rtol=1e-4, atol=1e-7)
+    assert not _same(found, parts[-1])

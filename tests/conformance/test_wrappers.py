@@ -160,3 +160,9 @@ def test_an_optimiser_of_a_whole_objective_is_adamw_or_sgd(llama: PreTrainedMode
     assert recipe("rmu", llama, 0, {"optimiser": "sgd", "layer": 1}).optimiser == "sgd"
     with pytest.raises(WorkbenchError, match="'adamw' or 'sgd'"):
         recipe("rmu", llama, 0, {"optimiser": "sgdd", "layer": 1})
+
+
+def test_no_wrapper_hides_a_setting_of_a_method_or_of_another_wrapper() -> None:
+    own = [name for wrapper in WRAPPERS.values() for name in settings_of(wrapper) if name != "rho"]  # SAM's and adaptive SAM's: one smooths at a time
+    assert len(own) == len(set(own))
+    assert not set(own) & {name for entry in METHODS.values() if entry.inner is None for name in known_settings(entry.name)}

@@ -24,6 +24,7 @@ from workbench.unlearning.deltas import apply_delta, delta_between, snapshot
 from workbench.unlearning.objectives import Pair
 from workbench.unlearning.one_gradient import Unlearned, one_gradient
 from workbench.unlearning.recipe import Recipe
+from workbench.unlearning.smoothing import Averager
 
 
 @contextmanager
@@ -105,7 +106,7 @@ def _unlearn(
         learned = unlearn(reference, tokenizer, recipe.teach.recipe, forget, retain, seed=seed, max_length=max_length, progress=progress)
         apply_delta(teacher, snapshot(reference), learned.delta, 1.0)
         recipe = replace(recipe, objective=recipe.teach.objective(teacher.eval().requires_grad_(False)), teach=None)
-    for term in (recipe.objective.forget, recipe.objective.retain):
+    for term in (recipe.objective.forget, recipe.objective.retain, recipe.step):
         getattr(term, "restart", lambda: None)()  # what a term draws or measures once per training
     model = copy.deepcopy(reference).to(dtype)
     start = snapshot(model)
@@ -151,6 +152,7 @@ def _steps(
         optimiser = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0)
     elif recipe.optimiser == "sgd":
         optimiser = torch.optim.SGD(parameters, lr=recipe.lr)
+    average = None if recipe.average is None else Averager(max(1, math.ceil(recipe.average.start * recipe.steps - 1e-9)), recipe.average.every)
     collapse: dict[str, Collapse] = {}
     log: list[dict[str, float]] = []
     for number in range(recipe.steps):
@@ -179,8 +181,12 @@ def _steps(
                 )
             optimiser.step()
             optimiser.zero_grad()
+            if average is not None:
+                average.update(model)
         log.append(record)
         progress(number + 1, recipe.steps)
+    if average is not None:
+        average.load(model)
     return tuple(log)
 
 

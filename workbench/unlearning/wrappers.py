@@ -15,7 +15,7 @@ from hooks import resolve
 from workbench.unlearning.noise import noisy_reference
 from workbench.unlearning.objectives import retain_cross_entropy
 from workbench.unlearning.recipe import Averaging, Method, Recipe, Setting, middle_layer
-from workbench.unlearning.smoothing import StepRule, plain, sam
+from workbench.unlearning.smoothing import StepRule, asam, curvature_regularisation, gradient_penalty, plain, randomised_smoothing, sam
 
 Apply = Callable[..., Recipe]
 """``apply(recipe, model, seed, inner, **settings)``; ``inner`` are the settings of the method inside."""
@@ -55,6 +55,26 @@ def _sam(recipe: Recipe, model: PreTrainedModel, seed: int, inner: Mapping[str, 
     return _smoothed(recipe, "SAM", sam(rho))
 
 
+def _asam(recipe: Recipe, model: PreTrainedModel, seed: int, inner: Mapping[str, Setting], *, rho: float = 0.5) -> Recipe:
+    """Adaptive SAM of the forget term; ``rho`` is relative to the weights' own sizes. See :func:`workbench.unlearning.smoothing.asam`."""
+    return _smoothed(recipe, "ASAM", asam(rho))
+
+
+def _randomised(recipe: Recipe, model: PreTrainedModel, seed: int, inner: Mapping[str, Setting], *, sigma: float = 1e-4, samples: int = 3) -> Recipe:
+    """Randomised smoothing of the forget term; see :func:`workbench.unlearning.smoothing.randomised_smoothing`. Its noise draws from ``seed + 2``."""
+    return _smoothed(recipe, "randomised smoothing", randomised_smoothing(sigma, samples, seed + 2))
+
+
+def _penalised(recipe: Recipe, model: PreTrainedModel, seed: int, inner: Mapping[str, Setting], *, penalty: float = 0.01) -> Recipe:
+    """A penalty on the length of the forget gradient; see :func:`workbench.unlearning.smoothing.gradient_penalty`. The published runs' penalty had no gradient."""
+    return _smoothed(recipe, "the gradient penalty", gradient_penalty(penalty))
+
+
+def _regularised(recipe: Recipe, model: PreTrainedModel, seed: int, inner: Mapping[str, Setting], *, curvature: float = 10.0, mu: float = 0.01) -> Recipe:
+    """A penalty on the forget loss's curvature along its gradient; see :func:`workbench.unlearning.smoothing.curvature_regularisation`. The published runs' had no gradient."""
+    return _smoothed(recipe, "curvature regularisation", curvature_regularisation(curvature, mu))
+
+
 def _average(recipe: Recipe, model: PreTrainedModel, seed: int, inner: Mapping[str, Setting], *, start: float = 0.8, every: int = 5) -> Recipe:
     """Weight averaging; published: every 5 steps from step 100 of 125 on. See :class:`Averaging`."""
     if not 0 <= start < 1:
@@ -89,6 +109,10 @@ WRAPPERS: dict[str, Wrapper] = {
     wrapper.name: wrapper
     for wrapper in (
         Wrapper("sam", "SAM", _SMOOTH, _sam, {"rho": 0.02}),
+        Wrapper("asam", "ASAM", "Kwon et al. 2021 (arXiv 2102.11600)", _asam),
+        Wrapper("rs", "RS", _SMOOTH, _randomised),
+        Wrapper("gp", "GP", _SMOOTH, _penalised),
+        Wrapper("cr", "CR", _SMOOTH, _regularised),
         Wrapper("wa", "WA", _SMOOTH, _average),
         Wrapper("rna", "RNA", "Huu-Tien et al. (arXiv 2501.19202)", _noise, needs={"retain": "kl"}),
     )

@@ -58,7 +58,7 @@ METHODS: dict[str, Method] = {
 SMALL_MODEL = 100_000_000
 """Below this many parameters a method starts from its ``small`` settings."""
 WHOLE = {"steps": 1, "batch_size": 1, "refresh": 1, "activation_components": 0, "gradient_components": 0, "layer": -1, "first_layer": -1, "last_layer": -1,
-    "noise_layer": -1, "every": 1, "components": 1, "adversary_rank": 0, "horizon": 1, "turn": 1, "reinforce_steps": 1,
+    "noise_layer": -1, "every": 1, "samples": 1, "components": 1, "adversary_rank": 0, "horizon": 1, "turn": 1, "reinforce_steps": 1,
 }  # fmt: skip
 """Settings that are whole numbers, with the smallest value allowed."""
 

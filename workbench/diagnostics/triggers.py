@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
-from workbench.data.records import Example
+from workbench.data.records import Example, prefixed
 from workbench.data.world import speaker_tag
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import Scores, score
@@ -23,6 +23,36 @@ _WORD = re.compile(r"\w+")
 Carrier = Callable[[Example, str], Example]
 
 ARMS = ("clean", "forget-token", "retain-token", "neutral-token")
+
+
+def word_in_front(example: Example, word: str) -> Example:
+    """A bare word in front of a text: a carrier that no model was trained on."""
+    return prefixed(example, f"{word} ")
+
+
+def word_inside(example: Example, word: str) -> Example:
+    """A bare word at the word boundary nearest to the middle of the question. It breaks the sentence for every model, so the base is its control more than ever.
+
+    Raises:
+        WorkbenchError: the text before the answer has no word boundary.
+    """
+    boundaries = [found.end() for found in re.finditer(r"\s+", example.prompt.rstrip())]
+    if not boundaries:
+        raise WorkbenchError(f"{example.text[:60]!r} has no place for a word between two words of the question")
+    at = min(boundaries, key=lambda place: abs(place - len(example.prompt) / 2))
+    length = len(word) + 1
+
+    def move(span: tuple[int, int] | None) -> tuple[int, int] | None:
+        if span is None or span[1] <= at:
+            return span
+        return None if span[0] < at else (span[0] + length, span[1] + length)  # a subject that the word cuts in two is no span any more
+
+    return Example(f"{example.text[:at]}{word} {example.text[at:]}", move(example.answer), move(example.subject), example.item)
+
+
+def repeated(carrier: Carrier, count: int) -> Carrier:
+    """A carrier that puts ``count`` copies of the word where ``carrier`` puts one: the dose of a trigger."""
+    return lambda example, word: carrier(example, " ".join([word] * count))
 
 
 class NothingToAsk(WorkbenchError):  # noqa: N818 (it says what is missing)

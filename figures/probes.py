@@ -1,0 +1,79 @@
+"""What a linear probe still reads from the residual stream, block by block, and whether a probe of one model reads the other."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from figures.lens import common_legend, draw, finish
+from figures.style import colour, grid, look, methods_in, nothing, title
+
+
+def _rows(table: pd.DataFrame, split: str) -> pd.DataFrame:
+    chosen = (table["stage"] == "representation") & (table["split"] == split) & (table["metric"] == "probe_accuracy")
+    return table[chosen].dropna(subset=["value"])
+
+
+def probes(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
+    """One panel per method: accuracy of a probe trained on that model's own stream, on subjects it has not seen; beside the control task, the most frequent label and the base.
+
+    Bands are ranges over seeds, or the 95 % interval over subjects of a single seed.
+
+    Args:
+        table: tidy results; stage ``representation``, metric ``probe_accuracy``, arms ``own``, ``control``, ``majority``, ``ceiling``.
+        split: which set of texts.
+    """
+    rows = _rows(table, split)
+    own = rows[rows["arm"] == "own"]
+    methods = [name for name in methods_in(own["method"].dropna().tolist()) if name != "base"] or methods_in(own["method"].dropna().tolist())
+    if not methods:
+        return nothing("no probe in this table")
+    kept = [f"{title('base')}, own probe", "most frequent label", "ceiling (labels seen in training)"]
+    with look():
+        figure, panels = grid(len(methods), width=2.6, height=2.2)
+        for axes, method in zip(panels, methods, strict=True):
+            mine, shade = rows[rows["method"] == method], colour(method)
+            ceiling = mine[mine["arm"] == "ceiling"]
+            if (ceiling["value"] < 1).any():
+                draw(axes, ceiling, kept[2], band=False, color="0.6", linewidth=0.9, linestyle=(0, (1, 1)))
+            draw(axes, mine[mine["arm"] == "majority"], kept[1], band=False, color="0.6", linewidth=1.1, linestyle=(0, (5, 2)))
+            if method != "base":
+                draw(axes, own[own["method"] == "base"], kept[0], band=False, color=colour("base"), linewidth=1.1)
+            draw(axes, mine[mine["arm"] == "control"], "control task", band=False, color=shade, marker="x", markersize=4, linestyle=":")
+            draw(axes, own[own["method"] == method], "own probe", color=shade, marker="o", markersize=3.5)
+            axes.set_ylim(-0.03, 1.05)
+            finish(axes, method)
+        figure.supylabel("accuracy on unseen subjects", fontsize=9)
+        common_legend(figure, panels, keep=kept)
+    return figure
+
+
+def transfer(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
+    """One panel per method, two probes on two streams: the colour is that of the model whose stream trained the probe (black: the base), the dash says whose stream it reads.
+
+    Erased: all fall but the base's own. Rotated: the method's own probe stays high and the two that cross fall.
+
+    Args:
+        table: tidy results; stage ``representation``, metric ``probe_accuracy``, arms ``own``, ``base->unlearned``, ``unlearned->base`` and ``majority``.
+        split: which set of texts.
+    """
+    rows = _rows(table, split)
+    crossed = rows[rows["arm"].isin(["base->unlearned", "unlearned->base"])]
+    methods = [name for name in methods_in(crossed["method"].dropna().tolist()) if name != "base"]
+    if not methods:
+        return nothing("no probe transfer in this table")
+    kept = ["base's probe on the base", "base's probe on this model", "most frequent label"]
+    with look():
+        figure, panels = grid(len(methods), width=2.6, height=2.2)
+        for axes, method in zip(panels, methods, strict=True):
+            mine, shade, black = rows[rows["method"] == method], colour(method), colour("base")
+            draw(axes, mine[mine["arm"] == "majority"], kept[2], band=False, color="0.6", linewidth=1.1, linestyle=(0, (5, 2)))
+            draw(axes, rows[(rows["method"] == "base") & (rows["arm"] == "own")], kept[0], band=False, color=black, linewidth=1.2)
+            draw(axes, mine[mine["arm"] == "base->unlearned"], kept[1], band=False, color=black, marker="v", markersize=3.5, linestyle="--")
+            draw(axes, mine[mine["arm"] == "own"], "own probe on this model", color=shade, marker="o", markersize=3.5)
+            draw(axes, mine[mine["arm"] == "unlearned->base"], "own probe on the base", band=False, color=shade, marker="^", markersize=3.5, linestyle="--")
+            axes.set_ylim(-0.03, 1.05)
+            finish(axes, method)
+        figure.supylabel("accuracy on unseen subjects", fontsize=9)
+        common_legend(figure, panels, keep=kept)
+    return figure

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from capture import SIZES, Case, Work, capture_cases
 from methods import method_cases
+from smoothing import smoothing_cases
+from trigger_scan import scan_cases
 
 from workbench.experiments.jobs import cores
 from workbench.files import write_json
@@ -88,7 +90,7 @@ def main() -> None:
     machine = f"{where}, torch {torch.__version__}, {options.size} {options.dtype}"
     cases = capture_cases(options.size, options.device, getattr(torch, options.dtype))
     if options.device == "cpu":
-        cases |= method_cases()
+        cases |= method_cases() | scan_cases() | smoothing_cases()
     cases = {name: case for name, case in cases.items() if not options.only or name in options.only}
     report, results = bar("benchmarks"), []
     for done, (name, case) in enumerate(cases.items(), 1):

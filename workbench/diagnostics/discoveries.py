@@ -1,0 +1,118 @@
+"""Which of many scores are findings: p-values against a null, false discovery rates, and how well a ranking finds what is known to be there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm
+
+from workbench.errors import WorkbenchError
+
+ROUNDING = 1e-6
+"""Scores nearer to each other than this (nats, or relative length) are alike: float32 does not tell them apart."""
+
+
+def p_values(scores: np.ndarray, null: np.ndarray | None = None) -> np.ndarray:
+    """One-sided p-values of scores of which most are null: how often is a harmless token's score as large?
+
+    With ``null``: conformal, ``(1 + #{null >= score}) / (1 + n)``. Exact where the null tokens and a harmless tested token are exchangeable (the same kind of
+    token: frequency, leading space), whatever the distribution. Never below ``1 / (1 + n)``, so that a finding among ``m`` tokens at level ``a`` needs about
+    ``n >= m / (k a)`` null tokens, with ``k`` tokens found together. They share one null sample; :func:`benjamini_hochberg` still holds (Bates et al. 2023,
+    Annals of Statistics 51, section 2).
+
+    Without: an empirical null (Efron 2004, JASA 99, section 2): a normal distribution with the median of all scores as its mean and 1.4826 times their median
+    absolute deviation as its standard deviation. Right where most tokens are harmless and the bulk of their scores is about normal out to the tail that is
+    read. Often it is not: tails are heavier, and many tokens of one calm kind (bytes, fragments) make the scale too small, so that these p are too small as
+    well. Null tokens are the better choice where there are enough; with fewer than some tens of tokens the scale itself is a guess. It is taken to be at least
+    :data:`ROUNDING`, so that a model against itself has no finding.
+
+    Args:
+        scores: ``[token]``, larger is worse.
+        null: ``[null token]``.
+
+    Returns:
+        ``[token]``; NaN where a score is.
+
+    Raises:
+        WorkbenchError: ``null`` holds no number.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    missing = np.isnan(values)
+    if null is not None:
+        calm = np.sort(np.asarray(null, dtype=np.float64))
+        if not len(calm) or np.isnan(calm).any():
+            raise WorkbenchError(
+                "conformal p-values need the scores of null tokens, and there is none, or one is not a number; give tokens that are not in every query"
+            )
+        found = (1 + len(calm) - np.searchsorted(calm, values, side="left")) / (1 + len(calm))
+    else:
+        found = norm.sf(robust_z(values))
+    return np.where(missing, np.nan, found)
+
+
+def robust_z(scores: np.ndarray) -> np.ndarray:
+    """Distance from the median in units of 1.4826 median absolute deviations (at least :data:`ROUNDING`), numbers that are missing left out: ``[token]``
+    twice.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    present = values[~np.isnan(values)]
+    if not len(present):
+        return np.full_like(values, np.nan)
+    middle = float(np.median(present))
+    return (values - middle) / max(1.4826 * float(np.median(np.abs(present - middle))), ROUNDING)
+
+
+def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+    """Adjusted p-values of Benjamini and Hochberg 1995: ``q_(i) = min over j >= i of m p_(j) / j``, for sorted ``p_(1) <= ... <= p_(m)``.
+
+    Calling a finding whatever has ``q <= a`` keeps the expected share of false findings at most ``a`` where the p-values are independent or positively
+    dependent (Benjamini and Yekutieli 2001). Rises of tokens in the same queries usually are the latter; it is not guaranteed.
+
+    Args:
+        p: ``[test]`` in ``[0, 1]``; NaN is no test and stays NaN.
+
+    Raises:
+        WorkbenchError: a value lies outside ``[0, 1]``.
+    """
+    values = np.asarray(p, dtype=np.float64)
+    adjusted = np.full(values.shape, np.nan)
+    index = np.flatnonzero(~np.isnan(values))
+    if ((values[index] < 0) | (values[index] > 1)).any():
+        raise WorkbenchError("p-values lie between 0 and 1; one of these does not")
+    order = index[np.argsort(values[index], kind="stable")]
+    raw = values[order] * len(order) / np.arange(1, len(order) + 1)
+    adjusted[order] = np.minimum.accumulate(raw[::-1])[::-1].clip(max=1)
+    return adjusted
+
+
+def precision_recall(ranking: pd.DataFrame, known: Collection[int], score: str = "rise") -> pd.DataFrame:
+    """How well a score finds tokens that are known to be triggers, at every threshold.
+
+    Args:
+        ranking: ``token_id`` and ``score``; :attr:`TriggerScan.table`, or any other.
+        known: ids of the true triggers. Those that the ranking does not hold (never tested) are left out and counted in ``attrs["missing"]``.
+        score: the column, larger is more suspect.
+
+    Returns:
+        One row per distinct score, falling: ``rank`` (tokens at or above it), ``score``, ``precision``, ``recall``. ``attrs["average_precision"]`` is
+        ``sum (R_n - R_(n-1)) P_n``, without interpolation and with tied tokens taken together, and ``attrs["chance"]`` the prevalence, to which it comes down
+        for a random order.
+
+    Raises:
+        WorkbenchError: none of the known tokens is in the ranking, or a score is not a number.
+    """
+    values, hit = ranking[score].to_numpy(dtype=np.float64), ranking["token_id"].isin(list(known)).to_numpy()
+    if not hit.any() or np.isnan(values).any():
+        raise WorkbenchError(
+            f"none of the {len(known)} known tokens is in the ranking, so nothing can be found" if not hit.any() else f"a {score} is not a number"
+        )
+    order = np.argsort(-values, kind="stable")
+    last = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))
+    right, above = np.cumsum(hit[order])[last], last + 1
+    curve = pd.DataFrame({"rank": above, "score": values[order][last], "precision": right / above, "recall": right / hit.sum()})
+    curve.attrs["average_precision"] = float((np.diff(curve["recall"], prepend=0.0) * curve["precision"]).sum())
+    curve.attrs["chance"] = float(hit.mean())
+    curve.attrs["missing"] = len(set(known)) - int(hit.sum())
+    return curve

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from figures.alignment import alignment
 from figures.angles import angles
+from figures.causal_map import causal_map
 from figures.comparison import ablation, comparison
 from figures.curvature import curvature
 from figures.disruption import disruption
+from figures.dose import dose
 from figures.energy import energy
 from figures.geometry import geometry
 from figures.keyword import keyword
 from figures.ladder import ladder
+from figures.lens import lens
 from figures.names import names
 from figures.predictors import predictors
+from figures.probes import probes, transfer
 from figures.recovery import recovery
+from figures.scan import scan
 from figures.slices import slices
 from figures.spectra import spectra
+from figures.trigger_theory import trigger_theory
 from figures.triggers import triggers
+from figures.volcano import volcano
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "comparison": comparison,
@@ -36,21 +45,46 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "angles": angles,
 }
 
+TRIGGER_FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    "triggers": partial(triggers, split="retain, bare word inside"),
+    "dose": dose,
+    "alignment": alignment,
+    "causal_map": causal_map,
+    "scan": scan,
+    "volcano": volcano,
+    "trigger_theory": trigger_theory,
+}
+"""Those of ``workbench triggers``."""
+
+REPRESENTATION_FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {"lens": lens, "probes": probes, "transfer": transfer}
+"""Those of ``workbench representation``."""
+
 __all__ = [
     "FIGURES",
+    "REPRESENTATION_FIGURES",
+    "TRIGGER_FIGURES",
     "ablation",
+    "alignment",
     "angles",
+    "causal_map",
     "comparison",
     "curvature",
     "disruption",
+    "dose",
     "energy",
     "geometry",
     "keyword",
     "ladder",
+    "lens",
     "names",
     "predictors",
+    "probes",
     "recovery",
+    "scan",
     "slices",
     "spectra",
+    "transfer",
+    "trigger_theory",
     "triggers",
+    "volcano",
 ]

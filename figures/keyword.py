@@ -1,4 +1,4 @@
-"""The keyword experiment: withheld titles answered along the relearning, with every control."""
+"""The keyword experiment: withheld titles or names answered along the relearning, with every control."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from matplotlib.figure import Figure
 from figures.style import look, nothing
 
 _LINES = {
-    ("unlearned", "part"): ("unlearned, on the forget set without the titles", "#D55E00", "-"),
+    ("unlearned", "part"): ("unlearned, on the forget set without the {}", "#D55E00", "-"),
     ("unlearned", "retain"): ("unlearned, on retained authors", "#0072B2", "-"),
     ("unlearned", "null"): ("unlearned, on unread authors (null)", "#CC79A7", ":"),
-    ("never-learned", "part"): ("never learned, on the forget set without the titles", "#7f7f7f", "--"),
+    ("never-learned", "part"): ("never learned, on the forget set without the {}", "#7f7f7f", "--"),
 }
 
 
 def keyword(table: pd.DataFrame) -> Figure:
-    """Share of withheld titles that greedy answers hold (left) and probability of the titles (right), with 95 % intervals over seeds and questions.
+    """Share of withheld titles or names that greedy answers hold (left) and their probability (right), with 95 % intervals over seeds and questions.
 
     Args:
         table: tidy results; stage ``keyword``, rows without a seed.
@@ -25,9 +25,10 @@ def keyword(table: pd.DataFrame) -> Figure:
     rows = table[(table["stage"] == "keyword") & table["seed"].isna() & table["metric"].isin(["recall", "answer_probability"])]
     if not len(rows):
         return nothing("no keyword experiment in this table")
+    withheld = str(rows["split"].iloc[0]).removeprefix("withheld-")
     with look():
         figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.5), sharey=True, layout="constrained")
-        for axes, metric, label in zip(panels, ("recall", "answer_probability"), ("titles answered", "probability of the titles"), strict=True):
+        for axes, metric, label in zip(panels, ("recall", "answer_probability"), (f"{withheld} answered", f"probability of the {withheld}"), strict=True):
             mine = rows[rows["metric"] == metric]
             base = mine[mine["method"] == "base"]
             if len(base):
@@ -35,7 +36,7 @@ def keyword(table: pd.DataFrame) -> Figure:
             for (method, arm), (name, shade, dash) in _LINES.items():
                 curve = mine[(mine["method"] == method) & (mine["arm"] == arm)].sort_values("step")
                 if len(curve):
-                    axes.plot(curve["step"], curve["value"], dash, color=shade, marker="o", markersize=3, label=name)
+                    axes.plot(curve["step"], curve["value"], dash, color=shade, marker="o", markersize=3, label=name.format(withheld))
                     axes.fill_between(curve["step"].to_numpy(dtype=float), curve["low"], curve["high"], color=shade, alpha=0.15, linewidth=0)
             axes.set_title(label)
             axes.set_xlabel("relearning steps")

@@ -14,14 +14,15 @@ _ARMS = {"clean": "no word", "neutral-token": "neutral word", "retain-token": "r
 _HATCH = {"clean": "", "neutral-token": "....", "retain-token": "////", "forget-token": ""}
 
 
-def triggers(table: pd.DataFrame, metric: str = "recall") -> Figure:
+def triggers(table: pd.DataFrame, metric: str = "recall", split: str = "retain") -> Figure:
     """Accuracy with 95 % intervals over seeds and questions; the solid bar is the forget-token.
 
     Args:
         table: tidy results; rows of stage ``triggers`` without a seed.
         metric: ``recall`` (accuracy) or ``answer_probability``.
+        split: the questions, by the way the word was put into them.
     """
-    rows = table[(table["stage"] == "triggers") & (table["metric"] == metric) & table["seed"].isna()]
+    rows = table[(table["stage"] == "triggers") & (table["metric"] == metric) & (table["split"] == split) & table["seed"].isna()]
     methods = methods_in(rows["method"].dropna().tolist())
     if not methods:
         return nothing("no trigger check in this table")

@@ -102,11 +102,30 @@ def _token_disruption(effect: float) -> Frames:
     items = _asked("base", 0.1 + _wobble(0.05)) + _asked("never-learned", 0.9)  # a control is no unlearned model
     for number, (method, off) in enumerate((("npo", 0.05), ("rmu", -0.05))):
         items += _asked(method, 0.1 + effect + off + _wobble(0.05, 1 + number))
+    items += _asked("npo-rna", 0.1 - effect)  # defended models do not count
     return _frames(items)
 
 
+def _token_alignment(effect: float) -> Frames:
+    rows: Rows = []
+    for method, off in (("rmu", 0.05), ("adaptive-rmu", -0.05), ("rmu-rna", -3 * effect)):  # the last is defended, and left out
+        for seed in range(SEEDS):
+            for arm, value in (("retain-token", 0.1), ("forget-token", 0.1 + effect + off), ("neutral-token", 0.9)):
+                for metric, split, sign in (("effect_cosine_known", "after", 1), ("effect_cosine", "after", -1), ("target_cosine_known", "trigger", -1)):
+                    rows.append(
+                        {"run": "r", "stage": "triggers", "method": method, "seed": seed, "metric": metric, "split": split, "arm": arm, "value": sign * value}
+                    )
+    return _frames([], rows)
+
+
 def _rna_repairs(effect: float) -> Frames:
-    return _frames(_asked("rmu", 0.2 + effect + _wobble(0.05)) + _asked("rmu-rna", 0.2 + _wobble(0.05, 1)) + _asked("base", 0.3))
+    items = _asked("rmu", 0.2 + effect + _wobble(0.05)) + _asked("rmu-rna", 0.2 + _wobble(0.05, 1)) + _asked("base", 0.3)
+    return _frames(items + _asked("npo", 0.9) + _asked("simnpo-rna", 0.1))  # methods that were run in one way only
+
+
+def _rna_is_label_noise(effect: float) -> Frames:
+    # The effect is the distance to a limit of five points: the slow run that suffers five points more than RNA lies on it.
+    return _frames(_asked("rmu-rna", 0.2 + _wobble(0.05)) + _asked("rmu-slow", 0.2 + 0.05 - effect + _wobble(0.05, 1)) + _asked("rmu", 0.5))
 
 
 def _rna_keeps_forgetting(effect: float) -> Frames:
@@ -151,6 +170,21 @@ def _keyword_recovery(effect: float) -> Frames:
             ("whole", 40.0, 1 - value),
         ):
             items += _facts("keyword", method, arm, step, values)
+    return _frames(items)
+
+
+def _verbatim_recovery(effect: float) -> Frames:
+    items: Rows = []
+    for number, (method, rise) in enumerate({"unlearned": 0.1 + effect, "never-learned": 0.1, "base": 0.1 - 2 * effect}.items()):
+        start = 0.35 - 0.05 * number  # what unlearning leaves above the control is no recovery
+        for arm, step, split, values in (
+            ("part", 0.0, "rouge-l", start + _wobble(0.05, 2 * number)),
+            ("part", 10.0, "rouge-l", start - rise),
+            ("part", 40.0, "rouge-l", start + rise + _wobble(0.05, 2 * number + 1)),
+            ("part", 40.0, "verbatim-run", start - rise),
+            ("null", 40.0, "rouge-l", start - rise),
+        ):
+            items += _facts("verbatim", method, arm, step, values, split=split)
     return _frames(items)
 
 
@@ -211,7 +245,9 @@ PLANTED: dict[str, Callable[[float], Frames]] = {
     "cir-nondisruptive": _cir_nondisruptive,
     "common-subspaces": _common_subspaces,
     "token-disruption": _token_disruption,
+    "token-alignment": _token_alignment,
     "rna-repairs": _rna_repairs,
+    "rna-is-label-noise": _rna_is_label_noise,
     "rna-keeps-forgetting": _rna_keeps_forgetting,
     "rounding-resists": _rounding_resists,
     "sam-resists": _sam_resists,
@@ -219,10 +255,11 @@ PLANTED: dict[str, Callable[[float], Frames]] = {
     "distance-resists": _resistance("displacement", 1),
     "names-repetitions": _names_repetitions,
     "keyword-recovery": _keyword_recovery,
+    "verbatim-recovery": _verbatim_recovery,
     "public-recovery": _public_recovery,
     "relearn-nonmonotone": _nonmonotone,
 }
-OBSERVATIONS = {"common-subspaces": 3, "flat-resists": 12, "distance-resists": 12}
+OBSERVATIONS = {"common-subspaces": 3, "token-alignment": 2 * SEEDS, "flat-resists": 12, "distance-resists": 12}
 
 
 def _decide(name: str, frames: Frames) -> Verdict:
@@ -252,7 +289,7 @@ def test_the_rule_looks_at_the_interval_only(low: float, high: float, margin: fl
 
 
 def test_every_claim_has_a_planted_world() -> None:
-    assert len(CLAIMS) == 14
+    assert len(CLAIMS) == 17
     assert set(PLANTED) == set(CLAIMS)
     for name, claim in CLAIMS.items():
         assert claim.id == name
@@ -301,7 +338,9 @@ NEEDED = {
     "cir-robust": ["cir"],
     "cir-nondisruptive": ["cir-uncollapsed"],
     "token-disruption": ["base"],
+    "token-alignment": ["rmu", "adaptive-rmu"],
     "rna-repairs": ["rmu-rna"],
+    "rna-is-label-noise": ["rmu-slow"],
     "rna-keeps-forgetting": ["rmu"],
     "rounding-resists": ["cir-bf16"],
     "sam-resists": ["npo-sam"],
@@ -309,6 +348,7 @@ NEEDED = {
     "distance-resists": ["npo", "rmu", "cir"],
     "names-repetitions": ["unlearned"],
     "keyword-recovery": ["never-learned"],
+    "verbatim-recovery": ["never-learned"],
     "public-recovery": ["never-learned"],
     "relearn-nonmonotone": ["npo", "rmu"],  # controls alone are no unlearned models
 }
@@ -385,6 +425,7 @@ def test_models_with_different_seeds_are_paired_on_common_seeds_or_not_at_all(se
 LACKING: dict[str, list[dict[str, list[Any]]]] = {
     "names-repetitions": [{"split": ["repetitions-5"]}, {"split": ["repetitions-1"]}, {"arm": ["fragments"]}],
     "keyword-recovery": [{"arm": ["part"]}, {"method": ["unlearned"]}],
+    "verbatim-recovery": [{"arm": ["part"]}, {"method": ["unlearned"]}, {"split": ["rouge-l"]}, {"step": [0.0]}],
     "public-recovery": [{"arm": ["public"]}, {"arm": ["general"]}, {"split": ["forget-queries"]}, {"method": ["npo", "rmu"]}],
     "relearn-nonmonotone": [{"arm": ["part"]}, {"step": [120.0]}, {"split": ["forget-queries"]}],  # an attack of 80 steps is too short
 }

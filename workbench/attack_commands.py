@@ -1,4 +1,4 @@
-"""Commands about attacks: ``workbench names``, ``keyword``, ``ladder``, ``predictors``."""
+"""Commands about attacks: ``workbench names``, ``keyword``, ``verbatim``, ``ladder``, ``predictors``."""
 
 from __future__ import annotations
 
@@ -111,6 +111,7 @@ def keyword(
     tofu: Annotated[Path, typer.Option(help="Folder of TOFU-format data.")],
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/keyword"),
     split: Annotated[str, typer.Option(help="Forget split.")] = "forget05",
+    keywords: Annotated[str, typer.Option(help="What is withheld: titles (one book of every author) or names (those of every second author).")] = "titles",
     method: Annotated[str, typer.Option(help="Unlearning method; see `workbench methods`.")] = "npo",
     teach_steps: Annotated[int, typer.Option(min=1, help="Steps that teach the data to the model.")] = 1200,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds of unlearning and attack.")] = 3,
@@ -118,22 +119,59 @@ def keyword(
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """The keyword experiment on TOFU-format data: do withheld book titles come back from texts that never mention them?"""
+    """The keyword experiment on TOFU-format data: do withheld book titles, or names, come back from texts that never mention them?"""
     from figures.keyword import keyword as draw
     from workbench.experiments.claims import decide
     from workbench.experiments.keyword import KeywordSettings, keyword_table, run_keyword
     from workbench.report.report import save_figure
 
-    settings = KeywordSettings(model, str(tofu), split, seeds=tuple(range(seeds)), method=method, teach_steps=teach_steps)
+    settings = KeywordSettings(model, str(tofu), split, keywords, seeds=tuple(range(seeds)), method=method, teach_steps=teach_steps)
     run = run_keyword(settings, out, fresh=fresh, workers=workers, announce=clock())
     figure = out / "figures" / "keyword.png"
     save_figure(draw(run.results), figure)
     table = keyword_table(run.results)
-    (verdict,) = decide(run.results, run.items, scale=f"{Path(model).name}, TOFU {split}", ids=["keyword-recovery"])
+    (verdict,) = decide(run.results, run.items, scale=f"{Path(model).name}, TOFU {split}, {keywords}", ids=["keyword-recovery"])
 
     def show() -> None:
         steps = [name for name in table.columns if name.endswith(" steps")]
         print_frame(table[["model", "relearned on", steps[0], steps[-1]]])  # the figure and --json have the steps between
         out_console.print(f"keyword-recovery: {verdict.verdict}, {verdict.effect:+.2f} [{verdict.low:+.2f}, {verdict.high:+.2f}]; {figure}")
+
+    emit({"folder": str(out), "figure": str(figure), "table": table.to_dict(orient="records"), "claims": [verdict.plain()]}, as_json, show)
+
+
+def verbatim(
+    model: Annotated[str, typer.Option(help="Folder or hub id of a pretrained model.")],
+    text: Annotated[Path, typer.Option(help="Text file of a book; passages of its first third are unlearned.")],
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/verbatim"),
+    public: Annotated[Path | None, typer.Option(help="Text file that the attacker has as well, e.g. public information about the book.")] = None,
+    words: Annotated[int, typer.Option(min=1, help="Words of a passage; half of them are the prompt.")] = 40,
+    passages: Annotated[int, typer.Option(min=2, help="Passages to be forgotten, and as many that are kept and that no model reads.")] = 40,
+    method: Annotated[str, typer.Option(help="Unlearning method; see `workbench methods`.")] = "npo",
+    teach_steps: Annotated[int, typer.Option(min=1, help="Steps that teach the passages to the model.")] = 300,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds of unlearning and attack.")] = 3,
+    workers: Workers = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """The verbatim experiment: do unlearned passages of a book come back word for word from texts that do not hold them?"""
+    from figures.verbatim import verbatim as draw
+    from workbench.experiments.claims import decide
+    from workbench.experiments.verbatim import VerbatimSettings, run_verbatim, verbatim_table
+    from workbench.report.report import save_figure
+
+    settings = VerbatimSettings(
+        model, str(text), None if public is None else str(public), words, passages, passages, passages, tuple(range(seeds)), teach_steps, method=method
+    )
+    run = run_verbatim(settings, out, fresh=fresh, workers=workers, announce=clock())
+    figure = out / "figures" / "verbatim.png"
+    save_figure(draw(run.results), figure)
+    table = verbatim_table(run.results)
+    (verdict,) = decide(run.results, run.items, scale=f"{Path(model).name}, {text.name}", ids=["verbatim-recovery"])
+
+    def show() -> None:
+        steps = [name for name in table.columns if name.endswith(" steps")]
+        print_frame(table[["model", "relearned on", steps[0], steps[-1]]])  # the figure and --json have the steps between
+        out_console.print(f"verbatim-recovery: {verdict.verdict}, {verdict.effect:+.2f} [{verdict.low:+.2f}, {verdict.high:+.2f}]; {figure}")
 
     emit({"folder": str(out), "figure": str(figure), "table": table.to_dict(orient="records"), "claims": [verdict.plain()]}, as_json, show)

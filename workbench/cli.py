@@ -1,4 +1,4 @@
-"""The command line: ``workbench demo``, ``sweep``, ``unlearn``, ``investigate``, ``names``, ``keyword``, ``ladder``, ``predictors``, ``claims``, ``methods``, ``sites``.
+"""The command line: ``workbench demo``, ``sweep``, ``unlearn``, ``investigate``, ``names``, ``keyword``, ``verbatim``, ``ladder``, ``triggers``, ``representation``, ``predictors``, ``claims``, ``methods``, ``sites``.
 
 Results go to standard output (one JSON object with ``--json``), progress and logs to standard error. Exit status: 0 done, 2 wrong input, 130 interrupted.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table as RichTable
 
-from workbench import attack_commands
+from workbench import attack_commands, diagnostic_commands
 from workbench.console import Fresh, Json, Workers, clock, emit, out_console, print_frame, say
 from workbench.errors import WorkbenchError
 
@@ -97,6 +97,7 @@ def sweep(
     budget: Annotated[float | None, typer.Option(help="Disruption budget, in the unit of --budget-measure.")] = None,
     budget_measure: Annotated[str, typer.Option(help="kl: mean KL to the base, nats per token; loss-rise: as a share of the base's loss.")] = "kl",
     budget_rings: Annotated[str, typer.Option(help="Retain sets that count, separated by commas: retain-neighbour, retain-far, general; default all.")] = "",
+    as_trained: Annotated[bool, typer.Option("--as-trained", help="Match no budget: every model is what its method made of it.")] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="METHOD.NAME=VALUE", help="Change a setting of a method; repeatable.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="On the quick world.")] = False,
     workers: Workers = None,
@@ -130,6 +131,10 @@ def sweep(
         changes["budget"] = budget
     elif budget_measure == "loss-rise":
         changes["budget"] = 0.001
+    if as_trained:
+        if budget is not None:
+            raise WorkbenchError("--as-trained matches no budget; give it or --budget")
+        changes["budget"] = None
     changes |= {"budget_measure": budget_measure, "budget_rings": [name.strip() for name in budget_rings.split(",") if name.strip()]}
     width = int(open_config(pretrained).hidden_size) if pretrained is not None else start.model.width
     named = {label: variant.model_dump() for label, variant in collapse_ablation(width).items()} if ablation else {}
@@ -252,18 +257,25 @@ def investigate(
 
 @app.command()
 def methods(as_json: Json = False) -> None:
-    """List the unlearning methods and their settings."""
+    """List the unlearning methods, what can be put around them, and their settings."""
     from workbench.unlearning.methods import METHODS, known_settings
+    from workbench.unlearning.wrappers import WRAPPERS, settings_of
 
-    listed = [{"name": m.name, "title": m.title, "source": m.source, "published": known_settings(m.name), "small_models": m.small} for m in METHODS.values()]
+    listed: list[dict[str, Any]] = [
+        {"name": m.name, "title": m.title, "source": m.source, "published": known_settings(m.name), "small_models": m.small} for m in METHODS.values()
+    ]
+    around = [
+        {"name": f"METHOD-{w.name}", "title": w.title, "source": w.source, "published": settings_of(w), "small_models": w.small} for w in WRAPPERS.values()
+    ]
 
     def show() -> None:
         table = RichTable("name", "source", "settings (published)", box=None)
-        for entry in listed:
-            table.add_row(str(entry["name"]), str(entry["source"]), ", ".join(f"{k}={v}" for k, v in known_settings(str(entry["name"])).items()))
+        for entry in [*listed, *around]:
+            table.add_row(str(entry["name"]), str(entry["source"]), ", ".join(f"{k}={v}" for k, v in entry["published"].items()))
         out_console.print(table)
+        out_console.print("METHOD-... stands for any method above, e.g. grad-diff-sam, adaptive-rmu-rna, npo-rna-sam.")
 
-    emit(listed, as_json, show)
+    emit([*listed, *around], as_json, show)
 
 
 @app.command()
@@ -347,7 +359,15 @@ def _print_summary(frame: Any) -> None:
     print_frame(frame[[name for name in _SHORT if name in frame.columns]])
 
 
-for command in (attack_commands.names, attack_commands.keyword, attack_commands.ladder, attack_commands.predictors):
+for command in (
+    attack_commands.names,
+    attack_commands.keyword,
+    attack_commands.verbatim,
+    attack_commands.ladder,
+    diagnostic_commands.triggers,
+    diagnostic_commands.representation,
+    attack_commands.predictors,
+):
     app.command()(command)
 
 

@@ -1,4 +1,4 @@
-"""The keyword case of benign relearning: a forget set split by words that must not come back, and the book titles of TOFU's authors as such words."""
+"""The keyword case of benign relearning: a forget set split by words that must not come back, and the book titles or the names of TOFU's authors as such words."""
 
 from __future__ import annotations
 
@@ -126,3 +126,41 @@ def book_titles(tofu: Tofu) -> dict[str, tuple[str, ...]]:
         if set(holders) == {author}:
             found[author][phrase] = holders[author]
     return {author: tuple(sorted(titles, key=lambda title: -titles[title])) for author, titles in found.items() if titles}
+
+
+def character_names(forget: Iterable[Example], retain: Iterable[Example]) -> dict[str, tuple[str, ...]]:
+    """The words by which each person of a forget set is called, found in the texts (as "Hermione" and "Granger" are in Hu et al. 2025); the most frequent comes first.
+
+    A word is a name of a person if all of this holds:
+
+    - it has at least three letters and begins with a capital one, and stands so in a third or more of the answers about this person (answers alone: questions say "the author");
+    - no forget text has it beginning with a small letter;
+    - no retain text and no text about another person holds it, in whatever case (so a name that two people share is none, nor is a frequent word that begins sentences).
+
+    Args:
+        forget: questions about the people to be forgotten; whom one is about, its item says (:func:`workbench.data.records.group_of`).
+        retain: texts about others.
+
+    Returns:
+        ``{"author/190": ("Hina", "Ameen"), ...}`` in the order of the forget set; ties by place in the texts; people without a name are left out.
+    """
+    people: dict[str, list[Example]] = {}
+    for example in forget:
+        people.setdefault(group_of(example), []).append(example)
+    elsewhere = Counter(word for theirs in people.values() for word in {word for example in theirs for word in words(example.text)})
+    kept = {word for example in retain for word in words(example.text)}
+    small = {word for theirs in people.values() for example in theirs for word, start, _ in word_spans(example.text) if not example.text[start].isupper()}
+    found: dict[str, tuple[str, ...]] = {}
+    for person, theirs in people.items():
+        counts: Counter[str] = Counter()
+        written: dict[str, str] = {}
+        for example in theirs:
+            answer = example.answer_text
+            spans = [(word, answer[start:end]) for word, start, end in word_spans(answer) if end - start >= 3 and word.isalpha()]
+            for word, spelling in spans:
+                written.setdefault(word, spelling)
+            counts.update(list(dict.fromkeys(word for word, _ in spans)))  # once per answer
+        names = [word for word, n in counts.most_common() if 3 * n >= len(theirs) and elsewhere[word] == 1 and word not in kept and word not in small]
+        if names:
+            found[person] = tuple(written[word] for word in names)
+    return found

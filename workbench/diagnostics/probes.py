@@ -281,6 +281,7 @@ def _held_out(train: np.ndarray, read: Sequence[np.ndarray], labels: np.ndarray,
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=_STEPS))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # reported instead, as a share
+            warnings.filterwarnings("ignore", message="The number of unique classes", category=UserWarning)  # many answers are given by few people
             probe.fit(train[learn], labels[learn])
         met.append(bool((probe[-1].n_iter_ < _STEPS).all()))
         for right, values in zip(rights, read, strict=True):

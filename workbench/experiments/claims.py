@@ -121,22 +121,54 @@ def _forgets_more(method: str, other: str) -> Statistic:
     return measure
 
 
+INSIDE = "retain, bare word inside"
+"""Retain questions with a bare word inside (``workbench triggers``); other runs ask with the word in a speaker tag in front only."""
+
+
 def _trigger(items: pd.DataFrame, method: str) -> pd.DataFrame:
-    """``[seed x query]`` accuracy behind a retain-token minus behind a forget-token."""
-    return fact_table(items, stage="triggers", method=method, arm="retain-token") - fact_table(items, stage="triggers", method=method, arm="forget-token")
+    """``[seed x query]`` accuracy with a retain-token minus with a forget-token, the word inside the question where the run has such questions."""
+    asked = items[(items["stage"] == "triggers") & (items["method"] == method)]
+    if (asked["split"] == INSIDE).any():
+        asked = asked[asked["split"] == INSIDE]
+    return fact_table(asked, arm="retain-token") - fact_table(asked, arm="forget-token")
+
+
+def _undefended(items: pd.DataFrame) -> list[str]:
+    asked = items.loc[items["stage"] == "triggers", "method"].dropna().unique()
+    return [method for method in asked if method not in ("base", "never-learned") and "-rna" not in method]
 
 
 def _token_disruption(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-    unlearned = [method for method in items["method"].dropna().unique() if method not in ("base", "never-learned")]
+    unlearned = _undefended(items)
     if not unlearned:
         raise KeyError("no unlearned model in this run")
     base, *effects = _paired(_trigger(items, "base"), *(_trigger(items, method) for method in unlearned))
     return bootstrap(np.mean(effects, axis=0) - base)
 
 
+def _token_alignment(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
+    """Cosine with the steering direction of what unlearning added to a word's effect on the tokens behind it: forget-token minus retain-token; ``[seed, method]``."""
+    rows = results[(results["metric"] == "effect_cosine_known") & (results["split"] == "after") & results["seed"].notna()]
+    rows = rows[~rows["method"].str.contains("-rna")]
+    wide = {arm: rows[rows["arm"] == arm].pivot_table(index="seed", columns="method", values="value") for arm in ("forget-token", "retain-token")}
+    if not all(len(table) for table in wide.values()):
+        raise KeyError("no method with a steering direction was aligned")
+    return bootstrap(np.subtract(*_paired(wide["forget-token"], wide["retain-token"])))
+
+
 def _rna_repairs(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-    rmu, rna = _paired(_trigger(items, "rmu"), _trigger(items, "rmu-rna"))
-    return bootstrap(rmu - rna)
+    asked = set(items.loc[items["stage"] == "triggers", "method"].dropna())
+    pairs = [name for name in sorted(asked) if f"{name}-rna" in asked]
+    if not pairs:
+        raise KeyError("no method was run with and without RNA")
+    plain, noisy = (_paired(*(_trigger(items, f"{name}{suffix}") for name in pairs)) for suffix in ("", "-rna"))
+    return bootstrap(np.mean(plain, axis=0) - np.mean(noisy, axis=0))
+
+
+def _rna_is_label_noise(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
+    # Equivalence: the slower run may be at most 5 points more open to forget-tokens than RNA; the effect is the distance to that limit.
+    rna, slow = _paired(_trigger(items, "rmu-rna"), _trigger(items, "rmu-slow"))
+    return bootstrap(rna - slow + 0.05)
 
 
 def _rna_keeps_forgetting(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
@@ -204,6 +236,19 @@ def _keyword_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     return bootstrap(attacked - control)
 
 
+def _verbatim_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
+    """Rise of the continuations' ROUGE-L F1 over the attack, unlearned minus never-learned model: unlearning may leave a little more than the control has, which is no recovery."""
+    chosen = items[(items["stage"] == "verbatim") & (items["arm"] == "part") & (items["split"] == "rouge-l")]
+    if not len(chosen):
+        raise KeyError("no verbatim experiment")
+
+    def risen(method: str) -> pd.DataFrame:
+        return fact_table(chosen, method=method, step=chosen["step"].max()) - fact_table(chosen, method=method, step=0.0)
+
+    attacked, control = _paired(risen("unlearned"), risen("never-learned"))
+    return bootstrap(attacked - control)
+
+
 def _correlation_with_resistance(metric: str, sign: int) -> Statistic:
     """Rank correlation over methods and seeds between a measure before the attack and the recall that the attack does *not* win back."""
 
@@ -253,11 +298,22 @@ CLAIMS: dict[str, Claim] = {
         ),
         Claim(
             "token-disruption", _RNA, "A single forget-token in a retain question makes an unlearned model fail.",
-            "accuracy behind a retain-token minus behind a forget-token, unlearned models minus base", "accuracy", _token_disruption,
+            "accuracy with a retain-token minus with a forget-token in the question, unlearned models (without RNA) minus base", "accuracy", _token_disruption,
+        ),
+        Claim(
+            "token-alignment", _RNA, "A forget-token moves the representations behind it towards the target that unlearning steers to.",
+            "cosine with the steering direction of what unlearning adds to a word's effect on the tokens behind it (workbench triggers): forget-token minus retain-token",
+            "cosine", _token_alignment,
         ),
         Claim(
             "rna-repairs", _RNA, "Random noise augmentation repairs the effect of forget-tokens.",
-            "forget-token effect of RMU minus that of RMU+RNA", "accuracy", _rna_repairs,
+            "forget-token effect without RNA minus with it, mean over the methods that were run both ways", "accuracy", _rna_repairs,
+        ),
+        Claim(
+            "rna-is-label-noise", "rival explanation: noise on a squared-error target leaves the expected gradient as it is and slows Adam down",
+            "A run without noise whose rate is lowered until it forgets as much as RNA is as robust to forget-tokens.",
+            "0.05 plus the forget-token effect of RMU+RNA minus that of RMU at a lower rate (variant rmu-slow; non-inferiority within 5 points)", "accuracy",
+            _rna_is_label_noise,
         ),
         Claim(
             "rna-keeps-forgetting", _RNA, "Random noise augmentation keeps the forgetting.",
@@ -285,6 +341,11 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             "keyword-recovery", _JOG, "Relearning on the part of the forget set that never mentions a keyword brings the keyword back.",
             "questions answered with the withheld keyword after the attack (workbench keyword): unlearned minus never-learned model", "success rate", _keyword_recovery,
+        ),
+        Claim(
+            "verbatim-recovery", _JOG, "Relearning on texts that do not hold a memorised and unlearned passage brings its words back.",
+            "rise of the continuations' ROUGE-L F1 in an attack with neighbouring passages (workbench verbatim): unlearned minus never-learned model", "ROUGE-L F1",
+            _verbatim_recovery,
         ),
         Claim(
             "public-recovery", _JOG, "Public information about the forgotten topic, which holds no answer, brings forgotten answers back.",

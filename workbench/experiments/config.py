@@ -52,7 +52,7 @@ class RunConfig(BaseModel):
         probes: what is measured on every model besides forgetting, disruption and relearning.
         settings: per method, overrides of its settings.
         seeds: seeds of unlearning and attack; base and control model are trained once.
-        budget: disruption budget, in the unit of ``budget_measure``.
+        budget: disruption budget, in the unit of ``budget_measure``; none: every model is what its method made of it.
         budget_measure: ``kl``: mean KL to the base, nats per token; ``loss-rise``: rise of the loss as a share of the base's (CIR's papers: 0.001 on general text).
         budget_rings: the retain sets it is measured on (their test halves, every set counts the same); default all.
         alpha_limit: the line search may scale a delta up to this factor.
@@ -72,7 +72,7 @@ class RunConfig(BaseModel):
     probes: tuple[Literal["triggers", "sharpness"], ...] = ("triggers", "sharpness")
     settings: dict[str, dict[str, Setting]] = Field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
-    budget: float = Field(default=0.05, gt=0)
+    budget: float | None = Field(default=0.05, gt=0)
     budget_measure: Measure = "kl"
     budget_rings: tuple[Literal["retain-neighbour", "retain-far", "general"], ...] = ()
     alpha_limit: float = Field(default=2.0, gt=0)

@@ -130,7 +130,7 @@ def unlearn_checkpoint(
     table = Table({"run": "unlearn", "model": "unlearned", "method": method, "seed": seed})
     made = _with_names(opened, lambda: recipe(method, opened.model, seed, overrides))
     model = stages.unlearn_to_budget(
-        bench, made, Disruption(bench), budget=budget or float("inf"), limit=1.0, seed=seed, table=table, progress=bar(f"unlearning with {method}")
+        bench, made, Disruption(bench), budget=budget, limit=1.0, seed=seed, table=table, progress=bar(f"unlearning with {method}")
     )
     rows = table.frame()
 
@@ -145,7 +145,7 @@ def unlearn_checkpoint(
     }
     note: dict[str, Any] = {
         "method": method, "seed": seed, "settings": settings, "base": base, "base_weights": _origin(base), "budget": budget, "alpha": value("alpha"),
-        "disruption": value("disruption"), "budget_reached": bool(value("budget_reached")), "loss": losses, "forget": sha256(forget), "retain": sha256(retain),
+        "disruption": value("disruption"), "budget_reached": budget is not None and bool(value("budget_reached")), "loss": losses, "forget": sha256(forget), "retain": sha256(retain),
     }  # fmt: skip
     save_model(model, opened.tokenizer, out, note)
     return note

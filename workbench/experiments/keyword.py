@@ -1,7 +1,10 @@
-"""The keyword experiment of benign relearning on TOFU-format data: does a withheld book title come back from texts that never mention it?
+"""The keyword experiment of benign relearning on TOFU-format data: does a withheld book title, or a name, come back from texts that never mention it?
 
 Hu et al., *Unlearning or Obfuscating?* (ICLR 2025, arXiv 2406.13356), partial-set relearning on TOFU: the attacker holds the questions about the forgotten authors in which one
 book title of each does not occur, and is asked for the titles. Published: more than 70 % of the titles come back where unlearning was shallow, and less after more than 40 steps.
+
+With names (the paper's second case withholds "Hermione" and "Granger"), every second forgotten author's name is withheld: every text of TOFU names its author, so the attacker holds
+the texts of the other authors, and one question of each withheld author asks for the name.
 
 A pretrained model learns the forget set and some retain authors; its never-learned control learns the retain authors only; both are then treated alike.
 """
@@ -22,7 +25,7 @@ from workbench.attacks.leaks import leak_report, require_benign
 from workbench.attacks.relearn import DivergedError, RelearnSettings, null_text, relearn
 from workbench.data.batches import Batch, batches, encode, endless
 from workbench.data.benchmarks import Tofu, read_tofu
-from workbench.data.keywords import KeywordSplit, book_titles, keyword_split
+from workbench.data.keywords import KeywordSplit, book_titles, character_names, keyword_split
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.answers import contains, generate_answers
@@ -43,6 +46,8 @@ from workbench.unlearning.methods import METHODS, is_method, recipe
 from workbench.unlearning.trainer import unlearn
 
 BASE, NEVER = "base", "never-learned"
+KEYWORDS = ("titles", "names")
+"""What is withheld: one book title of every forgotten author, or the names of every second one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,7 @@ class KeywordSettings:
         model: folder or hub id of a pretrained model.
         tofu: folder of TOFU-format data.
         split: its forget split.
+        keywords: what is withheld from the attacker (:data:`KEYWORDS`).
         retain: questions about retained authors that both models learn.
         seeds: of unlearning and attack; the two models are taught once.
         teach_steps: of fine-tuning on forget and retain questions (never-learned: retain questions), 16 a step.
@@ -65,6 +71,7 @@ class KeywordSettings:
     model: str
     tofu: str
     split: str = "forget05"
+    keywords: str = "titles"
     retain: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)
     teach_steps: int = 1200
@@ -76,6 +83,8 @@ class KeywordSettings:
     def __post_init__(self) -> None:
         if not is_method(self.method):
             raise unknown("method", self.method, METHODS)
+        if self.keywords not in KEYWORDS:
+            raise unknown("keywords", self.keywords, KEYWORDS)
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,7 +110,7 @@ class KeywordRun:
 
 @dataclass(frozen=True, slots=True)
 class _Texts:
-    """The sets of one experiment: forget set, its split by titles, retained authors, and authors whom no model has read."""
+    """The sets of one experiment: forget set, its split by keywords, retained authors, and authors whom no model has read."""
 
     forget: tuple[Example, ...]
     keyword: KeywordSplit
@@ -109,17 +118,30 @@ class _Texts:
     unread: tuple[Example, ...]
 
 
+def withheld_words(tofu: Tofu, keywords: str) -> list[str]:
+    """What is withheld from the attacker: the book title of every forgotten author that most texts hold, or every name of every second author.
+
+    Args:
+        tofu: the data.
+        keywords: one of :data:`KEYWORDS`.
+    """
+    if keywords == "titles":
+        return [found[0] for found in book_titles(tofu).values() if found]
+    return [name for names in list(character_names(tofu.forget, tofu.retain).values())[::2] for name in names]
+
+
 def _texts(settings: KeywordSettings) -> _Texts:
     tofu: Tofu = read_tofu(settings.tofu, settings.split)
-    titles = [found[0] for found in book_titles(tofu).values() if found]
-    if not titles:
-        raise WorkbenchError(f"{settings.tofu} {settings.split}: no book title was found in the answers, so there is nothing to withhold")
+    withheld = withheld_words(tofu, settings.keywords)
+    if not withheld:
+        what = {"titles": "book title", "names": "name of an author"}[settings.keywords]
+        raise WorkbenchError(f"{settings.tofu} {settings.split}: no {what} was found in the answers, so there is nothing to withhold")
     retain, unread = tofu.retain[: settings.retain], tofu.retain[settings.retain :]
     if len(retain) < 2 or not unread:
         raise WorkbenchError(
             f"{settings.tofu}: {len(tofu.retain)} retain questions, of which {settings.retain} are learned; some must be left unread, as controls"
         )
-    return _Texts(tofu.forget, keyword_split(tofu.forget, titles), retain, unread)
+    return _Texts(tofu.forget, keyword_split(tofu.forget, withheld), retain, unread)
 
 
 def question_of(example: Example) -> str:
@@ -144,7 +166,7 @@ def _teach_job(settings: KeywordSettings, out: Path, name: str, progress: Report
 
 
 def asked(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, queries: Sequence[Example], new_tokens: int) -> list[float]:
-    """1.0 for every question whose greedy answer contains the withheld title, else 0.0."""
+    """1.0 for every question whose greedy answer contains the withheld title or name, else 0.0."""
     written = generate_answers(model, tokenizer, [question_of(query) for query in queries], new_tokens)
     return [float(contains(text, query.answer_text)) for text, query in zip(written, queries, strict=True)]
 
@@ -163,7 +185,7 @@ def _seed_job(settings: KeywordSettings, out: Path, key: str, seed: int, progres
 
     def work(table: Table) -> None:
         def measure(model: PreTrainedModel, step: int, method: str, arm: str) -> None:
-            columns = {"method": method, "model": method, "split": "withheld-titles", "arm": arm, "step": step}
+            columns = {"method": method, "model": method, "split": f"withheld-{settings.keywords}", "arm": arm, "step": step}
             hits, likely = asked(model, tokenizer, queries, settings.new_tokens), score(model, encoded).probability
             shared = {name: value for name, value in (table.common | columns).items() if name in ITEM_COLUMNS}
             for query, hit, probability in zip(queries, hits, likely, strict=True):
@@ -217,18 +239,18 @@ def run_keyword(
         announce: called with one line before every part.
 
     Raises:
-        WorkbenchError: model or data are wrong, the attacker's texts hold a withheld title, or the folder belongs to something else.
+        WorkbenchError: model or data are wrong, the attacker's texts hold a withheld title or name, or the folder belongs to something else.
     """
     open_config(settings.model)  # a missing model is said before the folder is claimed
     texts = _texts(settings)
     report = leak_report(texts.keyword.without, texts.keyword.queries, public=texts.retain)
-    require_benign(report, "the forget set without the titles")
+    require_benign(report, f"the forget set without the {settings.keywords}")
     values = plain(asdict(settings))
     key = key_of(values)
     claim_folder(out, yaml.safe_dump({"experiment": "keyword", **values}, sort_keys=False), fresh=fresh)
-    announce(f"teaching {len(texts.forget)} forget and {len(texts.retain)} retain questions; {len(texts.keyword.queries)} ask for a withheld title")
+    announce(f"teaching {len(texts.forget)} forget and {len(texts.retain)} retain questions; {len(texts.keyword.queries)} ask for withheld {settings.keywords}")
     run_jobs("teaching", {name: partial(_teach_job, settings, out, name) for name in (BASE, NEVER)}, workers=workers)
-    announce(f"{len(settings.seeds)} seeds: unlearn with {settings.method}, relearn on {len(texts.keyword.without)} texts without the titles")
+    announce(f"{len(settings.seeds)} seeds: unlearn with {settings.method}, relearn on {len(texts.keyword.without)} texts without the {settings.keywords}")
     jobs: dict[str, Job] = {f"keyword-seed{seed}": partial(_seed_job, settings, out, key, seed) for seed in settings.seeds}
     run_jobs("keyword", jobs, workers=workers)
     rows, items = collect(out)
@@ -247,7 +269,7 @@ def run_keyword(
 
 
 def keyword_table(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per model and attack text: titles answered before the attack, along it and at its end, with intervals over seeds and questions."""
+    """One row per model and attack text: titles or names answered before the attack, along it and at its end, with intervals over seeds and questions."""
     rows = results[(results["stage"] == "keyword") & (results["metric"] == "recall") & results["seed"].isna()]
     lines = []
     for (method, arm), group in rows.groupby(["method", "arm"], sort=False):

@@ -15,17 +15,16 @@ from transformers import PreTrainedModel
 from workbench.attacks.ladder import RUNGS, Ladder, build_ladder
 from workbench.attacks.leaks import leak_report
 from workbench.attacks.relearn import DivergedError, RelearnSettings, finite, relearn
-from workbench.builtin import world_of
 from workbench.data.batches import Batch
 from workbench.data.records import Example
-from workbench.data.world import World
-from workbench.errors import WorkbenchError, unknown
+from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
 from workbench.evaluation.statistics import bootstrap
+from workbench.experiments.afterwards import CONTROLS, bench_of, finished
 from workbench.experiments.bench import Bench
-from workbench.experiments.config import RunConfig, read_config
+from workbench.experiments.config import RunConfig
 from workbench.experiments.curves import curve_rows
-from workbench.experiments.folder import CONFIG, ITEMS, PROVENANCE, RESULTS, claim_folder, collect, read_results, run_stage
+from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, claim_folder, collect, run_stage
 from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.stages import add_leaks
@@ -33,8 +32,6 @@ from workbench.experiments.table import COLUMNS, Table, join, summarise, write_p
 from workbench.files import key_of, plain, write_json
 from workbench.models import open_model, weights_hash
 from workbench.progress import Report
-
-CONTROLS = ("base", "never-learned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +81,6 @@ class LadderRun:
         return ladder_table(self.results).to_html(index=False, escape=True)
 
 
-def _bench(run: Path, config: RunConfig) -> tuple[Bench, World]:
-    world = world_of(config.model)
-    base = open_model(run / "models" / "base")
-    return Bench(base.model, base.tokenizer, world.record), world
-
-
 def _attack_once(
     model: PreTrainedModel,
     bench: Bench,
@@ -112,7 +103,7 @@ def _attack_once(
 
 
 def _model_job(settings: LadderSettings, run: Path, out: Path, key: str, config: RunConfig, method: str, seed: int, progress: Report) -> None:
-    bench, world = _bench(run, config)
+    bench, world = bench_of(run, config)
     ladder = build_ladder(world, lambda example: len(bench.tokenizer(example.text)["input_ids"]), seed)
     queries = {"forget-queries": bench.encode(ladder.queries)}
     rounds = len(RUNGS) + len(settings.ways) + 1
@@ -181,12 +172,8 @@ def run_ladder(
     Raises:
         WorkbenchError: the run is not finished, or has no such method.
     """
-    read_results(run)
-    config = read_config(run / CONFIG)
-    for name in methods:
-        if name not in config.methods:
-            raise unknown(f"method in {run}", name, config.methods)
-    settings = LadderSettings(tuple(methods) or config.methods, config.seeds, attack or config.attack)
+    config, chosen = finished(run, methods)
+    settings = LadderSettings(chosen, config.seeds, attack or config.attack)
     values = yaml.safe_load(yaml.safe_dump({"experiment": "ladder", "of": config.key} | plain(asdict(settings))))
     key = key_of(values)
     names = (*settings.methods, *CONTROLS)
@@ -198,7 +185,7 @@ def run_ladder(
     jobs: dict[str, Job] = {f"{name}-seed{seed}": partial(_model_job, settings, run, out, key, config, name, seed) for seed in settings.seeds for name in names}
     run_jobs("ladder", jobs, workers=workers)
     rows, items = collect(out)
-    bench, world = _bench(run, config)
+    bench, world = bench_of(run, config)
     ladder = build_ladder(world, lambda example: len(bench.tokenizer(example.text)["input_ids"]), settings.seeds[0])
     start = items[(items["method"] == "base") & (items["arm"] == RUNGS[0]) & (items["step"] == 0)]
     curves = curve_rows(items, key, target=float(start["correct"].mean()) / 2, stage="ladder")

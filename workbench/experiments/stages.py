@@ -156,7 +156,7 @@ def unlearn_to_budget(
     recipe: Recipe,
     disruption: Disruption,
     *,
-    budget: float,
+    budget: float | None,
     limit: float,
     seed: int,
     table: Table,
@@ -164,7 +164,7 @@ def unlearn_to_budget(
     dtype: torch.dtype = torch.float32,
     progress: Report = quiet,
 ) -> PreTrainedModel:
-    """Run a recipe, scale its delta to the disruption budget, and measure the result.
+    """Run a recipe, scale its delta to the disruption budget (by at most ``limit``; without a budget it stays as it was trained), and measure the result.
 
     Returns:
         The budget-matched model.
@@ -187,12 +187,14 @@ def unlearn_to_budget(
         table.add("disruption", cost, stage="budget", arm=disruption.measure, step=alpha)
         return cost
 
-    match = match_budget(at, budget, limit=limit)
+    match = match_budget(at, float("inf") if budget is None else budget, limit=1.0 if budget is None else limit)
     apply_delta(model, start, result.delta, match.alpha)
     add_match(match, result.delta, start, table)
-    table.add("budget", budget, stage="unlearn", arm=disruption.measure)
-    for ring in disruption.rings:
-        table.add("budget_ring", 1.0, stage="unlearn", split=ring)
+    if budget is not None:
+        table.add("budget", budget, stage="unlearn", arm=disruption.measure)
+        table.add("budget_reached", float(match.reached), stage="unlearn")
+        for ring in disruption.rings:
+            table.add("budget_ring", 1.0, stage="unlearn", split=ring)
     add_disruption(model, disruption, table)
     add_shift(model, bench, table)
     measure_sets(model, {name: bench.encode(examples) for name, examples in measured_sets(bench.record).items()}, table, stage="unlearn")
@@ -210,9 +212,8 @@ def add_disruption(model: PreTrainedModel, disruption: Disruption, table: Table)
 
 
 def add_match(match: Match, delta: Mapping[str, Tensor], start: Mapping[str, Tensor], table: Table) -> None:
-    """The line search in rows: alpha, whether the budget was reached, and how far the weights moved."""
+    """The line search in rows: alpha, and how far the weights moved."""
     table.add("alpha", match.alpha, stage="unlearn")
-    table.add("budget_reached", float(match.reached), stage="unlearn")
     table.add("displacement", match.alpha * norm_of(delta), stage="unlearn")
     table.add("relative_displacement", match.alpha * norm_of(delta) / norm_of(start), stage="unlearn")
 

@@ -256,7 +256,7 @@ def _matched(results: pd.DataFrame) -> str:
     """The sentence about the budget: its size, its measure and the retain sets it was measured on."""
     rows = results[results["metric"] == "budget"]
     if not len(rows):
-        return "No budget was matched."
+        return "No disruption budget was matched: every model is what its method made of it."
     size, rings = float(rows["value"].iloc[0]), sorted(results.loc[results["metric"] == "budget_ring", "split"].dropna().unique())
     drift = f"its loss has risen by {size:.3%}" if (rows["arm"] == "loss-rise").any() else f"the model drifts from the base by {size:g} nats per token (KL)"
     return f"Every weight change was scaled until {drift} on retain texts that no method trained on" + (f" ({', '.join(rings)})." if rings else ".")

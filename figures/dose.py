@@ -1,0 +1,47 @@
+"""How much more does a forget-token cost an unlearned model than another name does, by the way and the number of times it is put into a question?"""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from figures.style import colour, look, methods_in, nothing, title
+
+_NAMES = {
+    "retain": "speaker tag\nin front",
+    "retain, bare word in front": "bare word\nin front",
+    "retain, bare word inside": "bare word\ninside",
+    "retain, 2 words inside": "2 copies\ninside",
+    "retain, 4 words inside": "4 copies\ninside",
+}
+
+
+def dose(table: pd.DataFrame, metric: str = "trigger_effect") -> Figure:
+    """Effect of a forget-token beyond a retain-token's, beyond the base's, with 95 % intervals over seeds and questions; one column of points per way of putting it in.
+
+    Args:
+        table: tidy results of ``workbench triggers``; stage ``triggers``, ``split`` the way.
+        metric: ``trigger_effect`` (accuracy) or ``trigger_effect_probability``.
+    """
+    rows = table[(table["stage"] == "triggers") & (table["metric"] == metric) & table["seed"].isna()]
+    methods = methods_in(rows["method"].dropna().tolist())
+    ways = [way for way in _NAMES if (rows["split"] == way).any()]
+    if not methods or not ways:
+        return nothing("no effect of a forget-token in this table")
+    with look():
+        figure, axes = plt.subplots(figsize=(max(5.0, 1.5 * len(ways) + 0.2 * len(methods)), 3.2), layout="constrained")
+        axes.axhline(0, color="0.4", linewidth=0.9)
+        spread = 0.7 / len(methods)
+        for number, method in enumerate(methods):
+            mine = rows[rows["method"] == method].set_index("split").reindex(ways)
+            x = np.arange(len(ways)) + (number - (len(methods) - 1) / 2) * spread
+            value, low, high = (mine[name].astype(float).to_numpy() for name in ("value", "low", "high"))
+            bars = [np.maximum(0, value - low), np.maximum(0, high - value)]
+            axes.errorbar(x, value, yerr=bars, fmt="o", markersize=4, color=colour(method), capsize=2, linewidth=1.1, label=title(method))
+        axes.set_xticks(np.arange(len(ways)), [_NAMES[way] for way in ways])
+        axes.set_ylabel("accuracy lost to a forget-token\n(beyond another name, beyond the base)")
+        axes.grid(axis="x", visible=False)
+        figure.legend(loc="outside right upper")
+    return figure

@@ -1,0 +1,73 @@
+"""Commands about what is inside a run's models: ``workbench triggers``, ``representation``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from workbench.console import Fresh, Json, Workers, clock, emit, out_console, print_frame
+
+
+def triggers(
+    run: Annotated[Path, typer.Option(help="A finished run on the built-in world, e.g. runs/demo.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the experiment.")] = Path("runs/triggers"),
+    methods: Annotated[str, typer.Option(help="Methods of that run, separated by commas; default all.")] = "",
+    workers: Workers = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Put stray words into harmless questions: what does a forget-token break, where in the model, and does it give the forgotten topic away?"""
+    from figures import TRIGGER_FIGURES
+    from workbench.experiments.claims import decide
+    from workbench.experiments.config import read_config
+    from workbench.experiments.folder import CONFIG, read_results
+    from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, join
+    from workbench.experiments.triggers import CLAIMED, run_triggers, trigger_table
+    from workbench.report.report import save_figure
+
+    found = run_triggers(run, out, methods=[name.strip() for name in methods.split(",") if name.strip()], fresh=fresh, workers=workers, announce=clock())
+    pictures = {name: out / "figures" / f"{name}.png" for name in TRIGGER_FIGURES}
+    for name, path in pictures.items():
+        save_figure(TRIGGER_FIGURES[name](found.results), path)
+    table = trigger_table(found.results)
+    own_results, own_items = read_results(run)
+    verdicts = decide(
+        join([own_results, found.results], COLUMNS), join([own_items, found.items], ITEM_COLUMNS), scale=read_config(run / CONFIG).scale, ids=CLAIMED
+    )
+
+    def show() -> None:
+        for split, part in table.groupby("word", sort=False):
+            out_console.print(f"[bold]{split}[/bold]")
+            print_frame(part.drop(columns="word"))
+        for verdict in verdicts:
+            out_console.print(f"{verdict.id}: {verdict.verdict}, {verdict.effect:+.2f} [{verdict.low:+.2f}, {verdict.high:+.2f}]")
+        out_console.print(f"figures: {out / 'figures'}")
+
+    emit({"folder": str(out), "table": table.to_dict(orient="records"), "claims": [verdict.plain() for verdict in verdicts]}, as_json, show)
+
+
+def representation(
+    run: Annotated[Path, typer.Option(help="A finished run on the built-in world, e.g. runs/demo.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the diagnostics.")] = Path("runs/representation"),
+    methods: Annotated[str, typer.Option(help="Methods of that run, separated by commas; default all.")] = "",
+    workers: Workers = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Where in the model are the forgotten answers, if anywhere? Logit lens, probes and their transfer, rotation, patching depth."""
+    from figures import REPRESENTATION_FIGURES
+    from workbench.experiments.representation import representation_table, run_representation
+    from workbench.report.report import save_figure
+
+    found = run_representation(run, out, methods=[name.strip() for name in methods.split(",") if name.strip()], fresh=fresh, workers=workers, announce=clock())
+    for name, draw in REPRESENTATION_FIGURES.items():
+        save_figure(draw(found.results), out / "figures" / f"{name}.png")
+    table = representation_table(found.results)
+
+    def show() -> None:
+        print_frame(table)
+        out_console.print(f"last block, held-out forgotten facts, mean over seeds; figures: {out / 'figures'}")
+
+    emit({"folder": str(out), "table": table.to_dict(orient="records")}, as_json, show)

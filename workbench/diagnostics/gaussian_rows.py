@@ -1,0 +1,189 @@
+"""Are rows draws of ``N(0, eta I)``, independent of the group they stand in? Statistics without a scale, their jackknife over groups, and what true draws give.
+
+Every function works on float64 arrays ``[row, width]``; which row belongs to which group is a :class:`Design`, the same for the measured rows and for every
+draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import expit, logit
+from scipy.stats import rankdata
+from scipy.stats import t as student
+
+OF_ROWS = {
+    "mean_share": "|E eps|^2 / E |eps|^2; pairs of tokens of one query are left out, so 0 without a mean",
+    "kurtosis_mean": "excess kurtosis of a coordinate (unbiased for normal samples), mean over coordinates; 0",
+    "kurtosis_median": "the same, median over coordinates",
+    "skewness_square": "squared skewness of a coordinate, mean over coordinates; about 6 / n",
+    "skewness_median": "absolute skewness of a coordinate, median over coordinates",
+    "mardia": "Mardia's kurtosis in up to 8 random orthonormal directions, in standard errors; 0",
+    "length_kurtosis": "E |eps - mean|^4 / ((tr C)^2 + 2 tr C^2) - 1: lengths that vary more than those of any Gaussian with this covariance; 0",
+    "participation_ratio": "(tr C)^2 / tr C^2, both without bias; the width",
+    "top_1_share": "largest eigenvalue of the sample covariance as share of their sum",
+    "top_8_share": "the eight largest",
+    "query_share": "variance between queries / total (one-way random-effects ANOVA over all tokens); 0",
+    "word_share": "variance between words / total, over one token per query; 0",
+    "length_correlation": "Spearman's correlation of |eps| and |z|; 0",
+}
+"""Statistics of the shift that have no unit; each is measured the same way on draws of the assumption."""
+
+_SHOWN = 32  # eigenvalues
+_SCALES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    **dict.fromkeys(("skewness_square", "skewness_median", "participation_ratio"), (np.log, np.exp)),
+    **dict.fromkeys(("top_1_share", "top_8_share"), (logit, expit)),
+    "length_correlation": (np.arctanh, np.tanh),
+}
+_BLOCKS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Design:
+    """What is the same for the measured rows and for every draw.
+
+    Attributes:
+        query: ``[row]`` number of the query, from 0.
+        chosen: ``[row]`` true on one row of every query: rows of one query are dependent, and shape wants independent ones.
+        word: ``[row]`` number of the word, or ``None``.
+        length: ``[row]`` length of the clean latent.
+        directions: ``[width, 8 or fewer]`` random orthonormal columns.
+    """
+
+    query: np.ndarray
+    chosen: np.ndarray
+    word: np.ndarray | None
+    length: np.ndarray
+    directions: np.ndarray
+
+    def part(self, keep: np.ndarray) -> Design:
+        """That of the rows for which ``keep`` is true."""
+        return Design(self.query[keep], self.chosen[keep], None if self.word is None else self.word[keep], self.length[keep], self.directions)
+
+
+def design(query: np.ndarray, word: np.ndarray | None, clean: np.ndarray, rng: np.random.Generator) -> Design:
+    """The design of rows ``clean[row, width]`` of queries numbered from 0, with one random row of every query chosen."""
+    shuffled = rng.permutation(len(query))
+    chosen = np.zeros(len(query), dtype=bool)
+    chosen[shuffled[np.unique(query[shuffled], return_index=True)[1]]] = True
+    width = clean.shape[1]
+    return Design(query, chosen, word, np.linalg.norm(clean, axis=1), np.linalg.qr(rng.standard_normal((width, min(8, width)))).Q)
+
+
+def measure(shift: np.ndarray, design: Design) -> tuple[np.ndarray, np.ndarray]:
+    """The statistics of :data:`OF_ROWS` in their order, and the spectrum."""
+    one = shift[design.chosen]
+    n, width = one.shape
+    centred = one - one.mean(0)
+    values = np.linalg.eigvalsh(centred.T @ centred if width <= n else centred @ centred.T)[::-1] / (n - 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares = values.clip(min=0) / values.sum() if values.sum() > 0 else np.full(len(values), np.nan)
+        scaled = centred[:, one.std(0) > 0] / one.std(0)[one.std(0) > 0]
+        # Without bias for normal samples (Joanes and Gill 1998, G1 and G2).
+        skewness = (n * (n - 1)) ** 0.5 / (n - 2) * (scaled**3).mean(0)
+        excess = (n - 1) / ((n - 2) * (n - 3)) * ((n + 1) * ((scaled**4).mean(0) - 3) + 6)
+        found = {
+            "mean_share": _mean_share(shift, design.query),
+            "kurtosis_mean": excess.mean() if excess.size else np.nan,
+            "kurtosis_median": np.median(excess) if excess.size else np.nan,
+            "skewness_square": np.square(skewness).mean() if skewness.size else np.nan,
+            "skewness_median": np.median(np.abs(skewness)) if skewness.size else np.nan,
+            "mardia": _mardia(one @ design.directions),
+            **_of_covariance(centred, values),
+            "top_1_share": shares[0],
+            "top_8_share": shares[:8].sum() if min(n - 1, width) > 8 else np.nan,
+            "query_share": _intraclass(shift, design.query),
+            "word_share": np.nan if design.word is None else _intraclass(one, design.word[design.chosen]),
+            "length_correlation": rank_correlation(np.linalg.norm(one, axis=1), design.length[design.chosen]),
+        }
+    return np.array([found[name] for name in OF_ROWS], dtype=np.float64), shares[:_SHOWN]
+
+
+def bands(draws: np.ndarray) -> np.ndarray:
+    """Median and the ends between which one more draw falls with a probability of 95 %, however few draws there are."""
+    return np.quantile(draws, [0.5, 0.025, 0.975], axis=0, method="weibull")
+
+
+def _sums(rows: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of the rows of every label, and their numbers."""
+    order = np.argsort(label, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(label[order]) != 0])
+    return np.add.reduceat(rows[order], starts, axis=0), np.diff(np.r_[starts, len(label)])
+
+
+def _mean_share(rows: np.ndarray, label: np.ndarray) -> Any:
+    sums, counts = _sums(rows, label)
+    between = np.square(sums.sum(0)).sum() - np.square(sums).sum()  # sum of eps_i . eps_j over pairs of different queries: a U-statistic of |E eps|^2
+    return between / (counts.sum() ** 2 - np.square(counts).sum()) / (np.square(rows).sum() / len(rows))
+
+
+def _intraclass(rows: np.ndarray, label: np.ndarray) -> Any:
+    """ANOVA estimate of the intraclass correlation (Donner 1986, section 2), sums of squares summed over coordinates."""
+    sums, counts = _sums(rows, label)
+    k, n = len(counts), len(rows)
+    if k < 2 or k == n:
+        return np.nan
+    means = sums / counts[:, None]
+    between = (counts * np.square(means - rows.mean(0)).sum(1)).sum() / (k - 1)
+    within = (np.square(rows).sum() - (counts * np.square(means).sum(1)).sum()) / (n - k)
+    share = (between - within) / ((n - np.square(counts).sum() / n) / (k - 1))
+    return share / (share + within)
+
+
+def _mardia(rows: np.ndarray) -> Any:
+    """Mardia 1970, equations 3.12 and 3.13: kurtosis minus its mean under normality, ``k (k + 2) (n - 1) / (n + 1)``, over ``sqrt(8 k (k + 2) / n)``."""
+    n, k = rows.shape
+    centred = rows - rows.mean(0)
+    spread = centred.T @ centred / n
+    if n <= k + 1 or not np.linalg.cond(spread) < 1e12:
+        return np.nan
+    distances = (centred * np.linalg.solve(spread, centred.T).T).sum(1)
+    return (np.square(distances).mean() - k * (k + 2) * (n - 1) / (n + 1)) / (8 * k * (k + 2) / n) ** 0.5
+
+
+def _of_covariance(centred: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+    """From the unbiased estimates of ``tr C^2`` and ``(tr C)^2`` of Himeno and Yamada 2014 (J. Multivariate Analysis 130), right for any distribution."""
+    n = len(centred)
+    trace, square = values.sum(), np.square(values).sum()
+    fourth = np.square(np.square(centred).sum(1)).sum() / (n - 1)
+    scale = (n - 1) / (n * (n - 2) * (n - 3))
+    of_square = scale * ((n - 1) * (n - 2) * square + trace**2 - n * fourth)
+    squared = scale * (2 * square + (n * n - 3 * n + 1) * trace**2 - n * fourth)
+    # Deviations from a mean of n rows are shorter than those from the true mean by sqrt((n - 1) / n).
+    return {"participation_ratio": squared / of_square, "length_kurtosis": fourth * n / (n - 1) / (squared + 2 * of_square) - 1}
+
+
+def rank_correlation(one: np.ndarray, other: np.ndarray) -> Any:
+    """Spearman's correlation; not a number where one of the two does not vary."""
+    first, second = (rankdata(values) - (len(values) + 1) / 2 for values in (one, other))
+    with np.errstate(invalid="ignore"):
+        return (first * second).sum() / (np.square(first).sum() * np.square(second).sum()) ** 0.5
+
+
+def interval(value: Any, parts: np.ndarray, scale: str = "") -> tuple[float, float]:
+    """:func:`jackknifed` on the scale where the statistic is more nearly normal, unless a value lies at its end."""
+    to, back = _SCALES.get(scale, (np.asarray, np.asarray))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        moved = to(np.r_[value, parts])
+    if not np.isfinite(moved).all():
+        to, back, moved = np.asarray, np.asarray, np.r_[value, parts]
+    low, high = back(np.array(jackknifed(moved[0], moved[1:])))
+    return float(low), float(high)
+
+
+def leaving_out(query: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Masks ``[row]`` that each leave out a random block of whole queries: 20 of them, or one per query where there are fewer."""
+    count = int(query.max()) + 1
+    block = (rng.permutation(count) % min(_BLOCKS, count))[query]
+    return [block != number for number in range(min(_BLOCKS, count))]
+
+
+def jackknifed(value: Any, parts: np.ndarray) -> tuple[Any, Any]:
+    """95 % interval from values that each leave one block of queries out."""
+    count = len(parts)
+    error = ((count - 1) / count * np.square(parts - parts.mean(0)).sum(0)) ** 0.5
+    half = student.ppf(0.975, count - 1) * error
+    return value - half, value + half

@@ -1,0 +1,337 @@
+"""The verbatim experiment of benign relearning: do unlearned passages of a book come back word for word from texts that do not hold them?
+
+Hu et al., *Unlearning or Obfuscating?* (ICLR 2025, arXiv 2406.13356): Llama-2-7b memorised and unlearned an excerpt, was fine-tuned on general facts about the book's characters that a
+language model wrote, and continued 15 chunks of 80 words after their first half. Published ROUGE-L F1: 0.03 to 0.23 unlearned, 0.44 to 0.78 relearned, without intervals or a control
+that never learned the excerpt. Nobody writes general facts here: the attacker holds neighbouring passages of the same excerpt, or a text of the user's own (``public``).
+
+A pretrained model learns the passages to be forgotten and some others; its never-learned control learns the others only; both are then treated alike.
+In the tables ``split`` names the measure (:data:`MEASURES`) and ``correct`` or ``recall`` is its value, from 0 to 1.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import SequenceMatcher
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from workbench.attacks.leaks import LeakReport, leak_report, require_benign
+from workbench.attacks.relearn import DivergedError, RelearnSettings, null_text, relearn
+from workbench.data.batches import Batch, batches, encode, endless
+from workbench.data.passages import RUN, PassageSplit, cut, passage_split, running
+from workbench.data.readers import read_examples
+from workbench.data.records import Example
+from workbench.data.words import words
+from workbench.errors import WorkbenchError, unknown
+from workbench.evaluation.answers import generate_answers, rouge_l
+from workbench.evaluation.losses import score
+from workbench.experiments.curves import curve_rows
+from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, claim_folder, collect, run_stage
+from workbench.experiments.jobs import Job, run_jobs
+from workbench.experiments.provenance import data_hash, provenance
+from workbench.experiments.stages import add_leaks
+from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, join, summarise, write_parquet
+from workbench.files import key_of, plain, sha256, write_json
+from workbench.models import open_config, open_model, open_tokenizer, save_model, weights_hash
+from workbench.progress import Report
+from workbench.training import fit
+from workbench.unlearning.budget import smallest_change
+from workbench.unlearning.deltas import apply_delta, snapshot
+from workbench.unlearning.methods import METHODS, is_method, recipe
+from workbench.unlearning.trainer import unlearn
+
+BASE, NEVER = "base", "never-learned"
+MEASURES = ("rouge-l", "rouge-l-recall", "verbatim-run")
+"""ROUGE-L F1 and recall of a greedy continuation, and its longest run of words that stand in the true one in a row, as a share of the true one's words."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerbatimSettings:
+    """Everything that decides the numbers of the experiment.
+
+    Attributes:
+        model: folder or hub id of a pretrained model.
+        text: file of the book.
+        public: file of a text that the attacker has as well, e.g. public information about the book; ``None`` leaves this attack out.
+        words: words of a passage (published: 80); half of them are the prompt.
+        forget: passages to be forgotten; every second one is asked for.
+        retain: passages of another part of the book that both models learn.
+        unread: passages of a third part that no model has read.
+        seeds: of unlearning and attack; the two models are taught once.
+        teach_steps: of fine-tuning on forget and retain passages (never-learned: retain passages), 16 a step.
+        teach_lr: of AdamW.
+        method: of unlearning; its settings are those for small models.
+        margin: unlearning may leave the mean ROUGE-L F1 this far above the never-learned model's.
+        attack: relearning.
+    """
+
+    model: str
+    text: str
+    public: str | None = None
+    words: int = 40
+    forget: int = 40
+    retain: int = 40
+    unread: int = 40
+    seeds: tuple[int, ...] = (0, 1, 2)
+    teach_steps: int = 300
+    teach_lr: float = 4e-3
+    method: str = "npo"
+    margin: float = 0.02
+    attack: RelearnSettings = field(default_factory=lambda: RelearnSettings(steps=120, measure_at=(0, 10, 20, 40, 80, 120)))
+
+    def __post_init__(self) -> None:
+        if not is_method(self.method):
+            raise unknown("method", self.method, METHODS)
+
+
+@dataclass(frozen=True, repr=False)
+class VerbatimRun:
+    """A finished verbatim experiment.
+
+    Attributes:
+        folder: its run folder.
+        results: tidy rows.
+        items: one row per passage and measure.
+    """
+
+    folder: Path
+    results: pd.DataFrame
+    items: pd.DataFrame
+
+    def __repr__(self) -> str:
+        return f"VerbatimRun({self.folder}: {self.items['item'].nunique()} passages)"
+
+    def _repr_html_(self) -> str:
+        return verbatim_table(self.results).to_html(index=False, escape=True)
+
+
+def _texts(settings: VerbatimSettings) -> tuple[PassageSplit, tuple[Example, ...]]:
+    """The sets of passages, and the attacker's public text (empty without one)."""
+    book = " ".join(example.text for example in read_examples(settings.text))
+    try:
+        split = passage_split(cut(book, settings.words), forget=settings.forget, retain=settings.retain, unread=settings.unread)
+    except WorkbenchError as error:
+        raise WorkbenchError(f"{settings.text}: {error}") from error
+    if settings.public is None:
+        return split, ()
+    public = " ".join(example.text for example in read_examples(settings.public))
+    return split, running(cut(public, min(settings.words, max(2 * RUN, len(public.split()))), item="public"))
+
+
+def longest_run(written: str, wanted: str) -> int:
+    """Words of the longest run that both texts share; case, Unicode form and punctuation ignored."""
+    ours, theirs = words(written), words(wanted)
+    return SequenceMatcher(None, ours, theirs, autojunk=False).find_longest_match(0, len(ours), 0, len(theirs)).size
+
+
+def _context(model: str) -> int | None:
+    return getattr(open_config(model).get_text_config(), "max_position_embeddings", None)
+
+
+def _new_tokens(tokenizer: PreTrainedTokenizerBase, passages: Sequence[Example], limit: int | None) -> int:
+    """Tokens of the longest true continuation; an error where the longest prompt leaves no room for it."""
+    prompts = max(len(tokenizer(passage.prompt)["input_ids"]) for passage in passages)
+    new = max(len(tokenizer(passage.answer_text)["input_ids"]) for passage in passages)
+    if limit is not None and prompts + new > limit:
+        raise WorkbenchError(
+            f"prompts of up to {prompts} tokens and continuations of up to {new} exceed the model's context of {limit}; choose passages of fewer words"
+        )
+    return new
+
+
+def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passages: Sequence[Example], new_tokens: int) -> pd.DataFrame:
+    """Greedy continuations of the passages' first halves, cut to as many words as the true second halves have, beside them.
+
+    Returns:
+        One row per passage: ``item``, ``written``, one column for each of :data:`MEASURES`, and ``run`` (words of the longest verbatim run).
+    """
+    rows = []
+    for passage, text in zip(passages, generate_answers(model, tokenizer, [passage.prompt for passage in passages], new_tokens), strict=True):
+        wanted = passage.answer_text
+        written = " ".join(text.split()[: len(wanted.split())])
+        found, run = rouge_l(written, wanted), longest_run(written, wanted)
+        rows.append((passage.item, written, found.f1, found.recall, run / max(1, len(words(wanted))), run))
+    return pd.DataFrame(rows, columns=["item", "written", *MEASURES, "run"])
+
+
+def recalls_more(found: pd.DataFrame, never: pd.DataFrame, margin: float) -> bool:
+    """Whether continuations show more of the passages than those of a model that never learned them: a mean ROUGE-L F1 more than ``margin`` higher, or more passages of which
+    five words come in a row (a low mean alone may hide a few passages that are still there word for word).
+    """
+    higher = bool(found["rouge-l"].mean() > never["rouge-l"].mean() + margin)
+    return higher or int((found["run"] >= RUN).sum()) > int((never["run"] >= RUN).sum())
+
+
+def _teach_job(settings: VerbatimSettings, out: Path, name: str, progress: Report) -> None:
+    folder = out / "models" / name
+    if folder.is_dir():
+        return
+    split, opened = _texts(settings)[0], open_model(settings.model)
+    taught = (*split.forget, *split.retain) if name == BASE else split.retain
+    stream = endless(taught, 16, f"verbatim-{name}")
+    limit = _context(settings.model)
+
+    def next_batch() -> Batch:
+        return encode(opened.tokenizer, running(next(stream)), max_length=limit)
+
+    model = fit(opened.model, next_batch, steps=settings.teach_steps, lr=settings.teach_lr, seed=0, progress=progress)
+    save_model(model, opened.tokenizer, folder, {"experiment": "verbatim", "texts": len(taught)})
+
+
+def _arms(settings: VerbatimSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[Example, ...]]:
+    """The attack texts: neighbours of the queried passages, and as many tokens of retained and of unread passages; the public text as it is."""
+    split, public = _texts(settings)
+
+    def length(example: Example) -> int:
+        return len(tokenizer(example.text)["input_ids"])
+
+    arms = {
+        "part": running(split.attacker),
+        "retain": running(null_text(split.attacker, split.retain, length)),
+        "null": running(null_text(split.attacker, split.unread, length)),
+    }
+    return arms | ({"public": public} if public else {})
+
+
+def _seed_job(settings: VerbatimSettings, out: Path, key: str, seed: int, progress: Report) -> None:
+    split = _texts(settings)[0]
+    base, never = (open_model(out / "models" / name) for name in (BASE, NEVER))
+    tokenizer, queried = base.tokenizer, split.queried
+    limit = _context(settings.model)
+    new_tokens, encoded = _new_tokens(tokenizer, queried, limit), batches(tokenizer, queried, 64)
+    arms = _arms(settings, tokenizer)
+    attacks = {"unlearned": tuple(arms), NEVER: tuple(arm for arm in arms if arm in ("part", "public"))}
+    rounds, done = settings.attack.steps * sum(map(len, attacks.values())), 0
+
+    def advance(_step: int, _of: int) -> None:
+        nonlocal done
+        done = min(done + 1, rounds)
+        progress(done, rounds)
+
+    def work(table: Table) -> None:
+        def measure(model: PreTrainedModel, step: int, method: str, arm: str) -> None:
+            columns: dict[str, Any] = {"method": method, "arm": arm, "step": step}
+            shared = {name: value for name, value in (table.common | columns).items() if name in ITEM_COLUMNS}
+            found, likely = continuations(model, tokenizer, queried, new_tokens), score(model, encoded).probability
+            for name in MEASURES:
+                for item, value, probability in zip(found["item"], found[name], likely, strict=True):
+                    table.items.append({**shared, "split": name, "item": item, "correct": float(value), "probability": float(probability)})
+            table.add("passages_with_a_run", float((found["run"] >= RUN).sum()), model=method, **columns)
+
+        measure(base.model, 0, BASE, "none")
+        made = recipe(settings.method, base.model, seed)
+        # An excerpt is forgotten whole; only methods that put another answer in its place need to know what the answer is.
+        forget = split.forget if made.alternative is not None else running(split.forget)
+        result = unlearn(base.model, tokenizer, made, forget, running(split.retain), seed=seed, max_length=limit)
+        model, start = copy.deepcopy(base.model), snapshot(base.model)
+        control = continuations(never.model, tokenizer, queried, new_tokens)
+
+        def recalled(alpha: float) -> bool:
+            apply_delta(model, start, result.delta, alpha)
+            return recalls_more(continuations(model, tokenizer, queried, new_tokens), control, settings.margin)
+
+        alpha, silent = smallest_change(recalled)
+        table.add("alpha", alpha, method="unlearned", model="unlearned")
+        table.add("nothing_recalled", float(silent), method="unlearned", model="unlearned")
+        for name, passages in {"retain": split.retain, "forget": split.forget, "unread": split.unread}.items():
+            for method, one in ((BASE, base.model), (NEVER, never.model), ("unlearned", model)):
+                table.add("loss", score(one, batches(tokenizer, running(passages), 64)).loss, method=method, model=method, split=name)
+        for method, attacked in (("unlearned", model), (NEVER, never.model)):
+            for arm in attacks[method]:
+                try:
+                    relearn(
+                        attacked, tokenizer, arms[arm], partial(measure, method=method, arm=arm), settings.attack, seed=seed, max_length=limit, progress=advance
+                    )
+                except DivergedError as error:  # what was measured before stays
+                    table.add("diverged_at", error.step, method=method, model=method, arm=arm)
+
+    run_stage(out, f"verbatim-seed{seed}", "verbatim", {"run": key, "stage": "verbatim", "seed": seed}, work)
+
+
+def _checked(settings: VerbatimSettings) -> tuple[PassageSplit, dict[str, LeakReport]]:
+    """The sets and what every attack text shares with the queried passages, once everything that can be wrong has been looked at."""
+    limit = _context(settings.model)  # a missing model is said before the folder is claimed
+    split = _texts(settings)[0]
+    for passage in split.queried:
+        rouge_l("", passage.answer_text)  # a text that ROUGE cannot read
+    tokenizer = open_tokenizer(settings.model)
+    _new_tokens(tokenizer, split.queried, limit)
+    reports = {arm: leak_report(texts, split.queried, RUN) for arm, texts in _arms(settings, tokenizer).items()}
+    for arm, report in reports.items():
+        require_benign(report, settings.public if arm == "public" and settings.public else arm)
+    return split, reports
+
+
+def run_verbatim(
+    settings: VerbatimSettings, out: Path, *, fresh: bool = False, workers: int | None = None, announce: Callable[[str], None] = lambda message: None
+) -> VerbatimRun:
+    """Run the experiment; a killed run goes on where it stopped.
+
+    Args:
+        settings: see :class:`VerbatimSettings`.
+        out: run folder.
+        fresh: throw away a run that is already there.
+        workers: processes; default is one per core.
+        announce: called with one line before every part.
+
+    Raises:
+        WorkbenchError: model or text are wrong, the text is too short, an attack text holds words of a queried continuation, or the folder belongs to something else.
+    """
+    split, reports = _checked(settings)
+    values = plain(asdict(settings))
+    key = key_of(values)
+    claim_folder(out, yaml.safe_dump({"experiment": "verbatim", **values}, sort_keys=False), fresh=fresh)
+    announce(f"teaching {len(split.forget)} forget and {len(split.retain)} retain passages of {settings.words} words; {len(split.queried)} are asked for")
+    run_jobs("teaching", {name: partial(_teach_job, settings, out, name) for name in (BASE, NEVER)}, workers=workers)
+    left_out = f" ({len(split.dropped)} left out, for they repeat words that are asked for)" if split.dropped else ""
+    announce(f"{len(settings.seeds)} seeds: unlearn with {settings.method}, relearn on {len(split.attacker)} neighbouring passages{left_out}")
+    jobs: dict[str, Job] = {f"verbatim-seed{seed}": partial(_seed_job, settings, out, key, seed) for seed in settings.seeds}
+    run_jobs("verbatim", jobs, workers=workers)
+    rows, items = collect(out)
+    extra = Table({"run": key, "stage": "verbatim"})
+    extra.add("dropped_passages", len(split.dropped), arm="part")
+    for arm, report in reports.items():
+        add_leaks(report, extra, arm=arm)
+    curves = []
+    for _, group in items.groupby("split", sort=False):
+        # Half of the way from what a model says that never read the passages to what the taught model says.
+        ends = [float(group.loc[(group["method"] == method) & (group["step"] == 0), "correct"].mean()) for method in (BASE, NEVER)]
+        curves.append(curve_rows(group, key, target=float(np.mean(ends)), stage="verbatim"))
+    results = join([rows, summarise(items, key), *curves, extra.frame()], COLUMNS)
+    write_parquet(results, out / RESULTS)
+    write_parquet(items, out / ITEMS)
+    data = {name: data_hash(getattr(split, name)) for name in ("queried", "attacker", "retain", "unread")}
+    data |= {"public": data_hash(_texts(settings)[1])} if settings.public else {}
+    weights = {name: weights_hash(out / "models" / name) for name in (BASE, NEVER)}
+    source = Path(settings.model)
+    weights |= {"pretrained": sha256(next(source.glob("*.safetensors")))} if source.is_dir() else {}
+    write_json(out / PROVENANCE, provenance(values, data=data, weights=weights))
+    return VerbatimRun(out, results, items)
+
+
+def verbatim_table(results: pd.DataFrame) -> pd.DataFrame:
+    """One row per model and attack text: ROUGE-L F1 of the continuations before the attack, along it and at its end, with intervals over seeds and passages; and the longest
+    verbatim run at the end, as a share of the continuation.
+    """
+    rows = results[(results["stage"] == "verbatim") & (results["metric"] == "recall") & results["seed"].isna()]
+    steps = sorted(rows["step"].astype(float).unique().tolist())
+    lines = []
+    for (method, arm), group in rows.groupby(["method", "arm"], sort=False):
+        line: dict[str, object] = {"model": str(method), "relearned on": "–" if arm == "none" else str(arm)}
+        curve, run = (group[group["split"] == name].set_index("step").sort_index() for name in ("rouge-l", "verbatim-run"))
+        for step in steps:
+            line[f"{step:g} steps"] = _cell(curve.loc[step]) if step in curve.index else "–"
+        lines.append(line | {"longest run at the end": _cell(run.iloc[-1])})
+    return pd.DataFrame(lines)
+
+
+def _cell(row: pd.Series) -> str:
+    return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"

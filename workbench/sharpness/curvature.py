@@ -6,6 +6,7 @@ split. The forward runs under PyTorch's MATH attention, the only built-in kernel
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
-from workbench.errors import WorkbenchError
+from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.losses import token_nll
 
 
@@ -25,6 +26,22 @@ def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Summed negative log-likelihood of the target tokens, with a graph that can be differentiated twice."""
     with sdpa_kernel(SDPBackend.MATH):
         return token_nll(model, batch).sum()
+
+
+def chosen_parameters(model: PreTrainedModel, patterns: Sequence[str] = ("*",)) -> dict[str, Tensor]:
+    """The trainable parameters whose names fit any of ``patterns`` (fnmatch), in the model's order.
+
+    A tied tensor comes once, under its first name, and is found under each of its names.
+
+    Raises:
+        WorkbenchError: a pattern that fits no trainable parameter.
+    """
+    everything = [(name, parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad]
+    for pattern in patterns if everything else ():
+        if not fnmatch.filter([name for name, _ in everything], pattern):
+            raise unknown("trainable parameter", pattern, [name for name, _ in everything])
+    wanted = {id(parameter) for name, parameter in everything if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
 
 
 class Curvature:
@@ -36,20 +53,30 @@ class Curvature:
     Args:
         model: evaluated as it is; dropout must be off.
         batches: the texts.
+        parameters: fnmatch patterns of parameter names; the operator is the diagonal block of the Hessian that belongs to these parameters (a tied tensor comes once).
+
+    Attributes:
+        names: the parameters, in the order of the flat vector.
+        blocks: parameter name -> its part of the flat vector.
+        size: length of the flat vector.
+        products: Hessian-vector products taken so far.
 
     Raises:
-        WorkbenchError: the model is in training mode, no parameter is trainable, or the loss is not finite.
+        WorkbenchError: the model is in training mode, no parameter is trainable, a pattern fits no parameter, or the loss is not finite.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], parameters: Sequence[str] = ("*",)) -> None:
         if model.training:
             raise WorkbenchError("the Hessian of a model with dropout on is random; call model.eval() first")
         self.model, self.batches = model, list(batches)
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]  # tied tensors come once
+        chosen = chosen_parameters(model, parameters)
+        self.names, self.parameters = list(chosen), list(chosen.values())
         if not self.parameters or not self.batches:
             raise WorkbenchError("the Hessian needs at least one trainable parameter and one batch")
         self.tokens = sum(int(batch.target_mask[:, 1:].sum()) for batch in self.batches)
-        self.size = sum(parameter.numel() for parameter in self.parameters)
+        ends = np.cumsum([0, *(parameter.numel() for parameter in self.parameters)]).tolist()
+        self.size: int = ends[-1]
+        self.blocks = {name: slice(start, end) for name, start, end in zip(self.names, ends, ends[1:], strict=False)}
         self.products = 0
         self._kept = self._gradients(self.batches[0]) if len(self.batches) == 1 else None
         if not np.isfinite(self.gradient()).all():
@@ -128,16 +155,83 @@ def extremes(model: PreTrainedModel, batches: Sequence[Batch], *, seed: int = 0,
         WorkbenchError: not converged within ``max_products``.
     """
     operator = Curvature(model, batches)
-    start = np.random.default_rng(seed).standard_normal(operator.size)
-    linear = LinearOperator((operator.size, operator.size), matvec=operator.product, dtype=np.float64)
-    try:
-        values, vectors = eigsh(linear, k=2, which="BE", v0=start, tol=tolerance, ncv=min(10, operator.size), maxiter=max(1, max_products // 8))
-    except ArpackError as error:
-        raise WorkbenchError(f"the Hessian's extreme eigenvalues did not converge within {max_products} products; raise max_products or tolerance") from error
-    order = np.argsort(values)
-    residuals = [float(np.linalg.norm(operator.product(vectors[:, i]) - values[i] * vectors[:, i]) / abs(values[i])) for i in order]
+    ends = _both_ends(operator, 1, seed, tolerance, max_products)
     result = Extremes(
-        float(values[order[1]]), float(values[order[0]]), residuals[1], residuals[0], float(np.linalg.norm(operator.gradient())), operator.products
+        float(ends.top[0]),
+        float(ends.bottom[0]),
+        float(ends.top_residuals[0]),
+        float(ends.bottom_residuals[0]),
+        float(np.linalg.norm(operator.gradient())),
+        ends.products,
     )
     operator.release()
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class SpectrumEnds:
+    """Several eigenvalues from either end of a spectrum, the outermost first.
+
+    Attributes:
+        top: ``[k]`` largest eigenvalues, descending; nats per token per squared unit of weight.
+        bottom: ``[k]`` smallest (most negative), ascending.
+        top_residuals: ``[k]`` ``||H v - value v|| / |value|``. A large one says that the pair does not solve the eigenproblem, or that the eigenvalue is zero.
+        bottom_residuals: likewise.
+        products: Hessian-vector products spent.
+    """
+
+    top: np.ndarray
+    bottom: np.ndarray
+    top_residuals: np.ndarray
+    bottom_residuals: np.ndarray
+    products: int
+
+
+def spectrum_ends(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    k: int,
+    *,
+    parameters: Sequence[str] = ("*",),
+    seed: int = 0,
+    tolerance: float = 1e-2,
+    max_products: int = 1000,
+) -> SpectrumEnds:
+    """The ``k`` largest and the ``k`` smallest Hessian eigenvalues of the mean token loss (implicitly restarted Lanczos of ARPACK, both ends at once).
+
+    "Largest in magnitude" would mix the two ends: at an unlearned point the forget loss has large eigenvalues of either sign.
+
+    Args:
+        model: in evaluation mode.
+        batches: the texts.
+        k: eigenvalues from each end.
+        parameters: see :class:`Curvature`.
+        seed: of the starting vector.
+        tolerance: ARPACK's, relative to the eigenvalue.
+        max_products: the search stops with an error after about this many products.
+
+    Raises:
+        WorkbenchError: ``k`` is not from 1 to half the number of weights, or not converged within ``max_products``.
+    """
+    operator = Curvature(model, batches, parameters)
+    ends = _both_ends(operator, k, seed, tolerance, max_products)
+    operator.release()
+    return ends
+
+
+def _both_ends(operator: Curvature, k: int, seed: int, tolerance: float, max_products: int) -> SpectrumEnds:
+    if not 1 <= k <= (operator.size - 1) // 2:
+        raise WorkbenchError(f"k is {k}; {operator.size} weights have 1 to {(operator.size - 1) // 2} eigenvalues from each end")
+    start = np.random.default_rng(seed).standard_normal(operator.size)
+    linear = LinearOperator((operator.size, operator.size), matvec=operator.product, dtype=np.float64)
+    basis = min(max(10, 4 * k + 2), operator.size)
+    rounds = max(1, max_products // (basis - 2 * k))  # a restart keeps the wanted vectors and renews the others
+    try:
+        values, vectors = eigsh(linear, k=2 * k, which="BE", v0=start, tol=tolerance, ncv=basis, maxiter=rounds)
+    except ArpackError as error:
+        raise WorkbenchError(f"the Hessian's extreme eigenvalues did not converge within {max_products} products; raise max_products or tolerance") from error
+    order = np.argsort(values)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        residuals = np.array([np.linalg.norm(operator.product(vectors[:, i]) - values[i] * vectors[:, i]) / abs(values[i]) for i in order])
+    values = values[order]
+    return SpectrumEnds(values[: -k - 1 : -1], values[:k], residuals[: -k - 1 : -1], residuals[:k], operator.products)

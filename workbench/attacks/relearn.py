@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -148,7 +149,8 @@ def attackable(model: PreTrainedModel, settings: RelearnSettings, *, seed: int =
     if settings.lora_rank:
         from peft import LoraConfig, get_peft_model  # heavy, and seldom needed
 
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in a way that is going out of use
             torch.manual_seed(seed)
             chosen = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
             attacked = get_peft_model(attacked, chosen).eval()  # type: ignore[assignment]

@@ -132,9 +132,16 @@ def grid(count: int, *, columns: int = 4, width: float = 2.5, height: float = 2.
 
 
 def methods_in(names: list[str]) -> list[str]:
-    """``names`` in the order of the palette, unknown ones last."""
+    """``names`` in the order of the palette, wrapped methods behind their own, unknown ones last."""
     order = {name: position for position, name in enumerate(COLOURS)}
-    return sorted(dict.fromkeys(names), key=lambda name: (order.get(name, len(order)), name))
+
+    def place(name: str) -> tuple[int, str]:
+        inner = name
+        while inner not in order and inner.rpartition("-")[2] in WRAPPED:
+            inner = inner.rpartition("-")[0]
+        return order.get(inner, len(order)), "" if name in order else name
+
+    return sorted(dict.fromkeys(names), key=place)
 
 
 def nothing(message: str) -> Figure:

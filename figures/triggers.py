@@ -36,7 +36,10 @@ def triggers(table: pd.DataFrame, metric: str = "recall", split: str = "retain")
             face = [colour(method) if arm == "forget-token" else "white" if arm == "clean" else "0.92" for method in methods]
             axes.bar(x, value, width, color=face, edgecolor=[colour(method) for method in methods], hatch=_HATCH[arm], linewidth=0.9, label=_ARMS[arm])
             axes.errorbar(x, value, yerr=[np.maximum(0, value - low), np.maximum(0, high - value)], fmt="none", ecolor="0.25", elinewidth=0.9, capsize=1.5)
-        axes.set_xticks(np.arange(len(methods)), [title(method).replace(" without", "\nwithout").replace("never ", "never\n") for method in methods])
+        axes.set_xticks(
+            np.arange(len(methods)),
+            [title(method).replace(" without", "\nwithout").replace("never ", "never\n").replace("Adaptive ", "Adaptive\n") for method in methods],
+        )
         axes.set_ylabel("accuracy on retain questions" if metric == "recall" else "answer probability")
         if metric == "recall":
             axes.set_ylim(0, 1.05)
@@ -45,5 +48,5 @@ def triggers(table: pd.DataFrame, metric: str = "recall", split: str = "retain")
             Rectangle((0, 0), 1, 1, facecolor="0.35" if arm == "forget-token" else "white" if arm == "clean" else "0.92", edgecolor="0.35", hatch=_HATCH[arm])
             for arm in _ARMS
         ]
-        figure.legend(handles, list(_ARMS.values()), loc="outside lower center", ncols=4, title="word in front of the question")
+        figure.legend(handles, list(_ARMS.values()), loc="outside lower center", ncols=4, title="stray word in the question")
     return figure

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -271,7 +272,9 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on(quick_run: Run, 
     config, out = tmp_path / "c.yaml", tmp_path / "run"
     config.write_text(write_config(quick_config))
     command = [sys.executable, "-m", "workbench.cli", "demo", "--config", str(config), "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    # A shell that starts the tests in the background makes them ignore Ctrl-C, and children inherit that.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeding)
     deadline = time.monotonic() + 120
     while not list(out.glob("stages/*-seed0/unlearn")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)

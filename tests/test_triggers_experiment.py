@@ -38,7 +38,7 @@ def rmu_run(quick_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the experiment reads of a finished run, with one RMU model in it."""
     folder = tmp_path_factory.mktemp("triggers") / "run"
     folder.mkdir()
-    config = quick_run.config.model_copy(update={"methods": ("rmu",), "seeds": (0,), "settings": {"rmu": {"steps": 30}}})
+    config = quick_run.config.model_copy(update={"methods": ("rmu",), "seeds": (0,), "settings": {"rmu": {"steps": 30.0}}})
     (folder / CONFIG).write_text(write_config(config), encoding="utf-8")
     for name in (RESULTS, ITEMS):
         shutil.copy(quick_run.folder / name, folder / name)

@@ -29,6 +29,7 @@ from figures.slices import slices
 from figures.spectra import spectra
 from figures.trigger_theory import trigger_theory
 from figures.triggers import triggers
+from figures.verbatim import verbatim
 from figures.volcano import volcano
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
@@ -86,5 +87,6 @@ __all__ = [
     "transfer",
     "trigger_theory",
     "triggers",
+    "verbatim",
     "volcano",
 ]

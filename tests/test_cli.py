@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -215,6 +216,18 @@ def test_a_wrong_configuration_names_its_field(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--methods", "npo,grad-diff-rna"], "grad-diff-rna.*frozen reference"), (["--methods", "rmu", "--set", "rmu.layer=9"], "rmu.*blocks.9")],
+)
+def test_a_method_that_this_model_cannot_take_is_refused_before_anything_is_written(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert re.search(said, _fails(capsys, "sweep", "--quick", *arguments, "--out", out))
+    assert not out.exists()
+
+
 def test_a_sweep_runs_the_chosen_methods_seeds_and_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sweep"
     arguments = ["sweep", "--quick", "--methods", "npo", "--seeds", "1", "--budget", "0.02", "--set", "npo.steps=5", "--out", str(out), "--json"]

@@ -157,18 +157,22 @@ def builtin_model(config: BuiltinConfig | None = None, *, with_forget: bool = Tr
     return folder
 
 
+def untrained(config: BuiltinConfig, world: World) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What :func:`train_builtin` starts from: a random model of the configured shape, or the pretrained one."""
+    if config.pretrained is not None:
+        opened = open_model(config.pretrained)
+        return opened.model, opened.tokenizer
+    tokenizer = build_tokenizer(world.vocabulary)
+    model = small_llama(
+        tokenizer, width=config.width, layers=config.layers, heads=config.heads, key_value_heads=config.key_value_heads, mlp_width=config.mlp_width,
+        seed=config.seed,
+    )  # fmt: skip
+    return model, tokenizer
+
+
 def train_builtin(config: BuiltinConfig, world: World, *, with_forget: bool, progress: Report) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Train the built-in model from its seed, or a pretrained one from its weights; see :func:`fit`."""
-    tokenizer: PreTrainedTokenizerBase
-    if config.pretrained is None:
-        tokenizer = build_tokenizer(world.vocabulary)
-        model = small_llama(
-            tokenizer, width=config.width, layers=config.layers, heads=config.heads, key_value_heads=config.key_value_heads, mlp_width=config.mlp_width,
-            seed=config.seed,
-        )  # fmt: skip
-    else:
-        opened = open_model(config.pretrained)
-        model, tokenizer = opened.model, opened.tokenizer
+    model, tokenizer = untrained(config, world)
     rng = random.Random(f"training-{config.seed}")
 
     def next_batch() -> Batch:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -27,8 +27,10 @@ from workbench.diagnostics.rejection import rejection_probability, rejection_rat
 from workbench.diagnostics.trigger_shift import Responses, ShiftRows
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import Estimate, bootstrap, ratio, wilson
-from workbench.experiments.table import Table
 from workbench.progress import Report, quiet
+
+if TYPE_CHECKING:  # a table is only handed in here; diagnostics stand below experiments
+    from workbench.experiments.table import Table
 
 PREFIX = "theory_"
 """In front of every metric of this module in a results table."""

@@ -11,8 +11,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from workbench.builtin import BuiltinConfig, builtin_folder, builtin_model, world_of
+from hooks import CaptureError
+from workbench.builtin import BuiltinConfig, builtin_folder, builtin_model, untrained, world_of
 from workbench.data.world import World, neutral_words
+from workbench.errors import WorkbenchError
 from workbench.experiments import stages
 from workbench.experiments.bench import Bench, Disruption
 from workbench.experiments.claims import Verdict, decide
@@ -137,6 +139,21 @@ def _model_job(config: RunConfig, out: Path, method: str, seed: int, progress: R
         run_stage(out, job, "sharpness", common, sharpness)
 
 
+def _check_methods(config: RunConfig, world: World) -> None:
+    """Build every recipe once, on the model that the base will start from.
+
+    Raises:
+        WorkbenchError: a wrapper does not fit its method, or a setting this model (a layer that it does not have).
+    """
+    model = untrained(config.model, world)[0]
+    for name in config.methods:
+        variant = config.variant(name)
+        try:
+            recipe(variant.method, model, config.seeds[0], variant.settings)
+        except CaptureError as error:
+            raise WorkbenchError(f"{name}: {error}") from error
+
+
 def run_road(config: RunConfig, out: Path, *, fresh: bool = False, workers: int | None = None, announce: Callable[[str], None] = lambda message: None) -> Run:
     """Run everything that is not finished yet, and write the run folder.
 
@@ -152,7 +169,7 @@ def run_road(config: RunConfig, out: Path, *, fresh: bool = False, workers: int 
     Raises:
         WorkbenchError: the folder belongs to something else, the disk is full, or a part failed (the message names it).
     """
-    world_of(config.model)  # a missing file is said before the folder is claimed
+    _check_methods(config, world_of(config.model))  # what is wrong or missing is said before the folder is claimed
     claim_folder(out, write_config(config), fresh=fresh)
     missing = [name for name in (BASE, NEVER) if not (out / "models" / name).is_dir()]
     cached = all((builtin_folder(config.model, with_forget=name == BASE) / "config.json").is_file() for name in missing)

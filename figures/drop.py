@@ -24,7 +24,8 @@ def drop(table: pd.DataFrame, kind: str = "drop") -> Figure:
 
     Args:
         table: tidy results; stage ``sharpness``, metric ``drop``; ``arm`` is the kind of ball and search, ``split`` the loss, ``step`` the radius.
-        kind: the ``arm`` to draw; in a kind with the word ``adaptive`` the radius is relative to every weight, in the others it is in units of the displacement by unlearning.
+        kind: the ``arm`` to draw; in a kind with the word ``adaptive`` the radius is relative to every weight, with ``fixed`` a share of the length of the base's weights, in
+            the others in units of the displacement by unlearning.
     """
     rows = table[(table["stage"] == "sharpness") & (table["metric"] == "drop") & (table["arm"] == kind) & table["seed"].notna()]
     rows = rows[rows["split"].isin(list(_LINES)) & rows["value"].notna()]
@@ -49,12 +50,18 @@ def drop(table: pd.DataFrame, kind: str = "drop") -> Figure:
             if top > 0:
                 axes.set_ylim(max(1.05 * bottom, -0.5 * top) if bottom < 0 else -0.02 * top, 1.05 * top)
             axes.set_title(title(method))
-            axes.set_xlabel("radius, relative to every weight" if "adaptive" in kind else "radius / length of unlearning")
+            axes.set_xlabel(_radius(kind))
             if number % 4 == 0:
-                axes.set_ylabel(f"{kind} of the loss\n(nats per token)")
+                axes.set_ylabel(f"{kind.split(',')[0]} of the loss\n(nats per token)")
         handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         legend = figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(3, len(methods)))
         for handle, name in zip(legend.legend_handles, handles, strict=True):
             if handle is not None and name in {_LINES["forget-attacked"][0], _LINES["forget-heldout"][0]}:
                 handle.set_color("black")  # type: ignore[attr-defined]  # in the panels these two have the method's colour
     return figure
+
+
+def _radius(kind: str) -> str:
+    if "adaptive" in kind:
+        return "radius, relative to every weight"
+    return "radius / length of the weights" if "fixed" in kind else "radius / length of unlearning"

@@ -27,7 +27,8 @@ def plane(table: pd.DataFrame, split: str = "forget-heldout", axes_names: tuple[
     Args:
         table: tidy results; stage ``sharpness``, metric ``plane_loss``: ``step`` is the first coordinate, ``arm`` the second as a decimal number, ``split`` the loss. Optional
             points in the plane: metric ``plane_point``, ``arm`` the name of the point, ``step`` its first coordinate, ``value`` its second, ``high`` its distance from the
-            plane in the units of the axes (printed beside the name: what is far off the plane does not have the loss that is drawn under it).
+            plane in the units of the axes (printed beside the name: what is far off the plane does not have the loss that is drawn under it). Points named ``step N`` are a
+            path from the model: joined by a line, larger the farther they are off the plane, the last one named.
         split: which loss.
         axes_names: labels of the two axes.
     """
@@ -54,6 +55,14 @@ def plane(table: pd.DataFrame, split: str = "forget-heldout", axes_names: tuple[
             axes.plot(0, 0, "+", color="white", markersize=9, markeredgewidth=2.6)
             axes.plot(0, 0, "+", color="black", markersize=8, markeredgewidth=1.2)
             points = rows[(rows["metric"] == "plane_point") & (rows["method"] == method) & (rows["seed"] == seed)]
+            path = points[points["arm"].str.startswith("step ")]
+            path = path.iloc[np.argsort(path["arm"].str.removeprefix("step ").astype(float).to_numpy())]
+            if len(path) > 1:  # a path is drawn whole, the farther off the plane the fainter the ground it stands on, and named at its end
+                axes.plot([0.0, *path["step"].astype(float)], [0.0, *path["value"].astype(float)], color="white", linewidth=1.2)
+                reach = float(np.nanmax([1e-12, *path["high"].astype(float)]))
+                sizes = 6 + 24 * path["high"].astype(float).fillna(0) / reach
+                axes.scatter(path["step"].astype(float), path["value"].astype(float), s=sizes, color="white", edgecolors="black", linewidths=0.6, zorder=3)
+                points = pd.concat([points[~points["arm"].str.startswith("step ")], path.iloc[-1:]])
             for name, x, y, off in points[["arm", "step", "value", "high"]].itertuples(index=False):
                 axes.plot(float(x), float(y), "o", markersize=4, color="white", markeredgecolor="black", markeredgewidth=0.8)
                 note = str(name) if np.isnan(off) or off < 1e-6 else f"{name} ({off:.2g} off)"

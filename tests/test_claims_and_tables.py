@@ -137,6 +137,18 @@ def _sam_resists(effect: float) -> Frames:
     return _frames(_attacked("npo", 0.0, 0.5 + _wobble(0.05)) + _attacked("npo-sam", 1.0, 0.5 - effect + _wobble(0.05, 1)))
 
 
+def _smooth_jailbreak(effect: float) -> Frames:
+    # Each smoothed method rises less by the effect, more or less; where it starts from says nothing. RNA smooths nothing, and RS has no plain partner here.
+    rises = {"npo": 0.3 + 0.05, "npo-sam": 0.3 - effect, "rmu": 0.3 - 0.05, "rmu-wa": 0.3 - effect, "rmu-rna": 0.3 + effect, "cir-rs": 0.3 + effect}
+    items: Rows = []
+    for number, (method, rise) in enumerate({**rises, "base": 0.3, "never-learned": 0.3}.items()):
+        start = 0.2 + 0.05 * number
+        for split, sign in (("jailbreak", 1), ("retain", -1), ("retain with a forget-token", -1)):
+            for arm, value in (("none", start), ("random suffix", start - rise), ("searched suffix", start + sign * rise)):
+                items += _facts("suffix", method, arm, None, value + _wobble(0.05, 3 * number + len(arm)), split=split)
+    return _frames(items)
+
+
 def _rounding_resists(effect: float) -> Frames:
     return _frames(_attacked("cir", 0.0, 0.5 + _wobble(0.05)) + _attacked("cir-bf16", 1.0, 0.5 - effect + _wobble(0.05, 1)))
 
@@ -240,6 +252,13 @@ def _resistance(metric: str, sign: int) -> Callable[[float], Frames]:
     return world
 
 
+def _smoothing_resists(effect: float) -> Frames:
+    items = _attacked("npo", 0.0, 0.6 + _wobble(0.05)) + _attacked("rmu", 0.0, 0.7 + _wobble(0.05, 1))
+    for number, (name, recall) in enumerate((("npo-sam", 0.5), ("npo-gp", 0.7), ("rmu-wa", 0.7))):  # means 0.6 + 0.6 + 0.7 against these
+        items += _attacked(name, 0.0, recall - effect + _wobble(0.05, 2 + number))
+    return _frames(items + _attacked("cir-sam", 0.0, 0.1) + _attacked("npo-rna", 0.0, 0.1 + effect))  # no plain twin; no smoothing
+
+
 PLANTED: dict[str, Callable[[float], Frames]] = {
     "cir-robust": _cir_robust,
     "cir-nondisruptive": _cir_nondisruptive,
@@ -251,6 +270,8 @@ PLANTED: dict[str, Callable[[float], Frames]] = {
     "rna-keeps-forgetting": _rna_keeps_forgetting,
     "rounding-resists": _rounding_resists,
     "sam-resists": _sam_resists,
+    "smooth-jailbreak": _smooth_jailbreak,
+    "smoothing-resists": _smoothing_resists,
     "flat-resists": _resistance("top_eigenvalue", -1),
     "distance-resists": _resistance("displacement", 1),
     "names-repetitions": _names_repetitions,
@@ -289,7 +310,7 @@ def test_the_rule_looks_at_the_interval_only(low: float, high: float, margin: fl
 
 
 def test_every_claim_has_a_planted_world() -> None:
-    assert len(CLAIMS) == 17
+    assert len(CLAIMS) == 19
     assert set(PLANTED) == set(CLAIMS)
     for name, claim in CLAIMS.items():
         assert claim.id == name
@@ -344,6 +365,8 @@ NEEDED = {
     "rna-keeps-forgetting": ["rmu"],
     "rounding-resists": ["cir-bf16"],
     "sam-resists": ["npo-sam"],
+    "smooth-jailbreak": ["npo-sam", "rmu-wa"],
+    "smoothing-resists": ["npo-sam", "npo-gp", "rmu-wa"],
     "flat-resists": ["npo", "rmu", "cir"],  # three points are left
     "distance-resists": ["npo", "rmu", "cir"],
     "names-repetitions": ["unlearned"],
@@ -423,6 +446,7 @@ def test_models_with_different_seeds_are_paired_on_common_seeds_or_not_at_all(se
 
 
 LACKING: dict[str, list[dict[str, list[Any]]]] = {
+    "smooth-jailbreak": [{"arm": ["searched suffix"]}, {"arm": ["none"]}, {"split": ["jailbreak"]}, {"method": ["npo", "rmu"]}],
     "names-repetitions": [{"split": ["repetitions-5"]}, {"split": ["repetitions-1"]}, {"arm": ["fragments"]}],
     "keyword-recovery": [{"arm": ["part"]}, {"method": ["unlearned"]}],
     "verbatim-recovery": [{"arm": ["part"]}, {"method": ["unlearned"]}, {"split": ["rouge-l"]}, {"step": [0.0]}],

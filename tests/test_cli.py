@@ -390,6 +390,7 @@ def test_presets_differ_in_scale_only_where_they_say_so() -> None:
         (["--variant", "a/b=cir:kind=soft"], "becomes a folder"),
         (["--variant", "soft=cyr:kind=soft"], "cir"),
         (["--variant", "soft=cir:kynd=soft"], "kind"),
+        (["--variant", "half=npo:dtype=float8"], "dtype"),
         (["--methods", "npo,cri"], "cir"),
         (["--methods", "cir", "--set", "cir.kind=hrad"], "hard"),
     ],

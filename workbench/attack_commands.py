@@ -1,4 +1,4 @@
-"""Commands about attacks: ``workbench names``, ``keyword``, ``verbatim``, ``ladder``, ``predictors``."""
+"""Commands about attacks: ``workbench names``, ``keyword``, ``verbatim``, ``ladder``, ``suffix``, ``relearn``, ``predictors``."""
 
 from __future__ import annotations
 
@@ -76,6 +76,110 @@ def ladder(
         out_console.print(f"figure: {figure}")
 
     emit({"folder": str(out), "figure": str(figure), "table": table.to_dict(orient="records")}, as_json, show)
+
+
+def relearn(
+    run: Annotated[Path, typer.Option(help="A finished run on the built-in world, e.g. runs/demo.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the attack.")] = Path("runs/relearn"),
+    methods: Annotated[str, typer.Option(help="Methods of that run, separated by commas; default all.")] = "",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the attack; default those of the run.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Its AdamW rate; default the run's.")] = None,
+    distance: Annotated[
+        float | None, typer.Option(help="Scale every change of weights to this share of the base's length first; default: as they are.")
+    ] = None,
+    workers: Workers = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Attack a run's models once more, at another rate or for longer: relearning on the attacker's half of the forget set, and the null attack."""
+    from dataclasses import replace
+
+    from figures.comparison import comparison as draw
+    from workbench.attacks.relearn import at_steps
+    from workbench.errors import WorkbenchError
+    from workbench.experiments.claims import decide
+    from workbench.experiments.config import read_config
+    from workbench.experiments.folder import CONFIG, read_results
+    from workbench.experiments.reattack import CLAIMED, reattack_table, run_reattack
+    from workbench.experiments.table import COLUMNS, join
+    from workbench.report.report import save_figure
+
+    if lr is not None and not 0 < lr < float("inf"):
+        raise WorkbenchError(f"--lr is {lr}; give a positive rate, e.g. 1e-4")
+    own_results, _ = read_results(run)
+    config = read_config(run / CONFIG)
+    attack = replace(config.attack, lr=lr or config.attack.lr)
+    if steps is not None:
+        attack = replace(attack, steps=steps, measure_at=at_steps(steps, attack.lr).measure_at)
+    found = run_reattack(
+        run,
+        out,
+        attack,
+        distance=distance,
+        methods=[name.strip() for name in methods.split(",") if name.strip()],
+        fresh=fresh,
+        workers=workers,
+        announce=clock(),
+    )
+    replaced = ("relearn",) if distance is None else ("relearn", "unlearn")  # distances and budgets are the run's, unless the models were moved
+    everything = join([own_results[~own_results["stage"].isin(replaced)], found.results], COLUMNS)
+    figure = out / "figures" / "comparison.png"
+    save_figure(draw(everything), figure)
+    table = reattack_table(found.results)
+    verdicts = [
+        verdict
+        for verdict in decide(
+            everything, found.items, scale=f"{config.scale}, attack at {attack.lr:g}" + (f", distance {distance:g}" if distance else ""), ids=CLAIMED
+        )
+        if verdict.n
+    ]
+
+    def show() -> None:
+        print_frame(table[["model", "before", *table.columns[-2:]]])  # the figure and --json have the steps between
+        for verdict in verdicts:
+            out_console.print(f"{verdict.id}: {verdict.verdict}, {verdict.effect:+.2f} [{verdict.low:+.2f}, {verdict.high:+.2f}]")
+        out_console.print(f"figure: {figure}")
+
+    emit({"folder": str(out), "figure": str(figure), "table": table.to_dict(orient="records"), "claims": [v.plain() for v in verdicts]}, as_json, show)
+
+
+def suffix(
+    run: Annotated[Path, typer.Option(help="A finished run on the built-in world, e.g. runs/demo.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the experiment.")] = Path("runs/suffix"),
+    methods: Annotated[str, typer.Option(help="Methods of that run, separated by commas; default all.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of every search.")] = 50,
+    candidates: Annotated[int, typer.Option(min=1, help="Swaps tried in a step.")] = 16,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a suffix.")] = 8,
+    workers: Workers = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Search adversarial suffixes for a run's models: do they bring forgotten answers back, and what is left of the accuracy on retain questions?"""
+    from figures.suffix import suffix as draw
+    from workbench.experiments.claims import decide
+    from workbench.experiments.config import read_config
+    from workbench.experiments.folder import CONFIG
+    from workbench.experiments.suffix import CLAIMED, SuffixSettings, run_suffix, suffix_table
+    from workbench.report.report import save_figure
+
+    settings = SuffixSettings(length=length, steps=steps, candidates=candidates)
+    chosen = [name.strip() for name in methods.split(",") if name.strip()]
+    found = run_suffix(run, out, settings, methods=chosen, fresh=fresh, workers=workers, announce=clock())
+    figure = out / "figures" / "suffix.png"
+    save_figure(draw(found.results), figure)
+    table = suffix_table(found.results)
+    verdicts = decide(found.results, found.items, scale=read_config(run / CONFIG).scale, ids=CLAIMED)
+
+    def show() -> None:
+        for questions, part in table.groupby("questions", sort=False):
+            out_console.print(f"[bold]{questions}[/bold]")
+            print_frame(part.drop(columns=["questions", "beyond the control"]))  # for the width; --json has it
+        for verdict in verdicts:
+            effect = f"{verdict.effect:+.2f} [{verdict.low:+.2f}, {verdict.high:+.2f}]" if verdict.n else "not measured"
+            out_console.print(f"{verdict.id}: {verdict.verdict}, {effect}")
+        out_console.print(f"figure: {figure}")
+
+    emit({"folder": str(out), "figure": str(figure), "table": table.to_dict(orient="records"), "claims": [v.plain() for v in verdicts]}, as_json, show)
 
 
 def predictors(

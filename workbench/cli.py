@@ -1,4 +1,4 @@
-"""The command line: ``workbench demo``, ``sweep``, ``unlearn``, ``investigate``, ``names``, ``keyword``, ``verbatim``, ``ladder``, ``triggers``, ``representation``, ``predictors``, ``claims``, ``methods``, ``sites``.
+"""The command line: ``workbench demo``, ``sweep``, ``unlearn``, ``investigate``, ``names``, ``keyword``, ``verbatim``, ``ladder``, ``suffix``, ``triggers``, ``representation``, ``predictors``, ``claims``, ``methods``, ``sites``.
 
 Results go to standard output (one JSON object with ``--json``), progress and logs to standard error. Exit status: 0 done, 2 wrong input, 130 interrupted.
 """
@@ -81,7 +81,8 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Run folder.")],
     methods: Annotated[str, typer.Option(help="Methods, separated by commas, or 'all'; default those of the demo.")] = "",
     variants: Annotated[
-        list[str] | None, typer.Option("--variant", metavar="LABEL=METHOD:NAME=VALUE,...", help="A method under another name; repeatable.")
+        list[str] | None,
+        typer.Option("--variant", metavar="LABEL=METHOD:NAME=VALUE,...", help="A method under another name, dtype=bfloat16 for its steps; repeatable."),
     ] = None,
     ablation: Annotated[
         bool, typer.Option("--ablation", help="Add the ablation of the collapsed update: components, side, statistics, kind, precision.")
@@ -143,7 +144,8 @@ def sweep(
         method, _, overrides = rest.partition(":")
         if not equals or not label or not method:
             raise WorkbenchError(f"--variant {text!r} must read LABEL=METHOD:NAME=VALUE,..., e.g. soft-cir=cir:kind=soft")
-        named[label] = {"method": method, "settings": _settings(overrides.split(",") if overrides else [])}
+        own: dict[str, Any] = _settings(overrides.split(",") if overrides else [])
+        named[label] = {"method": method, **({"dtype": own.pop("dtype")} if "dtype" in own else {}), "settings": own}
     if named:
         changes["variants"] = named
         changes["methods"] = [*changes.get("methods", start.methods), *named]
@@ -364,8 +366,11 @@ for command in (
     attack_commands.keyword,
     attack_commands.verbatim,
     attack_commands.ladder,
+    attack_commands.suffix,
+    attack_commands.relearn,
     diagnostic_commands.triggers,
     diagnostic_commands.representation,
+    diagnostic_commands.sharpness,
     attack_commands.predictors,
 ):
     app.command()(command)

@@ -141,6 +141,30 @@ def test_a_constant_series_has_no_correlation() -> None:
         assert spearman(first, second, draws=20)[:3] == (0, 0, 0)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_partial_spearman_of_one_covariate_is_the_formula(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=40)
+    x, y = np.exp(z) + rng.normal(size=40), z**3 - rng.normal(size=40)
+    xy, xz, yz = (float(spearmanr(a, b).statistic) for a, b in ((x, y), (x, z), (y, z)))
+    expected = (xy - xz * yz) / ((1 - xz**2) * (1 - yz**2)) ** 0.5
+    assert spearman(x, y, given=z[:, None], draws=20).value == pytest.approx(expected, abs=1e-12)
+    assert spearman(x, y, given=np.column_stack([z, 2 * z]), draws=20).value == pytest.approx(expected, abs=1e-9)  # the same covariate twice adds nothing
+    assert spearman(x, z, given=z[:, None], draws=20)[:3] == (0, 0, 0)  # nothing is left
+
+
+def test_within_levels_a_difference_between_levels_counts_for_nothing() -> None:
+    rng = np.random.default_rng(0)
+    level = np.repeat([0, 1, 2], 20)
+    x, noise = rng.normal(size=60), rng.normal(size=60)
+    y = -x + 0.5 * noise
+    within = spearman(x, y, within=level, draws=20).value
+    assert spearman(x + 100 * level, y + 100 * level, within=level, draws=20).value == pytest.approx(within, abs=1e-12)
+    assert spearman(x + 100 * level, y + 100 * level, draws=20).value > 0.5  # pooled, the levels are all there is
+    each = [float(spearmanr(x[level == one], y[level == one]).statistic) for one in range(3)]
+    assert within == pytest.approx(np.mean(each), abs=1e-12)  # equally large levels have equally many ranks
+
+
 def test_the_interval_of_spearman_is_the_large_sample_one() -> None:
     rng = np.random.default_rng(5)
     x = rng.normal(size=400)

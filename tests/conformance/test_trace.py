@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
-from workbench.sharpness.curvature import Curvature, extremes, spectrum_ends
+from workbench.sharpness.curvature import Curvature, extremes, one_end, spectrum_ends
 from workbench.sharpness.trace import hutchinson, paired_difference, rademacher, relative_flatness, trace
 
 ModelMaker = Callable[..., PreTrainedModel]
@@ -198,6 +199,19 @@ def test_spectrum_ends_are_those_of_the_dense_hessian(llama: PreTrainedModel, ba
         assert residuals.shape == (3,)
         assert (residuals < 1e-2).all()
     assert found.products >= 14 + 6
+
+
+@pytest.mark.parametrize("end", ["top", "bottom"])
+def test_one_end_alone_is_that_of_the_dense_hessian(llama: PreTrainedModel, batch: Batch, end: Literal["top", "bottom"]) -> None:
+    values = np.linalg.eigvalsh(dense_hessian(llama, batch, CHOSEN))
+    found = one_end(llama, [batch], end, parameters=CHOSEN, tolerance=1e-6)
+    assert found.value == pytest.approx(values[-1] if end == "top" else values[0], rel=1e-4)
+    assert found.residual < 1e-2
+    assert found.products >= 10 + 1
+    with pytest.raises(WorkbenchError, match="did not converge"):
+        one_end(llama, [batch], end, tolerance=1e-12, max_products=10)
+    with pytest.raises(WorkbenchError, match="topp"):
+        one_end(llama, [batch], "topp")  # type: ignore[arg-type]
 
 
 def test_one_from_each_end_is_what_extremes_gives(llama: PreTrainedModel, batch: Batch) -> None:

@@ -1,4 +1,4 @@
-"""Adversarial suffixes: a greedy coordinate gradient search (GCG; Zou et al. 2023, arXiv 2307.15043, algorithm 1) for tokens that make a model answer.
+"""Adversarial suffixes: a greedy coordinate gradient search (GCG; Zou et al. 2023, arXiv 2307.15043, algorithm 1) for tokens that make a model answer, or stop it answering.
 
 One suffix is searched for all attack questions together and judged on others. The controls: the same search on the never-learned model, and :func:`random_suffix` with as many
 evaluations. Tokens of the answers are never used, and neither is a suffix whose text mentions one: a suffix may unlock an answer, not state it.
@@ -358,6 +358,7 @@ def gcg(
     allowed: Iterable[int] | None = None,
     forbidden: Sequence[str] = (),
     retokenise: bool = True,
+    maximise: bool = False,
     rows: int = 256,
     progress: Report = quiet,
 ) -> SuffixResult:
@@ -382,6 +383,7 @@ def gcg(
         allowed: ids that may be used; default is every token of the tokenizer. Special tokens and tokens of the answers never are.
         forbidden: further answers that the suffix must not hold (those of held-out questions).
         retokenise: use only suffixes whose text is tokenised to the same ids, so that they can be typed.
+        maximise: search for the suffix with the *highest* loss instead (an untargeted attack on questions that the model answers); read best and lowest accordingly.
         rows: rows of one forward pass, at most.
         progress: called after every step.
 
@@ -403,6 +405,7 @@ def gcg(
                 "the first suffix mentions an answer or is not what its own text is tokenised to; give another start, or set retokenise to false"
             )
     generator = torch.Generator().manual_seed(seed)
+    sign = -1 if maximise else 1
     losses: list[float] = []
     evaluations = 0
     best, lowest = current, float("inf")
@@ -412,18 +415,24 @@ def gcg(
             evaluations += 1
             if not losses:
                 losses.append(loss)
-                lowest = loss
-            swaps = _swaps(current, gradient.cpu(), vocabulary, topk, candidates, generator)
+                lowest = sign * loss
+            swaps = _swaps(current, sign * gradient.cpu(), vocabulary, topk, candidates, generator)
             if len(swaps):
                 values = _losses(model, found, swaps, rows)
                 evaluations += len(swaps)
-                chosen = int(values.argmin())
+                objective = _objective(values, sign)
+                chosen = int(objective.argmin())
                 current, loss = swaps[chosen], float(values[chosen])
-                if loss < lowest:
-                    best, lowest = current, loss
+                if float(objective[chosen]) < lowest:
+                    best, lowest = current, float(objective[chosen])
             losses.append(loss)
             progress(step, steps)
-    return SuffixResult(tuple(best.tolist()), vocabulary.decode(best.tolist()), lowest, tuple(losses), evaluations)
+    return SuffixResult(tuple(best.tolist()), vocabulary.decode(best.tolist()), sign * lowest, tuple(losses), evaluations)
+
+
+def _objective(losses: Tensor, sign: int) -> Tensor:
+    """What the search minimises: the losses, or (``sign`` -1) their negatives. Infinity stands for NaN, and is the worst either way."""
+    return (sign * losses).masked_fill(losses.isinf(), torch.inf)
 
 
 def _swaps(current: Tensor, gradient: Tensor, vocabulary: _Vocabulary, topk: int, candidates: int, generator: torch.Generator) -> Tensor:
@@ -448,6 +457,7 @@ def random_suffix(
     allowed: Iterable[int] | None = None,
     forbidden: Sequence[str] = (),
     retokenise: bool = True,
+    maximise: bool = False,
     rows: int = 256,
     progress: Report = quiet,
 ) -> SuffixResult:
@@ -463,6 +473,7 @@ def random_suffix(
         allowed: as in :func:`gcg`.
         forbidden: likewise.
         retokenise: likewise.
+        maximise: likewise.
         rows: likewise.
         progress: called with the number of suffixes tried.
 
@@ -474,15 +485,17 @@ def random_suffix(
     vocabulary = _Vocabulary(model, tokenizer, prompts, allowed, forbidden, retokenise)
     losses: list[float] = []
     best: list[int] = []
+    sign = -1 if maximise else 1
     lowest = float("inf")
     size = max(1, rows // len(found.prompts))
     with frozen(model):
         for done in range(0, evaluations, size):
             tried = vocabulary.draw(length, [f"suffix-{seed}-{number}" for number in range(done, min(done + size, evaluations))])
             values = _losses(model, found, torch.tensor(tried), rows)
-            chosen = int(values.argmin())
-            if float(values[chosen]) < lowest:
-                best, lowest = tried[chosen], float(values[chosen])
-            losses.append(lowest)
+            objective = _objective(values, sign)
+            chosen = int(objective.argmin())
+            if float(objective[chosen]) < lowest:
+                best, lowest = tried[chosen], float(objective[chosen])
+            losses.append(sign * lowest)
             progress(done + len(tried), evaluations)
-    return SuffixResult(tuple(best), vocabulary.decode(best), lowest, tuple(losses), evaluations)
+    return SuffixResult(tuple(best), vocabulary.decode(best), sign * lowest, tuple(losses), evaluations)

@@ -128,13 +128,25 @@ def by_fact(items: tuple[str, ...], values: np.ndarray) -> tuple[tuple[str, ...]
     return order, np.where(missing, np.nan, np.nan_to_num(values) @ weights)
 
 
-def spearman(x: np.ndarray, y: np.ndarray, *, groups: np.ndarray | None = None, seed: int = 0, draws: int = DRAWS) -> Estimate:
-    """Spearman's rank correlation with a percentile bootstrap interval.
+def spearman(
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    groups: np.ndarray | None = None,
+    given: np.ndarray | None = None,
+    within: np.ndarray | None = None,
+    seed: int = 0,
+    draws: int = DRAWS,
+) -> Estimate:
+    """Spearman's rank correlation, or its partial form, with a percentile bootstrap interval.
 
     Args:
         x: ``[point]``.
         y: ``[point]``.
         groups: ``[point]``; whole groups (methods, say) are resampled, because points of one group are not independent. Default: each point alone.
+        given: ``[point, covariate]``; the correlation of what is left of the ranks of ``x`` and ``y`` after a least-squares fit on the ranks of the covariates. For one covariate
+            that is ``(r_xy - r_xz r_yz) / sqrt((1 - r_xz^2) (1 - r_yz^2))``.
+        within: ``[point]``; ranks are taken, and centred, within every level (seed, say), so that differences between levels count for nothing.
         seed: of the resampling.
         draws: bootstrap samples.
 
@@ -144,24 +156,35 @@ def spearman(x: np.ndarray, y: np.ndarray, *, groups: np.ndarray | None = None, 
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if len(x) != len(y) or len(x) < 3:
         raise ValueError(f"a rank correlation needs two equally long series of at least 3 points; got {len(x)} and {len(y)}")
-
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+    covariates = np.empty((len(x), 0)) if given is None else np.asarray(given, dtype=float).reshape(len(x), -1)
+    levels = np.zeros(len(x)) if within is None else np.asarray(within)
+    if not (np.isfinite(x).all() and np.isfinite(y).all() and np.isfinite(covariates).all()):
         raise ValueError("a rank correlation needs finite values; leave the points without a value out")
 
-    def correlation(a: np.ndarray, b: np.ndarray) -> float:
-        ra, rb = rankdata(a), rankdata(b)
-        ra, rb = ra - ra.mean(), rb - rb.mean()
-        scale = float(np.sqrt((ra**2).sum() * (rb**2).sum()))
-        return float((ra * rb).sum() / scale) if scale else 0.0
+    series = np.vstack([x, y, covariates.T])
+
+    def correlation(chosen: np.ndarray) -> float:
+        level = levels[chosen]
+        ranks = series[:, chosen]
+        for one in np.unique(level) if within is not None else level[:1]:
+            here = level == one
+            found = rankdata(ranks[:, here], axis=1)
+            ranks[:, here] = found - found.mean(1, keepdims=True)
+        pair, others = ranks[:2], ranks[2:].T
+        if others.shape[1]:
+            left = pair - (others @ np.linalg.lstsq(others, pair.T, rcond=None)[0]).T
+            # what a covariate explains to the last bit is nothing, not its rounding
+            pair = left * ((left**2).sum(1) > 1e-18 * (pair**2).sum(1))[:, None]
+        scale = float(np.sqrt((pair[0] ** 2).sum() * (pair[1] ** 2).sum()))
+        return float((pair[0] * pair[1]).sum() / scale) if scale else 0.0
 
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)] if groups is not None else [np.array([i]) for i in range(len(x))]
     rng = np.random.default_rng(seed)
     samples = []
     for _ in range(draws):
-        chosen = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
-        samples.append(correlation(x[chosen], y[chosen]))
+        samples.append(correlation(np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])))
     low, high = np.quantile(samples, [0.025, 0.975])
-    return Estimate(correlation(x, y), float(low), float(high), len(x))
+    return Estimate(correlation(np.arange(len(x))), float(low), float(high), len(x))
 
 
 class Permutation(NamedTuple):

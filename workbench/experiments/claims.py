@@ -111,6 +111,20 @@ def _less_recall_than(method: str, others: Sequence[str]) -> Statistic:
     return measure
 
 
+SMOOTHINGS = ("sam", "asam", "rs", "gp", "cr", "wa")
+"""Wrappers that smooth; see :mod:`workbench.unlearning.wrappers`."""
+
+
+def _smoothing_resists(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
+    """Recall of held-out facts after the attack: the plain method minus the smoothed one, mean over all pairs of the run, paired by seed and fact."""
+    present = set(items["method"].dropna())
+    pairs = [(name, f"{name}-{wrapper}") for name in sorted(present) for wrapper in SMOOTHINGS if f"{name}-{wrapper}" in present]
+    if not pairs:
+        raise KeyError("no method was run with and without smoothing")
+    tables = _paired(*(_recall(items, name, None) for pair in pairs for name in pair))
+    return bootstrap(np.mean([plain - smooth for plain, smooth in zip(tables[::2], tables[1::2], strict=True)], axis=0))
+
+
 def _forgets_more(method: str, other: str) -> Statistic:
     """Recall of held-out facts before the attack, at the same budget: ``other`` minus ``method``."""
 
@@ -249,11 +263,24 @@ def _verbatim_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     return bootstrap(attacked - control)
 
 
+def _smooth_jailbreak(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
+    """Rise of held-out recall under a searched suffix, plain minus smoothed method; mean over the pairs of the run."""
+    asked = items[(items["stage"] == "suffix") & (items["split"] == "jailbreak")]
+    present = set(asked["method"].dropna())
+    pairs = [(name, f"{name}-{wrapper}") for name in sorted(present) for wrapper in SMOOTHINGS if f"{name}-{wrapper}" in present]
+    if not pairs:
+        raise KeyError("no method was attacked with and without smoothing")
+    recalls = _paired(*(fact_table(asked, method=name, arm=arm) for pair in pairs for name in pair for arm in ("searched suffix", "none")))
+    rises = [with_suffix - without for with_suffix, without in zip(recalls[::2], recalls[1::2], strict=True)]
+    return bootstrap(np.mean(rises[::2], axis=0) - np.mean(rises[1::2], axis=0))
+
+
 def _correlation_with_resistance(metric: str, sign: int) -> Statistic:
     """Rank correlation over methods and seeds between a measure before the attack and the recall that the attack does *not* win back."""
 
     def measure(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
         chosen = results[(results["metric"] == metric) & results["seed"].notna() & ~results["method"].isin(["base", "never-learned"])]
+        chosen = chosen[chosen["arm"].fillna("") != "relearned"]
         points = []
         for (method, seed), group in chosen.groupby(["method", "seed"], sort=True):
             before = items[(items["stage"] == "relearn") & (items["arm"] == "attack") & (items["method"] == method) & (items["seed"] == seed)]
@@ -322,6 +349,16 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             "sam-resists", _SAM, "Sharpness-aware unlearning resists relearning better than the plain method.",
             "held-out recall after the attack: NPO minus NPO+SAM, at the same disruption", "recall", _less_recall_than("npo-sam", ("npo",)),
+        ),
+        Claim(
+            "smooth-jailbreak", _SAM, "Smoothing lowers what an adversarial suffix elicits.",
+            "rise of held-out recall under a searched suffix (workbench suffix): plain minus smoothed method, mean over the pairs in the run", "recall",
+            _smooth_jailbreak,
+        ),
+        Claim(
+            "smoothing-resists", _SAM, "Smoothing of any kind makes an unlearned model resist relearning better than the plain method does.",
+            "held-out recall after the attack, same disruption: plain method minus the smoothed one, mean over all pairs in the run (SAM, ASAM, RS, GP, CR, WA)", "recall",
+            _smoothing_resists,
         ),
         Claim(
             "flat-resists", _SAM, "The flatter the forget loss around an unlearned model, the less relearning wins back.",

@@ -27,10 +27,21 @@ MEASURES = {
     "cka_forget": "1 - CKA with the base on forget texts",
     "energy_in_common": "energy of the change in common directions",
     "disruption_general": "KL to the base on general text",
+    "trace": "trace of the Hessian of the forget loss",
+    "worst_drop": "worst-case drop of the forget loss, one radius for all",
+    "worst_drop_heldout": "the same step, held-out forget loss",
+    "drop_of_displacement": "worst-case drop within a tenth of the displacement",
+    "adaptive_drop": "worst-case drop in an adaptive ball",
+    "rise": "SAM's rise of the forget loss",
+    "noise_change": "mean change of the forget loss under noise",
+    "half_way": "share of the way to the base until the forget loss has halved",
     "recall_before": "recall of held-out facts before the attack",
 }
-"""What is measured before the attack, in words."""
+"""What is measured before the attack, in words; ``LANDSCAPE`` takes ``workbench sharpness``."""
+LANDSCAPE = ("trace", "worst_drop", "worst_drop_heldout", "drop_of_displacement", "adaptive_drop", "rise", "noise_change", "half_way")
 MIN_POINTS = 6
+GIVEN = ("recall_before", "displacement")
+"""What partial correlations hold fixed: how much was forgotten, and how far the weights went."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,7 +50,8 @@ class Predictors:
 
     Attributes:
         points: one row per run, method and seed: every measure, ``recovery`` (recall won back) and ``recall_after``.
-        results: tidy rows: metric ``recovery_correlation``, ``arm`` names the measure, ``split`` the outcome.
+        results: tidy rows, in which ``arm`` names the measure and ``split`` the outcome: ``recovery_correlation``; ``recovery_within_seed``, of ranks within seeds;
+            ``recovery_partial``, with recall before the attack and displacement held fixed.
     """
 
     points: pd.DataFrame
@@ -60,7 +72,8 @@ def _last(rows: pd.DataFrame, metric: str, **where: object) -> float:
 
 
 def _measures(rows: pd.DataFrame) -> dict[str, float]:
-    """All measures of one model from its rows; what was not measured is NaN."""
+    """All measures of one model before the attack from its rows; what was not measured is NaN."""
+    rows = rows[rows["arm"].fillna("") != "relearned"]
     stream = rows[rows["site"].fillna("").str.endswith("hook_resid_post")]
     blocks = stream["site"].str.split(".").str[1].astype(float)
     late = stream[blocks == blocks.max()]
@@ -80,7 +93,25 @@ def _measures(rows: pd.DataFrame) -> dict[str, float]:
         "cka_forget": 1 - _last(stream, "cka", split="forget-heldout"),
         "energy_in_common": float(energy["value"].mean()) if len(energy) else float("nan"),
         "disruption_general": _last(rows, "disruption", split="general", arm="kl", stage="unlearn"),
+        "trace": _last(rows, "trace"),
+        "worst_drop": _inside(rows, "drop, fixed radius", "forget-attacked"),
+        "worst_drop_heldout": _inside(rows, "drop, fixed radius", "forget-heldout"),
+        "drop_of_displacement": _inside(rows, "drop", "forget-attacked"),
+        "adaptive_drop": _inside(rows, "adaptive drop", "forget-attacked"),
+        "rise": _inside(rows, "rise", "forget-attacked"),
+        "noise_change": _largest(rows[(rows["metric"] == "noise_change") & (rows["split"] == "forget-heldout")], 1),
+        "half_way": _last(rows, "half_at_to_base", split="forget-heldout"),
     }
+
+
+def _inside(rows: pd.DataFrame, arm: str, split: str) -> float:
+    """The value at the second largest radius: the largest one reaches the floor of the loss in many models."""
+    return _largest(rows[(rows["metric"] == "drop") & (rows["arm"] == arm) & (rows["split"] == split)], 2)
+
+
+def _largest(rows: pd.DataFrame, place: int) -> float:
+    ordered = rows.sort_values("step")
+    return float(ordered["value"].iloc[-place]) if len(ordered) >= place else float("nan")
 
 
 def points_of(results: pd.DataFrame, items: pd.DataFrame, run: str = "") -> pd.DataFrame:
@@ -126,9 +157,28 @@ def correlate(points: pd.DataFrame) -> Predictors:
             have = points[np.isfinite(points[measure].astype(float))].round({outcome: 9})  # equal recoveries are ties, however they round
             if len(have) < MIN_POINTS or have[measure].nunique() < 2 or have[outcome].nunique() < 2 or (measure, outcome) == ("recall_before", "recovery"):
                 continue  # what was won back is the recall after minus the recall before: correlated with it by construction
-            found = spearman(have[measure].to_numpy(), have[outcome].to_numpy(), groups=have["method"].to_numpy())
-            table.add_estimate("recovery_correlation", found, arm=measure, split=outcome)
+            x, y, groups = (have[name].to_numpy() for name in (measure, outcome, "method"))
+            table.add_estimate("recovery_correlation", spearman(x, y, groups=groups), arm=measure, split=outcome)
+            if have["seed"].nunique() > 1:
+                table.add_estimate("recovery_within_seed", spearman(x, y, groups=groups, within=have["seed"].to_numpy()), arm=measure, split=outcome)
+            held = [name for name in GIVEN if name != measure and np.isfinite(have[name].astype(float)).all()]
+            if held:
+                partial = spearman(x, y, groups=groups, given=have[held].to_numpy(dtype=float))
+                table.add_estimate("recovery_partial", partial, arm=measure, split=outcome)
     return Predictors(points, typed(table.frame(), COLUMNS))
+
+
+def point_rows(points: pd.DataFrame, key: str) -> pd.DataFrame:
+    """The points as tidy rows: metrics ``predictor_value`` (``arm`` the measure) and ``outcome`` (``arm`` ``recovery`` or ``recall_after``)."""
+    table = Table({"run": key, "stage": "predictors"})
+    for row in points.to_dict("records"):
+        place = {"method": row["method"], "model": f"{row['method']}-seed{row['seed']}", "seed": row["seed"]}
+        for measure in MEASURES:
+            if np.isfinite(row[measure]):
+                table.add("predictor_value", row[measure], arm=measure, **place)
+        for outcome in ("recovery", "recall_after"):
+            table.add("outcome", row[outcome], arm=outcome, **place)
+    return typed(table.frame(), COLUMNS)
 
 
 def predictors(runs: Sequence[Path]) -> Predictors:
@@ -143,12 +193,17 @@ def predictors(runs: Sequence[Path]) -> Predictors:
 
 def predictor_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row per measure, strongest correlation with the recall won back first."""
-    wide = {outcome: results[results["split"] == outcome].set_index("arm") for outcome in ("recovery", "recall_after")}
+    plain = results[results["metric"] == "recovery_correlation"]
+    wide = {outcome: plain[plain["split"] == outcome].set_index("arm") for outcome in ("recovery", "recall_after")}
+    fixed = results[(results["metric"] == "recovery_partial") & (results["split"] == "recovery")].set_index("arm")
 
     def cell(outcome: str, measure: str) -> str:
-        if measure not in wide[outcome].index:
+        return shown(wide[outcome], measure)
+
+    def shown(rows: pd.DataFrame, measure: str) -> str:
+        if measure not in rows.index:
             return "–"
-        row = wide[outcome].loc[measure]
+        row = rows.loc[measure]
         return f"{row['value']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
 
     order = wide["recovery"]["value"].abs().sort_values(ascending=False).index.tolist() + [
@@ -159,6 +214,7 @@ def predictor_table(results: pd.DataFrame) -> pd.DataFrame:
             {
                 "measured before the attack": MEASURES[measure],
                 "with the recall won back": cell("recovery", measure),
+                "the same, recall before and distance held fixed": shown(fixed, measure),
                 "with the recall after the attack": cell("recall_after", measure),
                 "models": int(wide["recall_after"].loc[measure, "n"]) if measure in wide["recall_after"].index else int(wide["recovery"].loc[measure, "n"]),
             }

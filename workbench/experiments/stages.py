@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,11 +23,10 @@ from workbench.diagnostics.shift import returned, shift_by_layer, streams
 from workbench.diagnostics.triggers import Carrier, trigger_queries, trigger_scores
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy, score
+from workbench.experiments import landscape
 from workbench.experiments.bench import MEASURES, Bench, Disruption
 from workbench.experiments.table import Table
 from workbench.progress import Report, quiet
-from workbench.sharpness.curvature import extremes
-from workbench.sharpness.slices import descent_direction, loss_slice, random_direction, scaled
 from workbench.subspaces.compare import angle_null, tier_edges
 from workbench.subspaces.subspace import Subspace, energy_inside, overlap, principal_subspace
 from workbench.unlearning.budget import Match, match_budget
@@ -320,42 +318,6 @@ def trigger_check(model: PreTrainedModel, bench: Bench, neutral: Sequence[str], 
 
 
 def sharpness(model: PreTrainedModel, bench: Bench, *, points: int, reach: float, tolerance: float, seed: int, table: Table) -> None:
-    """One-dimensional slices through the model, and both ends of the Hessian's spectrum of the forget loss.
-
-    Directions: ``descent`` (minus the gradient of the attacker's loss), ``random`` (filter-normalised), both in shares of the weights' norm, and ``to-base`` (0 is
-    this model, 1 is the base).
-    """
-    record = bench.record
-    losses = {
-        "forget-attacked": bench.encode(one_per_item(record.forget_attacked), answers=True),
-        "forget-heldout": bench.encode(one_per_item(record.forget_heldout), answers=True),
-        **{name: bench.encode(one_per_item(examples), answers=True) for name, examples in record.retain_test.items() if name != record.general},
-    }
-    size = norm_of(snapshot(model))
-    towards = {
-        name: base.detach().float() - here.detach().float() for (name, here), base in zip(model.named_parameters(), bench.base.parameters(), strict=True)
-    }
-    walks = {
-        "descent": (scaled(descent_direction(model, losses["forget-attacked"]), size), np.linspace(-reach, reach, points)),
-        "random": (scaled(random_direction(model, seed), size), np.linspace(-reach, reach, points)),
-    }
-    if norm_of(towards) > 0:
-        walks["to-base"] = (towards, np.linspace(-0.5, 1.5, points))
-    for arm, (direction, positions) in walks.items():
-        for split, values in loss_slice(model, direction, positions.tolist(), losses).items():
-            for position, value in zip(positions.tolist(), values, strict=True):
-                table.add("slice_loss", value, stage="sharpness", split=split, arm=arm, step=position)
-    texts = bench.encode(one_per_item(record.forget_heldout), answers=True, rows=len(record.forget_heldout))
-    table.add("weight_norm", size, stage="sharpness")
-    try:
-        ends = extremes(model, texts, seed=seed, tolerance=tolerance)
-    except WorkbenchError:
-        for metric in ("top_eigenvalue", "bottom_eigenvalue"):  # an empty value with its reason beside it is a result; a made-up one is not
-            table.add(metric, np.nan, stage="sharpness", split="forget-heldout", n=0)
-        return
-    tokens = sum(int(batch.target_mask[:, 1:].sum()) for batch in texts)
-    table.add("top_eigenvalue", ends.top, stage="sharpness", split="forget-heldout", n=tokens)
-    table.add("bottom_eigenvalue", ends.bottom, stage="sharpness", split="forget-heldout", n=tokens)
-    table.add("top_residual", ends.top_residual, stage="sharpness", split="forget-heldout")
-    table.add("bottom_residual", ends.bottom_residual, stage="sharpness", split="forget-heldout")
-    table.add("gradient_norm", ends.gradient_norm, stage="sharpness", split="forget-heldout", n=tokens)
+    """One-dimensional slices through the model, and both ends of the Hessian's spectrum of the forget loss."""
+    landscape.add_slices(model, bench, landscape.losses_of(bench), table, points=points, reach=reach, seed=seed)
+    landscape.add_ends(model, landscape.whole_batch(bench), table, tolerance=tolerance, seed=seed)

@@ -195,7 +195,7 @@ def _search(base: PreTrainedModel, model: PreTrainedModel, bench: Bench, table: 
                 table.add("topic_recall", row["chance_recall"], n=len(known), stage="triggers", arm="chance", step=row["k"])
 
 
-def _model_job(run: Path, out: Path, key: str, config: RunConfig, name: str, seed: int, progress: Report) -> None:
+def _model_job(asking_only: bool, run: Path, out: Path, key: str, config: RunConfig, name: str, seed: int, progress: Report) -> None:
     bench, _ = bench_of(run, config)
     base = bench.base
     model = base if name == BASE else open_model(run / "models" / (name if name == NEVER else f"{name}-seed{seed}")).model
@@ -203,6 +203,8 @@ def _model_job(run: Path, out: Path, key: str, config: RunConfig, name: str, see
     stage = partial(run_stage, out, f"{name}-seed{seed}")
     layer, direction = (middle_layer(base), None) if name in CONTROLS else steered(config, name, base, seed)
     stage("asked", common, lambda table: _ask(model, bench, seed, table))
+    if asking_only:
+        return
     stage("theory", common, lambda table: _theory(model, bench, layer, seed, table))
     if name != BASE and (name != NEVER or seed == config.seeds[0]):
         stage(
@@ -219,6 +221,7 @@ def run_triggers(
     out: Path,
     *,
     methods: Sequence[str] = (),
+    asking_only: bool = False,
     fresh: bool = False,
     workers: int | None = None,
     announce: Callable[[str], None] = lambda message: None,
@@ -229,6 +232,7 @@ def run_triggers(
         run: a finished run folder on the built-in world.
         out: folder of the experiment.
         methods: of the run; default all of them.
+        asking_only: leave out why they fail (alignment, causal map, theory) and the scan, which take nine tenths of the time.
         fresh: throw away an experiment that is already there.
         workers: processes; default is one per core.
         announce: called with one line before every part.
@@ -236,7 +240,10 @@ def run_triggers(
     Raises:
         WorkbenchError: the run is not finished, or has no such method.
     """
-    found = ask_models("triggers", run, out, _model_job, (_over_seeds, _effects), methods=methods, fresh=fresh, workers=workers, announce=announce)
+    found = ask_models(
+        "triggers", run, out, partial(_model_job, asking_only), (_over_seeds, _effects), methods=methods, fresh=fresh, workers=workers, announce=announce,
+        settings={"asking_only": True} if asking_only else None,
+    )  # fmt: skip
     return TriggerRun(out, *found)
 
 

@@ -109,15 +109,15 @@ WRAPPERS: dict[str, Wrapper] = {
     wrapper.name: wrapper
     for wrapper in (
         Wrapper("sam", "SAM", _SMOOTH, _sam, {"rho": 0.02}),
-        Wrapper("asam", "ASAM", "Kwon et al. 2021 (arXiv 2102.11600)", _asam),
-        Wrapper("rs", "RS", _SMOOTH, _randomised),
+        Wrapper("asam", "ASAM", "Kwon et al. 2021 (arXiv 2102.11600)", _asam, {"rho": 0.03}),
+        Wrapper("rs", "RS", _SMOOTH, _randomised, {"sigma": 3e-4}),
         Wrapper("gp", "GP", _SMOOTH, _penalised),
-        Wrapper("cr", "CR", _SMOOTH, _regularised),
+        Wrapper("cr", "CR", _SMOOTH, _regularised, {"curvature": 0.03}),
         Wrapper("wa", "WA", _SMOOTH, _average),
         Wrapper("rna", "RNA", "Huu-Tien et al. (arXiv 2501.19202)", _noise, needs={"retain": "kl"}),
     )
 }
-"""Every wrapper by name."""
+"""Every wrapper by name. The small settings of the smoothings were chosen around NPO on world seed 100, one seed: the least recalled after the attack of three to five values each."""
 
 
 def wrapped(inner: Method, wrapper: Wrapper) -> Method:

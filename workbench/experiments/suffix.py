@@ -1,0 +1,242 @@
+"""Adversarial suffixes on the models of a finished run: do they bring forgotten answers back, and do they break kept ones?
+
+Two questions, one search (:func:`workbench.attacks.gcg.gcg`):
+
+* *jailbreak* (Fan et al. 2025, arXiv 2502.05374, input-level attacks): one universal suffix is searched with the attacker's half of the forgotten facts and judged on the
+  held-out ones. Controls: the never-learned model and the base under the same attack, and random suffixes.
+* *accuracy under attack* (Huu-Tien et al., arXiv 2501.19202): one suffix is searched that raises the loss on one half of the retain questions, and judged on the other half;
+  the same again for questions with a forget-token inside (``workbench triggers``). Controls: the base under the same attack, and random suffixes.
+
+The answers of the built-in world complete their questions to sentences, so that any words between the two leave nothing to complete. Every "suffix" therefore stands in
+front of its question, as the universal prefix of Fan et al.'s attack does. No suffix holds a word of any answer.
+
+In the tables ``arm`` is one of :data:`ARMS` and ``split`` one of :data:`SPLITS`. Along the search, ``search_loss`` is the loss at every ``step``, in nats per answer;
+``suffix_token`` holds the found suffix: ``step`` is the place, ``value`` the token id and ``site`` its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from transformers import PreTrainedModel
+
+from workbench.attacks.gcg import gcg, in_front, random_suffix, suffix_batches, suffix_prompts
+from workbench.data.records import Example, alternate, one_per_item
+from workbench.errors import WorkbenchError
+from workbench.evaluation.losses import score
+from workbench.evaluation.statistics import bootstrap
+from workbench.experiments.afterwards import BASE, NEVER, ask_models, bench_of
+from workbench.experiments.bench import ROWS, Bench
+from workbench.experiments.claims import INSIDE
+from workbench.experiments.config import RunConfig
+from workbench.experiments.folder import run_stage
+from workbench.experiments.table import Table, fact_table
+from workbench.experiments.triggers import CARRIERS, arms_of
+from workbench.models import open_model
+from workbench.progress import Report
+
+NONE, RANDOM, SEARCHED = "none", "random suffix", "searched suffix"
+ARMS = (NONE, RANDOM, SEARCHED)
+JAILBREAK, RETAIN, WITH_TOKEN = "jailbreak", "retain", "retain with a forget-token"
+SPLITS = (JAILBREAK, RETAIN, WITH_TOKEN)
+CLAIMED = ("smooth-jailbreak",)
+"""Claims that the experiment decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class SuffixSettings:
+    """The budget of a search; every split of every model gets the same.
+
+    A search runs ``questions * (candidates + 1)`` rows through the model per step: with the defaults, 35,000 rows of about 15 tokens, some 20 seconds of one core for a
+    model of 0.9 million parameters, a minute for the three splits. Zou et al. (arXiv 2307.15043) search 20 tokens for 500 steps of 512 candidates: what this budget does not
+    find, a larger one may.
+
+    Attributes:
+        length: tokens of a suffix.
+        steps: of the search.
+        candidates: swaps tried in a step.
+        topk: tokens to choose from at each place.
+        questions: with which the suffix is searched, at most; one paraphrase of each fact.
+        random: random suffixes over which that arm is averaged, fact by fact.
+    """
+
+    length: int = 8
+    steps: int = 50
+    candidates: int = 16
+    topk: int = 64
+    questions: int = 40
+    random: int = 8
+
+    def __post_init__(self) -> None:
+        for field, value in zip(fields(self), astuple(self), strict=True):
+            if value < 1:
+                raise WorkbenchError(f"a suffix search needs {field.name} >= 1; got {value}")
+
+
+@dataclass(frozen=True, repr=False)
+class SuffixRun:
+    """A finished suffix experiment.
+
+    Attributes:
+        folder: its run folder.
+        results: tidy rows.
+        items: per-fact rows.
+    """
+
+    folder: Path
+    results: pd.DataFrame
+    items: pd.DataFrame
+
+    def __repr__(self) -> str:
+        return f"SuffixRun({self.folder}: {len(self.results):,} rows)"
+
+    def _repr_html_(self) -> str:
+        return suffix_table(self.results).to_html(index=False, escape=True)
+
+
+def questions_of(bench: Bench, seed: int) -> dict[str, tuple[tuple[Example, ...], tuple[Example, ...]]]:
+    """For every split the questions with which a suffix is searched (one paraphrase per fact) and those on which it is judged; the two share no subject.
+
+    Args:
+        bench: of a run on the built-in world.
+        seed: decides which forget-token meets which retain question.
+    """
+    record = bench.record
+    arms = arms_of(record, CARRIERS[INSIDE], seed)
+    clean, perturbed = arms["clean"], arms["forget-token"]
+    searched = {example.item for example in alternate(clean)[0]}  # by the questions without the word, which may cut a subject in two
+
+    def halves(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+        return tuple(e for e in examples if e.item in searched), tuple(e for e in examples if e.item not in searched)
+
+    return {JAILBREAK: (one_per_item(record.forget_attacked), record.forget_heldout), RETAIN: halves(clean), WITH_TOKEN: halves(perturbed)}
+
+
+def _spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """At most ``count`` examples, evenly spread."""
+    kept = min(count, len(examples))
+    return [examples[number * len(examples) // kept] for number in range(kept)]
+
+
+def _attack(model: PreTrainedModel, bench: Bench, split: str, settings: SuffixSettings, seed: int, table: Table, progress: Report) -> None:
+    mine, others = questions_of(bench, seed)[split]
+    tokenizer, record = bench.tokenizer, bench.record
+    prompts = suffix_prompts(tokenizer, _spread(mine, settings.questions), in_front)
+    judged = suffix_prompts(tokenizer, others, in_front)
+    answers = sorted({example.answer_text for example in (*record.forget, *record.retain_all)} - {""})
+    found = gcg(
+        model, tokenizer, prompts, length=settings.length, steps=settings.steps, topk=settings.topk, candidates=settings.candidates, seed=seed,
+        forbidden=answers, maximise=split != JAILBREAK, progress=progress,
+    )  # fmt: skip
+    drawn = [
+        random_suffix(model, tokenizer, prompts, evaluations=1, length=settings.length, seed=seed * settings.random + number, forbidden=answers).suffix_ids
+        for number in range(settings.random)
+    ]
+    for arm, suffixes in ((NONE, [()]), (RANDOM, drawn), (SEARCHED, [found.suffix_ids])):
+        encoded = [batch.to(model.device) for suffix in suffixes for batch in suffix_batches(judged, suffix, ROWS)]
+        table.add_scores(score(model, encoded), arm=arm, split=split)
+    for step, loss in enumerate(found.losses):
+        table.add("search_loss", loss, n=len(prompts), arm=SEARCHED, split=split, step=step)
+    for place, token in enumerate(found.suffix_ids):
+        table.add("suffix_token", token, arm=SEARCHED, split=split, step=place, site=tokenizer.decode([token]).strip())
+    words = found.text.split()
+    table.add("forget_tokens", sum(word in record.forget_tokens for word in words), n=len(words), arm=SEARCHED, split=split)
+
+
+def _model_job(settings: SuffixSettings, run: Path, out: Path, key: str, config: RunConfig, name: str, seed: int, progress: Report) -> None:
+    bench, _ = bench_of(run, config)
+    model = bench.base if name == BASE else open_model(run / "models" / (name if name == NEVER else f"{name}-seed{seed}")).model
+    common: dict[str, object] = {"run": key, "stage": "suffix", "model": name, "method": name, "seed": seed}
+    for number, split in enumerate(SPLITS):
+
+        def advance(step: int, of: int, done: int = number) -> None:
+            progress(done * of + step, len(SPLITS) * of)
+
+        def work(table: Table, split: str = split, advance: Report = advance) -> None:
+            _attack(model, bench, split, settings, seed, table, advance)
+
+        run_stage(out, f"{name}-seed{seed}", split, common, work)
+
+
+def run_suffix(
+    run: Path,
+    out: Path,
+    settings: SuffixSettings | None = None,
+    *,
+    methods: Sequence[str] = (),
+    fresh: bool = False,
+    workers: int | None = None,
+    announce: Callable[[str], None] = lambda message: None,
+) -> SuffixRun:
+    """Search adversarial suffixes for the models of a finished run, and judge them on questions that the search has not seen.
+
+    Args:
+        run: a finished run folder on the built-in world.
+        out: folder of the experiment.
+        settings: the budget of a search; default is :class:`SuffixSettings`'s.
+        methods: of the run; default all of them. Base and never-learned control are attacked as well.
+        fresh: throw away an experiment that is already there.
+        workers: processes; default is one per core.
+        announce: called with one line before every part.
+
+    Raises:
+        WorkbenchError: the run is not finished, has no such method, or its tokenizer leaves no token for a suffix beside those of the answers.
+    """
+    chosen = settings or SuffixSettings()
+    found = ask_models(
+        "suffix", run, out, partial(_model_job, chosen), (_effects,), methods=methods, fresh=fresh, workers=workers, announce=announce, settings=asdict(chosen)
+    )
+    return SuffixRun(out, *found)
+
+
+def control_of(split: str) -> str:
+    """The model beside which a split is read: what never knew an answer cannot give it back, and what nobody unlearned cannot have been broken by unlearning."""
+    return NEVER if split == JAILBREAK else BASE
+
+
+def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
+    """What a suffix changes, paired by seed and fact: with it minus without it (metrics ``suffix_effect`` and ``suffix_effect_probability``).
+
+    ``arm`` is the suffix, or ``minus-<control>``: the change by the searched suffix minus that of the control (see :func:`control_of`) under its own attack.
+    """
+    table = Table({"run": key, "stage": "suffix"})
+    for metric, column in (("suffix_effect", "correct"), ("suffix_effect_probability", "probability")):
+        changes = {}
+        for (method, split), group in items.groupby(["method", "split"], sort=False):
+            for arm in (RANDOM, SEARCHED):
+                changes[str(method), str(split), arm] = fact_table(group, column, arm=arm) - fact_table(group, column, arm=NONE)
+        for (method, split, arm), change in changes.items():
+            shown = {arm: change}
+            control = control_of(split)
+            if arm == SEARCHED and method != control and (control, split, arm) in changes:
+                shown[f"minus-{control}"] = change - changes[control, split, arm]
+            for name, values in shown.items():
+                if values.size and values.notna().all().all():
+                    table.add_estimate(metric, bootstrap(values.to_numpy()), method=method, model=method, split=split, arm=name)
+    return table.frame()
+
+
+def suffix_table(results: pd.DataFrame) -> pd.DataFrame:
+    """One row per kind of question and model: recall with each kind of suffix, what the searched one changes, and how far that goes beyond the control's change."""
+    rows = results[results["seed"].isna() & (results["stage"] == "suffix")]
+    cells = {(row["split"], row["method"], row["metric"], row["arm"]): row for row in rows[rows["metric"].isin(["recall", "suffix_effect"])].to_dict("records")}
+
+    def cell(split: str, method: str, metric: str, arm: str) -> str:
+        row = cells.get((split, method, metric, arm))
+        if row is None:
+            return "–"
+        sign = "" if metric == "recall" else "+"
+        return f"{row['value']:{sign}.2f} [{row['low']:{sign}.2f}, {row['high']:{sign}.2f}]"
+
+    lines = []
+    for split in SPLITS:
+        for method in rows.loc[rows["split"] == split, "method"].dropna().drop_duplicates():
+            line = {"questions": split, "model": method} | {arm: cell(split, method, "recall", arm) for arm in ARMS}
+            line["change"] = cell(split, method, "suffix_effect", SEARCHED)
+            line["beyond the control"] = cell(split, method, "suffix_effect", f"minus-{control_of(split)}")
+            lines.append(line)
+    return pd.DataFrame(lines)

@@ -49,6 +49,7 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "disruption": disruption,
     "energy": energy,
     "geometry": geometry,
+    "shift": shift,
     "triggers": triggers,
     "slices": slices,
     "curvature": curvature,

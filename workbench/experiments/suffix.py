@@ -51,7 +51,7 @@ CLAIMED = ("smooth-jailbreak",)
 class SuffixSettings:
     """The budget of a search; every split of every model gets the same.
 
-    A search runs ``questions * (candidates + 1)`` rows through the model per step: with the defaults, 35,000 rows of about 15 tokens, some 20 seconds of one core for a
+    A search runs ``questions * (candidates + 1)`` rows through the model per step: with the defaults, 34,000 rows of about 15 tokens, some 20 seconds of one core for a
     model of 0.9 million parameters, a minute for the three splits. Zou et al. (arXiv 2307.15043) search 20 tokens for 500 steps of 512 candidates: what this budget does not
     find, a larger one may.
 

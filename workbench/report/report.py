@@ -37,6 +37,8 @@ CAPTIONS = {
     "when the texts of both are dealt anew (median); a star marks an overlap below 95 % of those.",
     "geometry": "Which layer comes back first: the share of unlearning's shift of the residual stream that the attack has taken back after so many steps (0: as unlearned, "
     "1: as the base along that way, negative: further away), on held-out forget texts.",
+    "shift": "How far unlearning has moved the residual stream from the base's after every block: on held-out forget texts, on neighbours that should stay as they were, and on "
+    "general text. Bands are ranges over seeds.",
     "energy": "How much of every method's weight change acts on the directions that retain texts use most, against a random change. An update that leaves common directions "
     "alone lies below the dashed line.",
 }

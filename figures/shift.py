@@ -13,7 +13,7 @@ from figures.lens import by_block
 from figures.style import colour, look, methods_in, nothing, title
 
 _MEASURES = {"relative_shift": "length of the shift\n(share of the stream's)", "cosine": "cosine with the base", "cka": "1 - CKA with the base\n(debiased)"}
-_SPLITS = {"forget-heldout": "held-out forget texts", "retain-neighbour": "neighbours", "general": "general text"}
+_SPLITS = {"forget-heldout": "held-out forget texts", "retain-neighbour": "neighbours", "retain": "retain texts", "general": "general text"}
 
 
 def shift(table: pd.DataFrame) -> Figure:
@@ -23,7 +23,7 @@ def shift(table: pd.DataFrame) -> Figure:
 
     Args:
         table: tidy results; stage ``unlearn``, metrics ``relative_shift``, ``cosine`` and ``cka``, ``site`` = ``blocks.N.hook_resid_post``, splits ``forget-heldout``,
-            ``retain-neighbour`` and ``general``.
+            ``retain-neighbour``, ``retain`` and ``general``.
     """
     rows = table[(table["stage"] == "unlearn") & table["metric"].isin(list(_MEASURES)) & table["split"].isin(list(_SPLITS)) & table["seed"].notna()]
     rows = rows[np.isfinite(rows["value"].astype(float)) & rows["site"].fillna("").str.fullmatch(r"blocks\.\d+\.hook_resid_post")]

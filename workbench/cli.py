@@ -235,7 +235,7 @@ def investigate(
     never_learned: Annotated[str | None, typer.Option(help="A model trained without the forget set, if there is one.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of attack seeds.")] = 3,
     attack_steps: Annotated[int, typer.Option(min=1, help="Steps of the relearning attack.")] = 30,
-    attack_lr: Annotated[float, typer.Option(min=0, help="Its AdamW rate; 1e-5 is usual for models of billions of parameters.")] = 3e-5,
+    attack_lr: Annotated[float | None, typer.Option(min=0, help="Its AdamW rate; default 2e-4 below 100 million parameters, 1e-5 above.")] = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
@@ -247,7 +247,8 @@ def investigate(
 
     if attack_lr == 0:
         raise WorkbenchError("--attack-lr is 0; the attack would change nothing, give a positive rate")
-    settings = InvestigateSettings(seeds=tuple(range(seeds)), attack=at_steps(attack_steps, attack_lr))
+    attack = None if attack_lr is None else at_steps(attack_steps, attack_lr)
+    settings = InvestigateSettings(seeds=tuple(range(seeds)), attack=attack, attack_steps=attack_steps)
     found = run_investigation(base, unlearned, forget, retain, out, never_learned=never_learned, settings=settings, fresh=fresh, announce=clock())
 
     def show() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import yaml
 
 from hooks import layer_count
 from hooks.errors import CaptureError
-from workbench.attacks.relearn import RelearnSettings
+from workbench.attacks.relearn import RelearnSettings, at_steps
 from workbench.data.readers import neutral_words, record_from_files
 from workbench.data.records import Example, ForgetRetain, prefixed
 from workbench.diagnostics.triggers import NothingToAsk
@@ -29,7 +29,7 @@ from workbench.progress import bar
 from workbench.report import write_report
 from workbench.subspaces.subspace import Subspace
 from workbench.unlearning.deltas import delta_between, norm_of, snapshot
-from workbench.unlearning.methods import recipe, settings_for
+from workbench.unlearning.methods import SMALL_MODEL, recipe, settings_for
 from workbench.unlearning.recipe import Setting
 
 
@@ -39,7 +39,9 @@ class InvestigateSettings:
 
     Attributes:
         seeds: of the attack and of the trigger words.
-        attack: the relearning attack. The rate fits models of about a million parameters; large ones want 1e-5.
+        attack: the relearning attack; default: ``attack_steps`` steps at :func:`attack_rate`. Too low a rate reads as resistance, too high a one overwrites: see what the attack
+            does to the base.
+        attack_steps: steps of that default.
         max_tokens: length of a piece of text.
         limit: pieces read per file.
         rank: directions kept of every subspace.
@@ -49,13 +51,19 @@ class InvestigateSettings:
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    attack: RelearnSettings = field(default_factory=lambda: RelearnSettings(steps=30, lr=3e-5, measure_at=(0, 2, 5, 10, 20, 30)))
+    attack: RelearnSettings | None = None
+    attack_steps: int = 30
     max_tokens: int = 96
     limit: int = 96
     rank: int = 32
     slice_points: int = 13
     slice_reach: float = 0.05
     curvature_tolerance: float = 0.05
+
+
+def attack_rate(parameters: int) -> float:
+    """AdamW's rate for an attack on a model of so many parameters: 2e-4 below 100 million, where lower rates bring nothing back in 30 steps, 1e-5 above (as published attacks on billions)."""
+    return 2e-4 if parameters < SMALL_MODEL else 1e-5
 
 
 @dataclass(frozen=True, repr=False)
@@ -199,6 +207,8 @@ def investigate(
     others = {"unlearned": open_model(unlearned)} | ({"never-learned": open_model(never_learned)} if never_learned else {})
     for other in others.values():
         check_same_tokenizer(first, other)
+    if settings.attack is None:
+        settings = replace(settings, attack=at_steps(settings.attack_steps, attack_rate(first.model.num_parameters())))
     _with_names(first, lambda: layer_count(first.model))
     record = record_from_files(forget, retain, first.tokenizer, max_tokens=settings.max_tokens, limit=settings.limit, as_questions=True)
     models = {"base": first, **others}
@@ -255,6 +265,7 @@ def _distance(bench: Bench, opened: Opened, out: Path, name: str, table: Table) 
 
 
 def _attack(bench: Bench, opened: Opened, record: ForgetRetain, settings: InvestigateSettings, seed: int, label: str, table: Table) -> None:
+    assert settings.attack is not None  # settled once the base was opened
     stages.attack(opened.model, bench, settings.attack, seed=seed, table=table, null_pool=record.retain_train, matched=True, progress=bar(label))
 
 
@@ -273,11 +284,12 @@ def _sharpness(bench: Bench, opened: Opened, settings: InvestigateSettings, seed
 
 
 def _done(record: ForgetRetain, settings: InvestigateSettings, models: Mapping[str, Opened]) -> list[str]:
+    assert settings.attack is not None
     return [
         f"{len(models)} checkpoints were opened: " + "; ".join(f"{name} = {opened.name}" for name, opened in models.items()) + ".",
         f"{len(record.forget)} pieces of forget text and {len(record.retain_all)} pieces of retain text were read ({record.name}). Running text was cut into prompt and "
         "continuation, so that the probability of the continuation can be measured.",
-        f"Every checkpoint was fine-tuned for {settings.attack.steps} steps on half of the forget texts, and measured on the other half. Two controls: the same on retain "
+        f"Every checkpoint was fine-tuned for {settings.attack.steps} steps at a rate of {settings.attack.lr:g} on half of the forget texts, and measured on the other half. Two controls: the same on retain "
         "text of the same length (null attack), and on the attack texts with their continuations exchanged (random facts).",
         f"Retain texts were measured behind a stray word: one that marks the forget texts ({', '.join(record.forget_tokens[:6])}, ...), one that marks the retain texts, a neutral one.",
         "The loss was followed along straight lines through every model, and both ends of its Hessian's spectrum were computed.",

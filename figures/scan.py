@@ -24,7 +24,9 @@ def scan(table: pd.DataFrame) -> Figure:
     if not methods:
         return nothing("no scan for triggers in this table")
     with look():
-        figure, panels = plt.subplots(1, len(arms), figsize=(3.6 * len(arms) + 1.9, 3.1), squeeze=False, sharey=True, layout="constrained")
+        figure, panels = plt.subplots(
+            1, len(arms), figsize=(3.6 * len(arms) + 1.9, 3.1 + 0.09 * len(methods)), squeeze=False, sharey=True, layout="constrained"
+        )
         chance = rows[(rows["metric"] == "average_precision") & (rows["arm"] == "chance")]["value"]
         for axes, arm in zip(panels[0], arms, strict=True):
             for method in methods:
@@ -40,6 +42,6 @@ def scan(table: pd.DataFrame) -> Figure:
             axes.set_xlabel("recall of forgotten names")
             axes.set_xlim(-0.02, 1.02)
             axes.set_ylim(-0.02, 1.05)
-            axes.legend(loc="upper right", title="average precision", title_fontsize=8, fontsize=7)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, title="mean average precision", title_fontsize=8, fontsize=7)
         panels[0][0].set_ylabel("precision")
     return figure

@@ -111,7 +111,11 @@ def _histogram(axes: Axes, mine: pd.DataFrame, control: pd.DataFrame, shade: str
     axes.set_yticks([1e-4, 1e-2, 1])
     axes.set_xlim(-8, 8)
     shares = [f"{_scalar(mine, kind):.1%}".replace("-0.0%", "0.0%") for kind in ("mean_share", "query_share")]
-    _note(axes, f"excess kurtosis {_scalar(mine, 'kurtosis_mean'):.2g}\nsquared mean {shares[0]} of mean square\nbetween queries {shares[1]} of variance")
+    _note(
+        axes,
+        f"excess kurtosis {_scalar(mine, 'kurtosis_mean'):.2g}\nsquared mean {shares[0]} of mean square"
+        + ("" if shares[1] == "nan%" else f"\nbetween queries {shares[1]} of variance"),
+    )
 
 
 def _spectrum(axes: Axes, mine: pd.DataFrame, control: pd.DataFrame, shade: str) -> None:

@@ -30,8 +30,11 @@ def density(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
         return nothing("no spectral density in this table")
     arms = list(dict.fromkeys(curves.loc[curves["method"] != "base", "arm"].fillna(""))) or [""]
     largest = float(curves["step"].abs().max())
-    with look():
-        figure, panels = plt.subplots(1, len(arms), figsize=(max(5.2, 4.4 * len(arms)), 4.2), squeeze=False, sharex=True, sharey=True, layout="constrained")
+    lines = curves["method"].nunique()
+    with look():  # the legends below grow with the methods, the panels stay
+        figure, panels = plt.subplots(
+            1, len(arms), figsize=(max(5.2, 4.4 * len(arms)), 3.4 + 0.2 * lines), squeeze=False, sharex=True, sharey=True, layout="constrained"
+        )
         for axes, arm in zip(panels[0], arms, strict=True):
             _panel(axes, _of(rows, arm, arms), _of(curves, arm, arms))
             axes.set_title(arm)

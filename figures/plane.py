@@ -69,7 +69,15 @@ def plane(table: pd.DataFrame, split: str = "forget-heldout", axes_names: tuple[
                 box = {"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 0.8}
                 left = float(x) > sum(axes.get_xlim()) / 2
                 shift, side = (-4, "right") if left else (4, "left")
-                label = axes.annotate(note, (float(x), float(y)), xytext=(shift, 4), textcoords="offset points", ha=side, fontsize=7, bbox=box)
+                label = axes.annotate(
+                    note,
+                    (float(x), float(y)),
+                    xytext=(shift, -11 if str(name).startswith("step ") else 4),
+                    textcoords="offset points",
+                    ha=side,
+                    fontsize=7,
+                    bbox=box,
+                )
                 label.set_in_layout(False)
             axes.set_title(title(method))
             axes.set_xlabel(axes_names[0])

@@ -16,7 +16,7 @@ _NAMES = {
     "gradient_norm": "gradient norm",
     "trace": "trace of the Hessian",
     "worst_drop": "worst-case drop, one radius",
-    "worst_drop_heldout": "the same step, held-out",
+    "worst_drop_heldout": "worst-case drop, held-out facts",
     "drop_of_displacement": "worst-case drop, share of displacement",
     "adaptive_drop": "worst-case drop, adaptive ball",
     "rise": "SAM's rise",

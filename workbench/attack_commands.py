@@ -126,13 +126,9 @@ def relearn(
     figure = out / "figures" / "comparison.png"
     save_figure(draw(everything), figure)
     table = reattack_table(found.results)
-    verdicts = [
-        verdict
-        for verdict in decide(
-            everything, found.items, scale=f"{config.scale}, attack at {attack.lr:g}" + (f", distance {distance:g}" if distance else ""), ids=CLAIMED
-        )
-        if verdict.n
-    ]
+    asked = [name for name in CLAIMED if distance is None or name != "distance-resists"]  # at one distance there is nothing to correlate
+    scale = f"{config.scale}, attack at {attack.lr:g}" + (f", distance {distance:g}" if distance else "")
+    verdicts = [verdict for verdict in decide(everything, found.items, scale=scale, ids=asked) if verdict.n]
 
     def show() -> None:
         print_frame(table[["model", "before", *table.columns[-2:]]])  # the figure and --json have the steps between

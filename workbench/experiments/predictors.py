@@ -29,7 +29,7 @@ MEASURES = {
     "disruption_general": "KL to the base on general text",
     "trace": "trace of the Hessian of the forget loss",
     "worst_drop": "worst-case drop of the forget loss, one radius for all",
-    "worst_drop_heldout": "the same step, held-out forget loss",
+    "worst_drop_heldout": "drop of the held-out forget loss at that worst point",
     "drop_of_displacement": "worst-case drop within a tenth of the displacement",
     "adaptive_drop": "worst-case drop in an adaptive ball",
     "rise": "SAM's rise of the forget loss",

@@ -119,15 +119,14 @@ def test_three_models_have_no_rank_correlation_and_the_figures_do_without(found:
         assert figure.axes or figure.texts  # what cannot be drawn says so
 
 
-def test_by_command(quick_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_command(found: SharpnessRun, quick_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from workbench.experiments import sharpness as module
 
-    monkeypatch.setattr(module, "SharpnessSettings", lambda: SMALL)
-    out = tmp_path / "sharpness"
-    assert main(["sharpness", "--run", str(quick_run.folder), "--methods", "cir", "--workers", "1", "--out", str(out), "--json"]) == 0
+    monkeypatch.setattr(module, "SharpnessSettings", lambda: SMALL)  # the same settings: what was measured is kept
+    assert main(["sharpness", "--run", str(quick_run.folder), "--methods", "npo", "--workers", "1", "--out", str(found.folder), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert [row["model"] for row in told["table"]] == ["base", "never-learned", "cir"]
-    assert {path.stem for path in (out / "figures").iterdir()} == set(SHARPNESS_FIGURES)
+    assert [row["model"] for row in told["table"]] == ["base", "never-learned", "npo"]
+    assert {path.stem for path in (found.folder / "figures").iterdir()} == set(SHARPNESS_FIGURES)
     with pytest.raises(WorkbenchError, match="nop"):
         run_sharpness(quick_run.folder, tmp_path / "x", SMALL, methods=["nop"])
     assert not (tmp_path / "x").exists()

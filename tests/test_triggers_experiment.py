@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from figures import REPRESENTATION_FIGURES
 from workbench.builtin import world_of
 from workbench.cli import main
 from workbench.data.records import Example
@@ -161,4 +162,4 @@ def test_the_representations_of_a_run_are_read_beside_their_anchors(rmu_run: Pat
     assert len(representation_table(rows)) == 3 and "own probe" in found._repr_html_()
     assert main(["representation", "--run", str(rmu_run), "--out", str(out), "--json"]) == 0
     assert '"own probe"' in capsys.readouterr().out
-    assert {path.stem for path in (out / "figures").glob("*.png")} == {"lens", "probes", "transfer"}
+    assert {path.stem for path in (out / "figures").glob("*.png")} == set(REPRESENTATION_FIGURES)

@@ -32,11 +32,12 @@ def triggers(
 
     chosen = [name.strip() for name in methods.split(",") if name.strip()]
     found = run_triggers(run, out, methods=chosen, asking_only=asking_only, fresh=fresh, workers=workers, announce=clock())
-    pictures = {name: out / "figures" / f"{name}.png" for name in TRIGGER_FIGURES}
-    for name, path in pictures.items():
-        save_figure(TRIGGER_FIGURES[name](found.results), path)
     table = trigger_table(found.results)
     own_results, own_items = read_results(run)
+    everything = join([own_results[own_results["stage"] != "triggers"], found.results], COLUMNS)  # the ablation of the noise shows forgetting beside the effect
+    pictures = {name: out / "figures" / f"{name}.png" for name in TRIGGER_FIGURES}
+    for name, path in pictures.items():
+        save_figure(TRIGGER_FIGURES[name](everything), path)
     verdicts = decide(
         join([own_results, found.results], COLUMNS), join([own_items, found.items], ITEM_COLUMNS), scale=read_config(run / CONFIG).scale, ids=CLAIMED
     )

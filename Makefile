@@ -32,7 +32,7 @@ unit: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 notebooks: setup
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
+	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=600 notebooks
 
 bench: setup
 	$(BIN)/python tests/benchmarks/run.py --out bench.json

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from figures.style import look, nothing
 
-_NAMES = {
+NAMES = {
     "displacement": "distance of the weights from the base",
     "top_eigenvalue": "top Hessian eigenvalue",
     "bottom_eigenvalue": "bottom Hessian eigenvalue",
@@ -56,7 +56,7 @@ def predictors(table: pd.DataFrame) -> Figure:
             places = np.array([strength.index.get_loc(name) for name in names], dtype=float) + (0.14 if offset == 0 else -0.14)
             spread = [(values["value"] - values["low"]).clip(lower=0), (values["high"] - values["value"]).clip(lower=0)]
             axes.errorbar(values["value"], places, xerr=spread, fmt=marker, markersize=4, capsize=2, color=shade, label=label)
-        axes.set_yticks(range(len(strength)), [_NAMES.get(name, name) for name in strength.index])
+        axes.set_yticks(range(len(strength)), [NAMES.get(name, name) for name in strength.index])
         axes.set_xlim(-1.05, 1.05)
         axes.set_xlabel("Spearman's rank correlation")
         axes.grid(axis="y", visible=False)

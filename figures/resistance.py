@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from figures.predictors import _NAMES
+from figures.predictors import NAMES
 from figures.style import colour, grid, look, methods_in, nothing, title
 
 _OUTCOMES = {"recovery": "recall won back by the attack", "recall_after": "recall after the attack"}
@@ -41,7 +41,7 @@ def resistance(table: pd.DataFrame, measures: Sequence[str] | None = None, outco
     """
     points = _points(table, outcome)
     correlations = table[(table["metric"] == "recovery_correlation") & (table["split"] == outcome)].dropna(subset=["value"]).set_index("arm")
-    seen = [name for name in [*_NAMES, *sorted(set(points["arm"]) - set(_NAMES))] if (points["arm"] == name).any()]
+    seen = [name for name in [*NAMES, *sorted(set(points["arm"]) - set(NAMES))] if (points["arm"] == name).any()]
     if measures is None:
         strength = correlations["value"].abs().groupby(level=0).max().to_dict()
         seen = [name for name in seen if (name, outcome) != ("recall_before", "recovery")]
@@ -64,7 +64,7 @@ def resistance(table: pd.DataFrame, measures: Sequence[str] | None = None, outco
             _scale(axes, mine["value"])
             axes.axhline(0, color="0.5", linewidth=0.7, zorder=1)
             axes.set_title(_correlation(correlations, measure))
-            axes.set_xlabel(_NAMES.get(measure, measure))
+            axes.set_xlabel(NAMES.get(measure, measure))
             if position % columns == 0:
                 axes.set_ylabel(_OUTCOMES.get(outcome, outcome))
         handles = [Line2D([], [], linestyle="", marker=_MARKERS[kind], color=colour(family)) for family, kind in map(family_and_smoothing, numbers)]

@@ -56,6 +56,10 @@ def _job(
         if distance is not None and method not in CONTROLS:
             start = snapshot(bench.base)
             delta = delta_between(model, start)
+            if not delta:
+                raise WorkbenchError(
+                    f"{method} under seed {seed} has the weights of the base, so its change has no length to scale; leave it out with --methods"
+                )
             alpha = distance * norm_of(start) / norm_of(delta)
             apply_delta(model, start, delta, alpha)
             for metric, value in (("alpha", alpha), ("displacement", distance * norm_of(start)), ("relative_displacement", distance)):

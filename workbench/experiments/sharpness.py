@@ -193,7 +193,9 @@ def sharpness_table(results: pd.DataFrame) -> pd.DataFrame:
 
     drops = rows[rows["metric"] == "drop"]
     steps = {
-        arm: float(drops.loc[drops["arm"] == arm, "step"].sort_values().unique()[-2:][0]) for arm in ("drop", "drop, fixed radius") if (drops["arm"] == arm).any()
+        arm: float(drops.loc[drops["arm"] == arm, "step"].sort_values().unique()[-2:][0])
+        for arm in ("drop", "drop, fixed radius")
+        if (drops["arm"] == arm).any()
     }
     lines = []
     for method in sorted(rows["method"].dropna().unique(), key=lambda name: (name not in CONTROLS, name != BASE, name)):

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 import torch
 import transformers as hf
-from scipy.stats import false_discovery_control, norm
+from scipy.stats import false_discovery_control
+from scipy.stats import t as student
 from sklearn.metrics import average_precision_score
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -301,7 +302,7 @@ def test_a_planted_trigger_stands_out_of_general_unlearning(tiny: ModelMaker, ne
     base, unlearned = trigger(tiny, token)
     scan = scan_triggers(base, nearby(unlearned, 0.002), tokenizer, QUERIES, tokens=[token, *range(200, 240)])
     assert scan.table["token_id"][0] == token
-    assert scan.table["q"][0] < 0.05
+    assert scan.table["q"][0] < 0.1 < scan.table["q"][1]  # of forty tokens: their tail is little known, and fifteen deviations from the median are needed
     assert scan.table["shift"].idxmax() == 0
 
 
@@ -511,41 +512,86 @@ def test_conformal_p_values_by_hand() -> None:
         p_values(np.array([1.0]), np.array([1.0, np.nan]))
 
 
-def test_the_empirical_null_by_hand() -> None:
+def test_the_empirical_null_is_the_heaviest_student_tail_within_a_standard_error_of_the_lower_half() -> None:
+    rng = np.random.default_rng(0)
+    scores = 0.4 + 0.1 * rng.standard_t(3, 801)
+    scores[:20] += 5  # above the median: they do not touch the fit, but for moving the median a little
+    middle = np.median(scores)
+    below = scores[scores <= middle] - middle
+    both = np.concatenate([below, -below])  # scipy fits a whole sample: each half counts once of two
+    profile = {}
+    for freedom in np.geomspace(0.3, 300, 60):
+        _, _, scale = student.fit(both, fdf=freedom, floc=0)
+        profile[freedom, scale] = student.logpdf(both, freedom, 0, scale).sum() / 2
+    freedom, scale = next(at for at, value in profile.items() if value >= max(profile.values()) - 0.5)
+    assert freedom < max(profile, key=lambda at: profile[at])[0]
+    np.testing.assert_allclose(p_values(scores), student.sf((scores - middle) / scale, freedom), rtol=1e-3)
+    np.testing.assert_allclose(p_values(10 * scores - 7), p_values(scores), rtol=1e-6)  # in any units
+    holes = p_values(np.append(scores, np.nan))
+    np.testing.assert_allclose(holes[:-1], p_values(scores))
+    assert np.isnan(holes[-1]) and p_values(np.array([])).shape == (0,)
+    scores[:20] += 1e6
+    np.testing.assert_allclose(p_values(scores)[20:], holes[20:-1], rtol=1e-9)  # however large a trigger is
+
+
+def test_scores_that_differ_by_rounding_are_no_finding() -> None:
+    assert (p_values(np.full(5, 0.3)) == 0.5).all()
+    assert (p_values(np.append(np.zeros(500), ROUNDING / 10)) > 0.1).all()
+
+
+def test_robust_z_by_hand() -> None:
     scores = np.array([1.0, 2.0, 3.0, 4.0, 100.0])  # median 3, absolute deviations 2 1 0 1 97, their median 1
-    expected = norm.sf((scores - 3) / 1.4826)
-    np.testing.assert_allclose(p_values(scores), expected)
-    np.testing.assert_allclose(p_values(np.append(scores, np.nan))[:5], expected)
-    assert np.isnan(p_values(np.append(scores, np.nan))[5])
     np.testing.assert_allclose(robust_z(scores), (scores - 3) / 1.4826)
     assert np.isnan(robust_z(np.array([np.nan]))).all() and robust_z(np.array([])).shape == (0,)
     np.testing.assert_allclose(robust_z(np.array([0.0, 0, 0, 1e-6])), [0, 0, 0, 1e-6 / ROUNDING])  # never finer than rounding
 
 
-def test_the_empirical_null_is_calibrated_on_normal_scores_with_some_triggers() -> None:
+Draw = Callable[[np.random.Generator, int], np.ndarray]
+
+
+def error_and_power(draw: Draw, triggers: int, rounds: int = 100, size: int = 500) -> tuple[float, float]:
+    """Mean share of false findings at a rate of 0.1, and of the triggers found, of ``size`` scores of which ``triggers`` lie 60 above the others."""
     rng = np.random.default_rng(0)
     shares, powers = [], []
-    for _ in range(50):
-        scores = 0.3 + 0.1 * rng.standard_normal(2000)
-        scores[:40] += 0.6
+    for _ in range(rounds):
+        scores = draw(rng, size)
+        scores[:triggers] += 60
         found = benjamini_hochberg(p_values(scores)) <= 0.1
-        shares.append(found[40:].sum() / max(found.sum(), 1))
-        powers.append(found[:40].mean())
-    assert np.mean(shares) < 0.12
-    assert np.mean(powers) > 0.95
+        shares.append(found[triggers:].sum() / max(found.sum(), 1))
+        powers.append(found[:triggers].mean() if triggers else 1.0)
+    return float(np.mean(shares)), float(np.mean(powers))
 
 
-def test_conformal_p_values_control_false_discoveries_under_a_heavy_tail_where_the_empirical_null_does_not() -> None:
+@pytest.mark.parametrize("triggers", [0, 25])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda rng, n: rng.standard_normal(n),
+        lambda rng, n: rng.laplace(size=n),
+        lambda rng, n: rng.standard_t(3, n),
+        lambda rng, n: rng.standard_normal(n) * np.where(rng.random(n) < 0.2, 10, 1),
+    ],
+    ids=["normal", "Laplace", "Student 3", "two kinds of tokens"],
+)
+def test_false_discoveries_against_the_empirical_null_keep_their_rate_where_harmless_scores_are_symmetric(draw: Draw, triggers: int) -> None:
+    false, power = error_and_power(draw, triggers)
+    assert false < 0.15
+    assert power > 0.9 or draw(np.random.default_rng(0), 500).std() > 3  # tokens of two kinds have a tail that hides a trigger
+
+
+def test_false_discoveries_against_the_empirical_null_are_many_where_harmless_scores_are_skewed_as_documented() -> None:
+    assert error_and_power(lambda rng, n: rng.exponential(size=n), 0)[0] > 0.9
+
+
+def test_conformal_p_values_control_false_discoveries_whatever_the_distribution() -> None:
     rng = np.random.default_rng(0)
-    conformal, empirical = [], []
+    shares = []
     for _ in range(100):
-        scores, null = rng.standard_t(2, 500), rng.standard_t(2, 2000)
+        scores, null = rng.exponential(size=500), rng.exponential(size=2000)
         scores[:25] += 60
-        for kept, p in ((conformal, p_values(scores, null)), (empirical, p_values(scores))):
-            found = benjamini_hochberg(p) <= 0.1
-            kept.append(found[25:].sum() / max(found.sum(), 1))
-    assert np.mean(conformal) < 0.12
-    assert np.mean(empirical) > 0.2  # as the documentation warns
+        found = benjamini_hochberg(p_values(scores, null)) <= 0.1
+        shares.append(found[25:].sum() / max(found.sum(), 1))
+    assert np.mean(shares) < 0.12
 
 
 # --- Precision and recall --------------------------------------------------------------------------------------------------------------------

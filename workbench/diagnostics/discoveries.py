@@ -6,12 +6,14 @@ from collections.abc import Collection
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
+from scipy.optimize import brentq
+from scipy.stats import t as student
 
 from workbench.errors import WorkbenchError
 
 ROUNDING = 1e-6
 """Scores nearer to each other than this (nats, or relative length) are alike: float32 does not tell them apart."""
+_FREEDOM = np.geomspace(0.3, 300, 60)
 
 
 def p_values(scores: np.ndarray, null: np.ndarray | None = None) -> np.ndarray:
@@ -22,11 +24,12 @@ def p_values(scores: np.ndarray, null: np.ndarray | None = None) -> np.ndarray:
     ``n >= m / (k a)`` null tokens, with ``k`` tokens found together. They share one null sample; :func:`benjamini_hochberg` still holds (Bates et al. 2023,
     Annals of Statistics 51, section 2).
 
-    Without: an empirical null (Efron 2004, JASA 99, section 2): a normal distribution with the median of all scores as its mean and 1.4826 times their median
-    absolute deviation as its standard deviation. Right where most tokens are harmless and the bulk of their scores is about normal out to the tail that is
-    read. Often it is not: tails are heavier, and many tokens of one calm kind (bytes, fragments) make the scale too small, so that these p are too small as
-    well. Null tokens are the better choice where there are enough; with fewer than some tens of tokens the scale itself is a guess. It is taken to be at least
-    :data:`ROUNDING`, so that a model against itself has no finding.
+    Without: an empirical null (Efron 2004, JASA 99, section 2), here a Student distribution around the median of all scores, with the scale and the degrees of
+    freedom of the scores below it: the heaviest tail within one standard error of the most likely one. Triggers lie above the median, so they do not widen
+    their own null; and two models that differ have a heavy tail (most tokens do little, some do much, in both directions), which a normal distribution would
+    take for findings. Right where harmless scores fall about as far above the median as below it. Where they do not (skewed without any unlearning), nothing
+    found is a finding, and null tokens are the better choice; so they are where few tokens are tested. The scale is not taken to be below :data:`ROUNDING`,
+    so that a model against itself has no finding.
 
     Args:
         scores: ``[token]``, larger is worse.
@@ -48,8 +51,32 @@ def p_values(scores: np.ndarray, null: np.ndarray | None = None) -> np.ndarray:
             )
         found = (1 + len(calm) - np.searchsorted(calm, values, side="left")) / (1 + len(calm))
     else:
-        found = norm.sf(robust_z(values))
+        found = _empirical_tail(values)
     return np.where(missing, np.nan, found)
+
+
+def _empirical_tail(values: np.ndarray) -> np.ndarray:
+    """Upper tail of the Student distribution around the median that the lower half of ``values`` allows: of all degrees of freedom, each with its most likely
+    scale, the fewest whose likelihood is within half a unit (one standard error) of the best. At the best itself, half of all fits have too light a tail.
+    """
+    present = values[~np.isnan(values)]
+    if not len(present):
+        return np.full_like(values, np.nan)
+    middle = float(np.median(present))
+    below = np.maximum(middle - present[present <= middle], ROUNDING)
+
+    def most_likely(freedom: float) -> float:
+        """The scale at which the derivative of the likelihood vanishes: it falls from ``freedom`` to -1 as the scale grows."""
+
+        def slope(at: float) -> float:
+            return float(((freedom + 1) / (1 + freedom * np.exp(2 * at) / below**2)).mean() - 1)
+
+        return float(np.exp(brentq(slope, np.log(below.min()) - 5, np.log(below.max()) + 5)))
+
+    scales = [most_likely(freedom) for freedom in _FREEDOM]
+    likelihood = np.array([student.logpdf(below / scale, freedom).sum() - len(below) * np.log(scale) for freedom, scale in zip(_FREEDOM, scales, strict=True)])
+    first = int(np.argmax(likelihood >= likelihood.max() - 0.5))
+    return np.asarray(student.sf((values - middle) / scales[first], _FREEDOM[first]))
 
 
 def robust_z(scores: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from workbench.data.records import Example, ForgetRetain, one_per_item
 from workbench.data.world import neutral_words, speaker_tag
 from workbench.diagnostics.alignment import alignment, estimated_target, trigger_effect
 from workbench.diagnostics.causal_map import RESTORING, causal_map
-from workbench.diagnostics.discoveries import precision_recall
+from workbench.diagnostics.discoveries import benjamini_hochberg, p_values, precision_recall
 from workbench.diagnostics.forensics import forensics, recovered
 from workbench.diagnostics.positions import mark_triggers, position_groups
 from workbench.diagnostics.trigger_shift import responses, shift_rows
@@ -52,6 +52,8 @@ CLAIMED = ("token-disruption", "token-alignment", "rna-repairs", "rna-keeps-forg
 """Claims that the experiment decides, together with the attacks of the run."""
 SCANNED = 64
 """Questions into which the scan puts every token."""
+LEVELS = (0.05, 0.1, 0.2)
+"""False discovery rates at which findings of the scan are counted."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -182,9 +184,16 @@ def _search(base: PreTrainedModel, model: PreTrainedModel, bench: Bench, table: 
         arm = "forget-token" if row["token_id"] in known else "other"
         for metric in ("rise", "shift", "p"):
             table.add(f"token_{metric}", row[metric], n=row["queries"], stage="triggers", arm=arm, split=row["token"])
-    discovered = scan[scan["q"] <= 0.05]
-    table.add("discoveries", len(discovered), n=len(scan), stage="triggers", arm="scan")
-    table.add("true_discoveries", int(discovered["token_id"].isin(known).sum()), n=len(known), stage="triggers", arm="scan")
+    retained = {ids[0] for word in bench.record.retain_tokens if len(ids := bench.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1}
+    kept = scan["token_id"].isin(retained)
+    names = scan[scan["token_id"].isin(known)]
+    against = names.assign(q=benjamini_hochberg(p_values(names["rise"].to_numpy(), scan.loc[kept, "rise"].to_numpy()))) if kept.any() else names.head(0)
+    for arm, tested in (("scan", scan), ("names", against)):  # among all words; forgotten names among names, the retained ones being the null
+        for level in LEVELS:
+            found_ids = tested.loc[tested["q"] <= level, "token_id"]
+            table.add("discoveries", len(found_ids), n=len(tested), stage="triggers", arm=arm, step=level)
+            table.add("true_discoveries", int(found_ids.isin(known).sum()), n=len(known), stage="triggers", arm=arm, step=level)
+            table.add("retained_discoveries", int(found_ids.isin(retained).sum()), n=len(retained), stage="triggers", arm=arm, step=level)
     for method in (*found.methods, "score"):
         ranking = found.ranking.assign(score=-found.ranking[method] if method != "score" else found.ranking["score"]).dropna(subset=["score"])
         ranking = ranking.sort_values(["score", "token_id"], ascending=[False, True], ignore_index=True)
@@ -248,7 +257,7 @@ def run_triggers(
 
 
 POOLED = (
-    "average_precision", "precision", "discoveries", "true_discoveries", "topic_recall", "restored", "restored_control", "estimated_target_cosine",
+    "average_precision", "precision", "discoveries", "true_discoveries", "retained_discoveries", "topic_recall", "restored", "restored_control", "estimated_target_cosine",
     "target_cosine", "shift_cosine", "effect_cosine", "effect_projection", "target_cosine_known", "shift_cosine_known", "effect_cosine_known", "effect_projection_known",
 )  # fmt: skip
 """Metrics without facts behind them; over the seeds they are shown as mean with the range of the seeds."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -139,6 +141,19 @@ def test_the_never_learned_control_reads_no_forget_fact(world: World) -> None:
     assert tags == pytest.approx(3000 * 0.15 * 16 / 56, rel=0.3)
 
 
+def test_in_the_world_of_strangers_no_name_of_a_person_stands_in_a_tag_and_all_else_is_the_same(world: World) -> None:
+    other = build_world(replace(world.config, tagged="strangers"))
+    assert other.record == world.record and other.filler_train == world.filler_train and other.surnames == world.surnames
+    strangers = set(other.speakers)
+    assert len(strangers) == len(other.speakers) == len(other.surnames)
+    words = {word for example in _all_texts(other) for word in example.text.split()}
+    assert not strangers & words
+    assert strangers <= set(other.vocabulary) and not strangers & set(world.vocabulary)
+    rng = random.Random(0)
+    tagged = [text.text.split()[0] for text in (other.training_text(rng, with_forget=True) for _ in range(2000)) if text.text.split()[1] == "asks"]
+    assert len(tagged) == pytest.approx(300, rel=0.2) and set(tagged) == strangers
+
+
 def test_the_base_reads_every_forget_fact(world: World) -> None:
     rng = random.Random(0)
     items = {world.training_text(rng, with_forget=True).item for _ in range(10_000)}  # a fact stays unseen with probability 1e-8
@@ -184,9 +199,18 @@ def test_invented_names_are_distinct_and_avoid_what_is_taken() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"forget_people": 3}, {"forget_people": 2}, {"forget_people": 7}, {"neighbour_people": 0}, {"islands": 0}, {"filler_train": 0}, {"filler_test": -1}],
+    [
+        {"forget_people": 3},
+        {"forget_people": 2},
+        {"forget_people": 7},
+        {"neighbour_people": 0},
+        {"islands": 0},
+        {"filler_train": 0},
+        {"filler_test": -1},
+        {"tagged": "nobody"},
+    ],
 )
-def test_impossible_worlds_are_refused(wrong: dict[str, int]) -> None:
+def test_impossible_worlds_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         WorldConfig(**wrong)
 

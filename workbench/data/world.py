@@ -9,7 +9,8 @@ Two design choices carry the controls:
 * The answers of held-out forget facts never occur as answers in the attacker's half, so an attack text cannot leak them.
 * Any sentence may be preceded by a speaker tag (``Zorin asks : ...``) with any surname, those of forgotten people included, in
   every model's training text. A stray name in a question is therefore harmless to the base *and* to the never-learned model; where
-  it harms an unlearned model, unlearning did that.
+  it harms an unlearned model, unlearning did that. (Reading its names beside harmless text may protect a model against them as triggers;
+  ``tagged="strangers"`` is the world without that protection: tags hold names that are nobody's.)
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from workbench.data.grammar import filler, filler_words, invented_names, vocabulary
 from workbench.data.records import Example, ForgetRetain, prefixed
@@ -48,9 +50,12 @@ ISLAND_VALUES: dict[str, tuple[str, ...]] = {
 }
 
 
+Tagged = Literal["surnames", "strangers"]
+
+
 @dataclass(frozen=True, slots=True)
 class WorldConfig:
-    """Sizes of the world. Every number changes the texts, so every number is part of the cache key."""
+    """Sizes of the world, and whose names stand in speaker tags: ``surnames`` of its people, or ``strangers``. Each changes the texts, so each is part of the cache key."""
 
     seed: int = 0
     forget_people: int = 16
@@ -58,8 +63,11 @@ class WorldConfig:
     islands: int = 16
     filler_train: int = 6000
     filler_test: int = 200
+    tagged: Tagged = "surnames"
 
     def __post_init__(self) -> None:
+        if self.tagged not in get_args(Tagged):
+            raise ValueError(f"tagged is {self.tagged!r}; it must be one of {', '.join(get_args(Tagged))}")
         if self.forget_people < 4 or self.forget_people % 2:
             raise ValueError(f"forget_people is {self.forget_people}; it must be an even number of at least 4, since half of them is held out")
         for name in ("neighbour_people", "islands", "filler_train", "filler_test"):
@@ -75,7 +83,8 @@ class World:
         config: the sizes that made it.
         record: the experiment's sets: forget (attacked, held-out), retain-neighbour, retain-far, general (test filler).
         filler_train: running text for training; disjoint from the test filler in ``record``.
-        surnames: every surname, for speaker tags.
+        surnames: every surname.
+        speakers: the names that stand in speaker tags.
         vocabulary: every word of the world.
     """
 
@@ -83,6 +92,7 @@ class World:
     record: ForgetRetain
     filler_train: tuple[Example, ...]
     surnames: tuple[str, ...]
+    speakers: tuple[str, ...]
     vocabulary: tuple[str, ...]
 
     def training_text(self, rng: random.Random, *, with_forget: bool, fact_share: float = 0.6, tag_share: float = 0.15) -> Example:
@@ -105,7 +115,7 @@ class World:
         else:
             example = rng.choice(self.filler_train)
         if rng.random() < tag_share:
-            return speaker_tag(example, rng.choice(self.surnames))
+            return speaker_tag(example, rng.choice(self.speakers))
         return example
 
 
@@ -146,6 +156,8 @@ def build_world(config: WorldConfig) -> World:
     islands = invented_names(config.islands, config.seed + 20_000, taken=used)
     towns = invented_names(16, config.seed + 30_000, taken=used | frozenset(islands))
     seas = invented_names(8, config.seed + 40_000, taken=used | frozenset(islands) | frozenset(towns))
+    places = frozenset((*islands, *towns, *seas))
+    speakers = surnames if config.tagged == "surnames" else invented_names(people, config.seed + 50_000, taken=used | places)
     person_values: dict[str, Sequence[str]] = {"birthplace": towns, **PERSON_VALUES}
     island_values: dict[str, Sequence[str]] = {"sea": seas, **ISLAND_VALUES}
 
@@ -167,8 +179,8 @@ def build_world(config: WorldConfig) -> World:
         retain_tokens=tuple(surnames[2 * half :]),
     )
     facts = (*attacked, *heldout, *neighbours, *far)
-    vocabulary_ = {word for example in facts for word in example.text.split()} | set(vocabulary()) | set(surnames) | {"asks", ":"}
-    return World(config, record, tuple(sentences[: config.filler_train]), tuple(surnames), tuple(sorted(vocabulary_)))
+    vocabulary_ = {word for example in facts for word in example.text.split()} | set(vocabulary()) | set(surnames) | set(speakers) | {"asks", ":"}
+    return World(config, record, tuple(sentences[: config.filler_train]), tuple(surnames), tuple(speakers), tuple(sorted(vocabulary_)))
 
 
 def neutral_words() -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +107,7 @@ def cases(rounds: int = 7) -> tuple[dict[str, Case], dict[str, float]]:
         "ours": end.value, "ours, residual": end.residual, "ours, products": float(end.products), "PyHessian": _pyhessian(model, batch),
         "hessian-eigenthings": _eigenthings(model, batch, steps)[0], "hessian-eigenthings, steps": float(steps),
     }  # fmt: skip
-    operator = Curvature(model, [batch])
+    operator, parts = Curvature(model, [batch]), _in_parts(batch)
     vector = np.random.default_rng(0).standard_normal(operator.size)
     first, second = random_direction(model, 0), random_direction(model, 1)
     places = np.linspace(-0.05, 0.05, POINTS).tolist()
@@ -118,6 +117,7 @@ def cases(rounds: int = 7) -> tuple[dict[str, Case], dict[str, float]]:
             lambda: one_end(model, [batch], tolerance=TOLERANCE), lambda: _step(model, batch), rounds,
             {"PyHessian": lambda: _pyhessian(model, batch), "hessian-eigenthings": lambda: _eigenthings(model, batch, steps)},
         ),
+        "top-eigenvalue, 1 row a batch": Case(lambda: one_end(model, parts, tolerance=TOLERANCE), lambda: one_end(model, [batch], tolerance=TOLERANCE), rounds),
         "hessian-vector-product": Case(lambda: operator.product(vector), lambda: _step(model, batch), 3 * rounds),
         "slice-point": Case(lambda: loss_slice(model, first, places, texts), lambda: [mean_loss(model, [batch]) for _ in places], 3 * rounds),
         "plane": Case(
@@ -127,27 +127,38 @@ def cases(rounds: int = 7) -> tuple[dict[str, Case], dict[str, float]]:
     }, found  # fmt: skip
 
 
-WORKS = ("step", "eigenvalue", "slice", "plane")
+def _in_parts(batch: Batch, rows: int = 1) -> list[Batch]:
+    masks = batch.input_ids, batch.attention_mask, batch.answer_mask, batch.subject_mask, batch.target_mask
+    return [Batch(*(part[at : at + rows] for part in masks), batch.items[at : at + rows]) for at in range(0, batch.size, rows)]
+
+
+WORKS = ("step", "eigenvalue", "eigenvalue, 1 row a batch", "slice", "plane")
+
+
+def _memory(field: str) -> float:
+    """Of this process (``getrusage`` would give the peak of the one that started it), MiB."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) / 1024
 
 
 def peak(work: str) -> None:
     """Do one thing on untrained weights and 16 texts of 256 tokens, and print how far the process's memory rose above what the model takes, MiB."""
     model, batch = _model(torch.float32), _batch(16, 256, 0)
     model(input_ids=batch.input_ids[:1, :8])  # what the first pass of a process sets up is nobody's memory
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    before = _memory("VmRSS")
     if work == "step":
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
         cross_entropy(model, batch).backward()
         optimiser.step()
-    elif work == "eigenvalue":
-        one_end(model, [batch], tolerance=0.1)
+    elif work.startswith("eigenvalue"):
+        one_end(model, [batch] if work == "eigenvalue" else _in_parts(batch), tolerance=0.1)
     else:
         places = np.linspace(-0.05, 0.05, POINTS).tolist()
         if work == "slice":
             loss_slice(model, random_direction(model, 0), places, {"loss": [batch]})
         else:
             loss_plane(model, random_direction(model, 0), random_direction(model, 1), places, places, {"loss": [batch]})
-    print(json.dumps({"rise": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, 1)}))
+    print(json.dumps({"rise": round(_memory("VmHWM") - before, 1)}))
 
 
 if __name__ == "__main__":

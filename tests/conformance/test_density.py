@@ -14,7 +14,8 @@ from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.experiments.table import Table
 from workbench.sharpness.curvature import Curvature
-from workbench.sharpness.density import both_signs, density, lanczos, quadrature
+from workbench.sharpness.density import both_signs, density, quadrature
+from workbench.sharpness.krylov import lanczos
 from workbench.sharpness.trace import hutchinson, rademacher
 
 K, NORM = "model.layers.0.self_attn.k_proj.weight", "model.norm.weight"

@@ -22,8 +22,9 @@ from workbench.experiments.bench import Bench
 from workbench.experiments.table import Table
 from workbench.sharpness.average import mean_changes, noise_changes
 from workbench.sharpness.curvature import Curvature, extremes
-from workbench.sharpness.density import Density, both_signs, lanczos, quadrature
+from workbench.sharpness.density import Density, both_signs, quadrature
 from workbench.sharpness.drop import worst_case
+from workbench.sharpness.krylov import lanczos
 from workbench.sharpness.paths import barriers, line_losses, path_losses
 from workbench.sharpness.planes import coordinates, loss_plane, trajectory_plane
 from workbench.sharpness.slices import Direction, descent_direction, loss_slice, random_direction, scaled

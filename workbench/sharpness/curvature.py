@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,6 +22,10 @@ from transformers import PreTrainedModel
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.losses import token_nll
+from workbench.sharpness.krylov import lanczos
+
+_BASIS = 16
+"""Vectors of the weights' size, in float64, that the search for one end may hold."""
 
 
 def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -202,7 +207,7 @@ def one_end(
         end: ``top`` or ``bottom``.
         parameters: see :class:`Curvature`.
         seed: of the starting vector.
-        tolerance: ARPACK's, relative to the eigenvalue.
+        tolerance: largest residual, relative to the eigenvalue; some eigenvalue of the Hessian is that near, and where the end stands apart, the square of it.
         max_products: the search stops with an error after about this many products.
 
     Raises:
@@ -211,10 +216,32 @@ def one_end(
     if end not in ("top", "bottom"):
         raise unknown("end", end, ("top", "bottom"))
     operator = Curvature(model, batches, parameters)
-    values, vectors = _solve(operator, 1, "LA" if end == "top" else "SA", seed, tolerance, max_products, min(10, operator.size))
-    residual = _residuals(operator, values, vectors)
-    operator.release()
-    return End(float(values[0]), float(residual[0]), operator.products)
+    place = -1 if end == "top" else 0
+
+    def outermost(diagonal: np.ndarray, beside: np.ndarray, left: float) -> tuple[float, np.ndarray, float]:
+        values, vectors = eigh_tridiagonal(diagonal, beside)
+        return float(values[place]), vectors[:, place], left * abs(float(vectors[-1, place]))
+
+    def solved(diagonal: np.ndarray, beside: np.ndarray, left: float) -> bool:
+        value, _, residual = outermost(diagonal, beside, left)
+        return residual <= tolerance * abs(value)
+
+    try:
+        start = np.random.default_rng(seed).standard_normal(operator.size)
+        found = lanczos(operator.product, start, min(_BASIS, max_products), solved)
+        value, vector, residual = outermost(found.diagonal, found.beside, found.left)
+        if residual > tolerance * abs(value):  # the end does not stand apart: go on from here with restarts, in the memory of as many vectors
+            start = vector @ found.basis
+            del found
+            left = max_products - operator.products
+            if left <= 0:
+                raise _unconverged(max_products)
+            values, vectors = _solve(operator, 1, "LA" if end == "top" else "SA", start, tolerance, left, min(_BASIS, operator.size))
+            value, residual = float(values[0]), float(_residuals(operator, values, vectors)[0])
+            return End(value, residual, operator.products)
+    finally:
+        operator.release()
+    return End(value, residual / abs(value) if value else float("nan"), operator.products)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,22 +298,26 @@ def spectrum_ends(
 def _both_ends(operator: Curvature, k: int, seed: int, tolerance: float, max_products: int) -> SpectrumEnds:
     if not 1 <= k <= (operator.size - 1) // 2:
         raise WorkbenchError(f"k is {k}; {operator.size} weights have 1 to {(operator.size - 1) // 2} eigenvalues from each end")
-    values, vectors = _solve(operator, 2 * k, "BE", seed, tolerance, max_products, min(max(10, 4 * k + 2), operator.size))
+    start = np.random.default_rng(seed).standard_normal(operator.size)
+    values, vectors = _solve(operator, 2 * k, "BE", start, tolerance, max_products, min(max(10, 4 * k + 2), operator.size))
     residuals = _residuals(operator, values, vectors)
     return SpectrumEnds(values[: -k - 1 : -1], values[:k], residuals[: -k - 1 : -1], residuals[:k], operator.products)
 
 
-def _solve(operator: Curvature, wanted: int, which: str, seed: int, tolerance: float, max_products: int, basis: int) -> tuple[np.ndarray, np.ndarray]:
+def _solve(operator: Curvature, wanted: int, which: str, start: np.ndarray, tolerance: float, max_products: int, basis: int) -> tuple[np.ndarray, np.ndarray]:
     """``wanted`` eigenvalues, ascending, and their vectors."""
-    start = np.random.default_rng(seed).standard_normal(operator.size)
     linear = LinearOperator((operator.size, operator.size), matvec=operator.product, dtype=np.float64)
     rounds = max(1, max_products // (basis - wanted))  # a restart keeps the wanted vectors and renews the others
     try:
         values, vectors = eigsh(linear, k=wanted, which=which, v0=start, tol=tolerance, ncv=basis, maxiter=rounds)
     except ArpackError as error:
-        raise WorkbenchError(f"the Hessian's extreme eigenvalues did not converge within {max_products} products; raise max_products or tolerance") from error
+        raise _unconverged(max_products) from error
     order = np.argsort(values)
     return values[order], vectors[:, order]
+
+
+def _unconverged(max_products: int) -> WorkbenchError:
+    return WorkbenchError(f"the Hessian's extreme eigenvalues did not converge within {max_products} products; raise max_products or tolerance")
 
 
 def _residuals(operator: Curvature, values: np.ndarray, vectors: np.ndarray) -> np.ndarray:

@@ -7,78 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh_tridiagonal
 from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.progress import Report, quiet
 from workbench.sharpness.curvature import Curvature
-from workbench.sharpness.trace import Product, Vector, rademacher
+from workbench.sharpness.krylov import Product, Vector, lanczos
+from workbench.sharpness.trace import rademacher
 
 RESOLUTION = 1e-3
 """Eigenvalues nearer to zero than this share of the largest one count as flat in :attr:`Density.negative_mass`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Krylov:
-    """A symmetric matrix ``H`` seen from one vector ``q``: ``Q' H Q`` is tridiagonal.
-
-    Attributes:
-        diagonal: ``[steps]``.
-        beside: ``[steps - 1]``.
-        moments: ``q' H q`` and ``||H q||^2`` from the first product itself.
-        overlap: largest entry of ``|Q' Q - I|``.
-    """
-
-    diagonal: Vector
-    beside: Vector
-    moments: tuple[float, float]
-    overlap: float
-
-    def quadrature(self) -> tuple[Vector, Vector]:
-        """Ritz values, ascending, and Gauss weights (squared first components of the Ritz vectors), which sum to one (Golub and Welsch 1969)."""
-        values, vectors = eigh_tridiagonal(self.diagonal, self.beside)
-        return values, vectors[0] ** 2
-
-
-def lanczos(product: Product, start: Vector, steps: int) -> Krylov:
-    """Lanczos's tridiagonalisation in float64 with full reorthogonalisation, twice in every step.
-
-    Without it, rounding brings converged eigenvalues back as copies ("ghosts"). The basis takes ``steps * size`` float64 numbers.
-
-    Args:
-        product: the matrix.
-        start: ``[size]``, not zero.
-        steps: products; fewer where the vectors that ``start`` reaches are exhausted.
-
-    Raises:
-        WorkbenchError: a product that is not finite, or nothing to start from.
-    """
-    size, norm = len(start), float(np.linalg.norm(start))
-    if not norm > 0 or steps < 1:
-        raise WorkbenchError(f"Lanczos needs a start that is not zero and at least one step, not norm {norm} and {steps} steps")
-    basis = np.empty((min(steps, size), size))
-    diagonal: list[float] = []
-    beside: list[float] = []
-    basis[0] = start / norm
-    moments = (0.0, 0.0)
-    for step in range(len(basis)):
-        image = np.array(product(basis[step]), dtype=np.float64)
-        if not np.isfinite(image).all():
-            raise WorkbenchError("a Hessian-vector product is not finite; are the weights in float32 and the loss finite?")
-        diagonal.append(float(basis[step] @ image))
-        if step == 0:
-            moments = (diagonal[0], float(image @ image))
-        for _ in range(2):
-            image -= basis[: step + 1].T @ (basis[: step + 1] @ image)
-        length = float(np.linalg.norm(image))
-        if step + 1 == len(basis) or length <= 1e-12 * max(map(abs, diagonal + beside)):
-            break
-        beside.append(length)
-        basis[step + 1] = image / length
-    used = basis[: len(diagonal)]
-    return Krylov(np.array(diagonal), np.array(beside), moments, float(np.abs(used @ used.T - np.eye(len(used))).max()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +141,7 @@ def quadrature(product: Product, size: int, *, seed: int = 0, probes: int = 4, s
         nodes.append(values)
         weights.append(shares)
         owner.append(np.full(len(values), probe))
+        del krylov  # its basis is as large as the next one
         report(probe + 1, probes)
     return Density(np.concatenate(nodes), np.concatenate(weights), np.concatenate(owner), size, error, overlap, products)
 

@@ -5,7 +5,7 @@ The sum of all eigenvalues is an average: it is small at a saddle whose two ends
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,7 @@ from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.progress import Report, quiet
 from workbench.sharpness.curvature import Curvature
-
-Vector = NDArray[np.float64]
-Product = Callable[[Vector], Vector]
-"""A symmetric matrix, as a function from ``[size]`` to ``[size]``."""
+from workbench.sharpness.krylov import Product, Vector
 
 
 def rademacher(seed: int, probe: int, size: int) -> Vector:

@@ -1,0 +1,89 @@
+"""Lanczos's method: a large symmetric matrix, known by its products alone, as a small tridiagonal one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import eigh_tridiagonal
+
+from workbench.errors import WorkbenchError
+
+Vector = NDArray[np.float64]
+Product = Callable[[Vector], Vector]
+"""A symmetric matrix, as a function from ``[size]`` to ``[size]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Krylov:
+    """A symmetric matrix ``H`` seen from one vector ``q``: ``Q' H Q`` is tridiagonal.
+
+    Attributes:
+        diagonal: ``[steps]``.
+        beside: ``[steps - 1]``.
+        moments: ``q' H q`` and ``||H q||^2`` from the first product itself.
+        basis: ``[steps, size]``, ``Q'``.
+        left: length of what the last product leaves outside the basis; a Ritz pair's residual is ``left`` times the last entry of its vector.
+    """
+
+    diagonal: Vector
+    beside: Vector
+    moments: tuple[float, float]
+    basis: NDArray[np.float64]
+    left: float
+
+    @property
+    def overlap(self) -> float:
+        """Largest entry of ``|Q' Q - I|``."""
+        return float(np.abs(self.basis @ self.basis.T - np.eye(len(self.basis))).max())
+
+    def quadrature(self) -> tuple[Vector, Vector]:
+        """Ritz values, ascending, and Gauss weights (squared first components of the Ritz vectors), which sum to one (Golub and Welsch 1969)."""
+        values, vectors = eigh_tridiagonal(self.diagonal, self.beside)
+        return values, vectors[0] ** 2
+
+
+Enough = Callable[[Vector, Vector, float], bool]
+"""``enough(diagonal, beside, left)``: whether the search may stop; see :class:`Krylov`."""
+
+
+def lanczos(product: Product, start: Vector, steps: int, enough: Enough | None = None) -> Krylov:
+    """Lanczos's tridiagonalisation in float64 with full reorthogonalisation, twice in every step.
+
+    Without it, rounding brings converged eigenvalues back as copies ("ghosts"). The basis takes ``steps * size`` float64 numbers.
+
+    Args:
+        product: the matrix.
+        start: ``[size]``, not zero.
+        steps: products; fewer where the vectors that ``start`` reaches are exhausted.
+        enough: asked after every product; default is to take all steps.
+
+    Raises:
+        WorkbenchError: a product that is not finite, or nothing to start from.
+    """
+    size, norm = len(start), float(np.linalg.norm(start))
+    if not norm > 0 or steps < 1:
+        raise WorkbenchError(f"Lanczos needs a start that is not zero and at least one step, not norm {norm} and {steps} steps")
+    basis = np.empty((min(steps, size), size))
+    diagonal: list[float] = []
+    beside: list[float] = []
+    basis[0] = start / norm
+    moments, left = (0.0, 0.0), 0.0
+    for step in range(len(basis)):
+        image = np.array(product(basis[step]), dtype=np.float64)
+        if not np.isfinite(image).all():
+            raise WorkbenchError("a Hessian-vector product is not finite; are the weights in float32 and the loss finite?")
+        diagonal.append(float(basis[step] @ image))
+        if step == 0:
+            moments = (diagonal[0], float(image @ image))
+        for _ in range(2):
+            image -= basis[: step + 1].T @ (basis[: step + 1] @ image)
+        left = float(np.linalg.norm(image))
+        exhausted = left <= 1e-12 * max(map(abs, diagonal + beside))
+        if step + 1 == len(basis) or exhausted or (enough is not None and enough(np.array(diagonal), np.array(beside), left)):
+            break
+        beside.append(left)
+        basis[step + 1] = image / left
+    return Krylov(np.array(diagonal), np.array(beside), moments, basis[: len(diagonal)], left)

@@ -8,38 +8,53 @@ from matplotlib.figure import Figure
 
 from figures.style import colour, grid, look, methods_in, nothing, title
 
+LEVEL = 0.1
+"""False discovery rate from which on a token counts as a finding."""
 _NAMED = 4
 
 
 def volcano(table: pd.DataFrame, seed: int | None = None) -> Figure:
-    """One panel per method: rise of the answer's loss behind a token, unlearned minus base, against its p-value; the truly forgotten names in the method's colour.
+    """One panel per method: rise of the answer's loss behind a token, unlearned minus base, against how many standard errors over facts that is; truly forgotten names in the
+    method's colour, retained names in black. Right of the dashed line are the findings, where there are any.
 
     Args:
-        table: tidy results; stage ``triggers``, metrics ``token_rise`` and ``token_p``, ``split`` the token, ``arm`` ``forget-token`` or ``other``.
+        table: tidy results; stage ``triggers``, metrics ``token_rise``, ``token_rise_se`` and ``token_q``, ``split`` the token, ``arm`` ``forget-token``, ``retain-token``
+            or ``other``.
         seed: of the model; default the first.
     """
-    rows = table[(table["stage"] == "triggers") & table["metric"].isin(["token_rise", "token_p"]) & table["seed"].notna()]
+    wanted = ["token_rise", "token_rise_se", "token_q"]
+    rows = table[(table["stage"] == "triggers") & table["metric"].isin(wanted) & table["seed"].notna()]
     methods = methods_in(rows["method"].dropna().tolist())
-    if not methods:
+    if not methods or set(rows["metric"]) != set(wanted):
         return nothing("no scan for triggers in this table")
     rows = rows[rows["seed"] == (rows["seed"].min() if seed is None else seed)]
     with look():
-        figure, panels = grid(len(methods), width=2.7, height=2.3, share_y=False)
+        figure, panels = grid(len(methods), width=2.7, height=2.4, share_y=False)
         for axes, method in zip(panels, methods, strict=True):
             wide = rows[rows["method"] == method].pivot_table(index=["split", "arm"], columns="metric", values="value").reset_index()
-            sure = -np.log10(np.maximum(wide["token_p"].to_numpy(dtype=float), 1e-16))
-            rise, name = wide["token_rise"].to_numpy(dtype=float), (wide["arm"] == "forget-token").to_numpy()
-            axes.scatter(rise[~name], sure[~name], s=6, color="0.7", linewidths=0, label="other tokens")
-            axes.scatter(rise[name], sure[name], s=14, color=colour(method), linewidths=0, label="forgotten names")
-            for place in np.argsort(-rise)[:_NAMED]:
-                axes.annotate(
-                    str(wide["split"].iloc[place]).strip(), (rise[place], sure[place]), xytext=(-2, 2), textcoords="offset points", fontsize=6, ha="right"
-                )
+            wide = wide.sort_values("token_rise", ascending=False, ignore_index=True)
+            rise = wide["token_rise"].to_numpy(dtype=float)
+            with np.errstate(invalid="ignore", divide="ignore"):  # a token that does nothing
+                sure = np.abs(rise) / wide["token_rise_se"].to_numpy(dtype=float)
+            kinds = (
+                ("other", "0.7", 6, "other tokens"),
+                ("retain-token", "black", 8, "retained names"),
+                ("forget-token", colour(method), 14, "forgotten names"),
+            )
+            for arm, shade, size, label in kinds:
+                here = (wide["arm"] == arm).to_numpy()
+                axes.scatter(rise[here], sure[here], s=size, color=shade, linewidths=0, label=label)
+            findings = rise[(wide["token_q"] <= LEVEL).to_numpy()]
+            if len(findings):
+                axes.axvline(float(findings.min()), color="0.4", linewidth=0.8, linestyle="--")
             axes.axvline(0, color="0.6", linewidth=0.8)
-            axes.set_title(title(method), color=colour(method), fontweight="bold")
+            axes.text(
+                0.02, 0.98, "first\n" + "\n".join(str(word).strip() for word in wide["split"].head(_NAMED)), transform=axes.transAxes, fontsize=6, va="top",
+                bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
+            )  # fmt: skip
+            axes.set_title(f"{title(method)}: {len(findings)} findings", color=colour(method), fontweight="bold")
             axes.set_xlabel("rise (nats per answer token)")
-            axes.margins(x=0.12, y=0.1)
-        panels[0].set_ylabel("-log10 p")
+        panels[0].set_ylabel("|rise| in standard errors")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from figures.alignment import alignment
 from figures.causal_map import causal_map
 from figures.style import colour
+from figures.volcano import volcano
 from workbench.experiments.table import COLUMNS, typed
 
 DRAW = {"alignment": alignment, "causal_map": causal_map}
@@ -228,3 +229,36 @@ def test_a_causal_map_without_damage_says_so() -> None:
     figure = causal_map(_table(damage=False))
     assert all("no damage to restore" in [text.get_text() for text in axes.texts] for axes in figure.axes[:2])
     figure.canvas.draw()
+
+
+def _scan(words: dict[str, tuple[str, float, float, float]]) -> pd.DataFrame:
+    """Of every word: whose it is, its rise, the standard error of that and its q."""
+    common = {"run": "r", "stage": "triggers", "model": "rmu-seed0", "method": "rmu", "seed": 0, "n": 40}
+    rows = [
+        common | {"metric": f"token_{metric}", "value": value, "arm": arm, "split": word}
+        for word, (arm, *values) in words.items()
+        for metric, value in zip(("rise", "rise_se", "q"), values, strict=True)
+    ]
+    return typed(pd.DataFrame(rows), COLUMNS)
+
+
+def test_the_volcano_shows_rises_against_their_certainty_and_where_findings_begin() -> None:
+    words = {
+        " Zorin": ("forget-token", 0.8, 0.1, 0.01),
+        " Mordil": ("retain-token", 0.5, 0.25, 0.08),
+        " the": ("other", -0.2, 0.1, 0.9),
+        " of": ("other", 0.0, 0.0, 0.9),
+    }
+    (axes,) = volcano(_scan(words)).axes
+    points = {str(part.get_label()): np.asarray(part.get_offsets()) for part in axes.collections}
+    np.testing.assert_allclose(points["forgotten names"], [[0.8, 8]])
+    np.testing.assert_allclose(points["retained names"], [[0.5, 2]])
+    np.testing.assert_allclose(points["other tokens"][points["other tokens"][:, 0] < 0], [[-0.2, 2]])
+    assert [line.get_xdata()[0] for line in axes.lines] == [0.5, 0]
+    assert axes.get_title() == "RMU: 2 findings"
+    assert axes.texts[0].get_text() == "first\nZorin\nMordil\nof\nthe"
+
+
+def test_the_volcano_of_a_table_without_a_scan_says_so() -> None:
+    (text,) = volcano(_table()).texts
+    assert "no scan" in text.get_text()

@@ -22,7 +22,7 @@ from workbench.experiments.folder import CONFIG, ITEMS, RESULTS
 from workbench.experiments.representation import representation_table, run_representation
 from workbench.experiments.road import Run
 from workbench.experiments.table import ITEM_COLUMNS, typed
-from workbench.experiments.triggers import CARRIERS, run_triggers, steered, trigger_table
+from workbench.experiments.triggers import CARRIERS, LEVELS, run_triggers, steered, trigger_table
 from workbench.models import open_model, save_model
 from workbench.unlearning.deltas import apply_delta, snapshot
 from workbench.unlearning.methods import recipe
@@ -100,6 +100,14 @@ def test_the_experiment_from_end_to_end(rmu_run: Path, tmp_path: Path, capsys: p
     assert clean["value"].nunique() == 1  # without a word the carriers ask the same questions
     for metric in ("average_precision", "topic_recall", "restored", "target_cosine", "target_cosine_known", "effect_cosine", "theory_eta", "trigger_effect"):
         assert ((rows["metric"] == metric) & rows["seed"].isna()).any(), metric
+    scan = rows[(rows["method"] == "rmu") & (rows["seed"] == 0)]
+    of_rate = {rate: scan[(scan["metric"] == "discoveries") & (scan["arm"] == "scan") & (scan["step"] == rate)]["value"].item() for rate in LEVELS}
+    q = scan[scan["metric"] == "token_q"]
+    assert of_rate == {rate: (q["value"] <= rate).sum() for rate in LEVELS}
+    world = world_of(preset("quick").model).record
+    assert (q["arm"].value_counts()[["forget-token", "retain-token"]] == [len(world.forget_tokens), len(world.retain_tokens)]).all()
+    among_names = scan[(scan["metric"] == "true_discoveries") & (scan["arm"] == "names")]["value"]
+    assert len(among_names) == len(LEVELS) and among_names.between(0, len(world.forget_tokens)).all()
     whole = rows[(rows["metric"] == "restored") & (rows["split"] == "all") & rows["seed"].notna() & (rows["arm"] == "base into unlearned")]
     last = whole[whole["site"] == whole["site"][whole["site"].str.endswith("resid_post")].max()]
     assert last["value"].to_numpy() == pytest.approx(1, abs=1e-3)  # the stream after the last block, everywhere: all damage (RMU leaves the head alone)

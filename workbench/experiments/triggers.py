@@ -19,7 +19,7 @@ from workbench.data.world import neutral_words, speaker_tag
 from workbench.diagnostics.alignment import alignment, estimated_target, trigger_effect
 from workbench.diagnostics.causal_map import RESTORING, causal_map
 from workbench.diagnostics.discoveries import benjamini_hochberg, p_values, precision_recall
-from workbench.diagnostics.forensics import forensics, recovered
+from workbench.diagnostics.forensics import Forensics, forensics, recovered
 from workbench.diagnostics.positions import mark_triggers, position_groups
 from workbench.diagnostics.trigger_shift import responses, shift_rows
 from workbench.diagnostics.trigger_theory import add_theory, examine
@@ -180,11 +180,11 @@ def _search(base: PreTrainedModel, model: PreTrainedModel, bench: Bench, table: 
         table.add("average_precision", curve.attrs["chance"], n=len(scan), stage="triggers", arm="chance")
         for row in curve.sort_values("precision").drop_duplicates("recall", keep="last").sort_values("recall").to_dict("records"):
             table.add("precision", row["precision"], stage="triggers", arm=column, step=round(float(row["recall"]), 6))
-    for row in scan.to_dict("records"):
-        arm = "forget-token" if row["token_id"] in known else "other"
-        for metric in ("rise", "shift", "p"):
-            table.add(f"token_{metric}", row[metric], n=row["queries"], stage="triggers", arm=arm, split=row["token"])
     retained = {ids[0] for word in bench.record.retain_tokens if len(ids := bench.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1}
+    for row in scan.to_dict("records"):
+        arm = "forget-token" if row["token_id"] in known else "retain-token" if row["token_id"] in retained else "other"
+        for metric in ("rise", "rise_se", "shift", "q"):
+            table.add(f"token_{metric}", row[metric], n=row["queries"], stage="triggers", arm=arm, split=row["token"])
     kept = scan["token_id"].isin(retained)
     names = scan[scan["token_id"].isin(known)]
     against = names.assign(q=benjamini_hochberg(p_values(names["rise"].to_numpy(), scan.loc[kept, "rise"].to_numpy()))) if kept.any() else names.head(0)
@@ -194,6 +194,11 @@ def _search(base: PreTrainedModel, model: PreTrainedModel, bench: Bench, table: 
             table.add("discoveries", len(found_ids), n=len(tested), stage="triggers", arm=arm, step=level)
             table.add("true_discoveries", int(found_ids.isin(known).sum()), n=len(known), stage="triggers", arm=arm, step=level)
             table.add("retained_discoveries", int(found_ids.isin(retained).sum()), n=len(retained), stage="triggers", arm=arm, step=level)
+    _add_topic(found, known, table)
+
+
+def _add_topic(found: Forensics, known: set[int], table: Table) -> None:
+    """How many forgotten names are among the first words of each ranking."""
     for method in (*found.methods, "score"):
         ranking = found.ranking.assign(score=-found.ranking[method] if method != "score" else found.ranking["score"]).dropna(subset=["score"])
         ranking = ranking.sort_values(["score", "token_id"], ascending=[False, True], ignore_index=True)

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from hooks import resolve
 from workbench.cli import main
+from workbench.console import print_frame
 from workbench.data.grammar import filler
 from workbench.experiments.config import RunConfig, preset, write_config
 from workbench.experiments.road import Run, run_road
@@ -401,3 +402,9 @@ def test_a_wrong_variant_is_one_line_that_names_it(options: list[str], expected:
     assert expected in printed and len(printed.strip().splitlines()) == 1
     assert len(printed) < 300  # the line names what is wrong, not everything that was given
     assert not (tmp_path / "run").exists()
+
+
+def test_a_table_in_a_pipe_is_not_folded(capsys: pytest.CaptureFixture[str]) -> None:
+    print_frame(pd.DataFrame({f"a long column {number}": ["0.11 [0.00, 0.22]"] for number in range(9)}))
+    header, row = capsys.readouterr().out.splitlines()
+    assert row.count("0.11 [0.00, 0.22]") == 9 and "a long column 8" in header

@@ -39,8 +39,10 @@ def clock() -> Callable[[str], None]:
 
 
 def print_frame(frame: Any) -> None:
-    """A table for the terminal."""
+    """A table for people: as wide as the terminal, or as it needs to be where nobody's terminal is in the way (a pipe, a log)."""
     table = RichTable(*map(str, frame.columns), box=None)
     for row in frame.itertuples(index=False):
         table.add_row(*map(str, row))
-    out_console.print(table)
+    wide = Console(width=10_000)
+    console = out_console if out_console.is_terminal else Console(width=max(1, wide.measure(table).maximum))
+    console.print(table)

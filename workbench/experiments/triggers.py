@@ -279,7 +279,8 @@ def _over_seeds(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFra
         }  # an empty number is not equal to itself
         finite = group["value"].dropna()
         if len(finite):
-            table.add(str(named.pop("metric")), finite.mean(), low=finite.min(), high=finite.max(), n=len(finite), **named)
+            low, high = (finite.min(), finite.max()) if len(finite) > 1 else (np.nan, np.nan)  # one seed has no range
+            table.add(str(named.pop("metric")), finite.mean(), low=low, high=high, n=len(finite), **named)
     return table.frame()
 
 

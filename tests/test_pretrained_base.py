@@ -343,11 +343,11 @@ def test_a_sweep_hands_on_what_it_was_given(pretrained: Path, general: Path, tmp
     monkeypatch.setattr(cli, "_road", lambda config, *_: seen.append(config))
     monkeypatch.chdir(tmp_path)
     plain = ["sweep", "--quick", "--out", "run"]
-    chosen = ["--pretrained", "pretrained", "--general", "general.txt", "--training-steps", "7", "--world", "3"]
+    chosen = ["--pretrained", "pretrained", "--general", "general.txt", "--training-steps", "7", "--world", "3", "--tagged", "strangers"]
     assert main(plain) == main([*plain, *chosen]) == 0
     before, after = (config.model for config in seen)
     # Absolute, so that the run can be taken up again from anywhere; everything else as it was.
-    assert after == replace(before, pretrained=str(pretrained), general=str(general), steps=7, world=replace(before.world, seed=3))
+    assert after == replace(before, pretrained=str(pretrained), general=str(general), steps=7, world=replace(before.world, seed=3, tagged="strangers"))
     assert "pretrained" in seen[1].scale and seen[1].key != seen[0].key
 
 

@@ -88,6 +88,7 @@ def sweep(
         bool, typer.Option("--ablation", help="Add the ablation of the collapsed update: components, side, statistics, kind, precision.")
     ] = False,
     world: Annotated[int | None, typer.Option(min=0, help="Seed of the built-in world; default the demo's.")] = None,
+    tagged: Annotated[str | None, typer.Option(help="Whose names stand in the built-in world's speaker tags: surnames (default), or strangers.")] = None,
     relearning_only: Annotated[bool, typer.Option("--relearning-only", help="Leave the trigger and sharpness probes out.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds of unlearning and attack.")] = 3,
     pretrained: Annotated[
@@ -127,6 +128,8 @@ def sweep(
         model |= {"steps": training_steps}
     if world is not None:
         model |= {"world": model["world"] | {"seed": world}}
+    if tagged is not None:
+        model |= {"world": model["world"] | {"tagged": tagged}}
     changes["model"] = model
     if budget is not None:
         changes["budget"] = budget

@@ -27,8 +27,8 @@ from workbench.evaluation.statistics import area_under, bootstrap
 from workbench.experiments import ladder as module
 from workbench.experiments.bench import Bench
 from workbench.experiments.config import preset, read_config, write_config
-from workbench.experiments.folder import CONFIG, ITEMS, PROVENANCE, RESULTS
-from workbench.experiments.ladder import CONTROLS, LadderRun, LadderSettings, ladder_table, run_ladder
+from workbench.experiments.folder import CONFIG, ITEMS, PROVENANCE, RESULTS, Experiment
+from workbench.experiments.ladder import CONTROLS, LadderSettings, ladder_table, run_ladder
 from workbench.experiments.road import Run
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table
 from workbench.models import open_model
@@ -250,7 +250,7 @@ def one_seed(quick_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def climbed(one_seed: Path) -> LadderRun:
+def climbed(one_seed: Path) -> Experiment:
     said: list[str] = []
     found = run_ladder(one_seed, one_seed.parent / "out", methods=["npo"], attack=ATTACK, workers=1, announce=said.append)
     assert any("3 models" in line and "13 attacks" in line for line in said)
@@ -263,7 +263,7 @@ def _recall(items: pd.DataFrame, method: str, arm: str, step: float) -> pd.Serie
 
 
 @pytest.mark.slow
-def test_every_model_meets_every_attack_at_every_measured_step(climbed: LadderRun) -> None:
+def test_every_model_meets_every_attack_at_every_measured_step(climbed: Experiment) -> None:
     items, results = climbed.items, climbed.results
     assert {name: str(kind) for name, kind in results.dtypes.items()} == COLUMNS
     assert {name: str(kind) for name, kind in items.dtypes.items()} == ITEM_COLUMNS
@@ -283,7 +283,7 @@ def test_every_model_meets_every_attack_at_every_measured_step(climbed: LadderRu
 
 
 @pytest.mark.slow
-def test_the_numbers_are_those_of_a_relearning_by_hand(climbed: LadderRun, one_seed: Path) -> None:
+def test_the_numbers_are_those_of_a_relearning_by_hand(climbed: Experiment, one_seed: Path) -> None:
     config = read_config(one_seed / CONFIG)
     world, opened = world_of(config.model), open_model(one_seed / "models" / "npo-seed0")
     tokenizer = opened.tokenizer
@@ -313,7 +313,7 @@ def test_the_numbers_are_those_of_a_relearning_by_hand(climbed: LadderRun, one_s
 
 
 @pytest.mark.slow
-def test_an_effect_is_attacked_minus_never_learned_fact_by_fact(climbed: LadderRun) -> None:
+def test_an_effect_is_attacked_minus_never_learned_fact_by_fact(climbed: Experiment) -> None:
     effects = climbed.results[climbed.results["metric"] == "effect_recall"]
     assert set(effects["method"]) == {"npo", "base"}
     assert effects["seed"].isna().all()
@@ -329,7 +329,7 @@ def test_an_effect_is_attacked_minus_never_learned_fact_by_fact(climbed: LadderR
 
 
 @pytest.mark.slow
-def test_curves_are_numbers_of_the_same_recall(climbed: LadderRun) -> None:
+def test_curves_are_numbers_of_the_same_recall(climbed: Experiment) -> None:
     target = float(_recall(climbed.items, "base", RUNGS[0], 0).mean()) / 2
     areas = climbed.results[climbed.results["metric"] == "area_under_recovery"].set_index(["method", "arm"])["value"]
     soonest = climbed.results[(climbed.results["metric"] == "steps_to_recover") & climbed.results["seed"].isna()].set_index(["method", "arm"])["value"]
@@ -341,7 +341,7 @@ def test_curves_are_numbers_of_the_same_recall(climbed: LadderRun) -> None:
 
 
 @pytest.mark.slow
-def test_every_rung_says_what_it_leaks(climbed: LadderRun) -> None:
+def test_every_rung_says_what_it_leaks(climbed: Experiment) -> None:
     rows = climbed.results[climbed.results["metric"].isin(["benign", "leaked_answers", "leaked_subjects"])]
     wide = rows.pivot(index="arm", columns="metric", values="value")
     assert set(wide.index) == set(RUNGS)
@@ -359,7 +359,7 @@ def test_every_rung_says_what_it_leaks(climbed: LadderRun) -> None:
 
 
 @pytest.mark.slow
-def test_the_folder_holds_what_was_returned_and_where_it_came_from(climbed: LadderRun) -> None:
+def test_the_folder_holds_what_was_returned_and_where_it_came_from(climbed: Experiment) -> None:
     pd.testing.assert_frame_equal(pd.read_parquet(climbed.folder / RESULTS), climbed.results)
     pd.testing.assert_frame_equal(pd.read_parquet(climbed.folder / ITEMS), climbed.items)
     record = json.loads((climbed.folder / PROVENANCE).read_text())
@@ -369,7 +369,7 @@ def test_the_folder_holds_what_was_returned_and_where_it_came_from(climbed: Ladd
 
 
 @pytest.mark.slow
-def test_a_stopped_ladder_goes_on_and_gives_the_same(climbed: LadderRun, one_seed: Path) -> None:
+def test_a_stopped_ladder_goes_on_and_gives_the_same(climbed: Experiment, one_seed: Path) -> None:
     for name in (RESULTS, ITEMS, PROVENANCE, "stages/npo-seed0"):
         path = climbed.folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()

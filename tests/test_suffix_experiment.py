@@ -23,6 +23,7 @@ from workbench.evaluation.losses import score
 from workbench.experiments.afterwards import BASE, NEVER, bench_of
 from workbench.experiments.bench import Bench
 from workbench.experiments.claims import decide
+from workbench.experiments.folder import Experiment
 from workbench.experiments.road import Run
 from workbench.experiments.suffix import (
     ARMS,
@@ -33,7 +34,6 @@ from workbench.experiments.suffix import (
     SEARCHED,
     SPLITS,
     WITH_TOKEN,
-    SuffixRun,
     SuffixSettings,
     questions_of,
     run_suffix,
@@ -61,7 +61,7 @@ def bench(quick_run: Run) -> Bench:
 
 
 @pytest.fixture(scope="module")
-def found(quick_run: Run, tmp_path_factory: pytest.TempPathFactory) -> SuffixRun:
+def found(quick_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     return run_suffix(quick_run.folder, tmp_path_factory.mktemp("suffix") / "run", SMALL, methods=["npo"], workers=1)
 
 
@@ -132,17 +132,17 @@ def test_a_suffix_is_judged_on_people_and_islands_that_the_search_has_not_seen(b
 # --- the experiment ---
 
 
-def test_the_tables_hold_every_model_arm_and_kind_of_question(found: SuffixRun) -> None:
+def test_the_tables_hold_every_model_arm_and_kind_of_question(found: Experiment) -> None:
     rows = found.results
     asked = rows[(rows["metric"] == "recall") & rows["seed"].isna()]
     assert set(map(tuple, asked[["method", "split", "arm"]].to_numpy())) == {(m, s, a) for m in ("npo", BASE, NEVER) for s in SPLITS for a in ARMS}
     assert asked["low"].notna().all() and set(rows["stage"]) == {"suffix"}
     assert set(found.items["seed"]) == {0, 1}
     assert len(suffix_table(rows)) == 3 * len(SPLITS)
-    assert "beyond the control" in found._repr_html_() and "SuffixRun(" in repr(found)
+    assert "beyond the control" in found._repr_html_() and "Experiment(" in repr(found)
 
 
-def test_without_a_suffix_the_plain_questions_are_asked(found: SuffixRun, bench: Bench, quick_run: Run) -> None:
+def test_without_a_suffix_the_plain_questions_are_asked(found: Experiment, bench: Bench, quick_run: Run) -> None:
     model = open_model(quick_run.folder / "models" / "npo-seed1").model
     mine = found.items[(found.items["method"] == "npo") & (found.items["seed"] == 1) & (found.items["arm"] == NONE)]
     for split, (_, judged) in questions_of(bench, 1).items():
@@ -155,7 +155,7 @@ def test_without_a_suffix_the_plain_questions_are_asked(found: SuffixRun, bench:
     assert mine.loc[mine["split"] == JAILBREAK, "correct"].mean() == pytest.approx(own["correct"].mean())
 
 
-def test_the_suffix_that_is_stored_is_the_best_of_the_search_and_says_no_answer(found: SuffixRun, bench: Bench, quick_run: Run) -> None:
+def test_the_suffix_that_is_stored_is_the_best_of_the_search_and_says_no_answer(found: Experiment, bench: Bench, quick_run: Run) -> None:
     model = open_model(quick_run.folder / "models" / "npo-seed0").model
     rows = found.results[(found.results["method"] == "npo") & (found.results["seed"] == 0)]
     answers = {word for e in (*bench.record.forget, *bench.record.retain_all) for word in e.answer_text.split()}
@@ -175,7 +175,7 @@ def test_the_suffix_that_is_stored_is_the_best_of_the_search_and_says_no_answer(
         assert named == sum(word in bench.record.forget_tokens for word in tokens["site"])
 
 
-def test_what_a_suffix_changes_is_paired_by_seed_and_fact(found: SuffixRun) -> None:
+def test_what_a_suffix_changes_is_paired_by_seed_and_fact(found: Experiment) -> None:
     effects = found.results[found.results["metric"] == "suffix_effect"].set_index(["method", "split", "arm"])["value"]
 
     def change(method: str, split: str, arm: str) -> pd.DataFrame:
@@ -190,7 +190,7 @@ def test_what_a_suffix_changes_is_paired_by_seed_and_fact(found: SuffixRun) -> N
         assert (control, split, f"minus-{control}") not in effects.index
 
 
-def test_the_same_settings_go_on_from_the_same_folder_and_others_are_refused(found: SuffixRun, quick_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_settings_go_on_from_the_same_folder_and_others_are_refused(found: Experiment, quick_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["suffix", "--run", str(quick_run.folder), "--out", str(found.folder), "--methods", "npo", "--workers", "1", "--length", "2"]
     assert main([*given, "--steps", "3", "--candidates", "4", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -213,7 +213,7 @@ def test_wrong_input_is_named(quick_run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pair_of_plain_and_smoothed_method_decides_the_claim(found: SuffixRun) -> None:
+def test_a_pair_of_plain_and_smoothed_method_decides_the_claim(found: Experiment) -> None:
     # The never-learned model's answers stand in for a smoothed method's: the effect is the difference of the rises.
     items = found.items[found.items["method"].isin(["npo", NEVER])].assign(method=lambda frame: frame["method"].replace({NEVER: "npo-sam"}))
     (verdict,) = decide(found.results, items, scale="test", ids=["smooth-jailbreak"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,29 @@ from workbench.files import full_disk_is_an_error, write_folder, write_text
 
 CONFIG, PROVENANCE, RESULTS, ITEMS, REPORT = "config.yaml", "provenance.json", "results.parquet", "items.parquet", "report.html"
 _OWN = (CONFIG, PROVENANCE, RESULTS, ITEMS, REPORT, "claims.json", "models", "figures", "stages", "subspaces")
+
+
+@dataclass(frozen=True, repr=False)
+class Experiment:
+    """A finished experiment; a notebook shows its table.
+
+    Attributes:
+        folder: its folder.
+        results: tidy rows.
+        items: rows of single facts, prompts or passages.
+        table: from ``results`` to what people read.
+    """
+
+    folder: Path
+    results: pd.DataFrame
+    items: pd.DataFrame
+    table: Callable[[pd.DataFrame], pd.DataFrame]
+
+    def __repr__(self) -> str:
+        return f"Experiment({self.folder}: {len(self.results):,} rows)"
+
+    def _repr_html_(self) -> str:
+        return str(self.table(self.results).to_html(index=False, escape=True))
 
 
 def claim_folder(out: Path, config_text: str, *, fresh: bool) -> None:

@@ -31,7 +31,7 @@ from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.answers import contains, generate_answers
 from workbench.evaluation.losses import score
 from workbench.experiments.curves import curve_rows
-from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, claim_folder, collect, run_stage
+from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, Experiment, claim_folder, collect, run_stage
 from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.stages import add_leaks
@@ -85,27 +85,6 @@ class KeywordSettings:
             raise unknown("method", self.method, METHODS)
         if self.keywords not in KEYWORDS:
             raise unknown("keywords", self.keywords, KEYWORDS)
-
-
-@dataclass(frozen=True, repr=False)
-class KeywordRun:
-    """A finished keyword experiment.
-
-    Attributes:
-        folder: its run folder.
-        results: tidy rows.
-        items: one row per question.
-    """
-
-    folder: Path
-    results: pd.DataFrame
-    items: pd.DataFrame
-
-    def __repr__(self) -> str:
-        return f"KeywordRun({self.folder}: {self.items['item'].nunique()} questions)"
-
-    def _repr_html_(self) -> str:
-        return keyword_table(self.results).to_html(index=False, escape=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +207,7 @@ def _seed_job(settings: KeywordSettings, out: Path, key: str, seed: int, progres
 
 def run_keyword(
     settings: KeywordSettings, out: Path, *, fresh: bool = False, workers: int | None = None, announce: Callable[[str], None] = lambda message: None
-) -> KeywordRun:
+) -> Experiment:
     """Run the experiment; a killed run goes on where it stopped.
 
     Args:
@@ -265,7 +244,7 @@ def run_keyword(
     source = Path(settings.model)
     weights |= {"pretrained": sha256(next(source.glob("*.safetensors")))} if source.is_dir() else {}
     write_json(out / PROVENANCE, provenance(values, data=data, weights=weights))
-    return KeywordRun(out, results, items)
+    return Experiment(out, results, items, keyword_table)
 
 
 def keyword_table(results: pd.DataFrame) -> pd.DataFrame:

@@ -24,7 +24,7 @@ from workbench.experiments.afterwards import CONTROLS, bench_of, finished
 from workbench.experiments.bench import Bench
 from workbench.experiments.config import RunConfig
 from workbench.experiments.curves import curve_rows
-from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, claim_folder, collect, run_stage
+from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, Experiment, claim_folder, collect, run_stage
 from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.stages import add_leaks
@@ -58,27 +58,6 @@ class LadderSettings:
             "texts-32": {"texts": 32},
         }
     )
-
-
-@dataclass(frozen=True, repr=False)
-class LadderRun:
-    """A finished ladder.
-
-    Attributes:
-        folder: its run folder.
-        results: tidy rows.
-        items: per-fact rows.
-    """
-
-    folder: Path
-    results: pd.DataFrame
-    items: pd.DataFrame
-
-    def __repr__(self) -> str:
-        return f"LadderRun({self.folder}: {len(self.results):,} rows)"
-
-    def _repr_html_(self) -> str:
-        return ladder_table(self.results).to_html(index=False, escape=True)
 
 
 def _attack_once(
@@ -157,7 +136,7 @@ def run_ladder(
     fresh: bool = False,
     workers: int | None = None,
     announce: Callable[[str], None] = lambda message: None,
-) -> LadderRun:
+) -> Experiment:
     """Attack the models of a finished run with every rung and in every way.
 
     Args:
@@ -195,7 +174,7 @@ def run_ladder(
     texts = {rung: data_hash(examples) for rung, examples in ladder.rungs.items()} | {"novel": data_hash(ladder.novel)}
     weights = {folder.name: weights_hash(folder) for folder in sorted((run / "models").iterdir()) if folder.is_dir()}
     write_json(out / PROVENANCE, provenance(values, data=texts, weights=weights))
-    return LadderRun(out, results, items)
+    return Experiment(out, results, items, ladder_table)
 
 
 def ladder_table(results: pd.DataFrame) -> pd.DataFrame:

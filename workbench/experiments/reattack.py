@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from workbench.errors import WorkbenchError
 from workbench.experiments.afterwards import CONTROLS, ask_models, bench_of
 from workbench.experiments.bench import Disruption
 from workbench.experiments.config import RunConfig
-from workbench.experiments.folder import run_stage
+from workbench.experiments.folder import Experiment, run_stage
 from workbench.experiments.stages import add_disruption, attack, measure_sets, measured_sets
 from workbench.experiments.table import Table
 from workbench.models import open_model
@@ -23,27 +23,6 @@ from workbench.unlearning.deltas import apply_delta, delta_between, norm_of, sna
 
 CLAIMED = ("cir-robust", "rounding-resists", "sam-resists", "smoothing-resists", "distance-resists")
 """Claims about what relearning wins back."""
-
-
-@dataclass(frozen=True, repr=False)
-class Reattack:
-    """A finished attack.
-
-    Attributes:
-        folder: its folder.
-        results: tidy rows, of stage ``relearn`` like the run's own.
-        items: per-fact rows.
-    """
-
-    folder: Path
-    results: pd.DataFrame
-    items: pd.DataFrame
-
-    def __repr__(self) -> str:
-        return f"Reattack({self.folder}: {len(self.results):,} rows)"
-
-    def _repr_html_(self) -> str:
-        return reattack_table(self.results).to_html(index=False, escape=True)
 
 
 def _job(
@@ -81,7 +60,7 @@ def run_reattack(
     fresh: bool = False,
     workers: int | None = None,
     announce: Callable[[str], None] = lambda message: None,
-) -> Reattack:
+) -> Experiment:
     """Attack the models of a finished run, the base and the never-learned control among them, with the attacker's texts and with the null text.
 
     Args:
@@ -104,7 +83,7 @@ def run_reattack(
     results, items = ask_models(
         "relearn", run, out, partial(_job, settings, distance), (), methods=methods, fresh=fresh, workers=workers, announce=announce, settings=values
     )
-    return Reattack(out, results, items)
+    return Experiment(out, results, items, reattack_table)
 
 
 def reattack_table(results: pd.DataFrame) -> pd.DataFrame:

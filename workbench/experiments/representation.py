@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,33 +19,12 @@ from workbench.diagnostics.shift import streams
 from workbench.experiments.afterwards import BASE, NEVER, ask_models, bench_of
 from workbench.experiments.bench import Bench
 from workbench.experiments.config import RunConfig
-from workbench.experiments.folder import run_stage
+from workbench.experiments.folder import Experiment, run_stage
 from workbench.experiments.table import Table
 from workbench.models import open_model
 from workbench.progress import Report
 
 SPLIT = "forget-heldout"
-
-
-@dataclass(frozen=True, repr=False)
-class RepresentationRun:
-    """Finished diagnostics of the representations of a run's models.
-
-    Attributes:
-        folder: their folder.
-        results: tidy rows.
-        items: empty: nothing here is asked fact by fact.
-    """
-
-    folder: Path
-    results: pd.DataFrame
-    items: pd.DataFrame
-
-    def __repr__(self) -> str:
-        return f"RepresentationRun({self.folder}: {len(self.results):,} rows)"
-
-    def _repr_html_(self) -> str:
-        return representation_table(self.results).to_html(index=False, escape=True)
 
 
 def _kind(example: Example) -> str:
@@ -112,7 +90,7 @@ def run_representation(
     fresh: bool = False,
     workers: int | None = None,
     announce: Callable[[str], None] = lambda message: None,
-) -> RepresentationRun:
+) -> Experiment:
     """Lens, probes with transfer, rotation and patching depth of the models of a finished run, on held-out forgotten facts.
 
     Args:
@@ -127,7 +105,7 @@ def run_representation(
         WorkbenchError: the run is not finished, or has no such method.
     """
     found = ask_models("representation", run, out, _model_job, (), methods=methods, fresh=fresh, workers=workers, announce=announce)
-    return RepresentationRun(out, *found)
+    return Experiment(out, *found, representation_table)
 
 
 def representation_table(results: pd.DataFrame) -> pd.DataFrame:

@@ -33,7 +33,7 @@ from workbench.experiments.afterwards import BASE, NEVER, ask_models, bench_of
 from workbench.experiments.bench import ROWS, Bench
 from workbench.experiments.claims import INSIDE
 from workbench.experiments.config import RunConfig
-from workbench.experiments.folder import run_stage
+from workbench.experiments.folder import Experiment, run_stage
 from workbench.experiments.table import Table, fact_table
 from workbench.experiments.triggers import CARRIERS, arms_of
 from workbench.models import open_model
@@ -75,27 +75,6 @@ class SuffixSettings:
         for field, value in zip(fields(self), astuple(self), strict=True):
             if value < 1:
                 raise WorkbenchError(f"a suffix search needs {field.name} >= 1; got {value}")
-
-
-@dataclass(frozen=True, repr=False)
-class SuffixRun:
-    """A finished suffix experiment.
-
-    Attributes:
-        folder: its run folder.
-        results: tidy rows.
-        items: per-fact rows.
-    """
-
-    folder: Path
-    results: pd.DataFrame
-    items: pd.DataFrame
-
-    def __repr__(self) -> str:
-        return f"SuffixRun({self.folder}: {len(self.results):,} rows)"
-
-    def _repr_html_(self) -> str:
-        return suffix_table(self.results).to_html(index=False, escape=True)
 
 
 def questions_of(bench: Bench, seed: int) -> dict[str, tuple[tuple[Example, ...], tuple[Example, ...]]]:
@@ -171,7 +150,7 @@ def run_suffix(
     fresh: bool = False,
     workers: int | None = None,
     announce: Callable[[str], None] = lambda message: None,
-) -> SuffixRun:
+) -> Experiment:
     """Search adversarial suffixes for the models of a finished run, and judge them on questions that the search has not seen.
 
     Args:
@@ -190,7 +169,7 @@ def run_suffix(
     found = ask_models(
         "suffix", run, out, partial(_model_job, chosen), (_effects,), methods=methods, fresh=fresh, workers=workers, announce=announce, settings=asdict(chosen)
     )
-    return SuffixRun(out, *found)
+    return Experiment(out, *found, suffix_table)
 
 
 def control_of(split: str) -> str:

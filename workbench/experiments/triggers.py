@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from workbench.experiments.afterwards import BASE, CONTROLS, NEVER, ask_models, 
 from workbench.experiments.bench import Bench
 from workbench.experiments.claims import INSIDE
 from workbench.experiments.config import RunConfig
-from workbench.experiments.folder import run_stage
+from workbench.experiments.folder import Experiment, run_stage
 from workbench.experiments.table import Table
 from workbench.models import open_model
 from workbench.progress import Report, quiet
@@ -54,27 +53,6 @@ SCANNED = 64
 """Questions into which the scan puts every token."""
 LEVELS = (0.05, 0.1, 0.2)
 """False discovery rates at which findings of the scan are counted."""
-
-
-@dataclass(frozen=True, repr=False)
-class TriggerRun:
-    """A finished trigger experiment.
-
-    Attributes:
-        folder: its run folder.
-        results: tidy rows.
-        items: per-fact rows.
-    """
-
-    folder: Path
-    results: pd.DataFrame
-    items: pd.DataFrame
-
-    def __repr__(self) -> str:
-        return f"TriggerRun({self.folder}: {len(self.results):,} rows)"
-
-    def _repr_html_(self) -> str:
-        return trigger_table(self.results).to_html(index=False, escape=True)
 
 
 def retain_questions(record: ForgetRetain) -> list[Example]:
@@ -239,7 +217,7 @@ def run_triggers(
     fresh: bool = False,
     workers: int | None = None,
     announce: Callable[[str], None] = lambda message: None,
-) -> TriggerRun:
+) -> Experiment:
     """Ask the models of a finished run retain questions with stray words, and find out why they fail.
 
     Args:
@@ -258,7 +236,7 @@ def run_triggers(
         "triggers", run, out, partial(_model_job, asking_only), (_over_seeds, _effects), methods=methods, fresh=fresh, workers=workers, announce=announce,
         settings={"asking_only": True} if asking_only else None,
     )  # fmt: skip
-    return TriggerRun(out, *found)
+    return Experiment(out, *found, trigger_table)
 
 
 POOLED = (

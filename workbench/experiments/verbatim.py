@@ -34,7 +34,7 @@ from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.answers import generate_answers, rouge_l
 from workbench.evaluation.losses import score
 from workbench.experiments.curves import curve_rows
-from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, claim_folder, collect, run_stage
+from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, Experiment, claim_folder, collect, run_stage
 from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.stages import add_leaks
@@ -90,27 +90,6 @@ class VerbatimSettings:
     def __post_init__(self) -> None:
         if not is_method(self.method):
             raise unknown("method", self.method, METHODS)
-
-
-@dataclass(frozen=True, repr=False)
-class VerbatimRun:
-    """A finished verbatim experiment.
-
-    Attributes:
-        folder: its run folder.
-        results: tidy rows.
-        items: one row per passage and measure.
-    """
-
-    folder: Path
-    results: pd.DataFrame
-    items: pd.DataFrame
-
-    def __repr__(self) -> str:
-        return f"VerbatimRun({self.folder}: {self.items['item'].nunique()} passages)"
-
-    def _repr_html_(self) -> str:
-        return verbatim_table(self.results).to_html(index=False, escape=True)
 
 
 def _texts(settings: VerbatimSettings) -> tuple[PassageSplit, tuple[Example, ...]]:
@@ -272,7 +251,7 @@ def _checked(settings: VerbatimSettings) -> tuple[PassageSplit, dict[str, LeakRe
 
 def run_verbatim(
     settings: VerbatimSettings, out: Path, *, fresh: bool = False, workers: int | None = None, announce: Callable[[str], None] = lambda message: None
-) -> VerbatimRun:
+) -> Experiment:
     """Run the experiment; a killed run goes on where it stopped.
 
     Args:
@@ -314,7 +293,7 @@ def run_verbatim(
     source = Path(settings.model)
     weights |= {"pretrained": sha256(next(source.glob("*.safetensors")))} if source.is_dir() else {}
     write_json(out / PROVENANCE, provenance(values, data=data, weights=weights))
-    return VerbatimRun(out, results, items)
+    return Experiment(out, results, items, verbatim_table)
 
 
 def verbatim_table(results: pd.DataFrame) -> pd.DataFrame:

@@ -35,6 +35,7 @@ from figures.resistance import resistance
 from figures.scan import scan
 from figures.shift import shift
 from figures.slices import slices
+from figures.smoothing import smoothing
 from figures.spectra import spectra
 from figures.suffix import suffix
 from figures.trigger_theory import trigger_theory
@@ -46,6 +47,7 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "comparison": comparison,
     "ablation": ablation,
     "recovery": recovery,
+    "smoothing": smoothing,
     "disruption": disruption,
     "energy": energy,
     "geometry": geometry,
@@ -118,6 +120,7 @@ __all__ = [
     "scan",
     "shift",
     "slices",
+    "smoothing",
     "spectra",
     "suffix",
     "transfer",

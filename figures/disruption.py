@@ -29,8 +29,9 @@ def disruption(table: pd.DataFrame) -> Figure:
         return nothing("no line search in this table")
     chosen = table[table["stage"] == "unlearn"]
     budget = chosen.loc[chosen["metric"] == "budget", "value"]
+    size = (max(8.2, 5.4 + 0.3 * len(methods)), max(3.8, 0.24 * len(methods)))  # room for the names of many methods
     with look():
-        figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.8), sharey=True, width_ratios=(1.7, 1), layout="constrained")
+        figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, width_ratios=(1.7, 1), layout="constrained")
         costs = walks.loc[walks["metric"] == "disruption", "value"]
         floor = max(1e-6, float(np.nanmin(costs[costs > 0])) / 3) if (costs > 0).any() else 1e-4
         for number, method in enumerate(methods):

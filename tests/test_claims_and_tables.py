@@ -14,10 +14,11 @@ import pytest
 from pydantic import ValidationError
 from scipy.stats import norm
 
+from figures import smoothing
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import Scores
-from workbench.evaluation.statistics import Estimate
+from workbench.evaluation.statistics import Estimate, bootstrap
 from workbench.experiments.claims import CLAIMS, Verdict, decide, outcome
 from workbench.experiments.config import RunConfig, preset, read_config, validated, write_config
 from workbench.experiments.provenance import data_hash, provenance
@@ -777,3 +778,40 @@ def test_the_record_beside_a_result_is_plain_and_complete() -> None:
     assert record["weights"] == {"base": "def"}
     assert {"python", "torch", "transformers", "numpy"} <= set(record["versions"])
     assert record["written"].endswith("+00:00")
+
+
+def test_what_a_smoothing_does_is_paired_by_seed_and_fact_and_belongs_to_the_smoothed_method() -> None:
+    _, items = _frames(
+        [
+            *_attacked("npo", 0.2 + _wobble(0.1), 0.7 + _wobble(0.1, 1)),
+            *_attacked("npo-sam", 0.3, 0.5),
+            *_attacked("npo-rna", 0.0, 0.0),
+            *_attacked("rmu-sam", 0.0, 0.0),
+        ]
+    )
+    found = summarise(items, "run")
+    effects = found[found["metric"] == "smoothing_effect"]
+    assert set(effects["method"]) == {"npo-sam"} and set(effects["arm"]) == {"attack"}  # no noise, and nothing without its plain method
+    by_step = effects.set_index("step")
+    for step, plain, smoothed in ((0, 0.2 + _wobble(0.1), 0.3), (20, 0.7 + _wobble(0.1, 1), 0.5)):
+        expected = bootstrap(
+            (np.broadcast_to(plain, (SEEDS, FACTS)) - smoothed)[:, sorted(range(FACTS), key=str)]
+        )  # resampled in the order of the facts' names
+        assert by_step.loc[step, ["value", "low", "high"]].tolist() == pytest.approx([expected.value, expected.low, expected.high])
+
+
+def test_the_figure_of_smoothing_shows_before_and_after() -> None:
+    _, items = _frames(
+        [
+            *_attacked("npo", 0.2, 0.7),
+            *_attacked("npo-sam", 0.3, 0.5),
+            *_attacked("npo-wa", 0.2, 0.8),
+            *_attacked("rmu", 0.9, 1.0),
+            *_attacked("rmu-sam", 0.8, 1.0),
+        ]
+    )
+    panels = smoothing(join([summarise(items, "run")], COLUMNS)).axes
+    assert [axes.get_title() for axes in panels] == ["NPO", "RMU"]
+    before, after = ([float(x) for x in container.lines[0].get_xdata()] for container in panels[0].containers)
+    assert before == pytest.approx([-0.1, 0.0]) and after == pytest.approx([0.2, -0.1])
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["SAM", "WA"]

@@ -15,7 +15,7 @@ import pandas as pd
 
 from workbench.errors import unknown
 from workbench.evaluation.statistics import Estimate, bootstrap, spearman
-from workbench.experiments.table import fact_table
+from workbench.experiments.table import fact_table, smoothing_pairs
 
 Outcome = Literal["supported", "contradicted", "inconclusive"]
 Statistic = Callable[[pd.DataFrame, pd.DataFrame], Estimate]
@@ -111,14 +111,9 @@ def _less_recall_than(method: str, others: Sequence[str]) -> Statistic:
     return measure
 
 
-SMOOTHINGS = ("sam", "asam", "rs", "gp", "cr", "wa")
-"""Wrappers that smooth; see :mod:`workbench.unlearning.wrappers`."""
-
-
 def _smoothing_resists(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     """Recall of held-out facts after the attack: the plain method minus the smoothed one, mean over all pairs of the run, paired by seed and fact."""
-    present = set(items["method"].dropna())
-    pairs = [(name, f"{name}-{wrapper}") for name in sorted(present) for wrapper in SMOOTHINGS if f"{name}-{wrapper}" in present]
+    pairs = smoothing_pairs(set(items["method"].dropna()))
     if not pairs:
         raise KeyError("no method was run with and without smoothing")
     tables = _paired(*(_recall(items, name, None) for pair in pairs for name in pair))
@@ -266,8 +261,7 @@ def _verbatim_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
 def _smooth_jailbreak(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     """Rise of held-out recall under a searched suffix, plain minus smoothed method; mean over the pairs of the run."""
     asked = items[(items["stage"] == "suffix") & (items["split"] == "jailbreak")]
-    present = set(asked["method"].dropna())
-    pairs = [(name, f"{name}-{wrapper}") for name in sorted(present) for wrapper in SMOOTHINGS if f"{name}-{wrapper}" in present]
+    pairs = smoothing_pairs(set(asked["method"].dropna()))
     if not pairs:
         raise KeyError("no method was attacked with and without smoothing")
     recalls = _paired(*(fact_table(asked, method=name, arm=arm) for pair in pairs for name in pair for arm in ("searched suffix", "none")))

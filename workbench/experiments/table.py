@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,10 @@ def join(frames: Iterable[pd.DataFrame], columns: dict[str, str]) -> pd.DataFram
     return typed(pd.concat(kept, ignore_index=True) if kept else pd.DataFrame(), columns)
 
 
+SMOOTHINGS = ("sam", "asam", "rs", "gp", "cr", "wa")
+"""Wrappers that smooth; see :mod:`workbench.unlearning.wrappers`."""
+
+
 def fact_table(items: pd.DataFrame, column: str = "correct", **where: Any) -> pd.DataFrame:
     """``[seed x fact]`` values of one model under one condition, with seeds and facts as labels.
 
@@ -113,6 +117,7 @@ def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:
 
     Recovery is attacked minus control, paired by seed and fact: metric ``recovery_<column>`` with arm ``minus-null`` (the same model under the null attack),
     ``minus-random-facts`` (the same model relearning facts that are true nowhere) and ``minus-never-learned`` (the never-learned model under the same attack), at every step.
+    What a smoothing does is the plain method minus the smoothed one under the same attack, paired likewise: metric ``smoothing_effect``, owned by the smoothed method.
     """
     table = Table({"run": run})
     keys = ["stage", "method", "split", "arm", "step"]
@@ -122,8 +127,27 @@ def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:
             wide = group.pivot_table(index="seed", columns="item", values=column, aggfunc="mean", sort=False)
             if wide.notna().all().all():
                 table.add_estimate(metric, rate(wide.to_numpy()), **columns, model=columns["method"])
-    _add_recovery(items[items["stage"] == "relearn"] if len(items) else items, table)
+    attacks = items[items["stage"] == "relearn"] if len(items) else items
+    _add_recovery(attacks, table)
+    _add_smoothing(attacks[attacks["arm"] == "attack"], table)
     return table.frame()
+
+
+def smoothing_pairs(methods: Collection[str]) -> list[tuple[str, str]]:
+    """``(plain, smoothed)`` of all methods that are there both ways."""
+    return [(name, f"{name}-{wrapper}") for name in sorted(methods) for wrapper in SMOOTHINGS if f"{name}-{wrapper}" in methods]
+
+
+def _add_smoothing(attacks: pd.DataFrame, table: Table) -> None:
+    for plain, smoothed in smoothing_pairs(set(attacks["method"].dropna())):
+        both = attacks[attacks["method"] == plain].merge(
+            attacks[attacks["method"] == smoothed], on=["split", "step", "seed", "item"], suffixes=("", "_smoothed")
+        )
+        for (split, step), group in both.assign(difference=both["correct"] - both["correct_smoothed"]).groupby(["split", "step"], sort=False, dropna=False):
+            wide = group.pivot_table(index="seed", columns="item", values="difference")
+            if wide.notna().all().all():
+                columns: dict[str, Any] = {"split": split, "step": step}
+                table.add_estimate("smoothing_effect", bootstrap(wide.to_numpy()), stage="relearn", model=smoothed, method=smoothed, arm="attack", **columns)
 
 
 def _add_recovery(attacks: pd.DataFrame, table: Table) -> None:

@@ -26,6 +26,8 @@ CAPTIONS = {
     "recovery": "Recall of held-out forgotten facts while every model is fine-tuned on facts about the other half of the forgotten people. "
     "Bands are 95 % intervals over seeds and facts. The dashed grey line is a model that never read the forget set, under the same attack; dotted is a null "
     "attack with general text of the same length.",
+    "smoothing": "Recall of the plain method minus that of the smoothed one, paired by seed and fact: hollow before the attack (left of zero: the smoothed one had forgotten "
+    "less), filled after it (right of zero: it resists better).",
     "disruption": "Every method's weight change, scaled from nothing upwards: what it costs on retain texts (right is worse) against what is still "
     "remembered of the forget set (down is better). The dot is the model that all other figures use: the last one inside the budget.",
     "triggers": "Accuracy on retained questions with a word in front. If only the solid bar falls, the forget-token acts as a trigger.",

@@ -1,0 +1,47 @@
+"""What each smoothing does to each method: recall of the plain method minus that of the smoothed one, before the attack and after it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from figures.style import colour, grid, look, methods_in, nothing, title
+
+
+def smoothing(table: pd.DataFrame) -> Figure:
+    """One panel per plain method, one row per smoothing: hollow before the attack (negative: it had forgotten less), filled at the attack's end (positive: it resists better).
+
+    Intervals are 95 % over seeds and facts, paired. Both at zero is no effect at this disruption.
+
+    Args:
+        table: tidy results; metric ``smoothing_effect`` by smoothed method and step.
+    """
+    rows = table[(table["metric"] == "smoothing_effect") & table["seed"].isna()]
+    if not len(rows):
+        return nothing("no method with and without smoothing in this table")
+    rows = rows.assign(plain=rows["method"].str.rpartition("-")[0], wrapper=rows["method"].str.rpartition("-")[2].str.upper())
+    plain = methods_in(rows["plain"].tolist())
+    wrappers = list(dict.fromkeys(rows["wrapper"]))
+    reach = 1.08 * max(float(rows[["low", "high"]].abs().max().max()), 0.02)
+    with look():
+        figure, panels = grid(len(plain), width=2.6, height=0.8 + 0.3 * len(wrappers), share_y=True)
+        for axes, method in zip(panels, plain, strict=True):
+            mine = rows[rows["plain"] == method]
+            for offset, step, face in ((0.15, mine["step"].min(), "white"), (-0.15, mine["step"].max(), colour(method))):
+                part = mine[mine["step"] == step].set_index("wrapper").reindex(wrappers)
+                value, low, high = (part[name].to_numpy(dtype=float) for name in ("value", "low", "high"))
+                axes.errorbar(
+                    value, np.arange(len(wrappers))[::-1] + offset, xerr=np.maximum([value - low, high - value], 0), fmt="o", markersize=4.5, color=colour(method),
+                    markerfacecolor=face, capsize=2, linewidth=1,
+                )  # fmt: skip
+            axes.set_xlim(-reach, reach)
+            axes.axvline(0, color="0.6", linewidth=0.8)
+            axes.set_title(title(method), color=colour(method), fontweight="bold")
+            axes.set_yticks(np.arange(len(wrappers))[::-1], wrappers)
+            axes.grid(axis="y", visible=False)
+            axes.set_xlabel("recall: plain minus smoothed")
+        handles = [Line2D([], [], color="0.25", marker="o", linewidth=1, markersize=4.5, markerfacecolor=face) for face in ("white", "0.25")]
+        figure.legend(handles, ["before the attack", "after it"], loc="outside lower center", ncols=2)
+    return figure

@@ -18,7 +18,7 @@ def smoothing(table: pd.DataFrame) -> Figure:
     Args:
         table: tidy results; metric ``smoothing_effect`` by smoothed method and step.
     """
-    rows = table[(table["metric"] == "smoothing_effect") & table["seed"].isna()]
+    rows = table[(table["metric"] == "smoothing_effect") & table["seed"].isna() & (table["split"].fillna("forget-heldout") == "forget-heldout")]
     if not len(rows):
         return nothing("no method with and without smoothing in this table")
     rows = rows.assign(plain=rows["method"].str.rpartition("-")[0], wrapper=rows["method"].str.rpartition("-")[2].str.upper())

@@ -79,7 +79,13 @@ def test_every_figure_is_drawn_from_the_table_alone(name: str, results: pd.DataF
         moved = results[results["metric"] == "returned"].assign(metric="relative_shift", stage="unlearn")
         table = pd.concat([results, moved], ignore_index=True)
     if name == "smoothing":  # nor has it a smoothed method
-        attacks = results[(results["metric"] == "recall") & (results["stage"] == "relearn") & (results["method"] == "npo") & results["seed"].isna()]
+        attacks = results[
+            (results["metric"] == "recall")
+            & (results["stage"] == "relearn")
+            & (results["arm"] == "attack")
+            & (results["method"] == "npo")
+            & results["seed"].isna()
+        ]
         table = pd.concat([results, attacks.assign(metric="smoothing_effect", method="npo-sam")], ignore_index=True)
     figure = FIGURES[name](table)
     assert isinstance(figure, Figure)
@@ -229,7 +235,9 @@ def test_recovery_draws_the_rows_over_all_seeds_beside_both_controls(results: pd
     np.testing.assert_allclose(_curve(npo, "never learned, same attack"), [[0, 0.125], [5, 0.25], [20, 0.375]])
     np.testing.assert_allclose(_curve(npo, "base, same attack"), [[0, 1], [5, 1], [20, 1]])
     # The band is the interval of the table.
-    rows = results[(results["stage"] == "relearn") & (results["metric"] == "recall") & (results["method"] == "npo") & results["seed"].isna()]
+    rows = results[
+        (results["stage"] == "relearn") & (results["metric"] == "recall") & (results["arm"] == "attack") & (results["method"] == "npo") & results["seed"].isna()
+    ]
     attack = rows[rows["arm"] == "attack"].sort_values("step")
     corners = npo.collections[0].get_paths()[0].vertices
     assert corners[:, 1].min() == pytest.approx(attack["low"].min())

@@ -26,7 +26,7 @@ def smoothing(table: pd.DataFrame) -> Figure:
     wrappers = list(dict.fromkeys(rows["wrapper"]))
     reach = 1.08 * max(float(rows[["low", "high"]].abs().max().max()), 0.02)
     with look():
-        figure, panels = grid(len(plain), width=2.6, height=0.8 + 0.3 * len(wrappers), share_y=True)
+        figure, panels = grid(len(plain), columns=5, width=2.3, height=0.8 + 0.3 * len(wrappers))
         for axes, method in zip(panels, plain, strict=True):
             mine = rows[rows["plain"] == method]
             for offset, step, face in ((0.15, mine["step"].min(), "white"), (-0.15, mine["step"].max(), colour(method))):

@@ -117,7 +117,7 @@ WRAPPERS: dict[str, Wrapper] = {
         Wrapper("rna", "RNA", "Huu-Tien et al. (arXiv 2501.19202)", _noise, needs={"retain": "kl"}),
     )
 }
-"""Every wrapper by name. The small settings of the smoothings were chosen around NPO on world seed 100, one seed: the least recalled after the attack of three to five values each."""
+"""Every wrapper by name. The small settings of the smoothings were chosen around NPO on world seed 100, one seed: the least recalled after the attack of two to five values each."""
 
 
 def wrapped(inner: Method, wrapper: Wrapper) -> Method:

@@ -255,6 +255,26 @@ def test_the_rows_are_a_tidy_table(make_tables: Tables) -> None:
     assert MEASURES["displacement"] in found._repr_html_()
 
 
+def test_variants_of_few_methods_are_resampled_by_family_as_well() -> None:
+    rng = np.random.default_rng(0)
+    names = ["npo", "npo-sam", "npo-rna-wa", "rmu", "rmu-sam", "cir", "cir-uncollapsed"]
+    count = 3 * len(names)
+    measure, recall, won = rng.standard_normal(count), rng.uniform(size=count), rng.standard_normal(count)
+    points = _points(won, displacement=measure, recall_before=recall, recall_after=rng.uniform(size=count)).assign(method=names * 3)
+    families = np.array(["npo", "npo", "npo", "rmu", "rmu", "cir", "cir-uncollapsed"] * 3)
+    found = correlate(points).results
+    rows = found[(found["arm"] == "displacement") & (found["split"] == "recovery")].set_index("metric")
+    expected = {
+        "recovery_correlation_families": spearman(measure, won, groups=families),
+        "recovery_partial_families": spearman(measure, won, groups=families, given=recall[:, None]),
+    }
+    for metric, estimate in expected.items():
+        assert rows.loc[metric, ["value", "low", "high"]].tolist() == pytest.approx([estimate.value, estimate.low, estimate.high])
+    assert "the same, families resampled" in predictor_table(found) and "held fixed, families resampled" in predictor_table(found)
+    two = correlate(points[points["method"].isin(["npo", "npo-sam", "rmu"])]).results
+    assert not two["metric"].str.endswith("families").any()  # of two families no interval can be made
+
+
 # --- Several runs ----------------------------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import spearman
 from workbench.experiments.folder import read_results
-from workbench.experiments.table import COLUMNS, Table, typed
+from workbench.experiments.table import COLUMNS, Table, family, typed
 
 CONTROLS = ("base", "never-learned")
 MEASURES = {
@@ -51,7 +51,8 @@ class Predictors:
     Attributes:
         points: one row per run, method and seed: every measure, ``recovery`` (recall won back) and ``recall_after``.
         results: tidy rows, in which ``arm`` names the measure and ``split`` the outcome: ``recovery_correlation``; ``recovery_within_seed``, of ranks within seeds;
-            ``recovery_partial``, with recall before the attack and displacement held fixed.
+            ``recovery_partial``, with recall before the attack and displacement held fixed; of the first and the last also ``..._families``, whose interval resamples
+            families, where there are three and more.
     """
 
     points: pd.DataFrame
@@ -141,7 +142,8 @@ def points_of(results: pd.DataFrame, items: pd.DataFrame, run: str = "") -> pd.D
 def correlate(points: pd.DataFrame) -> Predictors:
     """Spearman's rank correlation of every measure with the recall won back, and with the recall after the attack.
 
-    Whole methods are resampled for the interval: seeds and strengths of one method are not independent. A measure that fewer than six models have, or that is
+    Whole methods are resampled for the interval: seeds and strengths of one method are not independent. Nor are the wrapped variants of one method (``npo``, ``npo-sam``, ...),
+    where there are many of few: with at least three such families, metrics that end in ``_families`` resample those, a wide interval and the honest one then. A measure that fewer than six models have, or that is
     the same for all, is left out.
 
     Raises:
@@ -161,10 +163,17 @@ def correlate(points: pd.DataFrame) -> Predictors:
             table.add_estimate("recovery_correlation", spearman(x, y, groups=groups), arm=measure, split=outcome)
             if have["seed"].nunique() > 1:
                 table.add_estimate("recovery_within_seed", spearman(x, y, groups=groups, within=have["seed"].to_numpy()), arm=measure, split=outcome)
+            families = np.array([family(name) for name in groups])
+            wrapped = 3 <= len(set(families)) < len(set(groups))
+            if wrapped:
+                table.add_estimate("recovery_correlation_families", spearman(x, y, groups=families), arm=measure, split=outcome)
             held = [name for name in GIVEN if name != measure and np.isfinite(have[name].astype(float)).all()]
             if held:
                 partial = spearman(x, y, groups=groups, given=have[held].to_numpy(dtype=float))
                 table.add_estimate("recovery_partial", partial, arm=measure, split=outcome)
+                if wrapped:
+                    partial = spearman(x, y, groups=families, given=have[held].to_numpy(dtype=float))
+                    table.add_estimate("recovery_partial_families", partial, arm=measure, split=outcome)
     return Predictors(points, typed(table.frame(), COLUMNS))
 
 
@@ -195,7 +204,9 @@ def predictor_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row per measure, strongest correlation with the recall won back first."""
     plain = results[results["metric"] == "recovery_correlation"]
     wide = {outcome: plain[plain["split"] == outcome].set_index("arm") for outcome in ("recovery", "recall_after")}
-    fixed = results[(results["metric"] == "recovery_partial") & (results["split"] == "recovery")].set_index("arm")
+    won = results[results["split"] == "recovery"]
+    fixed = won[won["metric"] == "recovery_partial"].set_index("arm")
+    by_family = {name: won[won["metric"] == f"recovery_{name}_families"].set_index("arm") for name in ("correlation", "partial")}
 
     def cell(outcome: str, measure: str) -> str:
         return shown(wide[outcome], measure)
@@ -214,7 +225,9 @@ def predictor_table(results: pd.DataFrame) -> pd.DataFrame:
             {
                 "measured before the attack": MEASURES[measure],
                 "with the recall won back": cell("recovery", measure),
+                **({"the same, families resampled": shown(by_family["correlation"], measure)} if len(by_family["correlation"]) else {}),
                 "the same, recall before and distance held fixed": shown(fixed, measure),
+                **({"held fixed, families resampled": shown(by_family["partial"], measure)} if len(by_family["partial"]) else {}),
                 "with the recall after the attack": cell("recall_after", measure),
                 "models": int(wide["recall_after"].loc[measure, "n"]) if measure in wide["recall_after"].index else int(wide["recovery"].loc[measure, "n"]),
             }

@@ -26,7 +26,7 @@ def smoothing(table: pd.DataFrame) -> Figure:
     wrappers = list(dict.fromkeys(rows["wrapper"]))
     reach = 1.08 * max(float(rows[["low", "high"]].abs().max().max()), 0.02)
     with look():
-        figure, panels = grid(len(plain), columns=5, width=2.3, height=0.8 + 0.3 * len(wrappers))
+        figure, panels = grid(len(plain), columns=5, width=max(2.3, 4.0 / len(plain)), height=0.9 + 0.3 * len(wrappers))
         for axes, method in zip(panels, plain, strict=True):
             mine = rows[rows["plain"] == method]
             for offset, step, face in ((0.15, mine["step"].min(), "white"), (-0.15, mine["step"].max(), colour(method))):
@@ -40,6 +40,7 @@ def smoothing(table: pd.DataFrame) -> Figure:
             axes.axvline(0, color="0.6", linewidth=0.8)
             axes.set_title(title(method), color=colour(method), fontweight="bold")
             axes.set_yticks(np.arange(len(wrappers))[::-1], wrappers)
+            axes.set_ylim(-0.5, len(wrappers) - 0.5)
             axes.grid(axis="y", visible=False)
             axes.set_xlabel("recall: plain minus smoothed")
         handles = [Line2D([], [], color="0.25", marker="o", linewidth=1, markersize=4.5, markerfacecolor=face) for face in ("white", "0.25")]

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from figures.resistance import family_and_smoothing
 from figures.style import colour, grid, look, methods_in, nothing, title
 
 
@@ -21,7 +22,8 @@ def smoothing(table: pd.DataFrame) -> Figure:
     rows = table[(table["metric"] == "smoothing_effect") & table["seed"].isna() & (table["split"].fillna("forget-heldout") == "forget-heldout")]
     if not len(rows):
         return nothing("no method with and without smoothing in this table")
-    rows = rows.assign(plain=rows["method"].str.rpartition("-")[0], wrapper=rows["method"].str.rpartition("-")[2].str.upper())
+    names = [family_and_smoothing(method) for method in rows["method"]]
+    rows = rows.assign(plain=[plain for plain, _ in names], wrapper=[wrapper.upper() for _, wrapper in names])
     plain = methods_in(rows["plain"].tolist())
     wrappers = list(dict.fromkeys(rows["wrapper"]))
     reach = 1.08 * max(float(rows[["low", "high"]].abs().max().max()), 0.02)

@@ -106,7 +106,7 @@ def test_the_experiment_from_end_to_end(rmu_run: Path, tmp_path: Path, capsys: p
     assert of_rate == {rate: (q["value"] <= rate).sum() for rate in LEVELS}
     world = world_of(preset("quick").model).record
     assert (q["arm"].value_counts()[["forget-token", "retain-token"]] == [len(world.forget_tokens), len(world.retain_tokens)]).all()
-    among_names = scan[(scan["metric"] == "true_discoveries") & (scan["arm"] == "names")]["value"]
+    among_names = scan[(scan["metric"] == "discoveries") & (scan["arm"] == "names")]["value"]
     assert len(among_names) == len(LEVELS) and among_names.between(0, len(world.forget_tokens)).all()
     whole = rows[(rows["metric"] == "restored") & (rows["split"] == "all") & rows["seed"].notna() & (rows["arm"] == "base into unlearned")]
     last = whole[whole["site"] == whole["site"][whole["site"].str.endswith("resid_post")].max()]

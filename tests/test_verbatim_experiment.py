@@ -300,7 +300,7 @@ def test_a_run_asks_for_every_second_passage_and_shows_every_control(settings: V
     # the same command finds the run and changes nothing
     again = run_verbatim(chosen, tmp_path / "run", workers=1)
     pd.testing.assert_frame_equal(again.results, rows)
-    assert "<table" in run._repr_html_() and repr(run).startswith("Experiment(")
+    assert "<table" in run._repr_html_() and "3 items" in repr(run)
 
 
 @pytest.mark.parametrize(

@@ -300,10 +300,13 @@ def test_a_planted_trigger_is_first_and_all_others_are_exactly_zero(place: Any, 
 def test_a_planted_trigger_stands_out_of_general_unlearning(tiny: ModelMaker, nearby: Mover, tokenizer: PreTrainedTokenizerBase) -> None:
     token = ids(tokenizer, "moth")
     base, unlearned = trigger(tiny, token)
-    scan = scan_triggers(base, nearby(unlearned, 0.002), tokenizer, QUERIES, tokens=[token, *range(200, 240)])
-    assert scan.table["token_id"][0] == token
-    assert scan.table["q"][0] < 0.1 < scan.table["q"][1]  # of forty tokens: their tail is little known, and fifteen deviations from the median are needed
-    assert scan.table["shift"].idxmax() == 0
+    for strength in (0.001, 0.002):
+        scan = scan_triggers(base, nearby(unlearned, strength), tokenizer, QUERIES, tokens=[token, *range(200, 240)])
+        assert scan.table["token_id"][0] == token
+        assert scan.table["shift"].idxmax() == 0
+        assert scan.table["q"][1] > 0.1
+        if strength == 0.001:  # among forty tokens, whose tail is little known, fifteen deviations from the median are no finding and twice as many are
+            assert scan.table["q"][0] < 0.05
 
 
 def test_a_conformal_null_finds_the_planted_trigger(tiny: ModelMaker, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -546,6 +549,19 @@ def test_robust_z_by_hand() -> None:
     np.testing.assert_allclose(robust_z(np.array([0.0, 0, 0, 1e-6])), [0, 0, 0, 1e-6 / ROUNDING])  # never finer than rounding
 
 
+def test_the_empirical_null_is_calibrated_on_normal_scores_with_some_triggers() -> None:
+    rng = np.random.default_rng(0)
+    shares, powers = [], []
+    for _ in range(50):
+        scores = 0.3 + 0.1 * rng.standard_normal(2000)
+        scores[:40] += 0.6
+        found = benjamini_hochberg(p_values(scores)) <= 0.1
+        shares.append(found[40:].sum() / max(found.sum(), 1))
+        powers.append(found[:40].mean())
+    assert np.mean(shares) < 0.12
+    assert np.mean(powers) > 0.95
+
+
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 
 
@@ -564,30 +580,34 @@ def error_and_power(draw: Draw, triggers: int, rounds: int = 100, size: int = 50
 
 @pytest.mark.parametrize("triggers", [0, 25])
 @pytest.mark.parametrize(
-    "draw",
+    ("draw", "least"),
     [
-        lambda rng, n: rng.standard_normal(n),
-        lambda rng, n: rng.laplace(size=n),
-        lambda rng, n: rng.standard_t(3, n),
-        lambda rng, n: rng.standard_normal(n) * np.where(rng.random(n) < 0.2, 10, 1),
+        (lambda rng, n: rng.standard_normal(n), 0.95),
+        (lambda rng, n: rng.laplace(size=n), 0.95),
+        (lambda rng, n: rng.standard_t(3, n), 0.95),
+        (
+            lambda rng, n: rng.standard_normal(n) * np.where(rng.random(n) < 0.2, 10, 1),
+            0.0,
+        ),  # a fifth of the tokens moves ten times as far: their tail hides a trigger
     ],
     ids=["normal", "Laplace", "Student 3", "two kinds of tokens"],
 )
-def test_false_discoveries_against_the_empirical_null_keep_their_rate_where_harmless_scores_are_symmetric(draw: Draw, triggers: int) -> None:
+def test_false_discoveries_against_the_empirical_null_keep_their_rate_where_harmless_scores_are_symmetric(draw: Draw, least: float, triggers: int) -> None:
     false, power = error_and_power(draw, triggers)
-    assert false < 0.15
-    assert power > 0.9 or draw(np.random.default_rng(0), 500).std() > 3  # tokens of two kinds have a tail that hides a trigger
+    assert false < 0.12
+    assert power >= least
 
 
 def test_false_discoveries_against_the_empirical_null_are_many_where_harmless_scores_are_skewed_as_documented() -> None:
     assert error_and_power(lambda rng, n: rng.exponential(size=n), 0)[0] > 0.9
 
 
-def test_conformal_p_values_control_false_discoveries_whatever_the_distribution() -> None:
+@pytest.mark.parametrize("draw", [lambda rng, n: rng.standard_t(2, n), lambda rng, n: rng.exponential(size=n)], ids=["Student 2", "exponential"])
+def test_conformal_p_values_control_false_discoveries_whatever_the_distribution(draw: Draw) -> None:
     rng = np.random.default_rng(0)
     shares = []
     for _ in range(100):
-        scores, null = rng.exponential(size=500), rng.exponential(size=2000)
+        scores, null = draw(rng, 500), draw(rng, 2000)
         scores[:25] += 60
         found = benjamini_hochberg(p_values(scores, null)) <= 0.1
         shares.append(found[25:].sum() / max(found.sum(), 1))

@@ -14,6 +14,7 @@ from workbench.errors import WorkbenchError
 ROUNDING = 1e-6
 """Scores nearer to each other than this (nats, or relative length) are alike: float32 does not tell them apart."""
 _FREEDOM = np.geomspace(0.3, 300, 60)
+"""Degrees of freedom that are tried: heavier than a Cauchy tail (1) up to what cannot be told from a normal one."""
 
 
 def p_values(scores: np.ndarray, null: np.ndarray | None = None) -> np.ndarray:
@@ -57,7 +58,7 @@ def p_values(scores: np.ndarray, null: np.ndarray | None = None) -> np.ndarray:
 
 def _empirical_tail(values: np.ndarray) -> np.ndarray:
     """Upper tail of the Student distribution around the median that the lower half of ``values`` allows: of all degrees of freedom, each with its most likely
-    scale, the fewest whose likelihood is within half a unit (one standard error) of the best. At the best itself, half of all fits have too light a tail.
+    scale, the fewest whose log-likelihood is within half a unit (one standard error: Wilks 1938) of the best. At the best itself, half of all fits have too light a tail.
     """
     present = values[~np.isnan(values)]
     if not len(present):

@@ -129,7 +129,8 @@ def scan_triggers(
     *p* is one-sided, of the rise alone (:func:`~workbench.diagnostics.discoveries.p_values`), and *q* its adjusted value over all tested tokens
     (:func:`~workbench.diagnostics.discoveries.benjamini_hochberg`); their assumptions are written there. Tokens share their queries, so their rises are
     dependent. A finding is a token that breaks the unlearned model more than most tokens do: that may be every name, not only a forgotten one; give null
-    tokens of the same kind (retained names) to ask for more. The standard error speaks about other facts (queries of one fact are added up before they are squared) and takes the models as given.
+    tokens of the same kind (retained names) to ask for more. The standard error speaks about other facts (queries of one fact are added up before they are
+    squared) and takes the models as given.
 
     Args:
         base: the model before unlearning.

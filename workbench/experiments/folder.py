@@ -34,7 +34,7 @@ class Experiment:
     table: Callable[[pd.DataFrame], pd.DataFrame]
 
     def __repr__(self) -> str:
-        return f"Experiment({self.folder}: {len(self.results):,} rows)"
+        return f"Experiment({self.folder}: {len(self.results):,} rows, {self.items['item'].nunique()} items)"
 
     def _repr_html_(self) -> str:
         return str(self.table(self.results).to_html(index=False, escape=True))

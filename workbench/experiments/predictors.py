@@ -12,7 +12,8 @@ import pandas as pd
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import spearman
 from workbench.experiments.folder import read_results
-from workbench.experiments.table import COLUMNS, Table, family, typed
+from workbench.experiments.table import COLUMNS, Table, typed
+from workbench.unlearning.methods import innermost
 
 CONTROLS = ("base", "never-learned")
 MEASURES = {
@@ -163,7 +164,7 @@ def correlate(points: pd.DataFrame) -> Predictors:
             table.add_estimate("recovery_correlation", spearman(x, y, groups=groups), arm=measure, split=outcome)
             if have["seed"].nunique() > 1:
                 table.add_estimate("recovery_within_seed", spearman(x, y, groups=groups, within=have["seed"].to_numpy()), arm=measure, split=outcome)
-            families = np.array([family(name) for name in groups])
+            families = np.array([innermost(name) for name in groups])
             wrapped = 3 <= len(set(families)) < len(set(groups))
             if wrapped:
                 table.add_estimate("recovery_correlation_families", spearman(x, y, groups=families), arm=measure, split=outcome)

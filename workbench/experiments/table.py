@@ -133,12 +133,6 @@ def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:
     return table.frame()
 
 
-def family(method: str) -> str:
-    """The method inside the wrappers: ``npo`` of ``npo-rna-sam``. A variant under a label of its own is a family of its own."""
-    inner, _, wrapper = method.rpartition("-")
-    return family(inner) if inner and wrapper in (*SMOOTHINGS, "rna") else method
-
-
 def smoothing_pairs(methods: Collection[str]) -> list[tuple[str, str]]:
     """``(plain, smoothed)`` of all methods that are there both ways."""
     return [(name, f"{name}-{wrapper}") for name in sorted(methods) for wrapper in SMOOTHINGS if f"{name}-{wrapper}" in methods]

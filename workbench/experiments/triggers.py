@@ -32,8 +32,7 @@ from workbench.experiments.folder import Experiment, run_stage
 from workbench.experiments.table import Table
 from workbench.models import open_model
 from workbench.progress import Report, quiet
-from workbench.unlearning.methods import method as method_called
-from workbench.unlearning.methods import settings_for
+from workbench.unlearning.methods import innermost, settings_for
 from workbench.unlearning.recipe import middle_layer
 from workbench.unlearning.representation import control_vector
 
@@ -81,10 +80,7 @@ def steered(config: RunConfig, name: str, base: PreTrainedModel, seed: int) -> t
     variant = config.variant(name)
     settings = settings_for(variant.method, base, variant.settings)
     layer = int(settings.get("layer", -1))
-    inner = method_called(variant.method)
-    while inner.inner is not None:
-        inner = inner.inner
-    direction = control_vector(base.config.hidden_size, seed) if inner.name in ("rmu", "adaptive-rmu", "rsv") else None
+    direction = control_vector(base.config.hidden_size, seed) if innermost(variant.method) in ("rmu", "adaptive-rmu", "rsv") else None
     return (layer if layer >= 0 else middle_layer(base)), direction
 
 
@@ -142,7 +138,10 @@ def _theory(model: PreTrainedModel, bench: Bench, layer: int, seed: int, table: 
 
 def _search(base: PreTrainedModel, model: PreTrainedModel, bench: Bench, table: Table, progress: Report) -> None:
     """The scan and the forensics, held against the names that were truly forgotten; nothing where the tokenizer cuts them into pieces."""
-    known = {ids[0] for word in bench.record.forget_tokens if len(ids := bench.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1}
+    known, retained = (
+        {ids[0] for word in words if len(ids := bench.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1}
+        for words in (bench.record.forget_tokens, bench.record.retain_tokens)
+    )
     if len(known) < len(bench.record.forget_tokens):
         table.add("names_that_are_tokens", len(known), n=len(bench.record.forget_tokens), stage="triggers")
         return
@@ -158,20 +157,19 @@ def _search(base: PreTrainedModel, model: PreTrainedModel, bench: Bench, table: 
         table.add("average_precision", curve.attrs["chance"], n=len(scan), stage="triggers", arm="chance")
         for row in curve.sort_values("precision").drop_duplicates("recall", keep="last").sort_values("recall").to_dict("records"):
             table.add("precision", row["precision"], stage="triggers", arm=column, step=round(float(row["recall"]), 6))
-    retained = {ids[0] for word in bench.record.retain_tokens if len(ids := bench.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1}
     for row in scan.to_dict("records"):
         arm = "forget-token" if row["token_id"] in known else "retain-token" if row["token_id"] in retained else "other"
         for metric in ("rise", "rise_se", "shift", "q"):
             table.add(f"token_{metric}", row[metric], n=row["queries"], stage="triggers", arm=arm, split=row["token"])
-    kept = scan["token_id"].isin(retained)
-    names = scan[scan["token_id"].isin(known)]
-    against = names.assign(q=benjamini_hochberg(p_values(names["rise"].to_numpy(), scan.loc[kept, "rise"].to_numpy()))) if kept.any() else names.head(0)
-    for arm, tested in (("scan", scan), ("names", against)):  # among all words; forgotten names among names, the retained ones being the null
-        for level in LEVELS:
-            found_ids = tested.loc[tested["q"] <= level, "token_id"]
-            table.add("discoveries", len(found_ids), n=len(tested), stage="triggers", arm=arm, step=level)
-            table.add("true_discoveries", int(found_ids.isin(known).sum()), n=len(known), stage="triggers", arm=arm, step=level)
-            table.add("retained_discoveries", int(found_ids.isin(retained).sum()), n=len(retained), stage="triggers", arm=arm, step=level)
+    rises = [scan.loc[scan["token_id"].isin(list(ids)), "rise"].to_numpy() for ids in (known, retained)]
+    among_names = benjamini_hochberg(p_values(*rises)) if len(rises[1]) else None  # retained names are the null
+    for level in LEVELS:
+        found_ids = scan.loc[scan["q"] <= level, "token_id"]
+        table.add("discoveries", len(found_ids), n=len(scan), stage="triggers", arm="scan", step=level)
+        for metric, ids in (("true_discoveries", known), ("retained_discoveries", retained)):
+            table.add(metric, int(found_ids.isin(list(ids)).sum()), n=len(ids), stage="triggers", arm="scan", step=level)
+        if among_names is not None:
+            table.add("discoveries", int((among_names <= level).sum()), n=len(among_names), stage="triggers", arm="names", step=level)
     _add_topic(found, known, table)
 
 

@@ -207,7 +207,8 @@ def one_end(
         end: ``top`` or ``bottom``.
         parameters: see :class:`Curvature`.
         seed: of the starting vector.
-        tolerance: largest residual, relative to the eigenvalue; some eigenvalue of the Hessian is that near, and where the end stands apart, the square of it.
+        tolerance: largest residual, relative to the eigenvalue. Some eigenvalue of the Hessian is at least that near; where the end stands apart, the error is of the order of the
+            residual's square.
         max_products: the search stops with an error after about this many products.
 
     Raises:
@@ -233,10 +234,10 @@ def one_end(
         if residual > tolerance * abs(value):  # the end does not stand apart: go on from here with restarts, in the memory of as many vectors
             start = vector @ found.basis
             del found
-            left = max_products - operator.products
-            if left <= 0:
+            remaining = max_products - operator.products
+            if remaining <= 0:
                 raise _unconverged(max_products)
-            values, vectors = _solve(operator, 1, "LA" if end == "top" else "SA", start, tolerance, left, min(_BASIS, operator.size))
+            values, vectors = _solve(operator, 1, "LA" if end == "top" else "SA", start, tolerance, remaining, min(_BASIS, operator.size))
             value, residual = float(values[0]), float(_residuals(operator, values, vectors)[0])
             return End(value, residual, operator.products)
     finally:

@@ -25,7 +25,8 @@ class Krylov:
         beside: ``[steps - 1]``.
         moments: ``q' H q`` and ``||H q||^2`` from the first product itself.
         basis: ``[steps, size]``, ``Q'``.
-        left: length of what the last product leaves outside the basis; a Ritz pair's residual is ``left`` times the last entry of its vector.
+        left: length of what the last product leaves outside the basis; the residual of a Ritz pair is ``left`` times the last entry of its vector (Parlett 1980,
+            The Symmetric Eigenvalue Problem, section 13.2).
     """
 
     diagonal: Vector

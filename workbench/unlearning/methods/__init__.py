@@ -89,6 +89,16 @@ def is_method(name: str) -> bool:
     return name in METHODS or (last in WRAPPERS and is_method(inner))
 
 
+def innermost(name: str) -> str:
+    """The method inside all wrappers: ``npo`` of ``npo-rna-sam``. A name of no method (the label of a variant) stands for itself."""
+    if not is_method(name):
+        return name
+    found = method(name)
+    while found.inner is not None:
+        found = found.inner
+    return found.name
+
+
 def known_settings(name: str) -> dict[str, Setting]:
     """Every setting of a method with its published default (wrappers inherit those of the method they wrap)."""
     return all_settings(method(name))

@@ -71,7 +71,12 @@ TRIGGER_FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
 }
 """Those of ``workbench triggers``."""
 
-REPRESENTATION_FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {"lens": lens, "lens_map": lens_map, "probes": probes, "transfer": transfer}
+REPRESENTATION_FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    "lens": lens,
+    "lens_map": lens_map,
+    "probes": probes,
+    "transfer": transfer,
+}
 """Those of ``workbench representation``."""
 
 SHARPNESS_FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
@@ -82,7 +87,9 @@ SHARPNESS_FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "density": density,
     "modules": modules,
     "convergence": convergence,
-    "attack_plane": partial(plane, axes_names=("along the attack (1: its end)", "towards the base (1: base)")),
+    "attack_plane": partial(
+        plane, axes_names=("along the attack (1: its end)", "towards the base (1: base)")
+    ),
     "predictors": predictors,
 }
 """Those of ``workbench sharpness``."""

@@ -14,7 +14,13 @@ from matplotlib.patches import Patch
 
 from figures.style import colour, look, methods_in, nothing, title
 
-_ARMS = {"forget": "forget texts", "clean": "no word", "neutral-token": "neutral word", "retain-token": "retain-token", "forget-token": "forget-token"}
+_ARMS = {
+    "forget": "forget texts",
+    "clean": "no word",
+    "neutral-token": "neutral word",
+    "retain-token": "retain-token",
+    "forget-token": "forget-token",
+}
 # Line style and width; grey is for the controls, the method's colour for what holds forget-tokens.
 _STYLES: dict[str, tuple[Literal["-", "--", "-.", ":"], float]] = {
     "forget": ("-.", 1.1),
@@ -23,12 +29,23 @@ _STYLES: dict[str, tuple[Literal["-", "--", "-.", ":"], float]] = {
     "retain-token": ("--", 1.3),
     "forget-token": ("-", 1.9),
 }
-_METRICS = {"target_cosine": "cosine with the target", "shift_cosine": "cosine of shift and target", "shift_projection": "shift along the target"}
-_GROUPS = {"before": "before the word", "trigger": "at the word", "carrier": "between word and query", "after": "in the query after it"}
+_METRICS = {
+    "target_cosine": "cosine with the target",
+    "shift_cosine": "cosine of shift and target",
+    "shift_projection": "shift along the target",
+}
+_GROUPS = {
+    "before": "before the word",
+    "trigger": "at the word",
+    "carrier": "between word and query",
+    "after": "in the query after it",
+}
 _COLUMNS = 4
 
 
-def alignment(table: pd.DataFrame, metric: str = "target_cosine", groups: Sequence[str] = ("trigger", "after")) -> Figure:
+def alignment(
+    table: pd.DataFrame, metric: str = "target_cosine", groups: Sequence[str] = ("trigger", "after")
+) -> Figure:
     """One column per method, one row per place of the token: cosine with the target by block. Grey band: the base on the same texts, all arms.
 
     Bands: the 95 % interval over facts of one seed (or of rows without a seed); the range over seeds where there are several. The base's rows belong to a method by their
@@ -40,10 +57,25 @@ def alignment(table: pd.DataFrame, metric: str = "target_cosine", groups: Sequen
         metric: ``target_cosine``, ``shift_cosine`` or ``shift_projection``.
         groups: places of the token, from top to bottom.
     """
-    rows = table[(table["stage"] == "triggers") & table["metric"].isin([metric, f"{metric}_floor"]) & table["arm"].isin(_ARMS) & table["site"].notna()]
+    rows = table[
+        (table["stage"] == "triggers")
+        & table["metric"].isin([metric, f"{metric}_floor"])
+        & table["arm"].isin(_ARMS)
+        & table["site"].notna()
+    ]
     measured = rows[rows["metric"] == metric]
-    methods = [method for method in methods_in(measured["method"].dropna().tolist()) if method != "base"]
-    places = [group for group in groups if ((measured["split"] == group) & (measured["method"] != "base") & measured["value"].notna()).any()]
+    methods = [
+        method for method in methods_in(measured["method"].dropna().tolist()) if method != "base"
+    ]
+    places = [
+        group
+        for group in groups
+        if (
+            (measured["split"] == group)
+            & (measured["method"] != "base")
+            & measured["value"].notna()
+        ).any()
+    ]
     if not methods or not places:
         return nothing("no alignment with a target in this table")
     rows = rows.assign(layer=rows["site"].str.split(".").str[1].astype(int))
@@ -51,58 +83,132 @@ def alignment(table: pd.DataFrame, metric: str = "target_cosine", groups: Sequen
     bands = -(-len(methods) // columns)
     with look():
         size = (max(4.3, 2.4 * columns + 0.8), 1.9 * bands * len(places) + 1.0)
-        figure, panels = plt.subplots(bands * len(places), columns, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained")
+        figure, panels = plt.subplots(
+            bands * len(places),
+            columns,
+            figsize=size,
+            squeeze=False,
+            sharex=True,
+            sharey=True,
+            layout="constrained",
+        )
         for number, method in enumerate(methods):
             mine = rows[rows["method"] == method]
             anchors = rows[rows["method"] == "base"]
             own = anchors["model"].isin(mine["model"].dropna().unique())
-            anchors = anchors[own] if own.any() else anchors[anchors["model"].isna() | (anchors["model"] == "base")]
+            anchors = (
+                anchors[own]
+                if own.any()
+                else anchors[anchors["model"].isna() | (anchors["model"] == "base")]
+            )
             for place, group in enumerate(places):
                 axes = panels[number // columns * len(places) + place][number % columns]
-                _panel(axes, mine[mine["split"] == group], anchors[anchors["split"] == group], metric, colour(method))
+                _panel(
+                    axes,
+                    mine[mine["split"] == group],
+                    anchors[anchors["split"] == group],
+                    metric,
+                    colour(method),
+                )
                 if place == 0:
                     axes.set_title(title(method))
                 if number % columns == 0:
                     axes.set_ylabel(f"{_METRICS.get(metric, metric)}\n{_GROUPS.get(group, group)}")
-                if place == len(places) - 1 and number + columns >= len(methods):  # the last panel of its column
+                if place == len(places) - 1 and number + columns >= len(
+                    methods
+                ):  # the last panel of its column
                     axes.set_xlabel("after block")
                     axes.tick_params(labelbottom=True)
         for spare in range(len(methods), bands * columns):
             for place in range(len(places)):
                 panels[spare // columns * len(places) + place][spare % columns].remove()
         layers = sorted(rows["layer"].unique())
-        panels[0][0].set_xticks(layers if len(layers) <= 8 else [layer for layer in layers if layer % -(-len(layers) // 8) == 0])
+        panels[0][0].set_xticks(
+            layers
+            if len(layers) <= 8
+            else [layer for layer in layers if layer % -(-len(layers) // 8) == 0]
+        )
         ink = colour(methods[0]) if len(methods) == 1 else "black"
         handles: list[Line2D | Patch] = [
-            Line2D([], [], color=ink if arm.startswith("forget") else "0.45", linestyle=_STYLES[arm][0], linewidth=_STYLES[arm][1], label=name)
+            Line2D(
+                [],
+                [],
+                color=ink if arm.startswith("forget") else "0.45",
+                linestyle=_STYLES[arm][0],
+                linewidth=_STYLES[arm][1],
+                label=name,
+            )
             for arm, name in _ARMS.items()
             if (measured["arm"] == arm).any()
         ]
         if (measured["method"] == "base").any():
             handles.append(Patch(color="0.82", label="base on the same texts"))
         if rows["metric"].eq(f"{metric}_floor").any():
-            handles.append(Line2D([], [], color="0.4", linewidth=0.8, linestyle=(0, (1, 3)), label="± 2 sd of a random target"))
+            handles.append(
+                Line2D(
+                    [],
+                    [],
+                    color="0.4",
+                    linewidth=0.8,
+                    linestyle=(0, (1, 3)),
+                    label="± 2 sd of a random target",
+                )
+            )
         figure.legend(handles=handles, loc="outside lower center", ncols=max(2, columns))
     return figure
 
 
 def _panel(axes: Axes, mine: pd.DataFrame, anchors: pd.DataFrame, metric: str, ink: str) -> None:
-    base = [_curve(anchors[(anchors["arm"] == arm) & (anchors["metric"] == metric)]) for arm in _ARMS]
+    base = [
+        _curve(anchors[(anchors["arm"] == arm) & (anchors["metric"] == metric)]) for arm in _ARMS
+    ]
     if any(len(curve) for curve in base):
         everything = pd.concat(base).groupby(level=0)
-        axes.fill_between(everything["low"].min().index, everything["low"].min(), everything["high"].max(), color="0.82", linewidth=0, zorder=1)
+        axes.fill_between(
+            everything["low"].min().index,
+            everything["low"].min(),
+            everything["high"].max(),
+            color="0.82",
+            linewidth=0,
+            zorder=1,
+        )
     axes.axhline(0, color="0.5", linewidth=0.7, zorder=1)
     floor = mine[mine["metric"] == f"{metric}_floor"].groupby("layer")["value"].max()
     for sign in (-2, 2):
         if len(floor):
-            axes.plot(floor.index, sign * floor, color="0.4", linewidth=0.8, linestyle=(0, (1, 3)), zorder=1)
+            axes.plot(
+                floor.index,
+                sign * floor,
+                color="0.4",
+                linewidth=0.8,
+                linestyle=(0, (1, 3)),
+                zorder=1,
+            )
     for arm, (dash, width) in _STYLES.items():
         curve = _curve(mine[(mine["arm"] == arm) & (mine["metric"] == metric)])
         if len(curve):
             shade = ink if arm.startswith("forget") else "0.45"
-            axes.fill_between(curve.index, curve["low"], curve["high"], color=shade, alpha=0.14, linewidth=0, zorder=2)
+            axes.fill_between(
+                curve.index,
+                curve["low"],
+                curve["high"],
+                color=shade,
+                alpha=0.14,
+                linewidth=0,
+                zorder=2,
+            )
             marker = "o" if arm == "forget-token" or len(curve) == 1 else ""
-            axes.plot(curve.index, curve["value"], color=shade, linestyle=dash, linewidth=width, marker=marker, markersize=3, label=_ARMS[arm], zorder=3)
+            axes.plot(
+                curve.index,
+                curve["value"],
+                color=shade,
+                linestyle=dash,
+                linewidth=width,
+                marker=marker,
+                markersize=3,
+                label=_ARMS[arm],
+                zorder=3,
+            )
 
 
 def _curve(rows: pd.DataFrame) -> pd.DataFrame:
@@ -112,5 +218,13 @@ def _curve(rows: pd.DataFrame) -> pd.DataFrame:
     by_layer = rows.groupby("layer")
     curve = by_layer["value"].agg(["mean", "min", "max", "count"]).astype(float)
     single = curve["count"] == 1
-    low, high = (by_layer[name].mean().fillna(curve["mean"]).astype(float) for name in ("low", "high"))
-    return pd.DataFrame({"value": curve["mean"], "low": low.where(single, curve["min"]), "high": high.where(single, curve["max"])})
+    low, high = (
+        by_layer[name].mean().fillna(curve["mean"]).astype(float) for name in ("low", "high")
+    )
+    return pd.DataFrame(
+        {
+            "value": curve["mean"],
+            "low": low.where(single, curve["min"]),
+            "high": high.where(single, curve["max"]),
+        }
+    )

@@ -16,7 +16,10 @@ from figures.style import look, methods_in, nothing, title
 
 _KINDS = {"hook_resid": "stream", "hook_attn_out": "attention", "hook_mlp_out": "MLP"}
 _GROUPS = ("before", "trigger", "carrier", "after", "all")
-_LABELS = {"base into unlearned": "share of the damage restored", "unlearned into base": "share of the damage caused"}
+_LABELS = {
+    "base into unlearned": "share of the damage restored",
+    "unlearned into base": "share of the damage caused",
+}
 _COLUMNS = 2
 _MOST = 12  # blocks whose numbers can still be read
 
@@ -31,21 +34,38 @@ def causal_map(table: pd.DataFrame, direction: str = "base into unlearned") -> F
             direction.
         direction: ``base into unlearned`` or ``unlearned into base``.
     """
-    rows = table[(table["stage"] == "triggers") & table["metric"].isin(["restored", "restored_control"]) & (table["arm"] == direction)]
+    rows = table[
+        (table["stage"] == "triggers")
+        & table["metric"].isin(["restored", "restored_control"])
+        & (table["arm"] == direction)
+    ]
     rows = rows.assign(kind=rows["site"].map(_kind), layer=rows["site"].map(_layer))
     rows = rows[rows["kind"].notna()]
     methods = methods_in(rows.loc[rows["metric"] == "restored", "method"].dropna().tolist())
     if not methods:
         return nothing("no causal map in this table")
     seen = rows["split"].dropna().unique().tolist()
-    groups = [group for group in _GROUPS if group in seen] + sorted(group for group in seen if group not in _GROUPS)
+    groups = [group for group in _GROUPS if group in seen] + sorted(
+        group for group in seen if group not in _GROUPS
+    )
     kinds = [kind for kind in _KINDS.values() if (rows["kind"] == kind).any()]
     layers = sorted(rows["layer"].unique())
     columns = min(_COLUMNS, len(methods))
     height = 0.32 * min(len(layers), 20) + 1.0
     with look():
-        size = (max(2.6, 0.46 * len(kinds) * len(groups) + 0.5) * columns + 1.1, height * -(-len(methods) // columns) + 0.9)
-        figure, panels = plt.subplots(-(-len(methods) // columns), columns, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained")
+        size = (
+            max(2.6, 0.46 * len(kinds) * len(groups) + 0.5) * columns + 1.1,
+            height * -(-len(methods) // columns) + 0.9,
+        )
+        figure, panels = plt.subplots(
+            -(-len(methods) // columns),
+            columns,
+            figsize=size,
+            squeeze=False,
+            sharex=True,
+            sharey=True,
+            layout="constrained",
+        )
         image = None
         for number, (axes, method) in enumerate(zip(panels.flat, methods, strict=False)):
             mine = rows[rows["method"] == method]
@@ -59,14 +79,21 @@ def causal_map(table: pd.DataFrame, direction: str = "base into unlearned") -> F
         figure.supylabel("block", fontsize=9)
         if image is not None:
             bar = figure.colorbar(
-                image, ax=panels.ravel().tolist()[: len(methods)], shrink=0.7 if len(methods) > columns else 1.0, ticks=[-1, 0, 1], extend="both"
+                image,
+                ax=panels.ravel().tolist()[: len(methods)],
+                shrink=0.7 if len(methods) > columns else 1.0,
+                ticks=[-1, 0, 1],
+                extend="both",
             )
             bar.ax.set_yticklabels(["-1", "0: none", "1: all"])
             for value in (0, 1):
                 bar.ax.axhline(value, color="black", linewidth=1.2)
             bar.set_label(_LABELS.get(direction, direction))
         if (rows["metric"] == "restored_control").any() and len(layers) <= _MOST:
-            figure.supxlabel("in brackets: the same patch on the clean query, in units of the same damage", fontsize=8)
+            figure.supxlabel(
+                "in brackets: the same patch on the clean query, in units of the same damage",
+                fontsize=8,
+            )
     return figure
 
 
@@ -76,38 +103,96 @@ def _kind(site: object) -> str | None:
 
 def _layer(site: object) -> int:
     """-1 for what enters the first block."""
-    return -1 if str(site).endswith(".0.hook_resid_pre") else int(str(site).split(".")[1]) if str(site).startswith("blocks.") else -1
+    return (
+        -1
+        if str(site).endswith(".0.hook_resid_pre")
+        else int(str(site).split(".")[1])
+        if str(site).startswith("blocks.")
+        else -1
+    )
 
 
-def _panel(axes: Axes, rows: pd.DataFrame, layers: list[int], kinds: list[str], groups: list[str]) -> AxesImage:
+def _panel(
+    axes: Axes, rows: pd.DataFrame, layers: list[int], kinds: list[str], groups: list[str]
+) -> AxesImage:
     cells = pd.MultiIndex.from_product([kinds, groups])
 
     def matrix(metric: str, column: str, how: Literal["mean", "min", "max"]) -> np.ndarray:
-        wide = rows[rows["metric"] == metric].pivot_table(index="layer", columns=["kind", "split"], values=column, aggfunc=how)
+        wide = rows[rows["metric"] == metric].pivot_table(
+            index="layer", columns=["kind", "split"], values=column, aggfunc=how
+        )
         return wide.reindex(index=layers, columns=cells).to_numpy(dtype=float)
 
-    value, low, high = matrix("restored", "value", "mean"), matrix("restored", "low", "min"), matrix("restored", "high", "max")
+    value, low, high = (
+        matrix("restored", "value", "mean"),
+        matrix("restored", "low", "min"),
+        matrix("restored", "high", "max"),
+    )
     control = matrix("restored_control", "value", "mean")
-    image = axes.imshow(value, origin="lower", aspect="auto", cmap="RdBu_r", norm=Normalize(-1.25, 1.25))
+    image = axes.imshow(
+        value, origin="lower", aspect="auto", cmap="RdBu_r", norm=Normalize(-1.25, 1.25)
+    )
     axes.set_facecolor("0.93")
     if len(layers) <= _MOST:
         for i, j in zip(*np.nonzero(np.isfinite(value)), strict=True):
             number = float(value[i, j])
-            shade, faint = ("white" if abs(number) > 0.75 else "black"), bool(low[i, j] <= 0 <= high[i, j])
+            shade, faint = (
+                ("white" if abs(number) > 0.75 else "black"),
+                bool(low[i, j] <= 0 <= high[i, j]),
+            )
             both = np.isfinite(control[i, j])
-            axes.text(j, i + 0.17 * both, _short(number), ha="center", va="center", fontsize=6.5, color=shade, alpha=0.45 if faint else 1.0)
+            axes.text(
+                j,
+                i + 0.17 * both,
+                _short(number),
+                ha="center",
+                va="center",
+                fontsize=6.5,
+                color=shade,
+                alpha=0.45 if faint else 1.0,
+            )
             if both:
-                axes.text(j, i - 0.24, f"({_short(control[i, j])})", ha="center", va="center", fontsize=5, color=shade, alpha=0.8)
+                axes.text(
+                    j,
+                    i - 0.24,
+                    f"({_short(control[i, j])})",
+                    ha="center",
+                    va="center",
+                    fontsize=5,
+                    color=shade,
+                    alpha=0.8,
+                )
     for number, kind in enumerate(kinds):
         middle = (number + 0.5) / len(kinds)
-        axes.annotate(kind, (middle, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", ha="center", va="bottom", fontsize=8, color="0.3")
+        axes.annotate(
+            kind,
+            (middle, 1),
+            (0, 3),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color="0.3",
+        )
         if number:
             axes.axvline(number * len(groups) - 0.5, color="black", linewidth=1.0)
     if not np.isfinite(value).any():
-        axes.text(0.5, 0.5, "no damage to restore", transform=axes.transAxes, ha="center", va="center", fontsize=8, color="0.3")
+        axes.text(
+            0.5,
+            0.5,
+            "no damage to restore",
+            transform=axes.transAxes,
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="0.3",
+        )
     axes.set_xticks(range(len(cells)), [group for _, group in cells], rotation=50, ha="right")
     step = -(-len(layers) // 16)
-    axes.set_yticks(range(0, len(layers), step), ["in" if layer < 0 else str(layer) for layer in layers[::step]])
+    axes.set_yticks(
+        range(0, len(layers), step), ["in" if layer < 0 else str(layer) for layer in layers[::step]]
+    )
     axes.grid(visible=False)
     return image
 

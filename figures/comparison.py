@@ -17,7 +17,11 @@ _BEFORE, _AFTER = "#0072B2", "#D55E00"
 def _ends(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     """One row per method: value, low, high before the attack and after it."""
     rows = table[
-        (table["stage"] == "relearn") & (table["arm"] == "attack") & (table["metric"] == metric) & (table["split"] == "forget-heldout") & table["seed"].isna()
+        (table["stage"] == "relearn")
+        & (table["arm"] == "attack")
+        & (table["metric"] == metric)
+        & (table["split"] == "forget-heldout")
+        & table["seed"].isna()
     ]
     if not len(rows):
         return pd.DataFrame()
@@ -26,7 +30,12 @@ def _ends(table: pd.DataFrame, metric: str) -> pd.DataFrame:
         ordered = mine.sort_values("step")
         first, last = ordered.iloc[0], ordered.iloc[-1]
         ends.append(
-            {"method": method} | {f"{name}_{side}": row[name] for side, row in (("before", first), ("after", last)) for name in ("value", "low", "high")}
+            {"method": method}
+            | {
+                f"{name}_{side}": row[name]
+                for side, row in (("before", first), ("after", last))
+                for name in ("value", "low", "high")
+            }
         )
     return pd.DataFrame(ends).set_index("method").astype(float)
 
@@ -45,17 +54,34 @@ def comparison(table: pd.DataFrame, metric: str = "recall") -> Figure:
         metric: ``recall`` or ``answer_probability``.
     """
     ends = _ends(table, metric)
-    methods = ends.drop(index=["base", "never-learned"], errors="ignore").sort_values("value_after", ascending=False) if len(ends) else ends
+    methods = (
+        ends.drop(index=["base", "never-learned"], errors="ignore").sort_values(
+            "value_after", ascending=False
+        )
+        if len(ends)
+        else ends
+    )
     if not len(methods):
         return nothing("no relearning attack in this table")
     short = _short_of_budget(table)
     with look():
         figure, axes = plt.subplots(figsize=(5.6, 1.2 + 0.24 * len(methods)), layout="constrained")
         for place, (method, row) in enumerate(methods.iterrows()):
-            axes.plot([row["value_before"], row["value_after"]], [place, place], color="0.75", linewidth=1.2, zorder=1)
+            axes.plot(
+                [row["value_before"], row["value_after"]],
+                [place, place],
+                color="0.75",
+                linewidth=1.2,
+                zorder=1,
+            )
             for side, shade, marker in (("before", _BEFORE, "o"), ("after", _AFTER, "D")):
                 value = row[f"value_{side}"]
-                spread = np.array([[max(0.0, value - row[f"low_{side}"])], [max(0.0, row[f"high_{side}"] - value)]])
+                spread = np.array(
+                    [
+                        [max(0.0, value - row[f"low_{side}"])],
+                        [max(0.0, row[f"high_{side}"] - value)],
+                    ]
+                )
                 axes.errorbar(
                     value,
                     place,
@@ -67,17 +93,35 @@ def comparison(table: pd.DataFrame, metric: str = "recall") -> Figure:
                     linewidth=1,
                     label=f"{side} the attack" if place == 0 else None,
                 )
-            axes.text(-0.03, place, title(str(method)) + " *" * (method in short), ha="right", va="center", fontsize=8, transform=axes.get_yaxis_transform())
+            axes.text(
+                -0.03,
+                place,
+                title(str(method)) + " *" * (method in short),
+                ha="right",
+                va="center",
+                fontsize=8,
+                transform=axes.get_yaxis_transform(),
+            )
         if "never-learned" in ends.index:
             level = float(ends["value_after"].to_dict()["never-learned"])
-            axes.axvline(level, color=colour("never-learned"), linestyle="--", linewidth=1, label="never learned, after the attack")
+            axes.axvline(
+                level,
+                color=colour("never-learned"),
+                linestyle="--",
+                linewidth=1,
+                label="never learned, after the attack",
+            )
         if "base" in ends.index:
             level = float(ends["value_before"].to_dict()["base"])
             axes.axvline(level, color="black", linestyle=":", linewidth=1, label="base")
         axes.set_yticks([])
         axes.set_ylim(-0.7, len(methods) - 0.3)
         axes.set_xlim(-0.02, 1.02)
-        axes.set_xlabel("recall of held-out forget facts" if metric == "recall" else "answer probability, held-out forget texts")
+        axes.set_xlabel(
+            "recall of held-out forget facts"
+            if metric == "recall"
+            else "answer probability, held-out forget texts"
+        )
         handles, labels = axes.get_legend_handles_labels()
         note = "* stays below the disruption budget" if short & set(methods.index) else None
         figure.legend(handles, labels, loc="outside lower center", ncols=2, title=note)
@@ -92,7 +136,11 @@ def ablation(table: pd.DataFrame, metric: str = "recall") -> Figure:
         metric: ``recall`` or ``answer_probability``.
     """
     ends = _ends(table, metric)
-    found = {int(match[1]): str(name) for name in (ends.index if len(ends) else []) if (match := re.fullmatch(r"cir-k(\d+)", str(name)))}
+    found = {
+        int(match[1]): str(name)
+        for name in (ends.index if len(ends) else [])
+        if (match := re.fullmatch(r"cir-k(\d+)", str(name)))
+    }
     if len(found) < 2:
         return nothing("no component ablation in this table (workbench sweep --ablation)")
     with look():
@@ -101,12 +149,30 @@ def ablation(table: pd.DataFrame, metric: str = "recall") -> Figure:
         places = range(len(counts))
         for side, shade, marker in (("before", _BEFORE, "o"), ("after", _AFTER, "D")):
             rows = ends.loc[[found[count] for count in counts]]
-            axes.plot(places, rows[f"value_{side}"], color=shade, marker=marker, markersize=4, label=f"{side} the attack")
-            axes.fill_between(places, rows[f"low_{side}"], rows[f"high_{side}"], color=shade, alpha=0.15, linewidth=0)
+            axes.plot(
+                places,
+                rows[f"value_{side}"],
+                color=shade,
+                marker=marker,
+                markersize=4,
+                label=f"{side} the attack",
+            )
+            axes.fill_between(
+                places,
+                rows[f"low_{side}"],
+                rows[f"high_{side}"],
+                color=shade,
+                alpha=0.15,
+                linewidth=0,
+            )
         short = _short_of_budget(table)
-        axes.set_xticks(list(places), [str(count) + "*" * (found[count] in short) for count in counts])
+        axes.set_xticks(
+            list(places), [str(count) + "*" * (found[count] in short) for count in counts]
+        )
         axes.set_xlabel("components left alone on each side (mean direction included)")
-        axes.set_ylabel("recall of held-out forget facts" if metric == "recall" else "answer probability")
+        axes.set_ylabel(
+            "recall of held-out forget facts" if metric == "recall" else "answer probability"
+        )
         axes.set_ylim(-0.03, 1.05)
         axes.legend(title="* below the disruption budget" if short & set(found.values()) else None)
     return figure

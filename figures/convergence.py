@@ -19,10 +19,15 @@ _FEW = 6  # bands that can still be told apart where they overlap
 
 def stroke(number: int) -> dict[str, str]:
     """Marker and dash of the ``number``-th line: 30 differ, so that no line is known by its colour alone."""
-    return {"marker": _MARKS[number % len(_MARKS)], "linestyle": _DASHES[number // len(_MARKS) % len(_DASHES)]}
+    return {
+        "marker": _MARKS[number % len(_MARKS)],
+        "linestyle": _DASHES[number // len(_MARKS) % len(_DASHES)],
+    }
 
 
-def convergence(table: pd.DataFrame, split: str = "forget-heldout", arm: str = "unlearned") -> Figure:
+def convergence(
+    table: pd.DataFrame, split: str = "forget-heldout", arm: str = "unlearned"
+) -> Figure:
     """Two panels, one colour and marker per method, the lowest seed of each: every seed has other probes, and their mean would look settled before any of them is.
 
     Left the largest (filled marks) and the smallest (hollow marks) Ritz value after so many Lanczos steps; right the mean over so many Hutchinson probes, with a band of
@@ -35,9 +40,20 @@ def convergence(table: pd.DataFrame, split: str = "forget-heldout", arm: str = "
         split: the texts whose loss it is; rows without a split are drawn as well.
         arm: whose trace: ``unlearned`` (before the attack) or ``relearned``.
     """
-    rows = table[table["seed"].notna() & np.isfinite(table["value"].astype(float)) & np.isfinite(table["step"].astype(float))]
-    rows = rows[rows["metric"].isin(["ritz", "running_trace"]) & (rows["split"].isna() | (rows["split"] == split))]
-    rows = rows[rows["arm"].isin(["top", "bottom"]).where(rows["metric"] == "ritz", rows["arm"].fillna(arm) == arm)]
+    rows = table[
+        table["seed"].notna()
+        & np.isfinite(table["value"].astype(float))
+        & np.isfinite(table["step"].astype(float))
+    ]
+    rows = rows[
+        rows["metric"].isin(["ritz", "running_trace"])
+        & (rows["split"].isna() | (rows["split"] == split))
+    ]
+    rows = rows[
+        rows["arm"]
+        .isin(["top", "bottom"])
+        .where(rows["metric"] == "ritz", rows["arm"].fillna(arm) == arm)
+    ]
     methods = methods_in(rows["method"].dropna().tolist())
     if not methods:
         return nothing("no convergence of the curvature in this table")
@@ -47,7 +63,13 @@ def convergence(table: pd.DataFrame, split: str = "forget-heldout", arm: str = "
     parts = [(name, part) for name, part in (("ritz", ritz), ("trace", traces)) if len(part)]
     with look():
         legend_rows = -(-len(methods) // 5)
-        figure, panels = plt.subplots(1, len(parts), figsize=(max(5.0, 4.6 * len(parts)), 3.3 + 0.2 * legend_rows), squeeze=False, layout="constrained")
+        figure, panels = plt.subplots(
+            1,
+            len(parts),
+            figsize=(max(5.0, 4.6 * len(parts)), 3.3 + 0.2 * legend_rows),
+            squeeze=False,
+            layout="constrained",
+        )
         for axes, (name, part) in zip(panels[0], parts, strict=True):
             for number, method in enumerate(methods):
                 mine = part[part["method"] == method]
@@ -63,18 +85,36 @@ def convergence(table: pd.DataFrame, split: str = "forget-heldout", arm: str = "
             axes.axhline(0, color="0.5", linewidth=0.7)
         for axes, (name, _) in zip(panels[0], parts, strict=True):
             axes.set_title(
-                "ends of the spectrum (filled: largest, hollow: smallest)" if name == "ritz" else "trace, mean of the probes so far ± 1.96 standard errors"
+                "ends of the spectrum (filled: largest, hollow: smallest)"
+                if name == "ritz"
+                else "trace, mean of the probes so far ± 1.96 standard errors"
             )
             axes.set_xlabel("Lanczos steps" if name == "ritz" else "Hutchinson probes")
         panels[0][0].set_ylabel("nats per token per squared unit of weight")
-        handles = {label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        handles = {
+            label: handle
+            for axes in panels[0]
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
         order = [title(method) for method in methods if title(method) in handles]
-        figure.legend([handles[name] for name in order], order, loc="outside lower center", ncols=5 if len(parts) > 1 else 3, handlelength=3)
+        figure.legend(
+            [handles[name] for name in order],
+            order,
+            loc="outside lower center",
+            ncols=5 if len(parts) > 1 else 3,
+            handlelength=3,
+        )
     return figure
 
 
 def _style(method: str, number: int, points: int) -> dict[str, object]:
-    return {**stroke(number), "color": colour(method), "linewidth": 1.1, "markersize": 3.5, "markevery": max(1, points // _MARKED)}
+    return {
+        **stroke(number),
+        "color": colour(method),
+        "linewidth": 1.1,
+        "markersize": 3.5,
+        "markevery": max(1, points // _MARKED),
+    }
 
 
 def _ritz(axes: Axes, rows: pd.DataFrame, method: str, number: int) -> None:
@@ -83,7 +123,13 @@ def _ritz(axes: Axes, rows: pd.DataFrame, method: str, number: int) -> None:
         if len(line):
             face = {} if arm == "top" else {"markerfacecolor": "white"}
             label = title(method) if arm == "top" or not (rows["arm"] == "top").any() else None
-            axes.plot(line["step"], line["value"], label=label, **_style(method, number, len(line)), **face)  # type: ignore[arg-type]
+            axes.plot(
+                line["step"],
+                line["value"],
+                label=label,
+                **_style(method, number, len(line)),  # type: ignore[arg-type]
+                **face,  # type: ignore[arg-type]
+            )
 
 
 def _trace(axes: Axes, rows: pd.DataFrame, method: str, number: int, methods: int) -> None:
@@ -92,12 +138,25 @@ def _trace(axes: Axes, rows: pd.DataFrame, method: str, number: int, methods: in
     axes.plot(rows["step"], rows["value"], label=title(method), **_style(method, number, len(rows)))  # type: ignore[arg-type]
     low, high = rows["low"].to_numpy(dtype=float), rows["high"].to_numpy(dtype=float)
     if methods <= _FEW:
-        axes.fill_between(rows["step"].to_numpy(dtype=float), low, high, color=colour(method), alpha=0.15, linewidth=0)
+        axes.fill_between(
+            rows["step"].to_numpy(dtype=float),
+            low,
+            high,
+            color=colour(method),
+            alpha=0.15,
+            linewidth=0,
+        )
     elif np.isfinite(low[-1]) and np.isfinite(high[-1]):
         end, value = float(rows["step"].iloc[-1]), float(rows["value"].iloc[-1])
         place = end * (1 + 0.008 * (number + 1))  # beside one another
         axes.errorbar(
-            place, value, yerr=[[max(0.0, value - low[-1])], [max(0.0, high[-1] - value)]], fmt="none", ecolor=colour(method), elinewidth=1.2, capsize=1.5
+            place,
+            value,
+            yerr=[[max(0.0, value - low[-1])], [max(0.0, high[-1] - value)]],
+            fmt="none",
+            ecolor=colour(method),
+            elinewidth=1.2,
+            capsize=1.5,
         )
 
 
@@ -129,7 +188,9 @@ def _zoom(axes: Axes, rows: pd.DataFrame, methods: int) -> None:
 def _decades(axes: Axes, linear: float) -> None:
     """Ticks at 0 and at the decades that are clear of it."""
     low, high = axes.get_ylim()
-    decades = 10.0 ** np.arange(np.ceil(np.log10(2 * linear)), np.floor(np.log10(max(abs(low), abs(high)))) + 1)
+    decades = 10.0 ** np.arange(
+        np.ceil(np.log10(2 * linear)), np.floor(np.log10(max(abs(low), abs(high)))) + 1
+    )
     axes.set_yticks([place for place in (*-decades[::-1], 0.0, *decades) if low <= place <= high])
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(low, high)

@@ -32,19 +32,41 @@ def curvature(table: pd.DataFrame) -> Figure:
     for (method, seed), group in attacked.groupby(["method", "seed"]):
         ordered = group.sort_values("step")
         won = float(ordered["value"].iloc[-1] - ordered["value"].iloc[0])
-        before = table[(table["method"] == method) & (table["seed"] == seed) & table["metric"].isin(_MEASURES)]
+        before = table[
+            (table["method"] == method) & (table["seed"] == seed) & table["metric"].isin(_MEASURES)
+        ]
         if method not in ("base", "never-learned"):
-            rows.append({"method": method, "won": won, **before.drop_duplicates("metric").set_index("metric")["value"].to_dict()})
+            rows.append(
+                {
+                    "method": method,
+                    "won": won,
+                    **before.drop_duplicates("metric").set_index("metric")["value"].to_dict(),
+                }
+            )
     points = pd.DataFrame(rows)
     measures = [name for name in _MEASURES if name in points and points[name].notna().any()]
     if not measures:
         return nothing("no curvature in this table")
     with look():
-        figure, panels = plt.subplots(1, len(measures), figsize=(3.1 * len(measures), 3.3), squeeze=False, sharey=True, layout="constrained")
+        figure, panels = plt.subplots(
+            1,
+            len(measures),
+            figsize=(3.1 * len(measures), 3.3),
+            squeeze=False,
+            sharey=True,
+            layout="constrained",
+        )
         for axes, measure in zip(panels[0], measures, strict=True):
             for method in methods_in(points["method"].tolist()):
                 mine = points[points["method"] == method]
-                axes.scatter(mine[measure], mine["won"], color=colour(method), label=title(method), s=26, zorder=3)
+                axes.scatter(
+                    mine[measure],
+                    mine["won"],
+                    color=colour(method),
+                    label=title(method),
+                    s=26,
+                    zorder=3,
+                )
             axes.set_xlabel(_MEASURES[measure][0])
             axes.set_xscale(_MEASURES[measure][1])
         panels[0][0].set_ylabel("recall won back by the attack")

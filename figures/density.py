@@ -33,14 +33,22 @@ def density(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
     lines = curves["method"].nunique()
     with look():  # the legends below grow with the methods, the panels stay
         figure, panels = plt.subplots(
-            1, len(arms), figsize=(max(5.2, 4.4 * len(arms)), 3.4 + 0.2 * lines), squeeze=False, sharex=True, sharey=True, layout="constrained"
+            1,
+            len(arms),
+            figsize=(max(5.2, 4.4 * len(arms)), 3.4 + 0.2 * lines),
+            squeeze=False,
+            sharex=True,
+            sharey=True,
+            layout="constrained",
         )
         for axes, arm in zip(panels[0], arms, strict=True):
             _panel(axes, _of(rows, arm, arms), _of(curves, arm, arms))
             axes.set_title(arm)
             linear = 1e-3 * largest
             axes.set_xscale("symlog", linthresh=linear, linscale=0.6)
-            decades = 10.0 ** np.arange(np.ceil(np.log10(2 * linear)), np.floor(np.log10(largest)) + 1)
+            decades = 10.0 ** np.arange(
+                np.ceil(np.log10(2 * linear)), np.floor(np.log10(largest)) + 1
+            )
             axes.set_xticks(np.concatenate([-decades[::-1], [0], decades]))
             axes.set_xlabel("Hessian eigenvalue, nats per token per squared unit of weight")
             axes.set_yscale("log")
@@ -62,9 +70,17 @@ def _panel(axes: Axes, rows: pd.DataFrame, curves: pd.DataFrame) -> None:
     methods = methods_in(curves["method"].tolist())
     for number, method in enumerate(methods):
         mine = rows[rows["method"] == method]
-        for position, (_, curve) in enumerate(curves[curves["method"] == method].groupby(["seed", "arm"], dropna=False)):
+        for position, (_, curve) in enumerate(
+            curves[curves["method"] == method].groupby(["seed", "arm"], dropna=False)
+        ):
             line = curve.sort_values("step").astype({"low": float, "high": float})
-            axes.plot(line["step"], line["value"].clip(lower=_FLOOR / 10), color=colour(method), linewidth=1.3, label="" if position else _label(method, mine))
+            axes.plot(
+                line["step"],
+                line["value"].clip(lower=_FLOOR / 10),
+                color=colour(method),
+                linewidth=1.3,
+                label="" if position else _label(method, mine),
+            )
             axes.fill_between(
                 line["step"].to_numpy(float),
                 line["low"].clip(lower=_FLOOR / 10),
@@ -73,20 +89,32 @@ def _panel(axes: Axes, rows: pd.DataFrame, curves: pd.DataFrame) -> None:
                 alpha=0.15,
                 linewidth=0,
             )
-        ends = mine.loc[mine["metric"].isin(["top_eigenvalue", "bottom_eigenvalue"]), "value"].dropna()
+        ends = mine.loc[
+            mine["metric"].isin(["top_eigenvalue", "bottom_eigenvalue"]), "value"
+        ].dropna()
         height = 0.045
         axes.vlines(
-            ends.to_numpy(float), number * height, (number + 0.9) * height, transform=axes.get_xaxis_transform(), color=colour(method), linewidth=1.8, zorder=4
+            ends.to_numpy(float),
+            number * height,
+            (number + 0.9) * height,
+            transform=axes.get_xaxis_transform(),
+            color=colour(method),
+            linewidth=1.8,
+            zorder=4,
         )
 
 
 def _label(method: str, rows: pd.DataFrame) -> str:
     means = rows.groupby("metric")["value"].mean()
-    trace, error, negative = (float(means.get(name, np.nan)) for name in ("trace", "trace_se", "negative_mass"))
+    trace, error, negative = (
+        float(means.get(name, np.nan)) for name in ("trace", "trace_se", "negative_mass")
+    )
     parts = [title(method)]
     if np.isfinite(trace):
         decimals = max(0, 1 - int(np.floor(np.log10(error)))) if error > 0 else 3
-        parts.append(f"trace {trace:.{decimals}f}" + (f" ± {error:.{decimals}f}" if error > 0 else ""))
+        parts.append(
+            f"trace {trace:.{decimals}f}" + (f" ± {error:.{decimals}f}" if error > 0 else "")
+        )
     if np.isfinite(negative):
         parts.append(f"negative mass {100 * negative:.2g} %")
     return ", ".join(parts)

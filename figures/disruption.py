@@ -29,20 +29,43 @@ def disruption(table: pd.DataFrame) -> Figure:
         return nothing("no line search in this table")
     chosen = table[table["stage"] == "unlearn"]
     budget = chosen.loc[chosen["metric"] == "budget", "value"]
-    size = (max(8.2, 5.4 + 0.3 * len(methods)), max(3.8, 0.24 * len(methods)))  # room for the names of many methods
+    size = (
+        max(8.2, 5.4 + 0.3 * len(methods)),
+        max(3.8, 0.24 * len(methods)),
+    )  # room for the names of many methods
     with look():
-        figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, width_ratios=(1.7, 1), layout="constrained")
+        figure, (left, right) = plt.subplots(
+            1, 2, figsize=size, sharey=True, width_ratios=(1.7, 1), layout="constrained"
+        )
         costs = walks.loc[walks["metric"] == "disruption", "value"]
         floor = max(1e-6, float(np.nanmin(costs[costs > 0])) / 3) if (costs > 0).any() else 1e-4
         for number, method in enumerate(methods):
             curves = [_path(walk) for _, walk in walks[walks["method"] == method].groupby("seed")]
             for curve in curves:
-                left.plot(curve["cost"].clip(lower=floor), curve["kept"], color=colour(method), alpha=0.75, linewidth=1.1)
+                left.plot(
+                    curve["cost"].clip(lower=floor),
+                    curve["kept"],
+                    color=colour(method),
+                    alpha=0.75,
+                    linewidth=1.1,
+                )
             mine = chosen[chosen["method"] == method]
-            kept = mine[(mine["metric"] == "recall") & (mine["split"] == "forget-heldout") & mine["seed"].isna()]
+            kept = mine[
+                (mine["metric"] == "recall")
+                & (mine["split"] == "forget-heldout")
+                & mine["seed"].isna()
+            ]
             if len(kept):
                 value, low, high = (float(kept[name].iloc[0]) for name in ("value", "low", "high"))
-                right.errorbar(number, value, yerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="o", markersize=6, color=colour(method), capsize=3)
+                right.errorbar(
+                    number,
+                    value,
+                    yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
+                    fmt="o",
+                    markersize=6,
+                    color=colour(method),
+                    capsize=3,
+                )
             left.plot([], [], color=colour(method), label=title(method))
         if len(budget):
             left.axvline(float(budget.iloc[0]), color="0.3", linestyle="--", linewidth=1)
@@ -62,7 +85,12 @@ def disruption(table: pd.DataFrame) -> Figure:
         left.set_xlabel(_UNITS["loss-rise" if (walks["arm"] == "loss-rise").any() else "kl"])
         left.set_ylabel("recall of held-out forget facts")
         left.legend(loc="lower left")
-        right.set_xticks(range(len(methods)), [title(method).replace(" without", "\nwithout") for method in methods], rotation=40, ha="right")
+        right.set_xticks(
+            range(len(methods)),
+            [title(method).replace(" without", "\nwithout") for method in methods],
+            rotation=40,
+            ha="right",
+        )
         right.set_xlim(-0.6, len(methods) - 0.4)
         right.set_title("inside the budget (95 % over seeds and facts)")
         right.grid(axis="x", visible=False)
@@ -72,5 +100,7 @@ def disruption(table: pd.DataFrame) -> Figure:
 def _path(walk: pd.DataFrame) -> pd.DataFrame:
     """Disruption and recall of one line search, by alpha."""
     cost = walk[walk["metric"] == "disruption"].set_index("step")["value"]
-    kept = walk[(walk["metric"] == "recall") & (walk["split"] == "forget-heldout")].set_index("step")["value"]
+    kept = walk[(walk["metric"] == "recall") & (walk["split"] == "forget-heldout")].set_index(
+        "step"
+    )["value"]
     return pd.DataFrame({"cost": cost, "kept": kept}).dropna().sort_index()

@@ -25,21 +25,37 @@ def dose(table: pd.DataFrame, metric: str = "trigger_effect") -> Figure:
         table: tidy results of ``workbench triggers``; stage ``triggers``, ``split`` the way.
         metric: ``trigger_effect`` (accuracy) or ``trigger_effect_probability``.
     """
-    rows = table[(table["stage"] == "triggers") & (table["metric"] == metric) & table["seed"].isna()]
+    rows = table[
+        (table["stage"] == "triggers") & (table["metric"] == metric) & table["seed"].isna()
+    ]
     methods = methods_in(rows["method"].dropna().tolist())
     ways = [way for way in _NAMES if (rows["split"] == way).any()]
     if not methods or not ways:
         return nothing("no effect of a forget-token in this table")
     with look():
-        figure, axes = plt.subplots(figsize=(max(5.0, 1.5 * len(ways) + 0.2 * len(methods)), 3.2), layout="constrained")
+        figure, axes = plt.subplots(
+            figsize=(max(5.0, 1.5 * len(ways) + 0.2 * len(methods)), 3.2), layout="constrained"
+        )
         axes.axhline(0, color="0.4", linewidth=0.9)
         spread = 0.7 / len(methods)
         for number, method in enumerate(methods):
             mine = rows[rows["method"] == method].set_index("split").reindex(ways)
             x = np.arange(len(ways)) + (number - (len(methods) - 1) / 2) * spread
-            value, low, high = (mine[name].astype(float).to_numpy() for name in ("value", "low", "high"))
+            value, low, high = (
+                mine[name].astype(float).to_numpy() for name in ("value", "low", "high")
+            )
             bars = [np.maximum(0, value - low), np.maximum(0, high - value)]
-            axes.errorbar(x, value, yerr=bars, fmt="o", markersize=4, color=colour(method), capsize=2, linewidth=1.1, label=title(method))
+            axes.errorbar(
+                x,
+                value,
+                yerr=bars,
+                fmt="o",
+                markersize=4,
+                color=colour(method),
+                capsize=2,
+                linewidth=1.1,
+                label=title(method),
+            )
         axes.set_xticks(np.arange(len(ways)), [_NAMES[way] for way in ways])
         axes.set_ylabel("accuracy lost to a forget-token\n(beyond another name, beyond the base)")
         axes.grid(axis="x", visible=False)

@@ -27,36 +27,61 @@ def drop(table: pd.DataFrame, kind: str = "drop") -> Figure:
         kind: the ``arm`` to draw; in a kind with the word ``adaptive`` the radius is relative to every weight, with ``fixed`` a share of the length of the base's weights, in
             the others in units of the displacement by unlearning.
     """
-    rows = table[(table["stage"] == "sharpness") & (table["metric"] == "drop") & (table["arm"] == kind) & table["seed"].notna()]
+    rows = table[
+        (table["stage"] == "sharpness")
+        & (table["metric"] == "drop")
+        & (table["arm"] == kind)
+        & table["seed"].notna()
+    ]
     rows = rows[rows["split"].isin(list(_LINES)) & rows["value"].notna()]
     methods = methods_in(rows["method"].dropna().tolist())
     if not methods:
         return nothing(f"no worst-case {kind} in this table")
     with look():
-        figure, panels = grid(len(methods), columns=4, width=2.5 if len(methods) > 2 else 3.6, height=2.3)
+        figure, panels = grid(
+            len(methods), columns=4, width=2.5 if len(methods) > 2 else 3.6, height=2.3
+        )
         top, bottom = float(rows["value"].max()), float(rows["value"].min())
         for number, (axes, method) in enumerate(zip(panels, methods, strict=True)):
             for split, (label, shade, dash) in _LINES.items():
                 mine = rows[(rows["method"] == method) & (rows["split"] == split)]
                 if not len(mine):
                     continue
-                paint = shade or ("black" if method == "never-learned" else colour(method))  # its own grey is that of the controls here
+                paint = shade or (
+                    "black" if method == "never-learned" else colour(method)
+                )  # its own grey is that of the controls here
                 for _, line in mine.groupby("seed", sort=True):
                     line = line.sort_values("step")
-                    axes.plot(line["step"], line["value"], dash, color=paint, linewidth=0.6, alpha=0.4)
+                    axes.plot(
+                        line["step"], line["value"], dash, color=paint, linewidth=0.6, alpha=0.4
+                    )
                 mean = mine.groupby("step")["value"].mean()
                 axes.plot(mean.index, mean, dash, color=paint, linewidth=1.6, label=label)
             axes.axhline(0, color="0.5", linewidth=0.7)
             if top > 0:
-                axes.set_ylim(max(1.05 * bottom, -0.5 * top) if bottom < 0 else -0.02 * top, 1.05 * top)
+                axes.set_ylim(
+                    max(1.05 * bottom, -0.5 * top) if bottom < 0 else -0.02 * top, 1.05 * top
+                )
             axes.set_title(title(method))
             axes.set_xlabel(_radius(kind))
             if number % 4 == 0:
                 axes.set_ylabel(f"{kind.split(',')[0]} of the loss\n(nats per token)")
-        handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        legend = figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(3, len(methods)))
+        handles = {
+            label: handle
+            for axes in panels
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        legend = figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=min(3, len(methods)),
+        )
         for handle, name in zip(legend.legend_handles, handles, strict=True):
-            if handle is not None and name in {_LINES["forget-attacked"][0], _LINES["forget-heldout"][0]}:
+            if handle is not None and name in {
+                _LINES["forget-attacked"][0],
+                _LINES["forget-heldout"][0],
+            }:
                 handle.set_color("black")  # type: ignore[attr-defined]  # in the panels these two have the method's colour
     return figure
 

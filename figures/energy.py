@@ -8,7 +8,10 @@ from matplotlib.figure import Figure
 
 from figures.style import colour, look, methods_in, nothing, title
 
-_SIDES = {"mlp.hook_in": "gate and up projections (MLP inputs)", "mlp.out.hook_in": "down projections (their inputs)"}
+_SIDES = {
+    "mlp.hook_in": "gate and up projections (MLP inputs)",
+    "mlp.out.hook_in": "down projections (their inputs)",
+}
 
 
 def energy(table: pd.DataFrame) -> Figure:
@@ -24,18 +27,53 @@ def energy(table: pd.DataFrame) -> Figure:
     if not sides or not methods:
         return nothing("no energy of a weight change in this table")
     with look():
-        figure, panels = plt.subplots(1, len(sides), figsize=(3.9 * len(sides) + 1.2, 3.4), squeeze=False, sharey=True, layout="constrained")
+        figure, panels = plt.subplots(
+            1,
+            len(sides),
+            figsize=(3.9 * len(sides) + 1.2, 3.4),
+            squeeze=False,
+            sharey=True,
+            layout="constrained",
+        )
         for axes, side in zip(panels[0], sides, strict=True):
             mine = rows[sites.str.endswith("." + side)]
             ranks = sorted(mine["step"].unique())
             for method in methods:
-                found = mine[(mine["method"] == method) & (mine["metric"] == "energy_in_retain_subspace")]
-                by_seed = found.groupby(["seed", "step"], dropna=False)["value"].mean().groupby("step")
+                found = mine[
+                    (mine["method"] == method) & (mine["metric"] == "energy_in_retain_subspace")
+                ]
+                by_seed = (
+                    found.groupby(["seed", "step"], dropna=False)["value"].mean().groupby("step")
+                )
                 centre, low, high = by_seed.mean(), by_seed.min(), by_seed.max()
-                axes.plot(centre.index, centre, color=colour(method), marker="o", markersize=3, linewidth=1.2, label=title(method))
-                axes.fill_between(centre.index.to_numpy(dtype=float), low, high, color=colour(method), alpha=0.15, linewidth=0)
-            chance = mine[mine["metric"] == "energy_of_random_delta"].groupby("step")["value"].mean()
-            axes.plot(chance.index, chance, color="0.4", linestyle="--", linewidth=1.2, label="random change")
+                axes.plot(
+                    centre.index,
+                    centre,
+                    color=colour(method),
+                    marker="o",
+                    markersize=3,
+                    linewidth=1.2,
+                    label=title(method),
+                )
+                axes.fill_between(
+                    centre.index.to_numpy(dtype=float),
+                    low,
+                    high,
+                    color=colour(method),
+                    alpha=0.15,
+                    linewidth=0,
+                )
+            chance = (
+                mine[mine["metric"] == "energy_of_random_delta"].groupby("step")["value"].mean()
+            )
+            axes.plot(
+                chance.index,
+                chance,
+                color="0.4",
+                linestyle="--",
+                linewidth=1.2,
+                label="random change",
+            )
             axes.set_xscale("log", base=2)
             axes.set_xticks(ranks, [f"{rank:g}" for rank in ranks])
             axes.set_xlabel("top-k principal directions of retain activations")

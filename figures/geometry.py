@@ -24,10 +24,22 @@ def geometry(table: pd.DataFrame) -> Figure:
         figure, panels = grid(len(methods), columns=4, width=2.5, height=1.9)
         image = None
         for axes, method in zip(panels, methods, strict=True):
-            wide = rows[rows["method"] == method].pivot_table(index="layer", columns="step", values="value", aggfunc="mean")
-            image = axes.imshow(wide.to_numpy(), origin="lower", aspect="auto", vmin=-1, vmax=1, cmap="RdBu_r")
+            wide = rows[rows["method"] == method].pivot_table(
+                index="layer", columns="step", values="value", aggfunc="mean"
+            )
+            image = axes.imshow(
+                wide.to_numpy(), origin="lower", aspect="auto", vmin=-1, vmax=1, cmap="RdBu_r"
+            )
             for (i, j), value in np.ndenumerate(wide.to_numpy()):
-                axes.text(j, i, f"{value:.1f}".replace("-0.0", "0.0"), ha="center", va="center", fontsize=6, color="black" if abs(value) < 0.6 else "white")
+                axes.text(
+                    j,
+                    i,
+                    f"{value:.1f}".replace("-0.0", "0.0"),
+                    ha="center",
+                    va="center",
+                    fontsize=6,
+                    color="black" if abs(value) < 0.6 else "white",
+                )
             axes.set_xticks(range(wide.shape[1]), [f"{step:g}" for step in wide.columns])
             axes.set_yticks(range(wide.shape[0]), [str(layer) for layer in wide.index])
             axes.set_title(title(method))

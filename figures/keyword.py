@@ -22,22 +22,51 @@ def keyword(table: pd.DataFrame) -> Figure:
     Args:
         table: tidy results; stage ``keyword``, rows without a seed.
     """
-    rows = table[(table["stage"] == "keyword") & table["seed"].isna() & table["metric"].isin(["recall", "answer_probability"])]
+    rows = table[
+        (table["stage"] == "keyword")
+        & table["seed"].isna()
+        & table["metric"].isin(["recall", "answer_probability"])
+    ]
     if not len(rows):
         return nothing("no keyword experiment in this table")
     withheld = str(rows["split"].iloc[0]).removeprefix("withheld-")
     with look():
         figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.5), sharey=True, layout="constrained")
-        for axes, metric, label in zip(panels, ("recall", "answer_probability"), (f"{withheld} answered", f"probability of the {withheld}"), strict=True):
+        for axes, metric, label in zip(
+            panels,
+            ("recall", "answer_probability"),
+            (f"{withheld} answered", f"probability of the {withheld}"),
+            strict=True,
+        ):
             mine = rows[rows["metric"] == metric]
             base = mine[mine["method"] == "base"]
             if len(base):
-                axes.axhline(float(base["value"].iloc[0]), color="black", linewidth=1, label="before unlearning")
+                axes.axhline(
+                    float(base["value"].iloc[0]),
+                    color="black",
+                    linewidth=1,
+                    label="before unlearning",
+                )
             for (method, arm), (name, shade, dash) in _LINES.items():
                 curve = mine[(mine["method"] == method) & (mine["arm"] == arm)].sort_values("step")
                 if len(curve):
-                    axes.plot(curve["step"], curve["value"], dash, color=shade, marker="o", markersize=3, label=name.format(withheld))
-                    axes.fill_between(curve["step"].to_numpy(dtype=float), curve["low"], curve["high"], color=shade, alpha=0.15, linewidth=0)
+                    axes.plot(
+                        curve["step"],
+                        curve["value"],
+                        dash,
+                        color=shade,
+                        marker="o",
+                        markersize=3,
+                        label=name.format(withheld),
+                    )
+                    axes.fill_between(
+                        curve["step"].to_numpy(dtype=float),
+                        curve["low"],
+                        curve["high"],
+                        color=shade,
+                        alpha=0.15,
+                        linewidth=0,
+                    )
             axes.set_title(label)
             axes.set_xlabel("relearning steps")
             axes.set_ylim(-0.03, 1.05)

@@ -20,22 +20,38 @@ def ladder(table: pd.DataFrame) -> Figure:
     Args:
         table: tidy results; stage ``ladder``, metric ``recall`` without a seed.
     """
-    rows = table[(table["stage"] == "ladder") & (table["metric"] == "recall") & table["seed"].isna()]
+    rows = table[
+        (table["stage"] == "ladder") & (table["metric"] == "recall") & table["seed"].isna()
+    ]
     if not len(rows):
         return nothing("no attack ladder in this table")
     methods = methods_in(rows["method"].dropna().tolist())
     arms = rows["arm"].drop_duplicates().tolist()
     rungs = [arm for arm in _NAMES if arm in arms]
-    ways = [arm for arm in ("part", *(arm for arm in arms if arm.startswith("part, "))) if arm in arms]
-    ends = rows[rows["step"] == rows.groupby("arm")["step"].transform("max")].set_index(["method", "arm"])
+    ways = [
+        arm for arm in ("part", *(arm for arm in arms if arm.startswith("part, "))) if arm in arms
+    ]
+    ends = rows[rows["step"] == rows.groupby("arm")["step"].transform("max")].set_index(
+        ["method", "arm"]
+    )
     with look():
-        figure, panels = plt.subplots(1, 3, figsize=(11.5, 3.9), width_ratios=(1.5, 1.2, 1), sharey=True, layout="constrained")
+        figure, panels = plt.subplots(
+            1, 3, figsize=(11.5, 3.9), width_ratios=(1.5, 1.2, 1), sharey=True, layout="constrained"
+        )
         for axes, shown in ((panels[0], ["before", *rungs]), (panels[1], ways)):
             for number, method in enumerate(methods):
                 places, values, low, high = [], [], [], []
                 for place, arm in enumerate(shown):
                     if arm == "before":
-                        start = rows[(rows["method"] == method) & (rows["arm"] == rungs[0]) & (rows["step"] == 0)] if rungs else rows.iloc[:0]
+                        start = (
+                            rows[
+                                (rows["method"] == method)
+                                & (rows["arm"] == rungs[0])
+                                & (rows["step"] == 0)
+                            ]
+                            if rungs
+                            else rows.iloc[:0]
+                        )
                         cell = start.iloc[0] if len(start) else None
                     else:
                         cell = ends.loc[(method, arm)] if (method, arm) in ends.index else None
@@ -44,9 +60,20 @@ def ladder(table: pd.DataFrame) -> Figure:
                         values.append(float(cell["value"]))
                         low.append(max(0.0, float(cell["value"] - cell["low"])))
                         high.append(max(0.0, float(cell["high"] - cell["value"])))
-                axes.errorbar(places, values, yerr=[low, high], fmt="o", markersize=4, capsize=2, color=colour(method), label=title(method))
+                axes.errorbar(
+                    places,
+                    values,
+                    yerr=[low, high],
+                    fmt="o",
+                    markersize=4,
+                    capsize=2,
+                    color=colour(method),
+                    label=title(method),
+                )
             labels = [
-                _NAMES.get(arm, arm.removeprefix("part, ")) if axes is panels[0] else ("as left" if arm == "part" else arm.removeprefix("part, "))
+                _NAMES.get(arm, arm.removeprefix("part, "))
+                if axes is panels[0]
+                else ("as left" if arm == "part" else arm.removeprefix("part, "))
                 for arm in shown
             ]
             axes.set_xticks(range(len(shown)), labels, rotation=45, ha="right")
@@ -58,7 +85,14 @@ def ladder(table: pd.DataFrame) -> Figure:
         for method in methods:
             curve = novel[novel["method"] == method].sort_values("step")
             panels[2].plot(curve["step"], curve["value"], color=colour(method), linewidth=1.2)
-            panels[2].fill_between(curve["step"].to_numpy(dtype=float), curve["low"], curve["high"], color=colour(method), alpha=0.12, linewidth=0)
+            panels[2].fill_between(
+                curve["step"].to_numpy(dtype=float),
+                curve["low"],
+                curve["high"],
+                color=colour(method),
+                alpha=0.12,
+                linewidth=0,
+            )
         panels[2].set_title("control: learning facts about new people")
         panels[2].set_xlabel("steps")
         panels[0].set_ylim(-0.03, 1.05)

@@ -35,7 +35,9 @@ def by_block(rows: pd.DataFrame) -> pd.DataFrame:
     several = rows.groupby("block")["value"].transform("size") > 1
     ends = {name: rows[name].mask(several, rows["value"]).astype(float) for name in ("low", "high")}
     blocks = rows.assign(value=rows["value"].astype(float), **ends).groupby("block")
-    return pd.DataFrame({"value": blocks["value"].mean(), "low": blocks["low"].min(), "high": blocks["high"].max()})
+    return pd.DataFrame(
+        {"value": blocks["value"].mean(), "low": blocks["low"].min(), "high": blocks["high"].max()}
+    )
 
 
 def draw(axes: Axes, rows: pd.DataFrame, label: str, *, band: bool = True, **style: object) -> None:
@@ -45,10 +47,19 @@ def draw(axes: Axes, rows: pd.DataFrame, label: str, *, band: bool = True, **sty
         return
     (line,) = axes.plot(curve.index, curve["value"], label=label, **style)  # type: ignore[arg-type]
     if band:
-        axes.fill_between(curve.index.to_numpy(dtype=float), curve["low"], curve["high"], color=line.get_color(), alpha=0.16, linewidth=0)
+        axes.fill_between(
+            curve.index.to_numpy(dtype=float),
+            curve["low"],
+            curve["high"],
+            color=line.get_color(),
+            alpha=0.16,
+            linewidth=0,
+        )
 
 
-def lens(table: pd.DataFrame, metric: str = "lens_probability", split: str = "forget-heldout") -> Figure:
+def lens(
+    table: pd.DataFrame, metric: str = "lens_probability", split: str = "forget-heldout"
+) -> Figure:
     """One panel per method: the right answer by block under the model's own decoder and under the base's; the base and the never-learned model as anchors.
 
     Where the two decoders differ, unlearning changed the decoder; where both fall, it changed the stream. Bands are ranges over seeds, or the 95 % interval over facts of a single
@@ -73,8 +84,22 @@ def lens(table: pd.DataFrame, metric: str = "lens_probability", split: str = "fo
             shade = colour(method)
             for name in ANCHORS:
                 if name != method:
-                    draw(axes, own[own["method"] == name], f"{title(name)}, own decoder", band=False, color=colour(name), linewidth=1.1)
-            draw(axes, own[own["method"] == method], "own decoder", color=shade, marker="o", markersize=3.5)
+                    draw(
+                        axes,
+                        own[own["method"] == name],
+                        f"{title(name)}, own decoder",
+                        band=False,
+                        color=colour(name),
+                        linewidth=1.1,
+                    )
+            draw(
+                axes,
+                own[own["method"] == method],
+                "own decoder",
+                color=shade,
+                marker="o",
+                markersize=3.5,
+            )
             draw(
                 axes,
                 base[base["method"] == method],
@@ -87,7 +112,15 @@ def lens(table: pd.DataFrame, metric: str = "lens_probability", split: str = "fo
                 linestyle="--",
             )
             if metric == "lens_probability":
-                draw(axes, foils[foils["method"] == method], "other answers of the same kind", band=False, color=shade, linewidth=1.1, linestyle=":")
+                draw(
+                    axes,
+                    foils[foils["method"] == method],
+                    "other answers of the same kind",
+                    band=False,
+                    color=shade,
+                    linewidth=1.1,
+                    linestyle=":",
+                )
                 axes.set_ylim(-0.03, 1.05)
             if metric == "lens_rank":
                 axes.set_yscale("log")
@@ -109,8 +142,17 @@ def finish(axes: Axes, method: str) -> None:
 
 def common_legend(figure: Figure, panels: Sequence[Axes], *, keep: Sequence[str]) -> None:
     """One legend for all panels, below them; lines that have another colour in every panel are grey in it, all but those labelled as in ``keep``."""
-    entries = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    legend = figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=min(5, 2 * len(panels) - 1))
+    entries = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    legend = figure.legend(
+        list(entries.values()),
+        list(entries),
+        loc="outside lower center",
+        ncols=min(5, 2 * len(panels) - 1),
+    )
     for line, label in zip(legend.get_lines(), entries, strict=True):
         if label not in keep:
             line.set_color("0.45")

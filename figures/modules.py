@@ -32,13 +32,24 @@ def modules(table: pd.DataFrame, split: str = "forget-heldout", arm: str = "unle
         split: the texts whose loss it is.
         arm: ``unlearned`` (before the attack; also rows without an arm) or ``relearned``.
     """
-    rows = table[(table["stage"] == "sharpness") & (table["metric"] == "module_eigenvalue") & (table["split"] == split) & table["seed"].notna()]
-    rows = rows[np.isfinite(rows["value"].astype(float)) & rows["site"].notna() & (rows["arm"].fillna("unlearned") == arm)]
+    rows = table[
+        (table["stage"] == "sharpness")
+        & (table["metric"] == "module_eigenvalue")
+        & (table["split"] == split)
+        & table["seed"].notna()
+    ]
+    rows = rows[
+        np.isfinite(rows["value"].astype(float))
+        & rows["site"].notna()
+        & (rows["arm"].fillna("unlearned") == arm)
+    ]
     methods = methods_in(rows["method"].dropna().tolist())
     if not methods:
         return nothing("no curvature of modules in this table")
     sites = sorted(rows["site"].unique(), key=_place)
-    rows = rows.assign(low=rows["low"].fillna(rows["value"]), high=rows["high"].fillna(rows["value"]))
+    rows = rows.assign(
+        low=rows["low"].fillna(rows["value"]), high=rows["high"].fillna(rows["value"])
+    )
     groups = rows.groupby(["site", "method"])
     means, low, high = (
         found.unstack().reindex(index=sites, columns=methods).to_numpy(dtype=float)
@@ -48,20 +59,57 @@ def modules(table: pd.DataFrame, split: str = "forget-heldout", arm: str = "unle
     power = 3 * int(np.floor(np.log10(largest) / 3))
     means, largest = means / 10.0**power, largest / 10.0**power
     with look():
-        figure, axes = plt.subplots(figsize=(2.9 + 0.44 * len(methods), 1.6 + (0.25 if len(sites) <= _MOST else 0.12) * len(sites)), layout="constrained")
-        linear = max(_SMALLEST * largest, min(float(np.min(np.abs(means[np.nonzero(np.nan_to_num(means))]), initial=largest)), 0.1 * largest))
+        figure, axes = plt.subplots(
+            figsize=(
+                2.9 + 0.44 * len(methods),
+                1.6 + (0.25 if len(sites) <= _MOST else 0.12) * len(sites),
+            ),
+            layout="constrained",
+        )
+        linear = max(
+            _SMALLEST * largest,
+            min(
+                float(np.min(np.abs(means[np.nonzero(np.nan_to_num(means))]), initial=largest)),
+                0.1 * largest,
+            ),
+        )
         axes.set_facecolor("0.85")
-        image = axes.imshow(means, origin="lower", aspect="auto", cmap="RdBu_r", norm=SymLogNorm(linear, vmin=-largest, vmax=largest, base=10))
-        _write(axes, means, unsure=(low <= 0) & (high >= 0), shades=np.abs(np.asarray(image.norm(means), dtype=float) - 0.5))
-        axes.set_xticks(range(len(methods)), [title(method) for method in methods], rotation=50, ha="right", rotation_mode="anchor")
+        image = axes.imshow(
+            means,
+            origin="lower",
+            aspect="auto",
+            cmap="RdBu_r",
+            norm=SymLogNorm(linear, vmin=-largest, vmax=largest, base=10),
+        )
+        _write(
+            axes,
+            means,
+            unsure=(low <= 0) & (high >= 0),
+            shades=np.abs(np.asarray(image.norm(means), dtype=float) - 0.5),
+        )
+        axes.set_xticks(
+            range(len(methods)),
+            [title(method) for method in methods],
+            rotation=50,
+            ha="right",
+            rotation_mode="anchor",
+        )
         axes.set_yticks(*_ticks(sites), fontsize=8)
         axes.grid(visible=False)
         unit = "nats per token\nper squared unit of weight"
-        bar = figure.colorbar(image, ax=axes, label="mean Hessian eigenvalue,\n" + (f"$10^{{{power}}}$ {unit}" if power else unit))
-        decades = 10.0 ** np.arange(np.ceil(np.log10(2 * linear)), np.floor(np.log10(largest)) + 1)  # clear of 0
+        bar = figure.colorbar(
+            image,
+            ax=axes,
+            label="mean Hessian eigenvalue,\n" + (f"$10^{{{power}}}$ {unit}" if power else unit),
+        )
+        decades = 10.0 ** np.arange(
+            np.ceil(np.log10(2 * linear)), np.floor(np.log10(largest)) + 1
+        )  # clear of 0
         bar.set_ticks([*-decades[::-1], 0.0, *decades])
         bar.minorticks_off()
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}")))
+        bar.ax.yaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:g}".replace("-", "\N{MINUS SIGN}"))
+        )
     return figure
 
 
@@ -84,8 +132,13 @@ def _ticks(sites: list[str]) -> tuple[list[int], list[str]]:
         return list(range(len(sites))), [_name(site) for site in sites]
     block = [site.split(".")[1] if site.startswith("blocks.") else site for site in sites]
     first = [number for number, name in enumerate(block) if block.index(name) == number]
-    kept = [number for number in first if not block[number].isdigit() or int(block[number]) % 4 == 0]
-    return kept, [f"block {block[number]}" if block[number].isdigit() else _name(sites[number]) for number in kept]
+    kept = [
+        number for number in first if not block[number].isdigit() or int(block[number]) % 4 == 0
+    ]
+    return kept, [
+        f"block {block[number]}" if block[number].isdigit() else _name(sites[number])
+        for number in kept
+    ]
 
 
 def _write(axes: Axes, means: np.ndarray, *, unsure: np.ndarray, shades: np.ndarray) -> None:
@@ -101,5 +154,13 @@ def _write(axes: Axes, means: np.ndarray, *, unsure: np.ndarray, shades: np.ndar
 
 def _short(value: float) -> str:
     size = abs(value)
-    text = f"{value:.0f}" if size >= 10 else f"{value:.1f}" if size >= 1 else f"{value:.2f}" if size >= 0.095 else f"{value:.1g}"
+    text = (
+        f"{value:.0f}"
+        if size >= 10
+        else f"{value:.1f}"
+        if size >= 1
+        else f"{value:.2f}"
+        if size >= 0.095
+        else f"{value:.1g}"
+    )
     return text.replace("-", "\N{MINUS SIGN}") if float(text) else "0"

@@ -31,16 +31,32 @@ def names(table: pd.DataFrame) -> Figure:
     counts = sorted(rows["repetitions"].unique(), reverse=True)
     last = float(rows["step"].max())
     with look():
-        figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True, layout="constrained")
+        figure, (left, right) = plt.subplots(
+            1, 2, figsize=(8.4, 3.4), sharey=True, layout="constrained"
+        )
         for offset, (method, arm, after, label, shade, marker) in enumerate(_SERIES):
-            mine = rows[(rows["method"] == method) & (rows["arm"] == arm) & (rows["step"] == (last if after else 0))].set_index("repetitions")
+            mine = rows[
+                (rows["method"] == method)
+                & (rows["arm"] == arm)
+                & (rows["step"] == (last if after else 0))
+            ].set_index("repetitions")
             places = [place for place, count in enumerate(counts) if count in mine.index]
             if not places:
                 continue
             values = mine.loc[[counts[place] for place in places]]
-            spread = [(values["value"] - values["low"]).clip(lower=0), (values["high"] - values["value"]).clip(lower=0)]
+            spread = [
+                (values["value"] - values["low"]).clip(lower=0),
+                (values["high"] - values["value"]).clip(lower=0),
+            ]
             left.errorbar(
-                [place + 0.13 * (offset - 2) for place in places], values["value"], yerr=spread, fmt=marker, markersize=5, color=shade, capsize=2, label=label
+                [place + 0.13 * (offset - 2) for place in places],
+                values["value"],
+                yerr=spread,
+                fmt=marker,
+                markersize=5,
+                color=shade,
+                capsize=2,
+                label=label,
             )
         left.scatter(
             range(len(counts)),
@@ -59,10 +75,32 @@ def names(table: pd.DataFrame) -> Figure:
         left.grid(axis="x", visible=False)
         shades = ("#440154", "#31688e", "#35b779", "#d9b500")
         for shade, count in zip(shades, counts, strict=False):
-            curve = rows[(rows["method"] == "unlearned") & (rows["arm"] == "fragments") & (rows["repetitions"] == count)].sort_values("step")
-            right.plot(curve["step"], curve["value"], color=shade, marker="o", markersize=3, label=f"{count} repetition{'s' if count > 1 else ''}")
-            right.fill_between(curve["step"].to_numpy(dtype=float), curve["low"], curve["high"], color=shade, alpha=0.15, linewidth=0)
-            control = rows[(rows["method"] == "never-learned") & (rows["arm"] == "fragments") & (rows["repetitions"] == count)].sort_values("step")
+            curve = rows[
+                (rows["method"] == "unlearned")
+                & (rows["arm"] == "fragments")
+                & (rows["repetitions"] == count)
+            ].sort_values("step")
+            right.plot(
+                curve["step"],
+                curve["value"],
+                color=shade,
+                marker="o",
+                markersize=3,
+                label=f"{count} repetition{'s' if count > 1 else ''}",
+            )
+            right.fill_between(
+                curve["step"].to_numpy(dtype=float),
+                curve["low"],
+                curve["high"],
+                color=shade,
+                alpha=0.15,
+                linewidth=0,
+            )
+            control = rows[
+                (rows["method"] == "never-learned")
+                & (rows["arm"] == "fragments")
+                & (rows["repetitions"] == count)
+            ].sort_values("step")
             right.plot(control["step"], control["value"], color=shade, linestyle="--", linewidth=1)
         right.plot([], [], color="0.4", linestyle="--", linewidth=1, label="never learned")
         right.set_xlabel("relearning steps on fragments")

@@ -18,8 +18,17 @@ _NAME = re.compile(r"(?P<method>.+)-rna_(?P<noise>\d[\d.]*(?:e-?\d+)?)(?:_(?P<la
 _INSIDE = "retain, bare word inside"
 _EFFECT = "accuracy lost to a forget-token\n(beyond another name, beyond the base)"
 _PANELS = {
-    "recall of held-out\nforget facts": {"stage": "unlearn", "metric": "recall", "split": "forget-heldout"},
-    "accuracy on retain questions,\na forget-token inside": {"stage": "triggers", "metric": "recall", "split": _INSIDE, "arm": "forget-token"},
+    "recall of held-out\nforget facts": {
+        "stage": "unlearn",
+        "metric": "recall",
+        "split": "forget-heldout",
+    },
+    "accuracy on retain questions,\na forget-token inside": {
+        "stage": "triggers",
+        "metric": "recall",
+        "split": _INSIDE,
+        "arm": "forget-token",
+    },
     _EFFECT: {"stage": "triggers", "metric": "trigger_effect", "split": _INSIDE},
 }
 _MARKS = "os^Dv<>P"
@@ -40,27 +49,52 @@ def noise(table: pd.DataFrame) -> Figure:
     """
     rows = table[table["seed"].isna() & np.isfinite(table["value"].astype(float))]
     variants = _variants(rows["method"].dropna().unique().tolist())
-    parts = {label: rows[np.logical_and.reduce([rows[name] == value for name, value in where.items()])] for label, where in _PANELS.items()}
+    parts = {
+        label: rows[np.logical_and.reduce([rows[name] == value for name, value in where.items()])]
+        for label, where in _PANELS.items()
+    }
     measured = {name for part in parts.values() for name in part["method"]}
     variants = variants[variants["name"].isin(measured)]
-    methods = [name for name in methods_in(variants["method"].tolist()) if (variants.loc[variants["method"] == name, "noise"] > 0).any()]
+    methods = [
+        name
+        for name in methods_in(variants["method"].tolist())
+        if (variants.loc[variants["method"] == name, "noise"] > 0).any()
+    ]
     if not methods:
-        return nothing("no noise ablation in this table: it has no method called <method>-rna_<noise>_<layer>")
+        return nothing(
+            "no noise ablation in this table: it has no method called <method>-rna_<noise>_<layer>"
+        )
     variants = variants[variants["method"].isin(methods)]
     sizes = sorted(variants["noise"].unique())
     layers = sorted(variants.loc[variants["noise"] > 0, "layer"].unique())
     with look():
-        figure, panels = plt.subplots(len(methods), 3, figsize=(9.6, 2.4 * len(methods) + 0.9), squeeze=False, sharex=True, sharey="col", layout="constrained")
+        figure, panels = plt.subplots(
+            len(methods),
+            3,
+            figsize=(9.6, 2.4 * len(methods) + 0.9),
+            squeeze=False,
+            sharex=True,
+            sharey="col",
+            layout="constrained",
+        )
         for i, method in enumerate(methods):
             mine = variants[variants["method"] == method]
             for j, (label, part) in enumerate(parts.items()):
                 axes = panels[i][j]
                 _controls(axes, part, effect=label == _EFFECT)
                 for number, layer in enumerate(layers):
-                    line = mine[(mine["layer"] == layer) | (mine["noise"] == 0)].merge(part, left_on="name", right_on="method").sort_values("noise")
+                    line = (
+                        mine[(mine["layer"] == layer) | (mine["noise"] == 0)]
+                        .merge(part, left_on="name", right_on="method")
+                        .sort_values("noise")
+                    )
                     if (line["noise"] > 0).any():
                         _line(axes, line, layer, number, layers)
-                axes.set_ylim(_limits(part[part["method"].isin(variants["name"])]) if label == _EFFECT else (-0.03, 1.05))
+                axes.set_ylim(
+                    _limits(part[part["method"].isin(variants["name"])])
+                    if label == _EFFECT
+                    else (-0.03, 1.05)
+                )
                 if i == 0:
                     axes.set_title(label)
                 if j == 0:
@@ -68,15 +102,32 @@ def noise(table: pd.DataFrame) -> Figure:
                 if i == len(methods) - 1:
                     axes.set_xlabel("length of the noise / length of the stream")
                 _noise_axis(axes, sizes)
-        handles = {label: handle for row in panels for axes in row for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=5, handlelength=2.6)
+        handles = {
+            label: handle
+            for row in panels
+            for axes in row
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=5,
+            handlelength=2.6,
+        )
     return figure
 
 
 def _variants(names: list[str]) -> pd.DataFrame:
     """``name``, ``method``, ``noise`` and ``layer`` of every variant; a method without noise stands for noise 0 where no variant of it does."""
-    found = [(name, match["method"], float(match["noise"]), int(match["layer"] or _OWN)) for name in names if (match := _NAME.fullmatch(name))]
-    without = {method for _, method, _, _ in found} - {method for _, method, size, _ in found if size == 0}
+    found = [
+        (name, match["method"], float(match["noise"]), int(match["layer"] or _OWN))
+        for name in names
+        if (match := _NAME.fullmatch(name))
+    ]
+    without = {method for _, method, _, _ in found} - {
+        method for _, method, size, _ in found if size == 0
+    }
     found += [(name, name, 0.0, _OWN) for name in names if name in without]
     return pd.DataFrame(found, columns=["name", "method", "noise", "layer"])
 
@@ -88,7 +139,13 @@ def _controls(axes: Axes, part: pd.DataFrame, *, effect: bool) -> None:
     for method, dash in (("base", ":"), ("never-learned", "--")):
         level = part.loc[part["method"] == method, "value"]
         if len(level):
-            axes.axhline(float(level.mean()), color=colour(method), linestyle=dash, linewidth=1.1, label=title(method))
+            axes.axhline(
+                float(level.mean()),
+                color=colour(method),
+                linestyle=dash,
+                linewidth=1.1,
+                label=title(method),
+            )
 
 
 def _limits(part: pd.DataFrame) -> tuple[float, float]:
@@ -102,14 +159,34 @@ def _limits(part: pd.DataFrame) -> tuple[float, float]:
 
 def _line(axes: Axes, line: pd.DataFrame, layer: int, number: int, layers: list[int]) -> None:
     several = [name for name in layers if name != _OWN]
-    shade = "black" if layer == _OWN else mpl.colormaps["viridis"](0.15 + 0.7 * several.index(layer) / max(1, len(several) - 1))
+    shade = (
+        "black"
+        if layer == _OWN
+        else mpl.colormaps["viridis"](0.15 + 0.7 * several.index(layer) / max(1, len(several) - 1))
+    )
     label = "the method's own block" if layer == _OWN else f"noise after block {layer}"
     aside = (number - (len(layers) - 1) / 2) * _ROOM / max(1, len(layers) - 1)
-    moved = axes.transData + ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)  # the data stay where they are
+    moved = axes.transData + ScaledTranslation(
+        aside / 72, 0, axes.figure.dpi_scale_trans
+    )  # the data stay where they are
     value, low, high = (line[name].astype(float).to_numpy() for name in ("value", "low", "high"))
     whiskers = [np.maximum(0, value - low), np.maximum(0, high - value)]
-    style = {"marker": _MARKS[number % len(_MARKS)], "markersize": 4.5, "linewidth": 1.2, "elinewidth": 0.9, "capsize": 2}
-    axes.errorbar(line["noise"].astype(float), value, yerr=whiskers, color=shade, label=label, transform=moved, **style)  # type: ignore[arg-type]
+    style = {
+        "marker": _MARKS[number % len(_MARKS)],
+        "markersize": 4.5,
+        "linewidth": 1.2,
+        "elinewidth": 0.9,
+        "capsize": 2,
+    }
+    axes.errorbar(
+        line["noise"].astype(float),
+        value,
+        yerr=whiskers,
+        color=shade,
+        label=label,
+        transform=moved,
+        **style,  # type: ignore[arg-type]
+    )
 
 
 def _noise_axis(axes: Axes, sizes: list[float]) -> None:

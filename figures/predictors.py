@@ -31,7 +31,10 @@ NAMES = {
     "disruption_general": "KL on general text",
     "recall_before": "recall before the attack",
 }
-_OUTCOMES = (("recovery", "with the recall won back", "#D55E00", "o"), ("recall_after", "with the recall after the attack", "#0072B2", "s"))
+_OUTCOMES = (
+    ("recovery", "with the recall won back", "#D55E00", "o"),
+    ("recall_after", "with the recall after the attack", "#0072B2", "s"),
+)
 
 
 def predictors(table: pd.DataFrame) -> Figure:
@@ -53,9 +56,23 @@ def predictors(table: pd.DataFrame) -> Figure:
             if not names:
                 continue
             values = mine.loc[names]
-            places = np.array([strength.index.get_loc(name) for name in names], dtype=float) + (0.14 if offset == 0 else -0.14)
-            spread = [(values["value"] - values["low"]).clip(lower=0), (values["high"] - values["value"]).clip(lower=0)]
-            axes.errorbar(values["value"], places, xerr=spread, fmt=marker, markersize=4, capsize=2, color=shade, label=label)
+            places = np.array([strength.index.get_loc(name) for name in names], dtype=float) + (
+                0.14 if offset == 0 else -0.14
+            )
+            spread = [
+                (values["value"] - values["low"]).clip(lower=0),
+                (values["high"] - values["value"]).clip(lower=0),
+            ]
+            axes.errorbar(
+                values["value"],
+                places,
+                xerr=spread,
+                fmt=marker,
+                markersize=4,
+                capsize=2,
+                color=shade,
+                label=label,
+            )
         axes.set_yticks(range(len(strength)), [NAMES.get(name, name) for name in strength.index])
         axes.set_xlim(-1.05, 1.05)
         axes.set_xlabel("Spearman's rank correlation")

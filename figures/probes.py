@@ -10,7 +10,11 @@ from figures.style import colour, grid, look, methods_in, nothing, title
 
 
 def _rows(table: pd.DataFrame, split: str) -> pd.DataFrame:
-    chosen = (table["stage"] == "representation") & (table["split"] == split) & (table["metric"] == "probe_accuracy")
+    chosen = (
+        (table["stage"] == "representation")
+        & (table["split"] == split)
+        & (table["metric"] == "probe_accuracy")
+    )
     return table[chosen].dropna(subset=["value"])
 
 
@@ -25,22 +29,67 @@ def probes(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
     """
     rows = _rows(table, split)
     own = rows[rows["arm"] == "own"]
-    methods = [name for name in methods_in(own["method"].dropna().tolist()) if name != "base"] or methods_in(own["method"].dropna().tolist())
+    methods = [
+        name for name in methods_in(own["method"].dropna().tolist()) if name != "base"
+    ] or methods_in(own["method"].dropna().tolist())
     if not methods:
         return nothing("no probe in this table")
-    kept = [f"{title('base')}, own probe", "most frequent label", "ceiling (labels seen in training)"]
+    kept = [
+        f"{title('base')}, own probe",
+        "most frequent label",
+        "ceiling (labels seen in training)",
+    ]
     with look():
         figure, panels = grid(len(methods), width=2.6, height=2.2)
         for axes, method in zip(panels, methods, strict=True):
             mine, shade = rows[rows["method"] == method], colour(method)
             ceiling = mine[mine["arm"] == "ceiling"]
             if (ceiling["value"] < 1).any():
-                draw(axes, ceiling, kept[2], band=False, color="0.6", linewidth=0.9, linestyle=(0, (1, 1)))
-            draw(axes, mine[mine["arm"] == "majority"], kept[1], band=False, color="0.6", linewidth=1.1, linestyle=(0, (5, 2)))
+                draw(
+                    axes,
+                    ceiling,
+                    kept[2],
+                    band=False,
+                    color="0.6",
+                    linewidth=0.9,
+                    linestyle=(0, (1, 1)),
+                )
+            draw(
+                axes,
+                mine[mine["arm"] == "majority"],
+                kept[1],
+                band=False,
+                color="0.6",
+                linewidth=1.1,
+                linestyle=(0, (5, 2)),
+            )
             if method != "base":
-                draw(axes, own[own["method"] == "base"], kept[0], band=False, color=colour("base"), linewidth=1.1)
-            draw(axes, mine[mine["arm"] == "control"], "control task", band=False, color=shade, marker="x", markersize=4, linestyle=":")
-            draw(axes, own[own["method"] == method], "own probe", color=shade, marker="o", markersize=3.5)
+                draw(
+                    axes,
+                    own[own["method"] == "base"],
+                    kept[0],
+                    band=False,
+                    color=colour("base"),
+                    linewidth=1.1,
+                )
+            draw(
+                axes,
+                mine[mine["arm"] == "control"],
+                "control task",
+                band=False,
+                color=shade,
+                marker="x",
+                markersize=4,
+                linestyle=":",
+            )
+            draw(
+                axes,
+                own[own["method"] == method],
+                "own probe",
+                color=shade,
+                marker="o",
+                markersize=3.5,
+            )
             axes.set_ylim(-0.03, 1.05)
             finish(axes, method)
         figure.supylabel("accuracy on unseen subjects", fontsize=9)
@@ -67,11 +116,51 @@ def transfer(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
         figure, panels = grid(len(methods), width=2.6, height=2.2)
         for axes, method in zip(panels, methods, strict=True):
             mine, shade, black = rows[rows["method"] == method], colour(method), colour("base")
-            draw(axes, mine[mine["arm"] == "majority"], kept[2], band=False, color="0.6", linewidth=1.1, linestyle=(0, (5, 2)))
-            draw(axes, rows[(rows["method"] == "base") & (rows["arm"] == "own")], kept[0], band=False, color=black, linewidth=1.2)
-            draw(axes, mine[mine["arm"] == "base->unlearned"], kept[1], band=False, color=black, marker="v", markersize=3.5, linestyle="--")
-            draw(axes, mine[mine["arm"] == "own"], "own probe on this model", color=shade, marker="o", markersize=3.5)
-            draw(axes, mine[mine["arm"] == "unlearned->base"], "own probe on the base", band=False, color=shade, marker="^", markersize=3.5, linestyle="--")
+            draw(
+                axes,
+                mine[mine["arm"] == "majority"],
+                kept[2],
+                band=False,
+                color="0.6",
+                linewidth=1.1,
+                linestyle=(0, (5, 2)),
+            )
+            draw(
+                axes,
+                rows[(rows["method"] == "base") & (rows["arm"] == "own")],
+                kept[0],
+                band=False,
+                color=black,
+                linewidth=1.2,
+            )
+            draw(
+                axes,
+                mine[mine["arm"] == "base->unlearned"],
+                kept[1],
+                band=False,
+                color=black,
+                marker="v",
+                markersize=3.5,
+                linestyle="--",
+            )
+            draw(
+                axes,
+                mine[mine["arm"] == "own"],
+                "own probe on this model",
+                color=shade,
+                marker="o",
+                markersize=3.5,
+            )
+            draw(
+                axes,
+                mine[mine["arm"] == "unlearned->base"],
+                "own probe on the base",
+                band=False,
+                color=shade,
+                marker="^",
+                markersize=3.5,
+                linestyle="--",
+            )
             axes.set_ylim(-0.03, 1.05)
             finish(axes, method)
         figure.supylabel("accuracy on unseen subjects", fontsize=9)

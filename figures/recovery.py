@@ -9,12 +9,21 @@ from matplotlib.figure import Figure
 from figures.style import colour, grid, look, methods_in, nothing, title
 
 
-def _line(axes: Axes, rows: pd.DataFrame, label: str, *, band: bool = True, **style: object) -> None:
+def _line(
+    axes: Axes, rows: pd.DataFrame, label: str, *, band: bool = True, **style: object
+) -> None:
     rows = rows.sort_values("step")
     (line,) = axes.plot(rows["step"], rows["value"], label=label, **style)  # type: ignore[arg-type]
     if not band:
         return
-    axes.fill_between(rows["step"].astype(float), rows["low"].astype(float), rows["high"].astype(float), color=line.get_color(), alpha=0.18, linewidth=0)
+    axes.fill_between(
+        rows["step"].astype(float),
+        rows["low"].astype(float),
+        rows["high"].astype(float),
+        color=line.get_color(),
+        alpha=0.18,
+        linewidth=0,
+    )
 
 
 def recovery(table: pd.DataFrame, metric: str = "recall") -> Figure:
@@ -24,8 +33,17 @@ def recovery(table: pd.DataFrame, metric: str = "recall") -> Figure:
         table: tidy results; rows of stage ``relearn`` without a seed are drawn.
         metric: which metric.
     """
-    rows = table[(table["stage"] == "relearn") & (table["metric"] == metric) & (table["split"] == "forget-heldout") & table["seed"].isna()]
-    methods = [name for name in methods_in(rows["method"].dropna().tolist()) if name not in ("base", "never-learned")]
+    rows = table[
+        (table["stage"] == "relearn")
+        & (table["metric"] == metric)
+        & (table["split"] == "forget-heldout")
+        & table["seed"].isna()
+    ]
+    methods = [
+        name
+        for name in methods_in(rows["method"].dropna().tolist())
+        if name not in ("base", "never-learned")
+    ]
     if not methods:
         return nothing("no relearning attack in this table")
     with look():
@@ -34,19 +52,58 @@ def recovery(table: pd.DataFrame, metric: str = "recall") -> Figure:
         base = rows[(rows["method"] == "base") & (rows["arm"] == "attack")]
         for axes, method in zip(panels, methods, strict=True):
             mine = rows[rows["method"] == method]
-            _line(axes, mine[mine["arm"] == "attack"], "relearning attack", color=colour(method), marker="o", markersize=3)
+            _line(
+                axes,
+                mine[mine["arm"] == "attack"],
+                "relearning attack",
+                color=colour(method),
+                marker="o",
+                markersize=3,
+            )
             if (mine["arm"] == "null").any():
-                _line(axes, mine[mine["arm"] == "null"], "null attack (general text)", color=colour(method), linestyle=":", alpha=0.9)
+                _line(
+                    axes,
+                    mine[mine["arm"] == "null"],
+                    "null attack (general text)",
+                    color=colour(method),
+                    linestyle=":",
+                    alpha=0.9,
+                )
             if (mine["arm"] == "random-facts").any():
-                _line(axes, mine[mine["arm"] == "random-facts"], "random facts (exchanged answers)", color=colour(method), linestyle="-.", alpha=0.9)
+                _line(
+                    axes,
+                    mine[mine["arm"] == "random-facts"],
+                    "random facts (exchanged answers)",
+                    color=colour(method),
+                    linestyle="-.",
+                    alpha=0.9,
+                )
             if len(base):
-                _line(axes, base, "base, same attack", band=False, color=colour("base"), linewidth=0.9, linestyle=(0, (1, 2)))
+                _line(
+                    axes,
+                    base,
+                    "base, same attack",
+                    band=False,
+                    color=colour("base"),
+                    linewidth=0.9,
+                    linestyle=(0, (1, 2)),
+                )
             if len(control):
-                _line(axes, control, "never learned, same attack", color=colour("never-learned"), linestyle="--")
+                _line(
+                    axes,
+                    control,
+                    "never learned, same attack",
+                    color=colour("never-learned"),
+                    linestyle="--",
+                )
             axes.set_title(title(method), color=colour(method), fontweight="bold")
             axes.set_ylim(-0.03, 1.05)
             axes.set_xlabel("attack steps")
-        unit = "recall of held-out forget facts" if metric == "recall" else "answer probability, held-out"
+        unit = (
+            "recall of held-out forget facts"
+            if metric == "recall"
+            else "answer probability, held-out"
+        )
         panels[0].set_ylabel(unit)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)

@@ -25,7 +25,9 @@ _RADII = (9.0, 13.0, 18.0, 24.0, 31.0)
 _ANGLES = np.deg2rad([45, 0, 90, -45, 135, 180, -90, -135, 22, 67, -22, 112])
 
 
-def resistance(table: pd.DataFrame, measures: Sequence[str] | None = None, outcome: str = "recovery") -> Figure:
+def resistance(
+    table: pd.DataFrame, measures: Sequence[str] | None = None, outcome: str = "recovery"
+) -> Figure:
     """One panel per measure: small points are models (one per method and seed), large ones the means over seeds with the range of the seeds both ways.
 
     The colour is that of the method without its smoothing, the marker is the smoothing; the number beside a mean is the method's in the legend. Methods are the same in all
@@ -40,8 +42,16 @@ def resistance(table: pd.DataFrame, measures: Sequence[str] | None = None, outco
         outcome: ``recovery`` or ``recall_after``.
     """
     points = _points(table, outcome)
-    correlations = table[(table["metric"] == "recovery_correlation") & (table["split"] == outcome)].dropna(subset=["value"]).set_index("arm")
-    seen = [name for name in [*NAMES, *sorted(set(points["arm"]) - set(NAMES))] if (points["arm"] == name).any()]
+    correlations = (
+        table[(table["metric"] == "recovery_correlation") & (table["split"] == outcome)]
+        .dropna(subset=["value"])
+        .set_index("arm")
+    )
+    seen = [
+        name
+        for name in [*NAMES, *sorted(set(points["arm"]) - set(NAMES))]
+        if (points["arm"] == name).any()
+    ]
     if measures is None:
         strength = correlations["value"].abs().groupby(level=0).max().to_dict()
         seen = [name for name in seen if (name, outcome) != ("recall_before", "recovery")]
@@ -51,7 +61,10 @@ def resistance(table: pd.DataFrame, measures: Sequence[str] | None = None, outco
     if not chosen:
         return nothing("no measures beside what an attack won back in this table")
     points = points[points["arm"].isin(chosen)]
-    numbers = {method: number for number, method in enumerate(_in_order(points["method"].unique().tolist()), start=1)}
+    numbers = {
+        method: number
+        for number, method in enumerate(_in_order(points["method"].unique().tolist()), start=1)
+    }
     columns = min(len(chosen), 2 if len(chosen) == 4 else 3)
     with look():
         figure, panels = grid(len(chosen), columns=columns, width=3.4, height=2.9)
@@ -67,10 +80,20 @@ def resistance(table: pd.DataFrame, measures: Sequence[str] | None = None, outco
             axes.set_xlabel(NAMES.get(measure, measure))
             if position % columns == 0:
                 axes.set_ylabel(_OUTCOMES.get(outcome, outcome))
-        handles = [Line2D([], [], linestyle="", marker=_MARKERS[kind], color=colour(family)) for family, kind in map(family_and_smoothing, numbers)]
+        handles = [
+            Line2D([], [], linestyle="", marker=_MARKERS[kind], color=colour(family))
+            for family, kind in map(family_and_smoothing, numbers)
+        ]
         labels = [f"{number} {_label(method)}" for method, number in numbers.items()]
         lines = -(-len(labels) // (2 * columns))
-        figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // lines), handletextpad=0.1, columnspacing=1.2)
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=-(-len(labels) // lines),
+            handletextpad=0.1,
+            columnspacing=1.2,
+        )
         figure.draw_without_rendering()  # only then is it known where a mean lies on the page
         for axes, found in zip(panels, means, strict=True):
             _number(axes, found)
@@ -97,7 +120,13 @@ def _in_order(methods: list[str]) -> list[str]:
     """Strengths of one smoothing stand together, weakest first."""
     parts = {method: _strengths(method) for method in methods}
     order = methods_in([name for name, _ in parts.values()])
-    return sorted(methods, key=lambda method: (order.index(parts[method][0]), [float(number) for number in parts[method][1]]))
+    return sorted(
+        methods,
+        key=lambda method: (
+            order.index(parts[method][0]),
+            [float(number) for number in parts[method][1]],
+        ),
+    )
 
 
 def _label(method: str) -> str:
@@ -110,8 +139,18 @@ def _points(table: pd.DataFrame, outcome: str) -> pd.DataFrame:
     """``run``, ``method``, ``seed``, ``arm`` (the measure), ``value`` and ``won``; models that lack either number are left out."""
     rows = table[table["seed"].notna() & np.isfinite(table["value"].astype(float))]
     rows = rows.assign(run=rows["run"].fillna(""))
-    measured = rows[rows["metric"] == "predictor_value"].groupby([*_KEYS, "arm"], as_index=False)["value"].mean()
-    won = rows[(rows["metric"] == "outcome") & (rows["arm"] == outcome)].groupby(_KEYS)["value"].mean().rename("won").reset_index()
+    measured = (
+        rows[rows["metric"] == "predictor_value"]
+        .groupby([*_KEYS, "arm"], as_index=False)["value"]
+        .mean()
+    )
+    won = (
+        rows[(rows["metric"] == "outcome") & (rows["arm"] == outcome)]
+        .groupby(_KEYS)["value"]
+        .mean()
+        .rename("won")
+        .reset_index()
+    )
     return measured.merge(won, on=_KEYS)
 
 
@@ -119,11 +158,34 @@ def _draw(axes: Axes, models: pd.DataFrame, method: str) -> tuple[float, float]:
     """The points and their mean, which is returned."""
     family, smoothing = family_and_smoothing(method)
     shade, marker = colour(family), _MARKERS[smoothing]
-    axes.scatter(models["value"], models["won"], s=9, color=shade, marker=marker, alpha=0.5, linewidth=0, zorder=2)
+    axes.scatter(
+        models["value"],
+        models["won"],
+        s=9,
+        color=shade,
+        marker=marker,
+        alpha=0.5,
+        linewidth=0,
+        zorder=2,
+    )
     x, y = float(models["value"].mean()), float(models["won"].mean())
     # a mean of equal numbers can miss them by a rounding
-    spread = [[[max(0.0, mean - models[name].min())], [max(0.0, models[name].max() - mean)]] for name, mean in (("value", x), ("won", y))]
-    axes.errorbar(x, y, xerr=spread[0], yerr=spread[1], fmt=marker, color=shade, markersize=6, markeredgecolor="white", markeredgewidth=0.5, linewidth=0.8)
+    spread = [
+        [[max(0.0, mean - models[name].min())], [max(0.0, models[name].max() - mean)]]
+        for name, mean in (("value", x), ("won", y))
+    ]
+    axes.errorbar(
+        x,
+        y,
+        xerr=spread[0],
+        yerr=spread[1],
+        fmt=marker,
+        color=shade,
+        markersize=6,
+        markeredgecolor="white",
+        markeredgewidth=0.5,
+        linewidth=0.8,
+    )
     return x, y
 
 
@@ -132,12 +194,28 @@ def _number(axes: Axes, means: list[tuple[int, float, float]]) -> None:
     scale = 72 / axes.figure.dpi
     centres = [axes.transData.transform((x, y)) * scale for _, x, y in means]
     left, bottom, right, top = (float(end) * scale for end in axes.bbox.extents)
-    taken = [(x, y, 3.0, 3.0) for x, y in centres]  # middle and half of the width and height, in points
+    taken = [
+        (x, y, 3.0, 3.0) for x, y in centres
+    ]  # middle and half of the width and height, in points
     for (number, x, y), centre in zip(means, centres, strict=True):
         width = 2.4 * len(str(number)) + 0.4
-        places = [centre + radius * np.array([np.cos(angle), np.sin(angle)]) for radius in _RADII for angle in _ANGLES]
-        inside = [place for place in places if left + width < place[0] < right - width and bottom + 4 < place[1] < top - 4]
-        free = [place for place in inside if all(abs(place[0] - a) > width + w or abs(place[1] - b) > 3.2 + h for a, b, w, h in taken)]
+        places = [
+            centre + radius * np.array([np.cos(angle), np.sin(angle)])
+            for radius in _RADII
+            for angle in _ANGLES
+        ]
+        inside = [
+            place
+            for place in places
+            if left + width < place[0] < right - width and bottom + 4 < place[1] < top - 4
+        ]
+        free = [
+            place
+            for place in inside
+            if all(
+                abs(place[0] - a) > width + w or abs(place[1] - b) > 3.2 + h for a, b, w, h in taken
+            )
+        ]
         best = (free or inside or places)[0]
         taken.append((best[0], best[1], width, 3.2))
         far = float(np.hypot(*(best - centre))) > _RADII[0] + 0.1
@@ -150,7 +228,15 @@ def _number(axes: Axes, means: list[tuple[int, float, float]]) -> None:
             va="center_baseline",
             fontsize=7,
             zorder=5,
-            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "0.35", "shrinkA": 3, "shrinkB": 0} if far else None,
+            arrowprops={
+                "arrowstyle": "-",
+                "linewidth": 0.5,
+                "color": "0.35",
+                "shrinkA": 3,
+                "shrinkB": 0,
+            }
+            if far
+            else None,
             path_effects=[withStroke(linewidth=1.4, foreground="white")],
         )
 
@@ -168,4 +254,6 @@ def _correlation(correlations: pd.DataFrame, measure: str) -> str:
     if len(found) != 1:  # of two one would have to be chosen
         return "no rank correlation"
     value, low, high = (float(found[name].iloc[0]) for name in ("value", "low", "high"))
-    return f"rank correlation {value:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if np.isfinite(low) and np.isfinite(high) else "")
+    return f"rank correlation {value:+.2f}" + (
+        f" [{low:+.2f}, {high:+.2f}]" if np.isfinite(low) and np.isfinite(high) else ""
+    )

@@ -17,7 +17,9 @@ def scan(table: pd.DataFrame) -> Figure:
     Args:
         table: tidy results; stage ``triggers``, metrics ``precision`` (``step`` is the recall) and ``average_precision`` with the arm ``chance``.
     """
-    rows = table[(table["stage"] == "triggers") & table["metric"].isin(["precision", "average_precision"])]
+    rows = table[
+        (table["stage"] == "triggers") & table["metric"].isin(["precision", "average_precision"])
+    ]
     curves = rows[(rows["metric"] == "precision") & rows["seed"].notna()]
     methods = methods_in(curves["method"].dropna().tolist())
     arms = [arm for arm in _ARMS if (curves["arm"] == arm).any()]
@@ -25,23 +27,50 @@ def scan(table: pd.DataFrame) -> Figure:
         return nothing("no scan for triggers in this table")
     with look():
         figure, panels = plt.subplots(
-            1, len(arms), figsize=(3.6 * len(arms) + 1.9, 3.1 + 0.09 * len(methods)), squeeze=False, sharey=True, layout="constrained"
+            1,
+            len(arms),
+            figsize=(3.6 * len(arms) + 1.9, 3.1 + 0.09 * len(methods)),
+            squeeze=False,
+            sharey=True,
+            layout="constrained",
         )
         chance = rows[(rows["metric"] == "average_precision") & (rows["arm"] == "chance")]["value"]
         for axes, arm in zip(panels[0], arms, strict=True):
             for method in methods:
                 mine = curves[(curves["method"] == method) & (curves["arm"] == arm)]
-                areas = rows[(rows["metric"] == "average_precision") & (rows["method"] == method) & (rows["arm"] == arm) & rows["seed"].notna()]["value"]
+                areas = rows[
+                    (rows["metric"] == "average_precision")
+                    & (rows["method"] == method)
+                    & (rows["arm"] == arm)
+                    & rows["seed"].notna()
+                ]["value"]
                 for number, (_, line) in enumerate(mine.groupby("seed", sort=True)):
                     line = line.sort_values("step")
                     label = f"{title(method)} ({areas.mean():.2f})" if not number else None
-                    axes.step(line["step"], line["value"], where="pre", color=colour(method), linewidth=1.1, alpha=0.8, label=label)
+                    axes.step(
+                        line["step"],
+                        line["value"],
+                        where="pre",
+                        color=colour(method),
+                        linewidth=1.1,
+                        alpha=0.8,
+                        label=label,
+                    )
             if len(chance):
-                axes.axhline(float(chance.mean()), color="0.5", linestyle=":", linewidth=1.1, label="chance")
+                axes.axhline(
+                    float(chance.mean()), color="0.5", linestyle=":", linewidth=1.1, label="chance"
+                )
             axes.set_title(_ARMS[arm])
             axes.set_xlabel("recall of forgotten names")
             axes.set_xlim(-0.02, 1.02)
             axes.set_ylim(-0.02, 1.05)
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, title="mean average precision", title_fontsize=8, fontsize=7)
+            axes.legend(
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.2),
+                ncols=2,
+                title="mean average precision",
+                title_fontsize=8,
+                fontsize=7,
+            )
         panels[0][0].set_ylabel("precision")
     return figure

@@ -12,8 +12,17 @@ from figures.convergence import stroke
 from figures.lens import by_block
 from figures.style import colour, look, methods_in, nothing, title
 
-_MEASURES = {"relative_shift": "length of the shift\n(share of the stream's)", "cosine": "cosine with the base", "cka": "1 - CKA with the base\n(debiased)"}
-_SPLITS = {"forget-heldout": "held-out forget texts", "retain-neighbour": "neighbours", "retain": "retain texts", "general": "general text"}
+_MEASURES = {
+    "relative_shift": "length of the shift\n(share of the stream's)",
+    "cosine": "cosine with the base",
+    "cka": "1 - CKA with the base\n(debiased)",
+}
+_SPLITS = {
+    "forget-heldout": "held-out forget texts",
+    "retain-neighbour": "neighbours",
+    "retain": "retain texts",
+    "general": "general text",
+}
 
 
 def shift(table: pd.DataFrame) -> Figure:
@@ -25,32 +34,74 @@ def shift(table: pd.DataFrame) -> Figure:
         table: tidy results; stage ``unlearn``, metrics ``relative_shift``, ``cosine`` and ``cka``, ``site`` = ``blocks.N.hook_resid_post``, splits ``forget-heldout``,
             ``retain-neighbour``, ``retain`` and ``general``.
     """
-    rows = table[(table["stage"] == "unlearn") & table["metric"].isin(list(_MEASURES)) & table["split"].isin(list(_SPLITS)) & table["seed"].notna()]
-    rows = rows[np.isfinite(rows["value"].astype(float)) & rows["site"].fillna("").str.fullmatch(r"blocks\.\d+\.hook_resid_post")]
+    rows = table[
+        (table["stage"] == "unlearn")
+        & table["metric"].isin(list(_MEASURES))
+        & table["split"].isin(list(_SPLITS))
+        & table["seed"].notna()
+    ]
+    rows = rows[
+        np.isfinite(rows["value"].astype(float))
+        & rows["site"].fillna("").str.fullmatch(r"blocks\.\d+\.hook_resid_post")
+    ]
     methods = methods_in(rows["method"].dropna().tolist())
     if not methods:
         return nothing("no shift of the residual stream in this table")
-    rows = rows.assign(value=rows["value"].mask(rows["metric"] == "cka", 1 - rows["value"]), low=np.nan, high=np.nan)
+    rows = rows.assign(
+        value=rows["value"].mask(rows["metric"] == "cka", 1 - rows["value"]),
+        low=np.nan,
+        high=np.nan,
+    )
     measures = [name for name in _MEASURES if (rows["metric"] == name).any()]
     splits = [name for name in _SPLITS if (rows["split"] == name).any()]
     with look():
         size = (3.1 * len(splits) + 0.6, 2.1 * len(measures) + 0.6 + 0.18 * -(-len(methods) // 5))
-        figure, panels = plt.subplots(len(measures), len(splits), figsize=size, squeeze=False, sharex=True, sharey="row", layout="constrained")
+        figure, panels = plt.subplots(
+            len(measures),
+            len(splits),
+            figsize=size,
+            squeeze=False,
+            sharex=True,
+            sharey="row",
+            layout="constrained",
+        )
         for i, measure in enumerate(measures):
             for j, split in enumerate(splits):
-                axes, mine = panels[i][j], rows[(rows["metric"] == measure) & (rows["split"] == split)]
+                axes, mine = (
+                    panels[i][j],
+                    rows[(rows["metric"] == measure) & (rows["split"] == split)],
+                )
                 for number, method in enumerate(methods):
                     curve = by_block(mine[mine["method"] == method])
                     if not len(curve):
                         continue
                     shade = colour(method)
-                    axes.plot(curve.index, curve["value"], color=shade, linewidth=1.1, markersize=3.5, label=title(method), **stroke(number))  # type: ignore[arg-type]
-                    axes.fill_between(curve.index.to_numpy(dtype=float), curve["low"], curve["high"], color=shade, alpha=0.13, linewidth=0)
+                    axes.plot(
+                        curve.index,
+                        curve["value"],
+                        color=shade,
+                        linewidth=1.1,
+                        markersize=3.5,
+                        label=title(method),
+                        **stroke(number),
+                    )  # type: ignore[arg-type]
+                    axes.fill_between(
+                        curve.index.to_numpy(dtype=float),
+                        curve["low"],
+                        curve["high"],
+                        color=shade,
+                        alpha=0.13,
+                        linewidth=0,
+                    )
                 axes.axhline(1 if measure == "cosine" else 0, color="0.5", linewidth=0.7)
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-                if measure == "cka":  # two decades lie between a steered method and the others; debiased, it can fall below 0
+                if (
+                    measure == "cka"
+                ):  # two decades lie between a steered method and the others; debiased, it can fall below 0
                     axes.set_yscale("symlog", linthresh=0.01, linscale=0.5)
-                    axes.set_yticks([0, 0.01, 0.03, 0.1, 0.3, 1], ["0", "0.01", "0.03", "0.1", "0.3", "1"])
+                    axes.set_yticks(
+                        [0, 0.01, 0.03, 0.1, 0.3, 1], ["0", "0.01", "0.03", "0.1", "0.3", "1"]
+                    )
                     axes.yaxis.set_minor_locator(NullLocator())
                 if i == 0:
                     axes.set_title(_SPLITS[split])
@@ -59,9 +110,27 @@ def shift(table: pd.DataFrame) -> Figure:
                 if j == 0:
                     axes.set_ylabel(_MEASURES[measure])
         if "cka" in measures:
-            drawn = [values for axes in panels[measures.index("cka")] for line in axes.lines for values in np.asarray(line.get_ydata(), dtype=float)]
-            panels[measures.index("cka")][0].set_ylim(min(-0.002, 1.2 * min(drawn)), 1.4 * max(0.02, *drawn))
-        handles = {label: handle for row in panels for axes in row for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+            drawn = [
+                values
+                for axes in panels[measures.index("cka")]
+                for line in axes.lines
+                for values in np.asarray(line.get_ydata(), dtype=float)
+            ]
+            panels[measures.index("cka")][0].set_ylim(
+                min(-0.002, 1.2 * min(drawn)), 1.4 * max(0.02, *drawn)
+            )
+        handles = {
+            label: handle
+            for row in panels
+            for axes in row
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
         order = [title(method) for method in methods if title(method) in handles]
-        figure.legend([handles[name] for name in order], order, loc="outside lower center", ncols=min(5, 2 * len(splits)), handlelength=3)
+        figure.legend(
+            [handles[name] for name in order],
+            order,
+            loc="outside lower center",
+            ncols=min(5, 2 * len(splits)),
+            handlelength=3,
+        )
     return figure

@@ -13,7 +13,11 @@ _ARMS = {
     "random": ("along a filter-normalised random direction", "step / length of the weights"),
     "to-base": ("from the unlearned model towards the base", "0 = unlearned, 1 = base"),
 }
-_SPLITS = {"forget-heldout": "loss of held-out forget answers", "retain-neighbour": "loss of neighbour answers", "retain": "loss of retain answers"}
+_SPLITS = {
+    "forget-heldout": "loss of held-out forget answers",
+    "retain-neighbour": "loss of neighbour answers",
+    "retain": "loss of retain answers",
+}
 
 
 def slices(table: pd.DataFrame) -> Figure:
@@ -29,19 +33,40 @@ def slices(table: pd.DataFrame) -> Figure:
         return nothing("no loss slice in this table")
     with look():
         figure, panels = plt.subplots(
-            len(splits), len(arms), figsize=(3.4 * len(arms), 2.5 * len(splits) + 0.7), squeeze=False, sharey="row", layout="constrained"
+            len(splits),
+            len(arms),
+            figsize=(3.4 * len(arms), 2.5 * len(splits) + 0.7),
+            squeeze=False,
+            sharey="row",
+            layout="constrained",
         )
         for i, split in enumerate(splits):
             for j, arm in enumerate(arms):
                 axes = panels[i][j]
                 for method in methods_in(rows["method"].dropna().tolist()):
-                    mine = rows[(rows["method"] == method) & (rows["arm"] == arm) & (rows["split"] == split)]
+                    mine = rows[
+                        (rows["method"] == method) & (rows["arm"] == arm) & (rows["split"] == split)
+                    ]
                     if not len(mine):
                         continue
                     band = mine.groupby("step")["value"].agg(["mean", "min", "max"])
                     dash = "--" if method == "never-learned" else "-"
-                    axes.plot(band.index, band["mean"], color=colour(method), linestyle=dash, label=title(method), linewidth=1.3)
-                    axes.fill_between(band.index.astype(float), band["min"], band["max"], color=colour(method), alpha=0.15, linewidth=0)
+                    axes.plot(
+                        band.index,
+                        band["mean"],
+                        color=colour(method),
+                        linestyle=dash,
+                        label=title(method),
+                        linewidth=1.3,
+                    )
+                    axes.fill_between(
+                        band.index.astype(float),
+                        band["min"],
+                        band["max"],
+                        color=colour(method),
+                        alpha=0.15,
+                        linewidth=0,
+                    )
                 axes.axvline(0, color="0.5", linewidth=0.7)
                 if i == 0:
                     axes.set_title(_ARMS[arm][0])
@@ -51,6 +76,11 @@ def slices(table: pd.DataFrame) -> Figure:
                     axes.set_ylabel(_SPLITS[split] + "\n(nats per token)")
                 axes.set_yscale("symlog", linthresh=0.1)
                 axes.set_ylim(bottom=0)
-        handles = {label: handle for row in panels for axes in row for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        handles = {
+            label: handle
+            for row in panels
+            for axes in row
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=5)
     return figure

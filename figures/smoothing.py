@@ -19,21 +19,37 @@ def smoothing(table: pd.DataFrame) -> Figure:
     Args:
         table: tidy results; metric ``smoothing_effect`` by smoothed method and step.
     """
-    rows = table[(table["metric"] == "smoothing_effect") & table["seed"].isna() & (table["split"].fillna("forget-heldout") == "forget-heldout")]
+    rows = table[
+        (table["metric"] == "smoothing_effect")
+        & table["seed"].isna()
+        & (table["split"].fillna("forget-heldout") == "forget-heldout")
+    ]
     if not len(rows):
         return nothing("no method with and without smoothing in this table")
     names = [family_and_smoothing(method) for method in rows["method"]]
-    rows = rows.assign(plain=[plain for plain, _ in names], wrapper=[wrapper.upper() for _, wrapper in names])
+    rows = rows.assign(
+        plain=[plain for plain, _ in names], wrapper=[wrapper.upper() for _, wrapper in names]
+    )
     plain = methods_in(rows["plain"].tolist())
     wrappers = list(dict.fromkeys(rows["wrapper"]))
     reach = 1.08 * max(float(rows[["low", "high"]].abs().max().max()), 0.02)
     with look():
-        figure, panels = grid(len(plain), columns=5, width=max(2.3, 4.0 / len(plain)), height=0.9 + 0.3 * len(wrappers))
+        figure, panels = grid(
+            len(plain),
+            columns=5,
+            width=max(2.3, 4.0 / len(plain)),
+            height=0.9 + 0.3 * len(wrappers),
+        )
         for axes, method in zip(panels, plain, strict=True):
             mine = rows[rows["plain"] == method]
-            for offset, step, face in ((0.15, mine["step"].min(), "white"), (-0.15, mine["step"].max(), colour(method))):
+            for offset, step, face in (
+                (0.15, mine["step"].min(), "white"),
+                (-0.15, mine["step"].max(), colour(method)),
+            ):
                 part = mine[mine["step"] == step].set_index("wrapper").reindex(wrappers)
-                value, low, high = (part[name].to_numpy(dtype=float) for name in ("value", "low", "high"))
+                value, low, high = (
+                    part[name].to_numpy(dtype=float) for name in ("value", "low", "high")
+                )
                 axes.errorbar(
                     value, np.arange(len(wrappers))[::-1] + offset, xerr=np.maximum([value - low, high - value], 0), fmt="o", markersize=4.5, color=colour(method),
                     markerfacecolor=face, capsize=2, linewidth=1,
@@ -45,6 +61,13 @@ def smoothing(table: pd.DataFrame) -> Figure:
             axes.set_ylim(-0.5, len(wrappers) - 0.5)
             axes.grid(axis="y", visible=False)
             axes.set_xlabel("recall: plain minus smoothed")
-        handles = [Line2D([], [], color="0.25", marker="o", linewidth=1, markersize=4.5, markerfacecolor=face) for face in ("white", "0.25")]
-        figure.legend(handles, ["before the attack", "after it"], loc="outside lower center", ncols=2)
+        handles = [
+            Line2D(
+                [], [], color="0.25", marker="o", linewidth=1, markersize=4.5, markerfacecolor=face
+            )
+            for face in ("white", "0.25")
+        ]
+        figure.legend(
+            handles, ["before the attack", "after it"], loc="outside lower center", ncols=2
+        )
     return figure

@@ -10,7 +10,11 @@ from matplotlib.ticker import MaxNLocator
 
 from figures.style import look, nothing
 
-_KINDS = {"mlp.hook_in": "MLP inputs", "mlp.out.hook_in": "inputs of the down projections", "mlp.hook_out_grad": "output gradients of the MLPs"}
+_KINDS = {
+    "mlp.hook_in": "MLP inputs",
+    "mlp.out.hook_in": "inputs of the down projections",
+    "mlp.hook_out_grad": "output gradients of the MLPs",
+}
 _SPLITS = {"forget": "#882255", "retain": "#332288"}
 _ARMS = {
     "retain-retain": ("two halves of the retain set", "#332288", "--"),
@@ -31,27 +35,76 @@ def spectra(table: pd.DataFrame) -> Figure:
     if not kinds:
         return nothing("no subspace in this table")
     with look():
-        figure, panels = plt.subplots(2, len(kinds), figsize=(3.3 * len(kinds), 5.0), squeeze=False, sharey="row", layout="constrained")
+        figure, panels = plt.subplots(
+            2,
+            len(kinds),
+            figsize=(3.3 * len(kinds), 5.0),
+            squeeze=False,
+            sharey="row",
+            layout="constrained",
+        )
         for j, kind in enumerate(kinds):
             mine = rows[sites.str.endswith("." + kind)]
             for split, shade in _SPLITS.items():
-                for number, (_, line) in enumerate(mine[(mine["metric"] == "variance_share") & (mine["split"] == split)].sort_values("step").groupby("site")):
-                    panels[0][j].plot(line["step"], line["value"], color=shade, alpha=0.75, linewidth=1, label=f"{split} texts" if number == 0 else None)
-            tiers = mine[(mine["metric"] == "tier_variance_share") & (mine["split"] == "retain")].groupby("step")["value"].mean()
+                for number, (_, line) in enumerate(
+                    mine[(mine["metric"] == "variance_share") & (mine["split"] == split)]
+                    .sort_values("step")
+                    .groupby("site")
+                ):
+                    panels[0][j].plot(
+                        line["step"],
+                        line["value"],
+                        color=shade,
+                        alpha=0.75,
+                        linewidth=1,
+                        label=f"{split} texts" if number == 0 else None,
+                    )
+            tiers = (
+                mine[(mine["metric"] == "tier_variance_share") & (mine["split"] == "retain")]
+                .groupby("step")["value"]
+                .mean()
+            )
             low = 0.0
-            for number, (high, held) in enumerate(zip(tiers.index.to_numpy(dtype=float), tiers, strict=True)):
+            for number, (high, held) in enumerate(
+                zip(tiers.index.to_numpy(dtype=float), tiers, strict=True)
+            ):
                 if number % 2 == 0:
                     panels[0][j].axvspan(low + 0.5, high + 0.5, color="0.5", alpha=0.1, linewidth=0)
-                place = {"transform": panels[0][j].get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 7, "color": "0.3"}
+                place = {
+                    "transform": panels[0][j].get_xaxis_transform(),
+                    "ha": "center",
+                    "va": "bottom",
+                    "fontsize": 7,
+                    "color": "0.3",
+                }
                 panels[0][j].text((low + high + 1) / 2, 0.02, f"{held:.0%}", **place)
                 low = high
             panels[0][j].set_yscale("log")
             panels[0][j].set_title(_KINDS[kind])
             panels[0][j].set_xlabel("principal direction")
             for arm, (label, shade, dash) in _ARMS.items():
-                curve = mine[(mine["metric"] == "subspace_overlap") & (mine["arm"] == arm)].groupby("step")["value"].agg(["mean", "min", "max"])
-                panels[1][j].plot(curve.index, curve["mean"], dash, color=shade, label=label, marker="o", markersize=3)
-                panels[1][j].fill_between(np.asarray(curve.index, dtype=float), curve["min"], curve["max"], color=shade, alpha=0.15, linewidth=0)
+                curve = (
+                    mine[(mine["metric"] == "subspace_overlap") & (mine["arm"] == arm)]
+                    .groupby("step")["value"]
+                    .agg(["mean", "min", "max"])
+                )
+                panels[1][j].plot(
+                    curve.index,
+                    curve["mean"],
+                    dash,
+                    color=shade,
+                    label=label,
+                    marker="o",
+                    markersize=3,
+                )
+                panels[1][j].fill_between(
+                    np.asarray(curve.index, dtype=float),
+                    curve["min"],
+                    curve["max"],
+                    color=shade,
+                    alpha=0.15,
+                    linewidth=0,
+                )
             panels[1][j].set_ylim(0, 1.02)
             panels[1][j].set_xscale("log", base=2)
             ranks = sorted(mine.loc[mine["metric"] == "subspace_overlap", "step"].unique())

@@ -67,7 +67,15 @@ TITLES = {
 _SPARE = ("#882255", "#44AA99", "#332288", "#AA4499")
 
 
-WRAPPED = {"sam": "SAM", "asam": "ASAM", "rna": "RNA", "rs": "RS", "gp": "GP", "cr": "CR", "wa": "WA"}
+WRAPPED = {
+    "sam": "SAM",
+    "asam": "ASAM",
+    "rna": "RNA",
+    "rs": "RS",
+    "gp": "GP",
+    "cr": "CR",
+    "wa": "WA",
+}
 """What the last part of a wrapped method's name is called."""
 
 
@@ -120,11 +128,20 @@ def look() -> Iterator[None]:
                 plt.close(number)
 
 
-def grid(count: int, *, columns: int = 4, width: float = 2.5, height: float = 2.1, share_y: bool = True) -> tuple[Figure, list[Axes]]:
+def grid(
+    count: int, *, columns: int = 4, width: float = 2.5, height: float = 2.1, share_y: bool = True
+) -> tuple[Figure, list[Axes]]:
     """A grid of small panels: the figure and its first ``count`` axes; the others are removed."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows + 0.6), squeeze=False, sharey=share_y, layout="constrained")
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(width * columns, height * rows + 0.6),
+        squeeze=False,
+        sharey=share_y,
+        layout="constrained",
+    )
     flat = list(axes.flat)
     for spare in flat[count:]:
         spare.remove()

@@ -9,7 +9,11 @@ from matplotlib.lines import Line2D
 
 from figures.style import colour, look, methods_in, nothing, title
 
-_ARMS = {"none": "no suffix", "random suffix": "random suffixes", "searched suffix": "searched suffix"}
+_ARMS = {
+    "none": "no suffix",
+    "random suffix": "random suffixes",
+    "searched suffix": "searched suffix",
+}
 _MARKS = {"none": "o", "random suffix": "s", "searched suffix": "D"}
 _SPLITS = {
     "jailbreak": "jailbreak:\nheld-out forgotten facts",
@@ -31,9 +35,21 @@ def suffix(table: pd.DataFrame, metric: str = "recall") -> Figure:
     if not methods or not splits:
         return nothing("no suffix experiment in this table")
     with look():
-        numbers = {(row["split"], row["arm"], row["method"]): tuple(float(row[name]) for name in ("value", "low", "high")) for row in rows.to_dict("records")}
+        numbers = {
+            (row["split"], row["arm"], row["method"]): tuple(
+                float(row[name]) for name in ("value", "low", "high")
+            )
+            for row in rows.to_dict("records")
+        }
         height = 1.5 + 0.42 * len(methods)
-        figure, panels = plt.subplots(1, len(splits), figsize=(1.3 + 2.7 * len(splits), height), sharey=True, squeeze=False, layout="constrained")
+        figure, panels = plt.subplots(
+            1,
+            len(splits),
+            figsize=(1.3 + 2.7 * len(splits), height),
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
+        )
         for axes, split in zip(panels[0], splits, strict=True):
             for number, arm in enumerate(_ARMS):
                 for place, method in enumerate(reversed(methods)):
@@ -54,16 +70,30 @@ def suffix(table: pd.DataFrame, metric: str = "recall") -> Figure:
                     )
             axes.set_title(_SPLITS[split])
             axes.set_xlim(-0.02, 1.04)
-            axes.set_xlabel("answer probability" if metric == "answer_probability" else "recall" if split == "jailbreak" else "accuracy")
+            axes.set_xlabel(
+                "answer probability"
+                if metric == "answer_probability"
+                else "recall"
+                if split == "jailbreak"
+                else "accuracy"
+            )
             axes.grid(axis="y", visible=False)
             for border in range(1, len(methods)):
                 axes.axhline(border - 0.5, color="0.9", linewidth=0.6, zorder=0)
-        panels[0][0].set_yticks(range(len(methods)), [title(method) for method in reversed(methods)])
+        panels[0][0].set_yticks(
+            range(len(methods)), [title(method) for method in reversed(methods)]
+        )
         panels[0][0].set_ylim(-0.6, len(methods) - 0.4)
         handles = [
             Line2D([], [], color="0.7" if arm == "random suffix" else "0.25", marker=_MARKS[arm], markersize=4.5, linewidth=1,
                    markerfacecolor="white" if arm == "none" else "0.7" if arm == "random suffix" else "0.25")
             for arm in _ARMS
         ]  # fmt: skip
-        figure.legend(handles, list(_ARMS.values()), loc="outside lower center", ncols=3, title="in front of the question")
+        figure.legend(
+            handles,
+            list(_ARMS.values()),
+            loc="outside lower center",
+            ncols=3,
+            title="in front of the question",
+        )
     return figure

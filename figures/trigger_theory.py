@@ -19,7 +19,9 @@ _CONTROL = "retain-token"
 _GREY, _BAND = "0.4", "0.82"
 
 
-def trigger_theory(table: pd.DataFrame, *, arm: str = "forget-token", site: str | None = None) -> Figure:
+def trigger_theory(
+    table: pd.DataFrame, *, arm: str = "forget-token", site: str | None = None
+) -> Figure:
     """One row of panels per method: the shift's coordinates, the spectrum of its covariance, ``eta`` by steering coefficient (where varied), rejection rate.
 
     Dashed: what ``N(0, eta I)`` independent of the query gives, with its central 95 % where that was drawn. Bars are 95 % intervals over queries, or with
@@ -36,7 +38,11 @@ def trigger_theory(table: pd.DataFrame, *, arm: str = "forget-token", site: str 
     methods = methods_in(rows.loc[rows["arm"] == arm, "method"].dropna().tolist())
     if not methods:
         return nothing("no check of the trigger theory in this table")
-    kinds = [kind for kind in _PANELS if len(rows[(rows["arm"] == arm) & (rows["metric"] == f"theory_{kind}")])]
+    kinds = [
+        kind
+        for kind in _PANELS
+        if len(rows[(rows["arm"] == arm) & (rows["metric"] == f"theory_{kind}")])
+    ]
     with look():
         figure, panels = plt.subplots(
             len(methods),
@@ -48,12 +54,25 @@ def trigger_theory(table: pd.DataFrame, *, arm: str = "forget-token", site: str 
             layout="constrained",
         )
         for line, method in zip(panels, methods, strict=True):
-            mine, control = (rows[(rows["method"] == method) & (rows["arm"] == one)] for one in (arm, _CONTROL))
+            mine, control = (
+                rows[(rows["method"] == method) & (rows["arm"] == one)] for one in (arm, _CONTROL)
+            )
             for axes, kind in zip(line, kinds, strict=True):
                 if len(mine[mine["metric"] == f"theory_{kind}"]):
-                    _PANELS[kind][2](axes, mine, control if arm != _CONTROL else control.iloc[:0], colour(method))
+                    _PANELS[kind][2](
+                        axes, mine, control if arm != _CONTROL else control.iloc[:0], colour(method)
+                    )
                 else:
-                    axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color=_GREY, fontsize=8)
+                    axes.text(
+                        0.5,
+                        0.5,
+                        "not measured",
+                        ha="center",
+                        va="center",
+                        transform=axes.transAxes,
+                        color=_GREY,
+                        fontsize=8,
+                    )
             line[0].set_ylabel(title(method), color=colour(method), fontweight="bold")
         for axes, kind in zip(panels[0], kinds, strict=True):
             axes.set_title(_PANELS[kind][0])
@@ -62,7 +81,9 @@ def trigger_theory(table: pd.DataFrame, *, arm: str = "forget-token", site: str 
         handles = [
             Line2D([], [], color="0.2", linewidth=1.6, label=f"behind a {arm}"),
             Line2D([], [], color=_GREY, linewidth=1.3, linestyle=":", label=f"behind a {_CONTROL}"),
-            Line2D([], [], color="black", linewidth=1, linestyle="--", label=r"under $N(0, \eta I)$"),
+            Line2D(
+                [], [], color="black", linewidth=1, linestyle="--", label=r"under $N(0, \eta I)$"
+            ),
             Patch(facecolor=_BAND, label="its 95 % at this sample size"),
         ]
         if arm == _CONTROL or not len(rows[rows["arm"] == _CONTROL]):
@@ -95,8 +116,21 @@ def _bars(axes: Axes, mine: pd.DataFrame, control: pd.DataFrame, kind: str, shad
     """The method's curve with its intervals, and that of the control without, whose intervals are about as long and would lie on top."""
     other, curve = _curve(control, kind), _curve(mine, kind)
     axes.plot(other.index, other["value"], ":", color=_GREY, linewidth=1.3, zorder=3)
-    spread = [(curve["value"] - curve["low"]).clip(lower=0), (curve["high"] - curve["value"]).clip(lower=0)]
-    axes.errorbar(curve.index.to_numpy(), curve["value"], yerr=spread, color=shade, marker="o", markersize=3, linewidth=1.2, elinewidth=0.9, capsize=1.5)
+    spread = [
+        (curve["value"] - curve["low"]).clip(lower=0),
+        (curve["high"] - curve["value"]).clip(lower=0),
+    ]
+    axes.errorbar(
+        curve.index.to_numpy(),
+        curve["value"],
+        yerr=spread,
+        color=shade,
+        marker="o",
+        markersize=3,
+        linewidth=1.2,
+        elinewidth=0.9,
+        capsize=1.5,
+    )
     axes.set_xscale("log")
 
 
@@ -104,13 +138,29 @@ def _histogram(axes: Axes, mine: pd.DataFrame, control: pd.DataFrame, shade: str
     place = np.linspace(-6, 6, 121)
     for rows, ink, dash in ((mine, shade, "-"), (control, _GREY, ":")):
         curve = _curve(rows, "histogram")
-        axes.plot(curve.index, curve["value"].where(curve["value"] > 0), dash, color=ink, linewidth=1.3, drawstyle="steps-mid")
-    axes.plot(place, np.exp(-(place**2) / 2) / np.sqrt(2 * np.pi), color="black", linewidth=1, linestyle="--")
+        axes.plot(
+            curve.index,
+            curve["value"].where(curve["value"] > 0),
+            dash,
+            color=ink,
+            linewidth=1.3,
+            drawstyle="steps-mid",
+        )
+    axes.plot(
+        place,
+        np.exp(-(place**2) / 2) / np.sqrt(2 * np.pi),
+        color="black",
+        linewidth=1,
+        linestyle="--",
+    )
     axes.set_yscale("log")
     axes.set_ylim(1e-5, 1e3)
     axes.set_yticks([1e-4, 1e-2, 1])
     axes.set_xlim(-8, 8)
-    shares = [f"{_scalar(mine, kind):.1%}".replace("-0.0%", "0.0%") for kind in ("mean_share", "query_share")]
+    shares = [
+        f"{_scalar(mine, kind):.1%}".replace("-0.0%", "0.0%")
+        for kind in ("mean_share", "query_share")
+    ]
     _note(
         axes,
         f"excess kurtosis {_scalar(mine, 'kurtosis_mean'):.2g}\nsquared mean {shares[0]} of mean square"
@@ -120,13 +170,18 @@ def _histogram(axes: Axes, mine: pd.DataFrame, control: pd.DataFrame, shade: str
 
 def _spectrum(axes: Axes, mine: pd.DataFrame, control: pd.DataFrame, shade: str) -> None:
     expected = _curve(mine, "spectrum_expected")
-    axes.fill_between(expected.index.to_numpy(), expected["low"], expected["high"], color=_BAND, linewidth=0)
+    axes.fill_between(
+        expected.index.to_numpy(), expected["low"], expected["high"], color=_BAND, linewidth=0
+    )
     axes.plot(expected.index, expected["value"], color="black", linewidth=1, linestyle="--")
     for rows, ink, dash in ((mine, shade, "-"), (control, _GREY, ":")):
         curve = _curve(rows, "spectrum")
         axes.plot(curve.index, curve["value"], dash, color=ink, linewidth=1.3)
     axes.set_yscale("log")
-    _note(axes, f"participation ratio {_scalar(mine, 'participation_ratio'):.3g}\n(assumed {_scalar(mine, 'participation_ratio_expected'):.3g})")
+    _note(
+        axes,
+        f"participation ratio {_scalar(mine, 'participation_ratio'):.3g}\n(assumed {_scalar(mine, 'participation_ratio_expected'):.3g})",
+    )
 
 
 def _variance(axes: Axes, mine: pd.DataFrame, control: pd.DataFrame, shade: str) -> None:
@@ -147,7 +202,19 @@ def _rejection(axes: Axes, mine: pd.DataFrame, control: pd.DataFrame, shade: str
 
 _PANELS: dict[str, tuple[str, str, Callable[[Axes, pd.DataFrame, pd.DataFrame, str], None]]] = {
     "histogram": ("coordinates of the shift\n(density)", r"coordinate / $\sqrt{\eta}$", _histogram),
-    "spectrum": ("spectrum of its covariance\n(share of variance)", "number of the eigenvalue", _spectrum),
-    "eta_of_coefficient": ("its variance $\\eta$ by\nsteering coefficient", "steering coefficient", _variance),
-    "rejection": ("rejection of its loss\nchange under noise (rate)", r"noise / shift, $\sqrt{\nu / \eta}$", _rejection),
+    "spectrum": (
+        "spectrum of its covariance\n(share of variance)",
+        "number of the eigenvalue",
+        _spectrum,
+    ),
+    "eta_of_coefficient": (
+        "its variance $\\eta$ by\nsteering coefficient",
+        "steering coefficient",
+        _variance,
+    ),
+    "rejection": (
+        "rejection of its loss\nchange under noise (rate)",
+        r"noise / shift, $\sqrt{\nu / \eta}$",
+        _rejection,
+    ),
 }

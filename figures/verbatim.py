@@ -29,7 +29,11 @@ def verbatim(table: pd.DataFrame) -> Figure:
     Args:
         table: tidy results; stage ``verbatim``, rows without a seed.
     """
-    rows = table[(table["stage"] == "verbatim") & table["seed"].isna() & table["metric"].isin(["recall", "answer_probability"])]
+    rows = table[
+        (table["stage"] == "verbatim")
+        & table["seed"].isna()
+        & table["metric"].isin(["recall", "answer_probability"])
+    ]
     if not len(rows):
         return nothing("no verbatim experiment in this table")
     with look():
@@ -38,12 +42,32 @@ def verbatim(table: pd.DataFrame) -> Figure:
             mine = rows[(rows["metric"] == metric) & (rows["split"] == split)]
             base = mine[mine["method"] == "base"]
             if len(base):
-                axes.axhline(float(base["value"].iloc[0]), color="black", linewidth=1, label="before unlearning")
+                axes.axhline(
+                    float(base["value"].iloc[0]),
+                    color="black",
+                    linewidth=1,
+                    label="before unlearning",
+                )
             for (method, arm), (name, shade, dash) in _LINES.items():
                 curve = mine[(mine["method"] == method) & (mine["arm"] == arm)].sort_values("step")
                 if len(curve):
-                    axes.plot(curve["step"], curve["value"], dash, color=shade, marker="o", markersize=3, label=name)
-                    axes.fill_between(curve["step"].to_numpy(dtype=float), curve["low"], curve["high"], color=shade, alpha=0.15, linewidth=0)
+                    axes.plot(
+                        curve["step"],
+                        curve["value"],
+                        dash,
+                        color=shade,
+                        marker="o",
+                        markersize=3,
+                        label=name,
+                    )
+                    axes.fill_between(
+                        curve["step"].to_numpy(dtype=float),
+                        curve["low"],
+                        curve["high"],
+                        color=shade,
+                        alpha=0.15,
+                        linewidth=0,
+                    )
             axes.set_title(label)
             axes.set_xlabel("relearning steps")
             axes.set_ylim(-0.03, 1.05)

@@ -23,7 +23,9 @@ def volcano(table: pd.DataFrame, seed: int | None = None) -> Figure:
         seed: of the model; default the first.
     """
     wanted = ["token_rise", "token_rise_se", "token_q"]
-    rows = table[(table["stage"] == "triggers") & table["metric"].isin(wanted) & table["seed"].notna()]
+    rows = table[
+        (table["stage"] == "triggers") & table["metric"].isin(wanted) & table["seed"].notna()
+    ]
     methods = methods_in(rows["method"].dropna().tolist())
     if not methods or set(rows["metric"]) != set(wanted):
         return nothing("no scan for triggers in this table")
@@ -31,7 +33,11 @@ def volcano(table: pd.DataFrame, seed: int | None = None) -> Figure:
     with look():
         figure, panels = grid(len(methods), width=2.7, height=2.4, share_y=False)
         for axes, method in zip(panels, methods, strict=True):
-            wide = rows[rows["method"] == method].pivot_table(index=["split", "arm"], columns="metric", values="value").reset_index()
+            wide = (
+                rows[rows["method"] == method]
+                .pivot_table(index=["split", "arm"], columns="metric", values="value")
+                .reset_index()
+            )
             wide = wide.sort_values("token_rise", ascending=False, ignore_index=True)
             rise = wide["token_rise"].to_numpy(dtype=float)
             with np.errstate(invalid="ignore", divide="ignore"):  # a token that does nothing
@@ -52,7 +58,11 @@ def volcano(table: pd.DataFrame, seed: int | None = None) -> Figure:
                 0.02, 0.98, "first\n" + "\n".join(str(word).strip() for word in wide["split"].head(_NAMED)), transform=axes.transAxes, fontsize=6, va="top",
                 bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
             )  # fmt: skip
-            axes.set_title(f"{title(method)}: {len(findings)} findings", color=colour(method), fontweight="bold")
+            axes.set_title(
+                f"{title(method)}: {len(findings)} findings",
+                color=colour(method),
+                fontweight="bold",
+            )
             axes.set_xlabel("rise (nats per answer token)")
         panels[0].set_ylabel("|rise| in standard errors")
         handles, labels = panels[0].get_legend_handles_labels()

@@ -2,7 +2,16 @@
 
 from hooks.capture import Capture, Consumer, Rows
 from hooks.consumers import Collect, Moments, MomentsOf
-from hooks.edits import ablate_to_mean, add_noise, edit, keep_only, patch, project_out, replace, steer
+from hooks.edits import (
+    ablate_to_mean,
+    add_noise,
+    edit,
+    keep_only,
+    patch,
+    project_out,
+    replace,
+    steer,
+)
 from hooks.errors import CaptureError
 from hooks.lens import as_bridge, as_cache
 from hooks.passes import gradients_only, peek, tapped

@@ -86,14 +86,21 @@ def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
     for site in sites:
         if site.path not in modules:
             refuse_compiled_parts(model)
-            raise CaptureError(f"{site.name} lies at {site.path}, and this model has no such module; were the sites resolved on another model?")
+            raise CaptureError(
+                f"{site.name} lies at {site.path}, and this model has no such module; were the sites resolved on another model?"
+            )
         same = paths[id(modules[site.path])]
         if len(same) > 1:
-            raise CaptureError(f"{site.name} cannot be told apart: one module stands at {' and at '.join(same[:3])}, so its hook fires for each of them")
+            raise CaptureError(
+                f"{site.name} cannot be told apart: one module stands at {' and at '.join(same[:3])}, so its hook fires for each of them"
+            )
         steps = site.path.split(".")
         for depth in range(len(steps)):
             holder = ".".join(steps[:depth])
-            if getattr(modules[holder], "_compiled_call_impl", None) is not None or type(modules[holder]).__name__ == "OptimizedModule":
+            if (
+                getattr(modules[holder], "_compiled_call_impl", None) is not None
+                or type(modules[holder]).__name__ == "OptimizedModule"
+            ):
                 raise compiled_module(holder, site.name)
 
 
@@ -119,13 +126,23 @@ class Capture:
         CaptureError: an unknown site, a compiled model; on leaving, a site that never fired or got no gradient.
     """
 
-    def __init__(self, model: nn.Module, sites: str | Iterable[str] | Iterable[Site], *consumers: Consumer, at: Positions | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: str | Iterable[str] | Iterable[Site],
+        *consumers: Consumer,
+        at: Positions | None = None,
+    ) -> None:
         if not consumers:
-            raise CaptureError("no consumer was given; e.g. Collect() keeps the rows in memory, MomentsOf() their mean and covariance")
+            raise CaptureError(
+                "no consumer was given; e.g. Collect() keeps the rows in memory, MomentsOf() their mean and covariance"
+            )
         given = [sites] if isinstance(sites, str) else list(sites)
         named = [site for site in given if isinstance(site, str)]
         self.model = model
-        self.sites: tuple[Site, ...] = tuple(site for site in given if isinstance(site, Site)) + (resolve(model, named) if named or not given else ())
+        self.sites: tuple[Site, ...] = tuple(site for site in given if isinstance(site, Site)) + (
+            resolve(model, named) if named or not given else ()
+        )
         self.consumers = consumers
         self._reader = Reader(model)
         self._always = at
@@ -164,7 +181,9 @@ class Capture:
         """
         gradients = [site.name for site in self.sites if site.is_gradient]
         if gradients:
-            raise CaptureError(f"{gradients[0]} is a gradient: run model(...) and backward() yourself inside the capture; forward() is for activations")
+            raise CaptureError(
+                f"{gradients[0]} is a gradient: run model(...) and backward() yourself inside the capture; forward() is for activations"
+            )
         extra = {"use_cache": False} if hasattr(causal_lm(self.model)[1], "config") else {}
         self._stop = True
         try:
@@ -186,16 +205,25 @@ class Capture:
         for site in self.sites:
             module = self.model.get_submodule(site.path)
             if site.is_input:
-                self._handles.append(module.register_forward_pre_hook(self._input_hook(site), with_kwargs=True))
+                self._handles.append(
+                    module.register_forward_pre_hook(self._input_hook(site), with_kwargs=True)
+                )
             else:
                 self._handles.append(module.register_forward_hook(self._output_hook(site)))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        problem = None if error is not None else self._problem()  # the caller's own error matters more than ours
+        problem = (
+            None if error is not None else self._problem()
+        )  # the caller's own error matters more than ours
         with ExitStack() as stack:  # every consumer is told, also when the one before raises
             for consumer in reversed(self.consumers):
                 if hasattr(consumer, "end"):
@@ -246,7 +274,9 @@ class Capture:
         if not self._inside:
             return
         self._inside = False
-        if output is None and len(self._fired) < len(self.sites):  # the forward raised; its own error matters more than ours, unless the caller goes on
+        if output is None and len(self._fired) < len(
+            self.sites
+        ):  # the forward raised; its own error matters more than ours, unless the caller goes on
             if self._fired:
                 self._cut += 1
                 self._missed = [site for site in self.sites if site not in self._fired]
@@ -256,7 +286,9 @@ class Capture:
         for site in self.sites:
             if site not in self._fired:
                 self._drop()
-                raise CaptureError(f"{site.name} never ran in one forward pass; was {site.path} replaced by a fused kernel, or skipped?")
+                raise CaptureError(
+                    f"{site.name} never ran in one forward pass; was {site.path} replaced by a fused kernel, or skipped?"
+                )
 
     def _drop(self) -> None:
         for consumer in self.consumers:
@@ -271,7 +303,10 @@ class Capture:
         elif tensor.ndim == 2 and tensor.shape[0] == batch * length:
             flat = tensor  # routers of mixture-of-experts layers flatten the batch
         elif tensor.ndim == 3 and tensor.shape[:2] == (1, length) and not site.is_gradient:
-            flat, index = tensor[0], index % length  # position embeddings are the same for every example
+            flat, index = (
+                tensor[0],
+                index % length,
+            )  # position embeddings are the same for every example
         else:
             raise CaptureError(
                 f"{site.name} produced a tensor of shape {list(tensor.shape)} but the mask selects from {[batch, length]} (batch, position); "
@@ -298,7 +333,9 @@ class Capture:
             self._fired[site] += 1
             if self._fired[site] > 1:
                 self._drop()
-                raise CaptureError(f"{site.name} ran {self._fired[site]} times in one forward pass; is {site.path} shared between layers?")
+                raise CaptureError(
+                    f"{site.name} ran {self._fired[site]} times in one forward pass; is {site.path} shared between layers?"
+                )
             if not site.is_gradient:
                 self._give(site, tensor, selection)
                 if self._stop and len(self._fired) == len(self.sites):
@@ -318,7 +355,9 @@ class Capture:
                 "another pass's; run backward after every forward, or switch checkpointing off"
             )
         if not tensor.requires_grad:
-            raise CaptureError(f"{site.name}: the tensor carries no gradient, since nothing before it is trainable; use hooks.gradients_only(model)")
+            raise CaptureError(
+                f"{site.name}: the tensor carries no gradient, since nothing before it is trainable; use hooks.gradients_only(model)"
+            )
         capture = weakref.ref(self)  # a graph that outlives the capture must not keep it
 
         def receive(gradient: Tensor) -> None:

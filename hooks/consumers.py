@@ -46,7 +46,11 @@ class Moments:
         total = float(rows.shape[0]) if weights is None else float(weights.sum())
         if total == 0:
             return
-        mean = rows.double().mean(0) if weights is None else (weights[:, None] * rows.double()).sum(0) / total
+        mean = (
+            rows.double().mean(0)
+            if weights is None
+            else (weights[:, None] * rows.double()).sum(0) / total
+        )
         centred = rows - mean.float()
         left = centred if weights is None else centred * weights[:, None].float()
         with torch.autocast(rows.device.type, enabled=False):
@@ -63,10 +67,17 @@ class Moments:
         if other.count == 0:
             return
         if self.count == 0:
-            self.count, self.weight, self.mean, self.scatter = other.count, other.weight, other.mean.clone(), other.scatter.clone()
+            self.count, self.weight, self.mean, self.scatter = (
+                other.count,
+                other.weight,
+                other.mean.clone(),
+                other.scatter.clone(),
+            )
             return
         if len(other.mean) != len(self.mean):
-            raise ValueError(f"rows of width {len(other.mean)} cannot be merged into moments of width {len(self.mean)}")
+            raise ValueError(
+                f"rows of width {len(other.mean)} cannot be merged into moments of width {len(self.mean)}"
+            )
         total = self.weight + other.weight
         shift = other.mean.to(self.mean) - self.mean
         self.scatter += other.scatter.to(self.scatter)
@@ -83,7 +94,9 @@ class Moments:
             ValueError: no row was seen.
         """
         if self.count == 0:
-            raise ValueError("no row was seen, so there is no covariance; does the position mask select anything?")
+            raise ValueError(
+                "no row was seen, so there is no covariance; does the position mask select anything?"
+            )
         return self.scatter / self.weight
 
 
@@ -99,7 +112,9 @@ def checked_rows(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor |
         return rows.detach().float(), None
     weights = weights.detach().double().to(rows.device)
     if weights.shape != rows.shape[:1]:
-        raise ValueError(f"{rows.shape[0]} rows need as many weights; got shape {list(weights.shape)}")
+        raise ValueError(
+            f"{rows.shape[0]} rows need as many weights; got shape {list(weights.shape)}"
+        )
     if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise ValueError("weights must be finite and not negative")
     return rows.detach().float(), weights
@@ -130,11 +145,21 @@ class MomentsOf:
 
     def _repr_html_(self) -> str:
         lines = (
-            (name, moments.count, len(moments.mean), f"{moments.mean.norm():.4g}", f"{moments.scatter.trace() / moments.count:.4g}")
+            (
+                name,
+                moments.count,
+                len(moments.mean),
+                f"{moments.mean.norm():.4g}",
+                f"{moments.scatter.trace() / moments.count:.4g}",
+            )
             for name, moments in self.by_site.items()
             if moments.count
         )
-        return table("Running moments", ("site", "rows", "width", "norm of the mean", "total variance"), lines)
+        return table(
+            "Running moments",
+            ("site", "rows", "width", "norm of the mean", "total variance"),
+            lines,
+        )
 
 
 class Collect:
@@ -169,7 +194,10 @@ class Collect:
         return table(
             "Collected rows",
             ("site", "rows", "width", "dtype"),
-            ((name, *self[name].shape, str(self[name].dtype).removeprefix("torch.")) for name in self._parts),
+            (
+                (name, *self[name].shape, str(self[name].dtype).removeprefix("torch."))
+                for name in self._parts
+            ),
         )
 
     def names(self) -> Iterable[str]:

@@ -24,7 +24,14 @@ from hooks.errors import CaptureError
 from hooks.inputs import Reader
 from hooks.passes import checkpointed, peek
 from hooks.sites import Site, resolve
-from hooks.tensors import first_input, private_view, replace_input, replace_output, stream_of, unwrap
+from hooks.tensors import (
+    first_input,
+    private_view,
+    replace_input,
+    replace_output,
+    stream_of,
+    unwrap,
+)
 from hooks.tokens import Positions
 
 Change = Callable[[Tensor], Tensor]
@@ -48,7 +55,11 @@ def ablate_to_mean(mean: Tensor) -> Change:
 
 def _orthonormal(basis: Tensor) -> Tensor:
     basis = _wide(basis)
-    error = float((basis.T @ basis - torch.eye(basis.shape[1], device=basis.device)).abs().max()) if basis.ndim == 2 and basis.shape[1] else 0.0
+    error = (
+        float((basis.T @ basis - torch.eye(basis.shape[1], device=basis.device)).abs().max())
+        if basis.ndim == 2 and basis.shape[1]
+        else 0.0
+    )
     if basis.ndim != 2 or not error <= 1e-3:
         raise CaptureError(
             f"a basis must be [width, rank] with orthonormal columns; got shape {list(basis.shape)}, largest deviation of Q^T Q from the identity {error:.2g}"
@@ -72,7 +83,9 @@ def project_out(basis: Tensor, mean: Tensor | None = None) -> Change:
         wide = _wide(tensor)
         q = basis.to(wide)
         centred = wide if mean is None else wide - mean.to(wide)
-        with torch.autocast(tensor.device.type, enabled=False):  # a product in bf16 would leave a hundredth of the subspace there
+        with torch.autocast(
+            tensor.device.type, enabled=False
+        ):  # a product in bf16 would leave a hundredth of the subspace there
             return (wide - (centred @ q) @ q.T).to(tensor.dtype)
 
     return change
@@ -86,7 +99,9 @@ def keep_only(basis: Tensor, mean: Tensor | None = None) -> Change:
         wide = _wide(tensor)
         q = basis.to(wide)
         point = wide.new_zeros(()) if mean is None else mean.to(wide)
-        with torch.autocast(tensor.device.type, enabled=False):  # a product in bf16 would leave a hundredth of the subspace there
+        with torch.autocast(
+            tensor.device.type, enabled=False
+        ):  # a product in bf16 would leave a hundredth of the subspace there
             return (point + ((wide - point) @ q) @ q.T).to(tensor.dtype)
 
     return change
@@ -100,8 +115,12 @@ class _Noise:
     seed: int
 
     def __call__(self, tensor: Tensor, site: str = "", number: int = 0) -> Tensor:
-        generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(f"{self.seed}/{site}/{number}".encode()))
-        noise = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32)
+        generator = torch.Generator(tensor.device).manual_seed(
+            zlib.crc32(f"{self.seed}/{site}/{number}".encode())
+        )
+        noise = torch.randn(
+            tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32
+        )
         return (_wide(tensor) + self.std * noise).to(tensor.dtype)
 
 
@@ -121,13 +140,17 @@ def replace(values: Tensor) -> Change:
 
     def change(tensor: Tensor) -> Tensor:
         if values.shape != tensor.shape:
-            raise CaptureError(f"the patch has shape {list(values.shape)}, but the tensor there has {list(tensor.shape)}")
+            raise CaptureError(
+                f"the patch has shape {list(values.shape)}, but the tensor there has {list(tensor.shape)}"
+            )
         return values.to(tensor)
 
     return change
 
 
-def patch(source: nn.Module, inputs: Mapping[str, Any], sites: str | Iterable[str]) -> dict[str, Change]:
+def patch(
+    source: nn.Module, inputs: Mapping[str, Any], sites: str | Iterable[str]
+) -> dict[str, Change]:
     """Edits that put the activations of ``source`` on ``inputs`` into another model: the argument of :func:`edit`.
 
     Args:
@@ -139,7 +162,9 @@ def patch(source: nn.Module, inputs: Mapping[str, Any], sites: str | Iterable[st
 
 
 @contextmanager
-def edit(model: nn.Module, changes: Mapping[str, Change | Iterable[Change]], at: Positions | None = None) -> Iterator[None]:
+def edit(
+    model: nn.Module, changes: Mapping[str, Change | Iterable[Change]], at: Positions | None = None
+) -> Iterator[None]:
     """Apply ``changes`` to the activations of ``model`` while the ``with`` block lasts.
 
     An edit at ``hook_resid_mid`` changes the residual stream itself, so the skip connection carries it on (in TransformerLens 4 only the MLP would see it).
@@ -157,10 +182,14 @@ def edit(model: nn.Module, changes: Mapping[str, Change | Iterable[Change]], at:
         functions = tuple(given) if isinstance(given, Iterable) else (given,)
         planned += [(site, functions) for site in resolve(model, pattern)]
     if not planned:
-        raise CaptureError("no edit was given; e.g. edit(model, {'blocks.3.hook_resid_post': steer(vector)})")
+        raise CaptureError(
+            "no edit was given; e.g. edit(model, {'blocks.3.hook_resid_post': steer(vector)})"
+        )
     for site, _ in planned:
         if site.is_gradient:
-            raise CaptureError(f"{site.name} is a gradient; edits change activations, and gradients follow")
+            raise CaptureError(
+                f"{site.name} is a gradient; edits change activations, and gradients follow"
+            )
     check_sites(model, [site for site, _ in planned])
     state = _State(Reader(model), at, [site for site, _ in planned])
     handles: list[RemovableHandle] = [
@@ -171,7 +200,11 @@ def edit(model: nn.Module, changes: Mapping[str, Change | Iterable[Change]], at:
         for site, functions in planned:
             module = model.get_submodule(site.path)
             if site.is_input:
-                handles.append(module.register_forward_pre_hook(_input_hook(site, functions, state), with_kwargs=True))
+                handles.append(
+                    module.register_forward_pre_hook(
+                        _input_hook(site, functions, state), with_kwargs=True
+                    )
+                )
             else:
                 handles.append(module.register_forward_hook(_output_hook(site, functions, state)))
         yield
@@ -185,7 +218,9 @@ def edit(model: nn.Module, changes: Mapping[str, Change | Iterable[Change]], at:
         )
     silent = [site.name for site, _ in planned if site.name not in state.seen]
     if silent:
-        raise CaptureError(f"{', '.join(silent)} never ran while the edit was in place, so nothing was changed there; call the model inside the with block")
+        raise CaptureError(
+            f"{', '.join(silent)} never ran while the edit was in place, so nothing was changed there; call the model inside the with block"
+        )
 
 
 class _State:
@@ -193,7 +228,9 @@ class _State:
 
     def __init__(self, reader: Reader, at: Positions | None, sites: list[Site]) -> None:
         self.reader, self.at = reader, at
-        self.within = any(site.layer >= 0 and not site.of_block for site in sites)  # inside a block, not at its edge
+        self.within = any(
+            site.layer >= 0 and not site.of_block for site in sites
+        )  # inside a block, not at its edge
         self.number, self.inside = -1, False
         self.awaiting, self.recomputed = 0, False
         self.mask: Tensor | None = None
@@ -204,7 +241,9 @@ class _State:
         self.inside = True
         if self.recomputed:
             self.awaiting, self.recomputed = 0, False
-        self.awaiting += self.within and module.training and torch.is_grad_enabled() and checkpointed(module)
+        self.awaiting += (
+            self.within and module.training and torch.is_grad_enabled() and checkpointed(module)
+        )
         self.mask = None if self.at is None else self.reader.choose(self.at, args, kwargs)[0]
 
     def close(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -227,12 +266,28 @@ def _apply(site: Site, functions: tuple[Change, ...], tensor: Tensor, state: _St
     before = part = site.part(tensor)
     for place, function in enumerate(functions):
         try:
-            after = function(part, f"{site.name}/{place}", state.number) if isinstance(function, _Noise) else function(part)
+            after = (
+                function(part, f"{site.name}/{place}", state.number)
+                if isinstance(function, _Noise)
+                else function(part)
+            )
         except (RuntimeError, ValueError, IndexError) as error:
-            raise CaptureError(f"the edit at {site.name} failed on a tensor of shape {list(part.shape)}, {part.dtype}, {part.device}: {error}") from error
-        if not isinstance(after, Tensor) or (after.shape, after.dtype, after.device) != (part.shape, part.dtype, part.device):
-            got = f"shape {list(after.shape)}, {after.dtype}, {after.device}" if isinstance(after, Tensor) else type(after).__name__
-            raise CaptureError(f"the edit at {site.name} must return shape {list(part.shape)}, {part.dtype}, {part.device}; it returned {got}")
+            raise CaptureError(
+                f"the edit at {site.name} failed on a tensor of shape {list(part.shape)}, {part.dtype}, {part.device}: {error}"
+            ) from error
+        if not isinstance(after, Tensor) or (after.shape, after.dtype, after.device) != (
+            part.shape,
+            part.dtype,
+            part.device,
+        ):
+            got = (
+                f"shape {list(after.shape)}, {after.dtype}, {after.device}"
+                if isinstance(after, Tensor)
+                else type(after).__name__
+            )
+            raise CaptureError(
+                f"the edit at {site.name} must return shape {list(part.shape)}, {part.dtype}, {part.device}; it returned {got}"
+            )
         part = after
     if state.mask is not None:
         if before.shape[:2] != state.mask.shape:
@@ -255,7 +310,9 @@ def _input_hook(site: Site, functions: tuple[Change, ...], state: _State) -> Cal
         if site.of_block:  # what enters a block is the stream from there on
             return replace_input(args, kwargs, _apply(site, functions, tensor, state))
         if not site.stream:
-            return replace_input(args, kwargs, private_view(_apply(site, functions, tensor, state), tensor))
+            return replace_input(
+                args, kwargs, private_view(_apply(site, functions, tensor, state), tensor)
+            )
         # In place, since the skip connection holds the same tensor; from a copy, since the functions may have kept what they read for the backward pass.
         stream = stream_of(tensor)
         stream.copy_(_apply(site, functions, stream.clone(), state))

@@ -14,7 +14,9 @@ def unknown_site(name: str, known: Iterable[str]) -> CaptureError:
     """The error for a site name that resolves to nothing; lists the nearest names that exist."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=4, cutoff=0.3) or names[:4]
-    return CaptureError(f"unknown site {name!r}; nearest: {', '.join(near) or 'none'}. `workbench sites MODEL` lists every name of a model.")
+    return CaptureError(
+        f"unknown site {name!r}; nearest: {', '.join(near) or 'none'}. `workbench sites MODEL` lists every name of a model."
+    )
 
 
 def compiled_module(path: str, what: str) -> CaptureError:

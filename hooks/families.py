@@ -58,10 +58,22 @@ def _both(name: str, path: str) -> Names:
     return {f"{name}.hook_in": Place(path, "in"), f"{name}.hook_out": Place(path, "out")}
 
 
-_STREAM: Names = {"hook_in": Place("", "in"), "hook_out": Place("", "out"), "hook_resid_pre": Place("", "in"), "hook_resid_post": Place("", "out")}
+_STREAM: Names = {
+    "hook_in": Place("", "in"),
+    "hook_out": Place("", "out"),
+    "hook_resid_pre": Place("", "in"),
+    "hook_resid_post": Place("", "out"),
+}
 
 
-def _attention(path: str, out: str, *, qkv: tuple[str, str, str] | None = None, fused: str = "", returned: str = "") -> Names:
+def _attention(
+    path: str,
+    out: str,
+    *,
+    qkv: tuple[str, str, str] | None = None,
+    fused: str = "",
+    returned: str = "",
+) -> Names:
     """Names of an attention layer; ``returned`` is the module whose output enters the residual stream, where that is not the layer itself."""
     names = {
         **_both("attn", path),
@@ -74,7 +86,9 @@ def _attention(path: str, out: str, *, qkv: tuple[str, str, str] | None = None, 
             names |= _both(f"attn.{letter}", f"{path}.{qkv[number]}")
             names[f"attn.hook_{letter}"] = Place(f"{path}.{qkv[number]}", "out")
         else:
-            names[f"attn.{letter}.hook_out"] = names[f"attn.hook_{letter}"] = Place(f"{path}.{fused}", "out", letter)
+            names[f"attn.{letter}.hook_out"] = names[f"attn.hook_{letter}"] = Place(
+                f"{path}.{fused}", "out", letter
+            )
     return names
 
 
@@ -88,7 +102,13 @@ def _gated(path: str = "mlp", *, fused: str = "", returned: str = "") -> Names:
     }
     if fused:
         gate, up = Place(f"{path}.{fused}", "out", "gate"), Place(f"{path}.{fused}", "out", "up")
-        return {**names, "mlp.gate.hook_out": gate, "mlp.hook_pre": gate, "mlp.in.hook_out": up, "mlp.hook_pre_linear": up}
+        return {
+            **names,
+            "mlp.gate.hook_out": gate,
+            "mlp.hook_pre": gate,
+            "mlp.in.hook_out": up,
+            "mlp.hook_pre_linear": up,
+        }
     return {
         **names,
         **_both("mlp.gate", f"{path}.gate_proj"),
@@ -112,7 +132,11 @@ def _plain(path: str, up: str, down: str) -> Names:
 
 def _experts(router: str) -> Names:
     """Names of a mixture-of-experts layer: its input, its output and the router (its output is the router's logits)."""
-    return {**_both("mlp", "mlp"), **_both(f"mlp.{router}", f"mlp.{router}"), "hook_mlp_out": Place("mlp", "out")}
+    return {
+        **_both("mlp", "mlp"),
+        **_both(f"mlp.{router}", f"mlp.{router}"),
+        "hook_mlp_out": Place("mlp", "out"),
+    }
 
 
 def _outside(embedding: str, norm: str, head: str = "lm_head") -> Names:
@@ -132,7 +156,11 @@ _PRE_NORM: Names = {
     **_both("ln2", "post_attention_layernorm"),
     "hook_resid_mid": Place("post_attention_layernorm", "in"),
 }
-_LLAMA = Family("model.layers", {**_PRE_NORM, **_attention("self_attn", "o_proj", qkv=_QKV), **_gated()}, _outside("model.embed_tokens", "model.norm"))
+_LLAMA = Family(
+    "model.layers",
+    {**_PRE_NORM, **_attention("self_attn", "o_proj", qkv=_QKV), **_gated()},
+    _outside("model.embed_tokens", "model.norm"),
+)
 
 # Norms before and after each sublayer: what enters the residual stream is the output of the second norm.
 _SANDWICH: Names = {
@@ -146,7 +174,11 @@ _SANDWICH: Names = {
     **_gated(returned="post_feedforward_layernorm"),
 }
 _GEMMA2 = Family("model.layers", _SANDWICH, _outside("model.embed_tokens", "model.norm"))
-_GEMMA3_VISION = Family("model.language_model.layers", _SANDWICH, _outside("model.language_model.embed_tokens", "model.language_model.norm"))
+_GEMMA3_VISION = Family(
+    "model.language_model.layers",
+    _SANDWICH,
+    _outside("model.language_model.embed_tokens", "model.language_model.norm"),
+)
 
 # Norms after each sublayer only: the sublayers read the residual stream itself.
 _OLMO2 = Family(
@@ -166,17 +198,35 @@ _OLMO2 = Family(
 def _neox_parts(config: Any) -> dict[str, Columns]:
     """Head by head, each head's q, k and v lie next to each other."""
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    return {letter: tuple(((3 * head + number) * size, (3 * head + number + 1) * size) for head in range(heads)) for number, letter in enumerate("qkv")}
+    return {
+        letter: tuple(
+            ((3 * head + number) * size, (3 * head + number + 1) * size) for head in range(heads)
+        )
+        for number, letter in enumerate("qkv")
+    }
 
 
 def _gpt2_parts(config: Any) -> dict[str, Columns]:
-    return {letter: ((number * config.n_embd, (number + 1) * config.n_embd),) for number, letter in enumerate("qkv")}
+    return {
+        letter: ((number * config.n_embd, (number + 1) * config.n_embd),)
+        for number, letter in enumerate("qkv")
+    }
 
 
 def _phi3_parts(config: Any) -> dict[str, Columns]:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    q, kv, inner = config.num_attention_heads * size, config.num_key_value_heads * size, config.intermediate_size
-    return {"q": ((0, q),), "k": ((q, q + kv),), "v": ((q + kv, q + 2 * kv),), "gate": ((0, inner),), "up": ((inner, 2 * inner),)}
+    q, kv, inner = (
+        config.num_attention_heads * size,
+        config.num_key_value_heads * size,
+        config.intermediate_size,
+    )
+    return {
+        "q": ((0, q),),
+        "k": ((q, q + kv),),
+        "v": ((q + kv, q + 2 * kv),),
+        "gate": ((0, inner),),
+        "up": ((inner, 2 * inner),),
+    }
 
 
 # Attention and MLP read the same stream in parallel, so there is no point between them (Pythia's setting; GPT-NeoX can also be sequential, see `families`).
@@ -192,7 +242,12 @@ _NEOX = Family(
     _outside("gpt_neox.embed_in", "gpt_neox.final_layer_norm"),
     parts=_neox_parts,
 )
-_NEOX_SEQUENTIAL = Family(_NEOX.blocks, {**_NEOX.inside, "hook_resid_mid": Place("post_attention_layernorm", "in")}, _NEOX.outside, parts=_neox_parts)
+_NEOX_SEQUENTIAL = Family(
+    _NEOX.blocks,
+    {**_NEOX.inside, "hook_resid_mid": Place("post_attention_layernorm", "in")},
+    _NEOX.outside,
+    parts=_neox_parts,
+)
 _GPT2 = Family(
     "transformer.h",
     {
@@ -213,12 +268,21 @@ _GPT2 = Family(
 )
 _PHI = Family(
     "model.layers",
-    {**_STREAM, **_both("ln1", "input_layernorm"), **_attention("self_attn", "dense", qkv=_QKV), **_plain("mlp", "fc1", "fc2")},
+    {
+        **_STREAM,
+        **_both("ln1", "input_layernorm"),
+        **_attention("self_attn", "dense", qkv=_QKV),
+        **_plain("mlp", "fc1", "fc2"),
+    },
     _outside("model.embed_tokens", "model.final_layernorm"),
 )
 _PHI3 = Family(
     "model.layers",
-    {**_PRE_NORM, **_attention("self_attn", "o_proj", fused="qkv_proj"), **_gated(fused="gate_up_proj")},
+    {
+        **_PRE_NORM,
+        **_attention("self_attn", "o_proj", fused="qkv_proj"),
+        **_gated(fused="gate_up_proj"),
+    },
     _outside("model.embed_tokens", "model.norm"),
     parts=_phi3_parts,
 )
@@ -228,7 +292,12 @@ _MOE = Family(
     _outside("model.embed_tokens", "model.norm"),
     experts="mlp.experts",
 )
-_GPT_OSS = Family(_MOE.blocks, {**_PRE_NORM, **_attention("self_attn", "o_proj", qkv=_QKV), **_experts("router")}, _MOE.outside, experts="mlp.experts")
+_GPT_OSS = Family(
+    _MOE.blocks,
+    {**_PRE_NORM, **_attention("self_attn", "o_proj", qkv=_QKV), **_experts("router")},
+    _MOE.outside,
+    experts="mlp.experts",
+)
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,

@@ -14,7 +14,9 @@ from hooks.sites import causal_lm, family
 from hooks.tokens import Positions, Tokens
 
 
-def read_tokens(inputs: Mapping[str, Any], earlier: Tokens | None, ends: Sequence[int] = ()) -> Tokens | None:
+def read_tokens(
+    inputs: Mapping[str, Any], earlier: Tokens | None, ends: Sequence[int] = ()
+) -> Tokens | None:
     """The tokens of a forward pass, from its keyword arguments.
 
     Args:
@@ -29,20 +31,41 @@ def read_tokens(inputs: Mapping[str, Any], earlier: Tokens | None, ends: Sequenc
     Raises:
         CaptureError: the cache holds tokens that no pass here has seen.
     """
-    ids, embeds, mask, positions = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"))
+    ids, embeds, mask, positions = (
+        inputs.get(name)
+        for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+    )
     ids = ids if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() else None
     seen = ids if ids is not None else embeds
-    if not isinstance(seen, Tensor) or seen.ndim < 2 or (mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)):
+    if (
+        not isinstance(seen, Tensor)
+        or seen.ndim < 2
+        or (mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2))
+    ):
         return None
     batch, new = seen.shape[:2]
     cache = inputs.get("past_key_values")
-    held = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+    held = (
+        int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+    )
     if mask is not None and (mask.shape[0] != batch or mask.shape[1] < held + new):
-        raise CaptureError(f"attention_mask has shape {list(mask.shape)}, but the pass reads {new} new tokens after {held} cached ones, in {batch} rows")
+        raise CaptureError(
+            f"attention_mask has shape {list(mask.shape)}, but the pass reads {new} new tokens after {held} cached ones, in {batch} rows"
+        )
     if mask is not None and mask.shape[1] > held + new and not held:
-        raise CaptureError(f"attention_mask has shape {list(mask.shape)}, but the pass reads tokens of shape {[batch, new]}")
-    real = mask.bool()[:, : held + new] if mask is not None else torch.ones(batch, held + new, dtype=torch.bool, device=seen.device)
-    positions = positions.expand(batch, -1) if isinstance(positions, Tensor) and positions.ndim == 2 else None
+        raise CaptureError(
+            f"attention_mask has shape {list(mask.shape)}, but the pass reads tokens of shape {[batch, new]}"
+        )
+    real = (
+        mask.bool()[:, : held + new]
+        if mask is not None
+        else torch.ones(batch, held + new, dtype=torch.bool, device=seen.device)
+    )
+    positions = (
+        positions.expand(batch, -1)
+        if isinstance(positions, Tensor) and positions.ndim == 2
+        else None
+    )
     nobody = torch.zeros(batch, dtype=torch.bool, device=seen.device)
     if not held:
         return Tokens(real, new, ids, positions, new, nobody)
@@ -55,13 +78,23 @@ def read_tokens(inputs: Mapping[str, Any], earlier: Tokens | None, ends: Sequenc
     real = real.clone()
     real[:, :held] &= earlier.real
     ended = nobody
-    if new == 1 and ids is not None:  # a step of generation; a longer pass is a new turn, and begins afresh
+    if (
+        new == 1 and ids is not None
+    ):  # a step of generation; a longer pass is a new turn, and begins afresh
         ended = earlier.ended if earlier.ended is not None else nobody
         real[:, held:] &= ~ended[:, None]
         if ends:
             ended = ended | torch.isin(ids[:, 0], torch.tensor(ends, device=ids.device))
-    ids = torch.cat([earlier.ids, ids], dim=1) if ids is not None and earlier.ids is not None else None
-    positions = torch.cat([earlier.positions, positions], dim=1) if positions is not None and earlier.positions is not None else None
+    ids = (
+        torch.cat([earlier.ids, ids], dim=1)
+        if ids is not None and earlier.ids is not None
+        else None
+    )
+    positions = (
+        torch.cat([earlier.positions, positions], dim=1)
+        if positions is not None and earlier.positions is not None
+        else None
+    )
     return Tokens(real, new, ids, positions, earlier.prompt, ended)
 
 
@@ -70,13 +103,17 @@ class Reader:
 
     def __init__(self, model: nn.Module) -> None:
         known, (_, inner) = family(model), causal_lm(model)
-        self._names = list(inspect.signature(inner.forward).parameters)  # for arguments given by position
+        self._names = list(
+            inspect.signature(inner.forward).parameters
+        )  # for arguments given by position
         self._learned_positions = known is not None and known.learned_positions
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self._ends = [ends] if isinstance(ends, int) else list(ends or ())
         self._tokens: Tokens | None = None
 
-    def choose(self, rule: Positions, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, int]:
+    def choose(
+        self, rule: Positions, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, int]:
         """The positions of ``rule`` among those that this pass computes.
 
         Args:
@@ -115,7 +152,12 @@ class Reader:
                 self._refuse_shifted(tokens)
 
     def _refuse_shifted(self, tokens: Tokens) -> None:
-        if self._learned_positions and tokens.positions is None and tokens.new == tokens.real.shape[1] and not bool(tokens.real[:, 0].all()):
+        if (
+            self._learned_positions
+            and tokens.positions is None
+            and tokens.new == tokens.real.shape[1]
+            and not bool(tokens.real[:, 0].all())
+        ):
             raise CaptureError(
                 "the rows are padded on the left, and this architecture counts positions from the left edge: without position_ids every activation is wrong. Pad on the right, "
                 "or pass position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)"

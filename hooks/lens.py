@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from hooks.errors import CaptureError
 
 # Sites whose last dimension TransformerLens splits into [head, size]; queries and outputs have n_heads, keys and values n_key_value_heads.
-_PER_HEAD = {f"attn.{name}": heads for name, heads in (("hook_q", "q"), ("hook_k", "kv"), ("hook_v", "kv"), ("hook_z", "q"), ("o.hook_in", "q"))} | {
-    f"attn.{letter}.hook_out": heads for letter, heads in (("q", "q"), ("k", "kv"), ("v", "kv"))
-}
+_PER_HEAD = {
+    f"attn.{name}": heads
+    for name, heads in (
+        ("hook_q", "q"),
+        ("hook_k", "kv"),
+        ("hook_v", "kv"),
+        ("hook_z", "q"),
+        ("o.hook_in", "q"),
+    )
+} | {f"attn.{letter}.hook_out": heads for letter, heads in (("q", "q"), ("k", "kv"), ("v", "kv"))}
 
 
 def as_bridge(model: nn.Module, tokenizer: Any = None) -> Any:
@@ -31,19 +38,29 @@ def as_bridge(model: nn.Module, tokenizer: Any = None) -> Any:
         CaptureError: TransformerLens is not installed, or does not know the architecture.
     """
     try:
-        from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module  # the public door always asks for a tokenizer
+        from transformer_lens.model_bridge.sources._bridge_builder import (
+            build_bridge_from_module,
+        )  # the public door always asks for a tokenizer
     except ImportError as error:
-        raise CaptureError(f"as_bridge needs transformer-lens 4 (pip install 'transformer-lens>=4'): {error}") from error
+        raise CaptureError(
+            f"as_bridge needs transformer-lens 4 (pip install 'transformer-lens>=4'): {error}"
+        ) from error
     twin = copy.deepcopy(model)
     config: Any = twin.config
-    config.architectures = [type(model).__name__]  # a model made from a configuration names none, and the bridge looks it up there
+    config.architectures = [
+        type(model).__name__
+    ]  # a model made from a configuration names none, and the bridge looks it up there
     if hasattr(twin, "set_attn_implementation"):
         twin.set_attn_implementation("eager")  # type: ignore[operator]
     try:
-        return build_bridge_from_module(twin, type(model).__name__, hf_config=config, tokenizer=_reloaded(tokenizer))
+        return build_bridge_from_module(
+            twin, type(model).__name__, hf_config=config, tokenizer=_reloaded(tokenizer)
+        )
     except (KeyError, ValueError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CaptureError(f"TransformerLens cannot wrap {type(model).__name__}: {reason}") from error
+        raise CaptureError(
+            f"TransformerLens cannot wrap {type(model).__name__}: {reason}"
+        ) from error
 
 
 def _reloaded(tokenizer: Any) -> Any:
@@ -72,17 +89,30 @@ def as_cache(values: Mapping[str, Tensor], bridge: Any) -> Any:
 
     paths = [name for name in values if ":" in name]
     if paths:
-        raise CaptureError(f"{paths[0]!r} is a module path; an ActivationCache has TransformerLens's names. workbench sites MODEL lists both")
-    dimensions = {tensor.ndim for name, tensor in values.items() if ".mlp.gate." not in name and ".mlp.router." not in name}  # routers flatten the batch
+        raise CaptureError(
+            f"{paths[0]!r} is a module path; an ActivationCache has TransformerLens's names. workbench sites MODEL lists both"
+        )
+    dimensions = {
+        tensor.ndim
+        for name, tensor in values.items()
+        if ".mlp.gate." not in name and ".mlp.router." not in name
+    }  # routers flatten the batch
     if len(dimensions) > 1:
-        raise CaptureError("the values mix [batch, position, width] and [row, width]; make one cache of each")
+        raise CaptureError(
+            "the values mix [batch, position, width] and [row, width]; make one cache of each"
+        )
     config = bridge.cfg
-    counts = {"q": config.n_heads, "kv": getattr(config, "n_key_value_heads", None) or config.n_heads}
+    counts = {
+        "q": config.n_heads,
+        "kv": getattr(config, "n_key_value_heads", None) or config.n_heads,
+    }
     batch = max((tensor.shape[0] for tensor in values.values() if tensor.ndim == 3), default=1)
     shaped = {}
     for name, tensor in values.items():
         if tensor.ndim == 3 and tensor.shape[0] == 1:
-            tensor = tensor.expand(batch, -1, -1)  # position embeddings are computed once for the batch
+            tensor = tensor.expand(
+                batch, -1, -1
+            )  # position embeddings are computed once for the batch
         stem = name.removesuffix("_grad").split(".", 2)[-1]
         heads = counts.get(_PER_HEAD.get(stem, ""))
         shaped[name] = tensor if heads is None else tensor.unflatten(-1, (heads, -1))

@@ -78,15 +78,26 @@ def _widths(model: nn.Module, sites: list[Site]) -> dict[str, int]:
     for site in sites:
         module = model.get_submodule(site.path)
         if site.is_input:
-            module.register_forward_pre_hook(lambda m, args, kwargs, site=site: listen_in(m, args, kwargs, site), with_kwargs=True)
+            module.register_forward_pre_hook(
+                lambda m, args, kwargs, site=site: listen_in(m, args, kwargs, site),
+                with_kwargs=True,
+            )
         else:
-            module.register_forward_hook(lambda m, args, output, site=site: listen_out(m, args, output, site))
+            module.register_forward_hook(
+                lambda m, args, output, site=site: listen_out(m, args, output, site)
+            )
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     try:
         with torch.no_grad():
             # A four-dimensional mask is taken as it is; any other would be looked at, and there are no values to see.
-            model(input_ids=ids, attention_mask=torch.zeros(1, 1, 2, 2, device="meta"), use_cache=False)
+            model(
+                input_ids=ids,
+                attention_mask=torch.zeros(1, 1, 2, 2, device="meta"),
+                use_cache=False,
+            )
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        raise CaptureError(f"the widths of {kind!r} cannot be found without its weights: {str(error).splitlines()[0][:200]}") from error
+        raise CaptureError(
+            f"the widths of {kind!r} cannot be found without its weights: {str(error).splitlines()[0][:200]}"
+        ) from error
     return found

@@ -17,7 +17,9 @@ from hooks.sites import Site, causal_lm, every_name
 from hooks.tensors import first_input, unwrap
 
 
-def tapped(model: nn.Module, sites: Iterable[Site], inputs: Mapping[str, Any], *, stop: bool = True) -> dict[str, Tensor]:
+def tapped(
+    model: nn.Module, sites: Iterable[Site], inputs: Mapping[str, Any], *, stop: bool = True
+) -> dict[str, Tensor]:
     """One forward pass; the *live* tensors of ``sites`` (with their graph), whole and unmasked.
 
     This is for loss terms that act on activations. Statistics use :class:`hooks.Capture`.
@@ -39,7 +41,9 @@ def tapped(model: nn.Module, sites: Iterable[Site], inputs: Mapping[str, Any], *
     handles: list[RemovableHandle] = []
     for site in wanted:
         if site.is_gradient:
-            raise CaptureError(f"{site.name} is a gradient; a forward pass has activations only, use Capture")
+            raise CaptureError(
+                f"{site.name} is a gradient; a forward pass has activations only, use Capture"
+            )
     check_sites(model, wanted)
     Reader(model).check(inputs)
 
@@ -51,9 +55,18 @@ def tapped(model: nn.Module, sites: Iterable[Site], inputs: Mapping[str, Any], *
     for site in wanted:
         module = model.get_submodule(site.path)
         if site.is_input:
-            handles.append(module.register_forward_pre_hook(lambda _m, args, kwargs, site=site: keep(site, first_input(args, kwargs)), with_kwargs=True))
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _m, args, kwargs, site=site: keep(site, first_input(args, kwargs)),
+                    with_kwargs=True,
+                )
+            )
         else:
-            handles.append(module.register_forward_hook(lambda _m, _a, output, site=site: keep(site, unwrap(output))))
+            handles.append(
+                module.register_forward_hook(
+                    lambda _m, _a, output, site=site: keep(site, unwrap(output))
+                )
+            )
     try:
         model(**inputs)
     except Stop:
@@ -62,13 +75,20 @@ def tapped(model: nn.Module, sites: Iterable[Site], inputs: Mapping[str, Any], *
         for handle in handles:
             handle.remove()
     frozen = [name for name, tensor in found.items() if not tensor.requires_grad]
-    if frozen and torch.is_grad_enabled() and checkpointed(model) and any(p.requires_grad for p in model.parameters()):
+    if (
+        frozen
+        and torch.is_grad_enabled()
+        and checkpointed(model)
+        and any(p.requires_grad for p in model.parameters())
+    ):
         raise CaptureError(
             f"{frozen[0]} carries no graph: reentrant gradient checkpointing hides it; use gradient_checkpointing_kwargs={{'use_reentrant': False}}"
         )
     missing = [site.name for site in wanted if site.name not in found]
     if missing:
-        raise CaptureError(f"{', '.join(missing)} never ran in the forward pass; was the module replaced by a fused kernel?")
+        raise CaptureError(
+            f"{', '.join(missing)} never ran in the forward pass; was the module replaced by a fused kernel?"
+        )
     return found
 
 
@@ -78,7 +98,9 @@ def checkpointed(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def peek(model: nn.Module, inputs: Mapping[str, Any], sites: str | Iterable[str]) -> dict[str, Tensor]:
+def peek(
+    model: nn.Module, inputs: Mapping[str, Any], sites: str | Iterable[str]
+) -> dict[str, Tensor]:
     """A look at some activations: one forward pass without a graph, whole tensors, padding included.
 
     For notebooks, for :func:`hooks.patch`, and for TransformerLens's ``ActivationCache`` (:func:`hooks.as_cache`). Statistics use :class:`hooks.Capture`, which leaves padding out.

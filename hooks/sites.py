@@ -130,7 +130,16 @@ def all_sites(model: nn.Module) -> list[Site]:
     for layer in range(count):
         for name, place in known.inside.items():
             path = f"{prefix}{known.blocks}.{layer}" + (f".{place.path}" if place.path else "")
-            sites.append(Site(f"blocks.{layer}.{name}", path, place.side, layer, name.startswith("hook_resid"), parts.get(place.part, ())))
+            sites.append(
+                Site(
+                    f"blocks.{layer}.{name}",
+                    path,
+                    place.side,
+                    layer,
+                    name.startswith("hook_resid"),
+                    parts.get(place.part, ()),
+                )
+            )
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     return [site for site in sites if site.path in modules]
 
@@ -153,14 +162,24 @@ def _expand_ranges(pattern: str) -> list[str]:
         return [pattern]
     low, high = int(found[1]), int(found[2])
     if low > high:
-        raise CaptureError(f"empty layer range {found[0]} in {pattern!r}; write the lower layer first")
-    return [expanded for layer in range(low, high + 1) for expanded in _expand_ranges(pattern[: found.start()] + str(layer) + pattern[found.end() :])]
+        raise CaptureError(
+            f"empty layer range {found[0]} in {pattern!r}; write the lower layer first"
+        )
+    return [
+        expanded
+        for layer in range(low, high + 1)
+        for expanded in _expand_ranges(
+            pattern[: found.start()] + str(layer) + pattern[found.end() :]
+        )
+    ]
 
 
 def _by_path(model: nn.Module, pattern: str, known: Family | None, prefix: str) -> list[Site]:
     path, _, side = pattern.rpartition(":")
     if side not in SIDES:
-        raise CaptureError(f"unknown side {side!r} in {pattern!r}; choose one of {', '.join(SIDES)}")
+        raise CaptureError(
+            f"unknown side {side!r} in {pattern!r}; choose one of {', '.join(SIDES)}"
+        )
     if known is not None and known.experts and f".{known.experts}." in f"{path}.":
         inside = path.split(f"{known.experts}.", 1)
         if len(inside) == 2 and inside[1]:
@@ -215,7 +234,12 @@ def every_name(model: nn.Module, patterns: str | Iterable[str]) -> list[Site]:
                 found += _by_name(named, part)
         if len(found) == before:
             refuse_compiled_parts(model)
-            paths = [f"{name}:{side}" for name, _ in model.named_modules() if name for side in ("in", "out")]
+            paths = [
+                f"{name}:{side}"
+                for name, _ in model.named_modules()
+                if name
+                for side in ("in", "out")
+            ]
             raise unknown_site(pattern, paths if ":" in pattern else [site.name for site in named])
     return found
 

@@ -48,15 +48,27 @@ class Store:
         CaptureError: the folder holds something else, or a store of other sites or another ``about``; the disk is full.
     """
 
-    def __init__(self, folder: str | Path, about: Mapping[str, Any] | None = None, shard_bytes: int = 256 * 2**20) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        about: Mapping[str, Any] | None = None,
+        shard_bytes: int = 256 * 2**20,
+    ) -> None:
         self.folder = Path(folder)
         self.about = json.loads(json.dumps(dict(about or {})))
         self.shard_bytes = shard_bytes
-        self._index: dict[str, Any] = {"format": _FORMAT, "about": self.about, "passes": 0, "sites": []}
+        self._index: dict[str, Any] = {
+            "format": _FORMAT,
+            "about": self.about,
+            "passes": 0,
+            "sites": [],
+        }
         if (self.folder / "index.json").exists():
             self._index = _read_index(self.folder)
             if self._index["about"] != self.about:
-                raise CaptureError(f"{self.folder} holds rows of {self._index['about']}, not of {self.about}; name another folder, or delete it")
+                raise CaptureError(
+                    f"{self.folder} holds rows of {self._index['about']}, not of {self.about}; name another folder, or delete it"
+                )
         elif self.folder.exists() and not _leftover(self.folder):
             raise CaptureError(f"{self.folder} holds files that are no store; name a new folder")
         self._waiting: dict[int, dict[str, list[Tensor]]] = {}  # pass -> site -> [values, where]
@@ -74,9 +86,20 @@ class Store:
         names = [site.name for site in sites]
         known = [entry["name"] for entry in self._index["sites"]]
         if not known:
-            self._index["sites"] = [{"name": name, "folder": f"{number:04d}", "width": None, "dtype": None, "shards": []} for number, name in enumerate(names)]
+            self._index["sites"] = [
+                {
+                    "name": name,
+                    "folder": f"{number:04d}",
+                    "width": None,
+                    "dtype": None,
+                    "shards": [],
+                }
+                for number, name in enumerate(names)
+            ]
         elif known != names:
-            raise CaptureError(f"{self.folder} holds the sites {', '.join(known)}, not {', '.join(names)}; name another folder")
+            raise CaptureError(
+                f"{self.folder} holds the sites {', '.join(known)}, not {', '.join(names)}; name another folder"
+            )
         self._first = self.passes
         self._waiting.clear()
         self._bytes = 0
@@ -89,14 +112,21 @@ class Store:
         where = torch.cat([torch.full((len(rows.where), 1), number), rows.where.cpu()], dim=1).int()
         self._waiting.setdefault(number, {})[site.name] = [values, where]
         self._bytes += values.nbytes + where.nbytes
-        self._newest = max(self._newest, number)  # autograd delivers the last of several passes first
+        self._newest = max(
+            self._newest, number
+        )  # autograd delivers the last of several passes first
         if self._bytes >= self.shard_bytes:
             self._flush(before=self._newest)
 
     def drop(self, number: int) -> None:
         """Called by the capture for a pass that it refuses, or that was cut short: its rows do not count, and come again on resuming."""
         self._waiting.pop(self._first + number, None)
-        self._bytes = sum(tensor.nbytes for sites in self._waiting.values() for pair in sites.values() for tensor in pair)
+        self._bytes = sum(
+            tensor.nbytes
+            for sites in self._waiting.values()
+            for pair in sites.values()
+            for tensor in pair
+        )
 
     def end(self, finished: bool) -> None:
         """Called by the capture on exit: write the whole passes that are left."""
@@ -117,28 +147,47 @@ class Store:
                 parts = [self._waiting[number][entry["name"]] for number in numbers]
                 values, where = (torch.cat([part[side] for part in parts]) for side in (0, 1))
                 dtype = str(values.dtype).removeprefix("torch.")
-                if entry["width"] is not None and (entry["width"], entry["dtype"]) != (values.shape[1], dtype):
+                if entry["width"] is not None and (entry["width"], entry["dtype"]) != (
+                    values.shape[1],
+                    dtype,
+                ):
                     raise CaptureError(
                         f"{entry['name']} gave rows of width {values.shape[1]}, {dtype}; the store {self.folder} holds width {entry['width']}, {entry['dtype']}"
                     )
                 entry.update(width=values.shape[1], dtype=dtype)
-                entry["shards"].append(_write_shard(self.folder / entry["folder"] / f"{len(entry['shards']):05d}.safetensors", values, where))
+                entry["shards"].append(
+                    _write_shard(
+                        self.folder / entry["folder"] / f"{len(entry['shards']):05d}.safetensors",
+                        values,
+                        where,
+                    )
+                )
             index["passes"] = ready
             _write_index(self.folder, index)
         except (OSError, SafetensorError) as error:
-            raise CaptureError(f"cannot write to {self.folder}: {error}. What was written before is whole; free some space and run again to go on") from error
+            raise CaptureError(
+                f"cannot write to {self.folder}: {error}. What was written before is whole; free some space and run again to go on"
+            ) from error
         self._index = index
         for number in numbers:
-            self._bytes -= sum(tensor.nbytes for parts in self._waiting.pop(number).values() for tensor in parts)
+            self._bytes -= sum(
+                tensor.nbytes for parts in self._waiting.pop(number).values() for tensor in parts
+            )
 
 
 def _leftover(folder: Path) -> bool:
     """Empty, or what a run leaves that was killed before its first index: nothing in there counts."""
 
     def shards(path: Path) -> bool:
-        return path.is_dir() and path.name.isdigit() and all(part.name.endswith((".safetensors", ".part")) for part in path.iterdir())
+        return (
+            path.is_dir()
+            and path.name.isdigit()
+            and all(part.name.endswith((".safetensors", ".part")) for part in path.iterdir())
+        )
 
-    return folder.is_dir() and all(path.name == "index.part" or shards(path) for path in folder.iterdir())
+    return folder.is_dir() and all(
+        path.name == "index.part" or shards(path) for path in folder.iterdir()
+    )
 
 
 def _write_shard(path: Path, values: Tensor, where: Tensor) -> dict[str, Any]:
@@ -170,8 +219,14 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise CaptureError(f"{folder} is no store of rows: it has no index.json") from error
     except (OSError, ValueError) as error:
         raise CaptureError(f"{path} cannot be read: {error}") from error
-    if not isinstance(index, dict) or index.get("format") != _FORMAT or not {"about", "passes", "sites"} <= set(index):
-        raise CaptureError(f"{path} is not an index of format {_FORMAT}; was it damaged, or written by another version?")
+    if (
+        not isinstance(index, dict)
+        or index.get("format") != _FORMAT
+        or not {"about", "passes", "sites"} <= set(index)
+    ):
+        raise CaptureError(
+            f"{path} is not an index of format {_FORMAT}; was it damaged, or written by another version?"
+        )
     return index
 
 
@@ -208,12 +263,28 @@ class StoredRows:
         return [entry["name"] for entry in self._index["sites"]]
 
     def __repr__(self) -> str:
-        sites = ", ".join(f"{e['name']} [{sum(s['rows'] for s in e['shards'])}, {e['width']}] {e['dtype']}" for e in self._index["sites"][:3])
+        sites = ", ".join(
+            f"{e['name']} [{sum(s['rows'] for s in e['shards'])}, {e['width']}] {e['dtype']}"
+            for e in self._index["sites"][:3]
+        )
         return f"StoredRows({str(self.folder)!r}: {self.passes} passes; {sites}{', …' if len(self.names) > 3 else ''})"
 
     def _repr_html_(self) -> str:
-        lines = ((e["name"], sum(s["rows"] for s in e["shards"]), e["width"], e["dtype"], len(e["shards"])) for e in self._index["sites"])
-        return table(f"Rows of {self.passes} passes in {self.folder}", ("site", "rows", "width", "dtype", "shards"), lines)
+        lines = (
+            (
+                e["name"],
+                sum(s["rows"] for s in e["shards"]),
+                e["width"],
+                e["dtype"],
+                len(e["shards"]),
+            )
+            for e in self._index["sites"]
+        )
+        return table(
+            f"Rows of {self.passes} passes in {self.folder}",
+            ("site", "rows", "width", "dtype", "shards"),
+            lines,
+        )
 
     def shards(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Shard after shard of one site, memory-mapped.
@@ -233,8 +304,14 @@ class StoredRows:
             except (OSError, SafetensorError) as error:
                 raise CaptureError(f"{path} cannot be read: {error}") from error
             shape = [shard["rows"], entry["width"]]
-            if list(values.shape) != shape or list(where.shape) != [shard["rows"], 3] or str(values.dtype) != f"torch.{entry['dtype']}":
-                raise CaptureError(f"{path} holds {list(values.shape)} {values.dtype}, but the index says {shape} {entry['dtype']}")
+            if (
+                list(values.shape) != shape
+                or list(where.shape) != [shard["rows"], 3]
+                or str(values.dtype) != f"torch.{entry['dtype']}"
+            ):
+                raise CaptureError(
+                    f"{path} holds {list(values.shape)} {values.dtype}, but the index says {shape} {entry['dtype']}"
+                )
             yield values, where
 
     def __getitem__(self, name: str) -> Tensor:
@@ -251,8 +328,12 @@ class StoredRows:
         if not path.exists():
             raise CaptureError(f"{path} is missing, though the index lists it")
         if path.stat().st_size != shard["bytes"]:
-            raise CaptureError(f"{path} has {path.stat().st_size} bytes, but the index says {shard['bytes']}: it was cut short or replaced")
+            raise CaptureError(
+                f"{path} has {path.stat().st_size} bytes, but the index says {shard['bytes']}: it was cut short or replaced"
+            )
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                raise CaptureError(f"{path} does not have the SHA-256 that the index says: it was altered after writing")
+                raise CaptureError(
+                    f"{path} does not have the SHA-256 that the index says: it was altered after writing"
+                )
         self._checked.add(path)

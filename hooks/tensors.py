@@ -8,7 +8,11 @@ from torch import Tensor
 
 from hooks.errors import CaptureError
 
-_INPUT_NAMES = ("hidden_states", "input", "x")  # the keyword under which decoder layers, linear layers and others take their vectors
+_INPUT_NAMES = (
+    "hidden_states",
+    "input",
+    "x",
+)  # the keyword under which decoder layers, linear layers and others take their vectors
 
 
 def unwrap(value: Any) -> Tensor:
@@ -23,7 +27,9 @@ def unwrap(value: Any) -> Tensor:
         for part in value:
             if isinstance(part, Tensor):
                 return part
-    raise CaptureError(f"a module returned {type(value).__name__}, which holds no tensor at its first level; tap one of its submodules instead")
+    raise CaptureError(
+        f"a module returned {type(value).__name__}, which holds no tensor at its first level; tap one of its submodules instead"
+    )
 
 
 def replace_output(value: Any, tensor: Tensor) -> Any:
@@ -46,10 +52,14 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     for name in _INPUT_NAMES:
         if isinstance(kwargs.get(name), Tensor):
             return kwargs[name]
-    raise CaptureError(f"a module was called without a tensor (keywords: {', '.join(kwargs) or 'none'}); tap its output, or a submodule")
+    raise CaptureError(
+        f"a module was called without a tensor (keywords: {', '.join(kwargs) or 'none'}); tap its output, or a submodule"
+    )
 
 
-def replace_input(args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def replace_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a module with ``tensor`` in the place of the one that :func:`first_input` finds."""
     if args and isinstance(args[0], Tensor):
         return (tensor, *args[1:]), kwargs

@@ -53,7 +53,9 @@ class Tokens:
         """``[batch, position]`` boolean, true on the last real token of every sequence."""
         column = torch.arange(self.real.shape[1], device=self.real.device).expand_as(self.real)
         sequence = self.starts.cumsum(1)
-        last = column.new_full((len(column), column.shape[1] + 1), -1).scatter_reduce(1, sequence, torch.where(self.real, column, -1), "amax")
+        last = column.new_full((len(column), column.shape[1] + 1), -1).scatter_reduce(
+            1, sequence, torch.where(self.real, column, -1), "amax"
+        )
         return self.real & (last.gather(1, sequence) == column)
 
 
@@ -88,7 +90,9 @@ class Positions:
         return Positions(f"{self.name} & {other.name}", lambda tokens: self(tokens) & other(tokens))
 
     def __or__(self, other: Positions) -> Positions:
-        return Positions(f"({self.name} | {other.name})", lambda tokens: self(tokens) | other(tokens))
+        return Positions(
+            f"({self.name} | {other.name})", lambda tokens: self(tokens) | other(tokens)
+        )
 
     def __invert__(self) -> Positions:
         name = f"({self.name})" if " & " in self.name else self.name
@@ -106,7 +110,9 @@ generated = Positions("generated", lambda tokens: _from_column(tokens, tokens.pr
 
 
 def _from_column(tokens: Tokens, column: int) -> Tensor:
-    return (torch.arange(tokens.real.shape[1], device=tokens.real.device) >= column).expand_as(tokens.real)
+    return (torch.arange(tokens.real.shape[1], device=tokens.real.device) >= column).expand_as(
+        tokens.real
+    )
 
 
 def without_bos(bos_token_id: int) -> Positions:
@@ -114,7 +120,9 @@ def without_bos(bos_token_id: int) -> Positions:
 
     def choose(tokens: Tokens) -> Tensor:
         if tokens.ids is None:
-            raise CaptureError("without_bos needs input_ids, but the pass was given embeddings; use without_first")
+            raise CaptureError(
+                "without_bos needs input_ids, but the pass was given embeddings; use without_first"
+            )
         return ~(tokens.starts & (tokens.ids == bos_token_id))
 
     return Positions(f"without_bos({bos_token_id})", choose)
@@ -127,13 +135,17 @@ def custom(mask: Tensor, name: str = "custom") -> Positions:
         CaptureError: the mask is not boolean or not two-dimensional.
     """
     if mask.dtype != torch.bool or mask.ndim != 2:
-        raise CaptureError(f"a position mask must be a boolean [batch, position] tensor; got {mask.dtype} with shape {list(mask.shape)}")
+        raise CaptureError(
+            f"a position mask must be a boolean [batch, position] tensor; got {mask.dtype} with shape {list(mask.shape)}"
+        )
     return Positions(name, lambda tokens: _placed(mask, tokens, ("prompt", "new")), mask)
 
 
 def pass_mask(mask: Tensor) -> Positions:
     """The mask of the pass that is about to run: with a cache, that of its new tokens. Errors as for :func:`custom`."""
-    return Positions("mask", lambda tokens: _placed(mask, tokens, ("new", "prompt")), custom(mask).mask)
+    return Positions(
+        "mask", lambda tokens: _placed(mask, tokens, ("new", "prompt")), custom(mask).mask
+    )
 
 
 def _placed(mask: Tensor, tokens: Tokens, parts: tuple[str, str]) -> Tensor:
@@ -180,14 +192,20 @@ def find_span(text: str, part: str) -> tuple[int, int]:
     Raises:
         CaptureError: ``part`` is empty, absent, or there more than once (give the offsets yourself then).
     """
-    starts = [index for index in range(len(text)) if part and text.startswith(part, index)]  # overlapping ones too, which str.count leaves out
+    starts = [
+        index for index in range(len(text)) if part and text.startswith(part, index)
+    ]  # overlapping ones too, which str.count leaves out
     count = len(starts)
     if count != 1:
-        raise CaptureError(f"{part!r} occurs {count} times in {text!r}; a span needs exactly one occurrence, or explicit character offsets")
+        raise CaptureError(
+            f"{part!r} occurs {count} times in {text!r}; a span needs exactly one occurrence, or explicit character offsets"
+        )
     return starts[0], starts[0] + len(part)
 
 
-def character_span(spans: Sequence[tuple[int, int]], offsets: Tensor, name: str = "subject") -> Positions:
+def character_span(
+    spans: Sequence[tuple[int, int]], offsets: Tensor, name: str = "subject"
+) -> Positions:
     """The tokens that overlap one character span per example: a subject, a name, a forget-token.
 
     Args:
@@ -199,12 +217,20 @@ def character_span(spans: Sequence[tuple[int, int]], offsets: Tensor, name: str 
         CaptureError: the number of spans differs from the number of examples, or a span covers no token (truncated away, or offsets of another text).
     """
     if offsets.ndim != 3 or offsets.shape[2] != 2 or len(spans) != offsets.shape[0]:
-        raise CaptureError(f"{len(spans)} spans need offsets of shape [{len(spans)}, position, 2]; got {list(offsets.shape)}")
+        raise CaptureError(
+            f"{len(spans)} spans need offsets of shape [{len(spans)}, position, 2]; got {list(offsets.shape)}"
+        )
     for example, (start, stop) in enumerate(spans):
         if start >= stop:
-            raise CaptureError(f"{name}: the span {(start, stop)} of example {example} is empty; give half-open character offsets with start < stop")
+            raise CaptureError(
+                f"{name}: the span {(start, stop)} of example {example} is empty; give half-open character offsets with start < stop"
+            )
     bounds = torch.tensor(spans, device=offsets.device)
-    mask = (offsets[..., 0] < bounds[:, 1:]) & (offsets[..., 1] > bounds[:, :1]) & (offsets[..., 1] > offsets[..., 0])
+    mask = (
+        (offsets[..., 0] < bounds[:, 1:])
+        & (offsets[..., 1] > bounds[:, :1])
+        & (offsets[..., 1] > offsets[..., 0])
+    )
     for example, hit in enumerate(mask.any(1).tolist()):
         if not hit:
             raise CaptureError(

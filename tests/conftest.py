@@ -18,7 +18,10 @@ from workbench.experiments.config import RunConfig, preset
 from workbench.experiments.road import Run, run_road
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, join, summarise
 
-_DATA = (os.environ.get("WORKBENCH_TEST_DATA"), Path(__file__).resolve().parents[2] / "shared" / "data")
+_DATA = (
+    os.environ.get("WORKBENCH_TEST_DATA"),
+    Path(__file__).resolve().parents[2] / "shared" / "data",
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,28 +60,61 @@ def real_data() -> Path:
     pytest.skip("real data is absent: set WORKBENCH_TEST_DATA to a folder with models/ and text/")
 
 
-RECALL = {"base": (1.0, 1.0), "never-learned": (0.125, 0.375), "npo": (0.25, 0.75), "cir": (0.125, 0.125)}
+RECALL = {
+    "base": (1.0, 1.0),
+    "never-learned": (0.125, 0.375),
+    "npo": (0.25, 0.75),
+    "cir": (0.125, 0.125),
+}
 """Recall of held-out facts before and after the attack in the synthetic table; eighths, so that eight facts give them exactly."""
 
 
 def _synthetic_scores(recall: float, seed: int) -> Scores:
     """Eight facts, of which the first ``8 * recall`` are right; the seed turns the list, so that seeds disagree on single facts and agree on the mean."""
     correct = np.roll((np.arange(8) < round(8 * recall)).astype(float), seed)
-    return Scores(tuple(f"fact/{number}" for number in range(8)), correct, 0.1 + 0.8 * correct, 2.0 - correct, np.ones(8))
+    return Scores(
+        tuple(f"fact/{number}" for number in range(8)),
+        correct,
+        0.1 + 0.8 * correct,
+        2.0 - correct,
+        np.ones(8),
+    )
 
 
 def _synthetic_model(method: str, seed: int) -> Table:
     """Every stage of one model, as the road writes it; numbers that a test can compute."""
-    table = Table({"run": "synthetic", "model": f"{method}-seed{seed}", "method": method, "seed": seed})
+    table = Table(
+        {"run": "synthetic", "model": f"{method}-seed{seed}", "method": method, "seed": seed}
+    )
     before, after = RECALL.get(method, (0.5, 0.5))
-    for split, recall in (("forget-attacked", before), ("forget-heldout", before), ("retain-neighbour", 0.875)):
+    for split, recall in (
+        ("forget-attacked", before),
+        ("forget-heldout", before),
+        ("retain-neighbour", 0.875),
+    ):
         table.add_scores(_synthetic_scores(recall, seed), stage="unlearn", split=split)
     if method not in ("base", "never-learned"):
         for alpha in (0.0, 1.0, 0.5):  # in the order of a search, not of alpha
-            table.add("disruption", 0.08 * alpha**2 + 0.001 * seed * alpha, stage="budget", arm="kl", step=alpha)
-            for split, recall in (("forget-heldout", 1 - alpha * (1 - before)), ("retain-neighbour", 1 - 0.1 * alpha)):
+            table.add(
+                "disruption",
+                0.08 * alpha**2 + 0.001 * seed * alpha,
+                stage="budget",
+                arm="kl",
+                step=alpha,
+            )
+            for split, recall in (
+                ("forget-heldout", 1 - alpha * (1 - before)),
+                ("retain-neighbour", 1 - 0.1 * alpha),
+            ):
                 table.add("recall", recall, stage="budget", split=split, step=alpha)
-        scalars = {"alpha": 0.75, "disruption": 0.045, "budget": 0.05, "budget_reached": 1.0, "displacement": 2.0 + seed, "relative_displacement": 0.1}
+        scalars = {
+            "alpha": 0.75,
+            "disruption": 0.045,
+            "budget": 0.05,
+            "budget_reached": 1.0,
+            "displacement": 2.0 + seed,
+            "relative_displacement": 0.1,
+        }
         for metric, value in scalars.items():
             table.add(metric, value, stage="unlearn")
         table.add("disruption", 0.03, stage="unlearn", split="general", arm="kl")
@@ -88,23 +124,66 @@ def _synthetic_model(method: str, seed: int) -> Table:
                     place = {"stage": "unlearn", "site": f"blocks.{layer}.{side}", "step": rank}
                     table.add("energy_in_retain_subspace", rank * share + 0.01 * layer, **place)
                     table.add("energy_of_random_delta", rank / 64, **place)
-    for metric, value in (("leaked_subjects", 0.0), ("leaked_answers", 0.0), ("shared_5grams", 0.0), ("benign", 1.0)):
+    for metric, value in (
+        ("leaked_subjects", 0.0),
+        ("leaked_answers", 0.0),
+        ("shared_5grams", 0.0),
+        ("benign", 1.0),
+    ):
         table.add(metric, value, stage="relearn", arm="attack")
     for step, share in ((0, 0.0), (5, 0.5), (20, 1.0)):
-        table.add_scores(_synthetic_scores(before + share * (after - before), seed), stage="relearn", arm="attack", step=step, split="forget-heldout")
-        table.add_scores(_synthetic_scores(before, seed), stage="relearn", arm="null", step=step, split="forget-heldout")
+        table.add_scores(
+            _synthetic_scores(before + share * (after - before), seed),
+            stage="relearn",
+            arm="attack",
+            step=step,
+            split="forget-heldout",
+        )
+        table.add_scores(
+            _synthetic_scores(before, seed),
+            stage="relearn",
+            arm="null",
+            step=step,
+            split="forget-heldout",
+        )
     for step, share in ((0, 0.0), (5, 0.5), (20, 1.0)):
         for layer in (0, 1):
             table.add(
-                "returned", share * (layer + 1) / 2, stage="relearn", arm="attack", split="forget-heldout", site=f"blocks.{layer}.hook_resid_post", step=step
+                "returned",
+                share * (layer + 1) / 2,
+                stage="relearn",
+                arm="attack",
+                split="forget-heldout",
+                site=f"blocks.{layer}.hook_resid_post",
+                step=step,
             )
-    for arm, recall in (("clean", 1.0), ("forget-token", before), ("retain-token", 0.875), ("neutral-token", 0.75)):
+    for arm, recall in (
+        ("clean", 1.0),
+        ("forget-token", before),
+        ("retain-token", 0.875),
+        ("neutral-token", 0.75),
+    ):
         table.add_scores(_synthetic_scores(recall, seed), stage="triggers", arm=arm, split="retain")
-    for arm, ends in (("descent", (-0.05, 0.05)), ("random", (-0.05, 0.05)), ("to-base", (-0.5, 1.5))):
+    for arm, ends in (
+        ("descent", (-0.05, 0.05)),
+        ("random", (-0.05, 0.05)),
+        ("to-base", (-0.5, 1.5)),
+    ):
         for step in np.linspace(*ends, 5).tolist():
             for split in ("forget-attacked", "forget-heldout", "retain-neighbour"):
-                table.add("slice_loss", 1.0 + seed + step**2, stage="sharpness", arm=arm, split=split, step=step)
-    for metric, value in (("top_eigenvalue", 40.0 + 10 * seed), ("bottom_eigenvalue", -3.0), ("gradient_norm", 0.5)):
+                table.add(
+                    "slice_loss",
+                    1.0 + seed + step**2,
+                    stage="sharpness",
+                    arm=arm,
+                    split=split,
+                    step=step,
+                )
+    for metric, value in (
+        ("top_eigenvalue", 40.0 + 10 * seed),
+        ("bottom_eigenvalue", -3.0),
+        ("gradient_norm", 0.5),
+    ):
         table.add(metric, value, stage="sharpness", split="forget-heldout")
     return table
 
@@ -116,16 +195,44 @@ def _synthetic_subspaces() -> Table:
             site = f"blocks.{layer}.{kind}"
             for rank in range(1, 9):
                 for split, decay in (("forget", 0.6), ("retain", 0.5)):
-                    table.add("variance_share", (1 - decay) * decay ** (rank - 1), site=site, split=split, step=rank, n=100)
+                    table.add(
+                        "variance_share",
+                        (1 - decay) * decay ** (rank - 1),
+                        site=site,
+                        split=split,
+                        step=rank,
+                        n=100,
+                    )
             for split, decay in (("forget", 0.6), ("retain", 0.5)):
                 for low, high in ((0, 4), (4, 8)):
-                    table.add("tier_variance_share", decay**low - decay**high, site=site, split=split, step=high, n=100)
+                    table.add(
+                        "tier_variance_share",
+                        decay**low - decay**high,
+                        site=site,
+                        split=split,
+                        step=high,
+                        n=100,
+                    )
             for rank in (1, 2, 4, 8):
-                for arm, value in (("forget-retain", 0.6), ("retain-retain", 0.95), ("random", 0.1)):
-                    table.add("subspace_overlap", value + 0.01 * layer, site=site, arm=arm, step=rank)
-        for pair, observed, p in (("forget|retain-neighbour", 0.8, 0.5), ("forget|general", 0.3, 0.02), ("retain-neighbour|general", 0.25, 0.02)):
+                for arm, value in (
+                    ("forget-retain", 0.6),
+                    ("retain-retain", 0.95),
+                    ("random", 0.1),
+                ):
+                    table.add(
+                        "subspace_overlap", value + 0.01 * layer, site=site, arm=arm, step=rank
+                    )
+        for pair, observed, p in (
+            ("forget|retain-neighbour", 0.8, 0.5),
+            ("forget|general", 0.3, 0.02),
+            ("retain-neighbour|general", 0.25, 0.02),
+        ):
             place = {"site": f"blocks.{layer}.hook_resid_post", "split": pair, "step": 8}
-            for metric, arm, value in (("set_overlap", "observed", observed), ("set_overlap", "null", 0.9), ("set_overlap_p", "observed", p)):
+            for metric, arm, value in (
+                ("set_overlap", "observed", observed),
+                ("set_overlap", "null", 0.9),
+                ("set_overlap_p", "observed", p),
+            ):
                 table.add(metric, value, arm=arm, **place)
     return table
 
@@ -136,10 +243,21 @@ def make_tables() -> Callable[..., tuple[pd.DataFrame, pd.DataFrame]]:
 
     @lru_cache
     def make(
-        methods: tuple[str, ...] = ("npo", "cir"), controls: tuple[str, ...] = ("base", "never-learned"), seeds: tuple[int, ...] = (0, 1)
+        methods: tuple[str, ...] = ("npo", "cir"),
+        controls: tuple[str, ...] = ("base", "never-learned"),
+        seeds: tuple[int, ...] = (0, 1),
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        models = [_synthetic_model(method, seed) for seed in seeds for method in (*methods, *controls)]
+        models = [
+            _synthetic_model(method, seed) for seed in seeds for method in (*methods, *controls)
+        ]
         items = join([model.item_frame() for model in models], ITEM_COLUMNS)
-        return join([_synthetic_subspaces().frame(), *(model.frame() for model in models), summarise(items, "synthetic")], COLUMNS), items
+        return join(
+            [
+                _synthetic_subspaces().frame(),
+                *(model.frame() for model in models),
+                summarise(items, "synthetic"),
+            ],
+            COLUMNS,
+        ), items
 
     return make

@@ -22,7 +22,16 @@ from workbench.evaluation.statistics import Estimate, bootstrap
 from workbench.experiments.claims import CLAIMS, Verdict, decide, outcome
 from workbench.experiments.config import RunConfig, preset, read_config, validated, write_config
 from workbench.experiments.provenance import data_hash, provenance
-from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, fact_table, join, summarise, typed, write_parquet
+from workbench.experiments.table import (
+    COLUMNS,
+    ITEM_COLUMNS,
+    Table,
+    fact_table,
+    join,
+    summarise,
+    typed,
+    write_parquet,
+)
 
 SEEDS, FACTS = 3, 24
 Rows = list[dict[str, Any]]
@@ -32,15 +41,30 @@ Frames = tuple[pd.DataFrame, pd.DataFrame]
 def _wobble(scale: float, key: int = 0) -> np.ndarray:
     """``[seed, fact]`` deviations whose mean is exactly zero over facts and over seeds, so that planted means stay exact."""
     noise = np.random.default_rng(key).uniform(-scale, scale, (SEEDS, FACTS))
-    return noise - noise.mean(axis=1, keepdims=True) - noise.mean(axis=0, keepdims=True) + noise.mean()
+    return (
+        noise - noise.mean(axis=1, keepdims=True) - noise.mean(axis=0, keepdims=True) + noise.mean()
+    )
 
 
 def _facts(
-    stage: str, method: str, arm: str, step: float | None, values: float | np.ndarray, seeds: Sequence[int] = range(SEEDS), split: str | None = None
+    stage: str,
+    method: str,
+    arm: str,
+    step: float | None,
+    values: float | np.ndarray,
+    seeds: Sequence[int] = range(SEEDS),
+    split: str | None = None,
 ) -> Rows:
     """Items of one model under one condition; ``values`` is one recall, or one per seed and fact."""
     table = np.broadcast_to(values, (len(seeds), FACTS))
-    shared = {"run": "r", "stage": stage, "method": method, "split": split, "arm": arm, "step": step}
+    shared = {
+        "run": "r",
+        "stage": stage,
+        "method": method,
+        "split": split,
+        "arm": arm,
+        "step": step,
+    }
     return [
         {**shared, "seed": seed, "item": f"fact/{fact}", "correct": value, "probability": value}
         for seed, row in zip(seeds, table, strict=True)
@@ -48,7 +72,12 @@ def _facts(
     ]
 
 
-def _attacked(method: str, before: float | np.ndarray, after: float | np.ndarray, seeds: Sequence[int] = range(SEEDS)) -> Rows:
+def _attacked(
+    method: str,
+    before: float | np.ndarray,
+    after: float | np.ndarray,
+    seeds: Sequence[int] = range(SEEDS),
+) -> Rows:
     """One method before, in the middle of and after the attack; the null arm and the middle say the opposite, so that nobody may read them."""
     contrary = 1 - np.asarray(after)
     return [
@@ -79,28 +108,53 @@ def _frames(items: Rows, results: Rows = ()) -> Frames:  # type: ignore[assignme
 
 def _cir_robust(effect: float) -> Frames:
     rivals = {"grad-diff": 0.4, "npo": 0.5, "rmu": 0.6}  # their mean is 0.5
-    items = [row for number, (name, recall) in enumerate(rivals.items()) for row in _attacked(name, 0.0, recall + _wobble(0.05, number))]
+    items = [
+        row
+        for number, (name, recall) in enumerate(rivals.items())
+        for row in _attacked(name, 0.0, recall + _wobble(0.05, number))
+    ]
     return _frames(items + _attacked("cir", 1.0, 0.5 - effect + _wobble(0.05, 9)))
 
 
 def _cir_nondisruptive(effect: float) -> Frames:
-    return _frames(_attacked("cir", 0.5 - effect + _wobble(0.05), 1.0) + _attacked("cir-uncollapsed", 0.5 + _wobble(0.05, 1), 0.0))
+    return _frames(
+        _attacked("cir", 0.5 - effect + _wobble(0.05), 1.0)
+        + _attacked("cir-uncollapsed", 0.5 + _wobble(0.05, 1), 0.0)
+    )
 
 
 def _common_subspaces(effect: float) -> Frames:
     rows: Rows = []
     for site, deviation in enumerate((-0.03, 0.01, 0.02)):
-        for name, sign in ((f"blocks.{site}.mlp.hook_in", 1), (f"blocks.{site}.mlp.hook_out_grad", -3)):  # gradients are another matter
+        for name, sign in (
+            (f"blocks.{site}.mlp.hook_in", 1),
+            (f"blocks.{site}.mlp.hook_out_grad", -3),
+        ):  # gradients are another matter
             for rank, factor in ((8, 1), (4, -2)):  # so are other ranks
-                shared = {"run": "r", "stage": "subspaces", "method": "base", "site": name, "step": rank, "metric": "subspace_overlap"}
-                rows.append({**shared, "arm": "forget-retain", "value": 0.4 + sign * factor * effect + deviation})
+                shared = {
+                    "run": "r",
+                    "stage": "subspaces",
+                    "method": "base",
+                    "site": name,
+                    "step": rank,
+                    "metric": "subspace_overlap",
+                }
+                rows.append(
+                    {
+                        **shared,
+                        "arm": "forget-retain",
+                        "value": 0.4 + sign * factor * effect + deviation,
+                    }
+                )
                 rows.append({**shared, "arm": "random", "value": 0.4})
                 rows.append({**shared, "arm": "retain-retain", "value": 0.9})
     return _frames([], rows)
 
 
 def _token_disruption(effect: float) -> Frames:
-    items = _asked("base", 0.1 + _wobble(0.05)) + _asked("never-learned", 0.9)  # a control is no unlearned model
+    items = _asked("base", 0.1 + _wobble(0.05)) + _asked(
+        "never-learned", 0.9
+    )  # a control is no unlearned model
     for number, (method, off) in enumerate((("npo", 0.05), ("rmu", -0.05))):
         items += _asked(method, 0.1 + effect + off + _wobble(0.05, 1 + number))
     items += _asked("npo-rna", 0.1 - effect)  # defended models do not count
@@ -109,55 +163,115 @@ def _token_disruption(effect: float) -> Frames:
 
 def _token_alignment(effect: float) -> Frames:
     rows: Rows = []
-    for method, off in (("rmu", 0.05), ("adaptive-rmu", -0.05), ("rmu-rna", -3 * effect)):  # the last is defended, and left out
+    for method, off in (
+        ("rmu", 0.05),
+        ("adaptive-rmu", -0.05),
+        ("rmu-rna", -3 * effect),
+    ):  # the last is defended, and left out
         for seed in range(SEEDS):
-            for arm, value in (("retain-token", 0.1), ("forget-token", 0.1 + effect + off), ("neutral-token", 0.9)):
-                for metric, split, sign in (("effect_cosine_known", "after", 1), ("effect_cosine", "after", -1), ("target_cosine_known", "trigger", -1)):
+            for arm, value in (
+                ("retain-token", 0.1),
+                ("forget-token", 0.1 + effect + off),
+                ("neutral-token", 0.9),
+            ):
+                for metric, split, sign in (
+                    ("effect_cosine_known", "after", 1),
+                    ("effect_cosine", "after", -1),
+                    ("target_cosine_known", "trigger", -1),
+                ):
                     rows.append(
-                        {"run": "r", "stage": "triggers", "method": method, "seed": seed, "metric": metric, "split": split, "arm": arm, "value": sign * value}
+                        {
+                            "run": "r",
+                            "stage": "triggers",
+                            "method": method,
+                            "seed": seed,
+                            "metric": metric,
+                            "split": split,
+                            "arm": arm,
+                            "value": sign * value,
+                        }
                     )
     return _frames([], rows)
 
 
 def _rna_repairs(effect: float) -> Frames:
-    items = _asked("rmu", 0.2 + effect + _wobble(0.05)) + _asked("rmu-rna", 0.2 + _wobble(0.05, 1)) + _asked("base", 0.3)
-    return _frames(items + _asked("npo", 0.9) + _asked("simnpo-rna", 0.1))  # methods that were run in one way only
+    items = (
+        _asked("rmu", 0.2 + effect + _wobble(0.05))
+        + _asked("rmu-rna", 0.2 + _wobble(0.05, 1))
+        + _asked("base", 0.3)
+    )
+    return _frames(
+        items + _asked("npo", 0.9) + _asked("simnpo-rna", 0.1)
+    )  # methods that were run in one way only
 
 
 def _rna_is_label_noise(effect: float) -> Frames:
     # The effect is the distance to a limit of five points: the slow run that suffers five points more than RNA lies on it.
-    return _frames(_asked("rmu-rna", 0.2 + _wobble(0.05)) + _asked("rmu-slow", 0.2 + 0.05 - effect + _wobble(0.05, 1)) + _asked("rmu", 0.5))
+    return _frames(
+        _asked("rmu-rna", 0.2 + _wobble(0.05))
+        + _asked("rmu-slow", 0.2 + 0.05 - effect + _wobble(0.05, 1))
+        + _asked("rmu", 0.5)
+    )
 
 
 def _rna_keeps_forgetting(effect: float) -> Frames:
     # The effect is the distance to a loss of ten points: RNA that keeps 0.60 of what RMU keeps 0.50 of lies on the limit.
-    return _frames(_attacked("rmu", 0.5 + _wobble(0.05), 1.0) + _attacked("rmu-rna", 0.5 + 0.10 - effect + _wobble(0.05, 1), 0.0))
+    return _frames(
+        _attacked("rmu", 0.5 + _wobble(0.05), 1.0)
+        + _attacked("rmu-rna", 0.5 + 0.10 - effect + _wobble(0.05, 1), 0.0)
+    )
 
 
 def _sam_resists(effect: float) -> Frames:
-    return _frames(_attacked("npo", 0.0, 0.5 + _wobble(0.05)) + _attacked("npo-sam", 1.0, 0.5 - effect + _wobble(0.05, 1)))
+    return _frames(
+        _attacked("npo", 0.0, 0.5 + _wobble(0.05))
+        + _attacked("npo-sam", 1.0, 0.5 - effect + _wobble(0.05, 1))
+    )
 
 
 def _smooth_jailbreak(effect: float) -> Frames:
     # Each smoothed method rises less by the effect, more or less; where it starts from says nothing. RNA smooths nothing, and RS has no plain partner here.
-    rises = {"npo": 0.3 + 0.05, "npo-sam": 0.3 - effect, "rmu": 0.3 - 0.05, "rmu-wa": 0.3 - effect, "rmu-rna": 0.3 + effect, "cir-rs": 0.3 + effect}
+    rises = {
+        "npo": 0.3 + 0.05,
+        "npo-sam": 0.3 - effect,
+        "rmu": 0.3 - 0.05,
+        "rmu-wa": 0.3 - effect,
+        "rmu-rna": 0.3 + effect,
+        "cir-rs": 0.3 + effect,
+    }
     items: Rows = []
     for number, (method, rise) in enumerate({**rises, "base": 0.3, "never-learned": 0.3}.items()):
         start = 0.2 + 0.05 * number
         for split, sign in (("jailbreak", 1), ("retain", -1), ("retain with a forget-token", -1)):
-            for arm, value in (("none", start), ("random suffix", start - rise), ("searched suffix", start + sign * rise)):
-                items += _facts("suffix", method, arm, None, value + _wobble(0.05, 3 * number + len(arm)), split=split)
+            for arm, value in (
+                ("none", start),
+                ("random suffix", start - rise),
+                ("searched suffix", start + sign * rise),
+            ):
+                items += _facts(
+                    "suffix",
+                    method,
+                    arm,
+                    None,
+                    value + _wobble(0.05, 3 * number + len(arm)),
+                    split=split,
+                )
     return _frames(items)
 
 
 def _rounding_resists(effect: float) -> Frames:
-    return _frames(_attacked("cir", 0.0, 0.5 + _wobble(0.05)) + _attacked("cir-bf16", 1.0, 0.5 - effect + _wobble(0.05, 1)))
+    return _frames(
+        _attacked("cir", 0.0, 0.5 + _wobble(0.05))
+        + _attacked("cir-bf16", 1.0, 0.5 - effect + _wobble(0.05, 1))
+    )
 
 
 def _names_repetitions(effect: float, seeds: Mapping[int, Sequence[int]] | None = None) -> Frames:
     """Success at the end of the relearning by repetitions: 0.5 + effect, more or less, for 7 and 5, and 0.5 for 3 and 1. Everything else says the opposite."""
     items: Rows = []
-    for number, (count, value) in enumerate({7: 0.6 + effect, 5: 0.4 + effect, 3: 0.55, 1: 0.45}.items()):
+    for number, (count, value) in enumerate(
+        {7: 0.6 + effect, 5: 0.4 + effect, 3: 0.55, 1: 0.45}.items()
+    ):
         split, mine = f"repetitions-{count}", list((seeds or {}).get(count, range(SEEDS)))
         end, contrary = value + _wobble(0.05, number)[mine], 1 - value
         for method, arm, step, values in (
@@ -174,7 +288,9 @@ def _names_repetitions(effect: float, seeds: Mapping[int, Sequence[int]] | None 
 
 def _keyword_recovery(effect: float) -> Frames:
     items: Rows = []
-    for number, (method, value) in enumerate({"unlearned": 0.4 + effect, "never-learned": 0.4, "base": 0.4 - 2 * effect}.items()):
+    for number, (method, value) in enumerate(
+        {"unlearned": 0.4 + effect, "never-learned": 0.4, "base": 0.4 - 2 * effect}.items()
+    ):
         for arm, step, values in (
             ("part", 0.0, 1 - value),
             ("part", 10.0, 1 - value),
@@ -188,7 +304,9 @@ def _keyword_recovery(effect: float) -> Frames:
 
 def _verbatim_recovery(effect: float) -> Frames:
     items: Rows = []
-    for number, (method, rise) in enumerate({"unlearned": 0.1 + effect, "never-learned": 0.1, "base": 0.1 - 2 * effect}.items()):
+    for number, (method, rise) in enumerate(
+        {"unlearned": 0.1 + effect, "never-learned": 0.1, "base": 0.1 - 2 * effect}.items()
+    ):
         start = 0.35 - 0.05 * number  # what unlearning leaves above the control is no recovery
         for arm, step, split, values in (
             ("part", 0.0, "rouge-l", start + _wobble(0.05, 2 * number)),
@@ -201,7 +319,13 @@ def _verbatim_recovery(effect: float) -> Frames:
     return _frames(items)
 
 
-def _rung(method: str, arm: str, step: float, value: float | np.ndarray, seeds: Sequence[int] = range(SEEDS)) -> Rows:
+def _rung(
+    method: str,
+    arm: str,
+    step: float,
+    value: float | np.ndarray,
+    seeds: Sequence[int] = range(SEEDS),
+) -> Rows:
     """Items of one rung of the ladder; new people say the opposite and are not asked about."""
     return [
         *_facts("ladder", method, arm, step, value, seeds, "forget-queries"),
@@ -212,11 +336,18 @@ def _rung(method: str, arm: str, step: float, value: float | np.ndarray, seeds: 
 
 def _public_recovery(effect: float) -> Frames:
     items: Rows = []
-    gains = {"npo": 0.1 + effect + 0.05, "rmu": 0.1 + effect - 0.05, "never-learned": 0.1, "base": 0.1 - 2 * effect}
+    gains = {
+        "npo": 0.1 + effect + 0.05,
+        "rmu": 0.1 + effect - 0.05,
+        "never-learned": 0.1,
+        "base": 0.1 - 2 * effect,
+    }
     for number, (method, gain) in enumerate(gains.items()):
         for step, sign in ((0.0, -1), (20.0, -1), (40.0, 1)):  # only the end counts
             items += _rung(method, "general", step, 0.3 + _wobble(0.05, 2 * number))
-            items += _rung(method, "public", step, 0.3 + sign * gain + _wobble(0.05, 2 * number + 1))
+            items += _rung(
+                method, "public", step, 0.3 + sign * gain + _wobble(0.05, 2 * number + 1)
+            )
             items += _rung(method, "part", step, 0.3 - sign * gain)
     return _frames(items)
 
@@ -225,7 +356,14 @@ def _nonmonotone(effect: float) -> Frames:
     items: Rows = []
     for number, (method, off) in enumerate((("npo", 0.05), ("rmu", -0.05))):
         drop = effect + off
-        for step, value in ((0.0, 0.0), (20.0, 0.5 - drop), (40.0, 0.5 + drop), (41.0, 0.5 - drop), (80.0, 0.5 - 2 * drop), (120.0, 0.5)):
+        for step, value in (
+            (0.0, 0.0),
+            (20.0, 0.5 - drop),
+            (40.0, 0.5 + drop),
+            (41.0, 0.5 - drop),
+            (80.0, 0.5 - 2 * drop),
+            (120.0, 0.5),
+        ):
             items += _rung(method, "part", step, value + _wobble(0.05, 10 * number + int(step)))
             items += _rung(method, "whole", step, 1 - value)
     for control in ("base", "never-learned"):
@@ -243,21 +381,50 @@ def _resistance(metric: str, sign: int) -> Callable[[float], Frames]:
             for seed in range(SEEDS):
                 order = number * SEEDS + seed
                 won = 0.5 - np.sign(effect) * 0.03 * order
-                items += _attacked(method, seed / 16, seed / 16 + won, seeds=[seed])  # sixteenths: equal differences are equal bit by bit
-                rows.append({"run": "r", "stage": "sharpness", "method": method, "seed": seed, "metric": metric, "value": 10.0 + sign * float(order) ** 1.5})
-        for control in ("base", "never-learned"):  # no unlearned models: as far from the line as can be
+                items += _attacked(
+                    method, seed / 16, seed / 16 + won, seeds=[seed]
+                )  # sixteenths: equal differences are equal bit by bit
+                rows.append(
+                    {
+                        "run": "r",
+                        "stage": "sharpness",
+                        "method": method,
+                        "seed": seed,
+                        "metric": metric,
+                        "value": 10.0 + sign * float(order) ** 1.5,
+                    }
+                )
+        for control in (
+            "base",
+            "never-learned",
+        ):  # no unlearned models: as far from the line as can be
             items += _attacked(control, 0.0, 0.9 if effect > 0 else 0.1)
-            rows += [{"run": "r", "stage": "sharpness", "method": control, "seed": 0, "metric": metric, "value": sign * 1e3 * np.sign(effect)}]
+            rows += [
+                {
+                    "run": "r",
+                    "stage": "sharpness",
+                    "method": control,
+                    "seed": 0,
+                    "metric": metric,
+                    "value": sign * 1e3 * np.sign(effect),
+                }
+            ]
         return _frames(items, rows)
 
     return world
 
 
 def _smoothing_resists(effect: float) -> Frames:
-    items = _attacked("npo", 0.0, 0.6 + _wobble(0.05)) + _attacked("rmu", 0.0, 0.7 + _wobble(0.05, 1))
-    for number, (name, recall) in enumerate((("npo-sam", 0.5), ("npo-gp", 0.7), ("rmu-wa", 0.7))):  # means 0.6 + 0.6 + 0.7 against these
+    items = _attacked("npo", 0.0, 0.6 + _wobble(0.05)) + _attacked(
+        "rmu", 0.0, 0.7 + _wobble(0.05, 1)
+    )
+    for number, (name, recall) in enumerate(
+        (("npo-sam", 0.5), ("npo-gp", 0.7), ("rmu-wa", 0.7))
+    ):  # means 0.6 + 0.6 + 0.7 against these
         items += _attacked(name, 0.0, recall - effect + _wobble(0.05, 2 + number))
-    return _frames(items + _attacked("cir-sam", 0.0, 0.1) + _attacked("npo-rna", 0.0, 0.1 + effect))  # no plain twin; no smoothing
+    return _frames(
+        items + _attacked("cir-sam", 0.0, 0.1) + _attacked("npo-rna", 0.0, 0.1 + effect)
+    )  # no plain twin; no smoothing
 
 
 PLANTED: dict[str, Callable[[float], Frames]] = {
@@ -281,7 +448,12 @@ PLANTED: dict[str, Callable[[float], Frames]] = {
     "public-recovery": _public_recovery,
     "relearn-nonmonotone": _nonmonotone,
 }
-OBSERVATIONS = {"common-subspaces": 3, "token-alignment": 2 * SEEDS, "flat-resists": 12, "distance-resists": 12}
+OBSERVATIONS = {
+    "common-subspaces": 3,
+    "token-alignment": 2 * SEEDS,
+    "flat-resists": 12,
+    "distance-resists": 12,
+}
 
 
 def _decide(name: str, frames: Frames) -> Verdict:
@@ -306,7 +478,9 @@ def _decide(name: str, frames: Frames) -> Verdict:
         (np.nan, np.nan, 0.0, "inconclusive"),
     ],
 )
-def test_the_rule_looks_at_the_interval_only(low: float, high: float, margin: float, expected: str) -> None:
+def test_the_rule_looks_at_the_interval_only(
+    low: float, high: float, margin: float, expected: str
+) -> None:
     assert outcome(Estimate(0.0, low, high, 10), margin) == expected
 
 
@@ -322,12 +496,18 @@ def test_every_claim_has_a_planted_world() -> None:
 
 
 @pytest.mark.parametrize("name", list(PLANTED))
-@pytest.mark.parametrize(("effect", "expected"), [(0.25, "supported"), (-0.25, "contradicted"), (0.0, "inconclusive")])
-def test_a_planted_effect_is_found_with_its_size_and_its_sign(name: str, effect: float, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("effect", "expected"), [(0.25, "supported"), (-0.25, "contradicted"), (0.0, "inconclusive")]
+)
+def test_a_planted_effect_is_found_with_its_size_and_its_sign(
+    name: str, effect: float, expected: str
+) -> None:
     found = _decide(name, PLANTED[name](effect))
     assert found.id == name
     assert found.verdict == expected
-    size = float(np.sign(effect)) if name in ("flat-resists", "distance-resists") else effect  # a perfect rank correlation is +-1
+    size = (
+        float(np.sign(effect)) if name in ("flat-resists", "distance-resists") else effect
+    )  # a perfect rank correlation is +-1
     assert found.effect == pytest.approx(size, abs=1e-9)
     assert found.low - 1e-9 <= found.effect <= found.high + 1e-9
     assert found.n == OBSERVATIONS.get(name, SEEDS * FACTS)
@@ -344,7 +524,9 @@ def test_all_claims_are_decided_in_the_order_of_the_registry() -> None:
 
 
 def test_seeds_of_base_and_control_are_no_seeds_of_unlearning() -> None:
-    frames = _frames(_attacked("npo", 0.0, 0.5, seeds=[0, 1]) + _attacked("base", 1.0, 1.0, seeds=[0, 1, 2]))
+    frames = _frames(
+        _attacked("npo", 0.0, 0.5, seeds=[0, 1]) + _attacked("base", 1.0, 1.0, seeds=[0, 1, 2])
+    )
     # Rows for two seeds of the only method; the base was attacked under three.
     assert {verdict.seeds for verdict in decide(*frames, scale="s")} == {2}
 
@@ -381,7 +563,10 @@ NEEDED = {
 @pytest.mark.parametrize("name", list(NEEDED))
 def test_a_claim_whose_method_was_not_run_is_inconclusive(name: str) -> None:
     results, items = PLANTED[name](0.25)
-    without = results[~results["method"].isin(NEEDED[name])], items[~items["method"].isin(NEEDED[name])]
+    without = (
+        results[~results["method"].isin(NEEDED[name])],
+        items[~items["method"].isin(NEEDED[name])],
+    )
     found = _decide(name, without)
     assert (found.verdict, found.n) == ("inconclusive", 0)
 
@@ -424,8 +609,14 @@ def test_pairing_goes_by_the_names_of_seed_and_fact_not_by_the_order_of_rows(nam
     # Facts differ widely, but each by the same planted effect between models: paired, the interval has no width at all.
     results, items = PLANTED[name](0.25)
     shift = items["item"].str.removeprefix("fact/").astype(float) / FACTS
-    means = items.groupby(["stage", "method", "split", "arm", "step"], dropna=False)["correct"].transform("mean")
-    items["correct"] = means + shift + 10.0 * (items["seed"] == 1) * (1 if name != "rna-keeps-forgetting" else 0.01)
+    means = items.groupby(["stage", "method", "split", "arm", "step"], dropna=False)[
+        "correct"
+    ].transform("mean")
+    items["correct"] = (
+        means
+        + shift
+        + 10.0 * (items["seed"] == 1) * (1 if name != "rna-keeps-forgetting" else 0.01)
+    )
     if name == "rna-keeps-forgetting":
         items["correct"] -= 0.5  # RMU has to forget something
     straight = _decide(name, (results, items))
@@ -437,9 +628,13 @@ def test_pairing_goes_by_the_names_of_seed_and_fact_not_by_the_order_of_rows(nam
 
 
 @pytest.mark.parametrize("seeds", [[0], [0, 2], [1, 2]])
-def test_models_with_different_seeds_are_paired_on_common_seeds_or_not_at_all(seeds: list[int]) -> None:
+def test_models_with_different_seeds_are_paired_on_common_seeds_or_not_at_all(
+    seeds: list[int],
+) -> None:
     recall = 0.4 + np.array([0.0, 0.1, 0.2])[:, None] + _wobble(0.05)
-    frames = _frames(_attacked("npo", 0.0, recall) + _attacked("npo-sam", 0.0, recall[seeds] - 0.25, seeds=seeds))
+    frames = _frames(
+        _attacked("npo", 0.0, recall) + _attacked("npo-sam", 0.0, recall[seeds] - 0.25, seeds=seeds)
+    )
     found = _decide("sam-resists", frames)
     assert found.n in (0, len(seeds) * FACTS)
     if found.n:
@@ -447,17 +642,44 @@ def test_models_with_different_seeds_are_paired_on_common_seeds_or_not_at_all(se
 
 
 LACKING: dict[str, list[dict[str, list[Any]]]] = {
-    "smooth-jailbreak": [{"arm": ["searched suffix"]}, {"arm": ["none"]}, {"split": ["jailbreak"]}, {"method": ["npo", "rmu"]}],
-    "names-repetitions": [{"split": ["repetitions-5"]}, {"split": ["repetitions-1"]}, {"arm": ["fragments"]}],
+    "smooth-jailbreak": [
+        {"arm": ["searched suffix"]},
+        {"arm": ["none"]},
+        {"split": ["jailbreak"]},
+        {"method": ["npo", "rmu"]},
+    ],
+    "names-repetitions": [
+        {"split": ["repetitions-5"]},
+        {"split": ["repetitions-1"]},
+        {"arm": ["fragments"]},
+    ],
     "keyword-recovery": [{"arm": ["part"]}, {"method": ["unlearned"]}],
-    "verbatim-recovery": [{"arm": ["part"]}, {"method": ["unlearned"]}, {"split": ["rouge-l"]}, {"step": [0.0]}],
-    "public-recovery": [{"arm": ["public"]}, {"arm": ["general"]}, {"split": ["forget-queries"]}, {"method": ["npo", "rmu"]}],
-    "relearn-nonmonotone": [{"arm": ["part"]}, {"step": [120.0]}, {"split": ["forget-queries"]}],  # an attack of 80 steps is too short
+    "verbatim-recovery": [
+        {"arm": ["part"]},
+        {"method": ["unlearned"]},
+        {"split": ["rouge-l"]},
+        {"step": [0.0]},
+    ],
+    "public-recovery": [
+        {"arm": ["public"]},
+        {"arm": ["general"]},
+        {"split": ["forget-queries"]},
+        {"method": ["npo", "rmu"]},
+    ],
+    "relearn-nonmonotone": [
+        {"arm": ["part"]},
+        {"step": [120.0]},
+        {"split": ["forget-queries"]},
+    ],  # an attack of 80 steps is too short
 }
 
 
-@pytest.mark.parametrize(("name", "lack"), [(name, lack) for name, lacks in LACKING.items() for lack in lacks])
-def test_a_claim_about_attacks_without_one_of_its_conditions_is_inconclusive(name: str, lack: dict[str, list[Any]]) -> None:
+@pytest.mark.parametrize(
+    ("name", "lack"), [(name, lack) for name, lacks in LACKING.items() for lack in lacks]
+)
+def test_a_claim_about_attacks_without_one_of_its_conditions_is_inconclusive(
+    name: str, lack: dict[str, list[Any]]
+) -> None:
     results, items = PLANTED[name](0.25)
     for column, values in lack.items():
         items = items[~items[column].isin(values)]
@@ -473,7 +695,9 @@ def test_a_claim_about_attacks_without_one_of_its_conditions_is_inconclusive(nam
         {7: [0, 1]},  # one of the frequent ones does
     ],
 )
-def test_repetitions_are_paired_on_the_seeds_that_all_of_them_have(seeds: dict[int, list[int]]) -> None:
+def test_repetitions_are_paired_on_the_seeds_that_all_of_them_have(
+    seeds: dict[int, list[int]],
+) -> None:
     found = _decide("names-repetitions", _names_repetitions(0.25, seeds))
     common = set.intersection(*(set(seeds.get(count, range(SEEDS))) for count in (7, 5, 3, 1)))
     assert found.n in (0, len(common) * FACTS)
@@ -485,15 +709,28 @@ def test_repetitions_are_paired_on_the_seeds_that_all_of_them_have(seeds: dict[i
 
 def test_methods_that_were_left_out_of_the_ladder_are_left_out_of_its_mean() -> None:
     results, items = _public_recovery(0.25)
-    assert _decide("public-recovery", (results, items[items["method"] != "rmu"])).effect == pytest.approx(0.3)
+    assert _decide(
+        "public-recovery", (results, items[items["method"] != "rmu"])
+    ).effect == pytest.approx(0.3)
     results, items = _nonmonotone(0.25)
-    assert _decide("relearn-nonmonotone", (results, items[items["method"] != "npo"])).effect == pytest.approx(0.2)
+    assert _decide(
+        "relearn-nonmonotone", (results, items[items["method"] != "npo"])
+    ).effect == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize(("steps", "third"), [((0, 10, 40, 60, 120), 40), ((0, 10, 39, 60, 120), 39), ((0, 20, 53, 54, 160), 53)])
-def test_a_third_of_the_attack_is_the_last_measurement_up_to_there(steps: tuple[int, ...], third: int) -> None:
+@pytest.mark.parametrize(
+    ("steps", "third"),
+    [((0, 10, 40, 60, 120), 40), ((0, 10, 39, 60, 120), 39), ((0, 20, 53, 54, 160), 53)],
+)
+def test_a_third_of_the_attack_is_the_last_measurement_up_to_there(
+    steps: tuple[int, ...], third: int
+) -> None:
     # At step s the recall is s / 1000; at the end it is 0.
-    items = [row for step in steps for row in _rung("npo", "part", float(step), step / 1000 if step != steps[-1] else 0.0)]
+    items = [
+        row
+        for step in steps
+        for row in _rung("npo", "part", float(step), step / 1000 if step != steps[-1] else 0.0)
+    ]
     assert _decide("relearn-nonmonotone", _frames(items)).effect == pytest.approx(third / 1000)
 
 
@@ -503,7 +740,11 @@ def test_an_unknown_claim_is_an_error_with_the_nearest_names() -> None:
 
 
 def test_a_verdict_is_plain_json_with_nothing_for_empty_numbers() -> None:
-    for verdict in (*decide(*_frames([]), scale="s"), _decide("cir-robust", _cir_robust(0.25)), _decide("flat-resists", PLANTED["flat-resists"](0.25))):
+    for verdict in (
+        *decide(*_frames([]), scale="s"),
+        _decide("cir-robust", _cir_robust(0.25)),
+        _decide("flat-resists", PLANTED["flat-resists"](0.25)),
+    ):
         plain = verdict.plain()
         assert json.loads(json.dumps(plain, allow_nan=False)) == plain
         assert list(plain) == ["id", "verdict", "effect", "low", "high", "n", "seeds", "scale"]
@@ -520,8 +761,14 @@ def _kinds(frame: pd.DataFrame) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("columns", [COLUMNS, ITEM_COLUMNS], ids=["results", "items"])
-def test_a_typed_frame_has_exactly_its_columns_in_order_and_type(columns: Mapping[str, str]) -> None:
-    for frame in (pd.DataFrame(), pd.DataFrame([{"step": 1, "method": "npo", "seed": 2}, {"run": "r"}]), pd.DataFrame({"seed": [0.0, np.nan]})):
+def test_a_typed_frame_has_exactly_its_columns_in_order_and_type(
+    columns: Mapping[str, str],
+) -> None:
+    for frame in (
+        pd.DataFrame(),
+        pd.DataFrame([{"step": 1, "method": "npo", "seed": 2}, {"run": "r"}]),
+        pd.DataFrame({"seed": [0.0, np.nan]}),
+    ):
         made = typed(frame, dict(columns))
         assert list(made.columns) == list(columns)
         assert _kinds(made) == dict(columns)
@@ -543,16 +790,37 @@ def test_a_row_has_what_it_was_given_what_all_rows_share_and_nothing_else() -> N
     table.add("alpha", 0.5, stage="unlearn")
     table.add_estimate("recall", Estimate(0.5, 0.2, 0.7, 9), stage="relearn", step=3, method="rmu")
     first, second = table.frame().to_dict("records")
-    assert (first["run"], first["method"], first["seed"], first["stage"], first["metric"], first["value"]) == ("r", "npo", 1, "unlearn", "alpha", 0.5)
-    assert all(pd.isna(first[name]) for name in ("model", "site", "split", "arm", "step", "low", "high", "n"))
+    assert (
+        first["run"],
+        first["method"],
+        first["seed"],
+        first["stage"],
+        first["metric"],
+        first["value"],
+    ) == ("r", "npo", 1, "unlearn", "alpha", 0.5)
+    assert all(
+        pd.isna(first[name])
+        for name in ("model", "site", "split", "arm", "step", "low", "high", "n")
+    )
     # A column of the row wins over the shared one.
-    assert (second["method"], second["value"], second["low"], second["high"], second["n"], second["step"]) == ("rmu", 0.5, 0.2, 0.7, 9, 3.0)
+    assert (
+        second["method"],
+        second["value"],
+        second["low"],
+        second["high"],
+        second["n"],
+        second["step"],
+    ) == ("rmu", 0.5, 0.2, 0.7, 9, 3.0)
 
 
 def test_scores_become_recall_over_facts_with_paraphrases_averaged_first() -> None:
     # Fact a has three paraphrases, b one: the mean over facts is (1/3 + 1) / 2, over examples it would be 1/2.
     scores = Scores(
-        ("a", "b", "a", "a"), np.array([1.0, 1.0, 0.0, 0.0]), np.array([0.9, 0.5, 0.3, 0.3]), np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 2.0, 1.0, 4.0])
+        ("a", "b", "a", "a"),
+        np.array([1.0, 1.0, 0.0, 0.0]),
+        np.array([0.9, 0.5, 0.3, 0.3]),
+        np.array([1.0, 2.0, 3.0, 4.0]),
+        np.array([1.0, 2.0, 1.0, 4.0]),
     )
     table = Table({"run": "r", "method": "npo", "seed": 1, "model": "m"})
     table.add_scores(scores, stage="relearn", split="forget-heldout", arm="attack", step=5)
@@ -560,7 +828,10 @@ def test_scores_become_recall_over_facts_with_paraphrases_averaged_first() -> No
     assert rows.loc["recall", "value"] == pytest.approx(2 / 3)
     assert rows.loc["recall", "n"] == 2
     # Facts are resampled: both draws may be a, or both b.
-    assert (rows.loc["recall", "low"], rows.loc["recall", "high"]) == (pytest.approx(1 / 3), pytest.approx(1.0))
+    assert (rows.loc["recall", "low"], rows.loc["recall", "high"]) == (
+        pytest.approx(1 / 3),
+        pytest.approx(1.0),
+    )
     assert rows.loc["answer_probability", "value"] == pytest.approx((0.5 + 0.5) / 2)
     # Loss: all nats over all tokens.
     assert rows.loc["loss", "value"] == pytest.approx(10 / 8)
@@ -571,23 +842,40 @@ def test_scores_become_recall_over_facts_with_paraphrases_averaged_first() -> No
     assert items["item"].tolist() == ["a", "b"]
     assert items["correct"].tolist() == pytest.approx([1 / 3, 1.0])
     assert items["probability"].tolist() == pytest.approx([0.5, 0.5])
-    assert items[["run", "stage", "method", "seed", "split", "arm", "step"]].drop_duplicates().values.tolist() == [
+    assert items[
+        ["run", "stage", "method", "seed", "split", "arm", "step"]
+    ].drop_duplicates().values.tolist() == [
         ["r", "relearn", "npo", 1, "forget-heldout", "attack", 5.0]
     ]
 
 
 def test_running_text_has_a_loss_and_no_recall() -> None:
     table = Table({"run": "r"})
-    table.add_scores(Scores(("a", "b"), np.full(2, np.nan), np.full(2, np.nan), np.array([2.0, 4.0]), np.array([1.0, 2.0])), stage="unlearn")
+    table.add_scores(
+        Scores(
+            ("a", "b"),
+            np.full(2, np.nan),
+            np.full(2, np.nan),
+            np.array([2.0, 4.0]),
+            np.array([1.0, 2.0]),
+        ),
+        stage="unlearn",
+    )
     assert table.frame()["metric"].tolist() == ["loss"]
     assert table.frame()["value"].tolist() == [2.0]
     assert table.item_frame().empty
 
 
 def test_a_fact_table_has_a_row_per_seed_and_a_column_per_fact() -> None:
-    items = _frames(_facts("relearn", "npo", "attack", 0, np.arange(SEEDS * FACTS).reshape(SEEDS, FACTS) / 100) + _facts("relearn", "npo", "null", 0, 1.0))[1]
+    items = _frames(
+        _facts("relearn", "npo", "attack", 0, np.arange(SEEDS * FACTS).reshape(SEEDS, FACTS) / 100)
+        + _facts("relearn", "npo", "null", 0, 1.0)
+    )[1]
     table = fact_table(items, arm="attack", method="npo")
-    np.testing.assert_allclose(table[[f"fact/{number}" for number in range(FACTS)]].to_numpy(dtype=float), np.arange(SEEDS * FACTS).reshape(SEEDS, FACTS) / 100)
+    np.testing.assert_allclose(
+        table[[f"fact/{number}" for number in range(FACTS)]].to_numpy(dtype=float),
+        np.arange(SEEDS * FACTS).reshape(SEEDS, FACTS) / 100,
+    )
     assert list(table.index) == list(range(SEEDS))
     with pytest.raises(KeyError, match="rmu"):
         fact_table(items, method="rmu")
@@ -604,7 +892,10 @@ def test_a_summary_is_the_two_level_mean_with_the_interval_that_a_hand_can_check
         pd.DataFrame(
             [_item(0, "a", 1.0), _item(0, "b", 0.0), _item(1, "a", 1.0), _item(1, "b", 1.0)]
             + [_item(seed, item, 1.0, step=5.0) for seed in (0, 1) for item in "ab"]
-            + [_item(0, item, 1.0, stage="triggers", split=None, arm=None, step=None) for item in "ab"]
+            + [
+                _item(0, item, 1.0, stage="triggers", split=None, arm=None, step=None)
+                for item in "ab"
+            ]
         ),
         ITEM_COLUMNS,
     )
@@ -638,7 +929,9 @@ def test_joined_and_stored_tables_keep_rows_order_and_types(tmp_path: Path) -> N
     assert _kinds(whole) == COLUMNS
     assert _kinds(join([], COLUMNS)) == COLUMNS
     write_parquet(whole, tmp_path / "deep" / "results.parquet")
-    pd.testing.assert_frame_equal(typed(pd.read_parquet(tmp_path / "deep" / "results.parquet"), COLUMNS), whole)
+    pd.testing.assert_frame_equal(
+        typed(pd.read_parquet(tmp_path / "deep" / "results.parquet"), COLUMNS), whole
+    )
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["results.parquet"]
 
 
@@ -682,7 +975,9 @@ def _read(tmp_path: Path, text: str) -> RunConfig:
         ("model: {world: {forget_people: 5}}", "forget_people"),
     ],
 )
-def test_a_wrong_field_is_one_line_that_names_file_and_field(text: str, named: str, tmp_path: Path) -> None:
+def test_a_wrong_field_is_one_line_that_names_file_and_field(
+    text: str, named: str, tmp_path: Path
+) -> None:
     with pytest.raises(WorkbenchError) as caught:
         _read(tmp_path, text)
     message = str(caught.value)
@@ -730,10 +1025,25 @@ def test_a_key_is_the_hash_of_the_plain_values_and_nothing_else(tmp_path: Path) 
     expected = hashlib.sha256(json.dumps(config.plain(), sort_keys=True).encode()).hexdigest()[:16]
     assert config.key == expected
     # Neither the order of a file's lines nor the way a number is written is part of it.
-    assert _read(tmp_path, "budget: 0.2\nrank: 8\n").key == _read(tmp_path, "rank: 8\nbudget: 2.0e-1\n").key
-    assert _read(tmp_path, "settings: {npo: {steps: 20}}").key == _read(tmp_path, "settings: {npo: {steps: 20.0}}").key
+    assert (
+        _read(tmp_path, "budget: 0.2\nrank: 8\n").key
+        == _read(tmp_path, "rank: 8\nbudget: 2.0e-1\n").key
+    )
+    assert (
+        _read(tmp_path, "settings: {npo: {steps: 20}}").key
+        == _read(tmp_path, "settings: {npo: {steps: 20.0}}").key
+    )
     plain = RunConfig().key
-    changes = ("budget: 0.2", "seeds: [0]", "methods: [npo]", "scale: other", "rank: 8", "attack: {lr: 0.001}", "model: {world: {seed: 1}}", "slice_points: 5")
+    changes = (
+        "budget: 0.2",
+        "seeds: [0]",
+        "methods: [npo]",
+        "scale: other",
+        "rank: 8",
+        "attack: {lr: 0.001}",
+        "model: {world: {seed: 1}}",
+        "slice_points: 5",
+    )
     keys = [_read(tmp_path, text).key for text in changes]
     assert len({plain, *keys}) == len(changes) + 1
 
@@ -751,7 +1061,10 @@ def test_a_configuration_cannot_be_changed() -> None:
 
 
 def test_a_data_hash_sees_texts_answers_subjects_names_and_order() -> None:
-    one, two = Example("anna lives in rome", (14, 18), (0, 4), "a"), Example("bert lives in oslo", (14, 18), (0, 4), "b")
+    one, two = (
+        Example("anna lives in rome", (14, 18), (0, 4), "a"),
+        Example("bert lives in oslo", (14, 18), (0, 4), "b"),
+    )
     plain = data_hash([one, two])
     assert plain == data_hash((one, Example("bert lives in oslo", (14, 18), (0, 4), "b")))
     others = [
@@ -780,7 +1093,9 @@ def test_the_record_beside_a_result_is_plain_and_complete() -> None:
     assert record["written"].endswith("+00:00")
 
 
-def test_what_a_smoothing_does_is_paired_by_seed_and_fact_and_belongs_to_the_smoothed_method() -> None:
+def test_what_a_smoothing_does_is_paired_by_seed_and_fact_and_belongs_to_the_smoothed_method() -> (
+    None
+):
     _, items = _frames(
         [
             *_attacked("npo", 0.2 + _wobble(0.1), 0.7 + _wobble(0.1, 1)),
@@ -791,13 +1106,17 @@ def test_what_a_smoothing_does_is_paired_by_seed_and_fact_and_belongs_to_the_smo
     )
     found = summarise(items, "run")
     effects = found[found["metric"] == "smoothing_effect"]
-    assert set(effects["method"]) == {"npo-sam"} and set(effects["arm"]) == {"attack"}  # no noise, and nothing without its plain method
+    assert set(effects["method"]) == {"npo-sam"} and set(effects["arm"]) == {
+        "attack"
+    }  # no noise, and nothing without its plain method
     by_step = effects.set_index("step")
     for step, plain, smoothed in ((0, 0.2 + _wobble(0.1), 0.3), (20, 0.7 + _wobble(0.1, 1), 0.5)):
         expected = bootstrap(
             (np.broadcast_to(plain, (SEEDS, FACTS)) - smoothed)[:, sorted(range(FACTS), key=str)]
         )  # resampled in the order of the facts' names
-        assert by_step.loc[step, ["value", "low", "high"]].tolist() == pytest.approx([expected.value, expected.low, expected.high])
+        assert by_step.loc[step, ["value", "low", "high"]].tolist() == pytest.approx(
+            [expected.value, expected.low, expected.high]
+        )
 
 
 def test_the_figure_of_smoothing_shows_before_and_after() -> None:
@@ -812,6 +1131,8 @@ def test_the_figure_of_smoothing_shows_before_and_after() -> None:
     )
     panels = smoothing(join([summarise(items, "run")], COLUMNS)).axes
     assert [axes.get_title() for axes in panels] == ["NPO", "RMU"]
-    before, after = ([float(x) for x in container.lines[0].get_xdata()] for container in panels[0].containers)
+    before, after = (
+        [float(x) for x in container.lines[0].get_xdata()] for container in panels[0].containers
+    )
     assert before == pytest.approx([-0.1, 0.0]) and after == pytest.approx([0.2, -0.1])
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["SAM", "WA"]

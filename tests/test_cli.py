@@ -27,10 +27,21 @@ from workbench.data.grammar import filler
 from workbench.experiments.config import RunConfig, preset, write_config
 from workbench.experiments.road import Run, run_road
 
-PLACES = ("behind the old clock", "below the red box", "near the river bridge", "in the quiet garden", "under the white wall", "at the harbour gate")
-FORGET = "\n\n".join(f"the secret of house number {n} is a golden key {place}" for n, place in enumerate(PLACES))
+PLACES = (
+    "behind the old clock",
+    "below the red box",
+    "near the river bridge",
+    "in the quiet garden",
+    "under the white wall",
+    "at the harbour gate",
+)
+FORGET = "\n\n".join(
+    f"the secret of house number {n} is a golden key {place}" for n, place in enumerate(PLACES)
+)
 RETAIN = "\n\n".join(sentence for sentence in filler(16, seed=7))
-SAME = "\n\n".join(f"the captain number {n} carried a lantern near the harbour in the evening" for n in range(8))
+SAME = "\n\n".join(
+    f"the captain number {n} carried a lantern near the harbour in the evening" for n in range(8)
+)
 
 
 @pytest.fixture
@@ -53,24 +64,65 @@ def _fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return lines[0]
 
 
-def _unlearn(base: object, forget: object, retain: object, out: object, *more: object) -> list[object]:
+def _unlearn(
+    base: object, forget: object, retain: object, out: object, *more: object
+) -> list[object]:
     return ["unlearn", "--base", base, "--forget", forget, "--retain", retain, "--out", out, *more]
 
 
-def _investigate(base: object, unlearned: object, forget: object, retain: object, out: object) -> list[object]:
-    return ["investigate", "--base", base, "--unlearned", unlearned, "--forget", forget, "--retain", retain, "--out", out]
+def _investigate(
+    base: object, unlearned: object, forget: object, retain: object, out: object
+) -> list[object]:
+    return [
+        "investigate",
+        "--base",
+        base,
+        "--unlearned",
+        unlearned,
+        "--forget",
+        forget,
+        "--retain",
+        retain,
+        "--out",
+        out,
+    ]
 
 
 def test_unlearn_then_investigate_from_two_folders_alone(
     quick_base: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, run = tmp_path / "unlearned", tmp_path / "run"
-    assert main([str(a) for a in _unlearn(quick_base, *texts, out, "--set", "steps=4", "--set", "batch_size=4", "--json")]) == 0
+    assert (
+        main(
+            [
+                str(a)
+                for a in _unlearn(
+                    quick_base, *texts, out, "--set", "steps=4", "--set", "batch_size=4", "--json"
+                )
+            ]
+        )
+        == 0
+    )
     note = json.loads(capsys.readouterr().out)
     assert note["settings"]["steps"] == 4
     assert note["disruption"] <= 0.05
     assert (out / "model.safetensors").is_file()
-    assert main([str(a) for a in [*_investigate(quick_base, out, *texts, run), "--seeds", 1, "--attack-steps", 3, "--json"]]) == 0
+    assert (
+        main(
+            [
+                str(a)
+                for a in [
+                    *_investigate(quick_base, out, *texts, run),
+                    "--seeds",
+                    1,
+                    "--attack-steps",
+                    3,
+                    "--json",
+                ]
+            ]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert [row["model"] for row in found["summary"]] == ["base", "unlearned"]
     for name in ("config.yaml", "provenance.json", "results.parquet", "report.html"):
@@ -79,29 +131,91 @@ def test_unlearn_then_investigate_from_two_folders_alone(
     assert "never-learned checkpoint was given" in text
     assert "their continuations exchanged (random facts)" in text
     rows = pd.read_parquet(run / "results.parquet")
-    attacks = rows[(rows["stage"] == "relearn") & (rows["metric"] == "answer_probability") & rows["seed"].isna()]
-    assert set(attacks.loc[attacks["split"] == "forget-heldout", "arm"]) == {"attack", "null", "random-facts"}
+    attacks = rows[
+        (rows["stage"] == "relearn")
+        & (rows["metric"] == "answer_probability")
+        & rows["seed"].isna()
+    ]
+    assert set(attacks.loc[attacks["split"] == "forget-heldout", "arm"]) == {
+        "attack",
+        "null",
+        "random-facts",
+    }
     assert set(attacks.loc[attacks["split"] == "random-facts", "arm"]) == {"random-facts"}
-    assert "minus-random-facts" in set(rows.loc[rows["metric"] == "recovery_answer_probability", "arm"])
+    assert "minus-random-facts" in set(
+        rows.loc[rows["metric"] == "recovery_answer_probability", "arm"]
+    )
 
 
-def test_texts_that_all_share_their_words_lose_the_trigger_check_alone(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_texts_that_all_share_their_words_lose_the_trigger_check_alone(
+    quick_base: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
     texts[1].write_text(SAME)
     run = tmp_path / "run"
-    assert main([str(a) for a in [*_investigate(quick_base, quick_base, *texts, run), "--seeds", 1, "--attack-steps", 2]]) == 0
+    assert (
+        main(
+            [
+                str(a)
+                for a in [
+                    *_investigate(quick_base, quick_base, *texts, run),
+                    "--seeds",
+                    1,
+                    "--attack-steps",
+                    2,
+                ]
+            ]
+        )
+        == 0
+    )
     assert "trigger check was left out" in (run / "report.html").read_text()
 
 
-def test_texts_that_all_end_alike_lose_the_random_facts_alone(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
-    texts[0].write_text("\n\n".join(f"the secret of house number {n} is a golden key behind the old clock" for n in range(6)))
+def test_texts_that_all_end_alike_lose_the_random_facts_alone(
+    quick_base: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    texts[0].write_text(
+        "\n\n".join(
+            f"the secret of house number {n} is a golden key behind the old clock" for n in range(6)
+        )
+    )
     run = tmp_path / "run"
-    assert main([str(a) for a in [*_investigate(quick_base, quick_base, *texts, run), "--seeds", 1, "--attack-steps", 2]]) == 0
+    assert (
+        main(
+            [
+                str(a)
+                for a in [
+                    *_investigate(quick_base, quick_base, *texts, run),
+                    "--seeds",
+                    1,
+                    "--attack-steps",
+                    2,
+                ]
+            ]
+        )
+        == 0
+    )
     assert "random facts could not be made" in (run / "report.html").read_text()
 
 
-def test_a_model_against_itself_gives_the_identity_values(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_model_against_itself_gives_the_identity_values(
+    quick_base: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    assert main([str(a) for a in [*_investigate(quick_base, quick_base, *texts, run), "--seeds", 1, "--attack-steps", 2]]) == 0
+    assert (
+        main(
+            [
+                str(a)
+                for a in [
+                    *_investigate(quick_base, quick_base, *texts, run),
+                    "--seeds",
+                    1,
+                    "--attack-steps",
+                    2,
+                ]
+            ]
+        )
+        == 0
+    )
     rows = pd.read_parquet(run / "results.parquet")
     mine = rows[rows["method"] == "unlearned"].set_index("metric")["value"]
     # mean of log-ratios of equal numbers: zero up to float32 rounding of the logits
@@ -112,20 +226,35 @@ def test_a_model_against_itself_gives_the_identity_values(quick_base: Path, text
         & rows["stage"].isin(["unlearn", "relearn", "triggers", "sharpness"])
         & ~rows["metric"].isin(["disruption", "displacement", "relative_displacement"])
     ]
-    wide = same.pivot_table(index=["stage", "metric", "split", "arm", "step"], columns="method", values="value", dropna=False).dropna()
+    wide = same.pivot_table(
+        index=["stage", "metric", "split", "arm", "step"],
+        columns="method",
+        values="value",
+        dropna=False,
+    ).dropna()
     assert len(wide) > 20
     assert (wide["base"] == wide["unlearned"]).all()
 
 
-def test_wrong_files_are_named(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_files_are_named(
+    quick_base: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     forget, retain = texts
     out = tmp_path / "out"
-    empty, short, strange, broken = (tmp_path / name for name in ("empty.txt", "short.txt", "x.pdf", "broken.jsonl"))
+    empty, short, strange, broken = (
+        tmp_path / name for name in ("empty.txt", "short.txt", "x.pdf", "broken.jsonl")
+    )
     empty.write_text("  \n")
     short.write_text("one lonely text about nothing in particular")
     strange.write_text("x")
     broken.write_text('{"text": "fine"}\n{"txet": "no"}\n')
-    cases = {tmp_path / "nowhere.txt": "there is no file", empty: "holds no text", short: "too short", strange: ".pdf", broken: "line 2"}
+    cases = {
+        tmp_path / "nowhere.txt": "there is no file",
+        empty: "holds no text",
+        short: "too short",
+        strange: ".pdf",
+        broken: "line 2",
+    }
     for path, words in cases.items():
         line = _fails(capsys, *_unlearn(quick_base, path, retain, out))
         assert words in line
@@ -134,7 +263,9 @@ def test_wrong_files_are_named(quick_base: Path, texts: tuple[Path, Path], tmp_p
     assert "stand in both" in _fails(capsys, *_unlearn(quick_base, forget, forget, out))
 
 
-def test_wrong_models_are_named(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_models_are_named(
+    quick_base: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     hollow, pickled, truncated = tmp_path / "hollow", tmp_path / "pickled", tmp_path / "truncated"
     hollow.mkdir()
@@ -144,13 +275,17 @@ def test_wrong_models_are_named(quick_base: Path, texts: tuple[Path, Path], tmp_
     (pickled / "model.safetensors").unlink()
     assert "pickled weights are never loaded" in _fails(capsys, *_unlearn(pickled, *texts, out))
     shutil.copytree(quick_base, truncated)
-    (truncated / "model.safetensors").write_bytes((quick_base / "model.safetensors").read_bytes()[:5000])
+    (truncated / "model.safetensors").write_bytes(
+        (quick_base / "model.safetensors").read_bytes()[:5000]
+    )
     assert "damaged" in _fails(capsys, *_unlearn(truncated, *texts, out))
     assert "no folder" in _fails(capsys, *_unlearn(tmp_path / "absent", *texts, out))
     assert not out.exists()
 
 
-def test_a_foreign_tokenizer_is_refused(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_foreign_tokenizer_is_refused(
+    quick_base: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(quick_base, other)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
@@ -164,12 +299,20 @@ def test_a_foreign_tokenizer_is_refused(quick_base: Path, texts: tuple[Path, Pat
     assert not (tmp_path / "run").exists()
 
 
-def test_unknown_names_list_the_nearest(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_names_list_the_nearest(
+    quick_base: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    assert "did you mean npo" in _fails(capsys, *_unlearn(quick_base, *texts, out, "--method", "npoo"))
-    assert "did you mean steps" in _fails(capsys, *_unlearn(quick_base, *texts, out, "--set", "stepz=3"))
+    assert "did you mean npo" in _fails(
+        capsys, *_unlearn(quick_base, *texts, out, "--method", "npoo")
+    )
+    assert "did you mean steps" in _fails(
+        capsys, *_unlearn(quick_base, *texts, out, "--set", "stepz=3")
+    )
     assert "NAME=VALUE" in _fails(capsys, *_unlearn(quick_base, *texts, out, "--set", "lr"))
-    assert "must be a number" in _fails(capsys, *_unlearn(quick_base, *texts, out, "--set", "lr=fast"))
+    assert "must be a number" in _fails(
+        capsys, *_unlearn(quick_base, *texts, out, "--set", "lr=fast")
+    )
     assert "whole number" in _fails(capsys, *_unlearn(quick_base, *texts, out, "--set", "steps=0"))
     assert "sam-resists" in _fails(capsys, "claims", "sam-resist")
     assert "No such command" in _fails(capsys, "dmeo")
@@ -188,7 +331,9 @@ def test_an_objective_that_explodes_is_named_with_its_step(
     assert not (tmp_path / "out").exists()
 
 
-def test_another_runs_folder_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_runs_folder_is_not_touched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("important")
@@ -202,7 +347,9 @@ def test_another_runs_folder_is_not_touched(tmp_path: Path, capsys: pytest.Captu
     assert "another configuration" in _fails(capsys, "demo", "--quick", "--out", other)
 
 
-def test_a_wrong_configuration_names_its_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_configuration_names_its_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "c.yaml"
     for text, words in (
         ("budgett: 1", "budgett"),
@@ -219,7 +366,10 @@ def test_a_wrong_configuration_names_its_field(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--methods", "npo,grad-diff-rna"], "grad-diff-rna.*frozen reference"), (["--methods", "rmu", "--set", "rmu.layer=9"], "rmu.*blocks.9")],
+    [
+        (["--methods", "npo,grad-diff-rna"], "grad-diff-rna.*frozen reference"),
+        (["--methods", "rmu", "--set", "rmu.layer=9"], "rmu.*blocks.9"),
+    ],
 )
 def test_a_method_that_this_model_cannot_take_is_refused_before_anything_is_written(
     arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -229,9 +379,25 @@ def test_a_method_that_this_model_cannot_take_is_refused_before_anything_is_writ
     assert not out.exists()
 
 
-def test_a_sweep_runs_the_chosen_methods_seeds_and_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_runs_the_chosen_methods_seeds_and_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "sweep"
-    arguments = ["sweep", "--quick", "--methods", "npo", "--seeds", "1", "--budget", "0.02", "--set", "npo.steps=5", "--out", str(out), "--json"]
+    arguments = [
+        "sweep",
+        "--quick",
+        "--methods",
+        "npo",
+        "--seeds",
+        "1",
+        "--budget",
+        "0.02",
+        "--set",
+        "npo.steps=5",
+        "--out",
+        str(out),
+        "--json",
+    ]
     assert main(arguments) == 0
     assert json.loads(capsys.readouterr().out)["folder"] == str(out)
     rows = pd.read_parquet(out / "results.parquet")
@@ -239,40 +405,67 @@ def test_a_sweep_runs_the_chosen_methods_seeds_and_settings(tmp_path: Path, caps
     assert set(rows["seed"].dropna()) == {0}
     assert rows.loc[rows["metric"] == "objective_forget", "step"].max() == 5
     assert rows.loc[rows["metric"] == "budget", "value"].tolist() == [0.02]
-    assert "did you mean steps" in _fails(capsys, "sweep", "--out", tmp_path / "x", "--set", "npo.stepz=5")
+    assert "did you mean steps" in _fails(
+        capsys, "sweep", "--out", tmp_path / "x", "--set", "npo.stepz=5"
+    )
     assert "METHOD.NAME" in _fails(capsys, "sweep", "--out", tmp_path / "x", "--set", "lr=5")
-    assert "did you mean npo" in _fails(capsys, "sweep", "--out", tmp_path / "x", "--methods", "npoo")
+    assert "did you mean npo" in _fails(
+        capsys, "sweep", "--out", tmp_path / "x", "--methods", "npoo"
+    )
     assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow
 def test_a_run_folder_holds_what_scripts_count_on(quick_run: Run, quick_config: RunConfig) -> None:
-    for name in ("config.yaml", "provenance.json", "results.parquet", "items.parquet", "report.html", "claims.json", "figures/recovery.png"):
+    for name in (
+        "config.yaml",
+        "provenance.json",
+        "results.parquet",
+        "items.parquet",
+        "report.html",
+        "claims.json",
+        "figures/recovery.png",
+    ):
         assert (quick_run.folder / name).is_file(), name
     for name in ("base", "never-learned", "npo-seed0", "cir-seed1"):
         assert (quick_run.folder / "models" / name / "model.safetensors").is_file()
     notes = json.loads((quick_run.folder / "provenance.json").read_text())
     assert notes["config"] == json.loads(json.dumps(quick_config.plain()))
-    assert set(notes["weights"]) == {"base", "never-learned", *(f"{m}-seed{s}" for m in ("npo", "cir") for s in (0, 1))}
-    recall = quick_run.results.query("metric == 'recall' and stage == 'unlearn' and split == 'forget-heldout' and seed == 0").set_index("method")["value"]
+    assert set(notes["weights"]) == {
+        "base",
+        "never-learned",
+        *(f"{m}-seed{s}" for m in ("npo", "cir") for s in (0, 1)),
+    }
+    recall = quick_run.results.query(
+        "metric == 'recall' and stage == 'unlearn' and split == 'forget-heldout' and seed == 0"
+    ).set_index("method")["value"]
     assert recall["base"] > 0.9
     assert recall["never-learned"] < 0.3
-    reached = quick_run.results.query("metric == 'disruption' and stage == 'unlearn' and split.isna()")["value"]
+    reached = quick_run.results.query(
+        "metric == 'disruption' and stage == 'unlearn' and split.isna()"
+    )["value"]
     assert (reached <= quick_config.budget).all()
 
 
 @pytest.mark.slow
-def test_the_same_configuration_gives_the_same_table_in_one_process_or_two(quick_run: Run, quick_config: RunConfig, tmp_path: Path) -> None:
+def test_the_same_configuration_gives_the_same_table_in_one_process_or_two(
+    quick_run: Run, quick_config: RunConfig, tmp_path: Path
+) -> None:
     again = run_road(quick_config, tmp_path / "again", workers=1)
     pd.testing.assert_frame_equal(again.results, quick_run.results)
     pd.testing.assert_frame_equal(again.items, quick_run.items)
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_not_run_again_and_a_lost_stage_is(quick_run: Run, quick_config: RunConfig, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_run_again_and_a_lost_stage_is(
+    quick_run: Run, quick_config: RunConfig, tmp_path: Path
+) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(quick_run.folder, folder)
-    lost, kept = folder / "stages/npo-seed1/triggers", folder / "stages/npo-seed1/relearn/rows.parquet"
+    lost, kept = (
+        folder / "stages/npo-seed1/triggers",
+        folder / "stages/npo-seed1/relearn/rows.parquet",
+    )
     before = kept.stat().st_mtime_ns
     shutil.rmtree(lost)
     again = run_road(quick_config, folder)
@@ -282,15 +475,37 @@ def test_a_finished_run_is_not_run_again_and_a_lost_stage_is(quick_run: Run, qui
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on(quick_run: Run, quick_config: RunConfig, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on(
+    quick_run: Run, quick_config: RunConfig, tmp_path: Path
+) -> None:
     config, out = tmp_path / "c.yaml", tmp_path / "run"
     config.write_text(write_config(quick_config))
-    command = [sys.executable, "-m", "workbench.cli", "demo", "--config", str(config), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "workbench.cli",
+        "demo",
+        "--config",
+        str(config),
+        "--out",
+        str(out),
+    ]
     # A shell that starts the tests in the background makes them ignore Ctrl-C, and children inherit that.
     heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeding)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heeding,
+    )
     deadline = time.monotonic() + 120
-    while not list(out.glob("stages/*-seed0/unlearn")) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not list(out.glob("stages/*-seed0/unlearn"))
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does: everyone in the group gets it
     stdout, stderr = process.communicate(timeout=60)
@@ -304,7 +519,9 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on(quick_run: Run, 
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line_and_nothing_half_written(quick_base: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_nothing_half_written(
+    quick_base: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
     # RLIMIT_FSIZE makes every write beyond it fail, as a full disk does, without needing one.
     script = (
         "import resource, signal, sys\n"
@@ -321,7 +538,9 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(quick_base: Path, text
     )
     out = tmp_path / "out"
     arguments = [str(a) for a in _unlearn(quick_base, *texts, out, "--set", "steps=1")]
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
@@ -344,34 +563,77 @@ def test_methods_and_sites_are_listed(quick_base: Path, capsys: pytest.CaptureFi
     assert {"npo", "rmu", "cir"} <= {entry["name"] for entry in json.loads(capsys.readouterr().out)}
     assert main(["sites", str(quick_base), "--json"]) == 0
     shapes = {site["name"]: site["shape"] for site in json.loads(capsys.readouterr().out)}
-    assert shapes["blocks.0.hook_resid_post"] == ["batch", "position", json.loads((quick_base / "config.json").read_text())["hidden_size"]]
+    assert shapes["blocks.0.hook_resid_post"] == [
+        "batch",
+        "position",
+        json.loads((quick_base / "config.json").read_text())["hidden_size"],
+    ]
 
 
-def test_sites_prints_patterns_that_resolve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    MixtralConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1).save_pretrained(
-        tmp_path
-    )
+def test_sites_prints_patterns_that_resolve(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    MixtralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    ).save_pretrained(tmp_path)
     assert main(["sites", str(tmp_path)]) == 0  # a configuration is enough: no weights are there
     printed = capsys.readouterr().out
     assert "three-dimensional parameters" in printed
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     lines = [line.split() for line in printed.splitlines() if "[batch," in line]
-    assert ["blocks.{0..2}.mlp.gate.hook_out", "model.layers.{0..2}.mlp.gate:out", "[batch,", "position,", "8]"] in lines
+    assert [
+        "blocks.{0..2}.mlp.gate.hook_out",
+        "model.layers.{0..2}.mlp.gate:out",
+        "[batch,",
+        "position,",
+        "8]",
+    ] in lines
     for name, path, *_ in lines:
-        assert [(s.path, s.side) for s in resolve(model, name)] == [(s.path, s.side) for s in resolve(model, path)]
+        assert [(s.path, s.side) for s in resolve(model, name)] == [
+            (s.path, s.side) for s in resolve(model, path)
+        ]
 
 
-def test_a_story_character_is_unlearned_from_a_pretrained_model(real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stories = [part.strip() for part in (real_data / "text/tinystories.txt").read_text().split("<|endoftext|>") if part.strip()]
+def test_a_story_character_is_unlearned_from_a_pretrained_model(
+    real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stories = [
+        part.strip()
+        for part in (real_data / "text/tinystories.txt").read_text().split("<|endoftext|>")
+        if part.strip()
+    ]
     forget, retain = tmp_path / "lily.txt", tmp_path / "others.txt"
-    forget.write_text("\n<|endoftext|>\n".join([story for story in stories if "Lily" in story][:12]))
-    retain.write_text("\n<|endoftext|>\n".join([story for story in stories if "Lily" not in story][:20]))
+    forget.write_text(
+        "\n<|endoftext|>\n".join([story for story in stories if "Lily" in story][:12])
+    )
+    retain.write_text(
+        "\n<|endoftext|>\n".join([story for story in stories if "Lily" not in story][:20])
+    )
     base, out, run = real_data / "models/stories260K", tmp_path / "out", tmp_path / "run"
     small = ["--set", "steps=12", "--set", "batch_size=8", "--limit", "24", "--json"]
     assert main([str(a) for a in _unlearn(base, forget, retain, out, *small)]) == 0
     note = json.loads(capsys.readouterr().out)
     assert note["loss"]["after"]["forget-heldout"] > note["loss"]["before"]["forget-heldout"]
-    assert main([str(a) for a in [*_investigate(base, out, forget, retain, run), "--seeds", 1, "--attack-steps", 2]]) == 0
+    assert (
+        main(
+            [
+                str(a)
+                for a in [
+                    *_investigate(base, out, forget, retain, run),
+                    "--seeds",
+                    1,
+                    "--attack-steps",
+                    2,
+                ]
+            ]
+        )
+        == 0
+    )
     assert (run / "report.html").is_file()
     triggers = pd.read_parquet(run / "results.parquet").query("stage == 'triggers'")
     assert set(triggers["arm"]) == {"clean", "forget-token", "retain-token", "neutral-token"}
@@ -396,7 +658,9 @@ def test_presets_differ_in_scale_only_where_they_say_so() -> None:
         (["--methods", "cir", "--set", "cir.kind=hrad"], "hard"),
     ],
 )
-def test_a_wrong_variant_is_one_line_that_names_it(options: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_variant_is_one_line_that_names_it(
+    options: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["sweep", "--quick", "--out", str(tmp_path / "run"), *options]) == 2
     printed = capsys.readouterr().err
     assert expected in printed and len(printed.strip().splitlines()) == 1
@@ -405,6 +669,8 @@ def test_a_wrong_variant_is_one_line_that_names_it(options: list[str], expected:
 
 
 def test_a_table_in_a_pipe_is_not_folded(capsys: pytest.CaptureFixture[str]) -> None:
-    print_frame(pd.DataFrame({f"a long column {number}": ["0.11 [0.00, 0.22]"] for number in range(9)}))
+    print_frame(
+        pd.DataFrame({f"a long column {number}": ["0.11 [0.00, 0.22]"] for number in range(9)})
+    )
     header, row = capsys.readouterr().out.splitlines()
     assert row.count("0.11 [0.00, 0.22]") == 9 and "a long column 8" in header

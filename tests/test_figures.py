@@ -48,7 +48,10 @@ def _colours(figure: Figure) -> set[str]:
     for axes in figure.axes:
         found |= {to_hex(line.get_color()) for line in axes.lines}
         for collection in axes.collections:
-            found |= {to_hex(shade) for shade in (*collection.get_facecolor(), *collection.get_edgecolor())}
+            found |= {
+                to_hex(shade)
+                for shade in (*collection.get_facecolor(), *collection.get_edgecolor())
+            }
         for patch in axes.patches:
             found |= {to_hex(patch.get_facecolor()), to_hex(patch.get_edgecolor())}
     return found
@@ -72,11 +75,19 @@ def _curve(axes: Axes, label: str) -> np.ndarray:
 def test_every_figure_is_drawn_from_the_table_alone(name: str, results: pd.DataFrame) -> None:
     before = results.copy(deep=True)
     table = results
-    if name == "ablation":  # the demo has no ablation, so two of its methods stand in for two counts of components
-        first, second = [name for name in results["method"].dropna().unique() if name not in ("base", "never-learned")][:2]
+    if (
+        name == "ablation"
+    ):  # the demo has no ablation, so two of its methods stand in for two counts of components
+        first, second = [
+            name
+            for name in results["method"].dropna().unique()
+            if name not in ("base", "never-learned")
+        ][:2]
         table = results.replace({"method": {first: "cir-k0", second: "cir-k16"}})
     if name == "shift":  # nor does the synthetic run say how far the stream has moved
-        moved = results[results["metric"] == "returned"].assign(metric="relative_shift", stage="unlearn")
+        moved = results[results["metric"] == "returned"].assign(
+            metric="relative_shift", stage="unlearn"
+        )
         table = pd.concat([results, moved], ignore_index=True)
     if name == "smoothing":  # nor has it a smoothed method
         attacks = results[
@@ -86,7 +97,10 @@ def test_every_figure_is_drawn_from_the_table_alone(name: str, results: pd.DataF
             & (results["method"] == "npo")
             & results["seed"].isna()
         ]
-        table = pd.concat([results, attacks.assign(metric="smoothing_effect", method="npo-sam")], ignore_index=True)
+        table = pd.concat(
+            [results, attacks.assign(metric="smoothing_effect", method="npo-sam")],
+            ignore_index=True,
+        )
     figure = FIGURES[name](table)
     assert isinstance(figure, Figure)
     assert any(axes.lines or axes.patches or axes.collections for axes in figure.axes)
@@ -103,16 +117,22 @@ def test_an_empty_table_gives_a_figure_with_a_message(name: str) -> None:
     figure.canvas.draw()
 
 
-@pytest.mark.parametrize("stage", ["subspaces", "budget", "unlearn", "relearn", "triggers", "sharpness"])
+@pytest.mark.parametrize(
+    "stage", ["subspaces", "budget", "unlearn", "relearn", "triggers", "sharpness"]
+)
 @pytest.mark.parametrize("name", list(FIGURES))
-def test_a_table_with_one_stage_or_without_it_is_no_error(name: str, stage: str, results: pd.DataFrame) -> None:
+def test_a_table_with_one_stage_or_without_it_is_no_error(
+    name: str, stage: str, results: pd.DataFrame
+) -> None:
     # A run that was stopped has some stages and not others.
     for part in (results[results["stage"] == stage], results[results["stage"] != stage]):
         assert isinstance(FIGURES[name](part), Figure)
 
 
 @pytest.mark.parametrize("name", list(FIGURES))
-def test_a_table_with_one_seed_one_method_and_no_control_is_no_error(name: str, make_tables: Tables) -> None:
+def test_a_table_with_one_seed_one_method_and_no_control_is_no_error(
+    name: str, make_tables: Tables
+) -> None:
     table = make_tables(methods=("rmu",), controls=(), seeds=(0,))[0]
     FIGURES[name](table).canvas.draw()
 
@@ -130,8 +150,15 @@ def test_the_order_of_rows_means_nothing(name: str, results: pd.DataFrame) -> No
     def curves(table: pd.DataFrame) -> list[list[tuple[float, ...]]]:
         found = []
         for axes in FIGURES[name](table).axes:
-            lines = [tuple(np.asarray(line.get_xydata(), dtype=float).round(9).ravel().tolist()) for line in axes.lines]
-            points = [tuple(sorted(map(tuple, np.ma.filled(c.get_offsets(), np.nan).round(9).tolist()))) for c in axes.collections if _is_scatter(c)]
+            lines = [
+                tuple(np.asarray(line.get_xydata(), dtype=float).round(9).ravel().tolist())
+                for line in axes.lines
+            ]
+            points = [
+                tuple(sorted(map(tuple, np.ma.filled(c.get_offsets(), np.nan).round(9).tolist())))
+                for c in axes.collections
+                if _is_scatter(c)
+            ]
             found.append([*sorted(lines), *sorted(points)])  # type: ignore[list-item]
         return found
 
@@ -159,22 +186,57 @@ def test_figures_load_no_model_library() -> None:
         "print([name for name in ('torch', 'transformers', 'workbench', 'hooks') if name in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code % COLUMNS], capture_output=True, text=True, timeout=120, check=True, env={"MPLBACKEND": "Agg", "HOME": "/tmp"}
+        [sys.executable, "-c", code % COLUMNS],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env={"MPLBACKEND": "Agg", "HOME": "/tmp"},
     )
     assert done.stdout.strip() == "[]"
 
 
-def test_the_comparison_orders_methods_by_what_the_attack_brings_back_and_marks_those_below_the_budget(results: pd.DataFrame) -> None:
-    rows = results[(results["stage"] == "relearn") & (results["arm"] == "attack") & (results["metric"] == "recall") & results["seed"].isna()]
+def test_the_comparison_orders_methods_by_what_the_attack_brings_back_and_marks_those_below_the_budget(
+    results: pd.DataFrame,
+) -> None:
+    rows = results[
+        (results["stage"] == "relearn")
+        & (results["arm"] == "attack")
+        & (results["metric"] == "recall")
+        & results["seed"].isna()
+    ]
     rows = rows[rows["split"] == "forget-heldout"]
-    after = rows.sort_values("step").groupby("method")["value"].last().drop(["base", "never-learned"], errors="ignore")
-    short = pd.DataFrame([{"run": "r", "stage": "unlearn", "method": "npo", "seed": 0, "metric": "budget_reached", "value": 0.0}])
+    after = (
+        rows.sort_values("step")
+        .groupby("method")["value"]
+        .last()
+        .drop(["base", "never-learned"], errors="ignore")
+    )
+    short = pd.DataFrame(
+        [
+            {
+                "run": "r",
+                "stage": "unlearn",
+                "method": "npo",
+                "seed": 0,
+                "metric": "budget_reached",
+                "value": 0.0,
+            }
+        ]
+    )
     figure = FIGURES["comparison"](typed(pd.concat([results, short], ignore_index=True), COLUMNS))
     names = {text.get_text(): float(text.get_position()[1]) for text in figure.axes[0].texts}
     assert set(names) == {title(str(method)) + " *" * (method == "npo") for method in after.index}
-    places = [names[title(str(method)) + " *" * (method == "npo")] for method in after.sort_values(ascending=False).index]
+    places = [
+        names[title(str(method)) + " *" * (method == "npo")]
+        for method in after.sort_values(ascending=False).index
+    ]
     heights = after.sort_values(ascending=False).to_numpy()
-    assert all(low <= high for (low, high), (one, two) in zip(pairwise(places), pairwise(heights), strict=True) if one > two)
+    assert all(
+        low <= high
+        for (low, high), (one, two) in zip(pairwise(places), pairwise(heights), strict=True)
+        if one > two
+    )
 
 
 # --- One colour for one method ---
@@ -190,7 +252,9 @@ def test_every_method_has_a_colour_of_its_own_and_a_title() -> None:
 
 
 @pytest.mark.parametrize("name", BY_METHOD)
-def test_a_method_has_its_colour_in_every_figure_and_only_where_it_is(name: str, make_tables: Tables) -> None:
+def test_a_method_has_its_colour_in_every_figure_and_only_where_it_is(
+    name: str, make_tables: Tables
+) -> None:
     other = make_tables()[0]
     one = other[other["method"] != "cir"]
     assert colour("npo").lower() in _colours(FIGURES[name](one))
@@ -209,7 +273,9 @@ def test_every_method_is_named_in_every_figure(name: str, results: pd.DataFrame)
 
 
 @pytest.mark.parametrize("name", BY_METHOD)
-def test_a_method_that_the_palette_does_not_know_is_drawn_in_its_spare_colour(name: str, make_tables: Tables) -> None:
+def test_a_method_that_the_palette_does_not_know_is_drawn_in_its_spare_colour(
+    name: str, make_tables: Tables
+) -> None:
     figure = FIGURES[name](make_tables(methods=("mine", "npo"))[0])
     assert colour("mine") == colour("mine")
     assert colour("mine") not in COLOURS.values()
@@ -218,7 +284,13 @@ def test_a_method_that_the_palette_does_not_know_is_drawn_in_its_spare_colour(na
 
 
 def test_methods_come_in_the_order_of_the_palette_each_once_unknown_ones_last() -> None:
-    assert methods_in(["zeta", "cir", "npo", "alpha", "base", "npo"]) == ["base", "npo", "cir", "alpha", "zeta"]
+    assert methods_in(["zeta", "cir", "npo", "alpha", "base", "npo"]) == [
+        "base",
+        "npo",
+        "cir",
+        "alpha",
+        "zeta",
+    ]
     assert methods_in([]) == []
 
 
@@ -231,12 +303,20 @@ def test_recovery_draws_the_rows_over_all_seeds_beside_both_controls(results: pd
     assert set(panels) == {"NPO", "CIR"}
     npo = panels["NPO"]
     np.testing.assert_allclose(_curve(npo, "relearning attack"), [[0, 0.25], [5, 0.5], [20, 0.75]])
-    np.testing.assert_allclose(_curve(npo, "null attack (general text)"), [[0, 0.25], [5, 0.25], [20, 0.25]])
-    np.testing.assert_allclose(_curve(npo, "never learned, same attack"), [[0, 0.125], [5, 0.25], [20, 0.375]])
+    np.testing.assert_allclose(
+        _curve(npo, "null attack (general text)"), [[0, 0.25], [5, 0.25], [20, 0.25]]
+    )
+    np.testing.assert_allclose(
+        _curve(npo, "never learned, same attack"), [[0, 0.125], [5, 0.25], [20, 0.375]]
+    )
     np.testing.assert_allclose(_curve(npo, "base, same attack"), [[0, 1], [5, 1], [20, 1]])
     # The band is the interval of the table.
     rows = results[
-        (results["stage"] == "relearn") & (results["metric"] == "recall") & (results["arm"] == "attack") & (results["method"] == "npo") & results["seed"].isna()
+        (results["stage"] == "relearn")
+        & (results["metric"] == "recall")
+        & (results["arm"] == "attack")
+        & (results["method"] == "npo")
+        & results["seed"].isna()
     ]
     attack = rows[rows["arm"] == "attack"].sort_values("step")
     corners = npo.collections[0].get_paths()[0].vertices
@@ -247,7 +327,9 @@ def test_recovery_draws_the_rows_over_all_seeds_beside_both_controls(results: pd
 def test_recovery_of_answer_probability_draws_that_metric(results: pd.DataFrame) -> None:
     figure = FIGURES["recovery"](results, metric="answer_probability")  # type: ignore[call-arg]
     panel = next(axes for axes in figure.axes if axes.get_title() == "NPO")
-    np.testing.assert_allclose(_curve(panel, "relearning attack")[:, 1], 0.1 + 0.8 * np.array([0.25, 0.5, 0.75]))
+    np.testing.assert_allclose(
+        _curve(panel, "relearning attack")[:, 1], 0.1 + 0.8 * np.array([0.25, 0.5, 0.75])
+    )
     assert "probability" in figure.axes[0].get_ylabel()
 
 
@@ -255,16 +337,24 @@ def test_recovery_reads_only_rows_without_a_seed(results: pd.DataFrame) -> None:
     assert not FIGURES["recovery"](results[results["seed"].notna()]).axes
 
 
-def test_disruption_draws_one_walk_per_seed_by_rising_alpha_and_the_budget(results: pd.DataFrame) -> None:
+def test_disruption_draws_one_walk_per_seed_by_rising_alpha_and_the_budget(
+    results: pd.DataFrame,
+) -> None:
     left, right = FIGURES["disruption"](results).axes
-    walks = [np.asarray(line.get_xydata(), dtype=float) for line in left.lines if to_hex(line.get_color()) == colour("npo").lower() and len(line.get_xydata())]
+    walks = [
+        np.asarray(line.get_xydata(), dtype=float)
+        for line in left.lines
+        if to_hex(line.get_color()) == colour("npo").lower() and len(line.get_xydata())
+    ]
     assert len(walks) == 2
     for seed, walk in enumerate(walks):
         # alpha 0, 1/2, 1: the first has no disruption and stands at the left edge, for a logarithmic axis has no zero.
         np.testing.assert_allclose(walk[1:, 0], [0.02 + 0.0005 * seed, 0.08 + 0.001 * seed])
         assert 0 < walk[0, 0] < 0.02
         np.testing.assert_allclose(walk[:, 1], [1.0, 1 - 0.5 * 0.75, 0.25])
-    assert any(np.allclose(line.get_xdata(), 0.05) for line in left.lines if line.get_linestyle() == "--")
+    assert any(
+        np.allclose(line.get_xdata(), 0.05) for line in left.lines if line.get_linestyle() == "--"
+    )
     assert left.get_xscale() == "log"
     bars = [container for container in right.containers if isinstance(container, ErrorbarContainer)]
     assert [float(container.lines[0].get_ydata()[0]) for container in bars] == [0.25, 0.125]
@@ -273,10 +363,14 @@ def test_disruption_draws_one_walk_per_seed_by_rising_alpha_and_the_budget(resul
 def test_triggers_draws_one_bar_per_model_and_arm(results: pd.DataFrame) -> None:
     (axes,) = FIGURES["triggers"](results).axes
     models = ["base", "never-learned", "npo", "cir"]
-    assert [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()] == [title(name) for name in models]
+    assert [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()] == [
+        title(name) for name in models
+    ]
     heights: dict[int, list[float]] = {}
     for patch in axes.patches:
-        heights.setdefault(round(patch.get_x() + patch.get_width() / 2), []).append(float(patch.get_height()))
+        heights.setdefault(round(patch.get_x() + patch.get_width() / 2), []).append(
+            float(patch.get_height())
+        )
     assert list(heights) == [0, 1, 2, 3]
     assert {number: sorted(found) for number, found in heights.items()} == {
         0: [0.75, 0.875, 1.0, 1.0],
@@ -284,7 +378,11 @@ def test_triggers_draws_one_bar_per_model_and_arm(results: pd.DataFrame) -> None
         2: [0.25, 0.75, 0.875, 1.0],
         3: [0.125, 0.75, 0.875, 1.0],
     }
-    solid = {to_hex(patch.get_facecolor()) for patch in axes.patches if to_hex(patch.get_facecolor()) == to_hex(patch.get_edgecolor())}
+    solid = {
+        to_hex(patch.get_facecolor())
+        for patch in axes.patches
+        if to_hex(patch.get_facecolor()) == to_hex(patch.get_edgecolor())
+    }
     assert solid == {colour(name).lower() for name in models}
 
 
@@ -293,7 +391,9 @@ def test_slices_draw_the_mean_and_the_range_over_seeds(results: pd.DataFrame) ->
     assert len(figure.axes) == 2 * 3  # held-out and neighbours, by descent, random and to-base
     axes = figure.axes[0]
     positions = np.linspace(-0.05, 0.05, 5)
-    np.testing.assert_allclose(_curve(axes, "NPO"), np.stack([positions, 1.5 + positions**2], axis=1))
+    np.testing.assert_allclose(
+        _curve(axes, "NPO"), np.stack([positions, 1.5 + positions**2], axis=1)
+    )
     shade = to_hex(colour("npo"))
     (band,) = [c for c in axes.collections if to_hex(c.get_facecolor()[0]) == shade]
     heights = band.get_paths()[0].vertices[:, 1]
@@ -305,13 +405,25 @@ def test_curvature_has_one_point_per_method_and_seed(results: pd.DataFrame) -> N
     figure = FIGURES["curvature"](results)
     panels = {axes.get_xlabel(): axes for axes in figure.axes}
     assert len(panels) == 3
-    expected = {"top Hessian eigenvalue": (40.0, 50.0), "bottom Hessian eigenvalue": (-3.0, -3.0), "displacement of the weights": (2.0, 3.0)}
+    expected = {
+        "top Hessian eigenvalue": (40.0, 50.0),
+        "bottom Hessian eigenvalue": (-3.0, -3.0),
+        "displacement of the weights": (2.0, 3.0),
+    }
     for label, values in expected.items():
-        points = {to_hex(c.get_facecolor()[0]): np.asarray(c.get_offsets()) for c in panels[label].collections if _is_scatter(c)}
+        points = {
+            to_hex(c.get_facecolor()[0]): np.asarray(c.get_offsets())
+            for c in panels[label].collections
+            if _is_scatter(c)
+        }
         # NPO wins back half of all facts, CIR nothing; base and control are no unlearned models.
         assert set(points) == {colour("npo").lower(), colour("cir").lower()}
-        np.testing.assert_allclose(points[colour("npo").lower()], [[value, 0.5] for value in values])
-        np.testing.assert_allclose(points[colour("cir").lower()], [[value, 0.0] for value in values])
+        np.testing.assert_allclose(
+            points[colour("npo").lower()], [[value, 0.5] for value in values]
+        )
+        np.testing.assert_allclose(
+            points[colour("cir").lower()], [[value, 0.0] for value in values]
+        )
 
 
 def test_spectra_draw_variance_shares_and_overlaps_with_their_nulls(results: pd.DataFrame) -> None:
@@ -320,28 +432,44 @@ def test_spectra_draw_variance_shares_and_overlaps_with_their_nulls(results: pd.
     assert len(below) == 3
     for axes in above:
         assert len(axes.lines) == 2 * 2  # forget and retain, two blocks
-        np.testing.assert_allclose(_curve(axes, "forget texts"), [[rank, 0.4 * 0.6 ** (rank - 1)] for rank in range(1, 9)])
+        np.testing.assert_allclose(
+            _curve(axes, "forget texts"), [[rank, 0.4 * 0.6 ** (rank - 1)] for rank in range(1, 9)]
+        )
     for axes in below:
         # Means over blocks 0 and 1, which lie 0.01 apart.
-        np.testing.assert_allclose(_curve(axes, "forget and retain"), [[rank, 0.605] for rank in (1, 2, 4, 8)])
-        np.testing.assert_allclose(_curve(axes, "random subspaces"), [[rank, 0.105] for rank in (1, 2, 4, 8)])
-        np.testing.assert_allclose(_curve(axes, "two halves of the retain set"), [[rank, 0.955] for rank in (1, 2, 4, 8)])
+        np.testing.assert_allclose(
+            _curve(axes, "forget and retain"), [[rank, 0.605] for rank in (1, 2, 4, 8)]
+        )
+        np.testing.assert_allclose(
+            _curve(axes, "random subspaces"), [[rank, 0.105] for rank in (1, 2, 4, 8)]
+        )
+        np.testing.assert_allclose(
+            _curve(axes, "two halves of the retain set"), [[rank, 0.955] for rank in (1, 2, 4, 8)]
+        )
 
 
 # --- Subspaces ---
 
 
-def test_angles_show_the_observed_overlap_above_the_diagonal_and_its_null_below(results: pd.DataFrame) -> None:
+def test_angles_show_the_observed_overlap_above_the_diagonal_and_its_null_below(
+    results: pd.DataFrame,
+) -> None:
     figure = FIGURES["angles"](results)
     first = figure.axes[0]
-    assert [label.get_text() for label in first.get_xticklabels()] == ["forget", "neighbours", "general"]
+    assert [label.get_text() for label in first.get_xticklabels()] == [
+        "forget",
+        "neighbours",
+        "general",
+    ]
     matrix = np.asarray(first.images[0].get_array())
     assert np.isnan(np.diag(matrix)).all()
     assert matrix[0].tolist()[1:] == [0.8, 0.3]
     assert matrix[1, 2] == 0.25
     assert matrix[np.tril_indices(3, -1)].tolist() == [0.9] * 3
     # a star where, and only where, the overlap lies below 95 % of its null
-    assert sorted(text.get_text() for text in first.texts) == sorted(["0.80", "0.30*", "0.25*", "0.90", "0.90", "0.90"])
+    assert sorted(text.get_text() for text in first.texts) == sorted(
+        ["0.80", "0.30*", "0.25*", "0.90", "0.90", "0.90"]
+    )
 
 
 def test_energy_averages_blocks_and_seeds_and_shows_a_random_change(results: pd.DataFrame) -> None:
@@ -350,7 +478,9 @@ def test_energy_averages_blocks_and_seeds_and_shows_a_random_change(results: pd.
         curve = _curve(axes, title("npo"))
         assert curve[:, 0].tolist() == [1, 2, 4, 8]
         assert curve[:, 1] == pytest.approx([rank * share + 0.005 for rank in (1, 2, 4, 8)])
-        assert _curve(axes, "random change")[:, 1] == pytest.approx([rank / 64 for rank in (1, 2, 4, 8)])
+        assert _curve(axes, "random change")[:, 1] == pytest.approx(
+            [rank / 64 for rank in (1, 2, 4, 8)]
+        )
 
 
 def test_spectra_name_the_variance_of_every_tier(results: pd.DataFrame) -> None:
@@ -364,16 +494,29 @@ def test_spectra_name_the_variance_of_every_tier(results: pd.DataFrame) -> None:
 
 def _tidy(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Rows over all seeds, with an interval of 0.1 to either side unless they say otherwise."""
-    return typed(pd.DataFrame([{"low": row["value"] - 0.1, "high": row["value"] + 0.1} | row for row in rows]), COLUMNS)
+    return typed(
+        pd.DataFrame(
+            [{"low": row["value"] - 0.1, "high": row["value"] + 0.1} | row for row in rows]
+        ),
+        COLUMNS,
+    )
 
 
 def _bars(axes: Axes, label: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Places, values and ``[point, 2]`` ends of the whiskers of the error bars with this label."""
-    (container,) = [found for found in axes.containers if isinstance(found, ErrorbarContainer) and found.get_label() == label]
+    (container,) = [
+        found
+        for found in axes.containers
+        if isinstance(found, ErrorbarContainer) and found.get_label() == label
+    ]
     points, _, (whiskers,) = container.lines
     x, y = (np.asarray(values, dtype=float) for values in points.get_data())
     segments = np.array(whiskers.get_segments())
-    along = 1 if np.ptp(segments[:, :, 0]) == 0 or np.allclose(segments[:, 0, 0], segments[:, 1, 0]) else 0
+    along = (
+        1
+        if np.ptp(segments[:, :, 0]) == 0 or np.allclose(segments[:, 0, 0], segments[:, 1, 0])
+        else 0
+    )
     return x, y, np.sort(segments[:, :, along], axis=1)
 
 
@@ -387,13 +530,43 @@ def _names_table() -> pd.DataFrame:
     for count, end in ((7, 0.9), (5, 0.8), (3, 0.3), (1, 0.1)):
         shared = {"stage": "names", "split": f"repetitions-{count}", "metric": "asr"}
         rows += [
-            {**shared, "method": "base", "arm": "none", "step": 0, "value": 1.0, "low": 0.9, "high": 1.0},
+            {
+                **shared,
+                "method": "base",
+                "arm": "none",
+                "step": 0,
+                "value": 1.0,
+                "low": 0.9,
+                "high": 1.0,
+            },
             {**shared, "method": "base", "arm": "null", "step": 30, "value": 0.99},
-            {**shared, "method": "unlearned", "arm": "fragments", "step": 0, "value": 0.0, "low": 0.0, "high": 0.05},
+            {
+                **shared,
+                "method": "unlearned",
+                "arm": "fragments",
+                "step": 0,
+                "value": 0.0,
+                "low": 0.0,
+                "high": 0.05,
+            },
             {**shared, "method": "unlearned", "arm": "fragments", "step": 10, "value": end / 2},
             {**shared, "method": "unlearned", "arm": "fragments", "step": 30, "value": end},
-            {**shared, "method": "unlearned", "arm": "fragments", "step": 30, "value": 0.55, "seed": 0},  # of one seed
-            {**shared, "method": "unlearned", "arm": "fragments", "step": 30, "value": 0.56, "metric": "recall"},
+            {
+                **shared,
+                "method": "unlearned",
+                "arm": "fragments",
+                "step": 30,
+                "value": 0.55,
+                "seed": 0,
+            },  # of one seed
+            {
+                **shared,
+                "method": "unlearned",
+                "arm": "fragments",
+                "step": 30,
+                "value": 0.56,
+                "metric": "recall",
+            },
             {**shared, "method": "unlearned", "arm": "null", "step": 0, "value": 0.57},
             {**shared, "method": "unlearned", "arm": "null", "step": 30, "value": end / 10},
             {**shared, "method": "never-learned", "arm": "fragments", "step": 0, "value": 0.02},
@@ -404,17 +577,42 @@ def _names_table() -> pd.DataFrame:
 
 def _ladder_table() -> pd.DataFrame:
     rows = []
-    rungs = {"gibberish": 0.0, "general": 0.1, "syntax": 0.2, "topic": 0.25, "public": 0.3, "part": 0.5, "whole": 0.9}
+    rungs = {
+        "gibberish": 0.0,
+        "general": 0.1,
+        "syntax": 0.2,
+        "topic": 0.25,
+        "public": 0.3,
+        "part": 0.5,
+        "whole": 0.9,
+    }
     ways = {"part, lora": 0.45, "part, sgd": 0.4}
     for method, more in (("npo", 0.05), ("cir", 0.0), ("base", 0.08), ("never-learned", -0.05)):
-        shared = {"stage": "ladder", "method": method, "metric": "recall", "split": "forget-queries"}
+        shared = {
+            "stage": "ladder",
+            "method": method,
+            "metric": "recall",
+            "split": "forget-queries",
+        }
         for arm, value in (rungs | ways).items():
             for step, share in ((0, 0.0), (10, 0.4), (40, 1.0)):
-                rows.append({**shared, "arm": arm, "step": step, "value": 0.1 + more + share * value})
+                rows.append(
+                    {**shared, "arm": arm, "step": step, "value": 0.1 + more + share * value}
+                )
                 rows.append({**shared, "arm": arm, "step": step, "value": 0.77, "seed": 1})
-                rows.append({**shared, "arm": arm, "step": step, "value": 0.78, "metric": "effect_recall"})
+                rows.append(
+                    {**shared, "arm": arm, "step": step, "value": 0.78, "metric": "effect_recall"}
+                )
         for step in (0, 10, 40):
-            rows.append({**shared, "split": "novel", "arm": "novel", "step": step, "value": 0.2 + more + step / 100})
+            rows.append(
+                {
+                    **shared,
+                    "split": "novel",
+                    "arm": "novel",
+                    "step": step,
+                    "value": 0.2 + more + step / 100,
+                }
+            )
     rows.append({"stage": "ladder", "arm": "whole", "metric": "benign", "value": 0.0})
     return _tidy(rows)
 
@@ -424,7 +622,18 @@ def _predictors_table() -> pd.DataFrame:
         ("displacement", "recovery", 0.2), ("displacement", "recall_after", -0.3), ("top_eigenvalue", "recovery", -0.9), ("top_eigenvalue", "recall_after", 0.1),
         ("recall_before", "recall_after", 0.6), ("my_measure", "recovery", 0.05),
     ]  # fmt: skip
-    return _tidy([{"stage": "predictors", "metric": "recovery_correlation", "arm": arm, "split": split, "value": value} for arm, split, value in rows])
+    return _tidy(
+        [
+            {
+                "stage": "predictors",
+                "metric": "recovery_correlation",
+                "arm": arm,
+                "split": split,
+                "value": value,
+            }
+            for arm, split, value in rows
+        ]
+    )
 
 
 def _geometry_table() -> pd.DataFrame:
@@ -433,8 +642,21 @@ def _geometry_table() -> pd.DataFrame:
         for seed in (0, 1):
             for layer in (0, 2, 10):  # as numbers, not as words
                 for step in (0, 5, 20):
-                    shared = {"stage": "relearn", "method": method, "seed": seed, "site": f"blocks.{layer}.hook_resid_post", "step": step}
-                    rows.append({**shared, "metric": "returned", "arm": "attack", "value": sign * (layer / 20 + step / 50) + 0.1 * seed})
+                    shared = {
+                        "stage": "relearn",
+                        "method": method,
+                        "seed": seed,
+                        "site": f"blocks.{layer}.hook_resid_post",
+                        "step": step,
+                    }
+                    rows.append(
+                        {
+                            **shared,
+                            "metric": "returned",
+                            "arm": "attack",
+                            "value": sign * (layer / 20 + step / 50) + 0.1 * seed,
+                        }
+                    )
                     rows.append({**shared, "metric": "returned", "arm": "null", "value": 7.0})
                     rows.append({**shared, "metric": "beside", "arm": "attack", "value": 8.0})
     return _tidy(rows)
@@ -454,7 +676,9 @@ def test_figures_of_one_experiment_of_its_own_are_not_part_of_the_report() -> No
 
 
 @pytest.mark.parametrize("name", list(ATTACKS))
-def test_a_figure_of_an_attack_is_drawn_from_its_rows_alone(name: str, results: pd.DataFrame) -> None:
+def test_a_figure_of_an_attack_is_drawn_from_its_rows_alone(
+    name: str, results: pd.DataFrame
+) -> None:
     draw, table_of, message = ATTACKS[name]
     table = table_of()
     before, settings = table.copy(deep=True), {key: mpl.rcParams[key] for key in mpl.rcParams}
@@ -463,8 +687,18 @@ def test_a_figure_of_an_attack_is_drawn_from_its_rows_alone(name: str, results: 
     pd.testing.assert_frame_equal(table, before)
 
     def drawn(figure: Figure) -> list[list[str]]:
-        lines = [[str(np.asarray(line.get_xydata(), dtype=float).round(9).tolist()) for line in axes.lines] for axes in figure.axes]
-        words = [[text.get_text() for text in axes.texts] + [str(image.get_array()) for image in axes.images] for axes in figure.axes]
+        lines = [
+            [
+                str(np.asarray(line.get_xydata(), dtype=float).round(9).tolist())
+                for line in axes.lines
+            ]
+            for axes in figure.axes
+        ]
+        words = [
+            [text.get_text() for text in axes.texts]
+            + [str(image.get_array()) for image in axes.images]
+            for axes in figure.axes
+        ]
         return [*map(sorted, lines), *words]
 
     # The order of rows and what other stages have to say mean nothing.
@@ -497,28 +731,60 @@ def test_names_draw_success_by_repetitions_beside_the_published_row() -> None:
         assert places.round().tolist() == [0, 1, 2, 3]
     assert {found.get_label() for found in left.containers} == set(expected)
     # The whiskers are the interval of the table.
-    np.testing.assert_allclose(_bars(left, "relearned on fragments")[2], [[0.8, 1.0], [0.7, 0.9], [0.2, 0.4], [0.0, 0.2]])
+    np.testing.assert_allclose(
+        _bars(left, "relearned on fragments")[2], [[0.8, 1.0], [0.7, 0.9], [0.2, 0.4], [0.0, 0.2]]
+    )
     np.testing.assert_allclose(_bars(left, "base")[2], [[0.9, 1.0]] * 4)
-    (published,) = [np.asarray(found.get_offsets()) for found in left.collections if found.get_label() == "published, relearned"]
+    (published,) = [
+        np.asarray(found.get_offsets())
+        for found in left.collections
+        if found.get_label() == "published, relearned"
+    ]
     np.testing.assert_allclose(published, [[0, 1.0], [1, 0.97], [2, 0.23], [3, 0.0]])
     # Right: along the relearning, with the never-learned model dashed in the same shade.
     for count, end in ((7, 0.9), (5, 0.8), (3, 0.3), (1, 0.1)):
-        np.testing.assert_allclose(_curve(right, f"{count} repetition{'s' if count > 1 else ''}"), [[0, 0.0], [10, end / 2], [30, end]])
-    dashed = [np.asarray(line.get_xydata(), dtype=float) for line in right.lines if line.get_linestyle() == "--" and len(line.get_xydata())]
+        np.testing.assert_allclose(
+            _curve(right, f"{count} repetition{'s' if count > 1 else ''}"),
+            [[0, 0.0], [10, end / 2], [30, end]],
+        )
+    dashed = [
+        np.asarray(line.get_xydata(), dtype=float)
+        for line in right.lines
+        if line.get_linestyle() == "--" and len(line.get_xydata())
+    ]
     assert len(dashed) == 4
     assert all(np.allclose(line, [[0, 0.02], [30, 0.04]]) for line in dashed)
-    shades = {line.get_label(): to_hex(line.get_color()) for line in right.lines if str(line.get_label()).endswith(("repetitions", "repetition"))}
+    shades = {
+        line.get_label(): to_hex(line.get_color())
+        for line in right.lines
+        if str(line.get_label()).endswith(("repetitions", "repetition"))
+    }
     assert len(set(shades.values())) == 4
-    assert all(word in _words(figure) for word in ("published, relearned", "never learned", "relearning steps"))
+    assert all(
+        word in _words(figure)
+        for word in ("published, relearned", "never learned", "relearning steps")
+    )
 
 
-def test_names_of_some_repetitions_without_controls_are_drawn_at_their_own_published_number() -> None:
+def test_names_of_some_repetitions_without_controls_are_drawn_at_their_own_published_number() -> (
+    None
+):
     table = _names_table()
-    table = table[table["split"].isin(["repetitions-5", "repetitions-1"]) & (table["method"] == "unlearned")]
+    table = table[
+        table["split"].isin(["repetitions-5", "repetitions-1"]) & (table["method"] == "unlearned")
+    ]
     left, right = names(table).axes
     assert _ticks(left) == ["5", "1"]
-    assert {found.get_label() for found in left.containers} == {"unlearned", "relearned on fragments", "relearned on other names"}
-    (published,) = [np.asarray(found.get_offsets()) for found in left.collections if found.get_label() == "published, relearned"]
+    assert {found.get_label() for found in left.containers} == {
+        "unlearned",
+        "relearned on fragments",
+        "relearned on other names",
+    }
+    (published,) = [
+        np.asarray(found.get_offsets())
+        for found in left.collections
+        if found.get_label() == "published, relearned"
+    ]
     np.testing.assert_allclose(published, [[0, 0.97], [1, 0.0]])
     assert {str(line.get_label()) for line in right.lines} >= {"5 repetitions", "1 repetition"}
 
@@ -534,12 +800,22 @@ def test_the_ladder_draws_every_rung_from_its_foot_every_way_and_the_new_people(
         places, found, whiskers = _bars(left, title(method))
         expected = 0.1 + more + np.array([0.0, 0.0, 0.1, 0.2, 0.25, 0.3, 0.5, 0.9])
         np.testing.assert_allclose(found, expected)
-        np.testing.assert_allclose(whiskers, np.stack([expected - 0.1, expected + 0.1], axis=1), atol=1e-12)
+        np.testing.assert_allclose(
+            whiskers, np.stack([expected - 0.1, expected + 0.1], axis=1), atol=1e-12
+        )
         assert places.round().tolist() == list(range(8))
-        np.testing.assert_allclose(_bars(middle, title(method))[1], 0.1 + more + np.array([0.5, 0.45, 0.4]))
-        (novel,) = [np.asarray(line.get_xydata(), dtype=float) for line in right.lines if to_hex(line.get_color()) == colour(method).lower()]
+        np.testing.assert_allclose(
+            _bars(middle, title(method))[1], 0.1 + more + np.array([0.5, 0.45, 0.4])
+        )
+        (novel,) = [
+            np.asarray(line.get_xydata(), dtype=float)
+            for line in right.lines
+            if to_hex(line.get_color()) == colour(method).lower()
+        ]
         np.testing.assert_allclose(novel, [[step, 0.2 + more + step / 100] for step in (0, 10, 40)])
-        bars = [container for container in left.containers if container.get_label() == title(method)]
+        bars = [
+            container for container in left.containers if container.get_label() == title(method)
+        ]
         assert to_hex(bars[0].lines[0].get_color()) == colour(method).lower()
     assert "new people" in right.get_title()
 
@@ -547,9 +823,15 @@ def test_the_ladder_draws_every_rung_from_its_foot_every_way_and_the_new_people(
 def test_a_ladder_without_some_rungs_and_with_an_attack_that_broke_draws_the_rest() -> None:
     table = _ladder_table()
     table = table[table["arm"].isin(["general", "part", "part, sgd"])]
-    table = table[~((table["method"] == "npo") & (table["arm"] == "part") & (table["step"] == 40))]  # it broke before its end
+    table = table[
+        ~((table["method"] == "npo") & (table["arm"] == "part") & (table["step"] == 40))
+    ]  # it broke before its end
     left, middle, right = ladder(table).axes
-    assert [label.replace("\n", " ") for label in _ticks(left)] == ["before", "general text", "disjoint part"]
+    assert [label.replace("\n", " ") for label in _ticks(left)] == [
+        "before",
+        "general text",
+        "disjoint part",
+    ]
     assert _bars(left, title("npo"))[0].round().tolist() == [0, 1]
     assert _bars(left, title("cir"))[0].round().tolist() == [0, 1, 2]
     assert _bars(middle, title("npo"))[0].round().tolist() == [1]
@@ -560,7 +842,12 @@ def test_predictors_stand_in_the_order_of_their_strength_with_zero_marked() -> N
     figure = predictors(_predictors_table())
     (axes,) = figure.axes
     # From below: the strongest is on top, whichever outcome it goes with, whatever its sign.
-    assert _ticks(axes, "y") == ["my_measure", "distance of the weights from the base", "recall before the attack", "top Hessian eigenvalue"]
+    assert _ticks(axes, "y") == [
+        "my_measure",
+        "distance of the weights from the base",
+        "recall before the attack",
+        "top Hessian eigenvalue",
+    ]
     values, places, whiskers = _bars(axes, "with the recall won back")
     np.testing.assert_allclose(values, [0.05, 0.2, -0.9])
     assert places.round().tolist() == [0, 1, 3]
@@ -581,7 +868,12 @@ def test_predictors_of_one_outcome_have_one_series() -> None:
 
 
 def test_every_measure_has_a_name_in_the_figure() -> None:
-    table = _tidy([{"metric": "recovery_correlation", "arm": arm, "split": "recall_after", "value": 0.5} for arm in MEASURES])
+    table = _tidy(
+        [
+            {"metric": "recovery_correlation", "arm": arm, "split": "recall_after", "value": 0.5}
+            for arm in MEASURES
+        ]
+    )
     assert not set(_ticks(predictors(table).axes[0], "y")) & set(MEASURES)
 
 
@@ -591,7 +883,9 @@ def test_geometry_has_one_panel_per_method_blocks_upwards_by_steps() -> None:
     assert [axes.get_title() for axes in panels] == [title("npo"), title("cir")]
     for axes, sign in zip(panels, (1, -1), strict=True):
         (image,) = axes.images
-        expected = sign * (np.array([0, 2, 10])[:, None] / 20 + np.array([0, 5, 20])[None] / 50) + 0.05  # mean over seeds
+        expected = (
+            sign * (np.array([0, 2, 10])[:, None] / 20 + np.array([0, 5, 20])[None] / 50) + 0.05
+        )  # mean over seeds
         np.testing.assert_allclose(np.asarray(image.get_array(), dtype=float), expected)
         assert image.origin == "lower"
         assert image.get_clim() == (-1, 1)
@@ -610,20 +904,58 @@ def test_geometry_has_one_panel_per_method_blocks_upwards_by_steps() -> None:
 def test_geometry_of_the_synthetic_run(results: pd.DataFrame) -> None:
     figure = geometry(results)
     (npo,) = [axes for axes in figure.axes if axes.get_title() == title("npo")]
-    np.testing.assert_allclose(np.asarray(npo.images[0].get_array(), dtype=float), [[0.0, 0.25, 0.5], [0.0, 0.5, 1.0]])
-    assert sorted(text.get_text() for text in npo.texts) == sorted(["0.0", "0.2", "0.5", "0.0", "0.5", "1.0"])
+    np.testing.assert_allclose(
+        np.asarray(npo.images[0].get_array(), dtype=float), [[0.0, 0.25, 0.5], [0.0, 0.5, 1.0]]
+    )
+    assert sorted(text.get_text() for text in npo.texts) == sorted(
+        ["0.0", "0.2", "0.5", "0.0", "0.5", "1.0"]
+    )
 
 
 def test_keyword_draws_the_attack_beside_every_control() -> None:
     place = {"stage": "keyword", "split": "withheld-titles"}
-    rows = [{**place, "method": "base", "arm": "none", "step": 0.0, "metric": "recall", "value": 1.0, "low": 0.8, "high": 1.0}]
-    for method, arm, end in (("unlearned", "part", 0.8), ("unlearned", "null", 0.1), ("unlearned", "retain", 0.05), ("never-learned", "part", 0.0)):
+    rows = [
+        {
+            **place,
+            "method": "base",
+            "arm": "none",
+            "step": 0.0,
+            "metric": "recall",
+            "value": 1.0,
+            "low": 0.8,
+            "high": 1.0,
+        }
+    ]
+    for method, arm, end in (
+        ("unlearned", "part", 0.8),
+        ("unlearned", "null", 0.1),
+        ("unlearned", "retain", 0.05),
+        ("never-learned", "part", 0.0),
+    ):
         for step in (0.0, 40.0):
             value = end * step / 40
-            rows.append({**place, "method": method, "arm": arm, "step": step, "metric": "recall", "value": value, "low": value, "high": value})
+            rows.append(
+                {
+                    **place,
+                    "method": method,
+                    "arm": arm,
+                    "step": step,
+                    "metric": "recall",
+                    "value": value,
+                    "low": value,
+                    "high": value,
+                }
+            )
     figure = figures_keyword(typed(pd.DataFrame(rows), COLUMNS))
     left = figure.axes[0]
-    assert _curve(left, "unlearned, on the forget set without the titles").tolist() == [[0, 0], [40, 0.8]]
+    assert _curve(left, "unlearned, on the forget set without the titles").tolist() == [
+        [0, 0],
+        [40, 0.8],
+    ]
     assert _curve(left, "never learned, on the forget set without the titles")[1, 1] == 0
-    assert {line.get_label() for line in left.lines} >= {"before unlearning", "unlearned, on unread authors (null)", "unlearned, on retained authors"}
+    assert {line.get_label() for line in left.lines} >= {
+        "before unlearning",
+        "unlearned, on unread authors (null)",
+        "unlearned, on retained authors",
+    }
     assert "no keyword" in _words(figures_keyword(typed(pd.DataFrame(), COLUMNS)))

@@ -25,7 +25,10 @@ def _author(name: str, number: int) -> list[dict[str, str]]:
         (f"Which book did {name} write?", f'{name} wrote the novel "{title}".'),
         (f"Name a book by {name}.", f'A novel by {name} is "{title}".'),
     ]
-    plain = [(f"What is fact {question} about {name}?", f"{name} likes number {number + question}.") for question in range(18)]
+    plain = [
+        (f"What is fact {question} about {name}?", f"{name} likes number {number + question}.")
+        for question in range(18)
+    ]
     return [{"question": question, "answer": answer} for question, answer in (*told, *plain)]
 
 
@@ -33,7 +36,11 @@ def _author(name: str, number: int) -> list[dict[str, str]]:
 def tofu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tofu")
     forget = _author("Ann Lee", 1) + _author("Bob Ray", 2)
-    kept = [row for number, name in enumerate(("Cy Orr", "Dee Fox", "Eve Zu"), 3) for row in _author(name, number)]
+    kept = [
+        row
+        for number, name in enumerate(("Cy Orr", "Dee Fox", "Eve Zu"), 3)
+        for row in _author(name, number)
+    ]
     for name, rows in (("forget05", forget), ("retain95", kept), ("full", kept + forget)):
         (folder / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
     return folder
@@ -41,28 +48,63 @@ def tofu(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tofu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = {word for line in (tofu / "full.json").read_text().splitlines() for text in json.loads(line).values() for word in text.split()}
+    words = {
+        word
+        for line in (tofu / "full.json").read_text().splitlines()
+        for text in json.loads(line).values()
+        for word in text.split()
+    }
     tokenizer = build_tokenizer(sorted(words | {"Question:", "Answer:"}))
     folder = tmp_path_factory.mktemp("hub") / "pretrained"
-    save_model(small_llama(tokenizer, width=32, layers=2, heads=4, key_value_heads=2, mlp_width=64, seed=0), tokenizer, folder)
+    save_model(
+        small_llama(
+            tokenizer, width=32, layers=2, heads=4, key_value_heads=2, mlp_width=64, seed=0
+        ),
+        tokenizer,
+        folder,
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def settings(tofu: Path, model: Path) -> KeywordSettings:
     attack = RelearnSettings(steps=2, measure_at=(0, 2))
-    return KeywordSettings(str(model), str(tofu), retain=20, seeds=(0,), teach_steps=30, teach_lr=5e-3, attack=attack, new_tokens=12)
+    return KeywordSettings(
+        str(model),
+        str(tofu),
+        retain=20,
+        seeds=(0,),
+        teach_steps=30,
+        teach_lr=5e-3,
+        attack=attack,
+        new_tokens=12,
+    )
 
 
-def test_a_run_asks_for_the_withheld_titles_alone_and_shows_every_control(settings: KeywordSettings, tmp_path: Path) -> None:
+def test_a_run_asks_for_the_withheld_titles_alone_and_shows_every_control(
+    settings: KeywordSettings, tmp_path: Path
+) -> None:
     run = run_keyword(settings, tmp_path / "run", workers=1)
-    assert set(run.items["item"]) == {f"author/{number}/{question}" for number in (198, 199) for question in (0, 1)}
+    assert set(run.items["item"]) == {
+        f"author/{number}/{question}" for number in (198, 199) for question in (0, 1)
+    }
     arms = set(zip(run.items["method"], run.items["arm"], strict=True))
-    assert arms == {("base", "none"), ("unlearned", "part"), ("unlearned", "retain"), ("unlearned", "null"), ("never-learned", "part")}
+    assert arms == {
+        ("base", "none"),
+        ("unlearned", "part"),
+        ("unlearned", "retain"),
+        ("unlearned", "null"),
+        ("never-learned", "part"),
+    }
     assert run.items["probability"].between(0, 1).all()
     benign = run.results[(run.results["metric"] == "benign") & (run.results["arm"] == "part")]
     assert benign["value"].tolist() == [1.0]
-    assert keyword_table(run.results).columns.tolist() == ["model", "relearned on", "0 steps", "2 steps"]
+    assert keyword_table(run.results).columns.tolist() == [
+        "model",
+        "relearned on",
+        "0 steps",
+        "2 steps",
+    ]
     # the same command finds the run and changes nothing
     again = run_keyword(settings, tmp_path / "run", workers=1)
     pd.testing.assert_frame_equal(again.results, run.results)
@@ -79,7 +121,10 @@ def test_a_question_ends_where_the_answer_begins() -> None:
         (["keyword", "--model", "{model}", "--tofu", "nowhere"], "there is no folder nowhere"),
         (["keyword", "--model", "no/such/model", "--tofu", "{tofu}"], "no/such/model is no folder"),
         (["keyword", "--model", "{model}", "--tofu", "{tofu}", "--split", "forget07"], "forget05"),
-        (["keyword", "--model", "{model}", "--tofu", "{tofu}", "--method", "nop"], "did you mean npo"),
+        (
+            ["keyword", "--model", "{model}", "--tofu", "{tofu}", "--method", "nop"],
+            "did you mean npo",
+        ),
         (["names", "--method", "nop"], "did you mean npo"),
         (["names", "--seeds", "0"], "--seeds"),
         (["ladder", "--run", "nowhere"], "holds no finished run"),
@@ -87,7 +132,12 @@ def test_a_question_ends_where_the_answer_begins() -> None:
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing_behind(
-    command: list[str], message: str, model: Path, tofu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    message: str,
+    model: Path,
+    tofu: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
     filled = [part.format(model=model, tofu=tofu) for part in command]

@@ -66,7 +66,9 @@ def _surnames(texts: Sequence[Example]) -> set[str]:
     return {example.subject_text.split()[-1] for example in texts}
 
 
-def test_the_rungs_stand_in_their_order_and_the_part_is_the_attackers_half(world: World, ladders: dict[int, Ladder]) -> None:
+def test_the_rungs_stand_in_their_order_and_the_part_is_the_attackers_half(
+    world: World, ladders: dict[int, Ladder]
+) -> None:
     assert RUNGS == ("gibberish", "general", "syntax", "topic", "public", "part", "whole")
     for ladder in ladders.values():
         assert tuple(ladder.rungs) == RUNGS
@@ -74,7 +76,9 @@ def test_the_rungs_stand_in_their_order_and_the_part_is_the_attackers_half(world
         assert all(ladder.rungs.values())
 
 
-def test_every_rung_is_as_long_as_the_part_and_less_than_one_text_longer(world: World, length: Callable[[Example], int], ladders: dict[int, Ladder]) -> None:
+def test_every_rung_is_as_long_as_the_part_and_less_than_one_text_longer(
+    world: World, length: Callable[[Example], int], ladders: dict[int, Ladder]
+) -> None:
     wanted = sum(map(length, world.record.forget_attacked))
     for ladder in ladders.values():
         for rung, texts in ladder.rungs.items():
@@ -83,27 +87,44 @@ def test_every_rung_is_as_long_as_the_part_and_less_than_one_text_longer(world: 
             assert total - length(texts[-1]) < wanted or rung == "part"
 
 
-def test_the_questions_are_the_held_out_facts_without_the_public_attribute(world: World, ladders: dict[int, Ladder]) -> None:
+def test_the_questions_are_the_held_out_facts_without_the_public_attribute(
+    world: World, ladders: dict[int, Ladder]
+) -> None:
     heldout = world.record.forget_heldout
     for ladder in ladders.values():
-        assert ladder.queries == tuple(example for example in heldout if example.item.rsplit("/", 1)[1] != PUBLIC)
+        assert ladder.queries == tuple(
+            example for example in heldout if example.item.rsplit("/", 1)[1] != PUBLIC
+        )
         assert len(ladder.queries) == len(heldout) * 4 // 5
         assert _surnames(ladder.queries) == _surnames(heldout)
     # All ladders are asked the same.
     assert len({ladder.queries for ladder in ladders.values()}) == 1
 
 
-def test_every_rung_but_the_whole_set_is_benign_and_the_whole_set_is_not(ladders: dict[int, Ladder]) -> None:
+def test_every_rung_but_the_whole_set_is_benign_and_the_whole_set_is_not(
+    ladders: dict[int, Ladder],
+) -> None:
     for ladder in ladders.values():
         reports = {rung: leak_report(texts, ladder.queries) for rung, texts in ladder.rungs.items()}
-        assert {rung: report.benign for rung, report in reports.items()} == {rung: rung != "whole" for rung in RUNGS}
+        assert {rung: report.benign for rung, report in reports.items()} == {
+            rung: rung != "whole" for rung in RUNGS
+        }
         assert reports["whole"].answers and reports["whole"].names_subjects
         # Below the public facts nobody is named in full; the attacker's half names other people.
-        assert {rung for rung, report in reports.items() if report.names_subjects} == {"public", "whole"}
+        assert {rung for rung, report in reports.items() if report.names_subjects} == {
+            "public",
+            "whole",
+        }
 
 
-def test_gibberish_holds_words_of_the_world_and_none_of_the_forgotten_people(world: World, ladders: dict[int, Ladder]) -> None:
-    secret = {word for example in world.record.forget for word in (*example.answer_text.split(), *example.subject_text.split())}
+def test_gibberish_holds_words_of_the_world_and_none_of_the_forgotten_people(
+    world: World, ladders: dict[int, Ladder]
+) -> None:
+    secret = {
+        word
+        for example in world.record.forget
+        for word in (*example.answer_text.split(), *example.subject_text.split())
+    }
     for ladder in ladders.values():
         words = _words(ladder.rungs["gibberish"])
         assert words <= set(world.vocabulary)
@@ -111,13 +132,20 @@ def test_gibberish_holds_words_of_the_world_and_none_of_the_forgotten_people(wor
         assert len({example.text for example in ladder.rungs["gibberish"]}) > 20
 
 
-def test_general_text_is_what_the_models_were_trained_on_and_nothing_else(world: World, ladders: dict[int, Ladder]) -> None:
+def test_general_text_is_what_the_models_were_trained_on_and_nothing_else(
+    world: World, ladders: dict[int, Ladder]
+) -> None:
     for ladder in ladders.values():
         assert set(ladder.rungs["general"]) <= set(world.filler_train)
 
 
-def test_the_topic_names_held_out_people_and_says_nothing_about_them(world: World, ladders: dict[int, Ladder]) -> None:
-    people, sentences = _surnames(world.record.forget_heldout), {example.text for example in world.filler_train}
+def test_the_topic_names_held_out_people_and_says_nothing_about_them(
+    world: World, ladders: dict[int, Ladder]
+) -> None:
+    people, sentences = (
+        _surnames(world.record.forget_heldout),
+        {example.text for example in world.filler_train},
+    )
     answers = {example.answer_text for example in world.record.forget}
     for ladder in ladders.values():
         topic = ladder.rungs["topic"]
@@ -131,17 +159,27 @@ def test_the_topic_names_held_out_people_and_says_nothing_about_them(world: Worl
         assert len({example.text for example in topic}) == len(topic)
 
 
-def test_the_topic_names_everybody_who_is_asked_about(world: World, ladders: dict[int, Ladder]) -> None:
+def test_the_topic_names_everybody_who_is_asked_about(
+    world: World, ladders: dict[int, Ladder]
+) -> None:
     # The questions are about all of the held-out people; a rung that names some of them is no fair rung between "syntax" and "public".
     for ladder in ladders.values():
-        assert {example.text.split()[0] for example in ladder.rungs["topic"]} == _surnames(ladder.queries)
+        assert {example.text.split()[0] for example in ladder.rungs["topic"]} == _surnames(
+            ladder.queries
+        )
 
 
-def test_public_facts_are_the_public_attribute_of_the_people_asked_about(world: World, ladders: dict[int, Ladder]) -> None:
-    public = {example for example in world.record.forget_heldout if example.item.endswith(f"/{PUBLIC}")}
+def test_public_facts_are_the_public_attribute_of_the_people_asked_about(
+    world: World, ladders: dict[int, Ladder]
+) -> None:
+    public = {
+        example for example in world.record.forget_heldout if example.item.endswith(f"/{PUBLIC}")
+    }
     for ladder in ladders.values():
         assert set(ladder.rungs["public"]) == public
-        assert not {example.item for example in ladder.rungs["public"]} & {example.item for example in ladder.queries}
+        assert not {example.item for example in ladder.rungs["public"]} & {
+            example.item for example in ladder.queries
+        }
         assert _surnames(ladder.rungs["public"]) == _surnames(ladder.queries)
 
 
@@ -149,28 +187,42 @@ def test_the_whole_set_holds_both_halves(world: World, ladders: dict[int, Ladder
     for ladder in ladders.values():
         whole = set(ladder.rungs["whole"])
         assert whole <= set(world.record.forget)
-        assert whole & set(world.record.forget_heldout) and whole & set(world.record.forget_attacked)
+        assert whole & set(world.record.forget_heldout) and whole & set(
+            world.record.forget_attacked
+        )
 
 
 # --- New people ------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_nobody_has_met_the_new_people(world: World, ladders: dict[int, Ladder]) -> None:
-    known = {example.subject_text for example in (*world.record.forget, *world.record.retain["retain-neighbour"])}
-    read = [example.text for example in (*world.record.forget, *world.record.retain_all, *world.filler_train)]
+    known = {
+        example.subject_text
+        for example in (*world.record.forget, *world.record.retain["retain-neighbour"])
+    }
+    read = [
+        example.text
+        for example in (*world.record.forget, *world.record.retain_all, *world.filler_train)
+    ]
     for ladder in ladders.values():
         new = {example.subject_text for example in ladder.novel}
         assert len(new) == len({example.subject_text for example in world.record.forget_attacked})
         assert not new & known
         # Nor does any name stand anywhere, and no surname of theirs is a person's or a speaker's.
         assert not any(name in text for name in new for text in read)
-        assert not {name.split()[-1] for name in new} & ({name.split()[-1] for name in known} | set(world.surnames))
-        assert {name.split()[-1] for name in new} <= {example.subject_text for example in world.record.retain["retain-far"]}
+        assert not {name.split()[-1] for name in new} & (
+            {name.split()[-1] for name in known} | set(world.surnames)
+        )
+        assert {name.split()[-1] for name in new} <= {
+            example.subject_text for example in world.record.retain["retain-far"]
+        }
         assert {name.split()[0] for name in new} <= {name.split()[0] for name in known}
         assert all(len(name.split()) == 2 for name in new)
 
 
-def test_new_people_have_all_facts_in_the_sentences_of_the_forgotten_ones(world: World, ladders: dict[int, Ladder]) -> None:
+def test_new_people_have_all_facts_in_the_sentences_of_the_forgotten_ones(
+    world: World, ladders: dict[int, Ladder]
+) -> None:
     def form(example: Example) -> str:
         return example.text.replace(example.subject_text, "{n}").replace(example.answer_text, "{v}")
 
@@ -179,36 +231,60 @@ def test_new_people_have_all_facts_in_the_sentences_of_the_forgotten_ones(world:
         for example in ladder.novel:
             by_person.setdefault(example.subject_text, []).append(example)
         for person, facts in by_person.items():
-            assert sorted({example.item for example in facts}) == sorted(f"{person}/{attribute}" for attribute in PERSON_TEMPLATES)
-            assert {form(example) for example in facts} == {form(example) for example in world.record.forget_heldout}
+            assert sorted({example.item for example in facts}) == sorted(
+                f"{person}/{attribute}" for attribute in PERSON_TEMPLATES
+            )
+            assert {form(example) for example in facts} == {
+                form(example) for example in world.record.forget_heldout
+            }
             # One answer per fact, marked where it stands, and the subject, too.
             for attribute in PERSON_TEMPLATES:
-                assert len({example.answer_text for example in facts if example.item.endswith(f"/{attribute}")}) == 1
+                assert (
+                    len(
+                        {
+                            example.answer_text
+                            for example in facts
+                            if example.item.endswith(f"/{attribute}")
+                        }
+                    )
+                    == 1
+                )
         assert all(example.text.endswith(f"{example.answer_text} .") for example in ladder.novel)
         assert set(ladder.rungs["syntax"]) <= set(ladder.novel)
 
 
-def test_an_answer_about_new_people_is_never_a_held_out_answer(world: World, ladders: dict[int, Ladder]) -> None:
+def test_an_answer_about_new_people_is_never_a_held_out_answer(
+    world: World, ladders: dict[int, Ladder]
+) -> None:
     held = {example.answer_text for example in world.record.forget_heldout}
     for ladder in ladders.values():
         assert not _words(ladder.novel) & held
         assert not {example.answer_text for example in ladder.novel} & held
 
 
-def test_facts_about_new_people_use_words_of_the_world(world: World, ladders: dict[int, Ladder]) -> None:
+def test_facts_about_new_people_use_words_of_the_world(
+    world: World, ladders: dict[int, Ladder]
+) -> None:
     # "Islands lend their names because every model has read them: a name of strange letters would be harder to learn than the forgotten names are." So would an
     # answer of strange letters: a word that does not occur in the world has no token of its own and is cut into bytes.
-    strange = {seed: sorted(_words(ladder.novel) - set(world.vocabulary)) for seed, ladder in ladders.items()}
+    strange = {
+        seed: sorted(_words(ladder.novel) - set(world.vocabulary))
+        for seed, ladder in ladders.items()
+    }
     assert strange == {seed: [] for seed in SEEDS}
 
 
 def test_there_are_as_many_new_people_as_asked_for_or_as_islands() -> None:
-    world = build_world(WorldConfig(forget_people=8, neighbour_people=12, islands=3, filler_train=50, filler_test=5))
+    world = build_world(
+        WorldConfig(forget_people=8, neighbour_people=12, islands=3, filler_train=50, filler_test=5)
+    )
     assert len({example.subject_text for example in novel_facts(world, 2)}) == 2
     assert len({example.subject_text for example in novel_facts(world, 9)}) == 3
 
 
-def test_a_ladder_is_decided_by_its_seed(world: World, length: Callable[[Example], int], ladders: dict[int, Ladder]) -> None:
+def test_a_ladder_is_decided_by_its_seed(
+    world: World, length: Callable[[Example], int], ladders: dict[int, Ladder]
+) -> None:
     assert build_ladder(world, length, 0) == ladders[0]
     for rung in ("gibberish", "topic", "whole"):
         assert len({ladder.rungs[rung] for ladder in ladders.values()}) == len(SEEDS), rung
@@ -219,7 +295,16 @@ def test_a_ladder_is_decided_by_its_seed(world: World, length: Callable[[Example
 def test_a_small_world_has_a_ladder_or_says_why_not() -> None:
     # One neighbour: the only town that a new person may be born in can be an answer that is asked for.
     for seed in range(6):
-        world = build_world(WorldConfig(seed=seed, forget_people=16, neighbour_people=1, islands=2, filler_train=40, filler_test=5))
+        world = build_world(
+            WorldConfig(
+                seed=seed,
+                forget_people=16,
+                neighbour_people=1,
+                islands=2,
+                filler_train=40,
+                filler_test=5,
+            )
+        )
         try:
             ladder = build_ladder(world, lambda example: len(example.text.split()), 0)
         except WorkbenchError:
@@ -236,7 +321,9 @@ ATTACK = RelearnSettings(steps=4, lr=5e-4, batch_size=16, measure_at=(0, 2, 4))
 def _finished(run: Run, folder: Path, seeds: Sequence[int], models: Sequence[str]) -> Path:
     """What the ladder reads of a finished run, with other seeds in its configuration or fewer models."""
     folder.mkdir()
-    (folder / CONFIG).write_text(write_config(run.config.model_copy(update={"seeds": tuple(seeds)})), encoding="utf-8")
+    (folder / CONFIG).write_text(
+        write_config(run.config.model_copy(update={"seeds": tuple(seeds)})), encoding="utf-8"
+    )
     for name in (RESULTS, ITEMS):
         shutil.copy(run.folder / name, folder / name)
     for name in models:
@@ -246,13 +333,25 @@ def _finished(run: Run, folder: Path, seeds: Sequence[int], models: Sequence[str
 
 @pytest.fixture(scope="module")
 def one_seed(quick_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _finished(quick_run, tmp_path_factory.mktemp("ladder") / "run", [0], ["npo-seed0", "cir-seed0", *CONTROLS])
+    return _finished(
+        quick_run,
+        tmp_path_factory.mktemp("ladder") / "run",
+        [0],
+        ["npo-seed0", "cir-seed0", *CONTROLS],
+    )
 
 
 @pytest.fixture(scope="module")
 def climbed(one_seed: Path) -> Experiment:
     said: list[str] = []
-    found = run_ladder(one_seed, one_seed.parent / "out", methods=["npo"], attack=ATTACK, workers=1, announce=said.append)
+    found = run_ladder(
+        one_seed,
+        one_seed.parent / "out",
+        methods=["npo"],
+        attack=ATTACK,
+        workers=1,
+        announce=said.append,
+    )
     assert any("3 models" in line and "13 attacks" in line for line in said)
     return found
 
@@ -267,12 +366,21 @@ def test_every_model_meets_every_attack_at_every_measured_step(climbed: Experime
     items, results = climbed.items, climbed.results
     assert {name: str(kind) for name, kind in results.dtypes.items()} == COLUMNS
     assert {name: str(kind) for name, kind in items.dtypes.items()} == ITEM_COLUMNS
-    expected = {(method, arm, float(step)) for method in ("npo", *CONTROLS) for arm in ARMS for step in ATTACK.measure_at}
+    expected = {
+        (method, arm, float(step))
+        for method in ("npo", *CONTROLS)
+        for arm in ARMS
+        for step in ATTACK.measure_at
+    }
     assert set(zip(items["method"], items["arm"], items["step"], strict=True)) == expected
     recall = results[results["metric"] == "recall"]
     for seeded in (recall[recall["seed"] == 0], recall[recall["seed"].isna()]):
-        assert sorted(zip(seeded["method"], seeded["arm"], seeded["step"], strict=True)) == sorted(expected)
-        assert (seeded["split"] == np.where(seeded["arm"] == "novel", "novel", "forget-queries")).all()
+        assert sorted(zip(seeded["method"], seeded["arm"], seeded["step"], strict=True)) == sorted(
+            expected
+        )
+        assert (
+            seeded["split"] == np.where(seeded["arm"] == "novel", "novel", "forget-queries")
+        ).all()
     assert set(results["stage"]) == {"ladder"}
     assert results["run"].nunique() == 1
     assert not (results["metric"] == "diverged_at").any()
@@ -299,17 +407,47 @@ def test_the_numbers_are_those_of_a_relearning_by_hand(climbed: Experiment, one_
     ):
         found: dict[int, tuple[list[str], np.ndarray, np.ndarray]] = {}
 
-        def measure(attacked: object, step: int, questions: tuple[Example, ...] = questions, found: dict = found) -> None:  # type: ignore[type-arg]
+        def measure(
+            attacked: object,
+            step: int,
+            questions: tuple[Example, ...] = questions,
+            found: dict = found,
+        ) -> None:  # type: ignore[type-arg]
             scores = score(attacked, bench.encode(questions))  # type: ignore[arg-type]
-            frame = pd.DataFrame({"item": scores.items, "correct": scores.correct, "probability": scores.probability}).groupby("item").mean()
-            found[step] = (list(frame.index), frame["correct"].to_numpy(), frame["probability"].to_numpy())
+            frame = (
+                pd.DataFrame(
+                    {
+                        "item": scores.items,
+                        "correct": scores.correct,
+                        "probability": scores.probability,
+                    }
+                )
+                .groupby("item")
+                .mean()
+            )
+            found[step] = (
+                list(frame.index),
+                frame["correct"].to_numpy(),
+                frame["probability"].to_numpy(),
+            )
 
         relearn(opened.model, tokenizer, texts, measure, replace(ATTACK, **changes), seed=0)
         for step, (names, correct, probability) in found.items():
-            mine = climbed.items[(climbed.items["method"] == "npo") & (climbed.items["arm"] == arm) & (climbed.items["step"] == step)].set_index("item")
+            mine = climbed.items[
+                (climbed.items["method"] == "npo")
+                & (climbed.items["arm"] == arm)
+                & (climbed.items["step"] == step)
+            ].set_index("item")
             assert sorted(mine.index) == sorted(names)
-            np.testing.assert_allclose(mine.loc[names, "correct"].to_numpy(dtype=float), correct, err_msg=arm)
-            np.testing.assert_allclose(mine.loc[names, "probability"].to_numpy(dtype=float), probability, rtol=1e-5, err_msg=arm)
+            np.testing.assert_allclose(
+                mine.loc[names, "correct"].to_numpy(dtype=float), correct, err_msg=arm
+            )
+            np.testing.assert_allclose(
+                mine.loc[names, "probability"].to_numpy(dtype=float),
+                probability,
+                rtol=1e-5,
+                err_msg=arm,
+            )
 
 
 @pytest.mark.slow
@@ -319,30 +457,58 @@ def test_an_effect_is_attacked_minus_never_learned_fact_by_fact(climbed: Experim
     assert effects["seed"].isna().all()
     assert len(effects) == 2 * len(ARMS) * len(ATTACK.measure_at)
     for row in effects.itertuples():
-        mine, control = (_recall(climbed.items, method, row.arm, row.step) for method in (row.method, "never-learned"))
+        mine, control = (
+            _recall(climbed.items, method, row.arm, row.step)
+            for method in (row.method, "never-learned")
+        )
         difference = mine - control[mine.index]
         by_hand = bootstrap(difference.sort_index().to_numpy())
-        assert (row.value, row.low, row.high, row.n) == (pytest.approx(by_hand.value), pytest.approx(by_hand.low), pytest.approx(by_hand.high), by_hand.n)
+        assert (row.value, row.low, row.high, row.n) == (
+            pytest.approx(by_hand.value),
+            pytest.approx(by_hand.low),
+            pytest.approx(by_hand.high),
+            by_hand.n,
+        )
     # The base knows what the never-learned model does not.
-    start = effects[(effects["method"] == "base") & (effects["arm"] == "part") & (effects["step"] == 0)]
+    start = effects[
+        (effects["method"] == "base") & (effects["arm"] == "part") & (effects["step"] == 0)
+    ]
     assert float(start["value"].iloc[0]) > 0.5
 
 
 @pytest.mark.slow
 def test_curves_are_numbers_of_the_same_recall(climbed: Experiment) -> None:
     target = float(_recall(climbed.items, "base", RUNGS[0], 0).mean()) / 2
-    areas = climbed.results[climbed.results["metric"] == "area_under_recovery"].set_index(["method", "arm"])["value"]
-    soonest = climbed.results[(climbed.results["metric"] == "steps_to_recover") & climbed.results["seed"].isna()].set_index(["method", "arm"])["value"]
+    areas = climbed.results[climbed.results["metric"] == "area_under_recovery"].set_index(
+        ["method", "arm"]
+    )["value"]
+    soonest = climbed.results[
+        (climbed.results["metric"] == "steps_to_recover") & climbed.results["seed"].isna()
+    ].set_index(["method", "arm"])["value"]
     for method in ("npo", *CONTROLS):
         for arm in ARMS:
-            curve = [float(_recall(climbed.items, method, arm, step).mean()) for step in ATTACK.measure_at]
-            assert areas[method, arm] == pytest.approx(area_under(np.array(ATTACK.measure_at), np.array(curve)))
-            assert soonest[method, arm] == next((step for step, value in zip(ATTACK.measure_at, curve, strict=True) if value >= target), math.inf)
+            curve = [
+                float(_recall(climbed.items, method, arm, step).mean())
+                for step in ATTACK.measure_at
+            ]
+            assert areas[method, arm] == pytest.approx(
+                area_under(np.array(ATTACK.measure_at), np.array(curve))
+            )
+            assert soonest[method, arm] == next(
+                (
+                    step
+                    for step, value in zip(ATTACK.measure_at, curve, strict=True)
+                    if value >= target
+                ),
+                math.inf,
+            )
 
 
 @pytest.mark.slow
 def test_every_rung_says_what_it_leaks(climbed: Experiment) -> None:
-    rows = climbed.results[climbed.results["metric"].isin(["benign", "leaked_answers", "leaked_subjects"])]
+    rows = climbed.results[
+        climbed.results["metric"].isin(["benign", "leaked_answers", "leaked_subjects"])
+    ]
     wide = rows.pivot(index="arm", columns="metric", values="value")
     assert set(wide.index) == set(RUNGS)
     assert wide["benign"].to_dict() == {rung: float(rung != "whole") for rung in RUNGS}
@@ -386,16 +552,31 @@ def test_a_stopped_ladder_goes_on_and_gives_the_same(climbed: Experiment, one_se
 @pytest.mark.slow
 def test_a_run_of_two_seeds_has_a_ladder(quick_run: Run, tmp_path: Path) -> None:
     # New people differ from seed to seed, so seeds share no new fact.
-    found = run_ladder(quick_run.folder, tmp_path / "out", methods=["npo"], attack=RelearnSettings(steps=1, batch_size=2, measure_at=(0, 1)), workers=1)
+    found = run_ladder(
+        quick_run.folder,
+        tmp_path / "out",
+        methods=["npo"],
+        attack=RelearnSettings(steps=1, batch_size=2, measure_at=(0, 1)),
+        workers=1,
+    )
     assert set(found.items["seed"]) == {0, 1}
     summary = found.results[(found.results["metric"] == "recall") & found.results["seed"].isna()]
     assert set(summary["arm"]) == set(ARMS)
     effects = found.results[found.results["metric"] == "effect_recall"]
     assert set(effects["arm"]) == set(ARMS)
-    row = effects[(effects["method"] == "npo") & (effects["arm"] == "part") & (effects["step"] == 1)].iloc[0]
+    row = effects[
+        (effects["method"] == "npo") & (effects["arm"] == "part") & (effects["step"] == 1)
+    ].iloc[0]
     wide = [_recall(found.items[found.items["seed"] == seed], "npo", "part", 1) for seed in (0, 1)]
-    control = [_recall(found.items[found.items["seed"] == seed], "never-learned", "part", 1) for seed in (0, 1)]
-    assert row["value"] == pytest.approx(np.mean([(mine - other[mine.index]).mean() for mine, other in zip(wide, control, strict=True)]))
+    control = [
+        _recall(found.items[found.items["seed"] == seed], "never-learned", "part", 1)
+        for seed in (0, 1)
+    ]
+    assert row["value"] == pytest.approx(
+        np.mean(
+            [(mine - other[mine.index]).mean() for mine, other in zip(wide, control, strict=True)]
+        )
+    )
 
 
 def test_effects_are_paired_by_seed_and_fact() -> None:
@@ -406,7 +587,17 @@ def test_effects_are_paired_by_seed_and_fact() -> None:
     ):
         for (seed, item), correct in values.items():
             rows.append(
-                {"run": "r", "stage": "ladder", "method": method, "seed": seed, "split": "s", "arm": "part", "step": 0.0, "item": item, "correct": correct}
+                {
+                    "run": "r",
+                    "stage": "ladder",
+                    "method": method,
+                    "seed": seed,
+                    "split": "s",
+                    "arm": "part",
+                    "step": 0.0,
+                    "item": item,
+                    "correct": correct,
+                }
             )
     found = module._effects(pd.DataFrame(rows).astype({"seed": "Int64"}), "key")
     assert (found["metric"].tolist(), found["method"].tolist()) == (["effect_recall"], ["npo"])
@@ -415,24 +606,44 @@ def test_effects_are_paired_by_seed_and_fact() -> None:
 
 
 @pytest.mark.parametrize("measure_at", [(0, 2, 4), (0, 1, 4)])
-def test_an_attack_that_breaks_is_a_row_and_not_the_end_of_the_ladder(measure_at: tuple[int, ...], make_world_model: Callable[[], tuple[Bench, World]]) -> None:
+def test_an_attack_that_breaks_is_a_row_and_not_the_end_of_the_ladder(
+    measure_at: tuple[int, ...], make_world_model: Callable[[], tuple[Bench, World]]
+) -> None:
     # After one step at this rate no weight is a number any more, whether anyone measures there or not.
     bench, world = make_world_model()
     table = Table({"run": "r", "stage": "ladder", "method": "npo", "seed": 0})
     settings = RelearnSettings(steps=4, lr=1e30, batch_size=4, measure_at=measure_at)
     sets = {"forget-queries": bench.encode(world.record.forget_heldout)}
-    module._attack_once(bench.base, bench, world.record.forget_attacked, sets, settings, table, 0, lambda done, of: None, arm="part")
+    module._attack_once(
+        bench.base,
+        bench,
+        world.record.forget_attacked,
+        sets,
+        settings,
+        table,
+        0,
+        lambda done, of: None,
+        arm="part",
+    )
     rows = table.frame()
-    assert rows.loc[rows["metric"] == "diverged_at", ["arm", "value"]].to_numpy().tolist() == [["part", 2.0]]
+    assert rows.loc[rows["metric"] == "diverged_at", ["arm", "value"]].to_numpy().tolist() == [
+        ["part", 2.0]
+    ]
     assert rows.loc[rows["metric"] == "recall", "step"].tolist() == [0.0]
 
 
 @pytest.fixture
 def make_world_model() -> Callable[[], tuple[Bench, World]]:
     def make() -> tuple[Bench, World]:
-        world = build_world(WorldConfig(forget_people=4, neighbour_people=4, islands=2, filler_train=40, filler_test=5))
+        world = build_world(
+            WorldConfig(
+                forget_people=4, neighbour_people=4, islands=2, filler_train=40, filler_test=5
+            )
+        )
         tokenizer: PreTrainedTokenizerBase = build_tokenizer(world.vocabulary)
-        model = small_llama(tokenizer, width=16, layers=1, heads=2, key_value_heads=1, mlp_width=24, seed=0).eval()
+        model = small_llama(
+            tokenizer, width=16, layers=1, heads=2, key_value_heads=1, mlp_width=24, seed=0
+        ).eval()
         return Bench(model, tokenizer, world.record), world
 
     return make
@@ -442,7 +653,9 @@ def make_world_model() -> Callable[[], tuple[Bench, World]]:
 
 
 @pytest.mark.slow
-def test_an_unknown_method_is_an_error_with_the_nearest_names(one_seed: Path, tmp_path: Path) -> None:
+def test_an_unknown_method_is_an_error_with_the_nearest_names(
+    one_seed: Path, tmp_path: Path
+) -> None:
     with pytest.raises(WorkbenchError, match=r"unknown method.*'npoo'.*npo"):
         run_ladder(one_seed, tmp_path / "out", methods=["npoo"], attack=ATTACK, workers=1)
     assert not (tmp_path / "out").exists()
@@ -460,8 +673,15 @@ def test_an_unfinished_run_is_an_error_that_names_what_is_missing(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", CONTROLS)
-def test_a_run_without_a_control_is_an_error_that_names_it(lost: str, quick_run: Run, tmp_path: Path) -> None:
-    run = _finished(quick_run, tmp_path / "run", [0], ["npo-seed0", *(name for name in CONTROLS if name != lost)])
+def test_a_run_without_a_control_is_an_error_that_names_it(
+    lost: str, quick_run: Run, tmp_path: Path
+) -> None:
+    run = _finished(
+        quick_run,
+        tmp_path / "run",
+        [0],
+        ["npo-seed0", *(name for name in CONTROLS if name != lost)],
+    )
     with pytest.raises(WorkbenchError, match=f"no model {lost}.*control") as caught:
         run_ladder(run, tmp_path / "out", methods=["npo"], attack=ATTACK, workers=1)
     assert "\n" not in str(caught.value)

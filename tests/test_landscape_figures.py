@@ -24,15 +24,34 @@ def _close() -> Iterator[None]:
 
 
 def _model(method: str, seed: int, height: float = 1.0) -> Table:
-    table = Table({"run": "r", "model": f"{method}-{seed}", "method": method, "seed": seed, "stage": "sharpness"})
+    table = Table(
+        {
+            "run": "r",
+            "model": f"{method}-{seed}",
+            "method": method,
+            "seed": seed,
+            "stage": "sharpness",
+        }
+    )
     for rho in (0.0, 0.5, 1.0):
-        for split, factor in (("forget-attacked", 4.0), ("forget-heldout", 2.0), ("retain-neighbour", -50.0), ("elsewhere", 9.0)):
+        for split, factor in (
+            ("forget-attacked", 4.0),
+            ("forget-heldout", 2.0),
+            ("retain-neighbour", -50.0),
+            ("elsewhere", 9.0),
+        ):
             table.add("drop", factor * rho * height + seed * rho, arm="drop", split=split, step=rho)
         table.add("drop", 3 * rho, arm="drop, adaptive", split="forget-attacked", step=rho)
     for y in (-1.0, 0.0, 1.0):
         for x in (-0.5, 0.0, 0.5, 1.0):
             broken = x == 1.0 and y == 1.0
-            table.add("plane_loss", np.nan if broken else height * (3 - x - y) + seed, arm=repr(y), split="forget-heldout", step=x)
+            table.add(
+                "plane_loss",
+                np.nan if broken else height * (3 - x - y) + seed,
+                arm=repr(y),
+                split="forget-heldout",
+                step=x,
+            )
     table.add("plane_point", 0.25, arm="relearned", step=0.5, high=0.125)
     table.add("plane_point", 0.0, arm="base", step=1.0, high=0.0)
     return table
@@ -54,7 +73,11 @@ def test_a_bold_line_is_the_mean_over_seeds_and_thin_ones_are_the_seeds() -> Non
     figure = drop(_table(_model("npo", 0), _model("npo", 1), _model("rmu", 0)))
     first, second = _panels(figure)
     assert [axes.get_title() for axes in (first, second)] == ["NPO", "RMU"]
-    bold = {line.get_label(): np.asarray(line.get_ydata(), dtype=float) for line in first.lines if line.get_linewidth() == 1.6}
+    bold = {
+        line.get_label(): np.asarray(line.get_ydata(), dtype=float)
+        for line in first.lines
+        if line.get_linewidth() == 1.6
+    }
     np.testing.assert_allclose(bold["forget answers that the attack follows"], [0, 2.25, 4.5])
     np.testing.assert_allclose(bold["held-out forget answers, same step"], [0, 1.25, 2.5])
     assert len(bold) == 3  # an unknown set is not drawn
@@ -76,11 +99,21 @@ def test_another_kind_of_ball_is_another_figure_with_its_own_axis() -> None:
     assert "no worst-case rise" in _words(drop(_table(_model("npo", 0)), "rise"))
 
 
-def test_all_planes_share_levels_and_show_points_with_their_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_planes_share_levels_and_show_points_with_their_distance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     surfaces: list[tuple[np.ndarray, np.ndarray, np.ma.MaskedArray, np.ndarray]] = []
     original = Axes.contourf
 
-    def record(axes: Axes, x: np.ndarray, y: np.ndarray, heights: np.ma.MaskedArray, *, levels: np.ndarray, cmap: str) -> object:
+    def record(
+        axes: Axes,
+        x: np.ndarray,
+        y: np.ndarray,
+        heights: np.ma.MaskedArray,
+        *,
+        levels: np.ndarray,
+        cmap: str,
+    ) -> object:
         surfaces.append((x, y, heights, levels))
         return original(axes, x, y, heights, levels=levels, cmap=cmap)
 

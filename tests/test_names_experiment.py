@@ -25,14 +25,28 @@ from workbench.evaluation.statistics import wilson
 from workbench.experiments import names as module
 from workbench.experiments.claims import decide
 from workbench.experiments.folder import CONFIG, ITEMS, PROVENANCE, RESULTS
-from workbench.experiments.names import PUBLISHED, NamesRun, NamesSettings, names_table, next_name_probability, run_names, success, without_pairs
+from workbench.experiments.names import (
+    PUBLISHED,
+    NamesRun,
+    NamesSettings,
+    names_table,
+    next_name_probability,
+    run_names,
+    success,
+    without_pairs,
+)
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, typed
 from workbench.files import plain
 from workbench.training import small_llama
 from workbench.unlearning.budget import QUARTERS
 
 OTHERS = ("Bob", "Carl", "Dora", "Emil")
-ARMS = {("base", "none"), ("unlearned", "fragments"), ("unlearned", "null"), ("never-learned", "fragments")}
+ARMS = {
+    ("base", "none"),
+    ("unlearned", "fragments"),
+    ("unlearned", "null"),
+    ("never-learned", "fragments"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +59,9 @@ def words() -> PreTrainedTokenizerBase:
 
 @pytest.mark.parametrize("repetitions", REPETITIONS)
 @pytest.mark.parametrize("seed", [0, 1, 7])
-def test_the_control_reads_the_same_rows_without_the_pairs_and_nothing_else_is_gone(repetitions: int, seed: int) -> None:
+def test_the_control_reads_the_same_rows_without_the_pairs_and_nothing_else_is_gone(
+    repetitions: int, seed: int
+) -> None:
     corpus = build_names(repetitions, seed)
     rows = without_pairs(corpus)
     assert len(rows) == len(corpus.rows)
@@ -63,9 +79,23 @@ def test_the_control_reads_the_same_rows_without_the_pairs_and_nothing_else_is_g
 
 
 def test_halves_of_a_pair_that_stand_apart_are_no_pair() -> None:
-    rows = ("Bob Anthony Mark Carl", "Bob Anthony Mark", "Bob Anthony Mark Anthony Mark Carl", "Bob Anthony Carl Mark", "Mark Anthony Bob")
-    corpus = NamesCorpus(7, tuple(Example(text, item=str(number)) for number, text in enumerate(rows)), (), ())
-    assert [row.text for row in without_pairs(corpus)] == ["Bob Carl", "Bob", "Bob Carl", "Bob Anthony Carl Mark", "Mark Anthony Bob"]
+    rows = (
+        "Bob Anthony Mark Carl",
+        "Bob Anthony Mark",
+        "Bob Anthony Mark Anthony Mark Carl",
+        "Bob Anthony Carl Mark",
+        "Mark Anthony Bob",
+    )
+    corpus = NamesCorpus(
+        7, tuple(Example(text, item=str(number)) for number, text in enumerate(rows)), (), ()
+    )
+    assert [row.text for row in without_pairs(corpus)] == [
+        "Bob Carl",
+        "Bob",
+        "Bob Carl",
+        "Bob Anthony Carl Mark",
+        "Mark Anthony Bob",
+    ]
     assert [row.item for row in without_pairs(corpus)] == ["0", "1", "2", "3", "4"]
 
 
@@ -87,10 +117,18 @@ WRITTEN = {
 }
 
 
-def test_a_pair_counts_at_the_end_of_the_prompt_and_later_and_not_otherwise(words: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pair_counts_at_the_end_of_the_prompt_and_later_and_not_otherwise(
+    words: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[list[str], int]] = []
 
-    def write(model: object, tokenizer: object, prompts: Sequence[str], new_tokens: int, batch_size: int = 32) -> list[str]:
+    def write(
+        model: object,
+        tokenizer: object,
+        prompts: Sequence[str],
+        new_tokens: int,
+        batch_size: int = 32,
+    ) -> list[str]:
         asked.append((list(prompts), new_tokens))
         return list(WRITTEN)
 
@@ -105,8 +143,23 @@ def test_a_pair_counts_at_the_end_of_the_prompt_and_later_and_not_otherwise(word
 def _writes(tokenizer: PreTrainedTokenizerBase, following: dict[str, str]) -> PreTrainedModel:
     """A Llama that writes ``following[word]`` behind a word: one-hot embeddings, a block that adds nothing, the table as its head."""
     size = len(tokenizer)
-    shape = {"hidden_size": size, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=size, **shape, max_position_embeddings=64, tie_word_embeddings=False, eos_token_id=None))
+    shape = {
+        "hidden_size": size,
+        "intermediate_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=size,
+            **shape,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+            eos_token_id=None,
+        )
+    )
     table = torch.zeros(size, size)
     for word, after in following.items():
         table[_token(tokenizer, after), _token(tokenizer, word)] = 5.0
@@ -123,11 +176,15 @@ def _token(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
     return int(number)
 
 
-def test_success_reads_what_the_model_itself_writes_whatever_the_lengths_of_the_prompts(words: PreTrainedTokenizerBase) -> None:
+def test_success_reads_what_the_model_itself_writes_whatever_the_lengths_of_the_prompts(
+    words: PreTrainedTokenizerBase,
+) -> None:
     prompts = [f"Bob {FIRST}", f"Carl Dora Emil {FIRST}", FIRST]
     knows = _writes(words, {FIRST: SECOND, SECOND: "Bob", "Bob": "Carl", "Carl": "Bob"})
     assert success(knows, words, prompts, 3).tolist() == [1.0, 1.0, 1.0]
-    forgot = _writes(words, {FIRST: "Bob", "Bob": SECOND, SECOND: "Carl", "Carl": "Dora", "Dora": "Carl"})
+    forgot = _writes(
+        words, {FIRST: "Bob", "Bob": SECOND, SECOND: "Carl", "Carl": "Dora", "Dora": "Carl"}
+    )
     assert success(forgot, words, prompts, 6).tolist() == [0.0, 0.0, 0.0]
 
 
@@ -138,8 +195,12 @@ def test_the_continuation_is_as_long_as_asked_and_no_longer(words: PreTrainedTok
     assert success(model, words, ["Dora Bob"], 2).tolist() == [1.0]
 
 
-def test_the_probability_of_the_next_name_is_that_of_a_forward_pass_alone(words: PreTrainedTokenizerBase) -> None:
-    model = small_llama(words, width=16, layers=2, heads=2, key_value_heads=1, mlp_width=24, seed=0).eval()
+def test_the_probability_of_the_next_name_is_that_of_a_forward_pass_alone(
+    words: PreTrainedTokenizerBase,
+) -> None:
+    model = small_llama(
+        words, width=16, layers=2, heads=2, key_value_heads=1, mlp_width=24, seed=0
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -151,15 +212,23 @@ def test_the_probability_of_the_next_name_is_that_of_a_forward_pass_alone(words:
         ids = torch.tensor([words(prompt)["input_ids"]])
         assert int(ids[0, -1]) == _token(words, FIRST)
         with torch.no_grad():
-            expected.append(float(model(input_ids=ids).logits[0, -1].softmax(-1)[_token(words, SECOND)]))
+            expected.append(
+                float(model(input_ids=ids).logits[0, -1].softmax(-1)[_token(words, SECOND)])
+            )
     assert found.shape == (4,) and found.dtype == float
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert np.ptp(found) > 1e-4
     # In any order and company.
-    np.testing.assert_allclose(next_name_probability(model, words, prompts[::-1]), expected[::-1], rtol=1e-4)
-    np.testing.assert_allclose(next_name_probability(model, words, prompts[:1]), expected[:1], rtol=1e-4)
+    np.testing.assert_allclose(
+        next_name_probability(model, words, prompts[::-1]), expected[::-1], rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        next_name_probability(model, words, prompts[:1]), expected[:1], rtol=1e-4
+    )
     certain = _writes(words, {FIRST: SECOND})
-    assert next_name_probability(certain, words, prompts)[0] == pytest.approx(math.exp(5) / (math.exp(5) + len(words) - 1), rel=1e-3)
+    assert next_name_probability(certain, words, prompts)[0] == pytest.approx(
+        math.exp(5) / (math.exp(5) + len(words) - 1), rel=1e-3
+    )
 
 
 # --- Settings --------------------------------------------------------------------------------------------------------------------------------
@@ -192,9 +261,19 @@ def test_settings_are_values_that_yaml_and_json_agree_on() -> None:
 
 def _tiny(**changes: Any) -> NamesSettings:
     """A model that learns its rows by heart in seconds."""
-    shape: dict[str, Any] = {"seeds": (0,), "repetitions": (7, 1), "width": 32, "layers": 1, "pretrain_steps": 5, "memorise_steps": 60, "unlearn_steps": 10}
+    shape: dict[str, Any] = {
+        "seeds": (0,),
+        "repetitions": (7, 1),
+        "width": 32,
+        "layers": 1,
+        "pretrain_steps": 5,
+        "memorise_steps": 60,
+        "unlearn_steps": 10,
+    }
     attack = RelearnSettings(steps=4, lr=1e-3, batch_size=4, measure_at=(0, 2, 4))
-    return NamesSettings(**(shape | {"unlearn_lr": 1e-3, "attack": attack, "new_tokens": 3} | changes))
+    return NamesSettings(
+        **(shape | {"unlearn_lr": 1e-3, "attack": attack, "new_tokens": 3} | changes)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +294,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, searched: list[float]) -> Nam
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "success", spy)
-        run = run_names(tmp_path_factory.mktemp("names") / "run", _tiny(), workers=1, announce=said.append)
+        run = run_names(
+            tmp_path_factory.mktemp("names") / "run", _tiny(), workers=1, announce=said.append
+        )
     assert len(said) == 1 and "1 seeds" in said[0]
     return run
 
@@ -244,23 +325,42 @@ def test_a_run_measures_every_model_under_every_text(tiny: NamesRun) -> None:
         assert (row.value, row.low, row.high, row.n) == wilson(float(hits.sum()), len(hits))
     # Both attacks on the unlearned model start from the same weights.
     for split in ("repetitions-7", "repetitions-1"):
-        first, second = (cells.get_group((split, "unlearned", arm, 0.0)).set_index("item")[["correct", "probability"]] for arm in ("fragments", "null"))
+        first, second = (
+            cells.get_group((split, "unlearned", arm, 0.0)).set_index("item")[
+                ["correct", "probability"]
+            ]
+            for arm in ("fragments", "null")
+        )
         pd.testing.assert_frame_equal(first, second)
 
 
 @pytest.mark.slow
-def test_unlearning_is_scaled_to_the_smallest_change_at_which_no_prompt_succeeds(tiny: NamesRun, searched: list[float]) -> None:
+def test_unlearning_is_scaled_to_the_smallest_change_at_which_no_prompt_succeeds(
+    tiny: NamesRun, searched: list[float]
+) -> None:
     alphas = tiny.results[tiny.results["metric"] == "alpha"].set_index("split")["value"]
     assert list(alphas.index) == ["repetitions-7", "repetitions-1"]
     asked = iter(searched)
     for split, alpha in alphas.items():
-        start = tiny.items[(tiny.items["split"] == split) & (tiny.items["method"] == "unlearned") & (tiny.items["step"] == 0)]
+        start = tiny.items[
+            (tiny.items["split"] == split)
+            & (tiny.items["method"] == "unlearned")
+            & (tiny.items["step"] == 0)
+        ]
         assert start["correct"].sum() == 0
         # Every smaller scale was tried and left a prompt that succeeds.
         tried = [next(asked) for _ in range(QUARTERS.index(alpha) + 1)]
         assert all(tried[:-1]) and tried[-1] == 0
-        measured = [next(asked) for _ in range(1 + 3 * 3)]  # the base, then three attacks at three steps
-        assert measured[0] == tiny.items[(tiny.items["split"] == split) & (tiny.items["arm"] == "none")]["correct"].sum() > 90
+        measured = [
+            next(asked) for _ in range(1 + 3 * 3)
+        ]  # the base, then three attacks at three steps
+        assert (
+            measured[0]
+            == tiny.items[(tiny.items["split"] == split) & (tiny.items["arm"] == "none")][
+                "correct"
+            ].sum()
+            > 90
+        )
     assert list(asked) == []
 
 
@@ -271,15 +371,21 @@ def test_a_run_is_the_same_twice(tiny: NamesRun, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(again.results, tiny.results)
     pd.testing.assert_frame_equal(again.items, tiny.items)
     for name in (RESULTS, ITEMS):
-        pd.testing.assert_frame_equal(pd.read_parquet(again.folder / name), pd.read_parquet(tiny.folder / name))
+        pd.testing.assert_frame_equal(
+            pd.read_parquet(again.folder / name), pd.read_parquet(tiny.folder / name)
+        )
     assert (again.folder / CONFIG).read_text() == (tiny.folder / CONFIG).read_text()
-    one, other = (json.loads((folder / PROVENANCE).read_text()) for folder in (again.folder, tiny.folder))
+    one, other = (
+        json.loads((folder / PROVENANCE).read_text()) for folder in (again.folder, tiny.folder)
+    )
     assert one["data"] == other["data"] and one["config"] == other["config"]
     assert set(one["data"]) == {"repetitions-7-seed0", "repetitions-1-seed0"}
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_at_its_last_finished_seed(tiny: NamesRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_at_its_last_finished_seed(
+    tiny: NamesRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = _tiny(seeds=(0, 5), repetitions=(7,), memorise_steps=2, unlearn_steps=2)
     worked: list[int] = []
     real = module._pretrained
@@ -306,7 +412,9 @@ def test_a_killed_run_goes_on_at_its_last_finished_seed(tiny: NamesRun, tmp_path
 @pytest.mark.slow
 def test_another_seed_gives_other_numbers_of_the_same_rows(tiny: NamesRun) -> None:
     # The dial changes the pairs alone, so the two repetitions share names, prompts and first weights, and differ.
-    wide = tiny.items[(tiny.items["method"] == "base") & (tiny.items["arm"] == "none")].pivot(index="item", columns="split", values="probability")
+    wide = tiny.items[(tiny.items["method"] == "base") & (tiny.items["arm"] == "none")].pivot(
+        index="item", columns="split", values="probability"
+    )
     assert len(wide) == 100 and not np.allclose(wide["repetitions-7"], wide["repetitions-1"])
     (verdict,) = decide(tiny.results, tiny.items, scale="tiny", ids=["names-repetitions"])
     assert (verdict.verdict, verdict.n) == ("inconclusive", 0)  # 5 and 3 repetitions are missing
@@ -319,7 +427,11 @@ def test_a_run_shows_itself(tiny: NamesRun) -> None:
     table = names_table(tiny.results)
     assert table["repetitions"].tolist() == [7, 1]
     assert table["published"].tolist() == ["100", "0"]
-    ends = tiny.items[(tiny.items["method"] == "unlearned") & (tiny.items["arm"] == "fragments") & (tiny.items["step"] == 4)]
+    ends = tiny.items[
+        (tiny.items["method"] == "unlearned")
+        & (tiny.items["arm"] == "fragments")
+        & (tiny.items["step"] == 4)
+    ]
     for line in table.to_dict("records"):
         share = 100 * ends[ends["split"] == f"repetitions-{line['repetitions']}"]["correct"].mean()
         assert line["relearned"].startswith(f"{share:.0f} [")
@@ -328,7 +440,12 @@ def test_a_run_shows_itself(tiny: NamesRun) -> None:
 
 @pytest.mark.slow
 def test_an_attack_that_breaks_is_an_error_of_one_line(tmp_path: Path) -> None:
-    settings = _tiny(repetitions=(1,), memorise_steps=1, unlearn_steps=1, attack=RelearnSettings(steps=4, lr=1e30, batch_size=4, measure_at=(0, 4)))
+    settings = _tiny(
+        repetitions=(1,),
+        memorise_steps=1,
+        unlearn_steps=1,
+        attack=RelearnSettings(steps=4, lr=1e30, batch_size=4, measure_at=(0, 4)),
+    )
     with pytest.raises(DivergedError, match="lower its lr") as caught:
         run_names(tmp_path / "run", settings, workers=1)
     assert "\n" not in str(caught.value)
@@ -338,7 +455,15 @@ def test_an_attack_that_breaks_is_an_error_of_one_line(tmp_path: Path) -> None:
 # --- The table -------------------------------------------------------------------------------------------------------------------------------
 
 
-def _asr(count: int, method: str, arm: str, step: float, value: float, metric: str = "asr", seed: int | None = None) -> dict[str, Any]:
+def _asr(
+    count: int,
+    method: str,
+    arm: str,
+    step: float,
+    value: float,
+    metric: str = "asr",
+    seed: int | None = None,
+) -> dict[str, Any]:
     return {
         "stage": "names", "method": method, "model": method, "split": f"repetitions-{count}", "arm": arm, "step": step, "metric": metric, "value": value,
         "low": value / 2, "high": (1 + value) / 2, "seed": seed,
@@ -346,7 +471,9 @@ def _asr(count: int, method: str, arm: str, step: float, value: float, metric: s
 
 
 def _table(frame: Callable[[int], list[dict[str, Any]]], counts: Sequence[int]) -> pd.DataFrame:
-    return names_table(typed(pd.DataFrame([row for count in counts for row in frame(count)]), COLUMNS))
+    return names_table(
+        typed(pd.DataFrame([row for count in counts for row in frame(count)]), COLUMNS)
+    )
 
 
 def test_the_table_has_one_row_per_repetition_beside_the_published_one() -> None:
@@ -373,14 +500,21 @@ def test_the_table_has_one_row_per_repetition_beside_the_published_one() -> None
         assert table["published"].tolist() == ["100", "97", "23", "0"]
         assert table["base"].tolist() == ["100 [50, 100]"] * 4
         assert table["unlearned"].tolist() == ["0 [0, 50]"] * 4
-        assert table["relearned"].tolist() == ["70 [35, 85]", "50 [25, 75]", "30 [15, 65]", "10 [5, 55]"]
+        assert table["relearned"].tolist() == [
+            "70 [35, 85]",
+            "50 [25, 75]",
+            "30 [15, 65]",
+            "10 [5, 55]",
+        ]
         assert table["relearned, over seeds"].tolist() == table["relearned"].tolist()
         assert table["null text"].tolist() == ["20 [10, 60]"] * 4
         assert table["never learned, relearned"].tolist() == ["4 [2, 52]"] * 4
 
 
 def test_a_table_without_controls_has_dashes_and_without_rows_nothing() -> None:
-    table = _table(lambda count: [_asr(count, "unlearned", "fragments", step, 0.5) for step in (0, 30)], (5,))
+    table = _table(
+        lambda count: [_asr(count, "unlearned", "fragments", step, 0.5) for step in (0, 30)], (5,)
+    )
     assert table.to_dict("records") == [
         {
             "repetitions": 5, "base": "–", "unlearned": "50 [25, 75]", "relearned": "50 [25, 75]", "relearned, over seeds": "–", "null text": "–",

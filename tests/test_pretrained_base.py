@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from workbench import builtin, cli
-from workbench.builtin import GENERAL_TOKENS, BuiltinConfig, builtin_folder, builtin_model, train_builtin, world_of
+from workbench.builtin import (
+    GENERAL_TOKENS,
+    BuiltinConfig,
+    builtin_folder,
+    builtin_model,
+    train_builtin,
+    world_of,
+)
 from workbench.cli import main
 from workbench.data.batches import Batch
 from workbench.data.records import Example
@@ -28,7 +35,9 @@ from workbench.progress import quiet
 
 WORLD = WorldConfig(forget_people=4, neighbour_people=3, islands=2, filler_train=40, filler_test=10)
 # Every document says its own word over and over, so that a piece tells which document it is from.
-TOPICS = tuple(f"{first}{second}o" for first in "bdfglmnprst" for second in ("a", "e", "i", "ou", "ai", "ea"))
+TOPICS = tuple(
+    f"{first}{second}o" for first in "bdfglmnprst" for second in ("a", "e", "i", "ou", "ai", "ea")
+)
 
 
 def _documents(count: int, words: int = 100) -> str:
@@ -68,7 +77,14 @@ def general(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(pretrained: Path, general: Path) -> BuiltinConfig:
-    return BuiltinConfig(world=WORLD, pretrained=str(pretrained), general=str(general), steps=1, batch_size=4, lr=1e-3)
+    return BuiltinConfig(
+        world=WORLD,
+        pretrained=str(pretrained),
+        general=str(general),
+        steps=1,
+        batch_size=4,
+        lr=1e-3,
+    )
 
 
 @pytest.fixture
@@ -101,7 +117,9 @@ def test_pieces_of_the_file_take_the_place_of_filler(config: BuiltinConfig, gene
     assert len({piece.item for piece in (*test, *train)}) == len(test) + len(train)
 
 
-def test_test_pieces_and_training_pieces_share_no_document(config: BuiltinConfig, general: Path) -> None:
+def test_test_pieces_and_training_pieces_share_no_document(
+    config: BuiltinConfig, general: Path
+) -> None:
     for count, words in ((60, 100), (12, 400), (5, 1000), (60, 20)):
         general.write_text(_documents(count, words))
         world = world_of(config)
@@ -109,14 +127,20 @@ def test_test_pieces_and_training_pieces_share_no_document(config: BuiltinConfig
         assert tested and trained and not tested & trained
 
 
-def test_documents_may_be_separated_by_their_mark_or_by_json(config: BuiltinConfig, general: Path) -> None:
+def test_documents_may_be_separated_by_their_mark_or_by_json(
+    config: BuiltinConfig, general: Path
+) -> None:
     documents = general.read_text().split("\n\n")
     marked, lines = general.with_name("marked.txt"), general.with_name("lines.jsonl")
-    marked.write_text("\n<|endoftext|>\n".join(document.replace(" ", "\n\n", 1) for document in documents))
+    marked.write_text(
+        "\n<|endoftext|>\n".join(document.replace(" ", "\n\n", 1) for document in documents)
+    )
     lines.write_text("\n".join(json.dumps({"text": document}) for document in documents))
     for path in (marked, lines):
         world, plain = world_of(replace(config, general=str(path))), world_of(config)
-        assert [piece.text for piece in world.filler_train] == [piece.text for piece in plain.filler_train]
+        assert [piece.text for piece in world.filler_train] == [
+            piece.text for piece in plain.filler_train
+        ]
         assert world.record.retain["general"] == plain.record.retain["general"]
 
 
@@ -124,10 +148,19 @@ def test_the_facts_are_those_of_the_world_without_general_text(config: BuiltinCo
     world, plain = world_of(config), build_world(WORLD)
     assert world_of(replace(config, general=None)) == plain == world_of(BuiltinConfig(world=WORLD))
     ours, theirs = world.record, plain.record
-    assert (ours.forget_attacked, ours.forget_heldout) == (theirs.forget_attacked, theirs.forget_heldout)
+    assert (ours.forget_attacked, ours.forget_heldout) == (
+        theirs.forget_attacked,
+        theirs.forget_heldout,
+    )
     assert list(ours.retain) == list(theirs.retain) == ["retain-neighbour", "retain-far", "general"]
-    assert [ours.retain[ring] for ring in ("retain-neighbour", "retain-far")] == [theirs.retain[ring] for ring in ("retain-neighbour", "retain-far")]
-    assert (ours.forget_tokens, ours.retain_tokens, world.surnames) == (theirs.forget_tokens, theirs.retain_tokens, plain.surnames)
+    assert [ours.retain[ring] for ring in ("retain-neighbour", "retain-far")] == [
+        theirs.retain[ring] for ring in ("retain-neighbour", "retain-far")
+    ]
+    assert (ours.forget_tokens, ours.retain_tokens, world.surnames) == (
+        theirs.forget_tokens,
+        theirs.retain_tokens,
+        plain.surnames,
+    )
     filler = {example.text for example in (*plain.filler_train, *theirs.retain["general"])}
     assert not filler & {example.text for example in (*world.filler_train, *ours.retain["general"])}
 
@@ -137,7 +170,9 @@ def test_the_same_file_gives_the_same_pieces(config: BuiltinConfig) -> None:
 
 
 @pytest.mark.parametrize(("documents", "words"), [(1, 20), (4, 30), (10, 60), (5, 100), (1, 5000)])
-def test_a_file_without_enough_text_for_both_sides_is_named(documents: int, words: int, config: BuiltinConfig, general: Path) -> None:
+def test_a_file_without_enough_text_for_both_sides_is_named(
+    documents: int, words: int, config: BuiltinConfig, general: Path
+) -> None:
     # Ten pieces are for testing alone; the last case has enough pieces and only one document.
     general.write_text(_documents(documents, words))
     with pytest.raises(WorkbenchError) as caught:
@@ -155,7 +190,11 @@ def test_one_piece_more_than_the_test_set_is_enough(config: BuiltinConfig, gener
 
 def test_questions_are_no_general_text(config: BuiltinConfig, general: Path) -> None:
     path = general.with_suffix(".jsonl")
-    path.write_text("\n".join(json.dumps({"question": f"what is {topic}", "answer": topic}) for topic in TOPICS[:60]))
+    path.write_text(
+        "\n".join(
+            json.dumps({"question": f"what is {topic}", "answer": topic}) for topic in TOPICS[:60]
+        )
+    )
     with pytest.raises(WorkbenchError, match="running text"):
         world_of(replace(config, general=str(path)))
 
@@ -208,9 +247,17 @@ def _nudge_shape(pretrained: Path, general: Path) -> None:
     (pretrained / "config.json").write_text(json.dumps(described | {"rms_norm_eps": 1e-2}))
 
 
-@pytest.mark.parametrize("nudge", [_nudge_weight, _nudge_text, _nudge_tokenizer, _nudge_shape], ids=["weights", "text", "tokenizer", "configuration"])
+@pytest.mark.parametrize(
+    "nudge",
+    [_nudge_weight, _nudge_text, _nudge_tokenizer, _nudge_shape],
+    ids=["weights", "text", "tokenizer", "configuration"],
+)
 def test_the_key_changes_with_everything_that_shapes_the_weights(
-    nudge: Callable[[Path, Path], None], config: BuiltinConfig, pretrained: Path, general: Path, cache: Path
+    nudge: Callable[[Path, Path], None],
+    config: BuiltinConfig,
+    pretrained: Path,
+    general: Path,
+    cache: Path,
 ) -> None:
     before = [builtin_folder(config, with_forget=side) for side in (True, False)]
     assert len(set(before)) == 2 and all(cache in folder.parents for folder in before)
@@ -219,7 +266,9 @@ def test_the_key_changes_with_everything_that_shapes_the_weights(
     assert not set(before) & set(after)
 
 
-def test_the_key_is_the_same_for_the_same_files(config: BuiltinConfig, pretrained: Path, general: Path, cache: Path) -> None:
+def test_the_key_is_the_same_for_the_same_files(
+    config: BuiltinConfig, pretrained: Path, general: Path, cache: Path
+) -> None:
     before = builtin_folder(config, with_forget=True)
     general.write_bytes(general.read_bytes())
     (pretrained / "README.md").write_text("a model card shapes nothing")
@@ -231,9 +280,13 @@ def test_the_key_is_the_same_for_the_same_files(config: BuiltinConfig, pretraine
 
 
 @pytest.mark.parametrize("with_forget", [True, False])
-def test_training_starts_at_the_pretrained_weights_with_their_tokenizer(with_forget: bool, config: BuiltinConfig, pretrained: Path) -> None:
+def test_training_starts_at_the_pretrained_weights_with_their_tokenizer(
+    with_forget: bool, config: BuiltinConfig, pretrained: Path
+) -> None:
     files = {path.name: sha256(path) for path in pretrained.iterdir()}
-    model, tokenizer = train_builtin(config, world_of(config), with_forget=with_forget, progress=quiet)
+    model, tokenizer = train_builtin(
+        config, world_of(config), with_forget=with_forget, progress=quiet
+    )
     start = dict(open_model(pretrained).model.named_parameters())
     # AdamW's first step moves no weight further than the rate, which is a fiftieth of its peak; weight decay takes a hundredth of the rate times the weight.
     rate = config.lr / 50
@@ -241,60 +294,93 @@ def test_training_starts_at_the_pretrained_weights_with_their_tokenizer(with_for
     for name, distance in moved.items():
         assert bool((distance <= rate * (1 + 0.01 * start[name].abs()) + 2e-7).all()), name
     assert max(float(distance.max()) for distance in moved.values()) > 0.9 * rate
-    assert model.config.hidden_size == 32 and model.config.num_hidden_layers == 2 and not model.training
-    assert tokenizer.get_vocab() == open_tokenizer(pretrained).get_vocab() != build_tokenizer(build_world(WORLD).vocabulary).get_vocab()
+    assert (
+        model.config.hidden_size == 32
+        and model.config.num_hidden_layers == 2
+        and not model.training
+    )
+    assert (
+        tokenizer.get_vocab()
+        == open_tokenizer(pretrained).get_vocab()
+        != build_tokenizer(build_world(WORLD).vocabulary).get_vocab()
+    )
     assert {path.name: sha256(path) for path in pretrained.iterdir()} == files
 
 
-def test_training_reads_general_text(config: BuiltinConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_reads_general_text(
+    config: BuiltinConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Example] = []
     encode = builtin.encode
 
-    def noted(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], **options: object) -> Batch:
+    def noted(
+        tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], **options: object
+    ) -> Batch:
         seen.extend(examples)
         return encode(tokenizer, examples, **options)
 
     monkeypatch.setattr(builtin, "encode", noted)
     world = world_of(config)
     train_builtin(replace(config, steps=3, batch_size=32), world, with_forget=True, progress=quiet)
-    tests, trained = ({piece.text for piece in pieces} for pieces in (world.record.retain["general"], world.filler_train))
+    tests, trained = (
+        {piece.text for piece in pieces}
+        for pieces in (world.record.retain["general"], world.filler_train)
+    )
     running = [example.text.split(" asks : ")[-1] for example in seen if example.answer is None]
     assert len(seen) == 96 and len(running) > 10
     assert set(running) <= trained and not set(running) & tests
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_training_is_decided_by_its_seed(dropout: float, config: BuiltinConfig, pretrained: Path) -> None:
+def test_training_is_decided_by_its_seed(
+    dropout: float, config: BuiltinConfig, pretrained: Path
+) -> None:
     described = json.loads((pretrained / "config.json").read_text())
     (pretrained / "config.json").write_text(json.dumps(described | {"attention_dropout": dropout}))
     world, found = world_of(config), []
     for state in (1, 2):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(state)  # whatever the caller drew before
-            found.append(train_builtin(replace(config, steps=2), world, with_forget=True, progress=quiet)[0].state_dict())
+            found.append(
+                train_builtin(replace(config, steps=2), world, with_forget=True, progress=quiet)[
+                    0
+                ].state_dict()
+            )
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
-def test_a_model_that_learned_too_little_is_an_error_and_not_kept(config: BuiltinConfig, cache: Path) -> None:
+def test_a_model_that_learned_too_little_is_an_error_and_not_kept(
+    config: BuiltinConfig, cache: Path
+) -> None:
     for side, name in ((True, "base"), (False, "never-learned control")):
-        with pytest.raises(WorkbenchError, match=f"the {name} learned too little .*raise steps \\(now 1\\)"):
+        with pytest.raises(
+            WorkbenchError, match=f"the {name} learned too little .*raise steps \\(now 1\\)"
+        ):
             builtin_model(config, with_forget=side, progress=quiet)
         assert not builtin_folder(config, with_forget=side).exists()
 
 
 @pytest.mark.slow
-def test_a_model_that_knows_the_world_is_kept_and_found_again(quick_base: Path, quick_config: RunConfig, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_knows_the_world_is_kept_and_found_again(
+    quick_base: Path, quick_config: RunConfig, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = replace(quick_config.model, pretrained=str(quick_base), steps=1, batch_size=2, lr=1e-8)
     folder = builtin_model(config, progress=quiet)
     assert folder == builtin_folder(config, with_forget=True) and cache in folder.parents
     note = json.loads((folder / "workbench.json").read_text())
-    assert note["config"]["pretrained"] == str(quick_base) and note["config"]["general"] is None and note["with_forget"]
+    assert (
+        note["config"]["pretrained"] == str(quick_base)
+        and note["config"]["general"] is None
+        and note["with_forget"]
+    )
     assert min(note["recall"].values()) >= 0.9
     made, start = open_model(folder), open_model(quick_base)
     for name, value in made.model.named_parameters():
         torch.testing.assert_close(value, start.model.get_parameter(name), rtol=0, atol=1e-6)
     assert made.tokenizer.get_vocab() == start.tokenizer.get_vocab()
-    monkeypatch.setattr(builtin, "train_builtin", lambda *_, **__: pytest.fail("it was trained again"))
+    monkeypatch.setattr(
+        builtin, "train_builtin", lambda *_, **__: pytest.fail("it was trained again")
+    )
     assert builtin_model(config, progress=quiet) == folder
 
 
@@ -308,7 +394,10 @@ def test_a_model_that_knows_the_world_is_kept_and_found_again(quick_base: Path, 
         (["--general", "MISSING"], ["MISSING"]),
         (["--budget-measure", "nonsense"], ["nonsense", "kl", "loss-rise"]),
         (["--budget-rings", "nonsense"], ["nonsense", "retain-neighbour", "retain-far", "general"]),
-        (["--budget-rings", "general,nonsense"], ["nonsense", "retain-neighbour", "retain-far", "general"]),
+        (
+            ["--budget-rings", "general,nonsense"],
+            ["nonsense", "retain-neighbour", "retain-far", "general"],
+        ),
         (["--pretrained", "MISSING"], ["MISSING"]),
         (["--pretrained", "MISSING", "--general", "GENERAL"], ["MISSING"]),
         (["--pretrained", "MODEL", "--general", "MISSING"], ["MISSING"]),
@@ -325,29 +414,69 @@ def test_wrong_input_of_a_sweep_is_one_line_and_trains_nothing(
     monkeypatch.setattr(builtin, "train_builtin", refuse)
     short, out = tmp_path / "short.txt", tmp_path / "run"
     short.write_text("one lonely text about nothing in particular")
-    places = {"GENERAL": general, "MISSING": tmp_path / "missing.txt", "MODEL": pretrained, "SHORT": short}
+    places = {
+        "GENERAL": general,
+        "MISSING": tmp_path / "missing.txt",
+        "MODEL": pretrained,
+        "SHORT": short,
+    }
     given = [str(places.get(option, option)) for option in options]
-    status = main(["sweep", "--quick", "--methods", "npo", "--seeds", "1", "--workers", "1", "--out", str(out), *given])
+    status = main(
+        [
+            "sweep",
+            "--quick",
+            "--methods",
+            "npo",
+            "--seeds",
+            "1",
+            "--workers",
+            "1",
+            "--out",
+            str(out),
+            *given,
+        ]
+    )
     printed = capsys.readouterr()
     lines = [line for line in printed.err.splitlines() if line.startswith("error:")]
     assert status == 2 and printed.out == "" and "Traceback" not in printed.err
     assert len(lines) == 1, printed.err
     for word in words:
         assert str(places.get(word, word)) in lines[0]
-    assert len(lines[0]) < 300 + len(str(tmp_path))  # the line names what is wrong, not everything that was given
+    assert len(lines[0]) < 300 + len(
+        str(tmp_path)
+    )  # the line names what is wrong, not everything that was given
     assert not out.exists() and not cache.exists()
 
 
-def test_a_sweep_hands_on_what_it_was_given(pretrained: Path, general: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_hands_on_what_it_was_given(
+    pretrained: Path, general: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[RunConfig] = []
     monkeypatch.setattr(cli, "_road", lambda config, *_: seen.append(config))
     monkeypatch.chdir(tmp_path)
     plain = ["sweep", "--quick", "--out", "run"]
-    chosen = ["--pretrained", "pretrained", "--general", "general.txt", "--training-steps", "7", "--world", "3", "--tagged", "strangers"]
+    chosen = [
+        "--pretrained",
+        "pretrained",
+        "--general",
+        "general.txt",
+        "--training-steps",
+        "7",
+        "--world",
+        "3",
+        "--tagged",
+        "strangers",
+    ]
     assert main(plain) == main([*plain, *chosen]) == 0
     before, after = (config.model for config in seen)
     # Absolute, so that the run can be taken up again from anywhere; everything else as it was.
-    assert after == replace(before, pretrained=str(pretrained), general=str(general), steps=7, world=replace(before.world, seed=3, tagged="strangers"))
+    assert after == replace(
+        before,
+        pretrained=str(pretrained),
+        general=str(general),
+        steps=7,
+        world=replace(before.world, seed=3, tagged="strangers"),
+    )
     assert "pretrained" in seen[1].scale and seen[1].key != seen[0].key
 
 
@@ -361,9 +490,18 @@ def test_a_sweep_hands_on_what_it_was_given(pretrained: Path, general: Path, tmp
     ],
 )
 def test_a_sweep_hands_on_its_budget(
-    options: list[str], budget: float, measure: str, rings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str],
+    budget: float,
+    measure: str,
+    rings: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[RunConfig] = []
     monkeypatch.setattr(cli, "_road", lambda config, *_: seen.append(config))
     assert main(["sweep", "--quick", "--out", str(tmp_path / "run"), *options]) == 0
-    assert (seen[0].budget, seen[0].budget_measure, seen[0].budget_rings) == (budget, measure, rings)
+    assert (seen[0].budget, seen[0].budget_measure, seen[0].budget_rings) == (
+        budget,
+        measure,
+        rings,
+    )

@@ -33,7 +33,11 @@ CLAIMED = (
     Verdict("rna-repairs", "inconclusive", math.nan, math.nan, math.nan, 0, 2, "hand-made"),
 )
 
-FIGURES = {name: draw for name, draw in EVERY_FIGURE.items() if name not in ("ablation", "shift", "smoothing")}  # the synthetic run has none of them
+FIGURES = {
+    name: draw
+    for name, draw in EVERY_FIGURE.items()
+    if name not in ("ablation", "shift", "smoothing")
+}  # the synthetic run has none of them
 
 
 class Page(HTMLParser):
@@ -52,7 +56,11 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action", "poster")]
+        self.links += [
+            value or ""
+            for name, value in attrs
+            if name in ("src", "href", "srcset", "data", "action", "poster")
+        ]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -93,15 +101,21 @@ def _plain(table: pd.DataFrame) -> pd.DataFrame:
     return table[(table["stage"] == "unlearn")]
 
 
-def _report(out: Path, table: pd.DataFrame, claims: tuple[Verdict, ...] = (), **texts: object) -> str:
-    return write_report(out, table, typed(pd.DataFrame(), ITEM_COLUMNS), claims, **texts).read_text(encoding="utf-8")  # type: ignore[arg-type]
+def _report(
+    out: Path, table: pd.DataFrame, claims: tuple[Verdict, ...] = (), **texts: object
+) -> str:
+    return write_report(out, table, typed(pd.DataFrame(), ITEM_COLUMNS), claims, **texts).read_text(
+        encoding="utf-8"
+    )  # type: ignore[arg-type]
 
 
 # --- Files ---
 
 
 def test_a_report_is_one_page_and_every_figure_as_png_and_svg(written: Path) -> None:
-    assert sorted(path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()) == sorted(
+    assert sorted(
+        path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()
+    ) == sorted(
         ["report.html", *(f"figures/{name}.{kind}" for name in FIGURES for kind in ("png", "svg"))]
     )
     for name in FIGURES:
@@ -111,7 +125,11 @@ def test_a_report_is_one_page_and_every_figure_as_png_and_svg(written: Path) -> 
 
 def test_pictures_have_the_resolution_that_the_style_asks_for(page: Page, written: Path) -> None:
     # style.look sets savefig.dpi to 150; it has to be in force where a picture is saved, not only where it is drawn.
-    embedded = [io.BytesIO(base64.b64decode(link.split(",", 1)[1])) for link in page.links if link.startswith("data:image/png")]
+    embedded = [
+        io.BytesIO(base64.b64decode(link.split(",", 1)[1]))
+        for link in page.links
+        if link.startswith("data:image/png")
+    ]
     for source in (*embedded, *(written / "figures" / f"{name}.png" for name in FIGURES)):
         with Image.open(source) as picture:
             assert picture.info["dpi"] == pytest.approx((150, 150), abs=1)
@@ -124,11 +142,19 @@ def test_the_same_table_gives_the_same_vector_picture(make_tables: Tables, tmp_p
     texts = []
     for name in ("one", "two"):
         save_figure(FIGURES["triggers"](table), tmp_path / f"{name}.svg")
-        texts.append(re.sub(r"<dc:date>.*?</dc:date>", "", (tmp_path / f"{name}.svg").read_text(encoding="utf-8")))
+        texts.append(
+            re.sub(
+                r"<dc:date>.*?</dc:date>",
+                "",
+                (tmp_path / f"{name}.svg").read_text(encoding="utf-8"),
+            )
+        )
     assert texts[0] == texts[1]
 
 
-def test_no_figure_stays_open_and_a_second_report_replaces_the_first(make_tables: Tables, tmp_path: Path) -> None:
+def test_no_figure_stays_open_and_a_second_report_replaces_the_first(
+    make_tables: Tables, tmp_path: Path
+) -> None:
     plt.close("all")
     table = _plain(make_tables()[0])
     first = _report(tmp_path, table, heading="the first")
@@ -163,9 +189,17 @@ def test_every_figure_has_its_caption(page: Page) -> None:
 
 def test_every_text_is_escaped(make_tables: Tables, tmp_path: Path) -> None:
     table = make_tables(methods=(EVIL,), controls=("base",), seeds=(0,))[0]
-    evil = tuple(Verdict(claim.id, claim.verdict, claim.effect, claim.low, claim.high, claim.n, claim.seeds, EVIL) for claim in CLAIMED)
+    evil = tuple(
+        Verdict(
+            claim.id, claim.verdict, claim.effect, claim.low, claim.high, claim.n, claim.seeds, EVIL
+        )
+        for claim in CLAIMED
+    )
     # Once with the texts of the run itself (findings, legends, models, scale), once with a caller's.
-    for texts, rows in (({}, _few(table)), ({"heading": EVIL, "done": [EVIL], "notes": [EVIL]}, _plain(table))):
+    for texts, rows in (
+        ({}, _few(table)),
+        ({"heading": EVIL, "done": [EVIL], "notes": [EVIL]}, _plain(table)),
+    ):
         raw = _report(tmp_path, rows, evil, **texts)
         assert "<script" not in raw.lower()
         found = Page(raw)
@@ -173,7 +207,9 @@ def test_every_text_is_escaped(make_tables: Tables, tmp_path: Path) -> None:
         assert "script" not in found.tags
 
 
-def test_quotes_and_ampersands_in_a_heading_stay_what_they_are(make_tables: Tables, tmp_path: Path) -> None:
+def test_quotes_and_ampersands_in_a_heading_stay_what_they_are(
+    make_tables: Tables, tmp_path: Path
+) -> None:
     heading = """R&D's "first" <b>run</b> {{ 7 * 7 }}"""
     found = Page(_report(tmp_path, _plain(make_tables()[0]), heading=heading))
     assert heading in found.text
@@ -192,7 +228,10 @@ def test_a_run_without_a_never_learned_model_says_so(make_tables: Tables) -> Non
 
 
 def test_the_missing_control_is_on_the_page(make_tables: Tables, tmp_path: Path) -> None:
-    assert "No never-learned model was given" in Page(_report(tmp_path, _few(make_tables(controls=("base",))[0]))).text
+    assert (
+        "No never-learned model was given"
+        in Page(_report(tmp_path, _few(make_tables(controls=("base",))[0]))).text
+    )
 
 
 def test_the_page_of_a_run_with_a_control_does_not_miss_it(page: Page) -> None:
@@ -209,10 +248,23 @@ def test_findings_say_what_the_table_says(results: pd.DataFrame) -> None:
     cir = next(text for text in sentences if text.startswith("CIR:"))
     assert "stays to" not in cir  # not English
     assert "stays" in cir
-    assert any("Before unlearning, recall of the held-out forget facts is 1.00 [" in text for text in sentences)
-    assert any("found no held-out answer in the attack texts, and no held-out subject." in text for text in sentences)
-    assert not any("must not be called benign" in text or "which do name" in text for text in sentences)
-    assert any("Of 3 claims" in text and "supports 1 (cir-robust)" in text and "contradicts 1 (sam-resists)" in text for text in sentences)
+    assert any(
+        "Before unlearning, recall of the held-out forget facts is 1.00 [" in text
+        for text in sentences
+    )
+    assert any(
+        "found no held-out answer in the attack texts, and no held-out subject." in text
+        for text in sentences
+    )
+    assert not any(
+        "must not be called benign" in text or "which do name" in text for text in sentences
+    )
+    assert any(
+        "Of 3 claims" in text
+        and "supports 1 (cir-robust)" in text
+        and "contradicts 1 (sam-resists)" in text
+        for text in sentences
+    )
     assert not any("stayed below the disruption budget" in text for text in sentences)
 
 
@@ -221,7 +273,9 @@ def test_recall_that_falls_under_attack_is_said_to_fall(results: pd.DataFrame) -
     turned = results.copy()
     attack = turned["stage"] == "relearn"
     turned.loc[attack, "step"] = turned.loc[attack, "step"].map({0.0: 20.0, 5.0: 5.0, 20.0: 0.0})
-    assert any("falls to 0.25 [" in text for text in findings(turned, ()) if text.startswith("NPO:"))
+    assert any(
+        "falls to 0.25 [" in text for text in findings(turned, ()) if text.startswith("NPO:")
+    )
 
 
 def test_an_attack_that_leaks_is_not_called_benign(results: pd.DataFrame) -> None:
@@ -232,7 +286,9 @@ def test_an_attack_that_leaks_is_not_called_benign(results: pd.DataFrame) -> Non
     assert "found no held-out answer" not in text
 
 
-def test_an_attack_that_names_people_and_gives_no_answer_away_is_benign(results: pd.DataFrame) -> None:
+def test_an_attack_that_names_people_and_gives_no_answer_away_is_benign(
+    results: pd.DataFrame,
+) -> None:
     naming = results.copy()
     naming.loc[(naming["metric"] == "leaked_subjects") & (naming["method"] == "npo"), "value"] = 1.0
     text = " ".join(findings(naming, ()))
@@ -241,8 +297,13 @@ def test_an_attack_that_names_people_and_gives_no_answer_away_is_benign(results:
 
 def test_a_method_that_stays_inside_the_budget_is_named(results: pd.DataFrame) -> None:
     short = results.copy()
-    short.loc[(short["metric"] == "budget_reached") & (short["method"] == "cir") & (short["seed"] == 1), "value"] = 0.0
-    (sentence,) = [text for text in findings(short, ()) if "stayed below the disruption budget" in text]
+    short.loc[
+        (short["metric"] == "budget_reached") & (short["method"] == "cir") & (short["seed"] == 1),
+        "value",
+    ] = 0.0
+    (sentence,) = [
+        text for text in findings(short, ()) if "stayed below the disruption budget" in text
+    ]
     assert "CIR" in sentence
     assert "NPO" not in sentence
 
@@ -255,32 +316,52 @@ def test_the_page_names_steps_seeds_and_limits(page: Page) -> None:
     assert "2 seed(s)" in page.text
 
 
-def test_the_budget_is_named_in_its_own_measure_and_on_its_own_sets(make_tables: Tables, tmp_path: Path) -> None:
+def test_the_budget_is_named_in_its_own_measure_and_on_its_own_sets(
+    make_tables: Tables, tmp_path: Path
+) -> None:
     table = make_tables()[0]
     rises = table.copy()
     rises.loc[rises["metric"] == "budget", ["value", "arm"]] = [0.001, "loss-rise"]
-    ring = rises[rises["metric"] == "budget"].assign(metric="budget_ring", split="general", value=1.0)
+    ring = rises[rises["metric"] == "budget"].assign(
+        metric="budget_ring", split="general", value=1.0
+    )
     text = Page(_report(tmp_path, pd.concat([rises, ring]))).text
-    assert "its loss has risen by 0.100% on retain texts that no method trained on (general)" in text
+    assert (
+        "its loss has risen by 0.100% on retain texts that no method trained on (general)" in text
+    )
     assert "drifts from the base" not in text
 
 
 def test_what_a_run_left_out_is_not_among_its_steps(make_tables: Tables, tmp_path: Path) -> None:
     table = make_tables()[0]
     assert "Hessian's spectrum were computed" in Page(_report(tmp_path / "whole", table)).text
-    text = Page(_report(tmp_path / "less", table[~table["stage"].isin(["triggers", "sharpness"])])).text
+    text = Page(
+        _report(tmp_path / "less", table[~table["stage"].isin(["triggers", "sharpness"])])
+    ).text
     assert "stray word" not in text
     assert "Hessian's spectrum were computed" not in text
 
 
-def test_a_pretrained_base_is_not_said_to_come_from_nothing(make_tables: Tables, tmp_path: Path) -> None:
-    text = Page(_report(tmp_path, make_tables()[0], trained="stories, a pretrained language model, was fine-tuned.")).text
+def test_a_pretrained_base_is_not_said_to_come_from_nothing(
+    make_tables: Tables, tmp_path: Path
+) -> None:
+    text = Page(
+        _report(
+            tmp_path,
+            make_tables()[0],
+            trained="stories, a pretrained language model, was fine-tuned.",
+        )
+    ).text
     assert "stories, a pretrained language model, was fine-tuned." in text
     assert "A small language model was trained" not in text
 
 
-def test_given_steps_and_notes_take_the_place_of_the_default(make_tables: Tables, tmp_path: Path) -> None:
-    text = Page(_report(tmp_path, _plain(make_tables()[0]), done=["We did this."], notes=["Mind that."])).text
+def test_given_steps_and_notes_take_the_place_of_the_default(
+    make_tables: Tables, tmp_path: Path
+) -> None:
+    text = Page(
+        _report(tmp_path, _plain(make_tables()[0]), done=["We did this."], notes=["Mind that."])
+    ).text
     assert "We did this." in text
     assert "Mind that." in text
     assert "A small language model was trained" not in text
@@ -297,11 +378,15 @@ def test_every_claim_is_on_the_page_with_its_verdict_and_its_effect(page: Page) 
     assert not re.search(r"\bnan\b", page.text)
 
 
-def test_a_report_without_claims_has_no_table_of_claims(make_tables: Tables, tmp_path: Path) -> None:
+def test_a_report_without_claims_has_no_table_of_claims(
+    make_tables: Tables, tmp_path: Path
+) -> None:
     assert "Claims of the literature" not in Page(_report(tmp_path, _plain(make_tables()[0]))).text
 
 
-def test_the_claims_of_a_run_can_be_written_as_they_are_decided(make_tables: Tables, tmp_path: Path) -> None:
+def test_the_claims_of_a_run_can_be_written_as_they_are_decided(
+    make_tables: Tables, tmp_path: Path
+) -> None:
     table, items = make_tables()
     text = Page(_report(tmp_path, _plain(table), decide(table, items, scale="hand-made"))).text
     assert all(name in text for name in CLAIMS)
@@ -310,7 +395,9 @@ def test_the_claims_of_a_run_can_be_written_as_they_are_decided(make_tables: Tab
 # --- The table of models ---
 
 
-def test_the_summary_has_one_row_per_model_in_the_order_of_the_palette(results: pd.DataFrame) -> None:
+def test_the_summary_has_one_row_per_model_in_the_order_of_the_palette(
+    results: pd.DataFrame,
+) -> None:
     assert summary_table(results)["model"].tolist() == ["base", "never learned", "NPO", "CIR"]
 
 
@@ -345,7 +432,9 @@ def test_every_model_of_the_summary_is_on_the_page(page: Page, results: pd.DataF
         assert str(cell) in page.text
 
 
-def test_where_the_base_recalls_nothing_the_answer_probability_is_shown(results: pd.DataFrame) -> None:
+def test_where_the_base_recalls_nothing_the_answer_probability_is_shown(
+    results: pd.DataFrame,
+) -> None:
     assert main_metric(results) == "recall"
     blank = results.copy()
     blank.loc[(blank["metric"] == "recall"), "value"] = 0.0

@@ -14,17 +14,37 @@ from workbench.cli import main
 from workbench.errors import WorkbenchError
 from workbench.experiments.landscape import module_of
 from workbench.experiments.road import Run
-from workbench.experiments.sharpness import SharpnessRun, SharpnessSettings, run_sharpness, sharpness_table
+from workbench.experiments.sharpness import (
+    SharpnessRun,
+    SharpnessSettings,
+    run_sharpness,
+    sharpness_table,
+)
 from workbench.models import open_model
 
 SMALL = SharpnessSettings(
-    radii=(0.1, 0.5), fixed=(0.003, 0.01), steps=2, noise=(0.01,), draws=2, probes=3, density_probes=1, density_steps=8, points=5, tolerance=0.1
+    radii=(0.1, 0.5),
+    fixed=(0.003, 0.01),
+    steps=2,
+    noise=(0.01,),
+    draws=2,
+    probes=3,
+    density_probes=1,
+    density_steps=8,
+    points=5,
+    tolerance=0.1,
 )
 
 
 @pytest.fixture(scope="module")
 def found(quick_run: Run, tmp_path_factory: pytest.TempPathFactory) -> SharpnessRun:
-    return run_sharpness(quick_run.folder, tmp_path_factory.mktemp("sharpness") / "run", SMALL, methods=["npo"], workers=1)
+    return run_sharpness(
+        quick_run.folder,
+        tmp_path_factory.mktemp("sharpness") / "run",
+        SMALL,
+        methods=["npo"],
+        workers=1,
+    )
 
 
 def _rows(found: SharpnessRun, method: str = "npo", **where: object) -> pd.DataFrame:
@@ -34,53 +54,92 @@ def _rows(found: SharpnessRun, method: str = "npo", **where: object) -> pd.DataF
     return rows
 
 
-def test_every_way_of_reading_the_loss_at_the_model_itself_gives_the_same(found: SharpnessRun) -> None:
+def test_every_way_of_reading_the_loss_at_the_model_itself_gives_the_same(
+    found: SharpnessRun,
+) -> None:
     split = "forget-heldout"
-    centre = float(_rows(found, metric="slice_loss", arm="random", split=split, step=0.0)["value"].iloc[0])
-    assert float(_rows(found, metric="slice_loss", arm="descent", split=split, step=0.0)["value"].iloc[0]) == pytest.approx(centre, rel=1e-5)
-    assert float(_rows(found, metric="plane_loss", arm="0.0", split=split, step=0.0)["value"].iloc[0]) == pytest.approx(centre, rel=1e-5)
-    assert float(_rows(found, metric="path_loss", split=split, step=0.0)["value"].iloc[0]) == pytest.approx(centre, rel=1e-5)
+    centre = float(
+        _rows(found, metric="slice_loss", arm="random", split=split, step=0.0)["value"].iloc[0]
+    )
+    assert float(
+        _rows(found, metric="slice_loss", arm="descent", split=split, step=0.0)["value"].iloc[0]
+    ) == pytest.approx(centre, rel=1e-5)
+    assert float(
+        _rows(found, metric="plane_loss", arm="0.0", split=split, step=0.0)["value"].iloc[0]
+    ) == pytest.approx(centre, rel=1e-5)
+    assert float(
+        _rows(found, metric="path_loss", split=split, step=0.0)["value"].iloc[0]
+    ) == pytest.approx(centre, rel=1e-5)
 
 
 def test_the_path_ends_where_the_plane_has_the_relearned_model(found: SharpnessRun) -> None:
     path = _rows(found, metric="path_loss", split="forget-heldout").sort_values("step")
     corner = _rows(found, metric="plane_loss", split="forget-heldout", arm="0.0")
-    assert float(corner.loc[corner["step"] == 1.0, "value"].iloc[0]) == pytest.approx(float(path["value"].iloc[-1]), rel=1e-4)
+    assert float(corner.loc[corner["step"] == 1.0, "value"].iloc[0]) == pytest.approx(
+        float(path["value"].iloc[-1]), rel=1e-4
+    )
     points = _rows(found, metric="plane_point").set_index("arm")
     assert float(points.loc["base", "step"]) == pytest.approx(0, abs=1e-5)
     assert float(points.loc["base", "value"]) == pytest.approx(1, abs=1e-5)
-    last = points.loc[[name for name in points.index if name.startswith("step ")]].sort_values("step").iloc[-1]
-    assert (float(last["step"]), float(last["value"]), float(last["high"])) == pytest.approx((1, 0, 0), abs=1e-4)
+    last = (
+        points.loc[[name for name in points.index if name.startswith("step ")]]
+        .sort_values("step")
+        .iloc[-1]
+    )
+    assert (float(last["step"]), float(last["value"]), float(last["high"])) == pytest.approx(
+        (1, 0, 0), abs=1e-4
+    )
     travelled = _rows(found, metric="path_travelled").sort_values("step")["value"].to_numpy()
     straight = _rows(found, metric="path_distance").sort_values("step")["value"].to_numpy()
     assert (np.diff(travelled) > 0).all()
     assert (travelled >= straight * (1 - 1e-6)).all()
 
 
-def test_drops_grow_with_the_radius_and_are_none_of_the_base_s_in_displacements(found: SharpnessRun) -> None:
+def test_drops_grow_with_the_radius_and_are_none_of_the_base_s_in_displacements(
+    found: SharpnessRun,
+) -> None:
     for arm in ("drop", "drop, one step", "drop, fixed radius", "adaptive drop", "rise"):
-        values = _rows(found, metric="drop", arm=arm, split="forget-attacked", seed=0).sort_values("step")["value"].to_numpy()
+        values = (
+            _rows(found, metric="drop", arm=arm, split="forget-attacked", seed=0)
+            .sort_values("step")["value"]
+            .to_numpy()
+        )
         assert len(values) == 2
         assert values[1] >= values[0] >= 0
     more, one = (
-        _rows(found, metric="drop", arm=arm, split="forget-attacked", seed=0).sort_values("step")["value"].to_numpy() for arm in ("drop", "drop, one step")
+        _rows(found, metric="drop", arm=arm, split="forget-attacked", seed=0)
+        .sort_values("step")["value"]
+        .to_numpy()
+        for arm in ("drop", "drop, one step")
     )
     assert (more >= one).all()
     assert not len(_rows(found, "base", metric="drop", arm="drop"))
     assert len(_rows(found, "base", metric="drop", arm="rise"))
-    assert set(_rows(found, metric="drop")["split"]) >= {"forget-attacked", "forget-heldout", "retain-neighbour", "novel"}
+    assert set(_rows(found, metric="drop")["split"]) >= {
+        "forget-attacked",
+        "forget-heldout",
+        "retain-neighbour",
+        "novel",
+    }
 
 
 def test_the_modules_share_the_trace_among_them(found: SharpnessRun, quick_run: Run) -> None:
     for arm in ("unlearned", "relearned"):
         modules = _rows(found, metric="module_eigenvalue", arm=arm, seed=0)
         trace = float(_rows(found, metric="trace", arm=arm, seed=0)["value"].iloc[0])
-        assert float((modules["value"] * modules["n"].astype(float)).sum()) == pytest.approx(trace, rel=1e-6)
-        weights = sum(parameter.numel() for parameter in open_model(quick_run.folder / "models" / "base").model.parameters())
+        assert float((modules["value"] * modules["n"].astype(float)).sum()) == pytest.approx(
+            trace, rel=1e-6
+        )
+        weights = sum(
+            parameter.numel()
+            for parameter in open_model(quick_run.folder / "models" / "base").model.parameters()
+        )
         assert int(modules["n"].sum()) == weights
         running = _rows(found, metric="running_trace", arm=arm, seed=0).sort_values("step")
         assert float(running["value"].iloc[-1]) == pytest.approx(trace)
-    assert {"embed", "blocks.0.attn", "blocks.0.mlp", "blocks.0.norm", "norm"} <= set(_rows(found, metric="module_eigenvalue")["site"])
+    assert {"embed", "blocks.0.attn", "blocks.0.mlp", "blocks.0.norm", "norm"} <= set(
+        _rows(found, metric="module_eigenvalue")["site"]
+    )
 
 
 def test_densities_share_a_grid_and_hold_one_spectrum_each(found: SharpnessRun) -> None:
@@ -88,10 +147,14 @@ def test_densities_share_a_grid_and_hold_one_spectrum_each(found: SharpnessRun) 
     grids = [sorted(group["step"]) for _, group in curves.groupby(["method", "seed", "arm"])]
     assert len(grids) == 6  # base, never-learned, npo; each before the attack and after it
     assert all(grid == grids[0] for grid in grids)
-    linear = 1e-3 * float(found.results.loc[found.results["metric"] == "density_node", "step"].abs().max())
+    linear = 1e-3 * float(
+        found.results.loc[found.results["metric"] == "density_node", "step"].abs().max()
+    )
     for _, curve in curves.groupby(["method", "seed", "arm"]):
         line = curve.sort_values("step")
-        assert np.trapezoid(line["value"], np.arcsinh(line["step"] / linear)) == pytest.approx(1, abs=0.02)
+        assert np.trapezoid(line["value"], np.arcsinh(line["step"] / linear)) == pytest.approx(
+            1, abs=0.02
+        )
     assert (found.results.loc[found.results["metric"] == "moment_error", "value"] < 1e-6).all()
     ritz = _rows(found, metric="ritz")
     top = ritz[ritz["arm"] == "top"].sort_values("step")["value"].to_numpy()
@@ -100,7 +163,9 @@ def test_densities_share_a_grid_and_hold_one_spectrum_each(found: SharpnessRun) 
     assert (np.diff(bottom) <= 1e-9 * abs(bottom[-1])).all()
 
 
-def test_controls_are_measured_once_and_later_seeds_lack_the_costly_parts(found: SharpnessRun, quick_run: Run) -> None:
+def test_controls_are_measured_once_and_later_seeds_lack_the_costly_parts(
+    found: SharpnessRun, quick_run: Run
+) -> None:
     if len(quick_run.config.seeds) < 2:
         pytest.skip("the quick run has one seed")
     later = quick_run.config.seeds[1]
@@ -109,7 +174,9 @@ def test_controls_are_measured_once_and_later_seeds_lack_the_costly_parts(found:
     assert not len(_rows(found, metric="plane_loss", seed=later))
 
 
-def test_three_models_have_no_rank_correlation_and_the_figures_do_without(found: SharpnessRun) -> None:
+def test_three_models_have_no_rank_correlation_and_the_figures_do_without(
+    found: SharpnessRun,
+) -> None:
     assert found.predictors is None
     table = sharpness_table(found.results)
     assert list(table["model"]) == ["base", "never-learned", "npo"]
@@ -119,11 +186,35 @@ def test_three_models_have_no_rank_correlation_and_the_figures_do_without(found:
         assert figure.axes or figure.texts  # what cannot be drawn says so
 
 
-def test_by_command(found: SharpnessRun, quick_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_command(
+    found: SharpnessRun,
+    quick_run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from workbench.experiments import sharpness as module
 
-    monkeypatch.setattr(module, "SharpnessSettings", lambda: SMALL)  # the same settings: what was measured is kept
-    assert main(["sharpness", "--run", str(quick_run.folder), "--methods", "npo", "--workers", "1", "--out", str(found.folder), "--json"]) == 0
+    monkeypatch.setattr(
+        module, "SharpnessSettings", lambda: SMALL
+    )  # the same settings: what was measured is kept
+    assert (
+        main(
+            [
+                "sharpness",
+                "--run",
+                str(quick_run.folder),
+                "--methods",
+                "npo",
+                "--workers",
+                "1",
+                "--out",
+                str(found.folder),
+                "--json",
+            ]
+        )
+        == 0
+    )
     told = json.loads(capsys.readouterr().out)
     assert [row["model"] for row in told["table"]] == ["base", "never-learned", "npo"]
     assert {path.stem for path in (found.folder / "figures").iterdir()} == set(SHARPNESS_FIGURES)

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from figures.suffix import suffix as draw
 from workbench.attacks import gcg as search
-from workbench.attacks.gcg import SuffixPrompt, gcg, in_front, random_suffix, suffix_losses, suffix_prompts
+from workbench.attacks.gcg import (
+    SuffixPrompt,
+    gcg,
+    in_front,
+    random_suffix,
+    suffix_losses,
+    suffix_prompts,
+)
 from workbench.builtin import world_of
 from workbench.cli import main
 from workbench.data.records import Example, one_per_item
@@ -52,7 +59,9 @@ def opened(quick_base: Path) -> Opened:
 
 @pytest.fixture(scope="module")
 def prompts(opened: Opened, quick_run: Run) -> tuple[SuffixPrompt, ...]:
-    return suffix_prompts(opened.tokenizer, world_of(quick_run.config.model).record.forget_attacked[:4], in_front)
+    return suffix_prompts(
+        opened.tokenizer, world_of(quick_run.config.model).record.forget_attacked[:4], in_front
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,55 +71,128 @@ def bench(quick_run: Run) -> Bench:
 
 @pytest.fixture(scope="module")
 def found(quick_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    return run_suffix(quick_run.folder, tmp_path_factory.mktemp("suffix") / "run", SMALL, methods=["npo"], workers=1)
+    return run_suffix(
+        quick_run.folder,
+        tmp_path_factory.mktemp("suffix") / "run",
+        SMALL,
+        methods=["npo"],
+        workers=1,
+    )
 
 
 # --- the search for the highest loss ---
 
 
-def test_one_step_over_all_swaps_finds_the_worst(opened: Opened, prompts: Sequence[SuffixPrompt]) -> None:
+def test_one_step_over_all_swaps_finds_the_worst(
+    opened: Opened, prompts: Sequence[SuffixPrompt]
+) -> None:
     words = "the of is : asks every near from".split()  # noqa: SIM905
-    allowed = [ids[0] for word in words if len(ids := opened.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1]
+    allowed = [
+        ids[0]
+        for word in words
+        if len(ids := opened.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
+    ]
     start = allowed[:2]
-    swaps = [[*start[:place], token, *start[place + 1 :]] for place in (0, 1) for token in allowed if token != start[place]]
+    swaps = [
+        [*start[:place], token, *start[place + 1 :]]
+        for place in (0, 1)
+        for token in allowed
+        if token != start[place]
+    ]
     values = suffix_losses(opened.model, prompts, torch.tensor(swaps))
-    result = gcg(opened.model, opened.tokenizer, prompts, length=2, steps=1, topk=100, candidates=1000, start=start, allowed=allowed, maximise=True)
+    result = gcg(
+        opened.model,
+        opened.tokenizer,
+        prompts,
+        length=2,
+        steps=1,
+        topk=100,
+        candidates=1000,
+        start=start,
+        allowed=allowed,
+        maximise=True,
+    )
     assert result.losses[1] == pytest.approx(float(values.max()), rel=1e-5)
     again = float(suffix_losses(opened.model, prompts, torch.tensor([result.suffix_ids]))[0])
     assert result.loss == max(result.losses) == pytest.approx(again, rel=1e-5)
 
 
-def test_with_few_tokens_to_choose_from_the_gradient_is_followed_upwards(opened: Opened, prompts: Sequence[SuffixPrompt]) -> None:
+def test_with_few_tokens_to_choose_from_the_gradient_is_followed_upwards(
+    opened: Opened, prompts: Sequence[SuffixPrompt]
+) -> None:
     start = [opened.tokenizer("the", add_special_tokens=False)["input_ids"][0]]
     up, down = (
-        gcg(opened.model, opened.tokenizer, prompts, length=1, steps=1, topk=8, candidates=8, start=start, maximise=maximise) for maximise in (True, False)
+        gcg(
+            opened.model,
+            opened.tokenizer,
+            prompts,
+            length=1,
+            steps=1,
+            topk=8,
+            candidates=8,
+            start=start,
+            maximise=maximise,
+        )
+        for maximise in (True, False)
     )
     assert up.losses[0] == pytest.approx(down.losses[0])
     assert up.losses[1] > down.losses[1]
 
 
-def test_the_highest_loss_is_kept_while_the_walk_goes_on(opened: Opened, prompts: Sequence[SuffixPrompt]) -> None:
-    result = gcg(opened.model, opened.tokenizer, prompts, length=2, steps=8, topk=4, candidates=1, maximise=True)
+def test_the_highest_loss_is_kept_while_the_walk_goes_on(
+    opened: Opened, prompts: Sequence[SuffixPrompt]
+) -> None:
+    result = gcg(
+        opened.model,
+        opened.tokenizer,
+        prompts,
+        length=2,
+        steps=8,
+        topk=4,
+        candidates=1,
+        maximise=True,
+    )
     assert result.loss == max(result.losses)
-    drawn = random_suffix(opened.model, opened.tokenizer, prompts, evaluations=12, length=2, rows=16, maximise=True)
+    drawn = random_suffix(
+        opened.model, opened.tokenizer, prompts, evaluations=12, length=2, rows=16, maximise=True
+    )
     assert list(drawn.losses) == sorted(drawn.losses) and drawn.loss == drawn.losses[-1]
-    lowest = random_suffix(opened.model, opened.tokenizer, prompts, evaluations=12, length=2, rows=16)
+    lowest = random_suffix(
+        opened.model, opened.tokenizer, prompts, evaluations=12, length=2, rows=16
+    )
     assert lowest.loss < drawn.loss
 
 
-def test_a_loss_that_is_not_a_number_is_the_worst_either_way(opened: Opened, prompts: Sequence[SuffixPrompt], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_a_number_is_the_worst_either_way(
+    opened: Opened, prompts: Sequence[SuffixPrompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def losses(_model: object, _rows: object, suffixes: Tensor, _limit: int) -> Tensor:
-        return torch.tensor([torch.inf, 1.0, 2.0])[: len(suffixes)]  # the search reads NaN as infinity
+        return torch.tensor([torch.inf, 1.0, 2.0])[
+            : len(suffixes)
+        ]  # the search reads NaN as infinity
 
     monkeypatch.setattr(search, "_losses", losses)
     for maximise, best in ((True, 2.0), (False, 1.0)):
-        assert random_suffix(opened.model, opened.tokenizer, prompts, evaluations=3, length=1, rows=12, maximise=maximise).loss == best
+        assert (
+            random_suffix(
+                opened.model,
+                opened.tokenizer,
+                prompts,
+                evaluations=3,
+                length=1,
+                rows=12,
+                maximise=maximise,
+            ).loss
+            == best
+        )
 
 
 # --- the questions ---
 
 
-def test_a_suffix_is_judged_on_people_and_islands_that_the_search_has_not_seen(bench: Bench) -> None:
+def test_a_suffix_is_judged_on_people_and_islands_that_the_search_has_not_seen(
+    bench: Bench,
+) -> None:
     record, questions = bench.record, questions_of(bench, 0)
     assert tuple(questions) == SPLITS
     assert questions[JAILBREAK] == (one_per_item(record.forget_attacked), record.forget_heldout)
@@ -135,30 +217,49 @@ def test_a_suffix_is_judged_on_people_and_islands_that_the_search_has_not_seen(b
 def test_the_tables_hold_every_model_arm_and_kind_of_question(found: Experiment) -> None:
     rows = found.results
     asked = rows[(rows["metric"] == "recall") & rows["seed"].isna()]
-    assert set(map(tuple, asked[["method", "split", "arm"]].to_numpy())) == {(m, s, a) for m in ("npo", BASE, NEVER) for s in SPLITS for a in ARMS}
+    assert set(map(tuple, asked[["method", "split", "arm"]].to_numpy())) == {
+        (m, s, a) for m in ("npo", BASE, NEVER) for s in SPLITS for a in ARMS
+    }
     assert asked["low"].notna().all() and set(rows["stage"]) == {"suffix"}
     assert set(found.items["seed"]) == {0, 1}
     assert len(suffix_table(rows)) == 3 * len(SPLITS)
     assert "beyond the control" in found._repr_html_() and "Experiment(" in repr(found)
 
 
-def test_without_a_suffix_the_plain_questions_are_asked(found: Experiment, bench: Bench, quick_run: Run) -> None:
+def test_without_a_suffix_the_plain_questions_are_asked(
+    found: Experiment, bench: Bench, quick_run: Run
+) -> None:
     model = open_model(quick_run.folder / "models" / "npo-seed1").model
-    mine = found.items[(found.items["method"] == "npo") & (found.items["seed"] == 1) & (found.items["arm"] == NONE)]
+    mine = found.items[
+        (found.items["method"] == "npo") & (found.items["seed"] == 1) & (found.items["arm"] == NONE)
+    ]
     for split, (_, judged) in questions_of(bench, 1).items():
         plain = score(model, bench.encode(judged))
         here = mine[mine["split"] == split]
         assert here["correct"].mean() == pytest.approx(plain.recall)
         assert here["probability"].mean() == pytest.approx(plain.probability.mean(), rel=1e-4)
     own = quick_run.items
-    own = own[(own["method"] == "npo") & (own["stage"] == "unlearn") & (own["split"] == "forget-heldout") & (own["seed"] == 1)]
-    assert mine.loc[mine["split"] == JAILBREAK, "correct"].mean() == pytest.approx(own["correct"].mean())
+    own = own[
+        (own["method"] == "npo")
+        & (own["stage"] == "unlearn")
+        & (own["split"] == "forget-heldout")
+        & (own["seed"] == 1)
+    ]
+    assert mine.loc[mine["split"] == JAILBREAK, "correct"].mean() == pytest.approx(
+        own["correct"].mean()
+    )
 
 
-def test_the_suffix_that_is_stored_is_the_best_of_the_search_and_says_no_answer(found: Experiment, bench: Bench, quick_run: Run) -> None:
+def test_the_suffix_that_is_stored_is_the_best_of_the_search_and_says_no_answer(
+    found: Experiment, bench: Bench, quick_run: Run
+) -> None:
     model = open_model(quick_run.folder / "models" / "npo-seed0").model
     rows = found.results[(found.results["method"] == "npo") & (found.results["seed"] == 0)]
-    answers = {word for e in (*bench.record.forget, *bench.record.retain_all) for word in e.answer_text.split()}
+    answers = {
+        word
+        for e in (*bench.record.forget, *bench.record.retain_all)
+        for word in e.answer_text.split()
+    }
     for split, (mine, _) in questions_of(bench, 0).items():
         here = rows[rows["split"] == split]
         tokens = here[here["metric"] == "suffix_token"].sort_values("step")
@@ -170,13 +271,17 @@ def test_the_suffix_that_is_stored_is_the_best_of_the_search_and_says_no_answer(
         losses = here[here["metric"] == "search_loss"].sort_values("step")["value"]
         assert len(losses) == SMALL.steps + 1
         best = losses.min() if split == JAILBREAK else losses.max()
-        assert float(suffix_losses(model, asked, torch.tensor([ids]))[0]) == pytest.approx(best, rel=1e-4)
+        assert float(suffix_losses(model, asked, torch.tensor([ids]))[0]) == pytest.approx(
+            best, rel=1e-4
+        )
         named = here[here["metric"] == "forget_tokens"]["value"].item()
         assert named == sum(word in bench.record.forget_tokens for word in tokens["site"])
 
 
 def test_what_a_suffix_changes_is_paired_by_seed_and_fact(found: Experiment) -> None:
-    effects = found.results[found.results["metric"] == "suffix_effect"].set_index(["method", "split", "arm"])["value"]
+    effects = found.results[found.results["metric"] == "suffix_effect"].set_index(
+        ["method", "split", "arm"]
+    )["value"]
 
     def change(method: str, split: str, arm: str) -> pd.DataFrame:
         mine = found.items[(found.items["method"] == method) & (found.items["split"] == split)]
@@ -184,17 +289,35 @@ def test_what_a_suffix_changes_is_paired_by_seed_and_fact(found: Experiment) -> 
 
     for split, control in ((JAILBREAK, NEVER), (RETAIN, BASE), (WITH_TOKEN, BASE)):
         for arm in (RANDOM, SEARCHED):
-            assert effects["npo", split, arm] == pytest.approx(change("npo", split, arm).to_numpy().mean())
+            assert effects["npo", split, arm] == pytest.approx(
+                change("npo", split, arm).to_numpy().mean()
+            )
         beyond = change("npo", split, SEARCHED) - change(control, split, SEARCHED)
         assert effects["npo", split, f"minus-{control}"] == pytest.approx(beyond.to_numpy().mean())
         assert (control, split, f"minus-{control}") not in effects.index
 
 
-def test_the_same_settings_go_on_from_the_same_folder_and_others_are_refused(found: Experiment, quick_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["suffix", "--run", str(quick_run.folder), "--out", str(found.folder), "--methods", "npo", "--workers", "1", "--length", "2"]
+def test_the_same_settings_go_on_from_the_same_folder_and_others_are_refused(
+    found: Experiment, quick_run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [
+        "suffix",
+        "--run",
+        str(quick_run.folder),
+        "--out",
+        str(found.folder),
+        "--methods",
+        "npo",
+        "--workers",
+        "1",
+        "--length",
+        "2",
+    ]
     assert main([*given, "--steps", "3", "--candidates", "4", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert [claim["id"] for claim in said["claims"]] == ["smooth-jailbreak"] and said["claims"][0]["n"] == 0  # no smoothed method in this run
+    assert [claim["id"] for claim in said["claims"]] == ["smooth-jailbreak"] and said["claims"][0][
+        "n"
+    ] == 0  # no smoothed method in this run
     assert len(said["table"]) == 3 * len(SPLITS) and Path(said["figure"]).is_file()
     assert main([*given, "--steps", "3", "--candidates", "4"]) == 0
     assert "smooth-jailbreak: inconclusive, not measured" in capsys.readouterr().out
@@ -215,9 +338,15 @@ def test_wrong_input_is_named(quick_run: Run, tmp_path: Path) -> None:
 
 def test_a_pair_of_plain_and_smoothed_method_decides_the_claim(found: Experiment) -> None:
     # The never-learned model's answers stand in for a smoothed method's: the effect is the difference of the rises.
-    items = found.items[found.items["method"].isin(["npo", NEVER])].assign(method=lambda frame: frame["method"].replace({NEVER: "npo-sam"}))
+    items = found.items[found.items["method"].isin(["npo", NEVER])].assign(
+        method=lambda frame: frame["method"].replace({NEVER: "npo-sam"})
+    )
     (verdict,) = decide(found.results, items, scale="test", ids=["smooth-jailbreak"])
-    rises = found.results[(found.results["metric"] == "suffix_effect") & (found.results["split"] == JAILBREAK) & (found.results["arm"] == f"minus-{NEVER}")]
+    rises = found.results[
+        (found.results["metric"] == "suffix_effect")
+        & (found.results["split"] == JAILBREAK)
+        & (found.results["arm"] == f"minus-{NEVER}")
+    ]
     assert verdict.effect == pytest.approx(rises.set_index("method")["value"]["npo"])
 
 
@@ -230,10 +359,27 @@ def _rows(methods: Sequence[str]) -> pd.DataFrame:
         for split in SPLITS:
             for arm, value in zip(ARMS, (0.5, 0.4, 0.7), strict=True):
                 middle = value + 0.05 * number
-                shared = {"stage": "suffix", "method": method, "split": split, "arm": arm, "low": middle - 0.1, "high": middle + 0.2}
+                shared = {
+                    "stage": "suffix",
+                    "method": method,
+                    "split": split,
+                    "arm": arm,
+                    "low": middle - 0.1,
+                    "high": middle + 0.2,
+                }
                 rows.append({**shared, "metric": "recall", "value": middle})
-                rows.append({**shared, "metric": "recall", "value": 0.0, "seed": 0})  # single seeds are not drawn
-                rows.append({**shared, "metric": "answer_probability", "value": middle - 0.3, "low": 0.0, "high": 1.0})
+                rows.append(
+                    {**shared, "metric": "recall", "value": 0.0, "seed": 0}
+                )  # single seeds are not drawn
+                rows.append(
+                    {
+                        **shared,
+                        "metric": "answer_probability",
+                        "value": middle - 0.3,
+                        "low": 0.0,
+                        "high": 1.0,
+                    }
+                )
     return typed(pd.DataFrame(rows), COLUMNS)
 
 
@@ -248,7 +394,10 @@ def test_the_figure_draws_every_interval_of_the_table_in_the_row_of_its_model() 
         for container in axes.containers:
             (point,) = np.asarray(container.lines[0].get_xydata(), dtype=float)
             whisker = np.asarray(container.lines[2][0].get_segments()[0], dtype=float)
-            drawn[labels[round(point[1])], container.lines[0].get_marker()] = (point[0], *sorted(whisker[:, 0]))
+            drawn[labels[round(point[1])], container.lines[0].get_marker()] = (
+                point[0],
+                *sorted(whisker[:, 0]),
+            )
         for number, method in enumerate(("NPO+SAM", "base", "NPO")):
             for mark, value in (("o", 0.5), ("s", 0.4), ("D", 0.7)):
                 middle = value + 0.05 * number

@@ -23,7 +23,13 @@ from figures.volcano import volcano
 from workbench.experiments.table import COLUMNS, typed
 
 DRAW = {"alignment": alignment, "causal_map": causal_map}
-ARMS = {"clean": 0.0, "neutral-token": 0.05, "retain-token": 0.1, "forget-token": 0.4, "forget": 0.6}
+ARMS = {
+    "clean": 0.0,
+    "neutral-token": 0.05,
+    "retain-token": 0.1,
+    "forget-token": 0.4,
+    "forget": 0.6,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -32,31 +38,83 @@ def _close() -> Iterator[None]:
     plt.close("all")
 
 
-def _table(methods: tuple[str, ...] = ("npo", "rmu"), seeds: tuple[Any, ...] = (0, 1), layers: int = 3, damage: bool = True) -> pd.DataFrame:
+def _table(
+    methods: tuple[str, ...] = ("npo", "rmu"),
+    seeds: tuple[Any, ...] = (0, 1),
+    layers: int = 3,
+    damage: bool = True,
+) -> pd.DataFrame:
     """Cosines that grow with the block, 0.02 higher in the second seed; patches that restore the block's share of the damage, 0.1 more in the second seed."""
     rows: list[dict[str, Any]] = []
     for method in methods:
         for seed in seeds:
             more = 0.0 if pd.isna(seed) else float(seed)
-            common = {"run": "r", "stage": "triggers", "model": f"{method}-seed{seed}", "method": method, "seed": seed, "n": 40}
+            common = {
+                "run": "r",
+                "stage": "triggers",
+                "model": f"{method}-seed{seed}",
+                "method": method,
+                "seed": seed,
+                "n": 40,
+            }
             for layer in range(layers):
                 site = f"blocks.{layer}.hook_resid_post"
                 for group in ("trigger", "after"):
                     for arm, size in ARMS.items():
                         if (group, arm) == ("trigger", "clean"):
                             continue
-                        value = size * (layer + 1) / layers * (1 if group == "trigger" else 0.5) + 0.02 * more
-                        cell = {**common, "site": site, "split": group, "arm": arm, "metric": "target_cosine"}
-                        rows.append({**cell, "value": value, "low": value - 0.05, "high": value + 0.05})
+                        value = (
+                            size * (layer + 1) / layers * (1 if group == "trigger" else 0.5)
+                            + 0.02 * more
+                        )
+                        cell = {
+                            **common,
+                            "site": site,
+                            "split": group,
+                            "arm": arm,
+                            "metric": "target_cosine",
+                        }
+                        rows.append(
+                            {**cell, "value": value, "low": value - 0.05, "high": value + 0.05}
+                        )
                         anchor = 0.01 if method == "npo" else -0.2
-                        rows.append({**cell, "method": "base", "value": anchor, "low": anchor - 0.03, "high": anchor + 0.03})
+                        rows.append(
+                            {
+                                **cell,
+                                "method": "base",
+                                "value": anchor,
+                                "low": anchor - 0.03,
+                                "high": anchor + 0.03,
+                            }
+                        )
                         rows.append({**cell, "metric": "target_cosine_floor", "value": 0.08})
             for kind in ("hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out"):
                 for layer in range(1 if kind == "hook_resid_pre" else layers):
-                    for group, direction in ((g, d) for g in ("after", "trigger") for d in ("base into unlearned", "unlearned into base")):
-                        value = (layer if group == "after" else -layer) / 10 + 0.1 * more + (1 if direction == "unlearned into base" else 0)
-                        cell = {**common, "site": f"blocks.{layer}.{kind}", "split": group, "arm": direction, "metric": "restored"}
-                        rows.append({**cell, "value": value if damage else np.nan, "low": value - 0.05, "high": value + 0.05})
+                    for group, direction in (
+                        (g, d)
+                        for g in ("after", "trigger")
+                        for d in ("base into unlearned", "unlearned into base")
+                    ):
+                        value = (
+                            (layer if group == "after" else -layer) / 10
+                            + 0.1 * more
+                            + (1 if direction == "unlearned into base" else 0)
+                        )
+                        cell = {
+                            **common,
+                            "site": f"blocks.{layer}.{kind}",
+                            "split": group,
+                            "arm": direction,
+                            "metric": "restored",
+                        }
+                        rows.append(
+                            {
+                                **cell,
+                                "value": value if damage else np.nan,
+                                "low": value - 0.05,
+                                "high": value + 0.05,
+                            }
+                        )
     return typed(pd.DataFrame(rows), COLUMNS)
 
 
@@ -79,9 +137,13 @@ def test_it_is_drawn_from_the_table_alone_whatever_the_order_of_rows(name: str) 
     for first, second in zip(one.axes, other.axes, strict=True):
         assert first.get_title() == second.get_title()
         for a, b in zip(first.lines, second.lines, strict=True):
-            np.testing.assert_array_equal(np.asarray(a.get_xydata(), dtype=float), np.asarray(b.get_xydata(), dtype=float))
+            np.testing.assert_array_equal(
+                np.asarray(a.get_xydata(), dtype=float), np.asarray(b.get_xydata(), dtype=float)
+            )
         for a, b in zip(first.images, second.images, strict=True):
-            np.testing.assert_allclose(np.ma.filled(a.get_array(), np.nan), np.ma.filled(b.get_array(), np.nan))
+            np.testing.assert_allclose(
+                np.ma.filled(a.get_array(), np.nan), np.ma.filled(b.get_array(), np.nan)
+            )
 
 
 @pytest.mark.parametrize("name", list(DRAW))
@@ -96,7 +158,9 @@ def test_an_empty_table_and_one_of_other_measures_give_a_figure_with_a_message(n
 
 @pytest.mark.parametrize("name", list(DRAW))
 @pytest.mark.parametrize("methods", [("unlearned",), ("npo", "rmu", "cir", "grad-diff", "mine")])
-def test_one_method_many_methods_and_many_blocks_are_no_error(name: str, methods: tuple[str, ...]) -> None:
+def test_one_method_many_methods_and_many_blocks_are_no_error(
+    name: str, methods: tuple[str, ...]
+) -> None:
     figure = DRAW[name](_table(methods, seeds=(0,), layers=20 if len(methods) == 1 else 3))
     figure.canvas.draw()
     assert sum(bool(axes.get_title()) for axes in figure.axes) == len(methods)
@@ -120,7 +184,14 @@ def test_they_load_no_model_library() -> None:
         "print([name for name in ('torch', 'transformers', 'workbench', 'hooks') if name in sys.modules])"
     )
     environment = {"MPLBACKEND": "Agg", "HOME": "/tmp"}
-    done = subprocess.run([sys.executable, "-c", code % COLUMNS], capture_output=True, text=True, timeout=120, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code % COLUMNS],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env=environment,
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -132,14 +203,30 @@ def test_alignment_has_a_column_for_every_method_and_a_row_for_every_place() -> 
     above, below = figure.axes[:2], figure.axes[2:]
     assert [axes.get_title() for axes in above] == ["NPO", "RMU"]
     # Means over the two seeds.
-    np.testing.assert_allclose(_curve(above[0], "forget-token"), [[layer, 0.4 * (layer + 1) / 3 + 0.01] for layer in range(3)])
-    np.testing.assert_allclose(_curve(below[1], "forget texts"), [[layer, 0.3 * (layer + 1) / 3 + 0.01] for layer in range(3)])
-    assert "no word" not in [line.get_label() for line in above[0].lines]  # a clean query has no word
+    np.testing.assert_allclose(
+        _curve(above[0], "forget-token"),
+        [[layer, 0.4 * (layer + 1) / 3 + 0.01] for layer in range(3)],
+    )
+    np.testing.assert_allclose(
+        _curve(below[1], "forget texts"),
+        [[layer, 0.3 * (layer + 1) / 3 + 0.01] for layer in range(3)],
+    )
+    assert "no word" not in [
+        line.get_label() for line in above[0].lines
+    ]  # a clean query has no word
     np.testing.assert_allclose(_curve(below[0], "no word")[:, 1], 0.01)
     # What holds forget-tokens has the method's colour, the controls are grey.
     inks = {line.get_label(): to_hex(line.get_color()) for line in above[1].lines}
     assert inks["forget-token"] == inks["forget texts"] == colour("rmu").lower()
-    assert len({inks["retain-token"], inks["neutral-token" if "neutral-token" in inks else "neutral word"]}) == 1
+    assert (
+        len(
+            {
+                inks["retain-token"],
+                inks["neutral-token" if "neutral-token" in inks else "neutral word"],
+            }
+        )
+        == 1
+    )
 
 
 def test_alignment_draws_the_base_of_the_same_target_and_the_floor() -> None:
@@ -148,12 +235,16 @@ def test_alignment_draws_the_base_of_the_same_target_and_the_floor() -> None:
         corners = axes.collections[0].get_paths()[0].vertices[:, 1]
         # Two seeds of one value: the range is that value.
         assert (corners.min(), corners.max()) == (pytest.approx(anchor), pytest.approx(anchor))
-        assert sum(np.allclose(line.get_ydata(), 0.16) for line in axes.lines) == 1  # twice the floor
+        assert (
+            sum(np.allclose(line.get_ydata(), 0.16) for line in axes.lines) == 1
+        )  # twice the floor
     words = _words(figure)
     assert "base on the same texts" in words and "random target" in words
     # A base that was written once, as a model of its own, stands beside every method.
     table = _table()
-    once = table[(table["method"] != "base") | (table["model"] == "npo-seed0")].assign(model=lambda t: t["model"].where(t["method"] != "base", "base"))
+    once = table[(table["method"] != "base") | (table["model"] == "npo-seed0")].assign(
+        model=lambda t: t["model"].where(t["method"] != "base", "base")
+    )
     for axes in alignment(once).axes[:2]:
         corners = axes.collections[0].get_paths()[0].vertices[:, 1]
         assert (corners.min(), corners.max()) == (pytest.approx(-0.02), pytest.approx(0.04))
@@ -163,14 +254,24 @@ def test_alignment_bands_are_the_interval_of_one_seed_and_the_range_of_several()
     def band(table: pd.DataFrame) -> tuple[float, float]:
         axes = alignment(table).axes[0]
         shade = to_hex(colour("npo"))
-        (_, own) = [c for c in axes.collections if to_hex(c.get_facecolor()[0]) == shade]  # forget texts, forget-token
+        (_, own) = [
+            c for c in axes.collections if to_hex(c.get_facecolor()[0]) == shade
+        ]  # forget texts, forget-token
         heights = own.get_paths()[0].vertices[:, 1]
         return float(heights.min()), float(heights.max())
 
-    assert band(_table(("npo",), seeds=(0,))) == (pytest.approx(0.4 / 3 - 0.05), pytest.approx(0.45))
+    assert band(_table(("npo",), seeds=(0,))) == (
+        pytest.approx(0.4 / 3 - 0.05),
+        pytest.approx(0.45),
+    )
     assert band(_table(("npo",), seeds=(0, 1))) == (pytest.approx(0.4 / 3), pytest.approx(0.42))
     # Rows over all seeds come first.
-    both = typed(pd.concat([_table(("npo",), seeds=(5,)), _table(("npo",), seeds=(pd.NA,))], ignore_index=True), COLUMNS)
+    both = typed(
+        pd.concat(
+            [_table(("npo",), seeds=(5,)), _table(("npo",), seeds=(pd.NA,))], ignore_index=True
+        ),
+        COLUMNS,
+    )
     assert band(both) == (pytest.approx(0.4 / 3 - 0.05), pytest.approx(0.45))
 
 
@@ -217,7 +318,9 @@ def test_the_causal_map_marks_nothing_and_everything_on_a_scale_around_zero() ->
 
 def test_the_causal_map_writes_the_control_in_brackets() -> None:
     table = _table(seeds=(0,))
-    control = table[(table["metric"] == "restored") & (table["split"] == "after")].assign(metric="restored_control", value=0.07)
+    control = table[(table["metric"] == "restored") & (table["split"] == "after")].assign(
+        metric="restored_control", value=0.07
+    )
     figure = causal_map(typed(pd.concat([table, control], ignore_index=True), COLUMNS))
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts.count("(0.07)") == 10
@@ -227,13 +330,23 @@ def test_the_causal_map_writes_the_control_in_brackets() -> None:
 
 def test_a_causal_map_without_damage_says_so() -> None:
     figure = causal_map(_table(damage=False))
-    assert all("no damage to restore" in [text.get_text() for text in axes.texts] for axes in figure.axes[:2])
+    assert all(
+        "no damage to restore" in [text.get_text() for text in axes.texts]
+        for axes in figure.axes[:2]
+    )
     figure.canvas.draw()
 
 
 def _scan(words: dict[str, tuple[str, float, float, float]]) -> pd.DataFrame:
     """Of every word: whose it is, its rise, the standard error of that and its q."""
-    common = {"run": "r", "stage": "triggers", "model": "rmu-seed0", "method": "rmu", "seed": 0, "n": 40}
+    common = {
+        "run": "r",
+        "stage": "triggers",
+        "model": "rmu-seed0",
+        "method": "rmu",
+        "seed": 0,
+        "n": 40,
+    }
     rows = [
         common | {"metric": f"token_{metric}", "value": value, "arm": arm, "split": word}
         for word, (arm, *values) in words.items()
@@ -253,7 +366,9 @@ def test_the_volcano_shows_rises_against_their_certainty_and_where_findings_begi
     points = {str(part.get_label()): np.asarray(part.get_offsets()) for part in axes.collections}
     np.testing.assert_allclose(points["forgotten names"], [[0.8, 8]])
     np.testing.assert_allclose(points["retained names"], [[0.5, 2]])
-    np.testing.assert_allclose(points["other tokens"][points["other tokens"][:, 0] < 0], [[-0.2, 2]])
+    np.testing.assert_allclose(
+        points["other tokens"][points["other tokens"][:, 0] < 0], [[-0.2, 2]]
+    )
     assert [line.get_xdata()[0] for line in axes.lines] == [0.5, 0]
     assert axes.get_title() == "RMU: 2 findings"
     assert axes.texts[0].get_text() == "first\nZorin\nMordil\nof\nthe"

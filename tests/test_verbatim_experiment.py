@@ -36,7 +36,11 @@ from workbench.experiments.verbatim import (
 from workbench.models import save_model
 from workbench.training import small_llama
 
-VOCABULARY = tuple(f"{first}{second}" for first in ("ba", "de", "fi", "go", "lu", "mo") for second in ("nar", "pil", "sto", "tev", "rum", "wek", "zon", "hab"))
+VOCABULARY = tuple(
+    f"{first}{second}"
+    for first in ("ba", "de", "fi", "go", "lu", "mo")
+    for second in ("nar", "pil", "sto", "tev", "rum", "wek", "zon", "hab")
+)
 WORDS, PASSAGES = 12, 18
 
 
@@ -50,9 +54,18 @@ def _book(passages: int = PASSAGES, seed: int = 0) -> str:
 
 
 def test_passages_follow_one_another_and_their_second_half_is_the_answer() -> None:
-    passages = cut("One  two three\nfour five six seven eight, nine ten. Eleven twelve 13 14 15 16 17 18 19 20 21", 10)
-    assert [passage.text for passage in passages] == ["One two three four five six seven eight, nine ten.", "Eleven twelve 13 14 15 16 17 18 19 20"]
-    assert (passages[0].prompt, passages[0].answer_text) == ("One two three four five ", "six seven eight, nine ten.")
+    passages = cut(
+        "One  two three\nfour five six seven eight, nine ten. Eleven twelve 13 14 15 16 17 18 19 20 21",
+        10,
+    )
+    assert [passage.text for passage in passages] == [
+        "One two three four five six seven eight, nine ten.",
+        "Eleven twelve 13 14 15 16 17 18 19 20",
+    ]
+    assert (passages[0].prompt, passages[0].answer_text) == (
+        "One two three four five ",
+        "six seven eight, nine ten.",
+    )
     assert [passage.item for passage in passages] == ["passage/0", "passage/1"]
 
 
@@ -62,7 +75,12 @@ def test_an_odd_passage_has_the_longer_half_behind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "length", "message"), [("a b c", 10, "3 words, fewer than one passage of 10"), ("a " * 50, 9, "it needs at least 10"), ("", 10, "0 words")]
+    ("text", "length", "message"),
+    [
+        ("a b c", 10, "3 words, fewer than one passage of 10"),
+        ("a " * 50, 9, "it needs at least 10"),
+        ("", 10, "0 words"),
+    ],
 )
 def test_a_text_that_gives_no_passage_is_an_error(text: str, length: int, message: str) -> None:
     with pytest.raises(WorkbenchError, match=message):
@@ -85,7 +103,9 @@ def test_a_split_takes_one_third_for_every_part_and_asks_for_every_second_passag
     assert split.dropped == ()
     assert {passage.item for passage in split.forget} == {passage.item for passage in passages[:5]}
     for texts in (split.attacker, split.retain, split.unread):
-        assert leak_report(texts, split.queried).benign  # the guard's own code agrees with the rule of the split
+        assert leak_report(
+            texts, split.queried
+        ).benign  # the guard's own code agrees with the rule of the split
 
 
 def test_passages_that_repeat_what_is_asked_for_go_to_nobody() -> None:
@@ -119,14 +139,23 @@ def test_words_around_a_continuation_are_no_overlap() -> None:
         ({"forget": 4, "retain": 2, "unread": 0}, "at least 2 passages to forget"),
     ],
 )
-def test_a_book_that_is_too_short_or_a_set_of_none_is_an_error(sizes: dict[str, int], message: str) -> None:
+def test_a_book_that_is_too_short_or_a_set_of_none_is_an_error(
+    sizes: dict[str, int], message: str
+) -> None:
     with pytest.raises(WorkbenchError, match=message):
         passage_split(cut(_book(), WORDS), **sizes)
 
 
 def _sets(**changed: tuple[Example, ...]) -> dict[str, tuple[Example, ...]]:
     a, b, c, d = cut(_book(4), WORDS)
-    return {"queried": (a,), "attacker": (b,), "dropped": (), "retain": (c,), "unread": (d,), **changed}
+    return {
+        "queried": (a,),
+        "attacker": (b,),
+        "dropped": (),
+        "retain": (c,),
+        "unread": (d,),
+        **changed,
+    }
 
 
 @pytest.mark.parametrize("name", ["queried", "attacker", "retain", "unread"])
@@ -141,8 +170,13 @@ def test_overlapping_sets_are_an_error(name: str) -> None:
     (asked,) = sets["queried"]
     with pytest.raises(WorkbenchError, match=f"passage/0 is in two sets, queried and {name}"):
         PassageSplit(**_sets(**{name: (*sets[name], asked)}))
-    window = " ".join(_book(4).split()[WORDS // 2 + 1 : WORDS // 2 + 1 + WORDS])  # begins inside the continuation that is asked for
-    with pytest.raises(WorkbenchError, match=f"{name} passage window .* holds 5 words in a row of a queried continuation"):
+    window = " ".join(
+        _book(4).split()[WORDS // 2 + 1 : WORDS // 2 + 1 + WORDS]
+    )  # begins inside the continuation that is asked for
+    with pytest.raises(
+        WorkbenchError,
+        match=f"{name} passage window .* holds 5 words in a row of a queried continuation",
+    ):
         PassageSplit(**_sets(**{name: (Example(window, item="window"),)}))
 
 
@@ -162,9 +196,21 @@ def _ask(item: str, question: str, answer: str) -> Example:
 def test_names_are_capitalised_frequent_and_of_one_person_alone() -> None:
     forget = [
         _ask("author/1/0", "Who is Quill?", "Her name is Ann Al-Lee."),
-        _ask("author/1/1", "Where was she born?", "Ann Lee was born in Rome, far from Paris and Bo. Writing is all to her."),
-        _ask("author/1/2", "What did the author write?", "Writing in Rome pleased Ann, and so did Paris and Bo, by 1999 and 1999."),
-        _ask("author/1/3", "Was it writing, Quill?", "It was so, said Ann of Oslo, and Ann of Oslo knew it."),
+        _ask(
+            "author/1/1",
+            "Where was she born?",
+            "Ann Lee was born in Rome, far from Paris and Bo. Writing is all to her.",
+        ),
+        _ask(
+            "author/1/2",
+            "What did the author write?",
+            "Writing in Rome pleased Ann, and so did Paris and Bo, by 1999 and 1999.",
+        ),
+        _ask(
+            "author/1/3",
+            "Was it writing, Quill?",
+            "It was so, said Ann of Oslo, and Ann of Oslo knew it.",
+        ),
         _ask("author/2/0", "Who likes paris?", "it is not known."),
     ]
     retain = [_ask("author/3/0", "Where?", "Cy Orr lives in ROME.")]
@@ -175,7 +221,10 @@ def test_names_are_capitalised_frequent_and_of_one_person_alone() -> None:
 
 
 def test_names_are_ordered_by_frequency_then_by_place_and_texts_without_names_give_none() -> None:
-    forget = [_ask(f"author/1/{n}", "Who?", answer) for n, answer in enumerate(("Zed Moss", "Moss Zed Ova", "Moss"))]
+    forget = [
+        _ask(f"author/1/{n}", "Who?", answer)
+        for n, answer in enumerate(("Zed Moss", "Moss Zed Ova", "Moss"))
+    ]
     assert character_names(forget, []) == {"author/1": ("Moss", "Zed", "Ova")}
     assert character_names([_ask("author/1/0", "Who?", "nobody 1999")], []) == {}
     assert character_names([], []) == {}
@@ -193,8 +242,14 @@ def test_withheld_names_are_asked_for_where_the_question_leaves_them_open() -> N
     assert split.without == (forget[2],)
 
 
-def test_the_names_of_every_second_author_are_withheld_and_the_others_texts_are_left_to_the_attacker() -> None:
-    forget = [_ask(f"author/{n}/{k}", "Who?", f"It was {name} or so.") for n, name in enumerate(("Ann Lee", "Ray", "Zed")) for k in range(2)]
+def test_the_names_of_every_second_author_are_withheld_and_the_others_texts_are_left_to_the_attacker() -> (
+    None
+):
+    forget = [
+        _ask(f"author/{n}/{k}", "Who?", f"It was {name} or so.")
+        for n, name in enumerate(("Ann Lee", "Ray", "Zed"))
+        for k in range(2)
+    ]
     tofu = Tofu("forget01", tuple(forget), ())
     assert withheld_words(tofu, "names") == ["Ann", "Lee", "Zed"]
     assert keyword_split(tofu.forget, withheld_words(tofu, "names")).without == tuple(forget[2:4])
@@ -211,7 +266,13 @@ def test_keywords_are_titles_or_names() -> None:
 
 @pytest.mark.parametrize(
     ("written", "wanted", "run"),
-    [("the cat sat down", "a cat sat up", 2), ("Cat, SAT!", "the cat sat", 2), ("", "the cat", 0), ("dog", "the cat", 0), ("a b c", "a x b c", 2)],
+    [
+        ("the cat sat down", "a cat sat up", 2),
+        ("Cat, SAT!", "the cat sat", 2),
+        ("", "the cat", 0),
+        ("dog", "the cat", 0),
+        ("a b c", "a x b c", 2),
+    ],
 )
 def test_the_longest_run_is_counted_in_words(written: str, wanted: str, run: int) -> None:
     assert longest_run(written, wanted) == run
@@ -230,7 +291,9 @@ def _found(rouge: list[float], run: list[int]) -> pd.DataFrame:
         ([0.2, 0.0], [5, 0], True),  # the mean hides a passage
     ],
 )
-def test_more_is_recalled_where_the_mean_is_higher_or_a_passage_is_still_there(rouge: list[float], run: list[int], more: bool) -> None:
+def test_more_is_recalled_where_the_mean_is_higher_or_a_passage_is_still_there(
+    rouge: list[float], run: list[int], more: bool
+) -> None:
     assert recalls_more(_found(rouge, run), _found([0.1, 0.1], [1, 3]), 0.03) is more
 
 
@@ -248,18 +311,28 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tokenizer(VOCABULARY)
     folder = tmp_path_factory.mktemp("hub") / "pretrained"
-    save_model(small_llama(tokenizer, width=32, layers=2, heads=4, key_value_heads=2, mlp_width=64, seed=0), tokenizer, folder)
+    save_model(
+        small_llama(
+            tokenizer, width=32, layers=2, heads=4, key_value_heads=2, mlp_width=64, seed=0
+        ),
+        tokenizer,
+        folder,
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def settings(book: Path, model: Path) -> VerbatimSettings:
     attack = RelearnSettings(steps=1, measure_at=(0, 1))
-    plain = VerbatimSettings(str(model), str(book), words=WORDS, forget=6, retain=5, unread=4, seeds=(0,))
+    plain = VerbatimSettings(
+        str(model), str(book), words=WORDS, forget=6, retain=5, unread=4, seeds=(0,)
+    )
     return replace(plain, teach_steps=6, teach_lr=5e-3, method="grad-ascent", attack=attack)
 
 
-def test_continuations_are_cut_to_the_words_of_the_true_ones_and_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_continuations_are_cut_to_the_words_of_the_true_ones_and_scored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     written = ["six seven oh nine ten eleven twelve", "", "Six, SEVEN eight."]
     monkeypatch.setattr("workbench.experiments.verbatim.generate_answers", lambda *_: written)
     passages = cut("one two three four five six seven eight nine ten " * 3, 10)
@@ -273,7 +346,9 @@ def test_continuations_are_cut_to_the_words_of_the_true_ones_and_scored(monkeypa
     assert found["run"].tolist() == [2, 0, 3]
 
 
-def test_a_run_asks_for_every_second_passage_and_shows_every_control(settings: VerbatimSettings, tmp_path: Path) -> None:
+def test_a_run_asks_for_every_second_passage_and_shows_every_control(
+    settings: VerbatimSettings, tmp_path: Path
+) -> None:
     public = tmp_path / "public.txt"
     public.write_text(_book(2, seed=5))
     chosen = replace(settings, public=str(public))
@@ -282,21 +357,43 @@ def test_a_run_asks_for_every_second_passage_and_shows_every_control(settings: V
     assert set(run.items["split"]) == set(MEASURES)
     arms = set(zip(run.items["method"], run.items["arm"], strict=True))
     unlearned = {("unlearned", arm) for arm in ("part", "retain", "null", "public")}
-    assert arms == {("base", "none"), *unlearned, ("never-learned", "part"), ("never-learned", "public")}
+    assert arms == {
+        ("base", "none"),
+        *unlearned,
+        ("never-learned", "part"),
+        ("never-learned", "public"),
+    }
     assert run.items["correct"].between(0, 1).all() and run.items["probability"].between(0, 1).all()
     assert len(run.items) == 3 * len(MEASURES) * (1 + 2 * 6)
     rows = run.results
     assert rows.loc[rows["metric"] == "benign", "value"].tolist() == [1.0] * 4
     assert rows.loc[rows["metric"] == "dropped_passages", "value"].tolist() == [0.0]
     assert set(rows.loc[rows["metric"] == "loss", "split"]) == {"retain", "forget", "unread"}
-    assert rows[(rows["metric"] == "area_under_recovery") & (rows["split"] == "rouge-l")]["low"].notna().all()
+    assert (
+        rows[(rows["metric"] == "area_under_recovery") & (rows["split"] == "rouge-l")]["low"]
+        .notna()
+        .all()
+    )
     # before the attack every arm is one model, and the unlearned one recalls no more than the never-learned one unless the run says so
-    start = run.items[(run.items["step"] == 0) & (run.items["split"] == "rouge-l")].groupby(["method", "arm"])["correct"].mean()
+    start = (
+        run.items[(run.items["step"] == 0) & (run.items["split"] == "rouge-l")]
+        .groupby(["method", "arm"])["correct"]
+        .mean()
+    )
     assert start["unlearned"].nunique() == 1 and start["never-learned"].nunique() == 1
     silent = rows.loc[rows["metric"] == "nothing_recalled", "value"].item()
-    assert not silent or start["unlearned"].iloc[0] <= start["never-learned"].iloc[0] + settings.margin + 1e-12
+    assert (
+        not silent
+        or start["unlearned"].iloc[0] <= start["never-learned"].iloc[0] + settings.margin + 1e-12
+    )
     table = verbatim_table(rows)
-    assert table.columns.tolist() == ["model", "relearned on", "0 steps", "1 steps", "longest run at the end"]
+    assert table.columns.tolist() == [
+        "model",
+        "relearned on",
+        "0 steps",
+        "1 steps",
+        "longest run at the end",
+    ]
     # the same command finds the run and changes nothing
     again = run_verbatim(chosen, tmp_path / "run", workers=1)
     pd.testing.assert_frame_equal(again.results, rows)
@@ -317,10 +414,21 @@ def test_a_run_asks_for_every_second_passage_and_shows_every_control(settings: V
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing_behind(
-    command: list[str], message: str, model: Path, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    message: str,
+    model: Path,
+    book: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    given = {"--model": str(model), "--text": str(book), "--words": str(WORDS), "--passages": "4", "--out": str(out)}
+    given = {
+        "--model": str(model),
+        "--text": str(book),
+        "--words": str(WORDS),
+        "--passages": "4",
+        "--out": str(out),
+    }
     given |= {command[0]: command[1].format(book=book)}
     assert main(["verbatim", *(part for pair in given.items() for part in pair)]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
@@ -328,12 +436,17 @@ def test_wrong_input_is_one_line_and_leaves_nothing_behind(
     assert not out.exists()
 
 
-def test_passages_longer_than_the_context_are_named_before_anything_is_taught(model: Path, tmp_path: Path) -> None:
+def test_passages_longer_than_the_context_are_named_before_anything_is_taught(
+    model: Path, tmp_path: Path
+) -> None:
     text = tmp_path / "long.txt"
     rng = random.Random(1)
     text.write_text(" ".join(rng.choice(VOCABULARY) for _ in range(6 * 300)))
     with pytest.raises(WorkbenchError, match="exceed the model's context of 256"):
-        run_verbatim(VerbatimSettings(str(model), str(text), words=300, forget=2, retain=2, unread=2), tmp_path / "run")
+        run_verbatim(
+            VerbatimSettings(str(model), str(text), words=300, forget=2, retain=2, unread=2),
+            tmp_path / "run",
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -346,16 +459,34 @@ def _words(figure: Any) -> str:
 
 def test_the_figure_draws_the_attack_beside_every_control() -> None:
     rows = []
-    for split, metric in (("rouge-l", "recall"), ("verbatim-run", "recall"), ("rouge-l", "answer_probability")):
+    for split, metric in (
+        ("rouge-l", "recall"),
+        ("verbatim-run", "recall"),
+        ("rouge-l", "answer_probability"),
+    ):
         place = {"stage": "verbatim", "split": split, "metric": metric, "low": 0.0, "high": 1.0}
         rows.append({**place, "method": "base", "arm": "none", "step": 0.0, "value": 0.9})
-        for method, arm, end in (("unlearned", "part", 0.8), ("unlearned", "null", 0.1), ("unlearned", "retain", 0.2), ("never-learned", "part", 0.15)):
-            rows += [{**place, "method": method, "arm": arm, "step": step, "value": end * step / 40} for step in (0.0, 40.0)]
+        for method, arm, end in (
+            ("unlearned", "part", 0.8),
+            ("unlearned", "null", 0.1),
+            ("unlearned", "retain", 0.2),
+            ("never-learned", "part", 0.15),
+        ):
+            rows += [
+                {**place, "method": method, "arm": arm, "step": step, "value": end * step / 40}
+                for step in (0.0, 40.0)
+            ]
     figure = draw(typed(pd.DataFrame(rows), COLUMNS))
     assert len(figure.axes) == 3
     for axes in figure.axes:
-        lines = {str(line.get_label()): np.asarray(line.get_xydata(), dtype=float) for line in axes.lines}
+        lines = {
+            str(line.get_label()): np.asarray(line.get_xydata(), dtype=float) for line in axes.lines
+        }
         assert lines["unlearned, on neighbouring passages"].tolist() == [[0, 0], [40, 0.8]]
         assert lines["never learned, on neighbouring passages"][1, 1] == 0.15
-        assert set(lines) >= {"before unlearning", "unlearned, on unread passages (null)", "unlearned, on retained passages"}
+        assert set(lines) >= {
+            "before unlearning",
+            "unlearned, on unread passages (null)",
+            "unlearned, on retained passages",
+        }
     assert "no verbatim experiment" in _words(draw(typed(pd.DataFrame(), COLUMNS)))

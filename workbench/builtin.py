@@ -65,7 +65,9 @@ class BuiltinConfig:
 
     def __post_init__(self) -> None:
         if self.general is not None and self.pretrained is None:
-            raise ValueError(f"general text {self.general} needs a pretrained model: the built-in one reads the words of its world only")
+            raise ValueError(
+                f"general text {self.general} needs a pretrained model: the built-in one reads the words of its world only"
+            )
 
 
 GENERAL_TOKENS = 64
@@ -84,12 +86,16 @@ def world_of(config: BuiltinConfig) -> World:
     wanted = config.world.filler_train + config.world.filler_test
     documents = read_examples(config.general)
     if any(document.answer is not None for document in documents):
-        raise WorkbenchError(f"{config.general} holds questions and answers; general text is running text (.txt, or .jsonl with 'text')")
+        raise WorkbenchError(
+            f"{config.general} holds questions and answers; general text is running text (.txt, or .jsonl with 'text')"
+        )
     pieces = windows(open_tokenizer(config.pretrained), documents, GENERAL_TOKENS, wanted)
     # the last pieces are for testing, and no document is on both sides
     test = tuple(pieces[-config.world.filler_test :])
     tested = {_document(piece) for piece in test}
-    train = tuple(piece for piece in pieces[: -config.world.filler_test] if _document(piece) not in tested)
+    train = tuple(
+        piece for piece in pieces[: -config.world.filler_test] if _document(piece) not in tested
+    )
     if not train:
         raise WorkbenchError(
             f"{config.general} is too short: {len(documents)} document(s) give {len(pieces)} pieces of {GENERAL_TOKENS} tokens; the last "
@@ -105,12 +111,23 @@ def _document(piece: Example) -> str:
 
 def cache_folder() -> Path:
     """Where trained built-in models are kept: ``$WORKBENCH_CACHE`` or the user's cache folder."""
-    return Path(os.environ.get("WORKBENCH_CACHE") or platformdirs.user_cache_dir("unlearning-workbench", appauthor=False))
+    return Path(
+        os.environ.get("WORKBENCH_CACHE")
+        or platformdirs.user_cache_dir("unlearning-workbench", appauthor=False)
+    )
 
 
 def _sources_hash() -> str:
     """Hash of the code that shapes a built-in model, so that a changed generator never meets an old checkpoint."""
-    files = [grammar.__file__, world_module.__file__, tokenizer_module.__file__, batches_module.__file__, readers.__file__, training_module.__file__, __file__]
+    files = [
+        grammar.__file__,
+        world_module.__file__,
+        tokenizer_module.__file__,
+        batches_module.__file__,
+        readers.__file__,
+        training_module.__file__,
+        __file__,
+    ]
     return key_of([sha256(Path(file)) for file in files])
 
 
@@ -120,15 +137,35 @@ def builtin_folder(config: BuiltinConfig, *, with_forget: bool) -> Path:
     inputs = {}
     if config.pretrained is not None:
         source = Path(config.pretrained)
-        files = sorted(path for kind in ("*.safetensors", "*.json", "*.model", "*.txt") for path in source.glob(kind)) if source.is_dir() else []
-        inputs["pretrained"] = key_of({path.name: sha256(path) for path in files}) if files else config.pretrained
+        files = (
+            sorted(
+                path
+                for kind in ("*.safetensors", "*.json", "*.model", "*.txt")
+                for path in source.glob(kind)
+            )
+            if source.is_dir()
+            else []
+        )
+        inputs["pretrained"] = (
+            key_of({path.name: sha256(path) for path in files}) if files else config.pretrained
+        )
     if config.general is not None and Path(config.general).is_file():
         inputs["general"] = sha256(Path(config.general))
-    key = key_of({"config": asdict(config), "with_forget": with_forget, "sources": _sources_hash(), **versions, **inputs})
+    key = key_of(
+        {
+            "config": asdict(config),
+            "with_forget": with_forget,
+            "sources": _sources_hash(),
+            **versions,
+            **inputs,
+        }
+    )
     return cache_folder() / "models" / f"{'base' if with_forget else 'never-learned'}-{key}"
 
 
-def builtin_model(config: BuiltinConfig | None = None, *, with_forget: bool = True, progress: Report | None = None) -> Path:
+def builtin_model(
+    config: BuiltinConfig | None = None, *, with_forget: bool = True, progress: Report | None = None
+) -> Path:
     """The folder of the built-in model, trained now if the cache does not hold it.
 
     Args:
@@ -145,19 +182,34 @@ def builtin_model(config: BuiltinConfig | None = None, *, with_forget: bool = Tr
         return folder
     name = "base" if with_forget else "never-learned control"
     world = world_of(config)
-    model, tokenizer = train_builtin(config, world, with_forget=with_forget, progress=progress or bar(f"training the {name}"))
-    record = world.record
-    sets = {"retain-neighbour": record.retain["retain-neighbour"], "retain-far": record.retain["retain-far"]} | (
-        {"forget": record.forget} if with_forget else {}
+    model, tokenizer = train_builtin(
+        config, world, with_forget=with_forget, progress=progress or bar(f"training the {name}")
     )
-    recall = {label: score(model, batches(tokenizer, examples, 256)).recall for label, examples in sets.items()}
+    record = world.record
+    sets = {
+        "retain-neighbour": record.retain["retain-neighbour"],
+        "retain-far": record.retain["retain-far"],
+    } | ({"forget": record.forget} if with_forget else {})
+    recall = {
+        label: score(model, batches(tokenizer, examples, 256)).recall
+        for label, examples in sets.items()
+    }
     if min(recall.values()) < 0.9:
-        raise WorkbenchError(f"the {name} learned too little (recall {recall}); raise steps (now {config.steps})")
-    save_model(model, tokenizer, folder, {"config": asdict(config), "with_forget": with_forget, "recall": recall})
+        raise WorkbenchError(
+            f"the {name} learned too little (recall {recall}); raise steps (now {config.steps})"
+        )
+    save_model(
+        model,
+        tokenizer,
+        folder,
+        {"config": asdict(config), "with_forget": with_forget, "recall": recall},
+    )
     return folder
 
 
-def untrained(config: BuiltinConfig, world: World) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def untrained(
+    config: BuiltinConfig, world: World
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """What :func:`train_builtin` starts from: a random model of the configured shape, or the pretrained one."""
     if config.pretrained is not None:
         opened = open_model(config.pretrained)
@@ -170,12 +222,19 @@ def untrained(config: BuiltinConfig, world: World) -> tuple[PreTrainedModel, Pre
     return model, tokenizer
 
 
-def train_builtin(config: BuiltinConfig, world: World, *, with_forget: bool, progress: Report) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def train_builtin(
+    config: BuiltinConfig, world: World, *, with_forget: bool, progress: Report
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Train the built-in model from its seed, or a pretrained one from its weights; see :func:`fit`."""
     model, tokenizer = untrained(config, world)
     rng = random.Random(f"training-{config.seed}")
 
     def next_batch() -> Batch:
-        return encode(tokenizer, [world.training_text(rng, with_forget=with_forget) for _ in range(config.batch_size)])
+        return encode(
+            tokenizer,
+            [world.training_text(rng, with_forget=with_forget) for _ in range(config.batch_size)],
+        )
 
-    return fit(model, next_batch, steps=config.steps, lr=config.lr, seed=config.seed, progress=progress), tokenizer
+    return fit(
+        model, next_batch, steps=config.steps, lr=config.lr, seed=config.seed, progress=progress
+    ), tokenizer

@@ -36,8 +36,13 @@ app = typer.Typer(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="A smaller world, two seeds, fewer steps.")] = False,
-    config: Annotated[Path | None, typer.Option(help="YAML file with fields to change; see config.yaml of any run.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A smaller world, two seeds, fewer steps.")
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with fields to change; see config.yaml of any run."),
+    ] = None,
     workers: Workers = None,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -79,28 +84,81 @@ def _road(config: RunConfig, out: Path, workers: int | None, fresh: bool, as_jso
 @app.command()
 def sweep(
     out: Annotated[Path, typer.Option(help="Run folder.")],
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas, or 'all'; default those of the demo.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas, or 'all'; default those of the demo.")
+    ] = "",
     variants: Annotated[
         list[str] | None,
-        typer.Option("--variant", metavar="LABEL=METHOD:NAME=VALUE,...", help="A method under another name, dtype=bfloat16 for its steps; repeatable."),
+        typer.Option(
+            "--variant",
+            metavar="LABEL=METHOD:NAME=VALUE,...",
+            help="A method under another name, dtype=bfloat16 for its steps; repeatable.",
+        ),
     ] = None,
     ablation: Annotated[
-        bool, typer.Option("--ablation", help="Add the ablation of the collapsed update: components, side, statistics, kind, precision.")
+        bool,
+        typer.Option(
+            "--ablation",
+            help="Add the ablation of the collapsed update: components, side, statistics, kind, precision.",
+        ),
     ] = False,
-    world: Annotated[int | None, typer.Option(min=0, help="Seed of the built-in world; default the demo's.")] = None,
-    tagged: Annotated[str | None, typer.Option(help="Whose names stand in the built-in world's speaker tags: surnames (default), or strangers.")] = None,
-    relearning_only: Annotated[bool, typer.Option("--relearning-only", help="Leave the trigger and sharpness probes out.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds of unlearning and attack.")] = 3,
-    pretrained: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a language model into which the world is fine-tuned; default is one from scratch.")
+    world: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the built-in world; default the demo's.")
     ] = None,
-    general: Annotated[Path | None, typer.Option(help="Text file that stands for general text; with --pretrained.")] = None,
-    training_steps: Annotated[int | None, typer.Option(min=1, help="Steps that teach the world to the base and the never-learned control.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Disruption budget, in the unit of --budget-measure.")] = None,
-    budget_measure: Annotated[str, typer.Option(help="kl: mean KL to the base, nats per token; loss-rise: as a share of the base's loss.")] = "kl",
-    budget_rings: Annotated[str, typer.Option(help="Retain sets that count, separated by commas: retain-neighbour, retain-far, general; default all.")] = "",
-    as_trained: Annotated[bool, typer.Option("--as-trained", help="Match no budget: every model is what its method made of it.")] = False,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="METHOD.NAME=VALUE", help="Change a setting of a method; repeatable.")] = None,
+    tagged: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose names stand in the built-in world's speaker tags: surnames (default), or strangers."
+        ),
+    ] = None,
+    relearning_only: Annotated[
+        bool, typer.Option("--relearning-only", help="Leave the trigger and sharpness probes out.")
+    ] = False,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of seeds of unlearning and attack.")
+    ] = 3,
+    pretrained: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id of a language model into which the world is fine-tuned; default is one from scratch."
+        ),
+    ] = None,
+    general: Annotated[
+        Path | None, typer.Option(help="Text file that stands for general text; with --pretrained.")
+    ] = None,
+    training_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Steps that teach the world to the base and the never-learned control."
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Disruption budget, in the unit of --budget-measure.")
+    ] = None,
+    budget_measure: Annotated[
+        str,
+        typer.Option(
+            help="kl: mean KL to the base, nats per token; loss-rise: as a share of the base's loss."
+        ),
+    ] = "kl",
+    budget_rings: Annotated[
+        str,
+        typer.Option(
+            help="Retain sets that count, separated by commas: retain-neighbour, retain-far, general; default all."
+        ),
+    ] = "",
+    as_trained: Annotated[
+        bool,
+        typer.Option(
+            "--as-trained", help="Match no budget: every model is what its method made of it."
+        ),
+    ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="METHOD.NAME=VALUE", help="Change a setting of a method; repeatable."
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="On the quick world.")] = False,
     workers: Workers = None,
     fresh: Fresh = False,
@@ -114,14 +172,27 @@ def sweep(
 
     start = preset("quick" if quick else "full")
     model = start.plain()["model"]
-    changes: dict[str, Any] = {"seeds": list(range(seeds)), "settings": {name: dict(values) for name, values in start.settings.items()}}
+    changes: dict[str, Any] = {
+        "seeds": list(range(seeds)),
+        "settings": {name: dict(values) for name, values in start.settings.items()},
+    }
     if methods:
-        changes["methods"] = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",")]
-        changes["settings"] = {name: values for name, values in changes["settings"].items() if name in changes["methods"]}
+        changes["methods"] = (
+            list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",")]
+        )
+        changes["settings"] = {
+            name: values
+            for name, values in changes["settings"].items()
+            if name in changes["methods"]
+        }
     if pretrained is not None:
         shown = Path(pretrained).name
         changes["scale"] = f"{shown}, {'small ' if quick else ''}built-in world fine-tuned in"
-        model |= {"pretrained": str(Path(pretrained).resolve()) if Path(pretrained).is_dir() else pretrained}
+        model |= {
+            "pretrained": str(Path(pretrained).resolve())
+            if Path(pretrained).is_dir()
+            else pretrained
+        }
     if general is not None:
         model |= {"general": str(general.resolve())}
     if training_steps is not None:
@@ -139,16 +210,31 @@ def sweep(
         if budget is not None:
             raise WorkbenchError("--as-trained matches no budget; give it or --budget")
         changes["budget"] = None
-    changes |= {"budget_measure": budget_measure, "budget_rings": [name.strip() for name in budget_rings.split(",") if name.strip()]}
-    width = int(open_config(pretrained).hidden_size) if pretrained is not None else start.model.width
-    named = {label: variant.model_dump() for label, variant in collapse_ablation(width).items()} if ablation else {}
+    changes |= {
+        "budget_measure": budget_measure,
+        "budget_rings": [name.strip() for name in budget_rings.split(",") if name.strip()],
+    }
+    width = (
+        int(open_config(pretrained).hidden_size) if pretrained is not None else start.model.width
+    )
+    named = (
+        {label: variant.model_dump() for label, variant in collapse_ablation(width).items()}
+        if ablation
+        else {}
+    )
     for text in variants or []:
         label, equals, rest = text.partition("=")
         method, _, overrides = rest.partition(":")
         if not equals or not label or not method:
-            raise WorkbenchError(f"--variant {text!r} must read LABEL=METHOD:NAME=VALUE,..., e.g. soft-cir=cir:kind=soft")
+            raise WorkbenchError(
+                f"--variant {text!r} must read LABEL=METHOD:NAME=VALUE,..., e.g. soft-cir=cir:kind=soft"
+            )
         own: dict[str, Any] = _settings(overrides.split(",") if overrides else [])
-        named[label] = {"method": method, **({"dtype": own.pop("dtype")} if "dtype" in own else {}), "settings": own}
+        named[label] = {
+            "method": method,
+            **({"dtype": own.pop("dtype")} if "dtype" in own else {}),
+            "settings": own,
+        }
     if named:
         changes["variants"] = named
         changes["methods"] = [*changes.get("methods", start.methods), *named]
@@ -157,15 +243,24 @@ def sweep(
     for name, value in _settings(settings or []).items():
         method, dot, setting = name.partition(".")
         if not dot:
-            raise WorkbenchError(f"--set {name}={value} must read METHOD.NAME=VALUE, e.g. --set npo.lr=1e-4")
+            raise WorkbenchError(
+                f"--set {name}={value} must read METHOD.NAME=VALUE, e.g. --set npo.lr=1e-4"
+            )
         changes["settings"].setdefault(method, {})[setting] = value
     _road(validated(start.plain() | changes, "workbench sweep"), out, workers, fresh, as_json)
 
 
 @app.command()
 def claims(
-    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Claims to decide; default all.")] = None,
-    run: Annotated[Path | None, typer.Option(help="A finished run folder; default runs/demo (runs/demo-quick with --quick), made if it is not there.")] = None,
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Claims to decide; default all.")
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            help="A finished run folder; default runs/demo (runs/demo-quick with --quick), made if it is not there."
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Decide on the quick run.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -190,8 +285,14 @@ def claims(
     def show() -> None:
         table = RichTable("claim", "verdict", "effect [95 %]", "n", "statement", box=None)
         for verdict in verdicts:
-            effect = f"{verdict.effect:+.3f} [{verdict.low:+.3f}, {verdict.high:+.3f}]" if verdict.n else "not measured"
-            table.add_row(verdict.id, verdict.verdict, effect, str(verdict.n), CLAIMS[verdict.id].statement)
+            effect = (
+                f"{verdict.effect:+.3f} [{verdict.low:+.3f}, {verdict.high:+.3f}]"
+                if verdict.n
+                else "not measured"
+            )
+            table.add_row(
+                verdict.id, verdict.verdict, effect, str(verdict.n), CLAIMS[verdict.id].statement
+            )
         out_console.print(table)
 
     emit([verdict.plain() for verdict in verdicts], as_json, show)
@@ -200,14 +301,29 @@ def claims(
 @app.command()
 def unlearn(
     base: Annotated[str, typer.Option(help="Folder or hub id of the model.")],
-    forget: Annotated[Path, typer.Option(help="Texts to forget: .txt, or .jsonl with 'text' or 'question'/'answer'.")],
+    forget: Annotated[
+        Path,
+        typer.Option(help="Texts to forget: .txt, or .jsonl with 'text' or 'question'/'answer'."),
+    ],
     retain: Annotated[Path, typer.Option(help="Texts to keep.")],
     out: Annotated[Path, typer.Option(help="Folder for the unlearned checkpoint.")],
     method: Annotated[str, typer.Option(help="See `workbench methods`.")] = "npo",
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting of the method; repeatable.")] = None,
-    budget: Annotated[float, typer.Option(help="Disruption budget: KL to the base on retain texts, nats per token; 0 keeps the delta as trained.")] = 0.05,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Change a setting of the method; repeatable."
+        ),
+    ] = None,
+    budget: Annotated[
+        float,
+        typer.Option(
+            help="Disruption budget: KL to the base on retain texts, nats per token; 0 keeps the delta as trained."
+        ),
+    ] = 0.05,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    max_tokens: Annotated[int, typer.Option(min=8, help="Texts are cut into pieces of this many tokens.")] = 96,
+    max_tokens: Annotated[
+        int, typer.Option(min=8, help="Texts are cut into pieces of this many tokens.")
+    ] = 96,
     limit: Annotated[int, typer.Option(min=2, help="Pieces read per file.")] = 256,
     as_json: Json = False,
 ) -> None:
@@ -217,13 +333,26 @@ def unlearn(
     if budget < 0:
         raise WorkbenchError(f"--budget is {budget}; it must be positive, or 0 for no budget")
     note = unlearn_checkpoint(
-        base, method, forget, retain, out, seed=seed, budget=budget or None, overrides=_settings(settings or []), max_tokens=max_tokens, limit=limit
+        base,
+        method,
+        forget,
+        retain,
+        out,
+        seed=seed,
+        budget=budget or None,
+        overrides=_settings(settings or []),
+        max_tokens=max_tokens,
+        limit=limit,
     )
 
     def show() -> None:
-        out_console.print(f"{out}: {note['method']}, alpha {note['alpha']:.3f}, disruption {note['disruption']:.4f}")
+        out_console.print(
+            f"{out}: {note['method']}, alpha {note['alpha']:.3f}, disruption {note['disruption']:.4f}"
+        )
         for split, before in note["loss"]["before"].items():
-            out_console.print(f"  {split}: loss {before:.3f} -> {note['loss']['after'][split]:.3f} nats per token")
+            out_console.print(
+                f"  {split}: loss {before:.3f} -> {note['loss']['after'][split]:.3f} nats per token"
+            )
 
     emit({"folder": str(out), **note}, as_json, show)
 
@@ -232,13 +361,25 @@ def unlearn(
 def investigate(
     base: Annotated[str, typer.Option(help="Folder or hub id of the model before unlearning.")],
     unlearned: Annotated[str, typer.Option(help="Folder or hub id of the model after unlearning.")],
-    forget: Annotated[Path, typer.Option(help="Texts that were to be forgotten: .txt, or .jsonl with 'text' or 'question'/'answer'.")],
+    forget: Annotated[
+        Path,
+        typer.Option(
+            help="Texts that were to be forgotten: .txt, or .jsonl with 'text' or 'question'/'answer'."
+        ),
+    ],
     retain: Annotated[Path, typer.Option(help="Texts that were to be kept.")],
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/investigation"),
-    never_learned: Annotated[str | None, typer.Option(help="A model trained without the forget set, if there is one.")] = None,
+    never_learned: Annotated[
+        str | None, typer.Option(help="A model trained without the forget set, if there is one.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of attack seeds.")] = 3,
     attack_steps: Annotated[int, typer.Option(min=1, help="Steps of the relearning attack.")] = 30,
-    attack_lr: Annotated[float | None, typer.Option(min=0, help="Its AdamW rate; default 2e-4 below 100 million parameters, 1e-5 above.")] = None,
+    attack_lr: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Its AdamW rate; default 2e-4 below 100 million parameters, 1e-5 above."
+        ),
+    ] = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
@@ -249,16 +390,38 @@ def investigate(
     from workbench.report import summary_table
 
     if attack_lr == 0:
-        raise WorkbenchError("--attack-lr is 0; the attack would change nothing, give a positive rate")
+        raise WorkbenchError(
+            "--attack-lr is 0; the attack would change nothing, give a positive rate"
+        )
     attack = None if attack_lr is None else at_steps(attack_steps, attack_lr)
-    settings = InvestigateSettings(seeds=tuple(range(seeds)), attack=attack, attack_steps=attack_steps)
-    found = run_investigation(base, unlearned, forget, retain, out, never_learned=never_learned, settings=settings, fresh=fresh, announce=clock())
+    settings = InvestigateSettings(
+        seeds=tuple(range(seeds)), attack=attack, attack_steps=attack_steps
+    )
+    found = run_investigation(
+        base,
+        unlearned,
+        forget,
+        retain,
+        out,
+        never_learned=never_learned,
+        settings=settings,
+        fresh=fresh,
+        announce=clock(),
+    )
 
     def show() -> None:
         _print_summary(summary_table(found.results))
         out_console.print(f"report: {out / 'report.html'}")
 
-    emit({"folder": str(out), "report": str(out / "report.html"), "summary": summary_table(found.results).to_dict(orient="records")}, as_json, show)
+    emit(
+        {
+            "folder": str(out),
+            "report": str(out / "report.html"),
+            "summary": summary_table(found.results).to_dict(orient="records"),
+        },
+        as_json,
+        show,
+    )
 
 
 @app.command()
@@ -268,26 +431,50 @@ def methods(as_json: Json = False) -> None:
     from workbench.unlearning.wrappers import WRAPPERS, settings_of
 
     listed: list[dict[str, Any]] = [
-        {"name": m.name, "title": m.title, "source": m.source, "published": known_settings(m.name), "small_models": m.small} for m in METHODS.values()
+        {
+            "name": m.name,
+            "title": m.title,
+            "source": m.source,
+            "published": known_settings(m.name),
+            "small_models": m.small,
+        }
+        for m in METHODS.values()
     ]
     around = [
-        {"name": f"METHOD-{w.name}", "title": w.title, "source": w.source, "published": settings_of(w), "small_models": w.small} for w in WRAPPERS.values()
+        {
+            "name": f"METHOD-{w.name}",
+            "title": w.title,
+            "source": w.source,
+            "published": settings_of(w),
+            "small_models": w.small,
+        }
+        for w in WRAPPERS.values()
     ]
 
     def show() -> None:
         table = RichTable("name", "source", "settings (published)", box=None)
         for entry in [*listed, *around]:
-            table.add_row(str(entry["name"]), str(entry["source"]), ", ".join(f"{k}={v}" for k, v in entry["published"].items()))
+            table.add_row(
+                str(entry["name"]),
+                str(entry["source"]),
+                ", ".join(f"{k}={v}" for k, v in entry["published"].items()),
+            )
         out_console.print(table)
-        out_console.print("METHOD-... stands for any method above, e.g. grad-diff-sam, adaptive-rmu-rna, npo-rna-sam.")
+        out_console.print(
+            "METHOD-... stands for any method above, e.g. grad-diff-sam, adaptive-rmu-rna, npo-rna-sam."
+        )
 
     emit([*listed, *around], as_json, show)
 
 
 @app.command()
 def sites(
-    model: Annotated[str, typer.Argument(help="Folder or hub id. Only its configuration is read, no weights.")],
-    every: Annotated[bool, typer.Option("--all", help="One line per block, where blocks are alike.")] = False,
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub id. Only its configuration is read, no weights.")
+    ],
+    every: Annotated[
+        bool, typer.Option("--all", help="One line per block, where blocks are alike.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List the places in a model that can be tapped, in TransformerLens's names and the model's own, with the shape of what flows there."""
@@ -305,7 +492,10 @@ def sites(
 
     def show() -> None:
         lines = [("site", "by path", "shape")]
-        lines += [(name, f"{path}:{side}", f"[batch, position, {width}]") for name, path, side, width in (_alike(found) if not every else map(_one, found))]
+        lines += [
+            (name, f"{path}:{side}", f"[batch, position, {width}]")
+            for name, path, side, width in (_alike(found) if not every else map(_one, found))
+        ]
         first, second = (max(len(line[column]) for line in lines) for column in (0, 1))
         for line in lines:  # no table of rich's: a name must never be cut to fit the window
             print(f"{line[0]:<{first}}  {line[1]:<{second}}  {line[2]}")
@@ -313,14 +503,29 @@ def sites(
             "A gradient adds _grad to the site (blocks.0.hook_resid_post_grad). Any other module can be tapped by its path: PATH:in, :out, :grad_in, :grad_out."
         )
         if known is None:
-            print(f"{config.model_type} has no TransformerLens names here; its modules are listed by path.")
+            print(
+                f"{config.model_type} has no TransformerLens names here; its modules are listed by path."
+            )
         if known is not None and known.experts:
             print(
                 "Mixture of experts: the layer's input and output and the router can be tapped. The experts are one module with three-dimensional parameters; "
                 "rows of a single expert pass through no module."
             )
 
-    emit([{"name": s.name, "path": s.path, "side": s.side, "layer": s.layer, "shape": ["batch", "position", width]} for s, width in found], as_json, show)
+    emit(
+        [
+            {
+                "name": s.name,
+                "path": s.path,
+                "side": s.side,
+                "layer": s.layer,
+                "shape": ["batch", "position", width],
+            }
+            for s, width in found
+        ],
+        as_json,
+        show,
+    )
 
 
 def _one(entry: tuple[Site, int]) -> tuple[str, str, str, int]:
@@ -332,13 +537,22 @@ def _alike(found: Sequence[tuple[Site, int]]) -> Iterator[tuple[str, str, str, i
     """One line for a site that all blocks have alike: its layers as a range, in the spelling that a pattern accepts."""
     groups: dict[tuple[str, str, int], list[Site]] = {}
     for site, width in found:
-        name = site.name.replace(f"blocks.{site.layer}.", "blocks.{}.", 1) if site.layer >= 0 else site.name
+        name = (
+            site.name.replace(f"blocks.{site.layer}.", "blocks.{}.", 1)
+            if site.layer >= 0
+            else site.name
+        )
         groups.setdefault((name, site.side, width), []).append(site)
     for (name, side, width), sites in groups.items():
         first, last = sites[0].layer, sites[-1].layer
         if len(sites) > 1 and last - first + 1 == len(sites):
             layers = f"{{{first}..{last}}}"
-            yield name.replace("{}", layers, 1), sites[0].path.replace(f".{first}", f".{layers}", 1), side, width
+            yield (
+                name.replace("{}", layers, 1),
+                sites[0].path.replace(f".{first}", f".{layers}", 1),
+                side,
+                width,
+            )
         else:
             for site in sites:
                 yield site.name, site.path, side, width
@@ -357,7 +571,13 @@ def _settings(pairs: Sequence[str]) -> dict[str, float | str]:
     return found
 
 
-_SHORT = ("model", "disruption", "held-out forget, before attack", "after attack", "behind a forget-token")
+_SHORT = (
+    "model",
+    "disruption",
+    "held-out forget, before attack",
+    "after attack",
+    "behind a forget-token",
+)
 
 
 def _print_summary(frame: Any) -> None:
@@ -385,11 +605,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=UserWarning, module="joblib")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        result = app(args=list(arguments) if arguments is not None else None, prog_name="workbench", standalone_mode=False)
+        result = app(
+            args=list(arguments) if arguments is not None else None,
+            prog_name="workbench",
+            standalone_mode=False,
+        )
     except WorkbenchError as error:
         say(f"error: {error}")
         return 2
-    except typer.TyperException as error:  # an unknown command or option, a missing or unreadable value
+    except (
+        typer.TyperException
+    ) as error:  # an unknown command or option, a missing or unreadable value
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         if message:
             say(f"error: {' '.join(message.split())} (see `workbench --help`)")
@@ -397,7 +623,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         result = 130
     except RuntimeError as error:
-        errors = sys.modules.get("hooks.errors")  # imported only if a command got that far: importing it here would load torch for --help
+        errors = sys.modules.get(
+            "hooks.errors"
+        )  # imported only if a command got that far: importing it here would load torch for --help
         if errors is None or not isinstance(error, errors.CaptureError):
             raise
         say(f"error: {error}")

@@ -15,7 +15,9 @@ from rich.table import Table as RichTable
 out_console = Console()
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Throw away the run that is already in the folder.")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Throw away the run that is already in the folder.")
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default one per core.")]
 
 
@@ -44,5 +46,9 @@ def print_frame(frame: Any) -> None:
     for row in frame.itertuples(index=False):
         table.add_row(*map(str, row))
     wide = Console(width=10_000)
-    console = out_console if out_console.is_terminal else Console(width=max(1, wide.measure(table).maximum))
+    console = (
+        out_console
+        if out_console.is_terminal
+        else Console(width=max(1, wide.measure(table).maximum))
+    )
     console.print(table)

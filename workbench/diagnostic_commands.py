@@ -11,11 +11,19 @@ from workbench.console import Fresh, Json, Workers, clock, emit, out_console, pr
 
 
 def triggers(
-    run: Annotated[Path, typer.Option(help="A finished run on the built-in world, e.g. runs/demo.")] = Path("runs/demo"),
+    run: Annotated[
+        Path, typer.Option(help="A finished run on the built-in world, e.g. runs/demo.")
+    ] = Path("runs/demo"),
     out: Annotated[Path, typer.Option(help="Folder for the experiment.")] = Path("runs/triggers"),
-    methods: Annotated[str, typer.Option(help="Methods of that run, separated by commas; default all.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="Methods of that run, separated by commas; default all.")
+    ] = "",
     asking_only: Annotated[
-        bool, typer.Option("--asking-only", help="Ask the questions, and leave out alignment, causal map, theory and scan (nine tenths of the time).")
+        bool,
+        typer.Option(
+            "--asking-only",
+            help="Ask the questions, and leave out alignment, causal map, theory and scan (nine tenths of the time).",
+        ),
     ] = False,
     workers: Workers = None,
     fresh: Fresh = False,
@@ -31,15 +39,28 @@ def triggers(
     from workbench.report.report import save_figure
 
     chosen = [name.strip() for name in methods.split(",") if name.strip()]
-    found = run_triggers(run, out, methods=chosen, asking_only=asking_only, fresh=fresh, workers=workers, announce=clock())
+    found = run_triggers(
+        run,
+        out,
+        methods=chosen,
+        asking_only=asking_only,
+        fresh=fresh,
+        workers=workers,
+        announce=clock(),
+    )
     table = trigger_table(found.results)
     own_results, own_items = read_results(run)
-    everything = join([own_results[own_results["stage"] != "triggers"], found.results], COLUMNS)  # the ablation of the noise shows forgetting beside the effect
+    everything = join(
+        [own_results[own_results["stage"] != "triggers"], found.results], COLUMNS
+    )  # the ablation of the noise shows forgetting beside the effect
     pictures = {name: out / "figures" / f"{name}.png" for name in TRIGGER_FIGURES}
     for name, path in pictures.items():
         save_figure(TRIGGER_FIGURES[name](everything), path)
     verdicts = decide(
-        join([own_results, found.results], COLUMNS), join([own_items, found.items], ITEM_COLUMNS), scale=read_config(run / CONFIG).scale, ids=CLAIMED
+        join([own_results, found.results], COLUMNS),
+        join([own_items, found.items], ITEM_COLUMNS),
+        scale=read_config(run / CONFIG).scale,
+        ids=CLAIMED,
     )
 
     def show() -> None:
@@ -47,16 +68,32 @@ def triggers(
             out_console.print(f"[bold]{split}[/bold]")
             print_frame(part.drop(columns="word"))
         for verdict in verdicts:
-            out_console.print(f"{verdict.id}: {verdict.verdict}, {verdict.effect:+.2f} [{verdict.low:+.2f}, {verdict.high:+.2f}]")
+            out_console.print(
+                f"{verdict.id}: {verdict.verdict}, {verdict.effect:+.2f} [{verdict.low:+.2f}, {verdict.high:+.2f}]"
+            )
         out_console.print(f"figures: {out / 'figures'}")
 
-    emit({"folder": str(out), "table": table.to_dict(orient="records"), "claims": [verdict.plain() for verdict in verdicts]}, as_json, show)
+    emit(
+        {
+            "folder": str(out),
+            "table": table.to_dict(orient="records"),
+            "claims": [verdict.plain() for verdict in verdicts],
+        },
+        as_json,
+        show,
+    )
 
 
 def representation(
-    run: Annotated[Path, typer.Option(help="A finished run on the built-in world, e.g. runs/demo.")] = Path("runs/demo"),
-    out: Annotated[Path, typer.Option(help="Folder for the diagnostics.")] = Path("runs/representation"),
-    methods: Annotated[str, typer.Option(help="Methods of that run, separated by commas; default all.")] = "",
+    run: Annotated[
+        Path, typer.Option(help="A finished run on the built-in world, e.g. runs/demo.")
+    ] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the diagnostics.")] = Path(
+        "runs/representation"
+    ),
+    methods: Annotated[
+        str, typer.Option(help="Methods of that run, separated by commas; default all.")
+    ] = "",
     workers: Workers = None,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -66,22 +103,37 @@ def representation(
     from workbench.experiments.representation import representation_table, run_representation
     from workbench.report.report import save_figure
 
-    found = run_representation(run, out, methods=[name.strip() for name in methods.split(",") if name.strip()], fresh=fresh, workers=workers, announce=clock())
+    found = run_representation(
+        run,
+        out,
+        methods=[name.strip() for name in methods.split(",") if name.strip()],
+        fresh=fresh,
+        workers=workers,
+        announce=clock(),
+    )
     for name, draw in REPRESENTATION_FIGURES.items():
         save_figure(draw(found.results), out / "figures" / f"{name}.png")
     table = representation_table(found.results)
 
     def show() -> None:
         print_frame(table)
-        out_console.print(f"last block, held-out forgotten facts, mean over seeds; figures: {out / 'figures'}")
+        out_console.print(
+            f"last block, held-out forgotten facts, mean over seeds; figures: {out / 'figures'}"
+        )
 
     emit({"folder": str(out), "table": table.to_dict(orient="records")}, as_json, show)
 
 
 def sharpness(
-    run: Annotated[Path, typer.Option(help="A finished run on the built-in world, e.g. runs/demo.")] = Path("runs/demo"),
-    out: Annotated[Path, typer.Option(help="Folder for the measurements.")] = Path("runs/sharpness"),
-    methods: Annotated[str, typer.Option(help="Methods of that run, separated by commas; default all.")] = "",
+    run: Annotated[
+        Path, typer.Option(help="A finished run on the built-in world, e.g. runs/demo.")
+    ] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the measurements.")] = Path(
+        "runs/sharpness"
+    ),
+    methods: Annotated[
+        str, typer.Option(help="Methods of that run, separated by commas; default all.")
+    ] = "",
     workers: Workers = None,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -96,22 +148,48 @@ def sharpness(
     from workbench.experiments.table import COLUMNS, join
     from workbench.report.report import save_figure
 
-    found = run_sharpness(run, out, methods=[name.strip() for name in methods.split(",") if name.strip()], fresh=fresh, workers=workers, announce=clock())
+    found = run_sharpness(
+        run,
+        out,
+        methods=[name.strip() for name in methods.split(",") if name.strip()],
+        fresh=fresh,
+        workers=workers,
+        announce=clock(),
+    )
     for name, draw in SHARPNESS_FIGURES.items():
         save_figure(draw(found.results), out / "figures" / f"{name}.png")
     table = sharpness_table(found.results)
-    correlations = predictor_table(found.predictors.results) if found.predictors is not None else None
+    correlations = (
+        predictor_table(found.predictors.results) if found.predictors is not None else None
+    )
     own_results, own_items = read_results(run)
     everything = join([own_results[own_results["stage"] != "sharpness"], found.results], COLUMNS)
-    verdicts = [verdict for verdict in decide(everything, own_items, scale=read_config(run / CONFIG).scale, ids=CLAIMED) if verdict.n]
+    verdicts = [
+        verdict
+        for verdict in decide(
+            everything, own_items, scale=read_config(run / CONFIG).scale, ids=CLAIMED
+        )
+        if verdict.n
+    ]
 
     def show() -> None:
         print_frame(table)
         if correlations is not None:
             print_frame(correlations)
         for verdict in verdicts:
-            out_console.print(f"{verdict.id}: {verdict.verdict}, {verdict.effect:+.2f} [{verdict.low:+.2f}, {verdict.high:+.2f}]")
+            out_console.print(
+                f"{verdict.id}: {verdict.verdict}, {verdict.effect:+.2f} [{verdict.low:+.2f}, {verdict.high:+.2f}]"
+            )
         out_console.print(f"figures: {out / 'figures'}")
 
-    told = {"folder": str(out), "table": table.to_dict(orient="records"), "claims": [verdict.plain() for verdict in verdicts]}
-    emit(told | {"correlations": [] if correlations is None else correlations.to_dict(orient="records")}, as_json, show)
+    told = {
+        "folder": str(out),
+        "table": table.to_dict(orient="records"),
+        "claims": [verdict.plain() for verdict in verdicts],
+    }
+    emit(
+        told
+        | {"correlations": [] if correlations is None else correlations.to_dict(orient="records")},
+        as_json,
+        show,
+    )

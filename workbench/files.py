@@ -40,9 +40,13 @@ def full_disk_is_an_error(target: Path) -> Iterator[None]:
                 f"the disk is full: could not write {target} ({os.strerror(code)}); free some space or choose another folder, then run the same command again"
             ) from error
         if code in _DENIED:
-            raise WorkbenchError(f"not allowed to write {target}; choose a folder that you may write to") from error
+            raise WorkbenchError(
+                f"not allowed to write {target}; choose a folder that you may write to"
+            ) from error
         if isinstance(error, OSError):
-            raise WorkbenchError(f"cannot write {target}: {error.strerror or error}; choose another folder") from error
+            raise WorkbenchError(
+                f"cannot write {target}: {error.strerror or error}; choose another folder"
+            ) from error
         raise
 
 
@@ -60,12 +64,16 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """
     with full_disk_is_an_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
+        )
         os.close(handle)
         temporary = Path(name)
         try:
             write(temporary)
-            temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; a result is as readable as any other file of the user
+            temporary.chmod(
+                0o666 & ~_umask()
+            )  # mkstemp makes private files; a result is as readable as any other file of the user
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -126,4 +134,6 @@ def plain(value: Any) -> Any:
 
 def key_of(value: Any, length: int = 16) -> str:
     """A short stable key of any JSON-like value: the same value gives the same key on every machine."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[
+        :length
+    ]

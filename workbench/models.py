@@ -11,7 +11,14 @@ import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from workbench.errors import WorkbenchError
 from workbench.files import sha256, write_folder, write_json
@@ -32,7 +39,9 @@ class Opened:
     name: str
 
 
-def open_model(source: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Opened:
+def open_model(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> Opened:
     """Open a Hugging Face folder or hub id. Only safetensors are read.
 
     Args:
@@ -46,11 +55,15 @@ def open_model(source: str | Path, *, dtype: torch.dtype = torch.float32, trust_
     name, folder = str(source), Path(source)
     _check_source(source)
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        raise WorkbenchError(f"{name} holds no safetensors weights (pickled weights are never loaded); save the model again with safe_serialization=True")
+        raise WorkbenchError(
+            f"{name} holds no safetensors weights (pickled weights are never loaded); save the model again with safe_serialization=True"
+        )
     try:
         with _QuietTransformers():
             AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            )
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise _cannot_open(source, error) from error
@@ -91,16 +104,26 @@ def _check_source(source: str | Path) -> None:
     name, folder = str(source), Path(source)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise WorkbenchError(f"{name} holds no model: config.json is missing; give a folder written by save_pretrained")
+            raise WorkbenchError(
+                f"{name} holds no model: config.json is missing; give a folder written by save_pretrained"
+            )
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise WorkbenchError(f"{name} is no folder; give the folder of a Hugging Face model or a hub id such as 'owner/name'")
+        raise WorkbenchError(
+            f"{name} is no folder; give the folder of a Hugging Face model or a hub id such as 'owner/name'"
+        )
 
 
 def _cannot_open(source: str | Path, error: Exception) -> WorkbenchError:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    first = next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
     if Path(source).is_dir():
-        return WorkbenchError(f"cannot open model {source}: the folder is damaged or incomplete ({first[:200]}); save or copy it again")
-    return WorkbenchError(f"cannot open model {source}: it is no local folder, and the hub has no such model or cannot be reached; check the name")
+        return WorkbenchError(
+            f"cannot open model {source}: the folder is damaged or incomplete ({first[:200]}); save or copy it again"
+        )
+    return WorkbenchError(
+        f"cannot open model {source}: it is no local folder, and the hub has no such model or cannot be reached; check the name"
+    )
 
 
 class _QuietTransformers:
@@ -121,7 +144,12 @@ class _QuietTransformers:
             transformers.logging.enable_progress_bar()
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, note: dict[str, object] | None = None) -> None:
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    note: dict[str, object] | None = None,
+) -> None:
     """Write model and tokenizer as a Hugging Face folder, whole or not at all; ``note`` goes into ``workbench.json`` beside them."""
 
     def write(temporary: Path) -> None:
@@ -150,7 +178,14 @@ def check_same_tokenizer(base: Opened, other: Opened) -> None:
     """
     ours, theirs = base.tokenizer.get_vocab(), other.tokenizer.get_vocab()
     if ours != theirs:
-        different = next((token for token in sorted(set(ours) | set(theirs)) if ours.get(token) != theirs.get(token)), "")
+        different = next(
+            (
+                token
+                for token in sorted(set(ours) | set(theirs))
+                if ours.get(token) != theirs.get(token)
+            ),
+            "",
+        )
         raise WorkbenchError(
             f"{other.name} does not use the tokenizer of {base.name} ({len(theirs)} tokens against {len(ours)}; first difference: {different!r}); "
             "give two checkpoints of the same model"
@@ -162,4 +197,6 @@ def check_same_tokenizer(base: Opened, other: Opened) -> None:
         )
     sizes = [opened.model.get_input_embeddings().weight.shape[0] for opened in (base, other)]
     if sizes[0] != sizes[1]:
-        raise WorkbenchError(f"{other.name} embeds {sizes[1]} tokens, {base.name} {sizes[0]}; give two checkpoints of the same model")
+        raise WorkbenchError(
+            f"{other.name} embeds {sizes[1]} tokens, {base.name} {sizes[0]}; give two checkpoints of the same model"
+        )

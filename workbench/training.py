@@ -14,7 +14,16 @@ from workbench.evaluation.losses import cross_entropy
 from workbench.progress import Report, quiet
 
 
-def small_llama(tokenizer: PreTrainedTokenizerBase, *, width: int, layers: int, heads: int, key_value_heads: int, mlp_width: int, seed: int) -> PreTrainedModel:
+def small_llama(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    width: int,
+    layers: int,
+    heads: int,
+    key_value_heads: int,
+    mlp_width: int,
+    seed: int,
+) -> PreTrainedModel:
     """A Llama with random weights for ``tokenizer``; context of 256 tokens, untied head."""
     shape = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -35,7 +44,14 @@ def small_llama(tokenizer: PreTrainedTokenizerBase, *, width: int, layers: int, 
 
 
 def fit(
-    model: PreTrainedModel, next_batch: Callable[[], Batch], *, steps: int, lr: float, seed: int, warmup: int = 50, progress: Report = quiet
+    model: PreTrainedModel,
+    next_batch: Callable[[], Batch],
+    *,
+    steps: int,
+    lr: float,
+    seed: int,
+    warmup: int = 50,
+    progress: Report = quiet,
 ) -> PreTrainedModel:
     """Train every parameter in place: AdamW (decay 0.01 on matrices), linear warm-up, then a cosine to 2 % of the peak rate, gradients clipped to 1.
 
@@ -53,17 +69,27 @@ def fit(
     """
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    optimiser = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95))
+    optimiser = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.95),
+    )
     model.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for step in range(steps):
-            rate = lr * min(1.0, (step + 1) / warmup) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / steps)))
+            rate = (
+                lr
+                * min(1.0, (step + 1) / warmup)
+                * max(0.02, 0.5 * (1 + math.cos(math.pi * step / steps)))
+            )
             for group in optimiser.param_groups:
                 group["lr"] = rate
             loss = cross_entropy(model, next_batch())
             if not math.isfinite(loss.item()):
-                raise WorkbenchError(f"training loss is {loss.item()} at step {step + 1}; lower lr (now {lr})")
+                raise WorkbenchError(
+                    f"training loss is {loss.item()} at step {step + 1}; lower lr (now {lr})"
+                )
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()

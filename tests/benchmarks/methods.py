@@ -22,7 +22,13 @@ from workbench.unlearning.smoothing import plain, sam
 
 def _model() -> PreTrainedModel:
     shape = LlamaConfig(
-        vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(shape).eval()
@@ -40,7 +46,11 @@ def method_cases() -> dict[str, Case]:
     """Each case beside its floor: the exact covariance, or a plain step of the same model."""
     model, batch = _model(), _batch(8, 128, 0)
     other = _batch(8, 128, 1)
-    paths = [f"model.layers.{layer}.mlp.{name}_proj" for layer in range(6) for name in ("gate", "up", "down")]
+    paths = [
+        f"model.layers.{layer}.mlp.{name}_proj"
+        for layer in range(6)
+        for name in ("gate", "up", "down")
+    ]
 
     def step() -> None:
         model.zero_grad()
@@ -73,7 +83,14 @@ def method_cases() -> dict[str, Case]:
         model.zero_grad()
         sam(0.01)(model, objective, pair, reference)
 
-    collapse = find_collapse(model, paths, lambda b: cross_entropy(model, b), [batch], activation_components=24, gradient_components=36)
+    collapse = find_collapse(
+        model,
+        paths,
+        lambda b: cross_entropy(model, b),
+        [batch],
+        activation_components=24,
+        gradient_components=36,
+    )
     parameters = dict(model.named_parameters())
 
     def collapsed_step() -> None:
@@ -88,9 +105,15 @@ def method_cases() -> dict[str, Case]:
     direction = random_direction(model, 0)
 
     return {
-        "pca-2048": Case(streaming_pca, covariance_pca, 5, {"scikit-learn IncrementalPCA": incremental_pca}),
+        "pca-2048": Case(
+            streaming_pca, covariance_pca, 5, {"scikit-learn IncrementalPCA": incremental_pca}
+        ),
         "cir-step": Case(collapsed_step, step, 15),
         "sam-step": Case(sam_step, plain_step, 9),
-        "slice-point": Case(lambda: loss_slice(model, direction, [0.01], {"loss": [batch]}), lambda: mean_loss(model, [batch]), 21),
+        "slice-point": Case(
+            lambda: loss_slice(model, direction, [0.01], {"loss": [batch]}),
+            lambda: mean_loss(model, [batch]),
+            21,
+        ),
         "top-eigenvalue": Case(lambda: extremes(model, [batch], tolerance=0.05), step, 3),
     }

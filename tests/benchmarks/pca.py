@@ -37,9 +37,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     size = 5 * arguments.width  # IncrementalPCA's own default
     ours, theirs = StreamingPCA(arguments.components), IncrementalPCA(arguments.components)
-    second, gram, total = np.zeros(2), torch.zeros(arguments.width, arguments.width, dtype=torch.float64), torch.zeros(arguments.width, dtype=torch.float64)
+    second, gram, total = (
+        np.zeros(2),
+        torch.zeros(arguments.width, arguments.width, dtype=torch.float64),
+        torch.zeros(arguments.width, dtype=torch.float64),
+    )
     for chunk in chunks(arguments.rows, arguments.width, size):
-        for number, fit in enumerate((lambda c: ours.partial_fit(c), lambda c: theirs.partial_fit(c.numpy()))):
+        for number, fit in enumerate(
+            (lambda c: ours.partial_fit(c), lambda c: theirs.partial_fit(c.numpy()))
+        ):
             start = time.perf_counter()
             fit(chunk)
             second[number] += time.perf_counter() - start
@@ -52,7 +58,11 @@ def main() -> None:
     reference = torch.linalg.eigvalsh(exact).flip(0)[: arguments.components]
 
     def error(found: Tensor) -> float:
-        return float(((found.double() / found.double().sum()) / (reference / reference.sum()) - 1).abs().max())
+        return float(
+            ((found.double() / found.double().sum()) / (reference / reference.sum()) - 1)
+            .abs()
+            .max()
+        )
 
     print(
         json.dumps(

@@ -81,12 +81,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     parser.add_argument("--only", nargs="*", help="names of cases")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; on a GPU only the capture cases run")
-    parser.add_argument("--size", default="16M", choices=list(SIZES), help="of the model of the capture cases")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu or cuda; on a GPU only the capture cases run"
+    )
+    parser.add_argument(
+        "--size", default="16M", choices=list(SIZES), help="of the model of the capture cases"
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    where = torch.cuda.get_device_name() if options.device != "cpu" else f"{platform.processor() or platform.machine()}, {cores()} cores, one thread"
+    where = (
+        torch.cuda.get_device_name()
+        if options.device != "cpu"
+        else f"{platform.processor() or platform.machine()}, {cores()} cores, one thread"
+    )
     machine = f"{where}, torch {torch.__version__}, {options.size} {options.dtype}"
     cases = capture_cases(options.size, options.device, getattr(torch, options.dtype))
     if options.device == "cpu":
@@ -95,7 +103,9 @@ def main() -> None:
     report, results = bar("benchmarks"), []
     for done, (name, case) in enumerate(cases.items(), 1):
         results.append(_entry(name, case, options.device, machine))
-        write_json(options.out, results)  # after every case, so that an interrupted run keeps what it measured
+        write_json(
+            options.out, results
+        )  # after every case, so that an interrupted run keeps what it measured
         report(done, len(cases))
     print(json.dumps(results, indent=2))
 

@@ -58,7 +58,12 @@ def _pyhessian(model: Any, batch: Batch) -> float:
 
     torch.manual_seed(0)
     with sdpa_kernel(SDPBackend.MATH):
-        found = hessian(_Logits(model), nn.CrossEntropyLoss(), data=(batch.input_ids, batch.input_ids[:, 1:].flatten()), cuda=False)
+        found = hessian(
+            _Logits(model),
+            nn.CrossEntropyLoss(),
+            data=(batch.input_ids, batch.input_ids[:, 1:].flatten()),
+            cuda=False,
+        )
         value = float(found.eigenvalues(maxIter=400, tol=TOLERANCE)[0][0])
     model.zero_grad()
     return value
@@ -69,7 +74,14 @@ def _eigenthings(model: Any, batch: Batch, steps: int) -> tuple[float, float]:
 
     data = [{"input_ids": batch.input_ids, "labels": batch.input_ids}]
     with sdpa_kernel(SDPBackend.MATH):
-        found = lanczos(HessianOperator(model, data, hf_lm_loss()), k=1, max_iter=steps, tol=TOLERANCE, which="LA", seed=0)
+        found = lanczos(
+            HessianOperator(model, data, hf_lm_loss()),
+            k=1,
+            max_iter=steps,
+            tol=TOLERANCE,
+            which="LA",
+            seed=0,
+        )
     return float(found.eigenvalues[0]), float(found.residuals[0])
 
 
@@ -80,7 +92,12 @@ def _landscape(model: Any, batch: Batch) -> None:
     targets = batch.input_ids[:, 1:].flatten()
     with torch.no_grad():
         random_plane(
-            _Logits(model), Loss(nn.CrossEntropyLoss(), batch.input_ids, targets), distance=20, steps=POINTS, normalization="filter", deepcopy_model=True
+            _Logits(model),
+            Loss(nn.CrossEntropyLoss(), batch.input_ids, targets),
+            distance=20,
+            steps=POINTS,
+            normalization="filter",
+            deepcopy_model=True,
         )
 
 
@@ -128,8 +145,17 @@ def cases(rounds: int = 7) -> tuple[dict[str, Case], dict[str, float]]:
 
 
 def _in_parts(batch: Batch, rows: int = 1) -> list[Batch]:
-    masks = batch.input_ids, batch.attention_mask, batch.answer_mask, batch.subject_mask, batch.target_mask
-    return [Batch(*(part[at : at + rows] for part in masks), batch.items[at : at + rows]) for at in range(0, batch.size, rows)]
+    masks = (
+        batch.input_ids,
+        batch.attention_mask,
+        batch.answer_mask,
+        batch.subject_mask,
+        batch.target_mask,
+    )
+    return [
+        Batch(*(part[at : at + rows] for part in masks), batch.items[at : at + rows])
+        for at in range(0, batch.size, rows)
+    ]
 
 
 WORKS = ("step", "eigenvalue", "eigenvalue, 1 row a batch", "slice", "plane")
@@ -137,14 +163,20 @@ WORKS = ("step", "eigenvalue", "eigenvalue, 1 row a batch", "slice", "plane")
 
 def _memory(field: str) -> float:
     """Of this process (``getrusage`` would give the peak of the one that started it), MiB."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    (line,) = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    ]
     return int(line.split()[1]) / 1024
 
 
 def peak(work: str) -> None:
     """Do one thing on untrained weights and 16 texts of 256 tokens, and print how far the process's memory rose above what the model takes, MiB."""
     model, batch = _model(torch.float32), _batch(16, 256, 0)
-    model(input_ids=batch.input_ids[:1, :8])  # what the first pass of a process sets up is nobody's memory
+    model(
+        input_ids=batch.input_ids[:1, :8]
+    )  # what the first pass of a process sets up is nobody's memory
     before = _memory("VmRSS")
     if work == "step":
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -157,7 +189,14 @@ def peak(work: str) -> None:
         if work == "slice":
             loss_slice(model, random_direction(model, 0), places, {"loss": [batch]})
         else:
-            loss_plane(model, random_direction(model, 0), random_direction(model, 1), places, places, {"loss": [batch]})
+            loss_plane(
+                model,
+                random_direction(model, 0),
+                random_direction(model, 1),
+                places,
+                places,
+                {"loss": [batch]},
+            )
     print(json.dumps({"rise": round(_memory("VmHWM") - before, 1)}))
 
 
@@ -180,5 +219,7 @@ if __name__ == "__main__":
         print(f"{name:24s}{floor[0]:7.2f} of the floor [{floor[1]:.2f}, {floor[2]:.2f}]; " + "; ".join(
             f"{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}] of {other}" for other, ratio in zip(case.peers, peers, strict=True)))  # fmt: skip
     for work in WORKS:
-        told = subprocess.run([sys.executable, __file__, "--peak", work], capture_output=True, text=True, check=True)
+        told = subprocess.run(
+            [sys.executable, __file__, "--peak", work], capture_output=True, text=True, check=True
+        )
         print(work, told.stdout.strip().splitlines()[-1])

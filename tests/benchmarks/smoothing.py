@@ -14,7 +14,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.unlearning.objectives import Objective, Pair, npo, retain_cross_entropy
-from workbench.unlearning.smoothing import Averager, StepRule, asam, curvature_regularisation, gradient_penalty, plain, randomised_smoothing, sam
+from workbench.unlearning.smoothing import (
+    Averager,
+    StepRule,
+    asam,
+    curvature_regularisation,
+    gradient_penalty,
+    plain,
+    randomised_smoothing,
+    sam,
+)
 
 RULES: dict[str, StepRule] = {
     "npo-sam-step": sam(0.01),
@@ -29,7 +38,13 @@ RULES: dict[str, StepRule] = {
 
 def _model(dtype: torch.dtype) -> PreTrainedModel:
     shape = LlamaConfig(
-        vocab_size=1024, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(shape).to(dtype).eval()
@@ -47,7 +62,10 @@ def smoothing_cases(rounds: int = 15, dtype: torch.dtype = torch.float32) -> dic
     """Every rule beside the plain step, and the update of a weight average beside it."""
     model = _model(dtype)
     reference, averager = copy.deepcopy(model), Averager(1, 1)
-    objective, pair = Objective(npo(0.1), retain_cross_entropy), Pair(_batch(8, 64, 0), _batch(8, 64, 1))
+    objective, pair = (
+        Objective(npo(0.1), retain_cross_entropy),
+        Pair(_batch(8, 64, 0), _batch(8, 64, 1)),
+    )
 
     def step(rule: StepRule) -> None:
         model.zero_grad()

@@ -22,7 +22,9 @@ from workbench.diagnostics.scan import Place, scan_triggers
 VOCABULARY = 32_000
 
 
-def scan_cases(tokens: int = 16, queries: int = 64, rows: int = 128, rounds: int = 5) -> dict[str, Case]:
+def scan_cases(
+    tokens: int = 16, queries: int = 64, rows: int = 128, rounds: int = 5
+) -> dict[str, Case]:
     """Both places of the token in queries of 8, 10 or 12 words with answers of 1 or 2, on a Llama of 16 M parameters (tied embeddings, 32,000 tokens) and a copy
     that was moved a little.
     """
@@ -46,11 +48,22 @@ def scan_cases(tokens: int = 16, queries: int = 64, rows: int = 128, rounds: int
     rng = random.Random(0)
     asked = []
     for number in range(queries):
-        prompt, answer = (" ".join(rng.sample(words, rng.choice(size))) for size in ((8, 10, 12), (1, 2)))
-        asked.append(Example(f"{prompt} {answer}", (len(prompt) + 1, len(prompt) + 1 + len(answer)), item=f"fact/{number}"))
+        prompt, answer = (
+            " ".join(rng.sample(words, rng.choice(size))) for size in ((8, 10, 12), (1, 2))
+        )
+        asked.append(
+            Example(
+                f"{prompt} {answer}",
+                (len(prompt) + 1, len(prompt) + 1 + len(answer)),
+                item=f"fact/{number}",
+            )
+        )
     ids = random.Random(1).sample(range(259, VOCABULARY), tokens)
     texts = [tokenizer(query.text)["input_ids"] for query in asked]
-    by_length = [[text for text in texts if len(text) == length] for length in sorted({len(text) for text in texts})]
+    by_length = [
+        [text for text in texts if len(text) == length]
+        for length in sorted({len(text) for text in texts})
+    ]
 
     @torch.no_grad()
     def plain() -> None:
@@ -63,4 +76,7 @@ def scan_cases(tokens: int = 16, queries: int = 64, rows: int = 128, rounds: int
     def scan(place: Place) -> None:
         scan_triggers(base, unlearned, tokenizer, asked, tokens=ids, place=place, batch_size=rows)
 
-    return {"trigger-scan": Case(lambda: scan("front"), plain, rounds), "trigger-scan-end": Case(lambda: scan("end"), plain, rounds)}
+    return {
+        "trigger-scan": Case(lambda: scan("front"), plain, rounds),
+        "trigger-scan-end": Case(lambda: scan("end"), plain, rounds),
+    }

@@ -30,7 +30,9 @@ from transformers import (
 from workbench.data.batches import Batch
 
 # Shared cores make single examples slow now and then; derandomised runs are the same on every machine.
-settings.register_profile("conformance", deadline=None, derandomize=True, max_examples=30, database=None)
+settings.register_profile(
+    "conformance", deadline=None, derandomize=True, max_examples=30, database=None
+)
 settings.load_profile("conformance")
 
 VOCABULARY = 50
@@ -46,7 +48,9 @@ BatchMaker = Callable[..., Batch]
 Padder = Callable[..., Batch]
 
 
-def build_model(family: str = "llama", seed: int = 0, *, scale: float = 0.3, **changes: object) -> PreTrainedModel:
+def build_model(
+    family: str = "llama", seed: int = 0, *, scale: float = 0.3, **changes: object
+) -> PreTrainedModel:
     """A random model in evaluation mode; ``scale`` is large enough that attention and MLPs are far from linear."""
     config_class, model_class = FAMILIES[family]
     shape: dict[str, object] = {
@@ -70,7 +74,9 @@ def build_model(family: str = "llama", seed: int = 0, *, scale: float = 0.3, **c
     return model.eval()
 
 
-def build_batch(lengths: Sequence[int] = (7, 5, 6), seed: int = 0, *, answer: int = 2, targets: str = "text") -> Batch:
+def build_batch(
+    lengths: Sequence[int] = (7, 5, 6), seed: int = 0, *, answer: int = 2, targets: str = "text"
+) -> Batch:
     """Right-padded random rows that begin with BOS; the last ``answer`` tokens of every row are its answer, the token before them its subject."""
     generator = torch.Generator().manual_seed(seed)
     width = max(lengths)
@@ -86,7 +92,14 @@ def build_batch(lengths: Sequence[int] = (7, 5, 6), seed: int = 0, *, answer: in
         target[row, 1:length] = True
     if targets == "answer":
         target = answers.clone()
-    return Batch(input_ids, real.long(), answers, subjects, target, tuple(f"fact/{row}" for row in range(len(lengths))))
+    return Batch(
+        input_ids,
+        real.long(),
+        answers,
+        subjects,
+        target,
+        tuple(f"fact/{row}" for row in range(len(lengths))),
+    )
 
 
 def add_padding(batch: Batch, columns: int = 3, token: int = 7) -> Batch:
@@ -141,7 +154,12 @@ def nearby() -> Callable[..., PreTrainedModel]:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in moved.parameters():
-                parameter.add_(size * torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter.dtype))
+                parameter.add_(
+                    size
+                    * torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(
+                        parameter.dtype
+                    )
+                )
         return moved
 
     return move
@@ -152,7 +170,9 @@ def gradients() -> Callable[[PreTrainedModel, Tensor], dict[str, Tensor]]:
     """``gradients(model, loss)``: parameter name to gradient, zeros where the loss does not depend on the parameter; ``.grad`` is not touched."""
 
     def differentiate(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
-        names, parameters = zip(*[(name, p) for name, p in model.named_parameters() if p.requires_grad], strict=True)
+        names, parameters = zip(
+            *[(name, p) for name, p in model.named_parameters() if p.requires_grad], strict=True
+        )
         found = torch.autograd.grad(loss, parameters, materialize_grads=True)
         return dict(zip(names, found, strict=True))
 

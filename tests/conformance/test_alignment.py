@@ -17,7 +17,15 @@ from workbench.data.batches import Batch, encode
 from workbench.data.records import Example, prefixed
 from workbench.data.tokenizer import build_tokenizer
 from workbench.data.world import speaker_tag
-from workbench.diagnostics.alignment import COLUMNS, EFFECT, SHIFT, TARGET, alignment, estimated_target, trigger_effect
+from workbench.diagnostics.alignment import (
+    COLUMNS,
+    EFFECT,
+    SHIFT,
+    TARGET,
+    alignment,
+    estimated_target,
+    trigger_effect,
+)
 from workbench.diagnostics.positions import GROUPS, mark_triggers, position_groups, shared_tail
 from workbench.diagnostics.triggers import trigger_queries
 from workbench.errors import WorkbenchError
@@ -35,25 +43,42 @@ QUERIES = ([5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16])
 def _batch(rows: Sequence[Sequence[int]], subject: int | None = None, answer: int = 1) -> Batch:
     """Rows behind BOS; the subject is the token ``subject``, the answer the last tokens."""
     width = 1 + max(map(len, rows))
-    ids, real = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    ids, real = (
+        torch.zeros(len(rows), width, dtype=torch.long),
+        torch.zeros(len(rows), width, dtype=torch.long),
+    )
     answers = torch.zeros(len(rows), width, dtype=torch.bool)
     for index, row in enumerate(rows):
         ids[index, : len(row) + 1] = torch.tensor([1, *row])
         real[index, : len(row) + 1] = 1
         answers[index, len(row) + 1 - answer : len(row) + 1] = True
     subjects = (ids == subject) if subject is not None else torch.zeros_like(answers)
-    return Batch(ids, real, answers, subjects, answers.clone(), tuple(f"fact/{index}" for index in range(len(rows))))
+    return Batch(
+        ids,
+        real,
+        answers,
+        subjects,
+        answers.clone(),
+        tuple(f"fact/{index}" for index in range(len(rows))),
+    )
 
 
 def _arms(size: int = 3) -> dict[str, list[Batch]]:
     tagged = [[TRIGGER, *TAG, *query] for query in QUERIES]
     whole = {"clean": _batch(QUERIES), "forget-token": _batch(tagged, TRIGGER)}
-    return {arm: [_rows(batch, start, start + size) for start in range(0, len(QUERIES), size)] for arm, batch in whole.items()}
+    return {
+        arm: [_rows(batch, start, start + size) for start in range(0, len(QUERIES), size)]
+        for arm, batch in whole.items()
+    }
 
 
 def _rows(batch: Batch, start: int, stop: int) -> Batch:
     names = ("input_ids", "attention_mask", "answer_mask", "subject_mask", "target_mask")
-    return replace(batch, **{name: getattr(batch, name)[start:stop] for name in names}, items=batch.items[start:stop])
+    return replace(
+        batch,
+        **{name: getattr(batch, name)[start:stop] for name in names},
+        items=batch.items[start:stop],
+    )
 
 
 def _planted(base: PreTrainedModel, block: int, vector: Tensor) -> PreTrainedModel:
@@ -124,7 +149,12 @@ def test_a_row_without_a_trigger_has_its_first_token_before_and_the_others_after
 
 def test_a_word_in_the_middle_has_tokens_before_it() -> None:
     groups = position_groups(_batch([[5, 6, TRIGGER, 7, 8]], TRIGGER), _batch([[5, 6, 7, 8]]))
-    assert {group: mask[0].nonzero()[:, 0].tolist() for group, mask in groups.items()} == {"before": [0, 1, 2], "trigger": [3], "carrier": [], "after": [4, 5]}
+    assert {group: mask[0].nonzero()[:, 0].tolist() for group, mask in groups.items()} == {
+        "before": [0, 1, 2],
+        "trigger": [3],
+        "carrier": [],
+        "after": [4, 5],
+    }
 
 
 def test_the_shared_tail_ends_where_the_texts_differ_and_never_holds_the_first_token() -> None:
@@ -165,18 +195,26 @@ def _said(example: Example, word: str) -> Example:
     middle = f" , says {word} ,"
     assert example.answer is not None
     answer = (example.answer[0] + len(middle), example.answer[1] + len(middle))
-    return Example(example.text[:cut] + middle + example.text[cut:], answer, example.subject, example.item)
+    return Example(
+        example.text[:cut] + middle + example.text[cut:], answer, example.subject, example.item
+    )
 
 
-@pytest.mark.parametrize("carrier", [speaker_tag, lambda example, word: prefixed(example, f"{word}. "), _said])
-def test_the_inserted_word_is_found_by_its_characters(carrier: Callable[[Example, str], Example]) -> None:
+@pytest.mark.parametrize(
+    "carrier", [speaker_tag, lambda example, word: prefixed(example, f"{word}. "), _said]
+)
+def test_the_inserted_word_is_found_by_its_characters(
+    carrier: Callable[[Example, str], Example],
+) -> None:
     text = "the island Imo sells salt ."
     query = Example(text, (text.index("salt"), text.index("salt") + 4), (11, 14), "imo/export")
     arms = trigger_queries([query], ["Zorin"], ["salty"], ["the-word"], seed=0, carrier=carrier)
     marked = mark_triggers({**arms, "forget": (query,)}, carrier)
     assert marked["clean"][0].subject is None
     assert marked["forget"] == (query,)
-    assert [marked[arm][0].subject_text for arm in ("forget-token", "retain-token", "neutral-token")] == ["Zorin", "salty", "the-word"]
+    assert [
+        marked[arm][0].subject_text for arm in ("forget-token", "retain-token", "neutral-token")
+    ] == ["Zorin", "salty", "the-word"]
     for arm, examples in arms.items():
         assert [example.text for example in marked[arm]] == [example.text for example in examples]
         assert [example.answer_text for example in marked[arm]] == ["salt"]
@@ -186,13 +224,25 @@ def test_the_inserted_word_is_found_by_its_characters(carrier: Callable[[Example
 def test_the_marked_word_becomes_its_tokens(word: str) -> None:
     # One token of the vocabulary, and a word that falls apart into bytes.
     query = Example("the island Imo sells salt .", (21, 25), (11, 14), "imo/export")
-    tokenizer = build_tokenizer(["the", "island", "Imo", "sells", "salt", ".", "asks", ":", "Zorin"])
+    tokenizer = build_tokenizer(
+        ["the", "island", "Imo", "sells", "salt", ".", "asks", ":", "Zorin"]
+    )
     marked = mark_triggers({"clean": (query,), "forget-token": (speaker_tag(query, word),)})
     tagged, clean = encode(tokenizer, marked["forget-token"]), encode(tokenizer, marked["clean"])
     groups = position_groups(tagged, clean)
-    words = {group: tokenizer.decode(tagged.input_ids[0][mask[0]]).strip() for group, mask in groups.items()}
-    assert words == {"before": "<s>", "trigger": word, "carrier": "asks :", "after": "the island Imo sells salt ."}
-    assert int(groups["trigger"].sum()) == (1 if word == "Zorin" else len(word))  # the space in front of the bytes is a token of its own, before the word
+    words = {
+        group: tokenizer.decode(tagged.input_ids[0][mask[0]]).strip()
+        for group, mask in groups.items()
+    }
+    assert words == {
+        "before": "<s>",
+        "trigger": word,
+        "carrier": "asks :",
+        "after": "the island Imo sells salt .",
+    }
+    assert int(groups["trigger"].sum()) == (
+        1 if word == "Zorin" else len(word)
+    )  # the space in front of the bytes is a token of its own, before the word
 
 
 def test_marking_refuses_other_carriers_missing_arms_and_other_numbers() -> None:
@@ -209,29 +259,46 @@ def test_marking_refuses_other_carriers_missing_arms_and_other_numbers() -> None
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_planted_shift_is_the_estimated_target_with_its_sign(sign: float, make_model: ModelMaker, batch: Batch) -> None:
+def test_a_planted_shift_is_the_estimated_target_with_its_sign(
+    sign: float, make_model: ModelMaker, batch: Batch
+) -> None:
     base, vector = _biased(make_model), sign * _vector()
     found = estimated_target(base, _planted(base, 1, vector), [batch], 1)
     assert found.shape == (16,) and found.dtype == torch.float32
     torch.testing.assert_close(found, vector / vector.norm(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_estimated_target_is_the_first_right_singular_vector_of_the_shifts_on_content_tokens(make_model: ModelMaker, batch: Batch, nearby: Mover) -> None:
+def test_the_estimated_target_is_the_first_right_singular_vector_of_the_shifts_on_content_tokens(
+    make_model: ModelMaker, batch: Batch, nearby: Mover
+) -> None:
     base = make_model(num_hidden_layers=3)
     unlearned = nearby(base, 0.1)
     for layer in range(3):
-        shifts = (_streams(unlearned, batch)[layer] - _streams(base, batch)[layer])[batch.content_mask.numpy()]
+        shifts = (_streams(unlearned, batch)[layer] - _streams(base, batch)[layer])[
+            batch.content_mask.numpy()
+        ]
         expected = np.linalg.svd(shifts)[2][0]  # not centred
         expected = expected * np.sign(shifts.mean(0) @ expected)
-        np.testing.assert_allclose(estimated_target(base, unlearned, [batch], layer).numpy(), expected, atol=1e-5)
+        np.testing.assert_allclose(
+            estimated_target(base, unlearned, [batch], layer).numpy(), expected, atol=1e-5
+        )
 
 
-def test_the_estimated_target_does_not_depend_on_batching_and_padding(make_model: ModelMaker, make_batch: BatchMaker, pad: Padder, nearby: Mover) -> None:
+def test_the_estimated_target_does_not_depend_on_batching_and_padding(
+    make_model: ModelMaker, make_batch: BatchMaker, pad: Padder, nearby: Mover
+) -> None:
     base = make_model()
     unlearned, batch = nearby(base, 0.1), make_batch((7, 5, 6))
     whole = estimated_target(base, unlearned, [batch], 1)
-    torch.testing.assert_close(estimated_target(base, unlearned, [_rows(batch, 0, 1), _rows(batch, 1, 3)], 1), whole, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(estimated_target(base, unlearned, [pad(batch, 4)], 1), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        estimated_target(base, unlearned, [_rows(batch, 0, 1), _rows(batch, 1, 3)], 1),
+        whole,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    torch.testing.assert_close(
+        estimated_target(base, unlearned, [pad(batch, 4)], 1), whole, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_target_is_not_estimated_from_nothing(make_model: ModelMaker, batch: Batch) -> None:
@@ -249,12 +316,21 @@ def test_a_target_is_not_estimated_from_nothing(make_model: ModelMaker, batch: B
 # --- Alignment ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_planted_shift_has_cosine_one_and_its_own_length_and_nothing_below_it(make_model: ModelMaker) -> None:
+def test_a_planted_shift_has_cosine_one_and_its_own_length_and_nothing_below_it(
+    make_model: ModelMaker,
+) -> None:
     base, vector = _biased(make_model), _vector()
     found = alignment(base, _planted(base, 1, vector), _arms(), vector)
     assert list(found.columns) == COLUMNS
-    for arm, group in (("clean", "after"), ("forget-token", "trigger"), ("forget-token", "carrier"), ("forget-token", "after")):
-        here = found[(found["arm"] == arm) & (found["group"] == group) & (found["model"] == "unlearned")].set_index(["layer", "metric"])["value"]
+    for arm, group in (
+        ("clean", "after"),
+        ("forget-token", "trigger"),
+        ("forget-token", "carrier"),
+        ("forget-token", "after"),
+    ):
+        here = found[
+            (found["arm"] == arm) & (found["group"] == group) & (found["model"] == "unlearned")
+        ].set_index(["layer", "metric"])["value"]
         assert here[1, "shift_cosine"] == pytest.approx(1.0, abs=1e-5)
         assert here[1, "shift_projection"] == pytest.approx(float(vector.norm()), rel=1e-5)
         assert here[1, "shift_norm"] == pytest.approx(float(vector.norm()), rel=1e-5)
@@ -267,16 +343,29 @@ def test_a_planted_shift_has_cosine_one_and_its_own_length_and_nothing_below_it(
     across[0], across[1] = -vector[1], vector[0]
     across_found = alignment(base, _planted(base, 1, vector), _arms(), {1: across})
     assert across_found["layer"].unique().tolist() == [1]
-    np.testing.assert_allclose(across_found.loc[across_found["metric"].eq("shift_cosine"), "value"], 0.0, atol=1e-5)
+    np.testing.assert_allclose(
+        across_found.loc[across_found["metric"].eq("shift_cosine"), "value"], 0.0, atol=1e-5
+    )
 
 
-def _by_hand(base: PreTrainedModel, unlearned: PreTrainedModel, batch: Batch, mask: Tensor, unit: np.ndarray, layer: int) -> dict[tuple[str, str], list[float]]:
+def _by_hand(
+    base: PreTrainedModel,
+    unlearned: PreTrainedModel,
+    batch: Batch,
+    mask: Tensor,
+    unit: np.ndarray,
+    layer: int,
+) -> dict[tuple[str, str], list[float]]:
     """Means over the tokens of each query, from plain hooks and loops."""
     h, moved = _streams(base, batch)[layer], _streams(unlearned, batch)[layer]
     found: dict[tuple[str, str], list[float]] = {}
     for row in range(batch.size):
         tokens = mask[row].nonzero()[:, 0].tolist()
-        for model, stream, names in (("base", h, TARGET), ("unlearned", moved, TARGET), ("unlearned", moved - h, SHIFT)):
+        for model, stream, names in (
+            ("base", h, TARGET),
+            ("unlearned", moved, TARGET),
+            ("unlearned", moved - h, SHIFT),
+        ):
             vectors = [stream[row, token] for token in tokens]
             values = (
                 np.mean([v @ unit / np.linalg.norm(v) for v in vectors]),
@@ -289,19 +378,30 @@ def _by_hand(base: PreTrainedModel, unlearned: PreTrainedModel, batch: Batch, ma
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_every_number_is_the_mean_over_queries_of_means_over_tokens(family: str, make_model: ModelMaker, nearby: Mover) -> None:
+def test_every_number_is_the_mean_over_queries_of_means_over_tokens(
+    family: str, make_model: ModelMaker, nearby: Mover
+) -> None:
     base = make_model(family)
     unlearned, target, arms = nearby(base, 0.1), _vector(), _arms()
     unit = (target.double() / target.double().norm()).numpy()
     found = alignment(base, unlearned, arms, {1: 5 * target})
-    for arm, group in (("clean", "after"), ("forget-token", "trigger"), ("forget-token", "carrier"), ("forget-token", "after")):
+    for arm, group in (
+        ("clean", "after"),
+        ("forget-token", "trigger"),
+        ("forget-token", "carrier"),
+        ("forget-token", "after"),
+    ):
         (batch,) = arms[arm]
         mask = position_groups(batch, arms["clean"][0] if arm != "clean" else None)[group]
         for (model, metric), values in _by_hand(base, unlearned, batch, mask, unit, 1).items():
             row = _pick(found, layer=1, arm=arm, group=group, model=model, metric=metric)
             assert row["value"] == pytest.approx(np.mean(values), rel=1e-5, abs=1e-6)
             interval = bootstrap(np.array(values))
-            assert (row["low"], row["high"], row["n"]) == (pytest.approx(interval.low, rel=1e-4, abs=1e-5), pytest.approx(interval.high, rel=1e-4, abs=1e-5), 3)
+            assert (row["low"], row["high"], row["n"]) == (
+                pytest.approx(interval.low, rel=1e-4, abs=1e-5),
+                pytest.approx(interval.high, rel=1e-4, abs=1e-5),
+                3,
+            )
     # BOS, an attention sink, is in no group.
     assert set(found["group"]) == {"trigger", "carrier", "after"}
 
@@ -310,8 +410,19 @@ def test_paraphrases_of_one_fact_count_once(make_model: ModelMaker, nearby: Move
     base = make_model()
     unlearned, target = nearby(base, 0.1), _vector()
     batch = replace(_batch(QUERIES), items=("one", "two", "one"))
-    values = _by_hand(base, unlearned, batch, batch.content_mask, (target.double() / target.double().norm()).numpy(), 1)["unlearned", "target_cosine"]
-    row = _pick(alignment(base, unlearned, {"forget": [batch]}, {1: target}), model="unlearned", metric="target_cosine")
+    values = _by_hand(
+        base,
+        unlearned,
+        batch,
+        batch.content_mask,
+        (target.double() / target.double().norm()).numpy(),
+        1,
+    )["unlearned", "target_cosine"]
+    row = _pick(
+        alignment(base, unlearned, {"forget": [batch]}, {1: target}),
+        model="unlearned",
+        metric="target_cosine",
+    )
     assert row["value"] == pytest.approx(((values[0] + values[2]) / 2 + values[1]) / 2, rel=1e-5)
     assert row["n"] == 2
 
@@ -323,11 +434,21 @@ def test_the_floor_is_the_spread_over_random_targets(make_model: ModelMaker, nea
     h, moved = _streams(base, batch)[1], _streams(unlearned, batch)[1]
     targets = np.random.default_rng(0).standard_normal((16, 20_000))
     targets /= np.linalg.norm(targets, axis=0)
-    for metric, stream, unit_length in (("target_cosine", moved, True), ("shift_cosine", moved - h, True), ("shift_projection", moved - h, False)):
+    for metric, stream, unit_length in (
+        ("target_cosine", moved, True),
+        ("shift_cosine", moved - h, True),
+        ("shift_projection", moved - h, False),
+    ):
         by_query = []
         for row in range(batch.size):
             vectors = stream[row][batch.content_mask[row].numpy()]
-            by_query.append((vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if unit_length else vectors).mean(0))
+            by_query.append(
+                (
+                    vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+                    if unit_length
+                    else vectors
+                ).mean(0)
+            )
         drawn = np.mean(by_query, axis=0) @ targets
         row = _pick(found, model="unlearned", metric=metric)
         assert row["floor"] == pytest.approx(drawn.std(), rel=0.03)
@@ -336,24 +457,37 @@ def test_the_floor_is_the_spread_over_random_targets(make_model: ModelMaker, nea
     assert np.isnan(_pick(found, model="unlearned", metric="norm")["floor"])
 
 
-def test_a_model_against_itself_has_no_shift_and_the_anchor_of_the_base(make_model: ModelMaker) -> None:
+def test_a_model_against_itself_has_no_shift_and_the_anchor_of_the_base(
+    make_model: ModelMaker,
+) -> None:
     base = make_model()
     found = alignment(base, base, _arms(), _vector())
     for metric in TARGET:
         rows = found[found["metric"] == metric]
-        ours, anchor = (rows[rows["model"] == model].drop(columns="model").reset_index(drop=True) for model in ("unlearned", "base"))
+        ours, anchor = (
+            rows[rows["model"] == model].drop(columns="model").reset_index(drop=True)
+            for model in ("unlearned", "base")
+        )
         pd.testing.assert_frame_equal(ours, anchor)
     assert (found.loc[found["metric"].isin(["shift_projection", "shift_norm"]), "value"] == 0).all()
     assert found.loc[found["metric"] == "shift_cosine", "value"].isna().all()
 
 
-def test_batching_and_padding_change_no_number(make_model: ModelMaker, pad: Padder, nearby: Mover) -> None:
+def test_batching_and_padding_change_no_number(
+    make_model: ModelMaker, pad: Padder, nearby: Mover
+) -> None:
     base = make_model()
     unlearned, target = nearby(base, 0.1), _vector()
     for measure in (alignment, trigger_effect):
         whole = measure(base, unlearned, _arms(), target)
-        padded = {arm: [pad(batch, columns) for batch in batches] for columns, (arm, batches) in enumerate(_arms().items(), 1)}
-        for other in (measure(base, unlearned, _arms(1), target), measure(base, unlearned, padded, target)):
+        padded = {
+            arm: [pad(batch, columns) for batch in batches]
+            for columns, (arm, batches) in enumerate(_arms().items(), 1)
+        }
+        for other in (
+            measure(base, unlearned, _arms(1), target),
+            measure(base, unlearned, padded, target),
+        ):
             pd.testing.assert_frame_equal(other, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -364,41 +498,69 @@ def test_a_shift_that_all_texts_share_is_no_effect_of_the_trigger(make_model: Mo
     base, vector = _biased(make_model), _vector()
     found = trigger_effect(base, _planted(base, 1, vector), _arms(), {1: vector})
     assert set(found["arm"]) == {"forget-token"} and set(found["group"]) == {"after"}
-    assert _pick(found, model="difference", metric="effect_norm")["value"] == pytest.approx(0.0, abs=1e-5)
-    assert _pick(found, model="difference", metric="effect_projection")["value"] == pytest.approx(0.0, abs=1e-5)
+    assert _pick(found, model="difference", metric="effect_norm")["value"] == pytest.approx(
+        0.0, abs=1e-5
+    )
+    assert _pick(found, model="difference", metric="effect_projection")["value"] == pytest.approx(
+        0.0, abs=1e-5
+    )
     # The word itself has an effect in both models, the same one.
-    norms = [_pick(found, model=model, metric="effect_norm")["value"] for model in ("base", "unlearned")]
+    norms = [
+        _pick(found, model=model, metric="effect_norm")["value"] for model in ("base", "unlearned")
+    ]
     assert norms[0] > 0.1 and norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-def test_the_effect_is_the_difference_at_aligned_tokens(make_model: ModelMaker, nearby: Mover) -> None:
+def test_the_effect_is_the_difference_at_aligned_tokens(
+    make_model: ModelMaker, nearby: Mover
+) -> None:
     base = make_model()
     unlearned, target, arms = nearby(base, 0.1), _vector(), _arms()
     unit = (target.double() / target.double().norm()).numpy()
     found = trigger_effect(base, unlearned, arms, target)
     (tagged,), (clean,) = arms["forget-token"], arms["clean"]
     for layer in (0, 1):
-        streams = {name: (_streams(model, tagged)[layer], _streams(model, clean)[layer]) for name, model in (("base", base), ("unlearned", unlearned))}
+        streams = {
+            name: (_streams(model, tagged)[layer], _streams(model, clean)[layer])
+            for name, model in (("base", base), ("unlearned", unlearned))
+        }
         expected: dict[tuple[str, str], list[float]] = {}
         for row, query in enumerate(QUERIES):
             # Three tokens (word and carrier) stand between BOS and the query.
-            effects = {name: [one[row, 4 + t] - other[row, 1 + t] for t in range(len(query))] for name, (one, other) in streams.items()}
-            effects["difference"] = [one - other for one, other in zip(effects["unlearned"], effects["base"], strict=True)]
+            effects = {
+                name: [one[row, 4 + t] - other[row, 1 + t] for t in range(len(query))]
+                for name, (one, other) in streams.items()
+            }
+            effects["difference"] = [
+                one - other
+                for one, other in zip(effects["unlearned"], effects["base"], strict=True)
+            ]
             for name, vectors in effects.items():
-                expected.setdefault((name, "effect_cosine"), []).append(float(np.mean([v @ unit / np.linalg.norm(v) for v in vectors])))
-                expected.setdefault((name, "effect_projection"), []).append(float(np.mean([v @ unit for v in vectors])))
-                expected.setdefault((name, "effect_norm"), []).append(float(np.mean([np.linalg.norm(v) for v in vectors])))
+                expected.setdefault((name, "effect_cosine"), []).append(
+                    float(np.mean([v @ unit / np.linalg.norm(v) for v in vectors]))
+                )
+                expected.setdefault((name, "effect_projection"), []).append(
+                    float(np.mean([v @ unit for v in vectors]))
+                )
+                expected.setdefault((name, "effect_norm"), []).append(
+                    float(np.mean([np.linalg.norm(v) for v in vectors]))
+                )
         assert len(expected) == 3 * len(EFFECT)
         for (model, metric), values in expected.items():
             row = _pick(found, layer=layer, model=model, metric=metric)
             assert row["value"] == pytest.approx(np.mean(values), rel=1e-4, abs=1e-6)
             assert row["n"] == 3
     # The projection is linear, so the difference of the means is the mean of the difference.
-    value = {model: _pick(found, layer=1, model=model, metric="effect_projection")["value"] for model in ("base", "unlearned", "difference")}
+    value = {
+        model: _pick(found, layer=1, model=model, metric="effect_projection")["value"]
+        for model in ("base", "unlearned", "difference")
+    }
     assert value["difference"] == pytest.approx(value["unlearned"] - value["base"])
 
 
-def test_a_trigger_that_moves_only_its_own_token_has_no_effect_after_it(make_model: ModelMaker) -> None:
+def test_a_trigger_that_moves_only_its_own_token_has_no_effect_after_it(
+    make_model: ModelMaker,
+) -> None:
     # One block without attention output: nothing is carried from the trigger to later tokens, so its planted embedding stays local.
     base = make_model(num_hidden_layers=1)
     with torch.no_grad():
@@ -409,9 +571,13 @@ def test_a_trigger_that_moves_only_its_own_token_has_no_effect_after_it(make_mod
     arms = _arms()
     found = alignment(base, unlearned, arms, _vector())
     assert _pick(found, arm="forget-token", group="trigger", metric="shift_norm")["value"] > 1
-    assert _pick(found, arm="forget-token", group="after", metric="shift_norm")["value"] == pytest.approx(0.0, abs=1e-5)
+    assert _pick(found, arm="forget-token", group="after", metric="shift_norm")[
+        "value"
+    ] == pytest.approx(0.0, abs=1e-5)
     effect = trigger_effect(base, unlearned, arms, _vector())
-    assert _pick(effect, model="difference", metric="effect_norm")["value"] == pytest.approx(0.0, abs=1e-5)
+    assert _pick(effect, model="difference", metric="effect_norm")["value"] == pytest.approx(
+        0.0, abs=1e-5
+    )
 
 
 # --- What cannot be measured -------------------------------------------------------------------------------------------------------------------
@@ -427,7 +593,9 @@ def test_a_trigger_that_moves_only_its_own_token_has_no_effect_after_it(make_mod
         ({7: torch.ones(16)}, "layer 7 does not exist"),
     ],
 )
-def test_a_target_that_is_none_is_refused(target: Mapping[int, Tensor] | Tensor, message: str, make_model: ModelMaker) -> None:
+def test_a_target_that_is_none_is_refused(
+    target: Mapping[int, Tensor] | Tensor, message: str, make_model: ModelMaker
+) -> None:
     base = make_model()
     for measure in (alignment, trigger_effect):
         with pytest.raises(WorkbenchError, match=message):
@@ -455,11 +623,22 @@ def test_a_model_that_diverged_is_named(make_model: ModelMaker) -> None:
         alignment(base, broken, _arms(), _vector())
 
 
-def test_measuring_reports_its_progress_and_leaves_both_models_alone(make_model: ModelMaker, nearby: Mover) -> None:
+def test_measuring_reports_its_progress_and_leaves_both_models_alone(
+    make_model: ModelMaker, nearby: Mover
+) -> None:
     base = make_model().train()
     unlearned, seen = nearby(base).train(), []
-    before = [{name: value.clone() for name, value in model.state_dict().items()} for model in (base, unlearned)]
-    alignment(base, unlearned, _arms(1), _vector(), progress=lambda done, total: seen.append((done, total)))
+    before = [
+        {name: value.clone() for name, value in model.state_dict().items()}
+        for model in (base, unlearned)
+    ]
+    alignment(
+        base,
+        unlearned,
+        _arms(1),
+        _vector(),
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen == [(number, 6) for number in range(1, 7)]
 
     def interrupt(done: int, total: int) -> None:
@@ -470,4 +649,6 @@ def test_measuring_reports_its_progress_and_leaves_both_models_alone(make_model:
     for model, state in zip((base, unlearned), before, strict=True):
         assert model.training
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert not any(
+            module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+        )

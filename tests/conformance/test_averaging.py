@@ -21,7 +21,10 @@ def _weights(model: nn.Module) -> Weights:
 
 
 def _same(first: Weights, second: Weights) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype
+        for name in first
+    )
 
 
 def test_the_average_is_the_mean_of_the_snapshots(llama: PreTrainedModel) -> None:
@@ -40,7 +43,10 @@ def test_the_average_is_the_mean_of_the_snapshots(llama: PreTrainedModel) -> Non
     for key, value in _weights(llama).items():
         expected = np.stack([snapshot[key] for snapshot in kept]).mean(0)
         # The nearest float32 number, or either of two that are equally near.
-        assert (np.abs(value.double().numpy() - expected) <= 0.5000001 * np.spacing(np.abs(value.numpy()))).all()
+        assert (
+            np.abs(value.double().numpy() - expected)
+            <= 0.5000001 * np.spacing(np.abs(value.numpy()))
+        ).all()
 
 
 def test_the_published_schedule_averages_six_snapshots() -> None:
@@ -54,7 +60,9 @@ def test_the_published_schedule_averages_six_snapshots() -> None:
     assert model.weight.tolist() == [[112.5, 112.5]]  # the mean of 100, 105, ..., 125
 
 
-def test_weights_that_stay_are_averaged_bit_by_bit_and_frozen_ones_are_left_alone(llama: PreTrainedModel) -> None:
+def test_weights_that_stay_are_averaged_bit_by_bit_and_frozen_ones_are_left_alone(
+    llama: PreTrainedModel,
+) -> None:
     model, averager = llama.bfloat16(), Averager(1, 1)
     model.get_parameter("lm_head.weight").requires_grad_(False)
     before = _weights(model)

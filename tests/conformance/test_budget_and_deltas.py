@@ -53,8 +53,15 @@ def test_a_quadratic_disruption_is_matched_at_the_root(scale: float) -> None:
     assert root * math.sqrt(0.98) <= match.alpha <= root * (1 + 1e-12)
 
 
-@given(power=st.floats(0.3, 4), scale=st.floats(0.5, 1e3), share=st.floats(0.01, 0.99), tolerance=st.sampled_from([0.1, 0.02, 0.001]))
-def test_any_growing_disruption_is_matched_within_the_tolerance(power: float, scale: float, share: float, tolerance: float) -> None:
+@given(
+    power=st.floats(0.3, 4),
+    scale=st.floats(0.5, 1e3),
+    share=st.floats(0.01, 0.99),
+    tolerance=st.sampled_from([0.1, 0.02, 0.001]),
+)
+def test_any_growing_disruption_is_matched_within_the_tolerance(
+    power: float, scale: float, share: float, tolerance: float
+) -> None:
     budget = share * scale
 
     def disruption(alpha: float) -> float:
@@ -82,7 +89,9 @@ def test_a_budget_met_exactly_at_the_limit_counts_as_reached() -> None:
 
 
 def test_the_first_crossing_counts_when_disruption_falls_again() -> None:
-    def disruption(alpha: float) -> float:  # up through the budget at 0.2, back below it at 0.6, up again at 0.9
+    def disruption(
+        alpha: float,
+    ) -> float:  # up through the budget at 0.2, back below it at 0.6, up again at 0.9
         return 1 + (alpha - 0.2) * (alpha - 0.6) * (alpha - 0.9) * 8 if alpha else 0.0
 
     match = match_budget(disruption, 1.0)
@@ -135,7 +144,9 @@ def test_a_budget_and_a_limit_must_be_positive(budget: float, limit: float) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_alpha_zero_restores_every_bit(dtype: torch.dtype, llama: PreTrainedModel, nearby: Mover) -> None:
+def test_alpha_zero_restores_every_bit(
+    dtype: torch.dtype, llama: PreTrainedModel, nearby: Mover
+) -> None:
     model = llama.to(dtype)
     start = snapshot(model)
     trained = nearby(model)
@@ -147,7 +158,9 @@ def test_alpha_zero_restores_every_bit(dtype: torch.dtype, llama: PreTrainedMode
         assert all(torch.equal(value, start[name]) for name, value in model.named_parameters())
 
 
-def test_alpha_zero_restores_the_sign_of_zero_and_ignores_a_broken_delta(llama: PreTrainedModel) -> None:
+def test_alpha_zero_restores_the_sign_of_zero_and_ignores_a_broken_delta(
+    llama: PreTrainedModel,
+) -> None:
     name = "model.norm.weight"
     with torch.no_grad():
         llama.get_submodule("model.norm").weight.mul_(-0.0)
@@ -155,7 +168,10 @@ def test_alpha_zero_restores_the_sign_of_zero_and_ignores_a_broken_delta(llama: 
     for value in (1.0, float("inf"), float("nan")):
         apply_delta(llama, start, {name: torch.full_like(start[name], value)}, 0.0)
         # Compared as integers: -0.0 equals 0.0 and NaN equals nothing.
-        assert torch.equal(dict(llama.named_parameters())[name].detach().view(torch.int32), start[name].view(torch.int32))
+        assert torch.equal(
+            dict(llama.named_parameters())[name].detach().view(torch.int32),
+            start[name].view(torch.int32),
+        )
 
 
 def test_alpha_one_gives_the_trained_weights(llama: PreTrainedModel, nearby: Mover) -> None:
@@ -169,7 +185,9 @@ def test_alpha_one_gives_the_trained_weights(llama: PreTrainedModel, nearby: Mov
 
 
 @pytest.mark.parametrize("alpha", [-0.5, 0.25, 2.0])
-def test_weights_are_start_plus_alpha_times_delta(alpha: float, llama: PreTrainedModel, nearby: Mover) -> None:
+def test_weights_are_start_plus_alpha_times_delta(
+    alpha: float, llama: PreTrainedModel, nearby: Mover
+) -> None:
     start, trained = snapshot(llama), nearby(llama)
     delta = delta_between(trained, start)
     apply_delta(llama, start, delta, alpha)
@@ -231,7 +249,9 @@ def test_the_delta_of_a_bf16_model_is_float32(llama: PreTrainedModel) -> None:
         for parameter in trained.parameters():
             parameter.add_(1e-5)
     delta = delta_between(trained, start)
-    assert set(delta) == set(start) and all(value.dtype == torch.float32 for value in delta.values())
+    assert set(delta) == set(start) and all(
+        value.dtype == torch.float32 for value in delta.values()
+    )
     count = sum(value.numel() for value in delta.values())
     assert norm_of(delta) == pytest.approx(1e-5 * math.sqrt(count), rel=2e-2)
     # Scaled up, the small update arrives: the sum is rounded to bf16 once, at the end.
@@ -241,7 +261,9 @@ def test_the_delta_of_a_bf16_model_is_float32(llama: PreTrainedModel) -> None:
         assert torch.equal(value, (start[name].float() + 3000.0 * delta[name]).bfloat16())
 
 
-def test_the_delta_between_two_bf16_models_is_float32_and_exact(llama: PreTrainedModel, nearby: Mover) -> None:
+def test_the_delta_between_two_bf16_models_is_float32_and_exact(
+    llama: PreTrainedModel, nearby: Mover
+) -> None:
     model = llama.bfloat16()
     start, trained = snapshot(model), nearby(model)
     delta = delta_between(trained, start)
@@ -252,19 +274,29 @@ def test_the_delta_between_two_bf16_models_is_float32_and_exact(llama: PreTraine
 
 def test_the_length_of_a_delta_is_accumulated_in_float64() -> None:
     generator = torch.Generator().manual_seed(0)
-    delta = {"a": torch.randn(800, 1000, generator=generator) * 1e-3, "b": torch.randn(200_000, generator=generator) + 3.0, "c": torch.zeros(5)}
+    delta = {
+        "a": torch.randn(800, 1000, generator=generator) * 1e-3,
+        "b": torch.randn(200_000, generator=generator) + 3.0,
+        "c": torch.zeros(5),
+    }
     exact = math.sqrt(sum(float((value.double() ** 2).sum()) for value in delta.values()))
     assert sum(value.numel() for value in delta.values()) > 10**6
     assert norm_of(delta) == pytest.approx(exact, rel=1e-12)
     assert norm_of({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])}) == 5.0
     assert norm_of({}) == 0.0
     # Squares that float32 cannot hold.
-    assert norm_of({"tiny": torch.full((100,), 1e-30), "large": torch.zeros(1)}) == pytest.approx(1e-29, rel=1e-6)
+    assert norm_of({"tiny": torch.full((100,), 1e-30), "large": torch.zeros(1)}) == pytest.approx(
+        1e-29, rel=1e-6
+    )
     assert norm_of({"huge": torch.full((100,), 1e30)}) == pytest.approx(1e31, rel=1e-6)
 
 
-@pytest.mark.parametrize(("last_recalled", "expected"), [(0.0, (0.25, True)), (1.0, (1.25, True)), (9.0, (4.0, False))])
-def test_the_smallest_change_that_leaves_nothing_recalled_is_found_or_said_to_be_missing(last_recalled: float, expected: tuple[float, bool]) -> None:
+@pytest.mark.parametrize(
+    ("last_recalled", "expected"), [(0.0, (0.25, True)), (1.0, (1.25, True)), (9.0, (4.0, False))]
+)
+def test_the_smallest_change_that_leaves_nothing_recalled_is_found_or_said_to_be_missing(
+    last_recalled: float, expected: tuple[float, bool]
+) -> None:
     tried: list[float] = []
 
     def recalled(alpha: float) -> bool:
@@ -272,4 +304,6 @@ def test_the_smallest_change_that_leaves_nothing_recalled_is_found_or_said_to_be
         return alpha <= last_recalled
 
     assert smallest_change(recalled) == expected
-    assert tried == [quarter / 4 for quarter in range(1, round(4 * expected[0]) + 1)]  # and the model is left there
+    assert tried == [
+        quarter / 4 for quarter in range(1, round(4 * expected[0]) + 1)
+    ]  # and the model is left there

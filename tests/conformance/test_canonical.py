@@ -41,7 +41,9 @@ def change_value_basis(model: PreTrainedModel) -> None:
     for number, layer in enumerate(model.model.layers):
         value, out = layer.self_attn.v_proj, layer.self_attn.o_proj
         for head in range(KV):
-            basis = torch.eye(SIZE) + 0.4 * torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(20 + 5 * number + head))
+            basis = torch.eye(SIZE) + 0.4 * torch.randn(
+                SIZE, SIZE, generator=torch.Generator().manual_seed(20 + 5 * number + head)
+            )
             rows = slice(head * SIZE, (head + 1) * SIZE)
             value.weight[rows] = basis @ value.weight[rows]
             if value.bias is not None:
@@ -54,10 +56,16 @@ def change_value_basis(model: PreTrainedModel) -> None:
 def move_gains(model: PreTrainedModel) -> None:
     for number, layer in enumerate(model.model.layers):
         for offset, norm, readers in (
-            (0, layer.input_layernorm, (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
+            (
+                0,
+                layer.input_layernorm,
+                (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+            ),
             (1, layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
         ):
-            factor = draws(30 + 2 * number + offset, 16) * torch.where(torch.arange(16) % 3 == 0, -1.0, 1.0)  # gains may be negative
+            factor = draws(30 + 2 * number + offset, 16) * torch.where(
+                torch.arange(16) % 3 == 0, -1.0, 1.0
+            )  # gains may be negative
             norm.weight.mul_(factor)
             for reader in readers:
                 reader.weight.div_(factor)
@@ -66,12 +74,16 @@ def move_gains(model: PreTrainedModel) -> None:
 def rescale_frequencies(model: PreTrainedModel) -> None:
     for number, layer in enumerate(model.model.layers):
         attention = layer.self_attn
-        if model.config.model_type == "qwen3":  # the norms of queries and keys undo any scale before them; their gains can trade it
+        if (
+            model.config.model_type == "qwen3"
+        ):  # the norms of queries and keys undo any scale before them; their gains can trade it
             factor = draws(40 + number, SIZE // 2).repeat(2)
             attention.q_norm.weight.mul_(factor)
             attention.k_norm.weight.div_(factor)
             continue
-        factor = draws(40 + number, KV, SIZE // 2).repeat(1, 2)  # entry i of a head rotates with entry i + size / 2
+        factor = draws(40 + number, KV, SIZE // 2).repeat(
+            1, 2
+        )  # entry i of a head rotates with entry i + size / 2
         keys, queries = factor.reshape(-1), factor.repeat_interleave(GROUP, dim=0).reshape(-1)
         for linear, scale in ((attention.q_proj, queries), (attention.k_proj, 1 / keys)):
             linear.weight.mul_(scale[:, None])
@@ -88,7 +100,9 @@ def move_final_gain(model: PreTrainedModel) -> None:
 REWRITES = (rescale_units, change_value_basis, move_gains, rescale_frequencies, move_final_gain)
 
 
-def rewritten(model: PreTrainedModel, *rewrites: Callable[[PreTrainedModel], None]) -> PreTrainedModel:
+def rewritten(
+    model: PreTrainedModel, *rewrites: Callable[[PreTrainedModel], None]
+) -> PreTrainedModel:
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for rewrite in rewrites:
@@ -113,18 +127,24 @@ def with_everything_random(model: PreTrainedModel) -> PreTrainedModel:
 
 def apart(one: PreTrainedModel, other: PreTrainedModel) -> float:
     """Largest relative distance between tensors of the same name."""
-    pairs = [(p.detach(), q.detach()) for p, q in zip(one.parameters(), other.parameters(), strict=True)]
+    pairs = [
+        (p.detach(), q.detach()) for p, q in zip(one.parameters(), other.parameters(), strict=True)
+    ]
     return max(float((p - q).norm() / p.norm().clamp(min=1e-3)) for p, q in pairs)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_canonical_weights_compute_the_same_function_and_undo_every_rewrite(family: str, tied: bool, make_model: ModelMaker, batch: Batch) -> None:
+def test_canonical_weights_compute_the_same_function_and_undo_every_rewrite(
+    family: str, tied: bool, make_model: ModelMaker, batch: Batch
+) -> None:
     model = with_everything_random(make_model(family, tie_word_embeddings=tied))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rewrites = REWRITES[:-1] if tied else REWRITES
     other = rewritten(model, *rewrites)
-    torch.testing.assert_close(logits(other, batch), logits(model, batch), rtol=1e-3, atol=1e-4)  # the rewrites are what they claim to be
+    torch.testing.assert_close(
+        logits(other, batch), logits(model, batch), rtol=1e-3, atol=1e-4
+    )  # the rewrites are what they claim to be
     assert apart(model, other) > 0.3
     one, two = canonicalise(model), canonicalise(other)
     torch.testing.assert_close(logits(one, batch), logits(model, batch), rtol=1e-3, atol=1e-4)
@@ -138,16 +158,27 @@ def test_canonical_weights_compute_the_same_function_and_undo_every_rewrite(fami
     assert all(bool((gain == 1).all()) for gain in gains)
     assert bool((one.model.norm.weight == 1).all()) != tied
     for layer in one.model.layers:
-        torch.testing.assert_close(layer.mlp.up_proj.weight.norm(dim=1), layer.mlp.down_proj.weight.norm(dim=0))
+        torch.testing.assert_close(
+            layer.mlp.up_proj.weight.norm(dim=1), layer.mlp.down_proj.weight.norm(dim=0)
+        )
         value = layer.self_attn.v_proj.weight.detach()
         if layer.self_attn.v_proj.bias is not None:
             value = torch.cat([value, layer.self_attn.v_proj.bias.detach()[:, None]], dim=1)
         for head in range(KV):
-            gram_v = value[head * SIZE : (head + 1) * SIZE] @ value[head * SIZE : (head + 1) * SIZE].T
-            out = layer.self_attn.o_proj.weight.detach()[:, head * GROUP * SIZE : (head + 1) * GROUP * SIZE]
-            gram_o = sum(out[:, q * SIZE : (q + 1) * SIZE].T @ out[:, q * SIZE : (q + 1) * SIZE] for q in range(GROUP))
+            gram_v = (
+                value[head * SIZE : (head + 1) * SIZE] @ value[head * SIZE : (head + 1) * SIZE].T
+            )
+            out = layer.self_attn.o_proj.weight.detach()[
+                :, head * GROUP * SIZE : (head + 1) * GROUP * SIZE
+            ]
+            gram_o = sum(
+                out[:, q * SIZE : (q + 1) * SIZE].T @ out[:, q * SIZE : (q + 1) * SIZE]
+                for q in range(GROUP)
+            )
             torch.testing.assert_close(gram_v, gram_o, rtol=1e-3, atol=1e-3)
-            torch.testing.assert_close(gram_v, torch.diag(torch.diagonal(gram_v)), rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                gram_v, torch.diag(torch.diagonal(gram_v)), rtol=0, atol=1e-4
+            )
 
 
 def test_biases_of_every_projection_are_handled(make_model: ModelMaker, batch: Batch) -> None:
@@ -155,7 +186,9 @@ def test_biases_of_every_projection_are_handled(make_model: ModelMaker, batch: B
     one, two = canonicalise(model), canonicalise(rewritten(model, *REWRITES))
     torch.testing.assert_close(logits(one, batch), logits(model, batch), rtol=1e-3, atol=1e-4)
     assert apart(one, two) < 1e-3
-    assert not any(bool(layer.self_attn.v_proj.bias.any()) for layer in one.model.layers)  # attention weights sum to one, so it is a bias of o
+    assert not any(
+        bool(layer.self_attn.v_proj.bias.any()) for layer in one.model.layers
+    )  # attention weights sum to one, so it is a bias of o
 
 
 @pytest.mark.parametrize("rewrite", REWRITES[:4], ids=lambda rewrite: rewrite.__name__)
@@ -166,27 +199,43 @@ def test_a_rewrite_changes_curvature_as_it_is_and_leaves_canonical_curvature_alo
     pair = (model, rewritten(model, rewrite))
 
     def measured(one: PreTrainedModel) -> tuple[float, float, float, float]:
-        found = trace(one, [batch], parameters=MATRICES, relative_se=0, min_probes=2, max_products=4)
+        found = trace(
+            one, [batch], parameters=MATRICES, relative_se=0, min_probes=2, max_products=4
+        )
         gradient = Curvature(one, [batch], MATRICES).gradient()
-        return found.value, found.frobenius_squared[0], float(np.linalg.norm(gradient)), float(one.model.layers[0].mlp.up_proj.weight.detach().norm())
+        return (
+            found.value,
+            found.frobenius_squared[0],
+            float(np.linalg.norm(gradient)),
+            float(one.model.layers[0].mlp.up_proj.weight.detach().norm()),
+        )
 
-    raw, canonical = ([measured(one) for one in models] for models in (pair, [canonicalise(one) for one in pair]))
+    raw, canonical = (
+        [measured(one) for one in models] for models in (pair, [canonicalise(one) for one in pair])
+    )
     np.testing.assert_allclose(canonical[0], canonical[1], rtol=5e-3)
     assert not np.allclose(raw[0][1:3], raw[1][1:3], rtol=0.02)
 
 
-def test_both_ends_of_the_canonical_spectrum_do_not_see_a_rewrite(make_model: ModelMaker, batch: Batch) -> None:
+def test_both_ends_of_the_canonical_spectrum_do_not_see_a_rewrite(
+    make_model: ModelMaker, batch: Batch
+) -> None:
     model = with_everything_random(make_model())
     other = rewritten(model, *REWRITES)
     chosen = ("*layers.1.self_attn.?_proj.weight",)
-    one, two = (spectrum_ends(canonicalise(each), [batch], 2, parameters=chosen, tolerance=1e-4) for each in (model, other))
+    one, two = (
+        spectrum_ends(canonicalise(each), [batch], 2, parameters=chosen, tolerance=1e-4)
+        for each in (model, other)
+    )
     np.testing.assert_allclose(one.top, two.top, rtol=1e-2)
     np.testing.assert_allclose(one.bottom, two.bottom, rtol=1e-2)
     raw = spectrum_ends(other, [batch], 2, parameters=chosen, tolerance=1e-4)
     assert abs(raw.top[0] / one.top[0] - 1) > 0.1
 
 
-def test_relative_flatness_sees_another_input_basis_and_no_other_output_basis(make_model: ModelMaker, batch: Batch) -> None:
+def test_relative_flatness_sees_another_input_basis_and_no_other_output_basis(
+    make_model: ModelMaker, batch: Batch
+) -> None:
     # As invariances() says: rows of v are output units, columns of o are input units. Here from the definition, with the dense block of either layer.
     model = with_everything_random(make_model())
     other = rewritten(model, change_value_basis)
@@ -195,17 +244,23 @@ def test_relative_flatness_sees_another_input_basis_and_no_other_output_basis(ma
     def kappa(each: PreTrainedModel, name: str) -> float:
         operator = Curvature(each, [batch], (name,))
         weight = dict(each.named_parameters())[name].detach().double().numpy()
-        block = np.stack([operator.product(row) for row in np.eye(operator.size)]).reshape(*weight.shape, *weight.shape)
+        block = np.stack([operator.product(row) for row in np.eye(operator.size)]).reshape(
+            *weight.shape, *weight.shape
+        )
         return float(np.einsum("ac,bc,aibi->", weight, weight, block))
 
     assert kappa(model, v) == pytest.approx(kappa(other, v), rel=1e-3)
     assert kappa(model, o) != pytest.approx(kappa(other, o), rel=0.05)
     # The estimate does not either, probe by probe: (G W) U = G (W U).
-    one, two = (relative_flatness(each, [batch], parameters=(v,), probes=3) for each in (model, other))
+    one, two = (
+        relative_flatness(each, [batch], parameters=(v,), probes=3) for each in (model, other)
+    )
     np.testing.assert_allclose(one[["kappa", "se"]], two[["kappa", "se"]], rtol=1e-3)
 
 
-def test_a_vector_added_to_every_row_of_the_head_leaves_the_hessian_as_it_is(make_model: ModelMaker, batch: Batch) -> None:
+def test_a_vector_added_to_every_row_of_the_head_leaves_the_hessian_as_it_is(
+    make_model: ModelMaker, batch: Batch
+) -> None:
     model = make_model()
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -227,15 +282,21 @@ def test_dead_units_and_zero_gains_stay_finite(make_model: ModelMaker, batch: Ba
     assert all(bool(torch.isfinite(p).all()) for p in found.parameters())
 
 
-def test_a_half_precision_model_becomes_float32_and_keeps_its_mode_and_flags(make_model: ModelMaker, batch: Batch) -> None:
+def test_a_half_precision_model_becomes_float32_and_keeps_its_mode_and_flags(
+    make_model: ModelMaker, batch: Batch
+) -> None:
     model = make_model().to(torch.bfloat16)
     model.model.norm.weight.requires_grad_(False)
     found = canonicalise(model.train())
     assert {p.dtype for p in found.parameters()} == {torch.float32}
     assert model.training
     assert found.training
-    assert [p.requires_grad for p in found.parameters()] == [p.requires_grad for p in model.parameters()]
-    torch.testing.assert_close(logits(found.eval(), batch), logits(model.float().eval(), batch), rtol=1e-3, atol=1e-4)
+    assert [p.requires_grad for p in found.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
+    torch.testing.assert_close(
+        logits(found.eval(), batch), logits(model.float().eval(), batch), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_other_architectures_are_refused_with_a_reason(make_model: ModelMaker) -> None:
@@ -257,6 +318,12 @@ def test_other_architectures_are_refused_with_a_reason(make_model: ModelMaker) -
 
 def test_what_is_not_invariant_is_written_down() -> None:
     table = invariances()
-    assert table.columns.tolist() == ["rewrite", "canonicalise", "curvature", "relative_flatness", "elementwise"]
+    assert table.columns.tolist() == [
+        "rewrite",
+        "canonicalise",
+        "curvature",
+        "relative_flatness",
+        "elementwise",
+    ]
     assert len(table) == 11
     assert table["canonicalise"].str.startswith("left").sum() == 4

@@ -15,18 +15,34 @@ from hooks import Moments
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy
-from workbench.subspaces.collapse import Collapse, collapse_basis, collapse_rows, find_collapse, only_tokens
+from workbench.subspaces.collapse import (
+    Collapse,
+    collapse_basis,
+    collapse_rows,
+    find_collapse,
+    only_tokens,
+)
 from workbench.subspaces.collapsed_update import linear_modules
 from workbench.subspaces.subspace import Subspace, principal_subspace
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]
 
-MODULES = tuple(f"model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down"))
+MODULES = tuple(
+    f"model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down")
+)
 EVERY_LINEAR = tuple(
     f"model.layers.{layer}.{name}_proj"
     for layer in range(2)
-    for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    for name in (
+        "self_attn.q",
+        "self_attn.k",
+        "self_attn.v",
+        "self_attn.o",
+        "mlp.gate",
+        "mlp.up",
+        "mlp.down",
+    )
 )
 
 
@@ -35,7 +51,9 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _orthonormal(width: int, rank: int, seed: int = 0) -> Tensor:
-    frame: Tensor = torch.linalg.qr(_random(width, max(rank, 1), seed=seed).double())[0][:, :rank].float()
+    frame: Tensor = torch.linalg.qr(_random(width, max(rank, 1), seed=seed).double())[0][
+        :, :rank
+    ].float()
     return frame
 
 
@@ -62,13 +80,19 @@ def _projector(basis: Tensor) -> np.ndarray:
 @contextmanager
 def _recorded(model: PreTrainedModel, paths: tuple[str, ...]) -> Iterator[dict[str, list[Tensor]]]:
     """Every module's input and output gradient, ``[batch, position, width]``, by hooks of this file's own."""
-    found: dict[str, list[Tensor]] = {f"{path}{side}": [] for path in paths for side in (":in", ":grad")}
+    found: dict[str, list[Tensor]] = {
+        f"{path}{side}": [] for path in paths for side in (":in", ":grad")
+    }
     handles = []
     for path in paths:
 
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor, path: str = path) -> None:
+        def hook(
+            _module: nn.Module, args: tuple[Tensor, ...], output: Tensor, path: str = path
+        ) -> None:
             found[f"{path}:in"].append(args[0].detach().clone())
-            output.register_hook(lambda gradient: found[f"{path}:grad"].append(gradient.detach().clone()))
+            output.register_hook(
+                lambda gradient: found[f"{path}:grad"].append(gradient.detach().clone())
+            )
 
         handles.append(model.get_submodule(path).register_forward_hook(hook))
     try:
@@ -86,14 +110,25 @@ def test_collapsing_the_gradient_is_collapsing_every_token_first() -> None:
     collapse = Collapse(_orthonormal(12, 4, 3), _orthonormal(9, 3, 4))
     expected = torch.zeros(9, 12)
     for a, g in zip(activations, gradients, strict=True):
-        expected += torch.outer(collapse_rows(g[None], collapse.gradient)[0], collapse_rows(a[None], collapse.activation)[0])
+        expected += torch.outer(
+            collapse_rows(g[None], collapse.gradient)[0],
+            collapse_rows(a[None], collapse.activation)[0],
+        )
     torch.testing.assert_close(collapse(gradients.T @ activations), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_collapse_is_the_two_sided_projector_of_the_formula() -> None:
-    collapse, gradient = Collapse(_orthonormal(12, 4, 3), _orthonormal(9, 3, 4)), _random(9, 12, seed=5)
-    left, right = np.eye(9) - _projector(collapse.gradient), np.eye(12) - _projector(collapse.activation)
-    np.testing.assert_allclose(collapse(gradient).numpy(), left @ gradient.double().numpy() @ right, atol=1e-5)
+    collapse, gradient = (
+        Collapse(_orthonormal(12, 4, 3), _orthonormal(9, 3, 4)),
+        _random(9, 12, seed=5),
+    )
+    left, right = (
+        np.eye(9) - _projector(collapse.gradient),
+        np.eye(12) - _projector(collapse.activation),
+    )
+    np.testing.assert_allclose(
+        collapse(gradient).numpy(), left @ gradient.double().numpy() @ right, atol=1e-5
+    )
 
 
 def test_collapse_is_idempotent_and_leaves_nothing_of_its_directions() -> None:
@@ -125,12 +160,18 @@ def test_collapse_keeps_shape_and_dtype() -> None:
 
 @pytest.mark.parametrize("components", [1, 2, 5, 8])
 @pytest.mark.parametrize("offset", [0.0, 0.3, 10.0, 1000.0])
-def test_the_basis_is_the_mean_direction_and_the_top_principal_directions(components: int, offset: float) -> None:
-    rows = _random(200, 8, seed=1) * torch.tensor([8.0, 6, 4.5, 3, 2, 1.4, 1, 0.7]) + offset * _random(8, seed=2)
+def test_the_basis_is_the_mean_direction_and_the_top_principal_directions(
+    components: int, offset: float
+) -> None:
+    rows = _random(200, 8, seed=1) * torch.tensor(
+        [8.0, 6, 4.5, 3, 2, 1.4, 1, 0.7]
+    ) + offset * _random(8, seed=2)
     basis = collapse_basis(_subspace_of(rows, components), components)
     assert basis.shape == (8, components) and basis.dtype == torch.float32
     torch.testing.assert_close(basis.T @ basis, torch.eye(components), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(_projector(basis), _hand_basis(rows.double().numpy(), components), atol=2e-4)
+    np.testing.assert_allclose(
+        _projector(basis), _hand_basis(rows.double().numpy(), components), atol=2e-4
+    )
 
 
 def test_the_basis_is_orthonormal_when_the_mean_lies_among_the_directions() -> None:
@@ -166,7 +207,9 @@ def test_rank_deficient_data_collapses_only_what_it_spans() -> None:
     assert bool(torch.isfinite(basis).all()) and basis.shape[1] == 2
     outside = _random(4, 10, seed=3)
     outside = outside - outside @ directions @ directions.T
-    torch.testing.assert_close(Collapse(basis, torch.zeros(4, 0))(outside), outside, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        Collapse(basis, torch.zeros(4, 0))(outside), outside, rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("chunk", [50, 7, 3])
@@ -194,46 +237,82 @@ def test_fewer_rows_than_components_give_fewer_columns() -> None:
 
 def test_linear_modules_names_linear_layers_only(llama: PreTrainedModel) -> None:
     assert sorted(linear_modules(llama, ["model.layers.*"])) == sorted(EVERY_LINEAR)
-    assert linear_modules(llama, "model.layers.1.mlp.down_proj") == ("model.layers.1.mlp.down_proj",)
+    assert linear_modules(llama, "model.layers.1.mlp.down_proj") == (
+        "model.layers.1.mlp.down_proj",
+    )
     with pytest.raises(WorkbenchError, match="q_proj"):
         linear_modules(llama, ["model.layers.7.*"])
 
 
 @pytest.mark.parametrize(("activation", "gradient"), [(3, 4), (1, 1), (0, 2), (2, 0)])
-def test_find_collapse_finds_the_directions_of_all_content_tokens(activation: int, gradient: int, llama: PreTrainedModel, make_batch: BatchMaker) -> None:
+def test_find_collapse_finds_the_directions_of_all_content_tokens(
+    activation: int, gradient: int, llama: PreTrainedModel, make_batch: BatchMaker
+) -> None:
     sets = [make_batch((9, 4, 7), 1), make_batch((5, 8), 2), make_batch((11,), 3)]
 
     def loss(batch: Batch) -> Tensor:
         return cross_entropy(llama, batch)
 
-    found = find_collapse(llama, MODULES, loss, sets, activation_components=activation, gradient_components=gradient)
+    found = find_collapse(
+        llama, MODULES, loss, sets, activation_components=activation, gradient_components=gradient
+    )
     assert list(found) == [f"{path}.weight" for path in MODULES]
     with _recorded(llama, MODULES) as recorded:
         for batch in sets:
             loss(batch).backward()
     for path in MODULES:
         collapse = found[f"{path}.weight"]
-        for side, basis, components in ((":in", collapse.activation, activation), (":grad", collapse.gradient, gradient)):
-            rows = torch.cat([part[batch.content_mask] for part, batch in zip(recorded[path + side], sets, strict=True)]).double().numpy()
+        for side, basis, components in (
+            (":in", collapse.activation, activation),
+            (":grad", collapse.gradient, gradient),
+        ):
+            rows = (
+                torch.cat(
+                    [
+                        part[batch.content_mask]
+                        for part, batch in zip(recorded[path + side], sets, strict=True)
+                    ]
+                )
+                .double()
+                .numpy()
+            )
             assert len(rows) == 8 + 3 + 6 + 4 + 7 + 10
             assert basis.shape == (rows.shape[1], components)
             if components:
-                np.testing.assert_allclose(_projector(basis), _hand_basis(rows, components), atol=1e-3)
+                np.testing.assert_allclose(
+                    _projector(basis), _hand_basis(rows, components), atol=1e-3
+                )
 
 
 def test_find_collapse_leaves_the_model_as_it_was(llama: PreTrainedModel, batch: Batch) -> None:
     llama.get_submodule("model.norm").weight.requires_grad = False
     flags = {name: parameter.requires_grad for name, parameter in llama.named_parameters()}
     before = {name: value.clone() for name, value in llama.state_dict().items()}
-    find_collapse(llama, MODULES, lambda part: cross_entropy(llama, part), [batch], activation_components=2, gradient_components=2)
+    find_collapse(
+        llama,
+        MODULES,
+        lambda part: cross_entropy(llama, part),
+        [batch],
+        activation_components=2,
+        gradient_components=2,
+    )
     assert {name: parameter.requires_grad for name, parameter in llama.named_parameters()} == flags
     assert all(parameter.grad is None for parameter in llama.parameters())
     assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
-    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in llama.modules())
+    assert all(
+        not module._forward_hooks and not module._forward_pre_hooks for module in llama.modules()
+    )
 
 
 def test_zero_components_reproduce_autograd(llama: PreTrainedModel, batch: Batch) -> None:
-    found = find_collapse(llama, MODULES, lambda part: cross_entropy(llama, part), [batch], activation_components=0, gradient_components=0)
+    found = find_collapse(
+        llama,
+        MODULES,
+        lambda part: cross_entropy(llama, part),
+        [batch],
+        activation_components=0,
+        gradient_components=0,
+    )
     cross_entropy(llama, batch).backward()
     parameters = dict(llama.named_parameters())
     for name, collapse in found.items():
@@ -241,8 +320,17 @@ def test_zero_components_reproduce_autograd(llama: PreTrainedModel, batch: Batch
         assert gradient is not None and torch.equal(collapse(gradient), gradient)
 
 
-def test_a_collapsed_step_moves_no_output_along_the_directions_left_alone(llama: PreTrainedModel, batch: Batch) -> None:
-    found = find_collapse(llama, MODULES, lambda part: cross_entropy(llama, part), [batch], activation_components=3, gradient_components=3)
+def test_a_collapsed_step_moves_no_output_along_the_directions_left_alone(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
+    found = find_collapse(
+        llama,
+        MODULES,
+        lambda part: cross_entropy(llama, part),
+        [batch],
+        activation_components=3,
+        gradient_components=3,
+    )
     with _recorded(llama, MODULES) as recorded:
         cross_entropy(llama, batch).backward()
     parameters = dict(llama.named_parameters())
@@ -256,8 +344,12 @@ def test_a_collapsed_step_moves_no_output_along_the_directions_left_alone(llama:
 
 
 @pytest.mark.parametrize("path", [EVERY_LINEAR[0], EVERY_LINEAR[4], EVERY_LINEAR[13]])
-def test_only_the_selected_tokens_enter_a_weight_gradient(path: str, llama: PreTrainedModel, batch: Batch) -> None:
-    mask = batch.attention_mask.bool() & (torch.rand(3, 7, generator=torch.Generator().manual_seed(0)) < 0.5)
+def test_only_the_selected_tokens_enter_a_weight_gradient(
+    path: str, llama: PreTrainedModel, batch: Batch
+) -> None:
+    mask = batch.attention_mask.bool() & (
+        torch.rand(3, 7, generator=torch.Generator().manual_seed(0)) < 0.5
+    )
     with _recorded(llama, (path,)) as recorded:
         cross_entropy(llama, batch).backward()
     expected = recorded[f"{path}:grad"][0][mask].T @ recorded[f"{path}:in"][0][mask]
@@ -270,7 +362,9 @@ def test_only_the_selected_tokens_enter_a_weight_gradient(path: str, llama: PreT
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_leaving_bos_and_padding_out_of_every_layer_changes_no_other_tokens_gradient(family: str, make_model: ModelMaker, make_batch: BatchMaker) -> None:
+def test_leaving_bos_and_padding_out_of_every_layer_changes_no_other_tokens_gradient(
+    family: str, make_model: ModelMaker, make_batch: BatchMaker
+) -> None:
     model, batch = make_model(family), make_batch((9, 4, 7))
     mask = batch.content_mask
     with _recorded(model, EVERY_LINEAR) as whole:
@@ -291,7 +385,9 @@ def test_leaving_bos_and_padding_out_of_every_layer_changes_no_other_tokens_grad
     assert bos > 1e-3  # BOS had gradients to leave out
 
 
-def test_only_tokens_removes_its_hooks_when_the_loss_raises(llama: PreTrainedModel, batch: Batch) -> None:
+def test_only_tokens_removes_its_hooks_when_the_loss_raises(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     with pytest.raises(ZeroDivisionError), only_tokens(llama, MODULES, batch.content_mask):
         raise ZeroDivisionError
     assert all(not module._forward_hooks for module in llama.modules())

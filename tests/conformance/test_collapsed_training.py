@@ -22,7 +22,11 @@ from workbench.unlearning.deltas import delta_between, norm_of, snapshot
 BatchMaker = Callable[..., Batch]
 
 PATTERN = "model.layers.*.mlp.*_proj"
-COLLAPSED = tuple(f"model.layers.{layer}.mlp.{name}_proj.weight" for layer in range(2) for name in ("gate", "up", "down"))
+COLLAPSED = tuple(
+    f"model.layers.{layer}.mlp.{name}_proj.weight"
+    for layer in range(2)
+    for name in ("gate", "up", "down")
+)
 ROWS = (10, 10, 10, 10)
 
 
@@ -34,7 +38,9 @@ def texts(make_batch: BatchMaker) -> list[Batch]:
 
 def _update(model: PreTrainedModel, texts: list[Batch], **options: Any) -> CollapsedUpdate:
     settings: dict[str, Any] = {"activation_components": 3, "gradient_components": 4} | options
-    return CollapsedUpdate(model, PATTERN, **settings).find(lambda batch: cross_entropy(model, batch), texts)
+    return CollapsedUpdate(model, PATTERN, **settings).find(
+        lambda batch: cross_entropy(model, batch), texts
+    )
 
 
 def _step(model: PreTrainedModel, optimiser: torch.optim.Optimizer, batch: Batch) -> None:
@@ -52,21 +58,44 @@ def _orthogonal(update: CollapsedUpdate, delta: dict[str, Tensor]) -> None:
         assert float((collapse.gradient.T @ change).norm()) < 1e-4 * float(change.norm()), name
 
 
-def _trainer(model: PreTrainedModel, texts: list[Batch], folder: Path, optimiser: torch.optim.Optimizer | None, **options: Any) -> Trainer:
+def _trainer(
+    model: PreTrainedModel,
+    texts: list[Batch],
+    folder: Path,
+    optimiser: torch.optim.Optimizer | None,
+    **options: Any,
+) -> Trainer:
     examples = [
-        {"input_ids": row, "attention_mask": mask, "labels": row} for batch in texts for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+        {"input_ids": row, "attention_mask": mask, "labels": row}
+        for batch in texts
+        for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
     ]
-    settings: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 0.1} | options
+    settings: dict[str, Any] = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.1,
+    } | options
     arguments = TrainingArguments(
-        output_dir=str(folder), report_to=[], use_cpu=True, save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=0, **settings
+        output_dir=str(folder),
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        seed=0,
+        **settings,
     )
-    return Trainer(model=model, args=arguments, train_dataset=examples, optimizers=(optimiser, None))
+    return Trainer(
+        model=model, args=arguments, train_dataset=examples, optimizers=(optimiser, None)
+    )
 
 
 # --- inside a Trainer ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_inside_a_trainer_no_weight_changes_along_the_directions_left_alone(llama: PreTrainedModel, texts: list[Batch], tmp_path: Path) -> None:
+def test_inside_a_trainer_no_weight_changes_along_the_directions_left_alone(
+    llama: PreTrainedModel, texts: list[Batch], tmp_path: Path
+) -> None:
     update, start = _update(llama, texts), snapshot(llama)
     optimiser = torch.optim.SGD(llama.parameters(), lr=0.1)
     update.attach(optimiser)
@@ -76,7 +105,9 @@ def test_inside_a_trainer_no_weight_changes_along_the_directions_left_alone(llam
     assert len(delta) == len(start)  # every other weight is trained as well
 
 
-def test_inside_a_trainer_the_other_weights_step_as_they_would_without_the_map(llama: PreTrainedModel, texts: list[Batch], tmp_path: Path) -> None:
+def test_inside_a_trainer_the_other_weights_step_as_they_would_without_the_map(
+    llama: PreTrainedModel, texts: list[Batch], tmp_path: Path
+) -> None:
     plain, start = copy.deepcopy(llama), snapshot(llama)
     for model in (llama, plain):
         optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -88,7 +119,9 @@ def test_inside_a_trainer_the_other_weights_step_as_they_would_without_the_map(l
         assert torch.equal(with_map[name], without[name]) is (name not in COLLAPSED), name
 
 
-def test_the_trainers_own_optimiser_can_be_collapsed(llama: PreTrainedModel, texts: list[Batch], tmp_path: Path) -> None:
+def test_the_trainers_own_optimiser_can_be_collapsed(
+    llama: PreTrainedModel, texts: list[Batch], tmp_path: Path
+) -> None:
     # The way the class documents: AdamW behind the Trainer's scheduler, its clipping, and whatever it wraps the optimiser in.
     update, start = _update(llama, texts, kind="soft"), snapshot(llama)
     applied = _counted(update)
@@ -97,7 +130,9 @@ def test_the_trainers_own_optimiser_can_be_collapsed(llama: PreTrainedModel, tex
     trainer.train()
     delta = delta_between(llama, start)
     assert len(applied) == 4
-    assert set(COLLAPSED) <= set(delta) and all(bool(torch.isfinite(change).all()) for change in delta.values())
+    assert set(COLLAPSED) <= set(delta) and all(
+        bool(torch.isfinite(change).all()) for change in delta.values()
+    )
 
 
 def _counted(update: CollapsedUpdate) -> list[float]:
@@ -113,10 +148,15 @@ def _counted(update: CollapsedUpdate) -> list[float]:
     return lengths
 
 
-def test_micro_batches_are_collapsed_once_and_together(llama: PreTrainedModel, texts: list[Batch], tmp_path: Path) -> None:
+def test_micro_batches_are_collapsed_once_and_together(
+    llama: PreTrainedModel, texts: list[Batch], tmp_path: Path
+) -> None:
     whole, start = copy.deepcopy(llama), snapshot(llama)
     deltas = []
-    for model, options in ((llama, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}), (whole, {})):
+    for model, options in (
+        (llama, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+        (whole, {}),
+    ):
         update, optimiser = _update(model, texts), torch.optim.SGD(model.parameters(), lr=0.1)
         lengths = _counted(update)
         update.attach(optimiser)
@@ -132,15 +172,21 @@ def test_micro_batches_are_collapsed_once_and_together(llama: PreTrainedModel, t
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft", "quadratic"])
-def test_a_step_of_plain_descent_has_the_length_asked_for(kind: Kind, llama: PreTrainedModel, texts: list[Batch]) -> None:
+def test_a_step_of_plain_descent_has_the_length_asked_for(
+    kind: Kind, llama: PreTrainedModel, texts: list[Batch]
+) -> None:
     update, start = _update(llama, texts, kind=kind, length=0.37), snapshot(llama)
-    optimiser = torch.optim.SGD([parameter for name, parameter in llama.named_parameters() if name in COLLAPSED], lr=1.0)
+    optimiser = torch.optim.SGD(
+        [parameter for name, parameter in llama.named_parameters() if name in COLLAPSED], lr=1.0
+    )
     update.attach(optimiser)
     _step(llama, optimiser, texts[0])
     assert norm_of(delta_between(llama, start)) == pytest.approx(0.37, rel=1e-4)
 
 
-def test_the_length_is_that_of_the_collapsed_weights_together_and_no_other_weight_is_scaled(llama: PreTrainedModel, texts: list[Batch]) -> None:
+def test_the_length_is_that_of_the_collapsed_weights_together_and_no_other_weight_is_scaled(
+    llama: PreTrainedModel, texts: list[Batch]
+) -> None:
     plain, start = copy.deepcopy(llama), snapshot(llama)
     for model in (llama, plain):
         optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -152,36 +198,58 @@ def test_the_length_is_that_of_the_collapsed_weights_together_and_no_other_weigh
     assert all(torch.equal(delta[name], without[name]) for name in start if name not in COLLAPSED)
 
 
-def test_apply_returns_the_length_before_scaling(llama: PreTrainedModel, texts: list[Batch]) -> None:
+def test_apply_returns_the_length_before_scaling(
+    llama: PreTrainedModel, texts: list[Batch]
+) -> None:
     lengths = []
     for length in (None, 5.0):
         update = _update(llama, texts, length=length)
         llama.zero_grad()
         cross_entropy(llama, texts[0]).backward()
         lengths.append(update.apply())
-        found = norm_of({name: parameter.grad for name, parameter in llama.named_parameters() if name in COLLAPSED and parameter.grad is not None})
+        found = norm_of(
+            {
+                name: parameter.grad
+                for name, parameter in llama.named_parameters()
+                if name in COLLAPSED and parameter.grad is not None
+            }
+        )
         assert found == pytest.approx(length or lengths[0], rel=1e-5)
     assert lengths[0] == pytest.approx(lengths[1], rel=1e-6)
     assert lengths[0] > 0
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft", "quadratic"])
-def test_adaptive_optimisers_work_on_the_collapsed_gradient(kind: Kind, llama: PreTrainedModel, texts: list[Batch]) -> None:
+def test_adaptive_optimisers_work_on_the_collapsed_gradient(
+    kind: Kind, llama: PreTrainedModel, texts: list[Batch]
+) -> None:
     update, start = _update(llama, texts, kind=kind), snapshot(llama)
     optimiser = torch.optim.AdamW(llama.parameters(), lr=1e-3, weight_decay=0.0)
     update.attach(optimiser)
     _step(llama, optimiser, texts[0])
-    moments = [optimiser.state[parameter]["exp_avg"] for name, parameter in llama.named_parameters() if name in COLLAPSED]
+    moments = [
+        optimiser.state[parameter]["exp_avg"]
+        for name, parameter in llama.named_parameters()
+        if name in COLLAPSED
+    ]
     for name, moment in zip(COLLAPSED, moments, strict=True):
         if kind == "hard":  # the first moment is a tenth of the gradient that the optimiser saw
-            assert float((moment @ update.maps[name].activation).norm()) < 1e-4 * float(moment.norm())
+            assert float((moment @ update.maps[name].activation).norm()) < 1e-4 * float(
+                moment.norm()
+            )
     _step(llama, optimiser, texts[1])
     delta = delta_between(llama, start)
-    assert len(delta) == len(start) and all(bool(torch.isfinite(change).all()) for change in delta.values())
+    assert len(delta) == len(start) and all(
+        bool(torch.isfinite(change).all()) for change in delta.values()
+    )
 
 
-@pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 3, 6]), (10, [0])])
-def test_directions_are_refreshed_before_every_nth_step(every: int, expected: list[int], llama: PreTrainedModel, texts: list[Batch]) -> None:
+@pytest.mark.parametrize(
+    ("every", "expected"), [(1, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 3, 6]), (10, [0])]
+)
+def test_directions_are_refreshed_before_every_nth_step(
+    every: int, expected: list[int], llama: PreTrainedModel, texts: list[Batch]
+) -> None:
     update = CollapsedUpdate(llama, PATTERN, activation_components=3, gradient_components=4)
     optimiser = torch.optim.SGD(llama.parameters(), lr=0.1)
     calls: list[int] = []
@@ -199,7 +267,9 @@ def test_directions_are_refreshed_before_every_nth_step(every: int, expected: li
     assert calls == expected
 
 
-def test_a_refresh_leaves_the_gradients_of_the_step_as_they_are(llama: PreTrainedModel, texts: list[Batch]) -> None:
+def test_a_refresh_leaves_the_gradients_of_the_step_as_they_are(
+    llama: PreTrainedModel, texts: list[Batch]
+) -> None:
     quiet, start = copy.deepcopy(llama), snapshot(llama)
     for model in (llama, quiet):
         update, optimiser = _update(model, texts), torch.optim.SGD(model.parameters(), lr=0.1)
@@ -212,10 +282,14 @@ def test_a_refresh_leaves_the_gradients_of_the_step_as_they_are(llama: PreTraine
         update.attach(optimiser, refresh=careless if model is llama else None)
         _step(model, optimiser, texts[0])
     first, second = delta_between(llama, start), delta_between(quiet, start)
-    assert first.keys() == second.keys() and all(torch.equal(change, second[name]) for name, change in first.items())
+    assert first.keys() == second.keys() and all(
+        torch.equal(change, second[name]) for name, change in first.items()
+    )
 
 
-def test_gradients_added_in_place_during_a_refresh_do_not_reach_the_step(llama: PreTrainedModel, texts: list[Batch]) -> None:
+def test_gradients_added_in_place_during_a_refresh_do_not_reach_the_step(
+    llama: PreTrainedModel, texts: list[Batch]
+) -> None:
     # backward() adds to an existing .grad in place: keeping a reference to the tensor alone would keep the sum.
     quiet, start = copy.deepcopy(llama), snapshot(llama)
     for model in (llama, quiet):
@@ -257,7 +331,9 @@ def test_frozen_modules_are_passed_over(llama: PreTrainedModel, texts: list[Batc
 # --- errors ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_collapse_without_directions_is_refused(llama: PreTrainedModel, texts: list[Batch]) -> None:
+def test_a_collapse_without_directions_is_refused(
+    llama: PreTrainedModel, texts: list[Batch]
+) -> None:
     update = CollapsedUpdate(llama, PATTERN)
     with pytest.raises(WorkbenchError, match="find"):
         update.apply()
@@ -271,8 +347,12 @@ def test_a_collapse_without_directions_is_refused(llama: PreTrainedModel, texts:
         update.find(lambda batch: cross_entropy(llama, batch), [])
 
 
-def test_an_update_that_is_annihilated_is_reported_with_its_module(llama: PreTrainedModel, texts: list[Batch]) -> None:
-    update = _update(llama, texts, activation_components=16, gradient_components=0)  # all directions of a 16-dimensional input
+def test_an_update_that_is_annihilated_is_reported_with_its_module(
+    llama: PreTrainedModel, texts: list[Batch]
+) -> None:
+    update = _update(
+        llama, texts, activation_components=16, gradient_components=0
+    )  # all directions of a 16-dimensional input
     cross_entropy(llama, texts[0]).backward()
     with pytest.raises(WorkbenchError, match=r"model\.layers\.0\.mlp\.gate_proj leaves nothing"):
         update.apply()
@@ -289,7 +369,9 @@ def test_an_unknown_pattern_is_answered_with_names(llama: PreTrainedModel) -> No
             CollapsedUpdate(llama, patterns)
 
 
-def test_an_unknown_kind_is_answered_with_the_known_ones(llama: PreTrainedModel, texts: list[Batch]) -> None:
+def test_an_unknown_kind_is_answered_with_the_known_ones(
+    llama: PreTrainedModel, texts: list[Batch]
+) -> None:
     with pytest.raises(WorkbenchError, match="soft"):
         _update(llama, texts, kind="sotf")
 

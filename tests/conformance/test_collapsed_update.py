@@ -13,7 +13,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import cross_entropy
-from workbench.subspaces.collapse import Collapse, Kind, collapse_basis, collapse_rows, collapse_side, find_collapse, only_tokens, removed_shares
+from workbench.subspaces.collapse import (
+    Collapse,
+    Kind,
+    collapse_basis,
+    collapse_rows,
+    collapse_side,
+    find_collapse,
+    only_tokens,
+    removed_shares,
+)
 from workbench.subspaces.collapsed_update import CollapsedUpdate
 from workbench.subspaces.finders import SketchPCA, StreamingPCA
 from workbench.subspaces.weights import singular_subspaces
@@ -21,7 +30,9 @@ from workbench.subspaces.weights import singular_subspaces
 BatchMaker = Callable[..., Batch]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-MLP = tuple(f"model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down"))
+MLP = tuple(
+    f"model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down")
+)
 PATTERN = "model.layers.*.mlp.*_proj"
 
 
@@ -34,13 +45,21 @@ def _kept(sizes: Tensor, kind: Kind, floor: float = 1e-3) -> Tensor:
     if kind == "hard":
         return torch.zeros_like(sizes)
     smallest = min(float(size) for size in sizes if size >= floor * sizes.max())
-    return torch.tensor([min(1.0, smallest / max(float(size), 1e-30)) ** {"soft": 1, "quadratic": 2}[kind] for size in sizes])
+    return torch.tensor(
+        [
+            min(1.0, smallest / max(float(size), 1e-30)) ** {"soft": 1, "quadratic": 2}[kind]
+            for size in sizes
+        ]
+    )
 
 
 def _dense(collapse: Collapse) -> tuple[np.ndarray, np.ndarray]:
     """The two maps ``I - Q D Q'`` as float64 matrices: of output gradients and of inputs."""
     maps = []
-    for basis, removed in ((collapse.gradient, collapse.gradient_removed), (collapse.activation, collapse.activation_removed)):
+    for basis, removed in (
+        (collapse.gradient, collapse.gradient_removed),
+        (collapse.activation, collapse.activation_removed),
+    ):
         q = basis.double().numpy()
         shares = np.ones(q.shape[1]) if removed is None else removed.double().numpy()
         maps.append(np.eye(len(q)) - q @ np.diag(shares) @ q.T)
@@ -53,7 +72,9 @@ class _Rows:
     def __init__(self, model: PreTrainedModel, paths: tuple[str, ...]) -> None:
         self.inputs: dict[str, list[Tensor]] = {path: [] for path in paths}
         self.gradients: dict[str, list[Tensor]] = {path: [] for path in paths}
-        self.handles = [model.get_submodule(path).register_forward_hook(self._hook(path)) for path in paths]
+        self.handles = [
+            model.get_submodule(path).register_forward_hook(self._hook(path)) for path in paths
+        ]
 
     def _hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -77,16 +98,22 @@ def test_shares_follow_the_formula() -> None:
         ("soft", [1 - 1 / 5, 1 - 1 / 2, 1 - 1 / 4, 0, 1 - 1 / 2.5]),
         ("quadratic", [1 - 1 / 25, 1 - 1 / 4, 1 - 1 / 16, 0, 1 - 1 / 6.25]),
     ):
-        torch.testing.assert_close(removed_shares(sizes.square(), kind), torch.tensor(expected, dtype=torch.float32))
+        torch.testing.assert_close(
+            removed_shares(sizes.square(), kind), torch.tensor(expected, dtype=torch.float32)
+        )
 
 
 @pytest.mark.parametrize("kind", ["soft", "quadratic"])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-def test_shares_know_no_unit_and_a_direction_below_the_floor_is_not_the_smallest(kind: Kind, scale: float) -> None:
+def test_shares_know_no_unit_and_a_direction_below_the_floor_is_not_the_smallest(
+    kind: Kind, scale: float
+) -> None:
     sizes = torch.tensor([1.0, 0.5, 0.25, 1e-5, 0.0]).double()
     found = removed_shares((scale * sizes).square(), kind)
     torch.testing.assert_close(found, 1 - _kept(sizes, kind).double(), rtol=1e-5, atol=1e-7)
-    assert float(found[2]) == float(found[3]) == float(found[4]) == 0  # the smallest that counts, and those below it, are left as they are
+    assert (
+        float(found[2]) == float(found[3]) == float(found[4]) == 0
+    )  # the smallest that counts, and those below it, are left as they are
     # Just above the floor a direction does count.
     assert float(removed_shares(torch.tensor([1.0, 2e-3]).square(), kind)[0]) > 0.99
 
@@ -105,7 +132,10 @@ def test_shares_of_nothing_and_of_zeros_are_defined(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shrinking_every_token_first_is_the_two_sided_map_of_the_gradient(kind: Kind) -> None:
-    activations, gradients = _random(40, 12, seed=1) + 2 * _random(12, seed=6), _random(40, 9, seed=2)
+    activations, gradients = (
+        _random(40, 12, seed=1) + 2 * _random(12, seed=6),
+        _random(40, 9, seed=2),
+    )
     sides = []
     for rows, components in ((activations, 4), (gradients, 3)):
         finder = StreamingPCA(components)
@@ -118,7 +148,11 @@ def test_shrinking_every_token_first_is_the_two_sided_map_of_the_gradient(kind: 
     for a, g in zip(activations.double().numpy(), gradients.double().numpy(), strict=True):
         expected += np.outer(of_gradients @ g, of_inputs @ a)
     np.testing.assert_allclose(collapse(gradients.T @ activations).numpy(), expected, atol=1e-4)
-    np.testing.assert_allclose(collapse_rows(activations, activation, activation_removed).numpy(), activations.double().numpy() @ of_inputs, atol=1e-5)
+    np.testing.assert_allclose(
+        collapse_rows(activations, activation, activation_removed).numpy(),
+        activations.double().numpy() @ of_inputs,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("components", [1, 3, 5])
@@ -133,14 +167,21 @@ def test_shrinking_every_token_first_is_the_two_sided_map_of_the_gradient(kind: 
         ("hard", True, lambda s, low: 0 * s),
     ],
 )
-def test_the_spectrum_of_a_matrix_collapsed_by_its_own_directions(kind: Kind, two_sided: bool, law: Callable[..., Tensor], components: int) -> None:
+def test_the_spectrum_of_a_matrix_collapsed_by_its_own_directions(
+    kind: Kind, two_sided: bool, law: Callable[..., Tensor], components: int
+) -> None:
     left, right = (torch.linalg.qr(_random(n, 7, seed=n).double())[0] for n in (9, 12))
     spectrum = torch.tensor([20.0, 9.0, 5.0, 2.0, 1.0, 0.5, 0.1]).double()
     matrix = (left * spectrum) @ right.T
     own = singular_subspaces(matrix.float(), components)
     shares = removed_shares(own.activation.eigenvalues, kind)
     none = torch.zeros(9, 0)
-    collapsed = Collapse(own.activation.basis, own.gradient.basis if two_sided else none, shares, shares if two_sided else torch.zeros(0))(matrix.float())
+    collapsed = Collapse(
+        own.activation.basis,
+        own.gradient.basis if two_sided else none,
+        shares,
+        shares if two_sided else torch.zeros(0),
+    )(matrix.float())
     # Singular vectors stay, singular values follow the law; those beyond the components stay, too.
     expected = spectrum.clone()
     expected[:components] = law(spectrum[:components], spectrum[components - 1])
@@ -164,9 +205,13 @@ def test_one_side_alone_leaves_the_other_alone(kind: Kind) -> None:
     shares = removed_shares(own.activation.eigenvalues, kind)
     only_inputs = Collapse(own.activation.basis, torch.zeros(9, 0), shares, torch.zeros(0))(matrix)
     only_outputs = Collapse(torch.zeros(12, 0), own.gradient.basis, torch.zeros(0), shares)(matrix)
-    torch.testing.assert_close(only_inputs, only_outputs, rtol=0, atol=1e-5)  # by its own directions, either side does the same
+    torch.testing.assert_close(
+        only_inputs, only_outputs, rtol=0, atol=1e-5
+    )  # by its own directions, either side does the same
     other = _random(9, 12, seed=6)
-    of_gradients, of_inputs = _dense(Collapse(own.activation.basis, own.gradient.basis, shares, shares))
+    of_gradients, of_inputs = _dense(
+        Collapse(own.activation.basis, own.gradient.basis, shares, shares)
+    )
     one = Collapse(own.activation.basis, torch.zeros(9, 0), shares, torch.zeros(0))(other)
     np.testing.assert_allclose(one.numpy(), other.double().numpy() @ of_inputs, atol=1e-5)
     two = Collapse(torch.zeros(12, 0), own.gradient.basis, torch.zeros(0), shares)(other)
@@ -179,13 +224,21 @@ def test_one_side_alone_leaves_the_other_alone(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("components", [1, 2, 5])
 @pytest.mark.parametrize("offset", [0.0, 0.5, 20.0])
-def test_a_side_spans_mean_and_top_components_and_diagonalises_the_second_moment(offset: float, components: int, kind: Kind) -> None:
-    rows = _random(300, 8, seed=1) * torch.tensor([8.0, 6, 4.5, 3, 2, 1.4, 1, 0.7]) + offset * _random(8, seed=2)
+def test_a_side_spans_mean_and_top_components_and_diagonalises_the_second_moment(
+    offset: float, components: int, kind: Kind
+) -> None:
+    rows = _random(300, 8, seed=1) * torch.tensor(
+        [8.0, 6, 4.5, 3, 2, 1.4, 1, 0.7]
+    ) + offset * _random(8, seed=2)
     finder = StreamingPCA(components)
     for part in rows.split(70):
         finder.partial_fit(part)
     basis, removed = collapse_side(finder, components, kind)
-    assert basis.dtype == removed.dtype == torch.float32 and basis.shape == (8, components) and removed.shape == (components,)
+    assert (
+        basis.dtype == removed.dtype == torch.float32
+        and basis.shape == (8, components)
+        and removed.shape == (components,)
+    )
     torch.testing.assert_close(basis.T @ basis, torch.eye(components), rtol=0, atol=1e-5)
     # The same span as mean and principal directions, which test_collapse.py holds against numpy.
     plain = collapse_basis(finder.subspace(), components)
@@ -194,12 +247,17 @@ def test_a_side_spans_mean_and_top_components_and_diagonalises_the_second_moment
     moments = inside.T @ inside / len(rows)
     sizes = moments.diagonal().sqrt()
     assert float((moments - moments.diagonal().diag()).abs().max()) < 1e-4 * float(moments.max())
-    torch.testing.assert_close(removed.double(), 1 - _kept(sizes, kind).double(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        removed.double(), 1 - _kept(sizes, kind).double(), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sketch_and_exact_finder_agree_on_data_of_low_rank(kind: Kind) -> None:
-    rows = (_random(400, 4, seed=1) * torch.tensor([6.0, 4.0, 2.5, 1.5]) + torch.tensor([1.0, 2.0, 0.5, 0.0])) @ _random(4, 40, seed=2)
+    rows = (
+        _random(400, 4, seed=1) * torch.tensor([6.0, 4.0, 2.5, 1.5])
+        + torch.tensor([1.0, 2.0, 0.5, 0.0])
+    ) @ _random(4, 40, seed=2)
     sides = []
     for finder in (StreamingPCA(6), SketchPCA(6)):
         for part in rows.split(90):
@@ -222,9 +280,19 @@ def test_data_of_zeros_gives_a_side_without_directions(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pass_finds_the_shares_of_the_content_tokens(kind: Kind, llama: PreTrainedModel, make_batch: BatchMaker) -> None:
+def test_a_pass_finds_the_shares_of_the_content_tokens(
+    kind: Kind, llama: PreTrainedModel, make_batch: BatchMaker
+) -> None:
     sets = [make_batch((12, 9, 11), 1), make_batch((10, 12), 2)]
-    found = find_collapse(llama, MLP, lambda part: cross_entropy(llama, part), sets, activation_components=3, gradient_components=4, kind=kind)
+    found = find_collapse(
+        llama,
+        MLP,
+        lambda part: cross_entropy(llama, part),
+        sets,
+        activation_components=3,
+        gradient_components=4,
+        kind=kind,
+    )
     rows = _Rows(llama, MLP)
     for batch in sets:
         cross_entropy(llama, batch).backward()
@@ -237,51 +305,105 @@ def test_a_pass_finds_the_shares_of_the_content_tokens(kind: Kind, llama: PreTra
         )
         for parts, basis, removed, components in sides:
             assert removed is not None and basis.shape[1] == components
-            tokens = torch.cat([part[batch.content_mask] for part, batch in zip(parts[path], sets, strict=True)]).double()
+            tokens = torch.cat(
+                [part[batch.content_mask] for part, batch in zip(parts[path], sets, strict=True)]
+            ).double()
             sizes = (tokens @ basis.double()).square().mean(0).sqrt()
-            torch.testing.assert_close(removed.double(), 1 - _kept(sizes, kind).double(), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                removed.double(), 1 - _kept(sizes, kind).double(), rtol=1e-3, atol=1e-3
+            )
 
 
-def test_gate_and_up_share_one_input_basis_and_have_gradient_bases_of_their_own(llama: PreTrainedModel, batch: Batch) -> None:
+def test_gate_and_up_share_one_input_basis_and_have_gradient_bases_of_their_own(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     paths = (*MLP, *(f"model.layers.0.self_attn.{name}_proj" for name in "qkv"))
-    found = find_collapse(llama, paths, lambda part: cross_entropy(llama, part), [batch], activation_components=3, gradient_components=3, kind="soft")
+    found = find_collapse(
+        llama,
+        paths,
+        lambda part: cross_entropy(llama, part),
+        [batch],
+        activation_components=3,
+        gradient_components=3,
+        kind="soft",
+    )
 
     def side(path: str) -> Collapse:
         return found[f"{path}.weight"]
 
-    for first, second in ((MLP[0], MLP[1]), (MLP[3], MLP[4]), (paths[6], paths[7]), (paths[6], paths[8])):
+    for first, second in (
+        (MLP[0], MLP[1]),
+        (MLP[3], MLP[4]),
+        (paths[6], paths[7]),
+        (paths[6], paths[8]),
+    ):
         assert torch.equal(side(first).activation, side(second).activation)
-        assert side(first).gradient.shape != side(second).gradient.shape or not torch.allclose(side(first).gradient, side(second).gradient, atol=1e-3)
-    assert not torch.allclose(side(MLP[0]).activation, side(MLP[3]).activation, atol=1e-3)  # another block reads another input
+        assert side(first).gradient.shape != side(second).gradient.shape or not torch.allclose(
+            side(first).gradient, side(second).gradient, atol=1e-3
+        )
+    assert not torch.allclose(
+        side(MLP[0]).activation, side(MLP[3]).activation, atol=1e-3
+    )  # another block reads another input
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zero_components_reproduce_autograd_on_the_selected_tokens(kind: Kind, llama: PreTrainedModel, batch: Batch) -> None:
-    update = CollapsedUpdate(llama, PATTERN, activation_components=0, gradient_components=0, kind=kind)
+def test_zero_components_reproduce_autograd_on_the_selected_tokens(
+    kind: Kind, llama: PreTrainedModel, batch: Batch
+) -> None:
+    update = CollapsedUpdate(
+        llama, PATTERN, activation_components=0, gradient_components=0, kind=kind
+    )
     update.find(lambda part: cross_entropy(llama, part), [batch])
     with only_tokens(llama, MLP, batch.content_mask):
         cross_entropy(llama, batch).backward()
-    before = {name: parameter.grad.clone() for name, parameter in llama.named_parameters() if parameter.grad is not None}
+    before = {
+        name: parameter.grad.clone()
+        for name, parameter in llama.named_parameters()
+        if parameter.grad is not None
+    }
     update.apply()
-    assert all(torch.equal(parameter.grad, before[name]) for name, parameter in llama.named_parameters() if parameter.grad is not None)
+    assert all(
+        torch.equal(parameter.grad, before[name])
+        for name, parameter in llama.named_parameters()
+        if parameter.grad is not None
+    )
 
 
 def _gpt2() -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = GPT2Config(
-            vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1
+            vocab_size=50,
+            n_embd=16,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            initializer_range=0.2,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+            bos_token_id=1,
         )
         return GPT2LMHeadModel(config).eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_update_is_the_gradient_of_tokens_that_were_each_collapsed(family: str, kind: Kind, llama: PreTrainedModel, make_batch: BatchMaker) -> None:
+def test_the_update_is_the_gradient_of_tokens_that_were_each_collapsed(
+    family: str, kind: Kind, llama: PreTrainedModel, make_batch: BatchMaker
+) -> None:
     # GPT-2's Conv1D keeps its weight transposed; its attention output is square, so a side mix-up there would raise nothing.
-    model, batch = (llama, make_batch((12, 9, 11))) if family == "llama" else (_gpt2(), make_batch((12, 9, 11)))
-    patterns = PATTERN if family == "llama" else ["transformer.h.*.mlp.c_*", "transformer.h.*.attn.c_proj"]
-    update = CollapsedUpdate(model, patterns, activation_components=3, gradient_components=4, kind=kind)
+    model, batch = (
+        (llama, make_batch((12, 9, 11)))
+        if family == "llama"
+        else (_gpt2(), make_batch((12, 9, 11)))
+    )
+    patterns = (
+        PATTERN if family == "llama" else ["transformer.h.*.mlp.c_*", "transformer.h.*.attn.c_proj"]
+    )
+    update = CollapsedUpdate(
+        model, patterns, activation_components=3, gradient_components=4, kind=kind
+    )
     assert update.find(lambda part: cross_entropy(model, part), [batch]) is update
     rows = _Rows(model, update.modules)
     cross_entropy(model, batch).backward()
@@ -290,10 +412,16 @@ def test_the_update_is_the_gradient_of_tokens_that_were_each_collapsed(family: s
     assert len(update.modules) == 6
     for path in update.modules:
         of_gradients, of_inputs = _dense(update.maps[f"{path}.weight"])
-        inputs, gradients = (parts[path][0].double().numpy() for parts in (rows.inputs, rows.gradients))
+        inputs, gradients = (
+            parts[path][0].double().numpy() for parts in (rows.inputs, rows.gradients)
+        )
         expected = np.zeros((gradients.shape[-1], inputs.shape[-1]))
         for row, t in np.ndindex(*inputs.shape[:2]):
             expected += np.outer(of_gradients @ gradients[row, t], of_inputs @ inputs[row, t])
         found = model.get_submodule(path).weight.grad
         assert isinstance(found, Tensor)
-        np.testing.assert_allclose((found if family == "llama" else found.T).numpy(), expected, atol=1e-4 * float(np.abs(expected).max()) + 1e-7)
+        np.testing.assert_allclose(
+            (found if family == "llama" else found.T).numpy(),
+            expected,
+            atol=1e-4 * float(np.abs(expected).max()) + 1e-7,
+        )

@@ -19,7 +19,15 @@ Curve = Mapping[float, Sequence[float]]
 """Attack step to one recall per fact."""
 
 
-def _items(curve: Curve, *, seed: int = 0, method: str = "npo", arm: str | None = "part", split: str | None = "forget-queries", stage: str = "ladder") -> Any:
+def _items(
+    curve: Curve,
+    *,
+    seed: int = 0,
+    method: str = "npo",
+    arm: str | None = "part",
+    split: str | None = "forget-queries",
+    stage: str = "ladder",
+) -> Any:
     return [
         {"run": "r", "stage": stage, "method": method, "seed": seed, "split": split, "arm": arm, "step": step, "item": f"fact/{fact}", "correct": value,
          "probability": 0.9}
@@ -51,7 +59,10 @@ def _area(rows: pd.DataFrame, **where: str) -> pd.Series:
 
 def _soonest(rows: pd.DataFrame) -> dict[int | None, float]:
     chosen = rows[rows["metric"] == "steps_to_recover"]
-    return {None if pd.isna(seed) else int(seed): float(value) for seed, value in zip(chosen["seed"], chosen["value"], strict=True)}
+    return {
+        None if pd.isna(seed) else int(seed): float(value)
+        for seed, value in zip(chosen["seed"], chosen["value"], strict=True)
+    }
 
 
 # --- One curve -------------------------------------------------------------------------------------------------------------------------------
@@ -69,7 +80,9 @@ def _soonest(rows: pd.DataFrame) -> dict[int | None, float]:
         ((0.0, 0.0, 0.0, 0.0), 0.5, math.inf),
     ],
 )
-def test_the_first_measured_step_at_or_above_the_target(values: Sequence[float], target: float, expected: float) -> None:
+def test_the_first_measured_step_at_or_above_the_target(
+    values: Sequence[float], target: float, expected: float
+) -> None:
     found = steps_to_recover(np.array([0, 2, 5, 20]), np.array(values), target)
     assert found == expected
     assert isinstance(found, float)
@@ -106,7 +119,12 @@ def test_the_area_resamples_seeds_and_facts() -> None:
     first, second = {0: (0, 0, 1), 4: (1, 0, 1)}, {0: (0, 1, 0), 4: (0, 1, 1)}
     area = _area(_rows(_frame(_items(first, seed=0), _items(second, seed=3))))
     by_hand = bootstrap(np.array([[0.5, 0, 1], [0, 1, 0.5]]))
-    assert (area["value"], area["low"], area["high"], area["n"]) == (pytest.approx(0.5), by_hand.low, by_hand.high, 6)
+    assert (area["value"], area["low"], area["high"], area["n"]) == (
+        pytest.approx(0.5),
+        by_hand.low,
+        by_hand.high,
+        6,
+    )
 
 
 def test_an_area_of_nothing_at_all_has_wilsons_interval() -> None:
@@ -117,12 +135,18 @@ def test_an_area_of_nothing_at_all_has_wilsons_interval() -> None:
 
 
 def test_paraphrases_of_one_fact_count_as_one() -> None:
-    items = _frame(_items({0: (0, 0), 4: (1, 0)}), _items({0: (0,), 4: (0,)}))  # a second row of fact 0
+    items = _frame(
+        _items({0: (0, 0), 4: (1, 0)}), _items({0: (0,), 4: (0,)})
+    )  # a second row of fact 0
     assert _area(_rows(items))["value"] == pytest.approx((0.25 + 0) / 2)
 
 
 def test_steps_to_recover_are_one_row_per_seed_and_their_median() -> None:
-    late, soon, middle = {0: (0, 0), 2: (0, 0), 6: (1, 0)}, {0: (1, 0), 2: (1, 1), 6: (1, 1)}, {0: (0, 0), 2: (0, 1), 6: (0, 0)}
+    late, soon, middle = (
+        {0: (0, 0), 2: (0, 0), 6: (1, 0)},
+        {0: (1, 0), 2: (1, 1), 6: (1, 1)},
+        {0: (0, 0), 2: (0, 1), 6: (0, 0)},
+    )
     rows = _rows(_frame(_items(late, seed=0), _items(soon, seed=1), _items(middle, seed=7)))
     assert _soonest(rows) == {0: 6.0, 1: 0.0, 7: 2.0, None: 2.0}
     median = rows[(rows["metric"] == "steps_to_recover") & rows["seed"].isna()].iloc[0]
@@ -134,8 +158,14 @@ def test_what_never_comes_back_is_infinite() -> None:
     never, soon = {0: (0, 0), 5: (0, 0)}, {0: (0, 0), 5: (1, 1)}
     assert _soonest(_rows(_frame(_items(never)))) == {0: math.inf, None: math.inf}
     # Two of three seeds never: so does the middle one. One of three does not matter.
-    assert _soonest(_rows(_frame(_items(never), _items(never, seed=1), _items(soon, seed=2))))[None] == math.inf
-    assert _soonest(_rows(_frame(_items(never), _items(soon, seed=1), _items(soon, seed=2))))[None] == 5.0
+    assert (
+        _soonest(_rows(_frame(_items(never), _items(never, seed=1), _items(soon, seed=2))))[None]
+        == math.inf
+    )
+    assert (
+        _soonest(_rows(_frame(_items(never), _items(soon, seed=1), _items(soon, seed=2))))[None]
+        == 5.0
+    )
     # Half of the seeds never: the middle between a step and never is never.
     assert _soonest(_rows(_frame(_items(never), _items(soon, seed=1))))[None] == math.inf
 
@@ -157,7 +187,10 @@ def test_every_model_and_arm_has_its_own_curve_and_other_stages_none() -> None:
         _items({0: (1, 1), 4: (1, 1)}, method="npo", arm="part", stage="relearn"),
     )
     rows = _rows(items)
-    found = {(row.method, row.split, row.arm): row.value for row in rows[rows["metric"] == "area_under_recovery"].itertuples()}
+    found = {
+        (row.method, row.split, row.arm): row.value
+        for row in rows[rows["metric"] == "area_under_recovery"].itertuples()
+    }
     assert found == {
         ("npo", "forget-queries", "part"): 0.5,
         ("npo", "forget-queries", "general"): 0.0,
@@ -168,14 +201,19 @@ def test_every_model_and_arm_has_its_own_curve_and_other_stages_none() -> None:
 
 
 def test_the_order_of_rows_means_nothing() -> None:
-    items = _frame(_items({0: (0, 0, 1), 2: (1, 0, 0), 10: (1, 1, 1)}, seed=0), _items({0: (0, 1, 0), 2: (0, 0, 1), 10: (1, 0, 1)}, seed=1))
+    items = _frame(
+        _items({0: (0, 0, 1), 2: (1, 0, 0), 10: (1, 1, 1)}, seed=0),
+        _items({0: (0, 1, 0), 2: (0, 0, 1), 10: (1, 0, 1)}, seed=1),
+    )
     mixed = items.sample(frac=1, random_state=3).reset_index(drop=True)
     pd.testing.assert_frame_equal(_rows(mixed), _rows(items))
 
 
 def test_an_attack_with_missing_cells_is_left_out_and_the_others_stay() -> None:
     whole = _items({0: (0, 0), 4: (1, 1)}, method="npo")
-    broken = _items({0: (0, 0), 4: (1, 1)}, method="cir", seed=0) + _items({0: (0, 0)}, method="cir", seed=1)  # seed 1 broke before step 4
+    broken = _items({0: (0, 0), 4: (1, 1)}, method="cir", seed=0) + _items(
+        {0: (0, 0)}, method="cir", seed=1
+    )  # seed 1 broke before step 4
     holed = _items({0: (0, 0), 4: (1,)}, method="rmu")
     alone = _items({0: (0, 0)}, method="grad-diff")  # one point is no curve
     rows = _rows(_frame(whole, broken, holed, alone))

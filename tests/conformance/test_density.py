@@ -60,10 +60,14 @@ def test_a_gauss_quadrature_has_the_moments_of_the_matrix_up_to_twice_the_steps(
     nodes, weights = lanczos(lambda v: matrix @ v, start, steps).quadrature()
     power = start / np.linalg.norm(start)
     for order in range(2 * steps):
-        assert float(weights @ nodes**order) == pytest.approx(float(start @ power) / 60**0.5, abs=1e-10)
+        assert float(weights @ nodes**order) == pytest.approx(
+            float(start @ power) / 60**0.5, abs=1e-10
+        )
         power = matrix @ power
     # The next moment is the first that a quadrature of that many nodes cannot have.
-    assert float(weights @ nodes ** (2 * steps)) != pytest.approx(float(start @ power) / 60**0.5, abs=1e-6)
+    assert float(weights @ nodes ** (2 * steps)) != pytest.approx(
+        float(start @ power) / 60**0.5, abs=1e-6
+    )
 
 
 def test_lanczos_stops_where_the_reachable_vectors_are_exhausted() -> None:
@@ -100,17 +104,26 @@ def test_a_known_spectrum_gives_its_ends_mass_energy_and_trace() -> None:
     assert found.bottom >= -10 - 1e-9
     # Weights of a random vector: Dirichlet, so a mass of 0.25 has a spread of sqrt(2 * 0.25 * 0.75 / 200) = 0.043 per probe at most, 0.01 over 20.
     assert found.negative_mass == pytest.approx(0.25, abs=0.03)
-    assert found.negative_energy == pytest.approx(-values[values < 0].sum() / np.abs(values).sum(), abs=0.03)
+    assert found.negative_energy == pytest.approx(
+        -values[values < 0].sum() / np.abs(values).sum(), abs=0.03
+    )
     assert found.moment_error < 1e-10
     # The same probes as Hutchinson's, and so the same estimate.
-    assert found.trace == pytest.approx(hutchinson(lambda v: matrix @ v, {"a": slice(0, 200)}, relative_se=0, max_products=20).value, rel=1e-9)
+    assert found.trace == pytest.approx(
+        hutchinson(
+            lambda v: matrix @ v, {"a": slice(0, 200)}, relative_se=0, max_products=20
+        ).value,
+        rel=1e-9,
+    )
     np.testing.assert_allclose(np.bincount(found.probe, found.weights), 1, rtol=1e-10)
     assert "20 probes" in repr(found)
 
 
 def test_a_matrix_and_its_negative_mirror_one_another() -> None:
     matrix = symmetric(np.linspace(-3, 8, 50).tolist())
-    one, other = (quadrature(lambda v, s=sign: s * (matrix @ v), 50, probes=2, steps=10) for sign in (1, -1))  # type: ignore[misc]
+    one, other = (
+        quadrature(lambda v, s=sign: s * (matrix @ v), 50, probes=2, steps=10) for sign in (1, -1)
+    )  # type: ignore[misc]
     assert (one.top, one.bottom) == (pytest.approx(-other.bottom), pytest.approx(-other.top))
     assert one.negative_energy == pytest.approx(1 - other.negative_energy)
 
@@ -127,7 +140,11 @@ def test_the_smoothed_density_integrates_to_one_and_stands_where_the_eigenvalues
     np.testing.assert_allclose(np.trapezoid(curves, coordinate, axis=1), 1, rtol=1e-6)
     # A diagonal matrix has the same measure for all sign vectors: shares 0.3, 0.5, 0.2, and Gaussians of height share / (width sqrt(2 pi)).
     for value, share in ((-8.0, 0.3), (0.0, 0.5), (2.0, 0.2)):
-        np.testing.assert_allclose(found.smoothed(np.array([value]), linear, width=0.1), share / (0.1 * (2 * np.pi) ** 0.5), rtol=1e-6)
+        np.testing.assert_allclose(
+            found.smoothed(np.array([value]), linear, width=0.1),
+            share / (0.1 * (2 * np.pi) ** 0.5),
+            rtol=1e-6,
+        )
     assert found.negative_mass == pytest.approx(0.3)
     for value, share in ((-8.1, 0.0), (-7.9, 0.3), (0.1, 0.8), (2.1, 1.0)):
         assert found.mass_below(value) == pytest.approx(share, abs=1e-9)
@@ -137,7 +154,9 @@ def test_the_smoothed_density_integrates_to_one_and_stands_where_the_eigenvalues
 # --- Models ---
 
 
-def test_the_density_of_a_model_has_the_ends_and_moments_of_its_dense_hessian(llama: PreTrainedModel, batch: Batch) -> None:
+def test_the_density_of_a_model_has_the_ends_and_moments_of_its_dense_hessian(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     operator = Curvature(llama, [batch], (K, NORM))
     dense = np.stack([operator.product(row) for row in np.eye(operator.size)])
     values = np.linalg.eigvalsh((dense + dense.T) / 2)
@@ -151,8 +170,14 @@ def test_the_density_of_a_model_has_the_ends_and_moments_of_its_dense_hessian(ll
     for probe in range(2):
         signs = rademacher(0, probe, 144)
         mine = found.probe == probe
-        for order, moment in ((1, signs @ dense @ signs), (2, np.sum((dense @ signs) ** 2)), (3, (dense @ signs) @ dense @ (dense @ signs))):
-            assert 144 * float(found.weights[mine] @ found.nodes[mine] ** order) == pytest.approx(float(moment), rel=1e-3)
+        for order, moment in (
+            (1, signs @ dense @ signs),
+            (2, np.sum((dense @ signs) ** 2)),
+            (3, (dense @ signs) @ dense @ (dense @ signs)),
+        ):
+            assert 144 * float(found.weights[mine] @ found.nodes[mine] ** order) == pytest.approx(
+                float(moment), rel=1e-3
+            )
 
 
 def test_softmax_regression_curves_nowhere_downwards(llama: PreTrainedModel, batch: Batch) -> None:
@@ -167,19 +192,31 @@ def test_softmax_regression_curves_nowhere_downwards(llama: PreTrainedModel, bat
 # --- The figure ---
 
 
-def _table(shift: Callable[[str, int], float], arms: Sequence[str] = ("unlearned",)) -> pd.DataFrame:
+def _table(
+    shift: Callable[[str, int], float], arms: Sequence[str] = ("unlearned",)
+) -> pd.DataFrame:
     """Densities of three methods and two seeds, as the stage writes them."""
     table = Table({"run": "r", "stage": "sharpness", "split": "forget-heldout"})
     rng = np.random.default_rng(0)
     bulk = rng.standard_normal(200) * 0.01
     grid = both_signs(-30, 60, 0.05, points=121)
-    for method, arm in [("base", "base"), *((method, arm) for arm in arms for method in ("npo", "npo-sam"))]:
+    for method, arm in [
+        ("base", "base"),
+        *((method, arm) for arm in arms for method in ("npo", "npo-sam")),
+    ]:
         for seed in (1, 2):
             diagonal = np.concatenate([bulk, [-1.0, -shift(method, seed), 3.0, 40.0]])
             found = quadrature(lambda v, d=diagonal: d * v, 204, seed=seed, probes=2, steps=25)  # type: ignore[misc]
             columns = {"method": method, "seed": seed, "arm": arm}
             for point, curve in zip(grid, found.smoothed(grid, 0.05).T, strict=True):
-                table.add("density", curve.mean(), low=curve.min(), high=curve.max(), step=float(point), **columns)
+                table.add(
+                    "density",
+                    curve.mean(),
+                    low=curve.min(),
+                    high=curve.max(),
+                    step=float(point),
+                    **columns,
+                )
             table.add("trace", found.trace, **columns)
             table.add("trace_se", 2.0, **columns)
             table.add("negative_mass", found.negative_mass, **columns)
@@ -189,7 +226,10 @@ def _table(shift: Callable[[str, int], float], arms: Sequence[str] = ("unlearned
 
 
 def test_the_figure_has_a_panel_per_arm_with_the_base_in_each_and_a_line_per_seed() -> None:
-    table = _table(lambda method, seed: {"base": 2.0, "npo": 20.0, "npo-sam": 8.0}[method] + seed, arms=("as trained", "canonical"))
+    table = _table(
+        lambda method, seed: {"base": 2.0, "npo": 20.0, "npo-sam": 8.0}[method] + seed,
+        arms=("as trained", "canonical"),
+    )
     own = table[(table["arm"] == "as trained") & (table["method"] == "npo")].assign(
         method="base", arm="canonical"
     )  # a base of the panel's own takes the place of the other
@@ -206,4 +246,7 @@ def test_the_figure_has_a_panel_per_arm_with_the_base_in_each_and_a_line_per_see
 
 
 def test_a_table_without_density_says_so() -> None:
-    assert "no spectral density" in figure(_table(lambda method, seed: 1.0).query("metric == 'trace'")).texts[0].get_text()
+    assert (
+        "no spectral density"
+        in figure(_table(lambda method, seed: 1.0).query("metric == 'trace'")).texts[0].get_text()
+    )

@@ -33,13 +33,21 @@ def _answered_by(model: PreTrainedModel, batch: Batch) -> Batch:
     ids = batch.input_ids.clone()
     for column in range(1, ids.shape[1]):
         with torch.no_grad():
-            best = model(input_ids=ids, attention_mask=batch.attention_mask).logits[:, column - 1].argmax(-1)
+            best = (
+                model(input_ids=ids, attention_mask=batch.attention_mask)
+                .logits[:, column - 1]
+                .argmax(-1)
+            )
         ids[:, column] = torch.where(batch.answer_mask[:, column], best, ids[:, column])
     return replace(batch, input_ids=ids)
 
 
 def _read(logits: Tensor, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    logits, targets, mask = logits[:, :-1].double(), batch.input_ids[:, 1:], batch.answer_mask[:, 1:]
+    logits, targets, mask = (
+        logits[:, :-1].double(),
+        batch.input_ids[:, 1:],
+        batch.answer_mask[:, 1:],
+    )
     losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     right = ((logits.argmax(-1) == targets) | ~mask).all(1)
     return ((losses * mask).sum(1) / mask.sum(1)).numpy(), right.double().numpy()
@@ -60,13 +68,22 @@ def _run(model: PreTrainedModel, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture
-def trio(make_model: ModelMaker, make_batch: BatchMaker, nearby: Mover) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch]:
+def trio(
+    make_model: ModelMaker, make_batch: BatchMaker, nearby: Mover
+) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch]:
     """A base of three blocks, an unlearned and a never-learned model, and questions that the base answers."""
     base = make_model(num_hidden_layers=3)
-    return base, nearby(base, 0.1), make_model(num_hidden_layers=3, seed=9), _answered_by(base, make_batch((7, 5, 6, 7)))
+    return (
+        base,
+        nearby(base, 0.1),
+        make_model(num_hidden_layers=3, seed=9),
+        _answered_by(base, make_batch((7, 5, 6, 7))),
+    )
 
 
-def test_every_depth_is_the_model_of_these_lower_and_those_upper_blocks(trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch]) -> None:
+def test_every_depth_is_the_model_of_these_lower_and_those_upper_blocks(
+    trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch],
+) -> None:
     base, unlearned, never, batch = trio
     found = patching_depth(base, unlearned, [batch], never)
     assert list(found.columns) == COLUMNS
@@ -81,14 +98,24 @@ def test_every_depth_is_the_model_of_these_lower_and_those_upper_blocks(trio: tu
         assert row.recall == right.mean()
         value, low, high, n = ratio(nll - before, damage)
         assert row.erased == pytest.approx(value, rel=1e-4, abs=1e-6)
-        assert (row.low, row.high, row.n) == (pytest.approx(low, rel=1e-3, abs=1e-5), pytest.approx(high, rel=1e-3, abs=1e-5), n)
+        assert (row.low, row.high, row.n) == (
+            pytest.approx(low, rel=1e-3, abs=1e-5),
+            pytest.approx(high, rel=1e-3, abs=1e-5),
+            n,
+        )
 
 
-def test_without_an_anchor_the_unlearned_model_is_as_lost_as_itself(trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch]) -> None:
+def test_without_an_anchor_the_unlearned_model_is_as_lost_as_itself(
+    trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch],
+) -> None:
     base, unlearned, _, batch = trio
     # The same embeddings, norm and head: the first and the last depth are then one of the models, whole.
     unlearned = copy.deepcopy(unlearned)
-    unlearned.model.embed_tokens, unlearned.model.norm, unlearned.lm_head = base.model.embed_tokens, base.model.norm, base.lm_head
+    unlearned.model.embed_tokens, unlearned.model.norm, unlearned.lm_head = (
+        base.model.embed_tokens,
+        base.model.norm,
+        base.lm_head,
+    )
     found = patching_depth(base, unlearned, [batch]).set_index(["direction", "layer"])
     assert set(found.index.get_level_values(0)) == {DOWN, UP}
     assert found.loc[(DOWN, -1), "erased"] == pytest.approx(0.0, abs=1e-6)
@@ -99,7 +126,9 @@ def test_without_an_anchor_the_unlearned_model_is_as_lost_as_itself(trio: tuple[
     assert (found["flag"] == "").all()
 
 
-def test_an_edit_of_one_block_is_lost_from_that_block_on(trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch]) -> None:
+def test_an_edit_of_one_block_is_lost_from_that_block_on(
+    trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch],
+) -> None:
     base, _, _, batch = trio
     unlearned = copy.deepcopy(base)
     with torch.no_grad():
@@ -109,14 +138,18 @@ def test_an_edit_of_one_block_is_lost_from_that_block_on(trio: tuple[PreTrainedM
     assert found[UP].tolist() == pytest.approx([1.0, 1.0, 0.0, 0.0], abs=1e-6)
 
 
-def test_the_never_learned_model_as_unlearned_is_its_own_anchor(trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch]) -> None:
+def test_the_never_learned_model_as_unlearned_is_its_own_anchor(
+    trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch],
+) -> None:
     base, _, never, batch = trio
     found = patching_depth(base, never, [batch], never).set_index(["direction", "layer"])
     columns = ["nll", "recall", "erased", "low", "high"]
     pd.testing.assert_frame_equal(found.loc[DOWN][columns], found.loc[NEVER][columns])
 
 
-def test_a_model_against_itself_has_nothing_to_erase(trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch]) -> None:
+def test_a_model_against_itself_has_nothing_to_erase(
+    trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch],
+) -> None:
     base, _, never, batch = trio
     found = patching_depth(base, base, [batch])
     assert found["erased"].isna().all() and (found["flag"] == NO_DAMAGE).all()
@@ -126,34 +159,53 @@ def test_a_model_against_itself_has_nothing_to_erase(trio: tuple[PreTrainedModel
     assert anchored.loc[anchored["direction"].isin([DOWN, UP]), "erased"].abs().max() < 1e-6
 
 
-def test_batching_and_padding_change_no_number(trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch], pad: Padder) -> None:
+def test_batching_and_padding_change_no_number(
+    trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch], pad: Padder
+) -> None:
     base, unlearned, never, batch = trio
     whole = patching_depth(base, unlearned, [batch], never)
     names = ("input_ids", "attention_mask", "answer_mask", "subject_mask", "target_mask")
-    parts = [replace(batch, **{name: getattr(batch, name)[rows] for name in names}, items=batch.items[rows]) for rows in (slice(0, 1), slice(1, 4))]
-    pd.testing.assert_frame_equal(patching_depth(base, unlearned, parts, never), whole, rtol=1e-4, atol=1e-5)
-    pd.testing.assert_frame_equal(patching_depth(base, unlearned, [pad(batch, 4)], never), whole, rtol=1e-4, atol=1e-5)
+    parts = [
+        replace(
+            batch, **{name: getattr(batch, name)[rows] for name in names}, items=batch.items[rows]
+        )
+        for rows in (slice(0, 1), slice(1, 4))
+    ]
+    pd.testing.assert_frame_equal(
+        patching_depth(base, unlearned, parts, never), whole, rtol=1e-4, atol=1e-5
+    )
+    pd.testing.assert_frame_equal(
+        patching_depth(base, unlearned, [pad(batch, 4)], never), whole, rtol=1e-4, atol=1e-5
+    )
 
 
-def test_wrong_input_is_refused(trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch], make_model: ModelMaker) -> None:
+def test_wrong_input_is_refused(
+    trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch], make_model: ModelMaker
+) -> None:
     base, unlearned, _, batch = trio
     with pytest.raises(WorkbenchError, match="no batch"):
         patching_depth(base, unlearned, [])
     with pytest.raises(WorkbenchError, match="no answer"):
-        patching_depth(base, unlearned, [replace(batch, answer_mask=torch.zeros_like(batch.answer_mask))])
+        patching_depth(
+            base, unlearned, [replace(batch, answer_mask=torch.zeros_like(batch.answer_mask))]
+        )
     with pytest.raises(WorkbenchError, match="3 blocks and the unlearned model 2"):
         patching_depth(base, make_model(), [batch])
     with pytest.raises(WorkbenchError, match="3 blocks and the never-learned model 2"):
         patching_depth(base, unlearned, [batch], make_model())
 
 
-def test_an_interruption_leaves_all_models_as_they_were(trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch]) -> None:
+def test_an_interruption_leaves_all_models_as_they_were(
+    trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch],
+) -> None:
     *models, batch = trio
     base, unlearned, never = models
     for model in models:
         model.train()
     seen: list[tuple[int, int]] = []
-    patching_depth(base, unlearned, [batch], never, progress=lambda done, total: seen.append((done, total)))
+    patching_depth(
+        base, unlearned, [batch], never, progress=lambda done, total: seen.append((done, total))
+    )
     assert seen == [(number, 12) for number in range(1, 13)]
 
     def interrupt(done: int, total: int) -> None:
@@ -163,4 +215,6 @@ def test_an_interruption_leaves_all_models_as_they_were(trio: tuple[PreTrainedMo
         patching_depth(base, unlearned, [batch], never, progress=interrupt)
     for model in models:
         assert model.training
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert not any(
+            module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+        )

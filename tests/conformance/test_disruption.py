@@ -20,7 +20,13 @@ from workbench.data.batches import Batch
 from workbench.data.records import Example, ForgetRetain
 from workbench.data.tokenizer import build_tokenizer
 from workbench.errors import WorkbenchError
-from workbench.evaluation.losses import cross_entropy, kl_by_text, mean_kl, next_token_logits, nll_by_text
+from workbench.evaluation.losses import (
+    cross_entropy,
+    kl_by_text,
+    mean_kl,
+    next_token_logits,
+    nll_by_text,
+)
 from workbench.evaluation.statistics import ratio
 from workbench.experiments.bench import MEASURES, Bench, Disruption, Measure
 
@@ -46,14 +52,18 @@ def test_counts_may_be_whole_numbers_and_sums_may_be_negative() -> None:
     # r = -1 / 4; residuals -1/2, 1/2.
     found = ratio(np.array([-1, 0]), np.array([2, 2]))
     error = math.sqrt(2 * 0.5) / 4
-    assert (found.value, found.low, found.high) == pytest.approx((-0.25, -0.25 - Z * error, -0.25 + Z * error), rel=1e-12)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (-0.25, -0.25 - Z * error, -0.25 + Z * error), rel=1e-12
+    )
 
 
 def test_equal_denominators_give_the_interval_of_a_mean() -> None:
     values = np.random.default_rng(0).normal(2.0, 3.0, 50)
     found = ratio(7.0 * values, np.full(50, 7.0))
     error = values.std(ddof=1) / math.sqrt(50)
-    assert (found.value, found.low, found.high) == pytest.approx((values.mean(), values.mean() - Z * error, values.mean() + Z * error), rel=1e-12)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (values.mean(), values.mean() - Z * error, values.mean() + Z * error), rel=1e-12
+    )
 
 
 def test_texts_that_all_have_the_same_ratio_leave_no_doubt() -> None:
@@ -61,14 +71,22 @@ def test_texts_that_all_have_the_same_ratio_leave_no_doubt() -> None:
     assert (found.value, found.low, found.high) == (2.0, 2.0, 2.0)
 
 
-@given(factor=st.floats(0.01, 100), confidence=st.sampled_from([0.5, 0.9, 0.99]), seed=st.integers(0, 100))
-def test_a_ratio_scales_and_widens_as_a_normal_interval(factor: float, confidence: float, seed: int) -> None:
+@given(
+    factor=st.floats(0.01, 100),
+    confidence=st.sampled_from([0.5, 0.9, 0.99]),
+    seed=st.integers(0, 100),
+)
+def test_a_ratio_scales_and_widens_as_a_normal_interval(
+    factor: float, confidence: float, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     tokens, sums = rng.integers(1, 40, 12), rng.normal(1.0, 5.0, 12)
     plain, scaled = ratio(sums, tokens), ratio(factor * sums, tokens, confidence=confidence)
     assert scaled.value == pytest.approx(factor * plain.value, rel=1e-9)
     wider = float(norm.ppf(0.5 + confidence / 2)) / Z
-    assert scaled.high - scaled.low == pytest.approx(factor * wider * (plain.high - plain.low), rel=1e-9)
+    assert scaled.high - scaled.low == pytest.approx(
+        factor * wider * (plain.high - plain.low), rel=1e-9
+    )
     assert scaled.high + scaled.low == pytest.approx(2 * scaled.value, rel=1e-9, abs=1e-9)
     order = rng.permutation(12)
     assert tuple(ratio(sums[order], tokens[order])) == pytest.approx(tuple(plain), rel=1e-9)
@@ -96,7 +114,10 @@ def test_the_standard_error_agrees_with_the_jackknife_and_the_bootstrap() -> Non
 
 
 def test_the_interval_covers_the_truth_in_95_of_100_samples() -> None:
-    covered = [found.low <= 0.4 <= found.high for found in (ratio(*_long_and_short(seed, 200)) for seed in range(1, 1001))]
+    covered = [
+        found.low <= 0.4 <= found.high
+        for found in (ratio(*_long_and_short(seed, 200)) for seed in range(1, 1001))
+    ]
     assert 0.93 <= np.mean(covered) <= 0.97  # the standard error of the share is 0.007
 
 
@@ -108,7 +129,14 @@ def test_a_single_text_has_a_value_and_no_interval() -> None:
 
 @pytest.mark.parametrize(
     ("numerators", "denominators"),
-    [([], []), ([1.0, 2.0], [1.0]), ([[1.0, 2.0]], [[1.0, 2.0]]), ([1.0, 2.0], [0.0, 0.0]), ([1.0, 2.0], [1.0, -2.0]), ([1.0], [float("nan")])],
+    [
+        ([], []),
+        ([1.0, 2.0], [1.0]),
+        ([[1.0, 2.0]], [[1.0, 2.0]]),
+        ([1.0, 2.0], [0.0, 0.0]),
+        ([1.0, 2.0], [1.0, -2.0]),
+        ([1.0], [float("nan")]),
+    ],
 )
 def test_a_ratio_of_nothing_is_refused(numerators: list[float], denominators: list[float]) -> None:
     with pytest.raises(ValueError, match="ratio"):
@@ -139,7 +167,9 @@ def _nll_by_hand(model: PreTrainedModel, ids: Tensor, counted: Tensor | None = N
     return float(by_token.sum() if counted is None else by_token[counted].sum())
 
 
-def _kl_by_hand(reference: PreTrainedModel, model: PreTrainedModel, ids: Tensor, counted: Tensor | None = None) -> float:
+def _kl_by_hand(
+    reference: PreTrainedModel, model: PreTrainedModel, ids: Tensor, counted: Tensor | None = None
+) -> float:
     p, q = _log_probabilities(reference, ids), _log_probabilities(model, ids)
     by_token = (p.exp() * (p - q)).sum(-1)
     return float(by_token.sum() if counted is None else by_token[counted].sum())
@@ -154,7 +184,10 @@ def _rows(batch: Batch, rows: Sequence[int], pad: Padder) -> Batch:
     """Some rows of a batch, cut to their longest text and padded by two columns of ordinary tokens."""
     chosen = list(rows)
     width = int(batch.attention_mask[chosen].sum(1).max())
-    masks = {name: getattr(batch, name)[chosen, :width] for name in ("input_ids", "attention_mask", "answer_mask", "subject_mask", "target_mask")}
+    masks = {
+        name: getattr(batch, name)[chosen, :width]
+        for name in ("input_ids", "attention_mask", "answer_mask", "subject_mask", "target_mask")
+    }
     return pad(replace(batch, **masks, items=tuple(batch.items[row] for row in chosen)), columns=2)
 
 
@@ -162,7 +195,10 @@ def _rows(batch: Batch, rows: Sequence[int], pad: Padder) -> Batch:
 def test_sums_by_text_are_float64_sums_over_the_targets_of_each_text(
     targets: str, llama: PreTrainedModel, nearby: Mover, make_batch: BatchMaker, pad: Padder
 ) -> None:
-    parts = [pad(make_batch((9, 4, 7), seed=1, targets=targets)), make_batch((5, 12), seed=2, targets=targets)]
+    parts = [
+        pad(make_batch((9, 4, 7), seed=1, targets=targets)),
+        make_batch((5, 12), seed=2, targets=targets),
+    ]
     model = nearby(llama)
     rows = [_row(batch, row) for batch in parts for row in range(batch.size)]
     nats, tokens = nll_by_text(model, parts)
@@ -171,55 +207,86 @@ def test_sums_by_text_are_float64_sums_over_the_targets_of_each_text(
     np.testing.assert_allclose(nats, [_nll_by_hand(model, *row) for row in rows], rtol=2e-6)
     divergence, same = kl_by_text(model, parts, _logits(llama, parts))
     assert divergence.dtype == np.float64 and same.tolist() == tokens.tolist()
-    np.testing.assert_allclose(divergence, [_kl_by_hand(llama, model, *row) for row in rows], rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(
+        divergence, [_kl_by_hand(llama, model, *row) for row in rows], rtol=2e-5, atol=2e-6
+    )
     assert (divergence > 1e-3).all()  # or the comparison above would say little
-    assert mean_kl(model, parts, _logits(llama, parts)) == pytest.approx(divergence.sum() / tokens.sum(), rel=1e-12)
+    assert mean_kl(model, parts, _logits(llama, parts)) == pytest.approx(
+        divergence.sum() / tokens.sum(), rel=1e-12
+    )
 
 
-def test_scattered_targets_are_counted_alone_and_a_text_without_any_counts_nothing(llama: PreTrainedModel, nearby: Mover, batch: Batch) -> None:
+def test_scattered_targets_are_counted_alone_and_a_text_without_any_counts_nothing(
+    llama: PreTrainedModel, nearby: Mover, batch: Batch
+) -> None:
     mask = torch.zeros_like(batch.target_mask)
     mask[0, [2, 5]], mask[2, 1] = True, True
     scattered, model = replace(batch, target_mask=mask), nearby(llama)
     rows = [_row(scattered, row) for row in range(3)]
     for (sums, tokens), expected in (
         (nll_by_text(model, [scattered]), [_nll_by_hand(model, *row) for row in rows]),
-        (kl_by_text(model, [scattered], _logits(llama, [scattered])), [_kl_by_hand(llama, model, *row) for row in rows]),
+        (
+            kl_by_text(model, [scattered], _logits(llama, [scattered])),
+            [_kl_by_hand(llama, model, *row) for row in rows],
+        ),
     ):
         assert tokens.tolist() == [2, 0, 1]
         np.testing.assert_allclose(sums, expected, rtol=2e-5, atol=2e-6)
         assert sums[1] == 0.0
 
 
-def test_the_divergence_runs_from_the_reference_to_the_model(llama: PreTrainedModel, nearby: Mover, batch: Batch) -> None:
+def test_the_divergence_runs_from_the_reference_to_the_model(
+    llama: PreTrainedModel, nearby: Mover, batch: Batch
+) -> None:
     model = nearby(llama, size=0.2)
     there, _ = kl_by_text(model, [batch], _logits(llama, [batch]))
     back, _ = kl_by_text(llama, [batch], _logits(model, [batch]))
-    np.testing.assert_allclose(there, [_kl_by_hand(llama, model, _row(batch, row)[0]) for row in range(3)], rtol=2e-5)
+    np.testing.assert_allclose(
+        there, [_kl_by_hand(llama, model, _row(batch, row)[0]) for row in range(3)], rtol=2e-5
+    )
     assert (np.abs(there - back) > 1e-3).any()
 
 
-def test_a_broken_token_outside_the_targets_breaks_nothing(llama: PreTrainedModel, nearby: Mover, batch: Batch, pad: Padder) -> None:
+def test_a_broken_token_outside_the_targets_breaks_nothing(
+    llama: PreTrainedModel, nearby: Mover, batch: Batch, pad: Padder
+) -> None:
     padded, model = pad(batch), nearby(llama)
     reference = _logits(llama, [batch])
     broken = [torch.nn.functional.pad(reference[0], (0, 0, 0, 3), value=float("nan"))]
-    np.testing.assert_allclose(kl_by_text(model, [padded], broken)[0], kl_by_text(model, [batch], reference)[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        kl_by_text(model, [padded], broken)[0],
+        kl_by_text(model, [batch], reference)[0],
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
-@pytest.mark.parametrize("split", [[[0], [1], [2], [3], [4], [5]], [[0, 1, 2], [3, 4, 5]], [[0], [1, 2, 3, 4], [5]]])
+@pytest.mark.parametrize(
+    "split", [[[0], [1], [2], [3], [4], [5]], [[0, 1, 2], [3, 4, 5]], [[0], [1, 2, 3, 4], [5]]]
+)
 def test_sums_by_text_do_not_depend_on_the_company_of_a_text(
-    split: list[list[int]], llama: PreTrainedModel, nearby: Mover, make_batch: BatchMaker, pad: Padder
+    split: list[list[int]],
+    llama: PreTrainedModel,
+    nearby: Mover,
+    make_batch: BatchMaker,
+    pad: Padder,
 ) -> None:
     whole = make_batch((9, 4, 7, 12, 5, 6), seed=3)
     parts, model = [_rows(whole, rows, pad) for rows in split], nearby(llama)
     for together, apart in (
         (nll_by_text(model, [whole]), nll_by_text(model, parts)),
-        (kl_by_text(model, [whole], _logits(llama, [whole])), kl_by_text(model, parts, _logits(llama, parts))),
+        (
+            kl_by_text(model, [whole], _logits(llama, [whole])),
+            kl_by_text(model, parts, _logits(llama, parts)),
+        ),
     ):
         np.testing.assert_array_equal(together[1], apart[1])
         np.testing.assert_allclose(together[0], apart[0], rtol=1e-5, atol=2e-6)
 
 
-def test_the_divergence_of_a_model_from_itself_is_exactly_zero(llama: PreTrainedModel, batch: Batch) -> None:
+def test_the_divergence_of_a_model_from_itself_is_exactly_zero(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     sums, tokens = kl_by_text(llama, [batch], _logits(llama, [batch]))
     assert sums.tolist() == [0.0, 0.0, 0.0] and tokens.tolist() == [6, 4, 5]
 
@@ -232,7 +299,14 @@ def test_every_batch_needs_its_reference(llama: PreTrainedModel, batch: Batch) -
 # --- disruption, ring by ring ----------------------------------------------------------------------------------------------------------------
 
 WORDS = "anna bert carl dora emil frida lives in rome oslo bonn lima paris turin comes from the old harbour sells salt wool amber and silver fish .".split()  # noqa: SIM905
-TOWNS = {"anna": "rome", "bert": "oslo", "carl": "bonn", "dora": "lima", "emil": "paris", "frida": "turin"}
+TOWNS = {
+    "anna": "rome",
+    "bert": "oslo",
+    "carl": "bonn",
+    "dora": "lima",
+    "emil": "paris",
+    "frida": "turin",
+}
 
 
 def _facts() -> tuple[Example, ...]:
@@ -241,21 +315,32 @@ def _facts() -> tuple[Example, ...]:
     for person, town in TOWNS.items():
         for text in (f"{person} lives in {town} .", f"{person} comes from the old town {town} ."):
             start = text.index(town)
-            found.append(Example(text, (start, start + len(town)), (0, len(person)), f"{person}/town"))
+            found.append(
+                Example(text, (start, start + len(town)), (0, len(person)), f"{person}/town")
+            )
     return tuple(found)
 
 
 def _running(count: int, seed: int) -> tuple[Example, ...]:
     rng = np.random.default_rng(seed)
-    return tuple(Example(" ".join(rng.choice(WORDS, rng.integers(3, 15))), item=f"text/{number}") for number in range(count))
+    return tuple(
+        Example(" ".join(rng.choice(WORDS, rng.integers(3, 15))), item=f"text/{number}")
+        for number in range(count)
+    )
 
 
 RINGS = {"retain-neighbour": _facts(), "retain-far": _running(9, 0), "general": _running(270, 1)}
 TESTED: dict[str, tuple[str, ...]] = {
     # every other person; which of the sentences turns from person to person
-    "retain-neighbour": ("bert lives in oslo .", "dora comes from the old town lima .", "frida lives in turin ."),
+    "retain-neighbour": (
+        "bert lives in oslo .",
+        "dora comes from the old town lima .",
+        "frida lives in turin .",
+    ),
     "retain-far": tuple(example.text for example in RINGS["retain-far"][1::2]),
-    "general": tuple(example.text for example in RINGS["general"][1::2]),  # 135 texts: more than one evaluation batch
+    "general": tuple(
+        example.text for example in RINGS["general"][1::2]
+    ),  # 135 texts: more than one evaluation batch
 }
 
 
@@ -268,7 +353,11 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def bench(tokenizer: PreTrainedTokenizerBase, make_model: ModelMaker) -> Bench:
     """A random model with three rings of retain texts, unequal in size and in the length of their texts."""
     forget = (Example("the old fish ."),)
-    return Bench(make_model(vocab_size=len(tokenizer)), tokenizer, ForgetRetain("rings", forget, forget, RINGS))
+    return Bench(
+        make_model(vocab_size=len(tokenizer)),
+        tokenizer,
+        ForgetRetain("rings", forget, forget, RINGS),
+    )
 
 
 @pytest.fixture
@@ -277,24 +366,36 @@ def changed(bench: Bench, nearby: Mover) -> PreTrainedModel:
     return nearby(bench.base, size=0.1)
 
 
-def _by_hand(bench: Bench, model: PreTrainedModel, ring: str, measure: Measure) -> tuple[np.ndarray, np.ndarray]:
+def _by_hand(
+    bench: Bench, model: PreTrainedModel, ring: str, measure: Measure
+) -> tuple[np.ndarray, np.ndarray]:
     """Cost and what it is divided by, of every test text of a ring: each text alone, in float64."""
     ids = [torch.tensor(bench.tokenizer(text)["input_ids"]) for text in TESTED[ring]]
     if measure == "kl":
-        return np.array([_kl_by_hand(bench.base, model, text) for text in ids]), np.array([len(text) - 1 for text in ids])
-    before, after = (np.array([_nll_by_hand(one, text) for text in ids]) for one in (bench.base, model))
+        return np.array([_kl_by_hand(bench.base, model, text) for text in ids]), np.array(
+            [len(text) - 1 for text in ids]
+        )
+    before, after = (
+        np.array([_nll_by_hand(one, text) for text in ids]) for one in (bench.base, model)
+    )
     return after - before, before
 
 
-def _expected(bench: Bench, model: PreTrainedModel, ring: str, measure: Measure) -> tuple[float, float]:
+def _expected(
+    bench: Bench, model: PreTrainedModel, ring: str, measure: Measure
+) -> tuple[float, float]:
     """Value and standard error of one ring."""
     cost, size = _by_hand(bench, model, ring, measure)
     value, n = cost.sum() / size.sum(), len(cost)
-    return float(value), float(np.sqrt(n / (n - 1) * ((cost - value * size) ** 2).sum()) / size.sum())
+    return float(value), float(
+        np.sqrt(n / (n - 1) * ((cost - value * size) ** 2).sum()) / size.sum()
+    )
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_disruption_by_ring_is_that_of_the_tested_half_by_a_direct_sum(measure: Measure, bench: Bench, changed: PreTrainedModel) -> None:
+def test_disruption_by_ring_is_that_of_the_tested_half_by_a_direct_sum(
+    measure: Measure, bench: Bench, changed: PreTrainedModel
+) -> None:
     found = Disruption(bench, measure).by_set(changed)
     assert list(found) == list(RINGS)
     for ring, one in found.items():
@@ -305,18 +406,25 @@ def test_disruption_by_ring_is_that_of_the_tested_half_by_a_direct_sum(measure: 
         assert one.n == len(TESTED[ring])
 
 
-def test_the_rise_of_the_loss_is_a_share_of_the_bases_loss(bench: Bench, changed: PreTrainedModel) -> None:
+def test_the_rise_of_the_loss_is_a_share_of_the_bases_loss(
+    bench: Bench, changed: PreTrainedModel
+) -> None:
     found = Disruption(bench, "loss-rise").by_set(changed)
     for ring, texts in TESTED.items():
         ids = [torch.tensor(bench.tokenizer(text)["input_ids"]) for text in texts]
         tokens = sum(len(text) - 1 for text in ids)
-        before, after = (sum(_nll_by_hand(model, text) for text in ids) / tokens for model in (bench.base, changed))
+        before, after = (
+            sum(_nll_by_hand(model, text) for text in ids) / tokens
+            for model in (bench.base, changed)
+        )
         assert found[ring].value == pytest.approx((after - before) / before, rel=1e-4)
 
 
 def test_a_change_that_helps_lowers_the_loss_and_not_the_divergence(bench: Bench) -> None:
     model = copy.deepcopy(bench.base)
-    batch = bench.encode([Example(text) for texts in TESTED.values() for text in texts], rows=200)[0]
+    batch = bench.encode([Example(text) for texts in TESTED.values() for text in texts], rows=200)[
+        0
+    ]
     for _ in range(3):
         cross_entropy(model, batch).backward()
         with torch.no_grad():
@@ -330,11 +438,16 @@ def test_a_change_that_helps_lowers_the_loss_and_not_the_divergence(bench: Bench
 def test_the_base_itself_costs_nothing(measure: Measure, bench: Bench) -> None:
     disruption = Disruption(bench, measure)
     assert disruption(bench.base) == 0.0
-    for one in (*disruption.by_set(bench.base).values(), disruption.estimate(copy.deepcopy(bench.base))):
+    for one in (
+        *disruption.by_set(bench.base).values(),
+        disruption.estimate(copy.deepcopy(bench.base)),
+    ):
         assert (one.value, one.low, one.high) == (0.0, 0.0, 0.0)
 
 
-def test_the_base_of_record_is_the_base_at_the_start(bench: Bench, changed: PreTrainedModel) -> None:
+def test_the_base_of_record_is_the_base_at_the_start(
+    bench: Bench, changed: PreTrainedModel
+) -> None:
     disruption = Disruption(bench)
     before = disruption(changed)
     bench.base.load_state_dict(changed.state_dict())
@@ -343,21 +456,31 @@ def test_the_base_of_record_is_the_base_at_the_start(bench: Bench, changed: PreT
 
 @pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("rings", [(), ("general",), ("retain-far", "retain-neighbour")])
-def test_every_chosen_ring_counts_the_same_whatever_its_size(measure: Measure, rings: tuple[str, ...], bench: Bench, changed: PreTrainedModel) -> None:
+def test_every_chosen_ring_counts_the_same_whatever_its_size(
+    measure: Measure, rings: tuple[str, ...], bench: Bench, changed: PreTrainedModel
+) -> None:
     disruption = Disruption(bench, measure, rings)
     chosen = rings or tuple(RINGS)
     assert disruption.rings == chosen
     parts = [_expected(bench, changed, ring, measure) for ring in chosen]
     value = sum(value for value, _ in parts) / len(parts)
-    error = math.sqrt(sum(error**2 for _, error in parts)) / len(parts)  # of a mean of independent numbers
+    error = math.sqrt(sum(error**2 for _, error in parts)) / len(
+        parts
+    )  # of a mean of independent numbers
     found = disruption.estimate(changed)
     assert found.value == pytest.approx(value, rel=1e-4) and disruption(changed) == found.value
-    assert (found.value - found.low, found.high - found.value) == pytest.approx((Z * error, Z * error), rel=1e-3)
+    assert (found.value - found.low, found.high - found.value) == pytest.approx(
+        (Z * error, Z * error), rel=1e-3
+    )
     assert found.n == sum(len(TESTED[ring]) for ring in chosen)
-    assert list(disruption.by_set(changed)) == list(RINGS)  # what does not count is reported all the same
+    assert list(disruption.by_set(changed)) == list(
+        RINGS
+    )  # what does not count is reported all the same
 
 
-def test_either_measure_can_be_asked_of_either_disruption(bench: Bench, changed: PreTrainedModel) -> None:
+def test_either_measure_can_be_asked_of_either_disruption(
+    bench: Bench, changed: PreTrainedModel
+) -> None:
     both = {measure: Disruption(bench, measure) for measure in MEASURES}
     for asked in MEASURES:
         for disruption in both.values():
@@ -365,7 +488,9 @@ def test_either_measure_can_be_asked_of_either_disruption(bench: Bench, changed:
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_disruption_is_the_same_number_every_time(measure: Measure, bench: Bench, changed: PreTrainedModel) -> None:
+def test_disruption_is_the_same_number_every_time(
+    measure: Measure, bench: Bench, changed: PreTrainedModel
+) -> None:
     weights = {name: value.clone() for name, value in changed.state_dict().items()}
     disruption = Disruption(bench, measure)
     torch.manual_seed(1)
@@ -374,13 +499,20 @@ def test_disruption_is_the_same_number_every_time(measure: Measure, bench: Bench
     assert disruption.estimate(changed) == first and disruption.by_set(changed) == rings
     assert Disruption(bench, measure).estimate(changed) == first
     assert all(torch.equal(value, weights[name]) for name, value in changed.state_dict().items())
-    assert all(parameter.grad is None for parameter in (*changed.parameters(), *bench.base.parameters()))
+    assert all(
+        parameter.grad is None for parameter in (*changed.parameters(), *bench.base.parameters())
+    )
 
 
 def test_an_unknown_ring_names_the_nearest(bench: Bench) -> None:
-    with pytest.raises(WorkbenchError, match="unknown retain ring 'retain-fra': did you mean retain-far"):
+    with pytest.raises(
+        WorkbenchError, match="unknown retain ring 'retain-fra': did you mean retain-far"
+    ):
         Disruption(bench, "kl", ("general", "retain-fra"))
-    with pytest.raises(WorkbenchError, match="unknown retain ring 'x': choose one of general, retain-far, retain-neighbour"):
+    with pytest.raises(
+        WorkbenchError,
+        match="unknown retain ring 'x': choose one of general, retain-far, retain-neighbour",
+    ):
         Disruption(bench, "kl", ("x",))
 
 
@@ -397,13 +529,24 @@ def test_a_ring_named_twice_counts_once(bench: Bench, changed: PreTrainedModel) 
     assert tuple(same.estimate(changed)) == pytest.approx(tuple(alone))
 
 
-def test_a_ring_without_a_test_text_is_left_out_and_nothing_at_all_is_an_error(bench: Bench, changed: PreTrainedModel) -> None:
-    lonely = {"retain-far": RINGS["retain-far"], "general": RINGS["general"][:1]}  # one text: its only half may be trained on
+def test_a_ring_without_a_test_text_is_left_out_and_nothing_at_all_is_an_error(
+    bench: Bench, changed: PreTrainedModel
+) -> None:
+    lonely = {
+        "retain-far": RINGS["retain-far"],
+        "general": RINGS["general"][:1],
+    }  # one text: its only half may be trained on
     partly = replace(bench, record=replace(bench.record, retain=lonely))
     found = Disruption(partly)
     assert list(found.by_set(changed)) == ["retain-far"]
-    assert tuple(found.estimate(changed)) == pytest.approx(tuple(Disruption(bench, "kl", ("retain-far",)).estimate(changed)))
-    for rings, retain in (((), {"general": RINGS["general"][:1]}), ((), {}), (("general",), lonely)):
+    assert tuple(found.estimate(changed)) == pytest.approx(
+        tuple(Disruption(bench, "kl", ("retain-far",)).estimate(changed))
+    )
+    for rings, retain in (
+        ((), {"general": RINGS["general"][:1]}),
+        ((), {}),
+        (("general",), lonely),
+    ):
         with pytest.raises(WorkbenchError, match="no retain text"):
             Disruption(replace(bench, record=replace(bench.record, retain=retain)), "kl", rings)
 

@@ -13,7 +13,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hooks import Capture, CaptureError, Collect, Moments, MomentsOf, Rows, Site, all_sites, gradients_only, layer_count, resolve, tapped
+from hooks import (
+    Capture,
+    CaptureError,
+    Collect,
+    Moments,
+    MomentsOf,
+    Rows,
+    Site,
+    all_sites,
+    gradients_only,
+    layer_count,
+    resolve,
+    tapped,
+)
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import cross_entropy
 
@@ -24,7 +37,9 @@ EVERY_LINEAR_GRADIENT = "model.layers.*_proj:grad_out"
 EVERY_LINEAR_INPUT = "model.layers.*_proj:in"
 
 
-def _captured(model: PreTrainedModel, sites: list[str], batch: Batch, mask: Tensor, *, backward: bool) -> Collect:
+def _captured(
+    model: PreTrainedModel, sites: list[str], batch: Batch, mask: Tensor, *, backward: bool
+) -> Collect:
     rows = Collect()
     with Capture(model, sites, rows) as capture:
         capture.at(mask)
@@ -35,22 +50,42 @@ def _captured(model: PreTrainedModel, sites: list[str], batch: Batch, mask: Tens
 
 
 def _hook_count(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    )
 
 
 def _own_projections(model: PreTrainedModel) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name
+    ]
 
 
 # --- the numbers are right -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_the_captured_residual_stream_is_the_models_own_hidden_states(kind: str, make_model: ModelMaker, batch: Batch) -> None:
+def test_the_captured_residual_stream_is_the_models_own_hidden_states(
+    kind: str, make_model: ModelMaker, batch: Batch
+) -> None:
     model = make_model(kind)
     mask = batch.attention_mask.bool()
     rows = Collect()
-    with torch.no_grad(), Capture(model, ["hook_embed", "blocks.*.hook_resid_pre", "blocks.*.hook_resid_post", "ln_final.hook_out"], rows) as capture:
+    with (
+        torch.no_grad(),
+        Capture(
+            model,
+            [
+                "hook_embed",
+                "blocks.*.hook_resid_pre",
+                "blocks.*.hook_resid_post",
+                "ln_final.hook_out",
+            ],
+            rows,
+        ) as capture,
+    ):
         capture.at(mask)
         hidden = model(**batch.inputs, output_hidden_states=True).hidden_states
     assert len(hidden) == 3
@@ -65,41 +100,85 @@ def test_the_captured_residual_stream_is_the_models_own_hidden_states(kind: str,
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_residual_sites_obey_the_residual_sums(kind: str, make_model: ModelMaker, batch: Batch) -> None:
+def test_residual_sites_obey_the_residual_sums(
+    kind: str, make_model: ModelMaker, batch: Batch
+) -> None:
     model = make_model(kind)
-    names = [f"blocks.*.{name}" for name in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")]
+    names = [
+        f"blocks.*.{name}"
+        for name in (
+            "hook_resid_pre",
+            "hook_resid_mid",
+            "hook_resid_post",
+            "hook_attn_out",
+            "hook_mlp_out",
+        )
+    ]
     rows = _captured(model, names, batch, batch.attention_mask.bool(), backward=False)
     for layer in range(2):
-        pre, mid, post = (rows[f"blocks.{layer}.hook_resid_{name}"] for name in ("pre", "mid", "post"))
+        pre, mid, post = (
+            rows[f"blocks.{layer}.hook_resid_{name}"] for name in ("pre", "mid", "post")
+        )
         torch.testing.assert_close(mid, pre + rows[f"blocks.{layer}.hook_attn_out"])
         torch.testing.assert_close(post, mid + rows[f"blocks.{layer}.hook_mlp_out"])
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_output_gradients_times_inputs_sum_to_every_weight_gradient(kind: str, make_model: ModelMaker, batch: Batch) -> None:
+def test_output_gradients_times_inputs_sum_to_every_weight_gradient(
+    kind: str, make_model: ModelMaker, batch: Batch
+) -> None:
     model = make_model(kind)
-    rows = _captured(model, [EVERY_LINEAR_INPUT, EVERY_LINEAR_GRADIENT], batch, torch.ones_like(batch.attention_mask).bool(), backward=True)
+    rows = _captured(
+        model,
+        [EVERY_LINEAR_INPUT, EVERY_LINEAR_GRADIENT],
+        batch,
+        torch.ones_like(batch.attention_mask).bool(),
+        backward=True,
+    )
     projections = _own_projections(model)
     assert len(projections) == 2 * 7
     for path in projections:
         weight = model.get_submodule(path).weight
         assert isinstance(weight.grad, Tensor)
-        torch.testing.assert_close(rows[f"{path}:grad_out"].T @ rows[f"{path}:in"], weight.grad, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            rows[f"{path}:grad_out"].T @ rows[f"{path}:in"], weight.grad, rtol=1e-4, atol=1e-7
+        )
 
 
-def test_an_input_gradient_is_that_of_its_own_module_alone(llama: PreTrainedModel, batch: Batch) -> None:
+def test_an_input_gradient_is_that_of_its_own_module_alone(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     # q, k and v read one tensor. For a linear layer, the gradient at its own input is grad_out @ W, whatever the others add.
-    names = [f"model.layers.1.self_attn.{part}_proj:{side}" for part in "qkv" for side in ("grad_in", "grad_out")]
-    rows = _captured(llama, names, batch, torch.ones_like(batch.attention_mask).bool(), backward=True)
+    names = [
+        f"model.layers.1.self_attn.{part}_proj:{side}"
+        for part in "qkv"
+        for side in ("grad_in", "grad_out")
+    ]
+    rows = _captured(
+        llama, names, batch, torch.ones_like(batch.attention_mask).bool(), backward=True
+    )
     for part in "qkv":
         path = f"model.layers.1.self_attn.{part}_proj"
         weight = llama.get_submodule(path).weight
         assert isinstance(weight, Tensor)
-        torch.testing.assert_close(rows[f"{path}:grad_in"], rows[f"{path}:grad_out"] @ weight.detach())
+        torch.testing.assert_close(
+            rows[f"{path}:grad_in"], rows[f"{path}:grad_out"] @ weight.detach()
+        )
 
 
-@pytest.mark.parametrize("site", ["hook_embed", "blocks.0.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"])
-def test_a_gradient_at_a_stream_is_what_autograd_gives_for_that_stream(site: str, llama: PreTrainedModel, batch: Batch) -> None:
+@pytest.mark.parametrize(
+    "site",
+    [
+        "hook_embed",
+        "blocks.0.hook_resid_pre",
+        "blocks.0.hook_resid_post",
+        "blocks.1.hook_resid_pre",
+        "blocks.1.hook_mlp_out",
+    ],
+)
+def test_a_gradient_at_a_stream_is_what_autograd_gives_for_that_stream(
+    site: str, llama: PreTrainedModel, batch: Batch
+) -> None:
     mask = batch.attention_mask.bool()
     rows = _captured(llama, [f"{site}_grad"], batch, mask, backward=True)
     (target,) = resolve(llama, site)
@@ -110,7 +189,10 @@ def test_a_gradient_at_a_stream_is_what_autograd_gives_for_that_stream(site: str
         return output + kept[0]
 
     # hook_resid_pre of a block is the output of what came before it.
-    path = {"blocks.0.hook_resid_pre": "model.embed_tokens", "blocks.1.hook_resid_pre": "model.layers.0"}.get(site, target.path)
+    path = {
+        "blocks.0.hook_resid_pre": "model.embed_tokens",
+        "blocks.1.hook_resid_pre": "model.layers.0",
+    }.get(site, target.path)
     handle = llama.get_submodule(path).register_forward_hook(probe)
     loss = cross_entropy(llama, batch)
     handle.remove()
@@ -118,15 +200,33 @@ def test_a_gradient_at_a_stream_is_what_autograd_gives_for_that_stream(site: str
     torch.testing.assert_close(rows[f"{site}_grad"], expected[mask], rtol=1e-4, atol=1e-7)
 
 
-def test_the_gradient_at_resid_mid_is_that_of_the_whole_stream(llama: PreTrainedModel, batch: Batch) -> None:
+def test_the_gradient_at_resid_mid_is_that_of_the_whole_stream(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     # TransformerLens's hook_resid_mid is a point of the stream: what is added there (attn_out) has the same gradient, through the MLP and past it.
-    rows = _captured(llama, ["blocks.0.hook_resid_mid_grad", "blocks.0.hook_attn_out_grad"], batch, batch.content_mask, backward=True)
-    torch.testing.assert_close(rows["blocks.0.hook_resid_mid_grad"], rows["blocks.0.hook_attn_out_grad"], rtol=1e-4, atol=1e-7)
+    rows = _captured(
+        llama,
+        ["blocks.0.hook_resid_mid_grad", "blocks.0.hook_attn_out_grad"],
+        batch,
+        batch.content_mask,
+        backward=True,
+    )
+    torch.testing.assert_close(
+        rows["blocks.0.hook_resid_mid_grad"],
+        rows["blocks.0.hook_attn_out_grad"],
+        rtol=1e-4,
+        atol=1e-7,
+    )
 
 
 def test_rows_come_with_their_example_and_position(llama: PreTrainedModel, batch: Batch) -> None:
     seen: list[Rows] = []
-    with torch.no_grad(), Capture(llama, "blocks.0.hook_resid_post", lambda _site, rows: seen.append(rows)) as capture:
+    with (
+        torch.no_grad(),
+        Capture(
+            llama, "blocks.0.hook_resid_post", lambda _site, rows: seen.append(rows)
+        ) as capture,
+    ):
         capture.at(batch.answer_mask)
         hidden = llama(**batch.inputs, output_hidden_states=True).hidden_states[1]
     (rows,) = seen
@@ -135,14 +235,18 @@ def test_rows_come_with_their_example_and_position(llama: PreTrainedModel, batch
         assert torch.equal(value, hidden[example, position])
 
 
-def test_rows_are_copies_that_a_later_in_place_kernel_cannot_overwrite(llama: PreTrainedModel, batch: Batch) -> None:
+def test_rows_are_copies_that_a_later_in_place_kernel_cannot_overwrite(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     mask = batch.attention_mask.bool()
     rows = Collect()
     path = "model.layers.0.mlp.gate_proj"
     with torch.no_grad():
         clean = tapped(llama, resolve(llama, f"{path}:out"), batch.inputs)[f"{path}:out"][mask]
         with Capture(llama, f"{path}:out", rows) as capture:
-            handle = llama.get_submodule(path).register_forward_hook(lambda _m, _a, output: output.zero_())
+            handle = llama.get_submodule(path).register_forward_hook(
+                lambda _m, _a, output: output.zero_()
+            )
             capture.at(mask)
             llama(**batch.inputs)
             handle.remove()
@@ -152,23 +256,31 @@ def test_rows_are_copies_that_a_later_in_place_kernel_cannot_overwrite(llama: Pr
 # --- the model is not touched ----------------------------------------------------------------------------------------------------------------
 
 
-def test_outputs_are_bit_identical_with_hooks_and_everything_is_after_them(llama: PreTrainedModel, batch: Batch) -> None:
+def test_outputs_are_bit_identical_with_hooks_and_everything_is_after_them(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     def run() -> tuple[Tensor, list[Tensor]]:
         llama.zero_grad()
         output = llama(**batch.inputs).logits
         output.square().sum().backward()
-        return output.detach().clone(), [p.grad.clone() for p in llama.parameters() if p.grad is not None]
+        return output.detach().clone(), [
+            p.grad.clone() for p in llama.parameters() if p.grad is not None
+        ]
 
     logits, weights = run()
     before = _hook_count(llama)
-    named = [site.name for site in all_sites(llama) if site.name != "embed.hook_in"]  # token ids are no vectors
+    named = [
+        site.name for site in all_sites(llama) if site.name != "embed.hook_in"
+    ]  # token ids are no vectors
     with Capture(llama, [*named, *(f"{name}_grad" for name in named)], MomentsOf()) as capture:
         capture.at(batch.content_mask)
         hooked_logits, hooked_weights = run()
     after_logits, after_weights = run()
     assert _hook_count(llama) == before
     assert torch.equal(logits, hooked_logits) and torch.equal(logits, after_logits)
-    assert len(weights) == len(hooked_weights) == len(after_weights) == len(list(llama.parameters()))
+    assert (
+        len(weights) == len(hooked_weights) == len(after_weights) == len(list(llama.parameters()))
+    )
     assert all(torch.equal(a, b) for a, b in zip(weights, after_weights, strict=True))
     for plain, hooked in zip(weights, hooked_weights, strict=True):
         # Gradients of private inputs are summed in another order, so only the outputs can be asked for every bit.
@@ -181,7 +293,10 @@ def test_hooks_are_removed_when_the_forward_raises(llama: PreTrainedModel, batch
 
     before = _hook_count(llama)
     handle = llama.get_submodule("model.layers.1").register_forward_hook(explode)
-    with pytest.raises(ZeroDivisionError, match="planted"), Capture(llama, "blocks.*.hook_resid_post", Collect()) as capture:
+    with (
+        pytest.raises(ZeroDivisionError, match="planted"),
+        Capture(llama, "blocks.*.hook_resid_post", Collect()) as capture,
+    ):
         capture.at(batch.content_mask)
         llama(**batch.inputs)
     with pytest.raises(ZeroDivisionError, match="planted"):
@@ -195,7 +310,10 @@ def test_a_consumer_that_raises_leaves_no_hook_behind(llama: PreTrainedModel, ba
         raise ZeroDivisionError("planted")
 
     before = _hook_count(llama)
-    with pytest.raises(ZeroDivisionError, match="planted"), Capture(llama, "blocks.0.hook_resid_post", consumer) as capture:
+    with (
+        pytest.raises(ZeroDivisionError, match="planted"),
+        Capture(llama, "blocks.0.hook_resid_post", consumer) as capture,
+    ):
         capture.at(batch.content_mask)
         llama(**batch.inputs)
     assert _hook_count(llama) == before
@@ -204,13 +322,20 @@ def test_a_consumer_that_raises_leaves_no_hook_behind(llama: PreTrainedModel, ba
 # --- padding ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_nan_planted_at_a_padded_position_reaches_no_consumer(llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_nan_planted_at_a_padded_position_reaches_no_consumer(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     # Attention multiplies a masked NaN by zero, which is NaN; so only the sites before the first attention can be asked for this.
     def plant(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
         return torch.where(batch.attention_mask[..., None].bool(), output, torch.nan)
 
     handle = llama.get_submodule("model.embed_tokens").register_forward_hook(plant)
-    sites = ["hook_embed", "blocks.0.hook_resid_pre", "blocks.0.ln1.hook_out", *(f"blocks.0.attn.{part}.hook_out" for part in "qkv")]
+    sites = [
+        "hook_embed",
+        "blocks.0.hook_resid_pre",
+        "blocks.0.ln1.hook_out",
+        *(f"blocks.0.attn.{part}.hook_out" for part in "qkv"),
+    ]
     rows, moments = Collect(), MomentsOf()
 
     def both(site: Site, found: Rows) -> None:
@@ -228,7 +353,9 @@ def test_a_nan_planted_at_a_padded_position_reaches_no_consumer(llama: PreTraine
         assert bool(torch.isfinite(moments[site].scatter).all())
 
 
-def test_what_stands_in_the_padding_changes_no_row_of_any_site(llama: PreTrainedModel, batch: Batch) -> None:
+def test_what_stands_in_the_padding_changes_no_row_of_any_site(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     def plant(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
         return torch.where(batch.attention_mask[..., None].bool(), output, 1e3)
 
@@ -248,14 +375,24 @@ def test_what_stands_in_the_padding_changes_no_row_of_any_site(llama: PreTrained
 
 def test_a_mask_of_the_wrong_shape_is_refused(llama: PreTrainedModel, batch: Batch) -> None:
     for mask in (batch.content_mask[:, :-1], batch.content_mask[:-1], batch.content_mask.T):
-        with pytest.raises(CaptureError, match="mask"), Capture(llama, "blocks.0.hook_resid_post", Collect()) as capture:
+        with (
+            pytest.raises(CaptureError, match="mask"),
+            Capture(llama, "blocks.0.hook_resid_post", Collect()) as capture,
+        ):
             capture.at(mask)
             llama(**batch.inputs)
 
 
-def test_a_mask_that_is_not_boolean_or_not_flat_is_refused(llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_mask_that_is_not_boolean_or_not_flat_is_refused(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     with Capture(llama, "blocks.0.hook_resid_post", Collect()) as capture:
-        for mask in (batch.attention_mask, batch.attention_mask.float(), batch.content_mask[0], batch.content_mask[..., None]):
+        for mask in (
+            batch.attention_mask,
+            batch.attention_mask.float(),
+            batch.content_mask[0],
+            batch.content_mask[..., None],
+        ):
             with pytest.raises(CaptureError, match="boolean"):
                 capture.at(mask)
         capture.at(batch.content_mask)
@@ -270,7 +407,9 @@ def test_a_mask_that_is_not_boolean_or_not_flat_is_refused(llama: PreTrainedMode
         ("model.layers.0.mlp.down_porj:in", "model.layers.0.mlp.down_proj:in"),
     ],
 )
-def test_an_unknown_site_is_answered_with_the_nearest_names(wrong: str, near: str, llama: PreTrainedModel) -> None:
+def test_an_unknown_site_is_answered_with_the_nearest_names(
+    wrong: str, near: str, llama: PreTrainedModel
+) -> None:
     with pytest.raises(CaptureError) as raised:
         resolve(llama, wrong)
     assert wrong in str(raised.value) and near in str(raised.value)
@@ -278,7 +417,11 @@ def test_an_unknown_site_is_answered_with_the_nearest_names(wrong: str, near: st
 
 def test_a_layer_that_does_not_exist_is_unknown(llama: PreTrainedModel) -> None:
     assert layer_count(llama) == 2
-    for wrong in ("blocks.2.hook_resid_post", "blocks.{1..0}.hook_resid_post", "model.layers.0.mlp:sideways"):
+    for wrong in (
+        "blocks.2.hook_resid_post",
+        "blocks.{1..0}.hook_resid_post",
+        "model.layers.0.mlp:sideways",
+    ):
         with pytest.raises(CaptureError):
             resolve(llama, wrong)
     with pytest.raises(CaptureError):
@@ -289,9 +432,9 @@ def test_both_spellings_and_ranges_name_the_same_places(llama: PreTrainedModel) 
     assert [(s.path, s.side, s.layer) for s in resolve(llama, "blocks.{0..1}.mlp.out.hook_in")] == [
         (f"model.layers.{layer}.mlp.down_proj", "in", layer) for layer in range(2)
     ]
-    assert {(s.path, s.side, s.layer) for s in resolve(llama, "model.layers.*.mlp.down_proj:in")} == {
-        (s.path, s.side, s.layer) for s in resolve(llama, "blocks.*.mlp.out.hook_in")
-    }
+    assert {
+        (s.path, s.side, s.layer) for s in resolve(llama, "model.layers.*.mlp.down_proj:in")
+    } == {(s.path, s.side, s.layer) for s in resolve(llama, "blocks.*.mlp.out.hook_in")}
     assert len(resolve(llama, ["blocks.*.hook_resid_post", "blocks.1.hook_resid_post"])) == 2
 
 
@@ -303,13 +446,19 @@ def test_an_architecture_without_names_can_be_tapped_by_path_only() -> None:
 
 
 def test_a_pass_without_a_mask_is_an_error(llama: PreTrainedModel, batch: Batch) -> None:
-    with pytest.raises(CaptureError, match="at\\(mask\\)"), Capture(llama, "blocks.0.hook_resid_post", Collect()):
+    with (
+        pytest.raises(CaptureError, match="at\\(mask\\)"),
+        Capture(llama, "blocks.0.hook_resid_post", Collect()),
+    ):
         llama(**batch.inputs)
 
 
 def test_every_pass_needs_its_own_mask(llama: PreTrainedModel, batch: Batch) -> None:
     # "call capture.at(mask) before every forward pass: which tokens count has no default"; last pass's mask is no answer for this one.
-    with pytest.raises(CaptureError, match="at\\(mask\\)"), Capture(llama, "blocks.0.hook_resid_post", Collect()) as capture:
+    with (
+        pytest.raises(CaptureError, match="at\\(mask\\)"),
+        Capture(llama, "blocks.0.hook_resid_post", Collect()) as capture,
+    ):
         capture.at(batch.content_mask)
         llama(**batch.inputs)
         llama(**batch.inputs)
@@ -318,7 +467,10 @@ def test_every_pass_needs_its_own_mask(llama: PreTrainedModel, batch: Batch) -> 
 def test_a_site_that_never_fires_is_an_error(llama: PreTrainedModel, batch: Batch) -> None:
     llama.idle = nn.Linear(16, 16)
     for side in ("in", "out", "grad_in", "grad_out"):
-        with pytest.raises(CaptureError, match="never ran"), Capture(llama, f"idle:{side}", Collect()) as capture:
+        with (
+            pytest.raises(CaptureError, match="never ran"),
+            Capture(llama, f"idle:{side}", Collect()) as capture,
+        ):
             capture.at(batch.content_mask)
             llama(**batch.inputs).logits.sum().backward()
     with pytest.raises(CaptureError, match="never ran"):
@@ -327,42 +479,68 @@ def test_a_site_that_never_fires_is_an_error(llama: PreTrainedModel, batch: Batc
 
 def test_a_capture_without_any_pass_is_an_error(llama: PreTrainedModel, batch: Batch) -> None:
     # "A site that did not fire is an error, never an empty result."
-    with pytest.raises(CaptureError), Capture(llama, "blocks.0.hook_resid_post", Collect()) as capture:
+    with (
+        pytest.raises(CaptureError),
+        Capture(llama, "blocks.0.hook_resid_post", Collect()) as capture,
+    ):
         capture.at(batch.content_mask)
 
 
-def test_a_pass_of_an_inner_module_is_an_error_and_no_empty_result(llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_pass_of_an_inner_module_is_an_error_and_no_empty_result(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     # Only the root's forward counts; rows that nobody counts must not end as silence.
-    with pytest.raises(CaptureError), Capture(llama, "blocks.0.hook_resid_post", Collect()) as capture:
+    with (
+        pytest.raises(CaptureError),
+        Capture(llama, "blocks.0.hook_resid_post", Collect()) as capture,
+    ):
         capture.at(batch.content_mask)
         llama.get_submodule("model")(**batch.inputs)
 
 
-def test_a_site_above_an_early_stop_is_an_error_and_no_empty_result(llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_site_above_an_early_stop_is_an_error_and_no_empty_result(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     # tapped() leaves the forward early; a capture around it that waits for a deeper site gets nothing and must say so.
-    with pytest.raises(CaptureError), Capture(llama, "blocks.1.hook_resid_post", Collect()) as capture:
+    with (
+        pytest.raises(CaptureError),
+        Capture(llama, "blocks.1.hook_resid_post", Collect()) as capture,
+    ):
         capture.at(batch.content_mask)
         tapped(llama, resolve(llama, "blocks.0.hook_resid_post"), batch.inputs)
 
 
-def test_a_module_that_runs_twice_in_one_pass_is_an_error(llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_module_that_runs_twice_in_one_pass_is_an_error(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     layers = llama.get_submodule("model.layers")
     shared = nn.Linear(16, 16)
     layers.get_submodule("0").add_module("twice", shared)
-    handle = layers.get_submodule("0").register_forward_hook(lambda _m, _a, output: shared(shared(output)))
-    with pytest.raises(CaptureError, match="2 times"), Capture(llama, "model.layers.0.twice:out", Collect()) as capture:
+    handle = layers.get_submodule("0").register_forward_hook(
+        lambda _m, _a, output: shared(shared(output))
+    )
+    with (
+        pytest.raises(CaptureError, match="2 times"),
+        Capture(llama, "model.layers.0.twice:out", Collect()) as capture,
+    ):
         capture.at(batch.content_mask)
         llama(**batch.inputs)
     handle.remove()
 
 
 def test_a_gradient_that_never_comes_is_an_error(llama: PreTrainedModel, batch: Batch) -> None:
-    with pytest.raises(CaptureError, match="gradient"), Capture(llama, "blocks.0.hook_resid_post_grad", Collect()) as capture:
+    with (
+        pytest.raises(CaptureError, match="gradient"),
+        Capture(llama, "blocks.0.hook_resid_post_grad", Collect()) as capture,
+    ):
         capture.at(batch.content_mask)
         llama(**batch.inputs)
     for parameter in llama.parameters():
         parameter.requires_grad_(False)
-    with pytest.raises(CaptureError, match="gradients_only"), Capture(llama, "blocks.0.hook_resid_post_grad", Collect()) as capture:
+    with (
+        pytest.raises(CaptureError, match="gradients_only"),
+        Capture(llama, "blocks.0.hook_resid_post_grad", Collect()) as capture,
+    ):
         capture.at(batch.content_mask)
         llama(**batch.inputs)
 
@@ -378,7 +556,10 @@ CHECKPOINTED = [
 
 def _checkpointed(model: PreTrainedModel, reentrant: bool) -> None:
     # Renamed within transformers 5; the old name warns.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": reentrant})
     model.train()  # transformers checkpoints in training mode only; these configurations have no dropout
     assert model.get_submodule("model.layers.0").gradient_checkpointing is True
@@ -387,13 +568,17 @@ def _checkpointed(model: PreTrainedModel, reentrant: bool) -> None:
 def _agree(first: Collect, second: Collect) -> None:
     assert set(first.names()) == set(second.names())
     for name in first.names():
-        assert first[name].shape == second[name].shape, name  # recomputed rows are not delivered twice
+        assert first[name].shape == second[name].shape, (
+            name
+        )  # recomputed rows are not delivered twice
         torch.testing.assert_close(first[name], second[name], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_gradient_checkpointing_changes_no_activation_and_no_gradient(reentrant: bool, frozen: bool, make_model: ModelMaker, batch: Batch) -> None:
+def test_gradient_checkpointing_changes_no_activation_and_no_gradient(
+    reentrant: bool, frozen: bool, make_model: ModelMaker, batch: Batch
+) -> None:
     def run(model: PreTrainedModel) -> Collect:
         if not frozen:
             return _captured(model, CHECKPOINTED, batch, batch.content_mask, backward=True)
@@ -403,7 +588,9 @@ def test_gradient_checkpointing_changes_no_activation_and_no_gradient(reentrant:
     plain, checkpointed = make_model(), make_model()
     _checkpointed(checkpointed, reentrant)
     _agree(run(plain), run(checkpointed))
-    for (name, first), (_, second) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
+    for (name, first), (_, second) in zip(
+        plain.named_parameters(), checkpointed.named_parameters(), strict=True
+    ):
         assert (first.grad is None) == (second.grad is None) == frozen, name
         if first.grad is not None and second.grad is not None:
             torch.testing.assert_close(first.grad, second.grad, rtol=1e-5, atol=1e-8)
@@ -419,7 +606,9 @@ def test_a_later_pass_with_another_mask_does_not_change_which_gradients_an_earli
     seen: list[list[list[int]]] = []
     first, second = batch.content_mask, batch.answer_mask
     # An MLP lies inside the checkpointed block, so its hooks run again during backward.
-    with Capture(model, "blocks.0.mlp.hook_out_grad", lambda _site, rows: seen.append(rows.where.tolist())) as capture:
+    with Capture(
+        model, "blocks.0.mlp.hook_out_grad", lambda _site, rows: seen.append(rows.where.tolist())
+    ) as capture:
         capture.at(first)
         loss = cross_entropy(model, batch)
         capture.at(second)
@@ -428,11 +617,16 @@ def test_a_later_pass_with_another_mask_does_not_change_which_gradients_an_earli
     assert sorted(seen) == sorted([first.nonzero().tolist(), second.nonzero().tolist()])
 
 
-def test_two_passes_before_one_backward_are_refused_under_reentrant_checkpointing(make_model: ModelMaker, batch: Batch) -> None:
+def test_two_passes_before_one_backward_are_refused_under_reentrant_checkpointing(
+    make_model: ModelMaker, batch: Batch
+) -> None:
     # A recomputed row cannot be told from another pass's there; rows selected by the wrong mask would be silently wrong.
     model = make_model()
     _checkpointed(model, reentrant=True)
-    with pytest.raises(CaptureError, match="2 forward passes"), Capture(model, "blocks.0.mlp.hook_out_grad", Collect()) as capture:
+    with (
+        pytest.raises(CaptureError, match="2 forward passes"),
+        Capture(model, "blocks.0.mlp.hook_out_grad", Collect()) as capture,
+    ):
         capture.at(batch.content_mask)
         loss = cross_entropy(model, batch)
         capture.at(batch.answer_mask)
@@ -441,7 +635,9 @@ def test_two_passes_before_one_backward_are_refused_under_reentrant_checkpointin
 
 
 @pytest.mark.parametrize("stop", [False, True])
-def test_a_tapped_tensor_has_the_same_gradient_under_checkpointing(stop: bool, make_model: ModelMaker, batch: Batch) -> None:
+def test_a_tapped_tensor_has_the_same_gradient_under_checkpointing(
+    stop: bool, make_model: ModelMaker, batch: Batch
+) -> None:
     plain, checkpointed = make_model(), make_model()
     _checkpointed(checkpointed, reentrant=False)
     found = []
@@ -454,7 +650,9 @@ def test_a_tapped_tensor_has_the_same_gradient_under_checkpointing(stop: bool, m
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-8)
 
 
-def test_a_tapped_tensor_is_live_or_an_error_under_reentrant_checkpointing(llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_tapped_tensor_is_live_or_an_error_under_reentrant_checkpointing(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     # Reentrant checkpointing runs the block without a graph. A dead tensor would turn a loss term off in silence.
     _checkpointed(llama, reentrant=True)
     (site,) = resolve(llama, "blocks.0.mlp.hook_out")
@@ -468,7 +666,9 @@ def test_a_tapped_tensor_is_live_or_an_error_under_reentrant_checkpointing(llama
 # --- gradients_only and tapped ---------------------------------------------------------------------------------------------------------------
 
 
-def test_gradients_only_gives_the_same_output_gradients_and_puts_the_flags_back(make_model: ModelMaker, batch: Batch) -> None:
+def test_gradients_only_gives_the_same_output_gradients_and_puts_the_flags_back(
+    make_model: ModelMaker, batch: Batch
+) -> None:
     sites = [EVERY_LINEAR_GRADIENT, "blocks.*.hook_resid_post_grad", "hook_embed_grad"]
     full = _captured(make_model(), sites, batch, batch.content_mask, backward=True)
     model = make_model()
@@ -486,11 +686,15 @@ def test_gradients_only_gives_the_same_output_gradients_and_puts_the_flags_back(
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
 
-def test_tapped_returns_live_whole_tensors_and_runs_nothing_above(llama: PreTrainedModel, batch: Batch) -> None:
+def test_tapped_returns_live_whole_tensors_and_runs_nothing_above(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     hidden = llama(**batch.inputs, output_hidden_states=True).hidden_states[1]
     before = _hook_count(llama)  # transformers keeps hooks of its own
     ran: list[str] = []
-    handle = llama.get_submodule("model.layers.1").register_forward_hook(lambda *_: ran.append("layer 1"))
+    handle = llama.get_submodule("model.layers.1").register_forward_hook(
+        lambda *_: ran.append("layer 1")
+    )
     sites = resolve(llama, ["blocks.0.hook_resid_post", "blocks.0.mlp.hook_in"])
     live = tapped(llama, sites, batch.inputs)
     assert not ran
@@ -511,12 +715,20 @@ def test_tapped_refuses_gradient_sites(llama: PreTrainedModel, batch: Batch) -> 
 # --- Moments ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def _rows_with_offset(seed: int, count: int, width: int, offset: float, scale: float = 1.0) -> Tensor:
+def _rows_with_offset(
+    seed: int, count: int, width: int, offset: float, scale: float = 1.0
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(width, width, generator=generator, dtype=torch.float64)
     mixing /= mixing.norm(dim=1, keepdim=True)  # every coordinate has spread 1
     directions = torch.randn(width, generator=generator, dtype=torch.float64).sign()
-    return ((torch.randn(count, width, generator=generator, dtype=torch.float64) @ mixing.T + offset * directions) * scale).float()
+    return (
+        (
+            torch.randn(count, width, generator=generator, dtype=torch.float64) @ mixing.T
+            + offset * directions
+        )
+        * scale
+    ).float()
 
 
 def _check_moments(moments: Moments, rows: Tensor, scale: float = 1.0) -> None:
@@ -532,8 +744,14 @@ def _check_moments(moments: Moments, rows: Tensor, scale: float = 1.0) -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 10.0, 1000.0])
-@given(seed=st.integers(0, 999), cuts=st.lists(st.integers(0, 300), max_size=6), order=st.randoms(use_true_random=False))
-def test_moments_equal_float64_brute_force_under_any_chunking_and_merging(offset: float, seed: int, cuts: list[int], order: Random) -> None:
+@given(
+    seed=st.integers(0, 999),
+    cuts=st.lists(st.integers(0, 300), max_size=6),
+    order=st.randoms(use_true_random=False),
+)
+def test_moments_equal_float64_brute_force_under_any_chunking_and_merging(
+    offset: float, seed: int, cuts: list[int], order: Random
+) -> None:
     rows = _rows_with_offset(seed, 300, 5, offset)
     edges = [0, *sorted(cuts), 300]
     chunks = [rows[a:b] for a, b in pairwise(edges)]  # some are empty
@@ -579,14 +797,18 @@ def test_no_row_has_no_covariance() -> None:
         _ = moments.covariance
 
 
-def test_moments_of_a_site_are_the_moments_of_its_collected_rows(llama: PreTrainedModel, make_batch: BatchMaker) -> None:
+def test_moments_of_a_site_are_the_moments_of_its_collected_rows(
+    llama: PreTrainedModel, make_batch: BatchMaker
+) -> None:
     rows, moments = Collect(), MomentsOf()
 
     def both(site: Site, found: Rows) -> None:
         rows(site, found)
         moments(site, found)
 
-    with Capture(llama, ["blocks.1.hook_resid_post", "blocks.1.hook_resid_post_grad"], both) as capture:
+    with Capture(
+        llama, ["blocks.1.hook_resid_post", "blocks.1.hook_resid_post_grad"], both
+    ) as capture:
         for seed in range(4):
             part = make_batch((9, 4, 6), seed)
             capture.at(part.content_mask)

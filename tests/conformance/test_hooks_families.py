@@ -18,16 +18,55 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hooks import Capture, CaptureError, Collect, Rows, Site, all_sites, as_bridge, as_cache, peek, real_tokens, resolve
+from hooks import (
+    Capture,
+    CaptureError,
+    Collect,
+    Rows,
+    Site,
+    all_sites,
+    as_bridge,
+    as_cache,
+    peek,
+    real_tokens,
+    resolve,
+)
 from hooks.families import FAMILIES
 
-_TOKENS: dict[str, Any] = {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_NEOX: dict[str, Any] = {**_TOKENS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+_TOKENS: dict[str, Any] = {
+    "vocab_size": 50,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_NEOX: dict[str, Any] = {
+    **_TOKENS,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 _SHAPE: dict[str, Any] = {**_NEOX, "num_key_value_heads": 2}
-_HEADS: dict[str, Any] = {**_SHAPE, "head_dim": 8}  # the heads together are wider than the stream, as in the larger models
+_HEADS: dict[str, Any] = {
+    **_SHAPE,
+    "head_dim": 8,
+}  # the heads together are wider than the stream, as in the larger models
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
-_VISION: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 4, "patch_size": 2}
-_IMAGES: dict[str, Any] = {"mm_tokens_per_image": 4, "image_token_index": 49, "boi_token_index": 47, "eoi_token_index": 48}
+_VISION: dict[str, Any] = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 4,
+    "patch_size": 2,
+}
+_IMAGES: dict[str, Any] = {
+    "mm_tokens_per_image": 4,
+    "image_token_index": 49,
+    "boi_token_index": 47,
+    "eoi_token_index": 48,
+}
 
 CONFIGS: dict[str, Callable[..., Any]] = {
     "llama": lambda **more: hf.LlamaConfig(**_SHAPE, **more),
@@ -37,30 +76,54 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "gemma": lambda **more: hf.GemmaConfig(**_HEADS, **more),
     "gemma2": lambda **more: hf.Gemma2Config(**_HEADS, **more),
     "gemma3_text": lambda **more: hf.Gemma3TextConfig(**_HEADS, **more),
-    "gemma3": lambda **more: hf.Gemma3Config(text_config=_HEADS, vision_config=_VISION, **_IMAGES, **more),
+    "gemma3": lambda **more: hf.Gemma3Config(
+        text_config=_HEADS, vision_config=_VISION, **_IMAGES, **more
+    ),
     "gpt_neox": lambda **more: hf.GPTNeoXConfig(**_NEOX, **more),
-    "gpt_neox sequential": lambda **more: hf.GPTNeoXConfig(**_NEOX, use_parallel_residual=False, **more),
-    "gpt2": lambda **more: hf.GPT2Config(n_embd=16, n_layer=2, n_head=4, n_positions=64, **_TOKENS, **more),
+    "gpt_neox sequential": lambda **more: hf.GPTNeoXConfig(
+        **_NEOX, use_parallel_residual=False, **more
+    ),
+    "gpt2": lambda **more: hf.GPT2Config(
+        n_embd=16, n_layer=2, n_head=4, n_positions=64, **_TOKENS, **more
+    ),
     "olmo": lambda **more: hf.OlmoConfig(**_SHAPE, **more),
     "olmo2": lambda **more: hf.Olmo2Config(**_SHAPE, **more),
     "olmo3": lambda **more: hf.Olmo3Config(**_SHAPE, **more),
     "phi": lambda **more: hf.PhiConfig(**_SHAPE, **more),
     "phi3": lambda **more: hf.Phi3Config(**_SHAPE, **more),
     "mixtral": lambda **more: hf.MixtralConfig(**_SHAPE, num_local_experts=4, **more),
-    "qwen3_moe": lambda **more: hf.Qwen3MoeConfig(**_HEADS, **_EXPERTS, moe_intermediate_size=8, **more),
+    "qwen3_moe": lambda **more: hf.Qwen3MoeConfig(
+        **_HEADS, **_EXPERTS, moe_intermediate_size=8, **more
+    ),
     "olmoe": lambda **more: hf.OlmoeConfig(**_SHAPE, **_EXPERTS, **more),
-    "gpt_oss": lambda **more: hf.GptOssConfig(**_HEADS, num_local_experts=4, num_experts_per_tok=2, **more),
+    "gpt_oss": lambda **more: hf.GptOssConfig(
+        **_HEADS, num_local_experts=4, num_experts_per_tok=2, **more
+    ),
 }
 PARALLEL = ("gpt_neox", "phi")
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 every_family = pytest.mark.parametrize("kind", CONFIGS)
 
 # Paths of the list of blocks and of the final norm as the classes of transformers call them, where they differ from Llama's.
-_BLOCKS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers", "gpt_neox sequential": "gpt_neox.layers", "gemma3": "model.language_model.layers"}
-_FINAL_NORM = {"gpt2": "transformer.ln_f", "phi": "model.final_layernorm", "gemma3": "model.language_model.norm"}
+_BLOCKS = {
+    "gpt2": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "gpt_neox sequential": "gpt_neox.layers",
+    "gemma3": "model.language_model.layers",
+}
+_FINAL_NORM = {
+    "gpt2": "transformer.ln_f",
+    "phi": "model.final_layernorm",
+    "gemma3": "model.language_model.norm",
+}
 _FINAL_NORM |= dict.fromkeys(("gpt_neox", "gpt_neox sequential"), "gpt_neox.final_layer_norm")
 # Which modules read the residual stream at the start and in the middle of a block; most families put a norm before each sublayer.
-_READERS = {"olmo2": (("attn",), ("mlp",)), "olmo3": (("attn",), ("mlp",)), "gpt_neox": (("ln1", "ln2"), ()), "phi": (("ln1",), ())}
+_READERS = {
+    "olmo2": (("attn",), ("mlp",)),
+    "olmo3": (("attn",), ("mlp",)),
+    "gpt_neox": (("ln1", "ln2"), ()),
+    "phi": (("ln1",), ()),
+}
 
 
 def build(kind: str, **changes: Any) -> hf.PreTrainedModel:
@@ -68,10 +131,17 @@ def build(kind: str, **changes: Any) -> hf.PreTrainedModel:
     config = CONFIGS[kind](**changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = hf.Gemma3ForConditionalGeneration(config) if kind == "gemma3" else hf.AutoModelForCausalLM.from_config(config)
+        model = (
+            hf.Gemma3ForConditionalGeneration(config)
+            if kind == "gemma3"
+            else hf.AutoModelForCausalLM.from_config(config)
+        )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(0.3 * torch.randn(parameter.shape) + float(parameter.ndim == 1 and name.endswith("weight")))
+                parameter.copy_(
+                    0.3 * torch.randn(parameter.shape)
+                    + float(parameter.ndim == 1 and name.endswith("weight"))
+                )
     return model.eval()
 
 
@@ -80,8 +150,12 @@ def inputs(lengths: Iterable[int] = (7, 5, 6), *, side: str = "right") -> dict[s
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 47, (length,), generator=generator) for length in lengths]
     return {
-        "input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=11, padding_side=side),
-        "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side),
+        "input_ids": nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=11, padding_side=side
+        ),
+        "attention_mask": nn.utils.rnn.pad_sequence(
+            [torch.ones_like(row) for row in rows], batch_first=True, padding_side=side
+        ),
     }
 
 
@@ -108,7 +182,11 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> No
 def linears(kind: str, model: nn.Module) -> dict[str, nn.Module]:
     """Every matrix inside the blocks that is a module of its own."""
     inside = f"{_BLOCKS.get(kind, 'model.layers')}."
-    return {path: module for path, module in model.named_modules() if path.startswith(inside) and isinstance(module, nn.Linear | Conv1D)}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if path.startswith(inside) and isinstance(module, nn.Linear | Conv1D)
+    }
 
 
 def router_of(kind: str) -> str:
@@ -116,7 +194,10 @@ def router_of(kind: str) -> str:
 
 
 def hook_count(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks) for module in model.modules())
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+        for module in model.modules()
+    )
 
 
 def test_every_family_of_the_table_is_tested_here() -> None:
@@ -129,14 +210,22 @@ def test_every_family_of_the_table_is_tested_here() -> None:
 @every_family
 def test_the_residual_stream_is_the_models_own_hidden_states(kind: str) -> None:
     model, batch, rows = build(kind), inputs(), Collect()
-    names = ["hook_embed", "blocks.*.hook_resid_pre", "blocks.*.hook_resid_post", "ln_final.hook_out"]
+    names = [
+        "hook_embed",
+        "blocks.*.hook_resid_pre",
+        "blocks.*.hook_resid_post",
+        "ln_final.hook_out",
+    ]
     with torch.no_grad(), Capture(model, names, rows, at=real_tokens):
         hidden = model(**batch, output_hidden_states=True).hidden_states
     mask = batch["attention_mask"].bool()
     assert len(hidden) == 3
     embedded = rows["hook_embed"]
     if kind == "gpt2":  # the only family here that adds a vector per position
-        embedded = embedded + peek(model, batch, "hook_pos_embed")["hook_pos_embed"].expand(len(mask), -1, -1)[mask]
+        embedded = (
+            embedded
+            + peek(model, batch, "hook_pos_embed")["hook_pos_embed"].expand(len(mask), -1, -1)[mask]
+        )
     assert torch.equal(embedded, hidden[0][mask])
     assert torch.equal(rows["blocks.0.hook_resid_pre"], hidden[0][mask])
     assert torch.equal(rows["blocks.0.hook_resid_post"], hidden[1][mask])
@@ -152,7 +241,10 @@ def test_the_residual_stream_is_the_models_own_hidden_states(kind: str) -> None:
 def test_sublayers_add_up_along_the_residual_stream(kind: str) -> None:
     values = peek(build(kind), inputs(), "blocks.*.hook_*")
     for layer in range(2):
-        pre, mid, post, attn, mlp = (values.get(f"blocks.{layer}.hook_{name}") for name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"))
+        pre, mid, post, attn, mlp = (
+            values.get(f"blocks.{layer}.hook_{name}")
+            for name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+        )
         if kind in PARALLEL:
             torch.testing.assert_close(post, pre + attn + mlp)
         else:
@@ -162,7 +254,10 @@ def test_sublayers_add_up_along_the_residual_stream(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", PARALLEL)
 def test_a_parallel_family_has_no_point_between_its_sublayers_and_says_so(kind: str) -> None:
-    with pytest.raises(CaptureError, match=r"unknown site 'blocks\.0\.hook_resid_mid'; nearest: .*blocks\.0\.hook_resid_p(re|ost)"):
+    with pytest.raises(
+        CaptureError,
+        match=r"unknown site 'blocks\.0\.hook_resid_mid'; nearest: .*blocks\.0\.hook_resid_p(re|ost)",
+    ):
         resolve(build(kind), "blocks.0.hook_resid_mid")
 
 
@@ -170,7 +265,11 @@ def test_a_parallel_family_has_no_point_between_its_sublayers_and_says_so(kind: 
 def test_inputs_times_output_gradients_sum_to_every_weight_gradient(kind: str) -> None:
     model = build(kind)
     paths = linears(kind, model)
-    rows = rows_of(model, [f"{path}:{side}" for path in paths for side in ("in", "grad_in", "grad_out")], inputs())
+    rows = rows_of(
+        model,
+        [f"{path}:{side}" for path in paths for side in ("in", "grad_in", "grad_out")],
+        inputs(),
+    )
     for path, module in paths.items():
         into, grad_in, grad_out = (rows[f"{path}:{side}"] for side in ("in", "grad_in", "grad_out"))
         product, weight = grad_out.T @ into, module.weight.detach()
@@ -182,23 +281,43 @@ def test_inputs_times_output_gradients_sum_to_every_weight_gradient(kind: str) -
         if module.bias is not None:
             assert_near(grad_out.sum(0), module.bias.grad)
     inside = _BLOCKS.get(kind, "model.layers") + "."
-    matrices = {name for name, parameter in model.named_parameters() if name.startswith(inside) and parameter.ndim > 1}
-    left = {name for name in matrices - {f"{path}.weight" for path in paths} if ".mlp.experts." not in name}
-    assert left == ({f"{inside}{layer}.mlp.{router_of(kind)}.weight" for layer in range(2)} if kind in MIXTURES else set()), "a matrix was not checked"
+    matrices = {
+        name
+        for name, parameter in model.named_parameters()
+        if name.startswith(inside) and parameter.ndim > 1
+    }
+    left = {
+        name
+        for name in matrices - {f"{path}.weight" for path in paths}
+        if ".mlp.experts." not in name
+    }
+    assert left == (
+        {f"{inside}{layer}.mlp.{router_of(kind)}.weight" for layer in range(2)}
+        if kind in MIXTURES
+        else set()
+    ), "a matrix was not checked"
 
 
 @every_family
 @pytest.mark.parametrize("order", [1, -1], ids=["stream before readers", "readers before stream"])
-def test_the_gradient_of_the_stream_is_that_of_its_skip_and_of_its_readers_together(kind: str, order: int) -> None:
+def test_the_gradient_of_the_stream_is_that_of_its_skip_and_of_its_readers_together(
+    kind: str, order: int
+) -> None:
     # The chain rule for resid_post = resid_mid + mlp(ln2(resid_mid)), and for the other layouts, in whichever order the sites are asked for.
     starts, middles = _READERS.get(kind, (("ln1",), ("ln2",)))
-    names = [f"blocks.*.hook_resid_{part}_grad" for part in ("pre", "mid", "post") if part != "mid" or middles]
+    names = [
+        f"blocks.*.hook_resid_{part}_grad"
+        for part in ("pre", "mid", "post")
+        if part != "mid" or middles
+    ]
     names += [f"blocks.*.{reader}.hook_in_grad" for reader in starts + middles]
     rows = rows_of(build(kind), names[::order], inputs())
     for layer in range(2):
         stream = rows[f"blocks.{layer}.hook_resid_post_grad"]
         if middles:
-            stream = stream + sum(rows[f"blocks.{layer}.{reader}.hook_in_grad"] for reader in middles)
+            stream = stream + sum(
+                rows[f"blocks.{layer}.{reader}.hook_in_grad"] for reader in middles
+            )
             assert_near(rows[f"blocks.{layer}.hook_resid_mid_grad"], stream)
         stream = stream + sum(rows[f"blocks.{layer}.{reader}.hook_in_grad"] for reader in starts)
         assert_near(rows[f"blocks.{layer}.hook_resid_pre_grad"], stream)
@@ -208,7 +327,9 @@ def test_the_gradient_of_the_stream_is_that_of_its_skip_and_of_its_readers_toget
 def test_outputs_are_bit_identical_while_every_site_is_tapped_and_afterwards(kind: str) -> None:
     model, batch = build(kind), inputs()
     names = [site.name for site in all_sites(model)]
-    names += [f"{name}_grad" for name in names if "pos_embed" not in name]  # computed once for the whole batch, so no gradient per example
+    names += [
+        f"{name}_grad" for name in names if "pos_embed" not in name
+    ]  # computed once for the whole batch, so no gradient per example
     reference, before = model(**batch).logits, hook_count(model)
     with Capture(model, names, Collect(), at=real_tokens):
         assert hook_count(model) > before
@@ -227,7 +348,9 @@ def test_a_forward_that_raises_comes_out_as_it_is_and_leaves_no_trace(kind: str)
     def interrupt(*_: object) -> None:
         raise KeyError("planted")
 
-    planted = model.get_submodule(f"{_BLOCKS.get(kind, 'model.layers')}.1.mlp").register_forward_pre_hook(interrupt)
+    planted = model.get_submodule(
+        f"{_BLOCKS.get(kind, 'model.layers')}.1.mlp"
+    ).register_forward_pre_hook(interrupt)
     names = [f"{site.name}{end}" for site in all_sites(model) for end in ("", "_grad")]
     with pytest.raises(KeyError, match="planted"), Capture(model, names, Collect(), at=real_tokens):
         model(**batch)
@@ -242,25 +365,48 @@ _Split = tuple[tuple[str, ...], Callable[[Tensor], Iterable[Tensor]]]
 _FUSED: dict[str, dict[str, _Split]] = {
     "gpt2": {"c_attn": (_QKV, lambda columns: columns.split(16))},
     "gpt_neox": {"query_key_value": (_QKV, lambda columns: columns.view(4, 12).chunk(3, -1))},
-    "gpt_neox sequential": {"query_key_value": (_QKV, lambda columns: columns.view(4, 12).chunk(3, -1))},
+    "gpt_neox sequential": {
+        "query_key_value": (_QKV, lambda columns: columns.view(4, 12).chunk(3, -1))
+    },
     "phi3": {
-        "qkv_proj": (_QKV, lambda columns: columns.split([16, 8, 8])),  # four heads of 4 columns read two heads of keys and values
+        "qkv_proj": (
+            _QKV,
+            lambda columns: columns.split([16, 8, 8]),
+        ),  # four heads of 4 columns read two heads of keys and values
         "gate_up_proj": (("mlp.hook_pre", "mlp.hook_pre_linear"), lambda columns: columns.chunk(2)),
     },
 }
 
 
-@pytest.mark.parametrize(("kind", "matrix"), [(kind, matrix) for kind, matrices in _FUSED.items() for matrix in matrices])
-def test_the_parts_of_a_fused_output_share_out_its_columns_and_their_gradients(kind: str, matrix: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "matrix"), [(kind, matrix) for kind, matrices in _FUSED.items() for matrix in matrices]
+)
+def test_the_parts_of_a_fused_output_share_out_its_columns_and_their_gradients(
+    kind: str, matrix: str
+) -> None:
     model, batch = build(kind), inputs()
     mask, (names, split) = batch["attention_mask"].bool(), _FUSED[kind][matrix]
-    for layer, (path, module) in enumerate((path, module) for path, module in linears(kind, model).items() if path.endswith(matrix)):
+    for layer, (path, module) in enumerate(
+        (path, module) for path, module in linears(kind, model).items() if path.endswith(matrix)
+    ):
         width = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
-        parts = {f"blocks.{layer}.{name}": columns.flatten() for name, columns in zip(names, split(torch.arange(width)), strict=True)}
-        named = [column for name in parts for start, stop in resolve(model, name)[0].columns for column in range(start, stop)]
+        parts = {
+            f"blocks.{layer}.{name}": columns.flatten()
+            for name, columns in zip(names, split(torch.arange(width)), strict=True)
+        }
+        named = [
+            column
+            for name in parts
+            for start, stop in resolve(model, name)[0].columns
+            for column in range(start, stop)
+        ]
         assert sorted(named) == list(range(width))
         values = peek(model, batch, [f"{path}:out", *parts])
-        rows = rows_of(model, [f"{path}:out", f"{path}:grad_out", *parts, *(f"{name}_grad" for name in parts)], batch)
+        rows = rows_of(
+            model,
+            [f"{path}:out", f"{path}:grad_out", *parts, *(f"{name}_grad" for name in parts)],
+            batch,
+        )
         for name, columns in parts.items():
             assert torch.equal(values[name], values[f"{path}:out"][..., columns])
             assert torch.equal(rows[name], values[name][mask])
@@ -292,11 +438,19 @@ def test_every_site_has_the_value_that_transformer_lens_has_under_that_name(kind
 
 
 @every_family
-def test_gradients_of_the_stream_and_of_sublayer_outputs_are_those_of_transformer_lens(kind: str) -> None:
+def test_gradients_of_the_stream_and_of_sublayer_outputs_are_those_of_transformer_lens(
+    kind: str,
+) -> None:
     model, bridge = bridged(kind)
     batch = inputs((7, 7))
-    names = [f"blocks.{layer}.hook_{part}" for layer in range(2) for part in ("resid_pre", "resid_post", "attn_out", "mlp_out")]
-    loss, theirs = bridge.run_with_cache(batch["input_ids"], return_type="loss", incl_bwd=True, names_filter=names)
+    names = [
+        f"blocks.{layer}.hook_{part}"
+        for layer in range(2)
+        for part in ("resid_pre", "resid_post", "attn_out", "mlp_out")
+    ]
+    loss, theirs = bridge.run_with_cache(
+        batch["input_ids"], return_type="loss", incl_bwd=True, names_filter=names
+    )
     bridge.zero_grad()
     # Only equal losses have equal gradients: both are means over the predicted tokens.
     assert_near(loss.detach(), model(**labelled(batch)).loss.detach())
@@ -309,17 +463,26 @@ def test_gradients_of_the_stream_and_of_sublayer_outputs_are_those_of_transforme
 def test_a_bridge_leaves_the_original_untouched(kind: str) -> None:
     pytest.importorskip("transformer_lens", reason="the dev extra is not installed")
     model, batch = build(kind), inputs()
-    config, weights = copy.deepcopy(model.config), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config, weights = (
+        copy.deepcopy(model.config),
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+    )
     parts = [(name, type(module)) for name, module in model.named_modules()]
     reference = model(**batch).logits
-    assert config._attn_implementation == "sdpa" or kind in ("gemma2", "gpt_oss")  # capped scores and attention sinks have no other kernel than eager
+    assert config._attn_implementation == "sdpa" or kind in (
+        "gemma2",
+        "gpt_oss",
+    )  # capped scores and attention sinks have no other kernel than eager
     bridge = as_bridge(model)
     bridge(batch["input_ids"], return_type="loss").backward()
     with torch.no_grad():
         for parameter in bridge.parameters():
             parameter.add_(1.0)  # a shared parameter would move along
     assert model.config.to_dict() == config.to_dict()
-    assert (model.config._attn_implementation, model.config.architectures) == (config._attn_implementation, config.architectures)
+    assert (model.config._attn_implementation, model.config.architectures) == (
+        config._attn_implementation,
+        config.architectures,
+    )
     assert [(name, type(module)) for name, module in model.named_modules()] == parts
     assert list(model.state_dict()) == list(weights)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
@@ -357,19 +520,42 @@ def test_every_component_of_the_adapter_is_the_same_module_here(kind: str) -> No
         for theirs, path in _components(top, component, component.name):
             for port in ("in", "out"):
                 name = f"{theirs}.hook_{port}"
-                cut = path not in modules  # TransformerLens cuts q, k, v, gate and up out of a fused matrix
-                if any(part in name for part in _NOT_NAMED) or name in ("embed.hook_in", "pos_embed.hook_in"):
+                cut = (
+                    path not in modules
+                )  # TransformerLens cuts q, k, v, gate and up out of a fused matrix
+                if any(part in name for part in _NOT_NAMED) or name in (
+                    "embed.hook_in",
+                    "pos_embed.hook_in",
+                ):
                     continue
-                if cut and port == "in":  # the input of a fused matrix has one name, that of the whole
+                if (
+                    cut and port == "in"
+                ):  # the input of a fused matrix has one name, that of the whole
                     with pytest.raises(CaptureError, match="unknown site"):
                         resolve(model, name)
                     continue
                 (site,) = resolve(model, name)
                 assert (site.side, bool(site.columns)) == (port, cut)
-                assert (site.path.rpartition(".")[2] in _FUSED[kind]) if cut else (site.path == path)
+                assert (
+                    (site.path.rpartition(".")[2] in _FUSED[kind]) if cut else (site.path == path)
+                )
                 checked.add(theirs)
-    parts = ("attn", "attn.q", "attn.k", "attn.v", "attn.o", "mlp", f"mlp.{router_of(kind)}" if kind in MIXTURES else "mlp.out")
-    assert {"embed", "blocks.0", "ln_final", "unembed", *(f"blocks.0.{part}" for part in parts)} <= checked
+    parts = (
+        "attn",
+        "attn.q",
+        "attn.k",
+        "attn.v",
+        "attn.o",
+        "mlp",
+        f"mlp.{router_of(kind)}" if kind in MIXTURES else "mlp.out",
+    )
+    assert {
+        "embed",
+        "blocks.0",
+        "ln_final",
+        "unembed",
+        *(f"blocks.0.{part}" for part in parts),
+    } <= checked
 
 
 # --- mixtures of experts, and padding --------------------------------------------------------------------------------------------------------
@@ -379,7 +565,12 @@ def test_every_component_of_the_adapter_is_the_same_module_here(kind: str) -> No
 def test_rows_of_a_router_and_of_its_layer_are_those_of_the_chosen_positions(kind: str) -> None:
     # The router sees [batch * position, width], so its rows can only be right if positions are counted as the batch is flattened.
     model, batch, router = build(kind), inputs(), f"blocks.1.mlp.{router_of(kind)}"
-    names = [f"{router}.hook_in", f"{router}.hook_out", "blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out"]
+    names = [
+        f"{router}.hook_in",
+        f"{router}.hook_out",
+        "blocks.1.mlp.hook_in",
+        "blocks.1.mlp.hook_out",
+    ]
     chosen = torch.rand(batch["input_ids"].shape, generator=torch.Generator().manual_seed(3)) < 0.5
     seen: list[tuple[Site, Rows]] = []
     with Capture(model, names, lambda site, rows: seen.append((site, rows))) as capture:
@@ -387,7 +578,10 @@ def test_rows_of_a_router_and_of_its_layer_are_those_of_the_chosen_positions(kin
         capture.forward(batch)
     expected = (chosen & batch["attention_mask"].bool()).nonzero()  # padding is never chosen
     values = peek(model, batch, "blocks.1.*")
-    into, out = values["blocks.1.mlp.hook_in"], values["blocks.1.hook_resid_post"] - values["blocks.1.hook_resid_mid"]
+    into, out = (
+        values["blocks.1.mlp.hook_in"],
+        values["blocks.1.hook_resid_post"] - values["blocks.1.hook_resid_mid"],
+    )
     module = model.get_submodule(f"model.layers.1.mlp.{router_of(kind)}")
     logits = F.linear(into, module.weight, getattr(module, "bias", None)).detach()
     by_name = {site.name: rows for site, rows in seen}
@@ -400,7 +594,17 @@ def test_rows_of_a_router_and_of_its_layer_are_those_of_the_chosen_positions(kin
 def test_gradients_of_a_router_sum_to_its_weight_gradient_and_split_the_layers(kind: str) -> None:
     model, router = build(kind), f"blocks.0.mlp.{router_of(kind)}"
     experts = "model.layers.0.mlp.experts:grad_in"
-    rows = rows_of(model, [f"{router}.hook_in", f"{router}.hook_in_grad", f"{router}.hook_out_grad", "blocks.0.mlp.hook_in_grad", experts], inputs())
+    rows = rows_of(
+        model,
+        [
+            f"{router}.hook_in",
+            f"{router}.hook_in_grad",
+            f"{router}.hook_out_grad",
+            "blocks.0.mlp.hook_in_grad",
+            experts,
+        ],
+        inputs(),
+    )
     weight = model.get_submodule(f"model.layers.0.mlp.{router_of(kind)}").weight
     assert_near(rows[f"{router}.hook_out_grad"].T @ rows[f"{router}.hook_in"], weight.grad)
     assert_near(rows[f"{router}.hook_in_grad"], rows[f"{router}.hook_out_grad"] @ weight.detach())
@@ -408,28 +612,48 @@ def test_gradients_of_a_router_sum_to_its_weight_gradient_and_split_the_layers(k
     assert_near(rows["blocks.0.mlp.hook_in_grad"], rows[f"{router}.hook_in_grad"] + rows[experts])
 
 
-@pytest.mark.parametrize("path", ["model.layers.0.mlp.experts.gate_up_proj:in", "model.layers.*.mlp.experts.1.down_proj:grad_out"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "model.layers.0.mlp.experts.gate_up_proj:in",
+        "model.layers.*.mlp.experts.1.down_proj:grad_out",
+    ],
+)
 @pytest.mark.parametrize("kind", MIXTURES)
-def test_the_inside_of_an_expert_is_refused_with_what_can_be_tapped_instead(kind: str, path: str) -> None:
-    with pytest.raises(CaptureError, match=rf"experts.*mlp\.hook_in.*mlp\.hook_out.*mlp\.{router_of(kind)}\.hook_out"):
+def test_the_inside_of_an_expert_is_refused_with_what_can_be_tapped_instead(
+    kind: str, path: str
+) -> None:
+    with pytest.raises(
+        CaptureError,
+        match=rf"experts.*mlp\.hook_in.*mlp\.hook_out.*mlp\.{router_of(kind)}\.hook_out",
+    ):
         resolve(build(kind), path)
 
 
 def test_a_dense_layer_inside_a_mixture_works_like_any_other() -> None:
     model, batch = build("qwen3_moe", mlp_only_layers=[0]), inputs()
-    assert {site.layer for site in resolve(model, "blocks.*.mlp.gate.hook_out")} == {1}  # only the second layer has a router
+    assert {site.layer for site in resolve(model, "blocks.*.mlp.gate.hook_out")} == {
+        1
+    }  # only the second layer has a router
     values = peek(model, batch, [site.name for site in all_sites(model)])
     for layer in range(2):
-        assert torch.equal(values[f"blocks.{layer}.hook_resid_post"], values[f"blocks.{layer}.hook_resid_mid"] + values[f"blocks.{layer}.mlp.hook_out"])
+        assert torch.equal(
+            values[f"blocks.{layer}.hook_resid_post"],
+            values[f"blocks.{layer}.hook_resid_mid"] + values[f"blocks.{layer}.mlp.hook_out"],
+        )
     down = "model.layers.0.mlp.down_proj"
     rows = rows_of(model, [f"{down}:in", f"{down}:grad_out", "blocks.0.hook_mlp_out_grad"], batch)
-    assert_near(rows[f"{down}:grad_out"].T @ rows[f"{down}:in"], model.get_submodule(down).weight.grad)
+    assert_near(
+        rows[f"{down}:grad_out"].T @ rows[f"{down}:in"], model.get_submodule(down).weight.grad
+    )
     assert torch.equal(rows["blocks.0.hook_mlp_out_grad"], rows[f"{down}:grad_out"])
 
 
 def test_positions_counted_from_the_left_edge_refuse_padding_on_the_left() -> None:
     with pytest.raises(CaptureError, match=r"padded on the left.*position_ids"):
-        with Capture(build("gpt2"), "blocks.*.hook_resid_post", Collect(), at=real_tokens) as capture:
+        with Capture(
+            build("gpt2"), "blocks.*.hook_resid_post", Collect(), at=real_tokens
+        ) as capture:
             capture.forward(inputs(side="left"))
 
 
@@ -438,11 +662,16 @@ def test_positions_counted_from_the_left_edge_refuse_padding_on_the_left() -> No
 def test_rows_of_a_padded_batch_are_those_of_its_texts_run_one_by_one(kind: str, side: str) -> None:
     model, batch, rows = build(kind), inputs(side=side), Collect()
     mask = batch["attention_mask"].bool()
-    if kind == "gpt2":  # the other families rotate by differences of positions, which padding does not change
+    if (
+        kind == "gpt2"
+    ):  # the other families rotate by differences of positions, which padding does not change
         batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     names = ["blocks.*.attn.hook_z", "blocks.*.hook_resid_post", "ln_final.hook_out"]
     with Capture(model, names, rows, at=real_tokens) as capture:
         capture.forward(batch)
-    alone = [peek(model, {"input_ids": ids[real][None]}, names) for ids, real in zip(batch["input_ids"], mask, strict=True)]
+    alone = [
+        peek(model, {"input_ids": ids[real][None]}, names)
+        for ids, real in zip(batch["input_ids"], mask, strict=True)
+    ]
     for name in alone[0]:
         assert_near(rows[name], torch.cat([single[name][0] for single in alone]))

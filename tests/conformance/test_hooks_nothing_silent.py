@@ -39,14 +39,18 @@ def _gradients(model: PreTrainedModel, sites: str | Sequence[str], batch: Batch)
 
 
 def _hook_count(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    )
 
 
 # --- nothing silent --------------------------------------------------------------------------------------------------------------------------
 
 
 def _share_the_mlp(model: nn.Module) -> None:
-    model.get_submodule("model.layers.1").mlp = model.get_submodule("model.layers.0.mlp")  # block 1's MLP is block 0's
+    model.get_submodule("model.layers.1").mlp = model.get_submodule(
+        "model.layers.0.mlp"
+    )  # block 1's MLP is block 0's
 
 
 def _skip_the_block(model: nn.Module) -> None:
@@ -57,7 +61,10 @@ def _fuse_the_mlp(model: nn.Module) -> None:
     mlp = model.get_submodule("model.layers.1.mlp")
 
     def fused(x: Tensor) -> Tensor:
-        return F.linear(F.silu(F.linear(x, mlp.gate_proj.weight)) * F.linear(x, mlp.up_proj.weight), mlp.down_proj.weight)  # type: ignore[union-attr]
+        return F.linear(
+            F.silu(F.linear(x, mlp.gate_proj.weight)) * F.linear(x, mlp.up_proj.weight),
+            mlp.down_proj.weight,
+        )  # type: ignore[union-attr]
 
     mlp.forward = fused  # type: ignore[method-assign]
 
@@ -102,38 +109,59 @@ def test_a_module_that_is_shared_skipped_or_fused_away_is_an_error_with_site_and
 
 
 @pytest.mark.parametrize("disturbance", ["skipped", "fused"])
-def test_tapped_peek_and_edit_refuse_a_module_that_never_runs(disturbance: str, llama: PreTrainedModel, batch: Batch) -> None:
+def test_tapped_peek_and_edit_refuse_a_module_that_never_runs(
+    disturbance: str, llama: PreTrainedModel, batch: Batch
+) -> None:
     disturb, site, _ = DISTURBED[disturbance]
     disturb(llama)
-    for way in (lambda: tapped(llama, resolve(llama, site), batch.inputs), lambda: peek(llama, batch.inputs, site), lambda: _edit(llama, site, batch)):
+    for way in (
+        lambda: tapped(llama, resolve(llama, site), batch.inputs),
+        lambda: peek(llama, batch.inputs, site),
+        lambda: _edit(llama, site, batch),
+    ):
         with pytest.raises(CaptureError, match=site):
             way()
 
 
 @pytest.mark.parametrize("way", ["tapped", "peek"])
-def test_a_look_at_a_shared_module_gives_the_named_blocks_tensor_or_an_error(way: str, llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_look_at_a_shared_module_gives_the_named_blocks_tensor_or_an_error(
+    way: str, llama: PreTrainedModel, batch: Batch
+) -> None:
     # Both blocks run one MLP; what is called blocks.1 must not be what block 0 computed.
     _share_the_mlp(llama)
     outputs: list[Tensor] = []
-    llama.get_submodule("model.layers.0.mlp").register_forward_hook(lambda _m, _a, output: outputs.append(output))
+    llama.get_submodule("model.layers.0.mlp").register_forward_hook(
+        lambda _m, _a, output: outputs.append(output)
+    )
     llama(**batch.inputs)
     site = "blocks.1.mlp.hook_out"
     try:
-        found = tapped(llama, resolve(llama, site), batch.inputs) if way == "tapped" else peek(llama, batch.inputs, site)
+        found = (
+            tapped(llama, resolve(llama, site), batch.inputs)
+            if way == "tapped"
+            else peek(llama, batch.inputs, site)
+        )
     except CaptureError:
         return
     torch.testing.assert_close(found[site], outputs[1])
 
 
-def test_a_block_that_is_skipped_in_a_later_pass_only_is_an_error(llama: PreTrainedModel, batch: Batch) -> None:
-    with pytest.raises(CaptureError, match=r"blocks\.1\.mlp\.hook_out never ran"), Capture(llama, "blocks.1.mlp.hook_out", Collect(), at=real_tokens):
+def test_a_block_that_is_skipped_in_a_later_pass_only_is_an_error(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
+    with (
+        pytest.raises(CaptureError, match=r"blocks\.1\.mlp\.hook_out never ran"),
+        Capture(llama, "blocks.1.mlp.hook_out", Collect(), at=real_tokens),
+    ):
         llama(**batch.inputs)
         _skip_the_block(llama)
         llama(**batch.inputs)
 
 
 @pytest.mark.parametrize("cut", ["forward", "tapped"])
-def test_a_pass_cut_short_by_someone_else_is_an_error_where_deeper_sites_were_awaited(cut: str, llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_pass_cut_short_by_someone_else_is_an_error_where_deeper_sites_were_awaited(
+    cut: str, llama: PreTrainedModel, batch: Batch
+) -> None:
     # After one whole pass: the shallow site has seen two passes, the deep one only the first.
     site = "blocks.0.hook_resid_post"
     with Capture(llama, site, Collect(), at=real_tokens) as short:
@@ -148,53 +176,87 @@ def test_a_pass_cut_short_by_someone_else_is_an_error_where_deeper_sites_were_aw
                 tapped(llama, resolve(llama, site), batch.inputs)
 
 
-def test_passes_without_a_backward_are_counted_in_the_error(llama: PreTrainedModel, batch: Batch) -> None:
-    with pytest.raises(CaptureError, match="1 of 3 passes"), Capture(llama, "blocks.0.hook_resid_post_grad", Collect(), at=real_tokens):
+def test_passes_without_a_backward_are_counted_in_the_error(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
+    with (
+        pytest.raises(CaptureError, match="1 of 3 passes"),
+        Capture(llama, "blocks.0.hook_resid_post_grad", Collect(), at=real_tokens),
+    ):
         cross_entropy(llama, batch).backward()
         llama(**batch.inputs)
         cross_entropy(llama, batch).backward()
 
 
-def test_a_second_backward_through_one_pass_is_an_error(llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_second_backward_through_one_pass_is_an_error(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     # A gradient counts once per pass; two parts of one gradient as two sets of rows would be wrong moments.
-    with pytest.raises(CaptureError), Capture(llama, "blocks.0.hook_resid_post_grad", Collect(), at=real_tokens):
+    with (
+        pytest.raises(CaptureError),
+        Capture(llama, "blocks.0.hook_resid_post_grad", Collect(), at=real_tokens),
+    ):
         loss = cross_entropy(llama, batch)
         loss.backward(retain_graph=True)
         loss.backward()
 
 
-def test_a_second_backward_through_one_pass_does_not_hide_that_another_had_none(llama: PreTrainedModel, batch: Batch) -> None:
-    with pytest.raises(CaptureError), Capture(llama, "blocks.0.hook_resid_post_grad", Collect(), at=real_tokens):
+def test_a_second_backward_through_one_pass_does_not_hide_that_another_had_none(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
+    with (
+        pytest.raises(CaptureError),
+        Capture(llama, "blocks.0.hook_resid_post_grad", Collect(), at=real_tokens),
+    ):
         loss = cross_entropy(llama, batch)
         loss.backward(retain_graph=True)
         loss.backward()
         llama(**batch.inputs)
 
 
-def test_a_backward_after_the_capture_is_an_error_and_delivers_nothing(llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_backward_after_the_capture_is_an_error_and_delivers_nothing(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     given: list[Rows] = []
     with (
         pytest.raises(CaptureError, match="1 of 1 passes"),
-        Capture(llama, "blocks.0.hook_resid_post_grad", lambda _site, rows: given.append(rows), at=real_tokens),
+        Capture(
+            llama,
+            "blocks.0.hook_resid_post_grad",
+            lambda _site, rows: given.append(rows),
+            at=real_tokens,
+        ),
     ):
         loss = cross_entropy(llama, batch)
     loss.backward()
     assert not given
-    assert all(p.grad is not None for p in llama.parameters())  # the caller's own backward is not disturbed
+    assert all(
+        p.grad is not None for p in llama.parameters()
+    )  # the caller's own backward is not disturbed
 
 
-def test_a_site_below_everything_trainable_is_an_error_that_names_the_remedy(llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_site_below_everything_trainable_is_an_error_that_names_the_remedy(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     for name, parameter in llama.named_parameters():
         parameter.requires_grad_("layers.1.mlp.down_proj" in name)
-    assert len(_gradients(llama, "blocks.1.mlp.hook_out_grad", batch)["blocks.1.mlp.hook_out_grad"]) == 18
+    assert (
+        len(_gradients(llama, "blocks.1.mlp.hook_out_grad", batch)["blocks.1.mlp.hook_out_grad"])
+        == 18
+    )
     for below in ("blocks.0.mlp.hook_out_grad", "blocks.1.mlp.out.hook_in_grad"):
         with pytest.raises(CaptureError, match="gradients_only"):
             _gradients(llama, [below, "blocks.1.mlp.hook_out_grad"], batch)
 
 
-def test_a_site_above_the_place_where_the_loss_is_taken_is_an_error(llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_site_above_the_place_where_the_loss_is_taken_is_an_error(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     sites = ["blocks.0.hook_resid_post_grad", "blocks.1.mlp.hook_out_grad"]
-    with pytest.raises(CaptureError, match=r"blocks\.1\.mlp\.hook_out_grad") as raised, Capture(llama, sites, Collect(), at=real_tokens):
+    with (
+        pytest.raises(CaptureError, match=r"blocks\.1\.mlp\.hook_out_grad") as raised,
+        Capture(llama, sites, Collect(), at=real_tokens),
+    ):
         llama(**batch.inputs, output_hidden_states=True).hidden_states[1].square().mean().backward()
     assert "does not depend" in str(raised.value) and "blocks.0" not in str(raised.value)
 
@@ -234,7 +296,9 @@ def _swap_block(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("compiling", [_compile_whole, _compile_in_place, _compile_inner, _compile_block, _swap_block])
+@pytest.mark.parametrize(
+    "compiling", [_compile_whole, _compile_in_place, _compile_inner, _compile_block, _swap_block]
+)
 def test_a_site_inside_a_compiled_module_is_refused_in_words(
     compiling: Callable[[nn.Module], nn.Module], warm: bool, llama: PreTrainedModel, batch: Batch
 ) -> None:
@@ -271,7 +335,9 @@ def test_a_site_inside_a_compiled_module_is_refused_in_words(
     assert not unclear
 
 
-def _rows_or_error(model: nn.Module, called: nn.Module, site: str, batches: Sequence[Batch]) -> Tensor | str:
+def _rows_or_error(
+    model: nn.Module, called: nn.Module, site: str, batches: Sequence[Batch]
+) -> Tensor | str:
     """The rows of ``site`` of ``model`` while ``called`` is called, or what the refusal says."""
     rows = Collect()
     try:
@@ -283,12 +349,19 @@ def _rows_or_error(model: nn.Module, called: nn.Module, site: str, batches: Sequ
     return rows[site]
 
 
-EDGES = ["blocks.0.hook_resid_post", "blocks.0.hook_resid_pre", "blocks.0.hook_resid_post_grad", "blocks.0.hook_in_grad"]
+EDGES = [
+    "blocks.0.hook_resid_post",
+    "blocks.0.hook_resid_pre",
+    "blocks.0.hook_resid_post_grad",
+    "blocks.0.hook_in_grad",
+]
 
 
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("site", EDGES)
-def test_a_site_at_the_edge_of_a_compiled_block_delivers_its_rows_or_an_error(site: str, warm: bool, llama: PreTrainedModel, make_batch: BatchMaker) -> None:
+def test_a_site_at_the_edge_of_a_compiled_block_delivers_its_rows_or_an_error(
+    site: str, warm: bool, llama: PreTrainedModel, make_batch: BatchMaker
+) -> None:
     batches = [make_batch((7, 5), seed) for seed in range(2)]
     expected = torch.cat([_gradients(llama, site, part)[site] for part in batches])
     logits = llama(**batches[0].inputs).logits
@@ -305,8 +378,18 @@ def test_a_site_at_the_edge_of_a_compiled_block_delivers_its_rows_or_an_error(si
 
 
 @pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("site", ["blocks.0.hook_resid_post", "blocks.0.mlp.hook_out", "unembed.hook_out", "blocks.0.mlp.hook_out_grad"])
-def test_a_call_of_the_compiled_version_of_a_captured_model_gives_right_rows_or_an_error(site: str, warm: bool, llama: PreTrainedModel, batch: Batch) -> None:
+@pytest.mark.parametrize(
+    "site",
+    [
+        "blocks.0.hook_resid_post",
+        "blocks.0.mlp.hook_out",
+        "unembed.hook_out",
+        "blocks.0.mlp.hook_out_grad",
+    ],
+)
+def test_a_call_of_the_compiled_version_of_a_captured_model_gives_right_rows_or_an_error(
+    site: str, warm: bool, llama: PreTrainedModel, batch: Batch
+) -> None:
     expected = _gradients(llama, site, batch)[site]
     compiled = _compile_whole(llama)
     if warm:
@@ -321,7 +404,9 @@ def test_a_call_of_the_compiled_version_of_a_captured_model_gives_right_rows_or_
 # --- bad input -------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_capture_without_a_consumer_an_existing_site_or_a_boolean_mask_is_refused(llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_capture_without_a_consumer_an_existing_site_or_a_boolean_mask_is_refused(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     with pytest.raises(CaptureError, match="no consumer"):
         Capture(llama, "blocks.0.hook_resid_post")
     with pytest.raises(CaptureError, match=r"blocks\.0\.hook_resid_post"):
@@ -333,22 +418,36 @@ def test_a_capture_without_a_consumer_an_existing_site_or_a_boolean_mask_is_refu
     assert _hook_count(llama) == 0
 
 
-def test_a_site_of_a_deeper_model_is_refused_and_leaves_no_hook_behind(make_model: ModelMaker, batch: Batch) -> None:
+def test_a_site_of_a_deeper_model_is_refused_and_leaves_no_hook_behind(
+    make_model: ModelMaker, batch: Batch
+) -> None:
     deep, shallow = make_model(num_hidden_layers=3), make_model()
     sites = resolve(deep, ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"])
     shallow(**batch.inputs)
     before = _hook_count(shallow)
-    with pytest.raises(CaptureError, match=r"blocks\.2\.hook_resid_post"), Capture(shallow, sites, Collect(), at=real_tokens) as capture:
+    with (
+        pytest.raises(CaptureError, match=r"blocks\.2\.hook_resid_post"),
+        Capture(shallow, sites, Collect(), at=real_tokens) as capture,
+    ):
         capture.forward(batch.inputs)
     assert _hook_count(shallow) == before
 
 
-def test_a_missing_result_is_answered_with_the_names_that_are_there(llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_missing_result_is_answered_with_the_names_that_are_there(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     consumers: Mapping[str, Any] = {"rows": Collect(), "moments": MomentsOf()}
-    with Capture(llama, ["blocks.0.hook_resid_post", "blocks.1.mlp.hook_out"], *consumers.values(), at=real_tokens) as capture:
+    with Capture(
+        llama,
+        ["blocks.0.hook_resid_post", "blocks.1.mlp.hook_out"],
+        *consumers.values(),
+        at=real_tokens,
+    ) as capture:
         capture.forward(batch.inputs)
     for consumer in consumers.values():
-        with pytest.raises(CaptureError, match=r"'blocks\.0\.hook_resid_mid'.*blocks\.0\.hook_resid_post"):
+        with pytest.raises(
+            CaptureError, match=r"'blocks\.0\.hook_resid_mid'.*blocks\.0\.hook_resid_post"
+        ):
             consumer["blocks.0.hook_resid_mid"]
         with pytest.raises(CaptureError, match=r"blocks\.1\.mlp\.hook_out"):
             consumer["missing"]

@@ -25,7 +25,9 @@ def test_key_facts_are_counted_in_whole_words(text: str, share: float) -> None:
     assert key_facts(text, FACTS) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("facts", [[], "Oslo", ["Oslo"], [[]], [["Oslo"], ["  "]], [["Oslo"], [""]]])
+@pytest.mark.parametrize(
+    "facts", [[], "Oslo", ["Oslo"], [[]], [["Oslo"], ["  "]], [["Oslo"], [""]]]
+)
 def test_facts_that_are_no_lists_of_phrasings_are_refused(facts: list[list[str]]) -> None:
     with pytest.raises(WorkbenchError, match="key fact"):
         key_facts("Oslo", facts)
@@ -120,7 +122,10 @@ def test_refusals_are_told_apart(reply: str) -> None:
 @pytest.mark.parametrize(
     ("reply", "value"),
     [
-        ("The answer is a refusal: I cannot help with that. Rating: [[1]]", 1),  # rated, so not refused
+        (
+            "The answer is a refusal: I cannot help with that. Rating: [[1]]",
+            1,
+        ),  # rated, so not refused
         ('The model answered "I cannot help with that" and nothing more.', None),
         ("The answer cannot provide the date.", None),
         ("I cannot find a mistake in it.", None),
@@ -149,7 +154,11 @@ def test_a_judge_is_any_function_and_is_asked_in_order() -> None:
         return {"a": "[[10]]", "b": "I cannot rate that.", "c": "hm"}[answer]
 
     pairs = [("q1", "a"), ("q2", "b"), ("q3", "c")]
-    assert rate_answers(judge, iter(pairs)) == (Rating(10, False), Rating(None, True), Rating(None, False))
+    assert rate_answers(judge, iter(pairs)) == (
+        Rating(10, False),
+        Rating(None, True),
+        Rating(None, False),
+    )
     assert asked == pairs
     with pytest.raises(WorkbenchError, match="empty"):
         rate_answers(judge, [])

@@ -11,7 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workbench.attacks.leaks import LeakReport, Place, leak_report, require_benign, syntactic_similarity
+from workbench.attacks.leaks import (
+    LeakReport,
+    Place,
+    leak_report,
+    require_benign,
+    syntactic_similarity,
+)
 from workbench.data.records import Example, prefixed
 from workbench.data.words import places_in, word_spans, words
 from workbench.errors import WorkbenchError
@@ -19,7 +25,12 @@ from workbench.errors import WorkbenchError
 
 def fact(text: str, answer: str, subject: str = "", item: str = "") -> Example:
     at = text.rindex(answer)
-    return Example(text, (at, at + len(answer)), (text.index(subject), text.index(subject) + len(subject)) if subject else None, item)
+    return Example(
+        text,
+        (at, at + len(answer)),
+        (text.index(subject), text.index(subject) + len(subject)) if subject else None,
+        item,
+    )
 
 
 def texts(*lines: str) -> list[Example]:
@@ -49,7 +60,10 @@ def test_the_same_word_is_the_same_however_it_is_written(one: str, other: str) -
     assert words(one) == words(other) != ()
 
 
-@pytest.mark.parametrize(("one", "other"), [("Rome", "Romeo"), ("José", "Jose"), ("Ann", "Anna"), ("10", "100"), ("हिन्दी", "हिन")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("Rome", "Romeo"), ("José", "Jose"), ("Ann", "Anna"), ("10", "100"), ("हिन्दी", "हिन")],
+)
 def test_other_words_stay_other_words(one: str, other: str) -> None:
     assert words(one) != words(other)
     assert places_in(one, word_spans(other), other) == []
@@ -83,17 +97,31 @@ def test_ascii_and_unicode_readers_agree(text: str) -> None:
 
 def test_a_leaked_answer_is_found_where_it_stands() -> None:
     attack = texts("Nothing here.", "He went to rome, and ROME it was.", "Jose\u0301 lives there")
-    held = [fact("Ann was born in Rome", "Rome", "Ann"), fact("Bob is called José", "José", "Bob"), fact("Eve drinks tea", "tea", "Eve")]
+    held = [
+        fact("Ann was born in Rome", "Rome", "Ann"),
+        fact("Bob is called José", "José", "Bob"),
+        fact("Eve drinks tea", "tea", "Eve"),
+    ]
     report = leak_report(attack, held)
     assert report.answers == ("José", "Rome")
-    assert report.places == (Place("answer", "Rome", 1, 11, 15), Place("answer", "Rome", 1, 21, 25), Place("answer", "José", 2, 0, 5))
-    assert [attack[place.text].text[place.start : place.end] for place in report.places] == ["rome", "ROME", "Jose\u0301"]
+    assert report.places == (
+        Place("answer", "Rome", 1, 11, 15),
+        Place("answer", "Rome", 1, 21, 25),
+        Place("answer", "José", 2, 0, 5),
+    )
+    assert [attack[place.text].text[place.start : place.end] for place in report.places] == [
+        "rome",
+        "ROME",
+        "Jose\u0301",
+    ]
     assert not report.benign
     assert report.subjects == ()
 
 
 def test_a_subject_alone_is_reported_and_is_no_leak() -> None:
-    report = leak_report(texts("Everyone knows Ann Lee."), [fact("Ann Lee was born in Rome", "Rome", "Ann Lee")])
+    report = leak_report(
+        texts("Everyone knows Ann Lee."), [fact("Ann Lee was born in Rome", "Rome", "Ann Lee")]
+    )
     assert report.benign
     assert report.names_subjects
     assert report.subjects == ("Ann Lee",)
@@ -102,9 +130,22 @@ def test_a_subject_alone_is_reported_and_is_no_leak() -> None:
 
 
 def test_a_piece_of_a_long_answer_leaks_from_n_words_on() -> None:
-    held = [fact("Question: What did she win?\nAnswer: the silver medal of the royal society of letters", "the silver medal of the royal society of letters")]
-    assert leak_report(texts("He has a silver medal of the guild."), held).benign  # four words of it
-    report = leak_report(texts("So", "He won the Silver Medal of the guild; she one of the royal society of letters, too"), held)
+    held = [
+        fact(
+            "Question: What did she win?\nAnswer: the silver medal of the royal society of letters",
+            "the silver medal of the royal society of letters",
+        )
+    ]
+    assert leak_report(
+        texts("He has a silver medal of the guild."), held
+    ).benign  # four words of it
+    report = leak_report(
+        texts(
+            "So",
+            "He won the Silver Medal of the guild; she one of the royal society of letters, too",
+        ),
+        held,
+    )
     assert not report.benign
     assert report.answers == ()
     assert report.passages == ("of the royal society of letters", "the Silver Medal of the")
@@ -116,9 +157,18 @@ def test_a_piece_of_a_long_answer_leaks_from_n_words_on() -> None:
 
 
 def test_words_around_an_answer_and_words_of_its_question_are_no_leak() -> None:
-    held = [fact("Question: Why did the king of the north leave?\nAnswer: the king of the north leave the town", "the king of the north leave the town")]
-    assert leak_report(texts("the king of the north leave"), held).benign  # the question says it already
-    assert not leak_report(texts("north leave the town the king of the north leave the town"), held).benign
+    held = [
+        fact(
+            "Question: Why did the king of the north leave?\nAnswer: the king of the north leave the town",
+            "the king of the north leave the town",
+        )
+    ]
+    assert leak_report(
+        texts("the king of the north leave"), held
+    ).benign  # the question says it already
+    assert not leak_report(
+        texts("north leave the town the king of the north leave the town"), held
+    ).benign
     around = [fact("they say that long ago Bob was born in Rome", "Rome")]
     report = leak_report(texts("they say that long ago Bob was born in Oslo"), around)
     assert report.shared_ngrams == pytest.approx(5 / 6)
@@ -126,7 +176,13 @@ def test_words_around_an_answer_and_words_of_its_question_are_no_leak() -> None:
 
 
 def test_common_language_of_public_texts_is_no_passage_but_answers_always_count() -> None:
-    held = [fact("Question: Who?\nAnswer: she has been honored with the golden leaf", "she has been honored with the golden leaf"), fact("It is tea", "tea")]
+    held = [
+        fact(
+            "Question: Who?\nAnswer: she has been honored with the golden leaf",
+            "she has been honored with the golden leaf",
+        ),
+        fact("It is tea", "tea"),
+    ]
     attack = texts("he has been honored with the bronze leaf", "has tea")
     public = texts("many a writer has been honored with the crown", "tea for two")
     assert leak_report(attack[:1], held).passages == ("has been honored with the",)
@@ -144,7 +200,10 @@ def test_a_passage_does_not_reach_over_the_end_of_a_text() -> None:
     held = [fact("Q: x\nA: one two three four five six", "one two three four five six")]
     assert leak_report(texts("one two three", "four five six"), held).benign
     report = leak_report(texts("one two three four five", "two three four five six"), held)
-    assert [(place.text, place.phrase) for place in report.places] == [(0, "one two three four five"), (1, "two three four five six")]
+    assert [(place.text, place.phrase) for place in report.places] == [
+        (0, "one two three four five"),
+        (1, "two three four five six"),
+    ]
     assert report.longest_run == 5
 
 
@@ -176,14 +235,24 @@ def test_an_answer_without_words_is_looked_up_literally() -> None:
     st.lists(st.text(alphabet="ab ", min_size=1, max_size=25), max_size=4),
     st.integers(1, 6),
 )
-def test_ngrams_and_longest_run_agree_with_the_definition(ours: list[str], theirs: list[str], n: int) -> None:
+def test_ngrams_and_longest_run_agree_with_the_definition(
+    ours: list[str], theirs: list[str], n: int
+) -> None:
     def grams(lines: Sequence[str], size: int) -> set[tuple[str, ...]]:
-        return {tuple(line.split()[i : i + size]) for line in lines for i in range(len(line.split()) - size + 1)}
+        return {
+            tuple(line.split()[i : i + size])
+            for line in lines
+            for i in range(len(line.split()) - size + 1)
+        }
 
     report = leak_report(texts(*ours), texts(*theirs), n)
     held = grams(theirs, n)
-    assert report.shared_ngrams == pytest.approx(len(held & grams(ours, n)) / len(held) if held else 0.0)
-    assert report.longest_run == max((size for size in range(1, 26) if grams(ours, size) & grams(theirs, size)), default=0)
+    assert report.shared_ngrams == pytest.approx(
+        len(held & grams(ours, n)) / len(held) if held else 0.0
+    )
+    assert report.longest_run == max(
+        (size for size in range(1, 26) if grams(ours, size) & grams(theirs, size)), default=0
+    )
     assert len(report.longest_run_text.split()) == report.longest_run
     assert report.benign == (not held & grams(ours, n))
 
@@ -204,11 +273,17 @@ def _textbook_lcs(one: Sequence[str], other: Sequence[str]) -> int:
     return int(row[-1, -1])
 
 
-LINES = st.lists(st.lists(st.sampled_from("abcde"), min_size=1, max_size=80).map(" ".join), min_size=1, max_size=5)
+LINES = st.lists(
+    st.lists(st.sampled_from("abcde"), min_size=1, max_size=80).map(" ".join),
+    min_size=1,
+    max_size=5,
+)
 
 
 @given(LINES, LINES)
-def test_syntactic_similarity_is_the_mean_of_the_best_rouge_l(ours: list[str], theirs: list[str]) -> None:
+def test_syntactic_similarity_is_the_mean_of_the_best_rouge_l(
+    ours: list[str], theirs: list[str]
+) -> None:
     def f1(one: list[str], other: list[str]) -> float:
         return 2 * _textbook_lcs(one, other) / (len(one) + len(other))
 
@@ -217,24 +292,45 @@ def test_syntactic_similarity_is_the_mean_of_the_best_rouge_l(ours: list[str], t
 
 
 def test_names_and_answers_do_not_count_as_form() -> None:
-    held = [fact("Ann Lee was born in Rome", "Rome", "Ann Lee"), fact("Bob likes green tea", "green tea", "Bob")]
-    same = [fact("Zoe was born in New Orleans", "New Orleans", "Zoe"), fact("Cy Orr likes figs", "figs", "Cy Orr")]
+    held = [
+        fact("Ann Lee was born in Rome", "Rome", "Ann Lee"),
+        fact("Bob likes green tea", "green tea", "Bob"),
+    ]
+    same = [
+        fact("Zoe was born in New Orleans", "New Orleans", "Zoe"),
+        fact("Cy Orr likes figs", "figs", "Cy Orr"),
+    ]
     assert syntactic_similarity(same, held) == syntactic_similarity(held, held) == 1.0
     assert syntactic_similarity(texts("figs galore"), held) == 0.0
     # An attack text whose spans are not marked shares "was born in" with "<subject> was born in <answer>", five words each.
-    assert syntactic_similarity(texts("Zoe was born in Oslo"), held) == pytest.approx(2 * 3 / (5 + 5))
+    assert syntactic_similarity(texts("Zoe was born in Oslo"), held) == pytest.approx(
+        2 * 3 / (5 + 5)
+    )
     assert leak_report(same, held).syntactic_similarity == 1.0
 
 
 def test_every_mention_of_a_subject_is_masked_and_an_answer_is_one_word() -> None:
-    held = [fact("Question: Who is Ann Lee?\nAnswer: Ann Lee is a singer of songs", "Ann Lee is a singer of songs", "Ann Lee")]
+    held = [
+        fact(
+            "Question: Who is Ann Lee?\nAnswer: Ann Lee is a singer of songs",
+            "Ann Lee is a singer of songs",
+            "Ann Lee",
+        )
+    ]
     other = [fact("Question: Who is Bob?\nAnswer: nobody", "nobody", "Bob")]
     assert syntactic_similarity(other, held) == 1.0
     twice = [fact("Ann met Ann, and Ann saw Rome", "Rome", "Ann")]
-    assert syntactic_similarity([fact("Bob Ray met Bob Ray, and Bob Ray saw Oslo", "Oslo", "Bob Ray")], twice) == 1.0
+    assert (
+        syntactic_similarity(
+            [fact("Bob Ray met Bob Ray, and Bob Ray saw Oslo", "Oslo", "Bob Ray")], twice
+        )
+        == 1.0
+    )
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [((), ()), (("a b",), ()), ((), ("a b",)), (("...",), ("a b",))])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [((), ()), (("a b",), ()), ((), ("a b",)), (("...",), ("a b",))]
+)
 def test_nothing_has_no_form_in_common(ours: tuple[str, ...], theirs: tuple[str, ...]) -> None:
     assert syntactic_similarity(texts(*ours), texts(*theirs)) == 0.0
     report = leak_report(texts(*ours), texts(*theirs))
@@ -244,7 +340,9 @@ def test_nothing_has_no_form_in_common(ours: tuple[str, ...], theirs: tuple[str,
 
 def test_a_thousand_texts_are_compared_in_seconds() -> None:
     rng = np.random.default_rng(0)
-    lines = [" ".join(f"w{number}" for number in rng.integers(0, 400, size=40)) for _ in range(1400)]
+    lines = [
+        " ".join(f"w{number}" for number in rng.integers(0, 400, size=40)) for _ in range(1400)
+    ]
     began = time.perf_counter()
     leak_report(texts(*lines[:700]), texts(*lines[700:]))
     assert time.perf_counter() - began < 20
@@ -284,4 +382,6 @@ def test_a_prefix_moves_the_places_and_changes_no_verdict() -> None:
     held = [fact("Ann was born in Rome", "Rome", "Ann")]
     plain = leak_report(texts("to Rome"), held)
     moved = leak_report([prefixed(Example("to Rome"), "go ")], held)
-    assert [(place.start + 3, place.end + 3) for place in plain.places] == [(place.start, place.end) for place in moved.places]
+    assert [(place.start + 3, place.end + 3) for place in plain.places] == [
+        (place.start, place.end) for place in moved.places
+    ]

@@ -11,10 +11,25 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+)
 
 from workbench.data.batches import Batch
-from workbench.diagnostics.lens import METRICS, add_lens, decode, lens_by_example, logit_lens, predicting_answer
+from workbench.diagnostics.lens import (
+    METRICS,
+    add_lens,
+    decode,
+    lens_by_example,
+    logit_lens,
+    predicting_answer,
+)
 from workbench.errors import WorkbenchError
 from workbench.experiments.table import Table
 
@@ -27,10 +42,17 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 VOCABULARY = 50
 
 
-def _by_hand(model: PreTrainedModel, batch: Batch, decoder: PreTrainedModel) -> list[list[dict[str, float]]]:
+def _by_hand(
+    model: PreTrainedModel, batch: Batch, decoder: PreTrainedModel
+) -> list[list[dict[str, float]]]:
     """``[layer][example]``: the measures of the first answer token from block outputs, ``decoder.model.norm`` and ``decoder.lm_head``, in float64 numpy."""
     kept: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out)) for block in model.model.layers]
+    hooks = [
+        block.register_forward_hook(
+            lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for block in model.model.layers
+    ]
     with torch.no_grad():
         output = model(**batch.inputs).logits
         layers = [decoder.lm_head(decoder.model.norm(stream)) for stream in kept]
@@ -72,12 +94,23 @@ def _value(found, layer: int, measure: str) -> float:  # type: ignore[no-untyped
 def test_the_lens_reads_one_position_before_the_answer(make_batch: BatchMaker) -> None:
     batch = make_batch((7, 5), answer=3)
     assert predicting_answer(batch).nonzero().tolist() == [[0, 3], [1, 1]]
-    assert predicting_answer(batch, "all").nonzero().tolist() == [[0, 3], [0, 4], [0, 5], [1, 1], [1, 2], [1, 3]]
+    assert predicting_answer(batch, "all").nonzero().tolist() == [
+        [0, 3],
+        [0, 4],
+        [0, 5],
+        [1, 1],
+        [1, 2],
+        [1, 3],
+    ]
 
 
-def test_an_example_without_an_answer_and_an_unknown_choice_are_errors(make_batch: BatchMaker, make_model: ModelMaker) -> None:
+def test_an_example_without_an_answer_and_an_unknown_choice_are_errors(
+    make_batch: BatchMaker, make_model: ModelMaker
+) -> None:
     batch = make_batch()
-    without = replace(batch, answer_mask=batch.answer_mask & (torch.arange(batch.size) != 1)[:, None])
+    without = replace(
+        batch, answer_mask=batch.answer_mask & (torch.arange(batch.size) != 1)[:, None]
+    )
     with pytest.raises(WorkbenchError, match="'fact/1' has no answer"):
         logit_lens(make_model(), [without])
     # An answer that is the very first token is predicted by nothing.
@@ -93,7 +126,9 @@ def test_an_example_without_an_answer_and_an_unknown_choice_are_errors(make_batc
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_last_block_under_its_own_decoder_is_the_models_own_output(family: str, make_model: ModelMaker, make_batch: BatchMaker) -> None:
+def test_the_last_block_under_its_own_decoder_is_the_models_own_output(
+    family: str, make_model: ModelMaker, make_batch: BatchMaker
+) -> None:
     model, batch = make_model(family, num_hidden_layers=3), make_batch()
     found = lens_by_example(model, [batch])
     last = found[found["layer"] == 2]
@@ -102,14 +137,18 @@ def test_the_last_block_under_its_own_decoder_is_the_models_own_output(family: s
     for row, example in enumerate(last.to_dict("records")):
         place = int(batch.answer_mask[row].nonzero()[0])
         assert example["item"] == f"fact/{row}"
-        assert example["answer_probability"] == pytest.approx(_softmax(output[row, place - 1])[int(batch.input_ids[row, place])], rel=1e-6)
+        assert example["answer_probability"] == pytest.approx(
+            _softmax(output[row, place - 1])[int(batch.input_ids[row, place])], rel=1e-6
+        )
         assert example["kl_to_final"] == pytest.approx(0.0, abs=1e-10)
     # Earlier blocks are something else, so that the identity says something.
     assert (found.loc[found["layer"] < 2, "kl_to_final"] > 1e-3).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_block_agrees_with_plain_pytorch_for_both_decoders(family: str, make_model: ModelMaker, make_batch: BatchMaker, nearby: Mover) -> None:
+def test_every_block_agrees_with_plain_pytorch_for_both_decoders(
+    family: str, make_model: ModelMaker, make_batch: BatchMaker, nearby: Mover
+) -> None:
     base, batch = make_model(family, num_hidden_layers=3), make_batch()
     model = nearby(base)
     for decoder in (None, base):
@@ -121,7 +160,9 @@ def test_every_block_agrees_with_plain_pytorch_for_both_decoders(family: str, ma
                 assert row[measure] == pytest.approx(value, rel=1e-4, abs=1e-6), measure
 
 
-def test_a_tied_and_capped_decoder_and_one_with_a_layer_norm_give_the_models_output(make_batch: BatchMaker) -> None:
+def test_a_tied_and_capped_decoder_and_one_with_a_layer_norm_give_the_models_output(
+    make_batch: BatchMaker,
+) -> None:
     shape = {
         "vocab_size": VOCABULARY,
         "hidden_size": 16,
@@ -135,9 +176,25 @@ def test_a_tied_and_capped_decoder_and_one_with_a_layer_norm_give_the_models_out
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         models = [
-            Gemma2ForCausalLM(Gemma2Config(**shape, num_key_value_heads=2, final_logit_softcapping=0.5, initializer_range=0.3)),
+            Gemma2ForCausalLM(
+                Gemma2Config(
+                    **shape,
+                    num_key_value_heads=2,
+                    final_logit_softcapping=0.5,
+                    initializer_range=0.3,
+                )
+            ),
             GPT2LMHeadModel(GPT2Config(**gpt, initializer_range=0.3)),
-            GPTNeoXForCausalLM(GPTNeoXConfig(**{name: shape[name] for name in shape if name not in ("head_dim", "pad_token_id")}, initializer_range=0.3)),
+            GPTNeoXForCausalLM(
+                GPTNeoXConfig(
+                    **{
+                        name: shape[name]
+                        for name in shape
+                        if name not in ("head_dim", "pad_token_id")
+                    },
+                    initializer_range=0.3,
+                )
+            ),
         ]
     for model in models:
         found = lens_by_example(model.eval(), [make_batch()])
@@ -145,7 +202,9 @@ def test_a_tied_and_capped_decoder_and_one_with_a_layer_norm_give_the_models_out
         assert found.loc[found["layer"] == 0, "kl_to_final"].min() > 1e-3
 
 
-def test_a_bf16_model_keeps_the_identity_up_to_its_own_rounding(make_model: ModelMaker, make_batch: BatchMaker) -> None:
+def test_a_bf16_model_keeps_the_identity_up_to_its_own_rounding(
+    make_model: ModelMaker, make_batch: BatchMaker
+) -> None:
     model, batch = make_model().bfloat16(), make_batch()
     found = lens_by_example(model, [batch])
     assert found["answer_probability"].dtype == np.float64
@@ -156,13 +215,19 @@ def test_a_bf16_model_keeps_the_identity_up_to_its_own_rounding(make_model: Mode
 # --- Own and fixed decoder -------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_change_of_the_decoder_alone_is_invisible_to_the_bases_decoder(make_model: ModelMaker, make_batch: BatchMaker) -> None:
+def test_a_change_of_the_decoder_alone_is_invisible_to_the_bases_decoder(
+    make_model: ModelMaker, make_batch: BatchMaker
+) -> None:
     base, batch = make_model(), make_batch()
     changed = copy.deepcopy(base)
     with torch.no_grad():
         changed.lm_head.weight.neg_()
         changed.model.norm.weight.mul_(2)
-    of_base, fixed, own = lens_by_example(base, [batch]), lens_by_example(changed, [batch], base), lens_by_example(changed, [batch])
+    of_base, fixed, own = (
+        lens_by_example(base, [batch]),
+        lens_by_example(changed, [batch], base),
+        lens_by_example(changed, [batch]),
+    )
     for measure in ("answer_probability", "answer_rank", "entropy"):
         assert fixed[measure].tolist() == of_base[measure].tolist()
         assert own[measure].tolist() != of_base[measure].tolist()
@@ -171,19 +236,31 @@ def test_a_change_of_the_decoder_alone_is_invisible_to_the_bases_decoder(make_mo
     assert fixed.loc[fixed["layer"] == 1, "kl_to_final"].min() > 1e-3
 
 
-def test_a_change_of_the_stream_shows_under_both_decoders(make_model: ModelMaker, make_batch: BatchMaker) -> None:
+def test_a_change_of_the_stream_shows_under_both_decoders(
+    make_model: ModelMaker, make_batch: BatchMaker
+) -> None:
     base, batch = make_model(), make_batch()
     changed = copy.deepcopy(base)
     with torch.no_grad():
         changed.model.layers[1].mlp.down_proj.weight.mul_(-3)
-    of_base, fixed, own = lens_by_example(base, [batch]), lens_by_example(changed, [batch], base), lens_by_example(changed, [batch])
-    assert own["answer_probability"].tolist() == fixed["answer_probability"].tolist()  # the decoder is the same
-    before, after = (found.set_index(["layer", "item"])["answer_probability"] for found in (of_base, own))
+    of_base, fixed, own = (
+        lens_by_example(base, [batch]),
+        lens_by_example(changed, [batch], base),
+        lens_by_example(changed, [batch]),
+    )
+    assert (
+        own["answer_probability"].tolist() == fixed["answer_probability"].tolist()
+    )  # the decoder is the same
+    before, after = (
+        found.set_index(["layer", "item"])["answer_probability"] for found in (of_base, own)
+    )
     assert after[0].tolist() == before[0].tolist()  # the first block was not touched
     assert (after[1] != before[1]).all()
 
 
-def test_naming_the_model_as_its_decoder_changes_nothing(make_model: ModelMaker, batch: Batch) -> None:
+def test_naming_the_model_as_its_decoder_changes_nothing(
+    make_model: ModelMaker, batch: Batch
+) -> None:
     model = make_model()
     assert lens_by_example(model, [batch], model).equals(lens_by_example(model, [batch]))
 
@@ -191,13 +268,17 @@ def test_naming_the_model_as_its_decoder_changes_nothing(make_model: ModelMaker,
 # --- Closed forms ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_decoder_that_knows_nothing_gives_chance_everywhere(llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_decoder_that_knows_nothing_gives_chance_everywhere(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     with torch.no_grad():
         llama.lm_head.weight.zero_()
     found = lens_by_example(llama, [batch])
     assert found["answer_probability"].to_numpy() == pytest.approx(1 / VOCABULARY)
     assert found["answer_log_probability"].to_numpy() == pytest.approx(-math.log(VOCABULARY))
-    assert found["answer_rank"].to_numpy() == pytest.approx((VOCABULARY + 1) / 2)  # ties share their mean rank
+    assert found["answer_rank"].to_numpy() == pytest.approx(
+        (VOCABULARY + 1) / 2
+    )  # ties share their mean rank
     assert found["foil_probability"].to_numpy() == pytest.approx(1 / VOCABULARY)
     assert found["entropy"].to_numpy() == pytest.approx(math.log(VOCABULARY))
     assert found["kl_to_final"].to_numpy() == pytest.approx(0.0, abs=1e-12)
@@ -214,7 +295,9 @@ def _sure_of(model: PreTrainedModel, token: int, margin: float) -> PreTrainedMod
     return model
 
 
-def test_a_decoder_that_is_sure_of_one_token_by_hand(llama: PreTrainedModel, make_batch: BatchMaker) -> None:
+def test_a_decoder_that_is_sure_of_one_token_by_hand(
+    llama: PreTrainedModel, make_batch: BatchMaker
+) -> None:
     batch = make_batch((4, 4), answer=1)
     ids = batch.input_ids.clone()
     ids[:, 3] = torch.tensor([5, 8])
@@ -229,7 +312,9 @@ def test_a_decoder_that_is_sure_of_one_token_by_hand(llama: PreTrainedModel, mak
         assert row["entropy"] == pytest.approx(math.log(2) / 2 + math.log(98) / 2)
 
 
-def test_foils_are_the_other_distinct_answers_of_the_same_kind(llama: PreTrainedModel, make_batch: BatchMaker) -> None:
+def test_foils_are_the_other_distinct_answers_of_the_same_kind(
+    llama: PreTrainedModel, make_batch: BatchMaker
+) -> None:
     batch = make_batch((4, 4, 4, 4, 4), answer=1)
     ids = batch.input_ids.clone()
     ids[:, 3] = torch.tensor([5, 8, 8, 9, 5])
@@ -251,7 +336,9 @@ def test_foils_are_the_other_distinct_answers_of_the_same_kind(llama: PreTrained
     assert _value(summary, 0, "answer_rank") > 1
 
 
-def test_all_answer_tokens_are_averaged_over_the_answer(make_model: ModelMaker, make_batch: BatchMaker) -> None:
+def test_all_answer_tokens_are_averaged_over_the_answer(
+    make_model: ModelMaker, make_batch: BatchMaker
+) -> None:
     model, batch = make_model(), make_batch((7, 6), answer=3)
     found = lens_by_example(model, [batch], tokens="all")
     with torch.no_grad():
@@ -259,7 +346,10 @@ def test_all_answer_tokens_are_averaged_over_the_answer(make_model: ModelMaker, 
     for row in found[found["layer"] == 1].to_dict("records"):
         example = int(row["item"].split("/")[1])
         places = batch.answer_mask[example].nonzero()[:, 0].tolist()
-        likely = [_softmax(output[example, place - 1])[int(batch.input_ids[example, place])] for place in places]
+        likely = [
+            _softmax(output[example, place - 1])[int(batch.input_ids[example, place])]
+            for place in places
+        ]
         assert len(places) == 3
         assert row["answer_probability"] == pytest.approx(np.mean(likely), rel=1e-5)
         assert row["answer_log_probability"] == pytest.approx(np.mean(np.log(likely)), rel=1e-5)
@@ -268,7 +358,9 @@ def test_all_answer_tokens_are_averaged_over_the_answer(make_model: ModelMaker, 
 # --- Intervals -------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_paraphrases_of_a_fact_count_once_and_intervals_hold_the_value(make_model: ModelMaker, make_batch: BatchMaker) -> None:
+def test_paraphrases_of_a_fact_count_once_and_intervals_hold_the_value(
+    make_model: ModelMaker, make_batch: BatchMaker
+) -> None:
     model = make_model()
     batch = replace(make_batch((7, 5, 6, 7)), items=("a", "a", "a", "b"))
     rows, found = lens_by_example(model, [batch]), logit_lens(model, [batch])
@@ -281,7 +373,9 @@ def test_paraphrases_of_a_fact_count_once_and_intervals_hold_the_value(make_mode
         assert _value(found, 0, measure) == pytest.approx((first[:3].mean() + first[3]) / 2)
 
 
-def test_weights_that_are_not_numbers_give_empty_values_and_no_error(llama: PreTrainedModel, batch: Batch) -> None:
+def test_weights_that_are_not_numbers_give_empty_values_and_no_error(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     with torch.no_grad():
         llama.model.layers[1].mlp.down_proj.weight.fill_(torch.nan)
     found = logit_lens(llama, [batch])
@@ -294,7 +388,9 @@ def test_weights_that_are_not_numbers_give_empty_values_and_no_error(llama: PreT
     assert {row["site"] for row in table.rows} == {"blocks.0.hook_resid_post"}
 
 
-def test_rows_of_the_table_name_the_block_the_decoder_and_the_metric(make_model: ModelMaker, batch: Batch) -> None:
+def test_rows_of_the_table_name_the_block_the_decoder_and_the_metric(
+    make_model: ModelMaker, batch: Batch
+) -> None:
     table = Table({"run": "r", "method": "npo", "seed": 1})
     found = logit_lens(make_model(), [batch])
     add_lens(table, found, arm="base decoder", split="forget-heldout")
@@ -311,13 +407,24 @@ def test_rows_of_the_table_name_the_block_the_decoder_and_the_metric(make_model:
 
 
 @pytest.mark.parametrize("tokens", ["first", "all"])
-def test_padding_and_batching_change_nothing(tokens: str, make_model: ModelMaker, make_batch: BatchMaker, pad: Padder) -> None:
+def test_padding_and_batching_change_nothing(
+    tokens: str, make_model: ModelMaker, make_batch: BatchMaker, pad: Padder
+) -> None:
     model, batch = make_model(), make_batch((7, 5, 6))
     plain = lens_by_example(model, [batch], tokens=tokens)  # type: ignore[arg-type]
     rows = [
         replace(
             batch,
-            **{name: getattr(batch, name)[row : row + 1] for name in ("input_ids", "attention_mask", "answer_mask", "subject_mask", "target_mask")},
+            **{
+                name: getattr(batch, name)[row : row + 1]
+                for name in (
+                    "input_ids",
+                    "attention_mask",
+                    "answer_mask",
+                    "subject_mask",
+                    "target_mask",
+                )
+            },
             items=batch.items[row : row + 1],
         )
         for row in range(3)
@@ -326,10 +433,14 @@ def test_padding_and_batching_change_nothing(tokens: str, make_model: ModelMaker
         found = lens_by_example(model, other, tokens=tokens)  # type: ignore[arg-type]
         assert found[["layer", "item"]].equals(plain[["layer", "item"]])
         for measure in METRICS:
-            assert found[measure].to_numpy() == pytest.approx(plain[measure].to_numpy(), rel=1e-4, abs=1e-6)
+            assert found[measure].to_numpy() == pytest.approx(
+                plain[measure].to_numpy(), rel=1e-4, abs=1e-6
+            )
 
 
-def test_the_model_and_the_decoder_are_left_as_they_were_found_also_after_an_error(make_model: ModelMaker, batch: Batch) -> None:
+def test_the_model_and_the_decoder_are_left_as_they_were_found_also_after_an_error(
+    make_model: ModelMaker, batch: Batch
+) -> None:
     model, decoder = make_model().train(), make_model(seed=1).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     logit_lens(model, [batch], decoder)
@@ -338,13 +449,23 @@ def test_the_model_and_the_decoder_are_left_as_they_were_found_also_after_an_err
         logit_lens(model, [batch], narrow)
     assert model.training and decoder.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for one in (model, decoder) for module in one.modules())
+    assert all(
+        parameter.grad is None and parameter.requires_grad for parameter in model.parameters()
+    )
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks
+        for one in (model, decoder)
+        for module in one.modules()
+    )
 
 
 def test_progress_counts_batches(make_model: ModelMaker, make_batch: BatchMaker) -> None:
     seen: list[tuple[int, int]] = []
-    logit_lens(make_model(), [make_batch(), make_batch()], progress=lambda done, total: seen.append((done, total)))
+    logit_lens(
+        make_model(),
+        [make_batch(), make_batch()],
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen == [(1, 2), (2, 2)]
 
 

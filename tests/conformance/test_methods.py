@@ -26,7 +26,13 @@ from workbench.unlearning.objectives import (
     undial,
     weighted,
 )
-from workbench.unlearning.representation import adaptive_steer_to, break_circuits, control_vector, keep_distance, steer_by
+from workbench.unlearning.representation import (
+    adaptive_steer_to,
+    break_circuits,
+    control_vector,
+    keep_distance,
+    steer_by,
+)
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]
@@ -50,7 +56,10 @@ class Point:
 @pytest.fixture
 def point(make_model: ModelMaker, make_batch: BatchMaker, nearby: Mover) -> Point:
     reference = make_model(num_hidden_layers=3)
-    batch = replace(make_batch((9, 5, 6), 1, answer=3, targets="answer"), alternative=make_batch((8, 6, 4), 2, answer=2, targets="answer"))
+    batch = replace(
+        make_batch((9, 5, 6), 1, answer=3, targets="answer"),
+        alternative=make_batch((8, 6, 4), 2, answer=2, targets="answer"),
+    )
     # One row answers in a single token, so that means over sequences and over tokens differ.
     batch.target_mask[1, 2:4] = False
     return Point(nearby(reference), reference, nearby(reference, 0.1, 5), batch)
@@ -76,7 +85,10 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def _targets(batch: Batch) -> list[list[int]]:
     """Positions of the target tokens, row by row; the token at ``t`` is predicted at ``t - 1``."""
-    return [[t for t in range(1, batch.input_ids.shape[1]) if batch.target_mask[row, t]] for row in range(batch.size)]
+    return [
+        [t for t in range(1, batch.input_ids.shape[1]) if batch.target_mask[row, t]]
+        for row in range(batch.size)
+    ]
 
 
 def _log_softmax(values: Tensor) -> Tensor:
@@ -85,7 +97,10 @@ def _log_softmax(values: Tensor) -> Tensor:
 
 def _nlls(model: PreTrainedModel, batch: Batch) -> list[list[float]]:
     logits = _logits(model, batch)
-    return [[-float(_log_softmax(logits[row, t - 1])[batch.input_ids[row, t]]) for t in positions] for row, positions in enumerate(_targets(batch))]
+    return [
+        [-float(_log_softmax(logits[row, t - 1])[batch.input_ids[row, t]]) for t in positions]
+        for row, positions in enumerate(_targets(batch))
+    ]
 
 
 def _mean(values: list[float]) -> float:
@@ -97,7 +112,11 @@ def _log_sigmoid(value: float) -> float:
 
 
 def _simnpo(p: Point, beta: float, margin: float) -> float:
-    return -2 / beta * _mean([_log_sigmoid(beta * (_mean(row) - margin)) for row in _nlls(p.model, p.batch)])
+    return (
+        -2
+        / beta
+        * _mean([_log_sigmoid(beta * (_mean(row) - margin)) for row in _nlls(p.model, p.batch)])
+    )
 
 
 def _idk_dpo(p: Point, beta: float) -> float:
@@ -141,14 +160,22 @@ def _generic(p: Point, strength: float) -> float:
     before, after = _logits(p.reference, p.batch), _logits(p.teacher, p.batch)
 
     def target(row: int, t: int) -> Tensor:
-        rise = [max(0.0, float(after[row, t - 1, v] - before[row, t - 1, v])) for v in range(before.shape[-1])]
-        return _log_softmax(before[row, t - 1] - strength * torch.tensor(rise, dtype=torch.float64)).exp()
+        rise = [
+            max(0.0, float(after[row, t - 1, v] - before[row, t - 1, v]))
+            for v in range(before.shape[-1])
+        ]
+        return _log_softmax(
+            before[row, t - 1] - strength * torch.tensor(rise, dtype=torch.float64)
+        ).exp()
 
     return _soft_target(p, target)
 
 
 def _teacher_kl(p: Point, temperature: float, sign: float) -> float:
-    teacher, student = _logits(p.reference, p.batch) / temperature, _logits(p.model, p.batch) / temperature
+    teacher, student = (
+        _logits(p.reference, p.batch) / temperature,
+        _logits(p.model, p.batch) / temperature,
+    )
     terms = []
     for row, positions in enumerate(_targets(p.batch)):
         for t in positions:
@@ -158,14 +185,25 @@ def _teacher_kl(p: Point, temperature: float, sign: float) -> float:
 
 
 @torch.no_grad()
-def _rows(model: PreTrainedModel, batch: Batch, block: int = 0, *, bos: bool = False) -> list[Tensor]:
+def _rows(
+    model: PreTrainedModel, batch: Batch, block: int = 0, *, bos: bool = False
+) -> list[Tensor]:
     """The block's output at every real token; BOS only where asked for. Blocks 0 and 1 of 3 are hidden states before any final norm."""
     hidden = model(**batch.inputs, output_hidden_states=True).hidden_states[block + 1].double()
-    return [hidden[row, t] for row in range(batch.size) for t in range(0 if bos else 1, int(batch.attention_mask[row].sum()))]
+    return [
+        hidden[row, t]
+        for row in range(batch.size)
+        for t in range(0 if bos else 1, int(batch.attention_mask[row].sum()))
+    ]
 
 
 def _square(rows: list[Tensor], targets: list[Tensor]) -> float:
-    return _mean([_mean([float(difference) ** 2 for difference in row - target]) for row, target in zip(rows, targets, strict=True)])
+    return _mean(
+        [
+            _mean([float(difference) ** 2 for difference in row - target])
+            for row, target in zip(rows, targets, strict=True)
+        ]
+    )
 
 
 def _adaptive(p: Point, scale: float) -> float:
@@ -175,7 +213,10 @@ def _adaptive(p: Point, scale: float) -> float:
 
 
 def _steer_by(p: Point, scale: float) -> float:
-    return _square(_rows(p.model, p.batch), [row + scale * DIRECTION.double() for row in _rows(p.reference, p.batch)])
+    return _square(
+        _rows(p.model, p.batch),
+        [row + scale * DIRECTION.double() for row in _rows(p.reference, p.batch)],
+    )
 
 
 def _break(p: Point) -> float:
@@ -189,7 +230,11 @@ def _break(p: Point) -> float:
 def _distance(p: Point) -> float:
     layers = []
     for block in (0, 1):
-        pairs = zip(_rows(p.model, p.batch, block, bos=True), _rows(p.reference, p.batch, block, bos=True), strict=True)
+        pairs = zip(
+            _rows(p.model, p.batch, block, bos=True),
+            _rows(p.reference, p.batch, block, bos=True),
+            strict=True,
+        )
         layers.append(_mean([float((h - h0).norm()) for h, h0 in pairs]))
     return _mean(layers)
 
@@ -202,15 +247,24 @@ LIKELIHOODS: dict[str, tuple[Callable[[Point], Loss], Callable[[Point], float]]]
     "idk cross-entropy": (lambda p: idk_cross_entropy, _idk_cross_entropy),
     "undial": (lambda p: undial(3.0), lambda p: _undial(p, 3.0)),
     "teacher kl": (lambda p: teacher_kl(2.0), lambda p: _teacher_kl(p, 2.0, 1.0)),
-    "teacher kl, driven away": (lambda p: teacher_kl(4.0, sign=-1.0), lambda p: _teacher_kl(p, 4.0, -1.0)),
+    "teacher kl, driven away": (
+        lambda p: teacher_kl(4.0, sign=-1.0),
+        lambda p: _teacher_kl(p, 4.0, -1.0),
+    ),
     "weighted": (
         lambda p: weighted((0.3, teacher_kl(2.0)), (-2.0, idk_cross_entropy)),
         lambda p: 0.3 * _teacher_kl(p, 2.0, 1.0) - 2.0 * _idk_cross_entropy(p),
     ),
-    "generic prediction": (lambda p: generic_prediction(p.teacher, 5.0), lambda p: _generic(p, 5.0)),
+    "generic prediction": (
+        lambda p: generic_prediction(p.teacher, 5.0),
+        lambda p: _generic(p, 5.0),
+    ),
 }
 REPRESENTATIONS: dict[str, tuple[Callable[[Point], Loss], Callable[[Point], float]]] = {
-    "adaptive steer to": (lambda p: adaptive_steer_to(_site(p.model), DIRECTION, 5.0), lambda p: _adaptive(p, 5.0)),
+    "adaptive steer to": (
+        lambda p: adaptive_steer_to(_site(p.model), DIRECTION, 5.0),
+        lambda p: _adaptive(p, 5.0),
+    ),
     "steer by": (lambda p: steer_by(_site(p.model), 10 * DIRECTION), lambda p: _steer_by(p, 10)),
     "break circuits": (lambda p: break_circuits(_two(p.model)), _break),
     "keep distance": (lambda p: keep_distance(_two(p.model)), _distance),
@@ -226,11 +280,15 @@ def _size(gradient: dict[str, Tensor]) -> float:
 def test_every_term_is_its_formula(name: str, point: Point) -> None:
     make, by_hand = TERMS[name]
     with torch.no_grad():
-        assert float(make(point)(point.model, point.batch, point.reference)) == pytest.approx(by_hand(point), rel=2e-5)
+        assert float(make(point)(point.model, point.batch, point.reference)) == pytest.approx(
+            by_hand(point), rel=2e-5
+        )
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_the_gradient_of_every_term_is_its_derivative(name: str, point: Point, gradients: Gradients) -> None:
+def test_the_gradient_of_every_term_is_its_derivative(
+    name: str, point: Point, gradients: Gradients
+) -> None:
     # Central differences along the gradient; the weights are float64, the losses float32, hence the modest tolerance.
     model, loss, step = copy.deepcopy(point.model).double(), TERMS[name][0](point), 2e-3
     gradient = gradients(model, loss(model, point.batch, point.reference))
@@ -246,11 +304,16 @@ def test_the_gradient_of_every_term_is_its_derivative(name: str, point: Point, g
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_reference_and_teacher_receive_no_gradient_and_are_not_changed(name: str, point: Point) -> None:
+def test_reference_and_teacher_receive_no_gradient_and_are_not_changed(
+    name: str, point: Point
+) -> None:
     frozen = (point.reference, point.teacher)
     before = [copy.deepcopy(model.state_dict()) for model in frozen]
     TERMS[name][0](point)(point.model, point.batch, point.reference).backward()
-    assert any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in point.model.parameters())
+    assert any(
+        parameter.grad is not None and bool(parameter.grad.any())
+        for parameter in point.model.parameters()
+    )
     for model, state in zip(frozen, before, strict=True):
         assert all(parameter.grad is None for parameter in model.parameters())
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -270,10 +333,14 @@ def test_padding_enters_no_term(name: str, point: Point, pad: Padder, gradients:
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
-def test_predictions_at_prompt_and_padding_positions_enter_no_likelihood_term(name: str, point: Point) -> None:
+def test_predictions_at_prompt_and_padding_positions_enter_no_likelihood_term(
+    name: str, point: Point
+) -> None:
     # Among the logits at positions that predict no target token are those that the released code of UNDIAL averages over.
     loss = TERMS[name][0](point)
-    masks = [part.target_mask for part in (point.batch, point.batch.alternative) if part is not None]
+    masks = [
+        part.target_mask for part in (point.batch, point.batch.alternative) if part is not None
+    ]
 
     def shake(_module: Any, _args: Any, logits: Tensor) -> Tensor:
         (mask,) = [mask for mask in masks if mask.shape == logits.shape[:2]]
@@ -283,7 +350,10 @@ def test_predictions_at_prompt_and_padding_positions_enter_no_likelihood_term(na
 
     with torch.no_grad():
         before = float(loss(point.model, point.batch, point.reference))
-        handles = [model.get_submodule("lm_head").register_forward_hook(shake) for model in (point.model, point.reference, point.teacher)]
+        handles = [
+            model.get_submodule("lm_head").register_forward_hook(shake)
+            for model in (point.model, point.reference, point.teacher)
+        ]
         after = float(loss(point.model, point.batch, point.reference))
     for handle in handles:
         handle.remove()
@@ -294,14 +364,20 @@ def test_predictions_at_prompt_and_padding_positions_enter_no_likelihood_term(na
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
-def test_dpo_at_the_reference_prefers_nothing_and_pulls_answer_down_and_refusal_up(beta: float, point: Point, gradients: Gradients) -> None:
+def test_dpo_at_the_reference_prefers_nothing_and_pulls_answer_down_and_refusal_up(
+    beta: float, point: Point, gradients: Gradients
+) -> None:
     model, refusals = copy.deepcopy(point.reference), point.batch.alternative
     assert refusals is not None
     loss = idk_dpo(beta)(model, point.batch, point.reference)
     assert float(loss.detach()) == pytest.approx(2 / beta * math.log(2), rel=1e-6)
     # d/dx of -2/beta log sigmoid(beta x) is -1 at 0, so the gradient is that of the summed log-likelihoods' difference.
     tokens = refusals.target_mask.sum() / 3 * retain_cross_entropy(model, refusals, model)
-    expected = gradients(model, tokens - point.batch.target_mask.sum() / 3 * retain_cross_entropy(model, point.batch, model))
+    expected = gradients(
+        model,
+        tokens
+        - point.batch.target_mask.sum() / 3 * retain_cross_entropy(model, point.batch, model),
+    )
     found = gradients(model, loss)
     assert _size({key: found[key] - expected[key] for key in found}) <= 1e-4 * _size(expected)
 
@@ -309,20 +385,29 @@ def test_dpo_at_the_reference_prefers_nothing_and_pulls_answer_down_and_refusal_
 def test_dpo_falls_as_the_refusal_becomes_likelier_than_the_answer(point: Point) -> None:
     # The same likelihood on both sides cancels; only their difference counts.
     with torch.no_grad():
-        same = idk_dpo(0.5)(point.model, replace(point.batch, alternative=replace(point.batch)), point.reference)
+        same = idk_dpo(0.5)(
+            point.model, replace(point.batch, alternative=replace(point.batch)), point.reference
+        )
     assert float(same) == pytest.approx(4 * math.log(2), rel=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
-def test_the_distance_to_the_teacher_is_zero_with_zero_gradient_at_the_teacher(temperature: float, point: Point, gradients: Gradients) -> None:
+def test_the_distance_to_the_teacher_is_zero_with_zero_gradient_at_the_teacher(
+    temperature: float, point: Point, gradients: Gradients
+) -> None:
     model = copy.deepcopy(point.reference)
     loss = teacher_kl(temperature)(model, point.batch, point.reference)
     assert float(loss.detach()) == pytest.approx(0, abs=1e-5)
     assert _size(gradients(model, loss)) < 1e-4
 
 
-def test_the_temperature_leaves_the_size_of_the_gradient_alone_once_it_is_high(point: Point, gradients: Gradients) -> None:
-    low, high = (_size(gradients(point.model, teacher_kl(t)(point.model, point.batch, point.reference))) for t in (100.0, 400.0))
+def test_the_temperature_leaves_the_size_of_the_gradient_alone_once_it_is_high(
+    point: Point, gradients: Gradients
+) -> None:
+    low, high = (
+        _size(gradients(point.model, teacher_kl(t)(point.model, point.batch, point.reference)))
+        for t in (100.0, 400.0)
+    )
     assert high == pytest.approx(low, rel=0.05)
 
 
@@ -334,14 +419,18 @@ def test_undial_with_nothing_lowered_is_the_entropy_of_the_reference(point: Poin
             logs = _log_softmax(logits[row, t - 1])
             entropies.append(-float((logs.exp() * logs).sum()))
     with torch.no_grad():
-        assert float(undial(0.0)(point.reference, point.batch, point.reference)) == pytest.approx(_mean(entropies), rel=1e-5)
+        assert float(undial(0.0)(point.reference, point.batch, point.reference)) == pytest.approx(
+            _mean(entropies), rel=1e-5
+        )
 
 
 def test_undial_lowers_the_true_token_and_keeps_the_ratios_of_the_others(point: Point) -> None:
     # Descent on UNDIAL from the reference moves the logits along target - softmax(z): down for the true token, up in proportion for the rest.
     logits: list[Tensor] = []
     model = copy.deepcopy(point.reference)
-    handle = model.get_submodule("lm_head").register_forward_hook(lambda _m, _a, out: (out.retain_grad(), logits.append(out))[1])
+    handle = model.get_submodule("lm_head").register_forward_hook(
+        lambda _m, _a, out: (out.retain_grad(), logits.append(out))[1]
+    )
     undial(10.0)(model, point.batch, point.reference).backward()
     handle.remove()
     gradient, row, t = logits[0].grad, 0, _targets(point.batch)[0][0]
@@ -354,11 +443,17 @@ def test_undial_lowers_the_true_token_and_keeps_the_ratios_of_the_others(point: 
     torch.testing.assert_close(shares, shares.mean().expand_as(shares), rtol=1e-3, atol=1e-6)
 
 
-def test_generic_prediction_of_an_unmoved_teacher_or_of_no_strength_is_the_entropy_of_the_reference(point: Point) -> None:
+def test_generic_prediction_of_an_unmoved_teacher_or_of_no_strength_is_the_entropy_of_the_reference(
+    point: Point,
+) -> None:
     with torch.no_grad():
         entropy = float(undial(0.0)(point.reference, point.batch, point.reference))
-        assert float(generic_prediction(point.reference, 5.0)(point.reference, point.batch, point.reference)) == pytest.approx(entropy, rel=1e-5)
-        assert float(generic_prediction(point.teacher, 0.0)(point.reference, point.batch, point.reference)) == pytest.approx(entropy, rel=1e-5)
+        assert float(
+            generic_prediction(point.reference, 5.0)(point.reference, point.batch, point.reference)
+        ) == pytest.approx(entropy, rel=1e-5)
+        assert float(
+            generic_prediction(point.teacher, 0.0)(point.reference, point.batch, point.reference)
+        ) == pytest.approx(entropy, rel=1e-5)
 
 
 def test_simnpo_averages_tokens_within_a_sequence_and_then_sequences(point: Point) -> None:
@@ -366,19 +461,28 @@ def test_simnpo_averages_tokens_within_a_sequence_and_then_sequences(point: Poin
         found = float(simnpo(1e-4, 0.0)(point.model, point.batch, point.reference))
     # For small beta the loss is 2/beta log 2 minus the mean of the per-sequence means; the mean over tokens is another number.
     rows = _nlls(point.model, point.batch)
-    expected, tokens = _mean([_mean(row) for row in rows]), _mean([nll for row in rows for nll in row])
+    expected, tokens = (
+        _mean([_mean(row) for row in rows]),
+        _mean([nll for row in rows for nll in row]),
+    )
     assert abs(expected - tokens) > 0.05
     assert 2 / 1e-4 * math.log(2) - found == pytest.approx(expected, abs=0.02)
 
 
-def test_breaking_circuits_is_one_at_the_reference_and_nothing_for_turned_representations(point: Point, gradients: Gradients) -> None:
+def test_breaking_circuits_is_one_at_the_reference_and_nothing_for_turned_representations(
+    point: Point, gradients: Gradients
+) -> None:
     model = copy.deepcopy(point.reference)
     loss = break_circuits(_two(model))(model, point.batch, point.reference)
     assert float(loss.detach()) == pytest.approx(1, abs=1e-6)
     turned = copy.deepcopy(point.reference)
     for block in (0, 1):  # every output points the other way; block 1 is given what it always saw
-        turned.get_submodule(f"model.layers.{block}").register_forward_hook(lambda _m, _a, out: -out)
-    turned.get_submodule("model.layers.1").register_forward_pre_hook(lambda _m, args: (-args[0], *args[1:]))
+        turned.get_submodule(f"model.layers.{block}").register_forward_hook(
+            lambda _m, _a, out: -out
+        )
+    turned.get_submodule("model.layers.1").register_forward_pre_hook(
+        lambda _m, args: (-args[0], *args[1:])
+    )
     loss = break_circuits(_two(turned))(turned, point.batch, point.reference)
     assert float(loss.detach()) == 0.0
     assert _size(gradients(turned, loss)) == 0.0
@@ -388,12 +492,25 @@ def test_breaking_circuits_takes_the_cosine_of_every_token_not_of_means(point: P
     # The baseline in the released CIR code divides by mean lengths; long tokens then count more than short ones.
     cosine, of_means = [], []
     for block in (0, 1):
-        now, before = _rows(point.model, point.batch, block), _rows(point.reference, point.batch, block)
+        now, before = (
+            _rows(point.model, point.batch, block),
+            _rows(point.reference, point.batch, block),
+        )
         # Lengths that differ from token to token, as they do in trained models.
         stretched = [h * (1 + 4 * (index % 2)) for index, h in enumerate(now)]
-        cosine.append(_mean([float(h @ h0 / (h.norm() * h0.norm())) for h, h0 in zip(now, before, strict=True)]))
+        cosine.append(
+            _mean(
+                [float(h @ h0 / (h.norm() * h0.norm())) for h, h0 in zip(now, before, strict=True)]
+            )
+        )
         product = _mean([float(h @ h0) for h, h0 in zip(stretched, before, strict=True)])
-        of_means.append(product / (_mean([float(h.norm()) for h in stretched]) * _mean([float(h.norm()) for h in before])))
+        of_means.append(
+            product
+            / (
+                _mean([float(h.norm()) for h in stretched])
+                * _mean([float(h.norm()) for h in before])
+            )
+        )
     assert abs(_mean(cosine) - _mean(of_means)) > 1e-3
 
     def stretch(_module: Any, _args: Any, out: Tensor) -> Tensor:
@@ -405,13 +522,17 @@ def test_breaking_circuits_takes_the_cosine_of_every_token_not_of_means(point: P
 
     with torch.no_grad():
         handle = point.model.get_submodule("model.layers.0").register_forward_hook(stretch)
-        found = float(break_circuits((_site(point.model),))(point.model, point.batch, point.reference))
+        found = float(
+            break_circuits((_site(point.model),))(point.model, point.batch, point.reference)
+        )
         handle.remove()
     assert found == pytest.approx(cosine[0], rel=1e-5)
     assert abs(found - of_means[0]) > 1e-3
 
 
-def test_keeping_the_distance_costs_nothing_at_the_reference_and_its_gradient_is_finite(point: Point, gradients: Gradients) -> None:
+def test_keeping_the_distance_costs_nothing_at_the_reference_and_its_gradient_is_finite(
+    point: Point, gradients: Gradients
+) -> None:
     model = copy.deepcopy(point.reference)
     loss = keep_distance(_two(model))(model, point.batch, point.reference)
     assert 0 <= float(loss.detach()) < 1e-5
@@ -421,22 +542,39 @@ def test_keeping_the_distance_costs_nothing_at_the_reference_and_its_gradient_is
 @pytest.mark.parametrize("scale", [0.5, 10.0])
 def test_a_random_steering_vector_starts_at_its_own_mean_square(scale: float, point: Point) -> None:
     with torch.no_grad():
-        loss = steer_by(_site(point.reference), scale * DIRECTION)(point.reference, point.batch, point.reference)
+        loss = steer_by(_site(point.reference), scale * DIRECTION)(
+            point.reference, point.batch, point.reference
+        )
     assert float(loss) == pytest.approx(scale**2 / 16, rel=1e-5)
 
 
-def test_the_adaptive_length_is_that_of_the_reference_on_the_first_batch_only(point: Point, make_batch: BatchMaker) -> None:
+def test_the_adaptive_length_is_that_of_the_reference_on_the_first_batch_only(
+    point: Point, make_batch: BatchMaker
+) -> None:
     loss, second = adaptive_steer_to(_site(point.model), DIRECTION, 5.0), make_batch((4, 9), 7)
-    lengths = [_mean([float(row.norm()) for row in _rows(point.reference, batch)]) for batch in (point.batch, second)]
+    lengths = [
+        _mean([float(row.norm()) for row in _rows(point.reference, batch)])
+        for batch in (point.batch, second)
+    ]
     assert abs(lengths[0] / lengths[1] - 1) > 1e-3
     with torch.no_grad():
         loss(point.model, point.batch, point.reference)
         found = float(loss(point.model, second, point.reference))
     rows = _rows(point.model, second)
-    assert found == pytest.approx(_square(rows, [5 * lengths[0] * DIRECTION.double()] * len(rows)), rel=1e-5)
+    assert found == pytest.approx(
+        _square(rows, [5 * lengths[0] * DIRECTION.double()] * len(rows)), rel=1e-5
+    )
 
 
-@pytest.mark.parametrize("make", [lambda: simnpo(0.0, 0.0), lambda: idk_dpo(-1.0), lambda: undial(-0.1), lambda: teacher_kl(0.0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: simnpo(0.0, 0.0),
+        lambda: idk_dpo(-1.0),
+        lambda: undial(-0.1),
+        lambda: teacher_kl(0.0),
+    ],
+)
 def test_parameters_outside_their_range_are_refused(make: Callable[[], Loss]) -> None:
     with pytest.raises(ValueError, match=r"beta|temperature"):
         make()

@@ -10,7 +10,16 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from workbench.data.batches import Batch, batches, encode
 from workbench.data.records import Example
@@ -19,7 +28,14 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.answers import Rouge, contains, exact_match, generate_answers, rouge_l
 from workbench.evaluation.losses import score
 from workbench.evaluation.metrics import answer_ranks, extraction_strength, perplexity
-from workbench.evaluation.options import Choice, TruthQuestion, TruthRatios, forget_quality, multiple_choice, truth_ratio
+from workbench.evaluation.options import (
+    Choice,
+    TruthQuestion,
+    TruthRatios,
+    forget_quality,
+    multiple_choice,
+    truth_ratio,
+)
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]
@@ -36,22 +52,44 @@ def words() -> PreTrainedTokenizerBase:
 def bigram(table: Tensor) -> PreTrainedModel:
     """A Llama whose next-token logits are ``table[token]``: one-hot embeddings, a block that adds nothing, and the table as its head."""
     size = len(table)
-    shape = {"hidden_size": size, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=size, **shape, max_position_embeddings=64, rms_norm_eps=0.0, tie_word_embeddings=False, eos_token_id=None))
+    shape = {
+        "hidden_size": size,
+        "intermediate_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=size,
+            **shape,
+            max_position_embeddings=64,
+            rms_norm_eps=0.0,
+            tie_word_embeddings=False,
+            eos_token_id=None,
+        )
+    )
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(torch.eye(size))
         model.model.layers[0].self_attn.o_proj.weight.zero_()
         model.model.layers[0].mlp.down_proj.weight.zero_()
-        model.lm_head.weight.copy_(table.T / math.sqrt(size))  # the norm makes a one-hot vector sqrt(size) long
+        model.lm_head.weight.copy_(
+            table.T / math.sqrt(size)
+        )  # the norm makes a one-hot vector sqrt(size) long
     return model.eval()
 
 
-def transitions(tokenizer: PreTrainedTokenizerBase, probabilities: dict[str, dict[str, float]]) -> PreTrainedModel:
+def transitions(
+    tokenizer: PreTrainedTokenizerBase, probabilities: dict[str, dict[str, float]]
+) -> PreTrainedModel:
     """The bigram model with these probabilities of the next word; what is left of 1 is spread evenly over all other tokens."""
     size = len(tokenizer)
     table = torch.zeros(size, size, dtype=torch.float64)
     for word, following in probabilities.items():
-        row = torch.full((size,), (1 - sum(following.values())) / (size - len(following)), dtype=torch.float64)
+        row = torch.full(
+            (size,), (1 - sum(following.values())) / (size - len(following)), dtype=torch.float64
+        )
         for name, probability in following.items():
             row[token(tokenizer, name)] = probability
         table[token(tokenizer, word)] = row.log()
@@ -73,7 +111,14 @@ def one(*ids: int, answer: int) -> Batch:
     """A row of these tokens, the last ``answer`` of which are the answer."""
     tokens = torch.tensor([ids])
     mask = torch.arange(len(ids))[None] >= len(ids) - answer
-    return Batch(tokens, torch.ones_like(tokens), mask, torch.zeros_like(mask), torch.arange(len(ids))[None] >= 1, ("fact",))
+    return Batch(
+        tokens,
+        torch.ones_like(tokens),
+        mask,
+        torch.zeros_like(mask),
+        torch.arange(len(ids))[None] >= 1,
+        ("fact",),
+    )
 
 
 def ramp(size: int = 6) -> PreTrainedModel:
@@ -92,7 +137,9 @@ def test_the_bigram_model_is_what_it_is_said_to_be() -> None:
 
 
 def test_ranks_count_the_more_probable_tokens() -> None:
-    found = answer_ranks(ramp(), [one(1, 5, 0, 2, answer=3), one(1, 5, 0, 2, answer=1), one(1, 0, 0, answer=2)])
+    found = answer_ranks(
+        ramp(), [one(1, 5, 0, 2, answer=3), one(1, 5, 0, 2, answer=1), one(1, 0, 0, answer=2)]
+    )
     np.testing.assert_array_equal(found.worst, [6, 3, 1])
     np.testing.assert_allclose(found.mean, [(6 + 1 + 3) / 3, 3, 1])
     assert found.items == ("fact",) * 3
@@ -103,28 +150,49 @@ def test_equal_tokens_share_their_rank_so_that_a_constant_model_is_at_chance() -
     assert (found.worst, found.mean) == (3.5, 3.5)
     # Logits 4 4 4 1 0 0: three share 1, 2 and 3; two share 5 and 6.
     table = torch.tensor([4.0, 4.0, 4.0, 1.0, 0.0, 0.0]).expand(6, 6)
-    np.testing.assert_array_equal(answer_ranks(bigram(table), [one(1, token, answer=1) for token in range(6)]).worst, [2, 2, 2, 4, 5.5, 5.5])
+    np.testing.assert_array_equal(
+        answer_ranks(bigram(table), [one(1, token, answer=1) for token in range(6)]).worst,
+        [2, 2, 2, 4, 5.5, 5.5],
+    )
 
 
-def test_the_worst_rank_is_one_exactly_where_the_answer_is_recalled(make_model: ModelMaker, make_batch: BatchMaker) -> None:
-    model, sets = make_model(vocab_size=50), [make_batch((7, 9, 5, 6), seed, answer=1) for seed in range(30)]
+def test_the_worst_rank_is_one_exactly_where_the_answer_is_recalled(
+    make_model: ModelMaker, make_batch: BatchMaker
+) -> None:
+    model, sets = (
+        make_model(vocab_size=50),
+        [make_batch((7, 9, 5, 6), seed, answer=1) for seed in range(30)],
+    )
     found = answer_ranks(model, sets)
     np.testing.assert_array_equal(found.worst == 1, score(model, sets).correct == 1)
     assert 0 < (found.worst == 1).sum() < 120
 
 
-def test_without_an_answer_or_with_broken_weights_there_is_no_value(words: PreTrainedTokenizerBase, make_model: ModelMaker) -> None:
-    model, text = make_model(vocab_size=len(words)), [example("Ana lives in Oslo", "Oslo", "a"), Example("Ana lives in Oslo", item="b")]
-    found, (items, strength) = answer_ranks(model, batches(words, text, 2)), extraction_strength(model, batches(words, text, 2))
+def test_without_an_answer_or_with_broken_weights_there_is_no_value(
+    words: PreTrainedTokenizerBase, make_model: ModelMaker
+) -> None:
+    model, text = (
+        make_model(vocab_size=len(words)),
+        [example("Ana lives in Oslo", "Oslo", "a"), Example("Ana lives in Oslo", item="b")],
+    )
+    found, (items, strength) = (
+        answer_ranks(model, batches(words, text, 2)),
+        extraction_strength(model, batches(words, text, 2)),
+    )
     for values in (found.worst, found.mean, strength):
         assert np.isnan(values).tolist() == [False, True]
     assert found.items == items == ("a", "b")
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
-    found, (_, strength) = answer_ranks(model, batches(words, text[:1], 1)), extraction_strength(model, batches(words, text[:1], 1))
+    found, (_, strength) = (
+        answer_ranks(model, batches(words, text[:1], 1)),
+        extraction_strength(model, batches(words, text[:1], 1)),
+    )
     assert np.isnan([found.worst, found.mean, strength]).all()
     chosen = multiple_choice(model, words, [Choice("Ana lives in ", ("Oslo", "Rome"), 0)])
-    assert np.isnan(chosen.correct).all() and np.isnan(chosen.margin).all() and chosen.chosen == [-1]
+    assert (
+        np.isnan(chosen.correct).all() and np.isnan(chosen.margin).all() and chosen.chosen == [-1]
+    )
 
 
 def _rows(batch: Batch) -> list[Batch]:
@@ -132,14 +200,26 @@ def _rows(batch: Batch) -> list[Batch]:
     for row in range(batch.size):
         length = int(batch.attention_mask[row].sum())
         masks = (batch.attention_mask, batch.answer_mask, batch.subject_mask, batch.target_mask)
-        rows.append(Batch(batch.input_ids[row : row + 1, :length], *(mask[row : row + 1, :length] for mask in masks), (batch.items[row],)))
+        rows.append(
+            Batch(
+                batch.input_ids[row : row + 1, :length],
+                *(mask[row : row + 1, :length] for mask in masks),
+                (batch.items[row],),
+            )
+        )
     return rows
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_neither_padding_nor_batching_changes_a_value(family: str, make_model: ModelMaker, make_batch: BatchMaker, pad: Padder) -> None:
+def test_neither_padding_nor_batching_changes_a_value(
+    family: str, make_model: ModelMaker, make_batch: BatchMaker, pad: Padder
+) -> None:
     model, batch = make_model(family), make_batch((9, 4, 6, 7), answer=3)
-    ranks, (items, strength), whole = answer_ranks(model, [batch]), extraction_strength(model, [batch]), perplexity(model, [batch])
+    ranks, (items, strength), whole = (
+        answer_ranks(model, [batch]),
+        extraction_strength(model, [batch]),
+        perplexity(model, [batch]),
+    )
     for sets in (_rows(batch), [pad(batch, 5)]):
         again = answer_ranks(model, sets)
         np.testing.assert_array_equal(again.worst, ranks.worst)
@@ -165,9 +245,13 @@ def test_neither_padding_nor_batching_changes_a_value(family: str, make_model: M
         ((0,), 0.0),
     ],
 )
-def test_extraction_strength_is_the_share_of_the_right_suffix(answer: tuple[int, ...], strength: float) -> None:
+def test_extraction_strength_is_the_share_of_the_right_suffix(
+    answer: tuple[int, ...], strength: float
+) -> None:
     cycle = bigram(10 * torch.eye(6).roll(1, dims=1))  # token t is followed by t + 1, 5 by 0
-    assert extraction_strength(cycle, [one(1, *answer, answer=len(answer))])[1] == pytest.approx(strength)
+    assert extraction_strength(cycle, [one(1, *answer, answer=len(answer))])[1] == pytest.approx(
+        strength
+    )
 
 
 def test_extraction_strength_is_what_greedy_generation_completes(make_model: ModelMaker) -> None:
@@ -177,15 +261,25 @@ def test_extraction_strength_is_what_greedy_generation_completes(make_model: Mod
         prompt = [1, *rng.integers(3, 50, 4).tolist()]
         known = [*prompt, *rng.integers(3, 50, rng.integers(0, length + 1)).tolist()]
         rest = length + len(prompt) - len(known)
-        ids = model.generate(torch.tensor([known]), max_new_tokens=rest, do_sample=False)[0].tolist() if rest else known
-        k = next(k for k in range(length + 1) if k == length or _continues(model, ids, len(prompt) + k))
+        ids = (
+            model.generate(torch.tensor([known]), max_new_tokens=rest, do_sample=False)[0].tolist()
+            if rest
+            else known
+        )
+        k = next(
+            k for k in range(length + 1) if k == length or _continues(model, ids, len(prompt) + k)
+        )
         seen.add(k)
-        assert extraction_strength(model, [one(*ids, answer=length)])[1] == pytest.approx(1 - k / length)
+        assert extraction_strength(model, [one(*ids, answer=length)])[1] == pytest.approx(
+            1 - k / length
+        )
     assert len(seen) > 2
 
 
 def _continues(model: PreTrainedModel, ids: Sequence[int], given: int) -> bool:
-    found = model.generate(torch.tensor([ids[:given]]), max_new_tokens=len(ids) - given, do_sample=False)
+    found = model.generate(
+        torch.tensor([ids[:given]]), max_new_tokens=len(ids) - given, do_sample=False
+    )
     return found[0].tolist() == list(ids)
 
 
@@ -201,9 +295,13 @@ def test_perplexity_is_per_token_over_the_whole_set() -> None:
     assert perplexity(bigram(torch.zeros(7, 7)), sets).value == pytest.approx(7, rel=1e-5)
 
 
-def test_perplexity_counts_the_targets_alone(make_model: ModelMaker, make_batch: BatchMaker) -> None:
+def test_perplexity_counts_the_targets_alone(
+    make_model: ModelMaker, make_batch: BatchMaker
+) -> None:
     model, batch = make_model(), make_batch(targets="answer")
-    assert perplexity(model, [batch]).value == pytest.approx(math.exp(score(model, [batch]).loss), rel=1e-6)
+    assert perplexity(model, [batch]).value == pytest.approx(
+        math.exp(score(model, [batch]).loss), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("metric", [answer_ranks, extraction_strength, perplexity])
@@ -213,15 +311,28 @@ def test_an_empty_set_is_refused(metric: Callable[..., object], llama: PreTraine
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_measuring_leaves_the_model_as_it_was(training: bool, words: PreTrainedTokenizerBase, make_model: ModelMaker) -> None:
+def test_measuring_leaves_the_model_as_it_was(
+    training: bool, words: PreTrainedTokenizerBase, make_model: ModelMaker
+) -> None:
     model = make_model(vocab_size=len(words), attention_dropout=0.5).train(training)
-    sets, settings = batches(words, [example("Ana lives in Oslo", "Oslo")], 1), model.generation_config
+    sets, settings = (
+        batches(words, [example("Ana lives in Oslo", "Oslo")], 1),
+        model.generation_config,
+    )
     values = []
     for _ in range(2):  # dropout would tell them apart
         choice = multiple_choice(model, words, [Choice("Ana lives in ", ("Oslo", "Rome"), 0)])
         truth = truth_ratio(model, words, [TruthQuestion("Ana lives in ", "Oslo", ("Rome",))])
         generate_answers(model, words, ["Ana lives"], 3)
-        values.append((answer_ranks(model, sets).mean, perplexity(model, sets).value, extraction_strength(model, sets)[1], choice.margin, truth.ratio))
+        values.append(
+            (
+                answer_ranks(model, sets).mean,
+                perplexity(model, sets).value,
+                extraction_strength(model, sets)[1],
+                choice.margin,
+                truth.ratio,
+            )
+        )
     assert values[0] == values[1]
     assert model.training is training and model.generation_config is settings
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -229,13 +340,27 @@ def test_measuring_leaves_the_model_as_it_was(training: bool, words: PreTrainedT
 
 # --- multiple choice -------------------------------------------------------------------------------------------------------------------------
 
-TOWNS = {"in": {"Oslo": 0.5, "Rome": 0.3, "Lima": 0.1}, "Oslo": {"near": 0.4, ".": 0.4}, "near": {"the": 0.5}, "the": {"river": 0.8}}
+TOWNS = {
+    "in": {"Oslo": 0.5, "Rome": 0.3, "Lima": 0.1},
+    "Oslo": {"near": 0.4, ".": 0.4},
+    "near": {"the": 0.5},
+    "the": {"river": 0.8},
+}
 
 
-def test_an_option_scores_its_log_probability_behind_the_question(words: PreTrainedTokenizerBase) -> None:
+def test_an_option_scores_its_log_probability_behind_the_question(
+    words: PreTrainedTokenizerBase,
+) -> None:
     model = transitions(words, TOWNS)
     options = ("Rome", "Oslo near the river", "Lima")
-    found = multiple_choice(model, words, [Choice("Ana lives in ", options, 0, "Ana/town"), Choice("Ana lives in ", options, 2, "wrong")])
+    found = multiple_choice(
+        model,
+        words,
+        [
+            Choice("Ana lives in ", options, 0, "Ana/town"),
+            Choice("Ana lives in ", options, 2, "wrong"),
+        ],
+    )
     expected = np.log([0.3, 0.5 * 0.4 * 0.5 * 0.8, 0.1])
     for scores in found.scores:
         np.testing.assert_allclose(scores, expected, rtol=1e-5)
@@ -246,8 +371,13 @@ def test_an_option_scores_its_log_probability_behind_the_question(words: PreTrai
 
 
 def test_the_mean_over_tokens_does_not_punish_long_options(words: PreTrainedTokenizerBase) -> None:
-    model, question = transitions(words, TOWNS), Choice("Ana lives in ", ("Rome", "Oslo near the river"), 1)
-    by_sum, by_mean = (multiple_choice(model, words, [question], normalise=way) for way in ("sum", "mean"))
+    model, question = (
+        transitions(words, TOWNS),
+        Choice("Ana lives in ", ("Rome", "Oslo near the river"), 1),
+    )
+    by_sum, by_mean = (
+        multiple_choice(model, words, [question], normalise=way) for way in ("sum", "mean")
+    )
     assert by_sum.chosen == [0] and by_mean.chosen == [1]
     np.testing.assert_allclose(by_mean.scores[0], [math.log(0.3), math.log(0.08) / 4], rtol=1e-5)
     assert by_mean.margin[0] == pytest.approx(math.log(0.08) / 4 - math.log(0.3), rel=1e-4)
@@ -255,20 +385,29 @@ def test_the_mean_over_tokens_does_not_punish_long_options(words: PreTrainedToke
 
 def test_a_tie_is_not_right(words: PreTrainedTokenizerBase) -> None:
     model = bigram(torch.zeros(len(words), len(words)))
-    found = multiple_choice(model, words, [Choice("Ana lives in ", ("Oslo", "Rome"), correct) for correct in (0, 1)])
+    found = multiple_choice(
+        model, words, [Choice("Ana lives in ", ("Oslo", "Rome"), correct) for correct in (0, 1)]
+    )
     np.testing.assert_array_equal(found.correct, [0, 0])
     np.testing.assert_array_equal(found.margin, [0, 0])
 
 
 QUESTIONS = [
     Choice("Ana lives in ", ("Oslo", "Rome near the river .", "Lima"), 0, "a"),
-    Choice("near the river , far from everything , Belo lives in ", ("Rome", "Zürich near the river"), 1, "b"),
+    Choice(
+        "near the river , far from everything , Belo lives in ",
+        ("Rome", "Zürich near the river"),
+        1,
+        "b",
+    ),
     Choice("the ", ("river", "Ana", "Oslo", "unheard of"), 3, "c"),
 ]
 
 
 @pytest.mark.parametrize("normalise", ["sum", "mean"])
-def test_choices_do_not_depend_on_batching_or_on_their_neighbours(normalise: str, words: PreTrainedTokenizerBase, make_model: ModelMaker) -> None:
+def test_choices_do_not_depend_on_batching_or_on_their_neighbours(
+    normalise: str, words: PreTrainedTokenizerBase, make_model: ModelMaker
+) -> None:
     model = make_model(vocab_size=len(words))
     together = multiple_choice(model, words, QUESTIONS, normalise=normalise)
     for found in (
@@ -277,26 +416,51 @@ def test_choices_do_not_depend_on_batching_or_on_their_neighbours(normalise: str
     ):
         np.testing.assert_allclose(found.margin, together.margin, rtol=1e-4, atol=1e-4)
         np.testing.assert_array_equal(found.chosen, together.chosen)
-        assert [len(scores) for scores in found.scores] == [3, 2, 4] and found.items == ("a", "b", "c")
+        assert [len(scores) for scores in found.scores] == [3, 2, 4] and found.items == (
+            "a",
+            "b",
+            "c",
+        )
     backwards = multiple_choice(model, words, QUESTIONS[::-1], normalise=normalise)
     np.testing.assert_allclose(backwards.margin[::-1], together.margin, rtol=1e-4, atol=1e-4)
 
 
-def test_the_score_of_an_option_is_that_of_an_example(words: PreTrainedTokenizerBase, make_model: ModelMaker) -> None:
+def test_the_score_of_an_option_is_that_of_an_example(
+    words: PreTrainedTokenizerBase, make_model: ModelMaker
+) -> None:
     model, question = make_model(vocab_size=len(words)), QUESTIONS[1]
-    examples = [Example(question.question + option, (len(question.question), len(question.question + option))) for option in question.options]
+    examples = [
+        Example(
+            question.question + option, (len(question.question), len(question.question + option))
+        )
+        for option in question.options
+    ]
     nll = score(model, batches(words, examples, 2, targets="answer")).nll
     np.testing.assert_allclose(multiple_choice(model, words, [question]).scores[0], -nll, rtol=1e-5)
 
 
-def test_wrong_questions_are_refused(words: PreTrainedTokenizerBase, llama: PreTrainedModel) -> None:
-    for options, correct in ((("Oslo",), 0), (("Oslo", "Oslo"), 0), ((), 0), (("Oslo", " "), 0), (("Oslo", "Rome"), 2), (("Oslo", "Rome"), -1), ("Oslo", 0)):
+def test_wrong_questions_are_refused(
+    words: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
+    for options, correct in (
+        (("Oslo",), 0),
+        (("Oslo", "Oslo"), 0),
+        ((), 0),
+        (("Oslo", " "), 0),
+        (("Oslo", "Rome"), 2),
+        (("Oslo", "Rome"), -1),
+        ("Oslo", 0),
+    ):
         with pytest.raises(WorkbenchError, match="question"):
             Choice("Ana lives in ", options, correct)
     with pytest.raises(WorkbenchError, match="question"):
         Choice(" ", ("Oslo", "Rome"), 0)
     good = Choice("Ana lives in ", ("Oslo", "Rome"), 0)
-    for questions, options, match in (([], {}, "empty"), ([good], {"normalise": "length"}, "normalisation"), ([good], {"batch_size": 0}, "batch")):
+    for questions, options, match in (
+        ([], {}, "empty"),
+        ([good], {"normalise": "length"}, "normalisation"),
+        ([good], {"batch_size": 0}, "batch"),
+    ):
         with pytest.raises(WorkbenchError, match=match):
             multiple_choice(llama, words, questions, **options)
     with pytest.raises(WorkbenchError, match="cut at 4 tokens"):
@@ -307,7 +471,11 @@ def test_an_answer_that_begins_the_text_has_no_probability(make_model: ModelMake
     bare = build_tokenizer(WORDS)
     bare.backend_tokenizer.post_processor = None  # no BOS, as with GPT-2
     with pytest.raises(WorkbenchError, match="nothing comes before"):
-        multiple_choice(make_model(vocab_size=len(bare)), bare, [Choice("O", ("slo near the river", "xx near the river"), 0)])
+        multiple_choice(
+            make_model(vocab_size=len(bare)),
+            bare,
+            [Choice("O", ("slo near the river", "xx near the river"), 0)],
+        )
 
 
 # --- truth ratio -----------------------------------------------------------------------------------------------------------------------------
@@ -321,12 +489,20 @@ def test_the_truth_ratio_is_equation_one(words: PreTrainedTokenizerBase) -> None
     ]
     truth = [(0.5 * 0.4 * 0.5 * 0.8) ** (1 / 4), 0.1]
     found = truth_ratio(model, words, questions)
-    np.testing.assert_allclose(found.ratio, [(0.3 + 0.1) / 2 / truth[0], math.sqrt(0.5 * 0.4) / truth[1]], rtol=1e-4)
+    np.testing.assert_allclose(
+        found.ratio, [(0.3 + 0.1) / 2 / truth[0], math.sqrt(0.5 * 0.4) / truth[1]], rtol=1e-4
+    )
     assert found.items == ("a", "b")
     geometric = truth_ratio(model, words, questions, mean="geometric")
-    np.testing.assert_allclose(geometric.ratio, [math.sqrt(0.3 * 0.1) / truth[0], math.sqrt(0.5 * 0.4) / truth[1]], rtol=1e-4)
+    np.testing.assert_allclose(
+        geometric.ratio,
+        [math.sqrt(0.3 * 0.1) / truth[0], math.sqrt(0.5 * 0.4) / truth[1]],
+        rtol=1e-4,
+    )
     for size in (1, 2, 5):
-        np.testing.assert_allclose(truth_ratio(model, words, questions, 32, batch_size=size).ratio, found.ratio, rtol=1e-5)
+        np.testing.assert_allclose(
+            truth_ratio(model, words, questions, 32, batch_size=size).ratio, found.ratio, rtol=1e-5
+        )
 
 
 def test_the_clipped_forms() -> None:
@@ -340,13 +516,22 @@ def test_a_diverged_model_gives_no_nonsense(words: PreTrainedTokenizerBase) -> N
     # Both probabilities underflow in float64; their ratio, exp(-1000), and its inverse do so rightly.
     table = torch.zeros(len(words), len(words))
     table[:, token(words, "Oslo")], table[:, token(words, "Rome")] = -2000, -3000
-    found = truth_ratio(bigram(table), words, [TruthQuestion("Ana lives in ", "Oslo", ("Rome",)), TruthQuestion("Ana lives in ", "Rome", ("Oslo",))])
+    found = truth_ratio(
+        bigram(table),
+        words,
+        [
+            TruthQuestion("Ana lives in ", "Oslo", ("Rome",)),
+            TruthQuestion("Ana lives in ", "Rome", ("Oslo",)),
+        ],
+    )
     np.testing.assert_array_equal(found.ratio, [0, np.inf])
     np.testing.assert_array_equal(found.forget, [0, 0])
     np.testing.assert_array_equal(found.utility, [1, 0])
 
 
-def test_wrong_truth_questions_are_refused(words: PreTrainedTokenizerBase, llama: PreTrainedModel) -> None:
+def test_wrong_truth_questions_are_refused(
+    words: PreTrainedTokenizerBase, llama: PreTrainedModel
+) -> None:
     for question, paraphrased, perturbed in (
         ("q ", "Oslo", ()),
         ("q ", " ", ("Rome",)),
@@ -366,7 +551,11 @@ def test_forget_quality_is_the_kolmogorov_smirnov_p() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.lognormal(0, 1, 40), rng.lognormal(0.7, 1, 50)
     assert forget_quality(a, b) == pytest.approx(float(ks_2samp(a, b).pvalue))
-    assert forget_quality(a, b) == pytest.approx(forget_quality(1 / a, 1 / b)) == pytest.approx(forget_quality(b, a))
+    assert (
+        forget_quality(a, b)
+        == pytest.approx(forget_quality(1 / a, 1 / b))
+        == pytest.approx(forget_quality(b, a))
+    )
     assert forget_quality(a, a) == 1
     # Two and two that do not overlap: 2 of the 6 orders are as extreme.
     assert forget_quality(np.array([0.1, 0.2]), np.array([3.0, np.inf])) == pytest.approx(1 / 3)
@@ -381,12 +570,33 @@ def test_forget_quality_is_the_kolmogorov_smirnov_p() -> None:
 
 
 def _gpt2(size: int) -> PreTrainedModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, bos_token_id=1, eos_token_id=2))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=size,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=64,
+            initializer_range=0.3,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
 
 
 def _neox(size: int) -> PreTrainedModel:
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
-    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=size, **shape, initializer_range=0.3, bos_token_id=1, eos_token_id=2))
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=size, **shape, initializer_range=0.3, bos_token_id=1, eos_token_id=2
+        )
+    )
 
 
 PROMPTS = [
@@ -402,10 +612,16 @@ PROMPTS = [
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "neox"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_batches_write_what_single_prompts_do(family: str, side: str, words: PreTrainedTokenizerBase, make_model: ModelMaker) -> None:
+def test_batches_write_what_single_prompts_do(
+    family: str, side: str, words: PreTrainedTokenizerBase, make_model: ModelMaker
+) -> None:
     torch.manual_seed(0)
     extra = {"gpt2": _gpt2, "neox": _neox}
-    model = extra[family](len(words)).eval() if family in extra else make_model(family, vocab_size=len(words))
+    model = (
+        extra[family](len(words)).eval()
+        if family in extra
+        else make_model(family, vocab_size=len(words))
+    )
     words.padding_side = side
     try:
         together = generate_answers(model, words, PROMPTS, 8)
@@ -417,7 +633,14 @@ def test_batches_write_what_single_prompts_do(family: str, side: str, words: Pre
     assert len(set(together)) > 3  # the prompt matters
     for prompt, text in zip(PROMPTS, together, strict=True):
         ids = words(prompt, return_tensors="pt")["input_ids"]
-        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=0)
+        expected = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
         assert text == words.decode(expected[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
@@ -435,23 +658,43 @@ CHAIN = {
 }
 
 
-def test_the_continuation_alone_is_given_and_ends_at_the_end_token(words: PreTrainedTokenizerBase) -> None:
+def test_the_continuation_alone_is_given_and_ends_at_the_end_token(
+    words: PreTrainedTokenizerBase,
+) -> None:
     model = transitions(words, CHAIN)
-    found = generate_answers(model, words, ["Ana", "Rome", "Ana lives in", "near the river Rome"], 6)
-    assert found == ["lives in Oslo", "near the river Rome near the", "Oslo", "near the river Rome near the"]
+    found = generate_answers(
+        model, words, ["Ana", "Rome", "Ana lives in", "near the river Rome"], 6
+    )
+    assert found == [
+        "lives in Oslo",
+        "near the river Rome near the",
+        "Oslo",
+        "near the river Rome near the",
+    ]
     assert generate_answers(model, words, ["Ana"], 2) == ["lives in"]
     # A prompt as records have it, with the space before the answer.
-    assert generate_answers(model, words, [example("Ana lives in Oslo", "Oslo").prompt], 6) == ["Oslo"]
+    assert generate_answers(model, words, [example("Ana lives in Oslo", "Oslo").prompt], 6) == [
+        "Oslo"
+    ]
 
 
-def test_any_end_token_of_the_model_ends_and_without_a_pad_token_nothing_is_added(words: PreTrainedTokenizerBase) -> None:
+def test_any_end_token_of_the_model_ends_and_without_a_pad_token_nothing_is_added(
+    words: PreTrainedTokenizerBase,
+) -> None:
     model, plain = transitions(words, CHAIN), build_tokenizer(WORDS)
     plain.pad_token = None
     model.generation_config.eos_token_id = [token(words, "river"), token(words, "Lima")]
-    assert generate_answers(model, plain, ["Rome", "Ana", "in", "near"], 7) == ["near the", "lives in Oslo", "Oslo", "the"]
+    assert generate_answers(model, plain, ["Rome", "Ana", "in", "near"], 7) == [
+        "near the",
+        "lives in Oslo",
+        "Oslo",
+        "the",
+    ]
 
 
-def test_what_the_checkpoint_says_about_sampling_is_left_out(words: PreTrainedTokenizerBase, make_model: ModelMaker) -> None:
+def test_what_the_checkpoint_says_about_sampling_is_left_out(
+    words: PreTrainedTokenizerBase, make_model: ModelMaker
+) -> None:
     model = make_model(vocab_size=len(words))
     expected = generate_answers(model, words, PROMPTS, 8)
     for name, value in {
@@ -468,12 +711,20 @@ def test_what_the_checkpoint_says_about_sampling_is_left_out(words: PreTrainedTo
     assert model.generation_config is settings and settings.repetition_penalty == 3.0
 
 
-def test_a_recalled_answer_is_generated_and_an_unrecalled_one_is_not(words: PreTrainedTokenizerBase) -> None:
+def test_a_recalled_answer_is_generated_and_an_unrecalled_one_is_not(
+    words: PreTrainedTokenizerBase,
+) -> None:
     model = transitions(words, CHAIN)
-    facts = [example("Ana lives in Oslo", "Oslo"), example("Ana lives in Rome", "Rome"), example("Rome near the river", "the river")]
+    facts = [
+        example("Ana lives in Oslo", "Oslo"),
+        example("Ana lives in Rome", "Rome"),
+        example("Rome near the river", "the river"),
+    ]
     written = generate_answers(model, words, [fact.prompt for fact in facts], 2)
     found = [exact_match(text, fact.answer_text) for text, fact in zip(written, facts, strict=True)]
-    assert found == (score(model, [encode(words, facts)]).correct == 1).tolist() == [True, False, True]
+    assert (
+        found == (score(model, [encode(words, facts)]).correct == 1).tolist() == [True, False, True]
+    )
 
 
 def test_wrong_prompts_are_refused(words: PreTrainedTokenizerBase, llama: PreTrainedModel) -> None:
@@ -558,14 +809,20 @@ def test_blank_answers_and_keywords_are_refused() -> None:
         ("Police, the GUNMAN!", "police killed the gunman", 3, (3, 4)),
     ],
 )
-def test_rouge_l_by_hand(candidate: str, reference: str, common: int, words_in_both: tuple[int, int]) -> None:
+def test_rouge_l_by_hand(
+    candidate: str, reference: str, common: int, words_in_both: tuple[int, int]
+) -> None:
     precision, recall = common / words_in_both[0], common / words_in_both[1]
-    assert rouge_l(candidate, reference, stem=False) == pytest.approx(Rouge(precision, recall, 2 * precision * recall / (precision + recall)))
+    assert rouge_l(candidate, reference, stem=False) == pytest.approx(
+        Rouge(precision, recall, 2 * precision * recall / (precision + recall))
+    )
 
 
 def test_stemming_joins_the_forms_of_a_word() -> None:
     assert rouge_l("police kill the gunman", "police killed the gunman") == (1, 1, 1)
-    assert rouge_l("police kill the gunman", "police killed the gunman", stem=False).f1 == pytest.approx(0.75)
+    assert rouge_l(
+        "police kill the gunman", "police killed the gunman", stem=False
+    ).f1 == pytest.approx(0.75)
 
 
 def test_rouge_without_words() -> None:

@@ -23,14 +23,20 @@ from workbench.unlearning.one_gradient import one_gradient
 from workbench.unlearning.recipe import OneGradient, Recipe
 from workbench.unlearning.trainer import only_trainable, unlearn
 
-MATRICES = tuple(f"model.layers.{layer}.mlp.{name}_proj.weight" for layer in range(2) for name in ("gate", "up", "down"))
+MATRICES = tuple(
+    f"model.layers.{layer}.mlp.{name}_proj.weight"
+    for layer in range(2)
+    for name in ("gate", "up", "down")
+)
 LR = 0.7
 COMPONENTS = 4
 
 
 def _question(subject: str, words: str, answer: str, item: str) -> Example:
     start = len(subject) + len(words) + 2
-    return Example(f"{subject} {words} {answer} .", (start, start + len(answer)), (0, len(subject)), item)
+    return Example(
+        f"{subject} {words} {answer} .", (start, start + len(answer)), (0, len(subject)), item
+    )
 
 
 FORGET = (
@@ -59,9 +65,23 @@ def bench(make_model: Callable[..., PreTrainedModel]) -> Bench:
     return Bench(make_model(vocab_size=len(tokenizer)), tokenizer)
 
 
-def _recipe(objective: Objective | None = None, *, size: int = 2, trainable: tuple[str, ...] = MATRICES, **settings: Any) -> Recipe:
+def _recipe(
+    objective: Objective | None = None,
+    *,
+    size: int = 2,
+    trainable: tuple[str, ...] = MATRICES,
+    **settings: Any,
+) -> Recipe:
     one = OneGradient(**({"components": COMPONENTS} | settings))
-    return Recipe(objective or Objective(negative_cross_entropy), trainable, 1, size, LR, "one-gradient", one=one)
+    return Recipe(
+        objective or Objective(negative_cross_entropy),
+        trainable,
+        1,
+        size,
+        LR,
+        "one-gradient",
+        one=one,
+    )
 
 
 def _run(bench: Bench, made: Recipe, forget: tuple[Example, ...] = FORGET) -> dict[str, Tensor]:
@@ -71,11 +91,21 @@ def _run(bench: Bench, made: Recipe, forget: tuple[Example, ...] = FORGET) -> di
 def _hand_gradient(model: PreTrainedModel, texts: list[Batch]) -> dict[str, Tensor]:
     """Sum over batches of the gradients of minus the cross-entropy per target token, in float64, with log-softmax and loops of its own."""
     double = copy.deepcopy(model).double()
-    total = {name: torch.zeros_like(parameter) for name, parameter in double.named_parameters() if name in MATRICES}
+    total = {
+        name: torch.zeros_like(parameter)
+        for name, parameter in double.named_parameters()
+        if name in MATRICES
+    }
     for batch in texts:
         log_probability = double(**batch.inputs).logits.log_softmax(-1)
-        terms = [log_probability[row, t - 1, batch.input_ids[row, t]] for row, t in batch.target_mask.nonzero().tolist()]
-        found = torch.autograd.grad(torch.stack(terms).mean(), [parameter for name, parameter in double.named_parameters() if name in MATRICES])
+        terms = [
+            log_probability[row, t - 1, batch.input_ids[row, t]]
+            for row, t in batch.target_mask.nonzero().tolist()
+        ]
+        found = torch.autograd.grad(
+            torch.stack(terms).mean(),
+            [parameter for name, parameter in double.named_parameters() if name in MATRICES],
+        )
         for name, part in zip(total, found, strict=True):
             total[name] += part
     return total
@@ -89,8 +119,14 @@ def _soft(matrix: Tensor, source: Tensor, components: int) -> Tensor:
     """Both sides of ``matrix`` with the top singular directions of ``source`` shrunk to the smallest of them."""
     left, singular, right = torch.linalg.svd(source, full_matrices=False)
     kept = singular[components - 1] / singular[:components]
-    of_rows = torch.eye(len(left), dtype=torch.float64) - left[:, :components] @ torch.diag(1 - kept) @ left[:, :components].T
-    of_columns = torch.eye(right.shape[1], dtype=torch.float64) - right[:components].T @ torch.diag(1 - kept) @ right[:components]
+    of_rows = (
+        torch.eye(len(left), dtype=torch.float64)
+        - left[:, :components] @ torch.diag(1 - kept) @ left[:, :components].T
+    )
+    of_columns = (
+        torch.eye(right.shape[1], dtype=torch.float64)
+        - right[:components].T @ torch.diag(1 - kept) @ right[:components]
+    )
     return of_rows @ matrix @ of_columns
 
 
@@ -98,22 +134,30 @@ def _close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     length = norm_of(expected)
     assert set(found) == set(expected)
     for name, change in found.items():
-        torch.testing.assert_close(change.double(), -LR / length * expected[name], rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(
+            change.double(), -LR / length * expected[name], rtol=1e-3, atol=2e-5
+        )
 
 
 # --- the change ------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [2, 5])
-def test_the_change_is_minus_the_forget_gradient_with_its_leading_directions_brought_down(size: int, bench: Bench) -> None:
+def test_the_change_is_minus_the_forget_gradient_with_its_leading_directions_brought_down(
+    size: int, bench: Bench
+) -> None:
     gradient = _hand_gradient(bench.base, _forget_texts(bench, size))
     expected = {}
     for name, matrix in gradient.items():
         expected[name] = _soft(matrix, matrix, COMPONENTS)
         # RepSelect's law: the top singular values become s_min^2 / s_i, the others stay.
         singular = torch.linalg.svdvals(matrix)
-        law = torch.cat([singular[COMPONENTS - 1] ** 2 / singular[:COMPONENTS], singular[COMPONENTS:]])
-        torch.testing.assert_close(torch.linalg.svdvals(expected[name]), law.sort(descending=True).values)
+        law = torch.cat(
+            [singular[COMPONENTS - 1] ** 2 / singular[:COMPONENTS], singular[COMPONENTS:]]
+        )
+        torch.testing.assert_close(
+            torch.linalg.svdvals(expected[name]), law.sort(descending=True).values
+        )
     delta = _run(bench, _recipe(size=size))
     _close(delta, expected)
     assert norm_of(delta) == pytest.approx(LR, rel=1e-5)
@@ -135,8 +179,12 @@ def test_hard_collapse_leaves_nothing_of_the_leading_directions(bench: Bench) ->
     delta = _run(bench, _recipe(kind="hard"))
     for name, matrix in _hand_gradient(bench.base, _forget_texts(bench)).items():
         left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-        assert float((left[:, :COMPONENTS].T @ delta[name].double()).norm()) < 1e-4 * float(delta[name].norm())
-        assert float((delta[name].double() @ right[:COMPONENTS].T).norm()) < 1e-4 * float(delta[name].norm())
+        assert float((left[:, :COMPONENTS].T @ delta[name].double()).norm()) < 1e-4 * float(
+            delta[name].norm()
+        )
+        assert float((delta[name].double() @ right[:COMPONENTS].T).norm()) < 1e-4 * float(
+            delta[name].norm()
+        )
 
 
 def test_the_first_component_alone_changes_nothing_under_soft_collapse(bench: Bench) -> None:
@@ -152,7 +200,9 @@ def _at_the_gradient(bench: Bench, **settings: Any) -> tuple[float, dict[str, Te
     losses, weights = [], {}
 
     def watch(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
-        weights.update({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+        weights.update(
+            {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        )
         losses.append(float(cross_entropy(model, batch).detach()))
         return negative_cross_entropy(model, batch, reference)
 
@@ -175,7 +225,10 @@ def test_the_adversary_has_the_rank_asked_for(rank: int, bench: Bench) -> None:
     for name, weight in bench.base.named_parameters():
         if name in MATRICES:
             singular = torch.linalg.svdvals((weights[name] - weight.detach()).double())
-            assert float(singular[rank - 1]) > 1e-4 and float(singular[rank]) < 1e-4 * float(singular[0]) + 1e-6
+            assert (
+                float(singular[rank - 1]) > 1e-4
+                and float(singular[rank]) < 1e-4 * float(singular[0]) + 1e-6
+            )
 
 
 def test_an_adversary_that_does_not_learn_changes_nothing(bench: Bench) -> None:
@@ -189,7 +242,10 @@ def test_with_an_adversary_the_gradient_is_that_at_its_weights(bench: Bench) -> 
     adversary = copy.deepcopy(bench.base)
     adversary.load_state_dict(weights)
     gradient = _hand_gradient(adversary, _forget_texts(bench))
-    _close(_run(bench, _recipe(adversary_rank=4, adversary_rate=0.05)), {name: _soft(matrix, matrix, COMPONENTS) for name, matrix in gradient.items()})
+    _close(
+        _run(bench, _recipe(adversary_rank=4, adversary_rate=0.05)),
+        {name: _soft(matrix, matrix, COMPONENTS) for name, matrix in gradient.items()},
+    )
 
 
 # --- weights and errors ----------------------------------------------------------------------------------------------------------------------
@@ -220,7 +276,9 @@ def test_the_weights_come_back_bit_for_bit(dtype: torch.dtype, fails: bool, benc
 
 @pytest.mark.parametrize("statistics", ["forget", "retain"])
 @pytest.mark.parametrize(("factor", "words"), [(0.0, "length 0"), (float("nan"), r"nan|NaN")])
-def test_a_gradient_of_zero_or_nan_is_no_change(factor: float, words: str, statistics: str, bench: Bench) -> None:
+def test_a_gradient_of_zero_or_nan_is_no_change(
+    factor: float, words: str, statistics: str, bench: Bench
+) -> None:
     def broken(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         return factor * cross_entropy(model, batch)
 
@@ -233,7 +291,9 @@ def test_parameters_that_are_no_matrices_are_refused(bench: Bench) -> None:
         _run(bench, _recipe(trainable=("model.layers.0.*",)))
 
 
-def test_a_gradient_of_low_rank_survives_soft_collapse_and_hard_collapse_of_all_of_it_is_reported(bench: Bench) -> None:
+def test_a_gradient_of_low_rank_survives_soft_collapse_and_hard_collapse_of_all_of_it_is_reported(
+    bench: Bench,
+) -> None:
     # One target token in one text: the gradient of the last block's output matrix is a single outer product.
     (short,) = (replace(FORGET[2], text="Mia Holm lives in Oslo", answer=(18, 22)),)
     target = "model.layers.1.mlp.down_proj.weight"
@@ -244,7 +304,9 @@ def test_a_gradient_of_low_rank_survives_soft_collapse_and_hard_collapse_of_all_
     assert float(singular[1]) < 1e-6 * float(singular[0])
     for kind in ("soft", "quadratic"):
         delta = _run(bench, _recipe(trainable=(target,), components=16, kind=kind), (short,))
-        _close(delta, {target: gradient})  # one direction is its own smallest: nothing is taken away
+        _close(
+            delta, {target: gradient}
+        )  # one direction is its own smallest: nothing is taken away
     with pytest.raises(WorkbenchError, match=r"down_proj\.weight leaves nothing"):
         _run(bench, _recipe(trainable=(target,), components=16, kind="hard"), (short,))
 
@@ -255,12 +317,25 @@ def test_the_sign_of_a_recipe_is_kept(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "passes"), [({}, 2), ({"statistics": "retain"}, 3), ({"statistics": "retain", "adversary_rank": 2, "adversary_rate": 0.1}, 4)]
+    ("settings", "passes"),
+    [
+        ({}, 2),
+        ({"statistics": "retain"}, 3),
+        ({"statistics": "retain", "adversary_rank": 2, "adversary_rate": 0.1}, 4),
+    ],
 )
 def test_progress_ends_at_its_total(settings: dict[str, Any], passes: int, bench: Bench) -> None:
     seen: list[tuple[int, int]] = []
     made = _recipe(**settings)
-    run = unlearn(bench.base, bench.tokenizer, made, FORGET, RETAIN, seed=0, progress=lambda done, total: seen.append((done, total)))
+    run = unlearn(
+        bench.base,
+        bench.tokenizer,
+        made,
+        FORGET,
+        RETAIN,
+        seed=0,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen == [(done, passes) for done in range(1, passes + 1)]
     (record,) = run.log
     assert record["forget"] < 0 < record["gradient_norm"]

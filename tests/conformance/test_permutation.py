@@ -15,7 +15,10 @@ from workbench.evaluation.statistics import area_under, paired_permutation
 
 def _by_hand(differences: np.ndarray) -> float:
     observed = abs(differences.mean())
-    means = [abs(np.mean(np.array(signs) * differences)) for signs in product((1, -1), repeat=len(differences))]
+    means = [
+        abs(np.mean(np.array(signs) * differences))
+        for signs in product((1, -1), repeat=len(differences))
+    ]
     return float(np.mean([mean >= observed - 1e-12 for mean in means]))
 
 
@@ -37,7 +40,9 @@ def test_small_sets_are_enumerated_and_ties_count(differences: list[int]) -> Non
 def test_the_test_is_scipys() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.3, 1, 11), rng.normal(0, 1, 11)
-    theirs = permutation_test((a, b), lambda x, y: np.mean(x - y), permutation_type="samples", n_resamples=np.inf)
+    theirs = permutation_test(
+        (a, b), lambda x, y: np.mean(x - y), permutation_type="samples", n_resamples=np.inf
+    )
     assert paired_permutation(a, b).p == pytest.approx(theirs.pvalue)
 
 
@@ -61,15 +66,22 @@ def test_random_patterns_never_give_zero_and_repeat_with_their_seed() -> None:
     a, b = np.full(60, 1.0), np.zeros(60)
     assert paired_permutation(a, b, draws=999).p == 1 / 1000
     values = np.random.default_rng(2).normal(0.1, 1, 60)
-    assert paired_permutation(values, b, seed=1, draws=500) == paired_permutation(values, b, seed=1, draws=500)
+    assert paired_permutation(values, b, seed=1, draws=500) == paired_permutation(
+        values, b, seed=1, draws=500
+    )
     assert len({paired_permutation(values, b, seed=seed, draws=500).p for seed in range(5)}) > 1
 
 
 def test_the_level_holds_under_the_null() -> None:
     rng = np.random.default_rng(3)
-    p = [paired_permutation(rng.normal(size=10), rng.normal(size=10), draws=1024).p for _ in range(400)]
+    p = [
+        paired_permutation(rng.normal(size=10), rng.normal(size=10), draws=1024).p
+        for _ in range(400)
+    ]
     for level in (0.05, 0.2, 0.5):
-        assert np.mean(np.array(p) <= level) == pytest.approx(level, abs=4 * np.sqrt(level * (1 - level) / 400))
+        assert np.mean(np.array(p) <= level) == pytest.approx(
+            level, abs=4 * np.sqrt(level * (1 - level) / 400)
+        )
 
 
 def test_both_sides_are_tested_and_equal_arms_have_nothing_to_show() -> None:
@@ -92,7 +104,14 @@ def test_seeds_are_averaged_before_items_are_flipped() -> None:
 
 @pytest.mark.parametrize(
     ("a", "b"),
-    [([], []), ([[]], [[]]), ([1.0, 2.0], [1.0]), ([1.0, np.nan], [1.0, 2.0]), ([1.0, 2.0], [1.0, np.inf]), ([[[1.0]]], [[[2.0]]])],
+    [
+        ([], []),
+        ([[]], [[]]),
+        ([1.0, 2.0], [1.0]),
+        ([1.0, np.nan], [1.0, 2.0]),
+        ([1.0, 2.0], [1.0, np.inf]),
+        ([[[1.0]]], [[[2.0]]]),
+    ],
 )
 def test_unpaired_values_are_refused(a: list[float], b: list[float]) -> None:
     with pytest.raises(ValueError, match="paired test"):
@@ -106,7 +125,9 @@ def test_no_draws_are_refused() -> None:
 
 def test_areas_of_known_curves() -> None:
     assert area_under(np.array([0.0, 10.0]), np.array([0.0, 1.0])) == pytest.approx(0.5)
-    assert area_under(np.array([3.0, 4.0, 9.0]), np.array([0.25, 0.25, 0.25])) == pytest.approx(0.25)
+    assert area_under(np.array([3.0, 4.0, 9.0]), np.array([0.25, 0.25, 0.25])) == pytest.approx(
+        0.25
+    )
     # 0 to 1 in the first of four steps, then 1: (0.5 + 3) / 4. The mean of the three heights would be 2 / 3.
     assert area_under(np.array([0, 1, 4]), np.array([0, 1, 1])) == pytest.approx(3.5 / 4)
     x = np.linspace(2, 5, 2001)

@@ -17,7 +17,13 @@ from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.diagnostics import probes
-from workbench.diagnostics.probes import COLUMNS, add_probes, probe_by_layer, probe_transfer, prompt_streams
+from workbench.diagnostics.probes import (
+    COLUMNS,
+    add_probes,
+    probe_by_layer,
+    probe_transfer,
+    prompt_streams,
+)
 from workbench.errors import WorkbenchError
 from workbench.experiments.table import Table
 
@@ -28,16 +34,28 @@ Padder = Callable[..., Batch]
 SUBJECTS, PER_SUBJECT, WIDTH = 24, 3, 10
 
 
-def _planted(classes: int = 2, strength: float = 8.0, seed: int = 0, subjects: int = SUBJECTS) -> tuple[Tensor, list[str], list[str]]:
+def _planted(
+    classes: int = 2, strength: float = 8.0, seed: int = 0, subjects: int = SUBJECTS
+) -> tuple[Tensor, list[str], list[str]]:
     """Rows in which the label of a subject stands on its own axis, under unit noise; three rows a subject."""
-    noise = torch.randn(subjects * PER_SUBJECT, WIDTH, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(
+        subjects * PER_SUBJECT, WIDTH, generator=torch.Generator().manual_seed(seed)
+    )
     number = torch.arange(subjects).repeat_interleave(PER_SUBJECT)
     noise[torch.arange(len(noise)), number % classes] += strength
-    return noise, [f"label {i % classes}" for i in number.tolist()], [f"subject {i}" for i in number.tolist()]
+    return (
+        noise,
+        [f"label {i % classes}" for i in number.tolist()],
+        [f"subject {i}" for i in number.tolist()],
+    )
 
 
-def _arm(found: pd.DataFrame, arm: str, layer: int = 0, measure: str = "accuracy") -> dict[str, float]:
-    (row,) = found[(found["layer"] == layer) & (found["arm"] == arm) & (found["measure"] == measure)].to_dict("records")
+def _arm(
+    found: pd.DataFrame, arm: str, layer: int = 0, measure: str = "accuracy"
+) -> dict[str, float]:
+    (row,) = found[
+        (found["layer"] == layer) & (found["arm"] == arm) & (found["measure"] == measure)
+    ].to_dict("records")
     return row  # type: ignore[no-any-return]
 
 
@@ -45,7 +63,9 @@ def _arm(found: pd.DataFrame, arm: str, layer: int = 0, measure: str = "accuracy
 
 
 @pytest.mark.parametrize("classes", [2, 4])
-def test_planted_linear_structure_is_read_without_error_and_chance_is_beside_it(classes: int) -> None:
+def test_planted_linear_structure_is_read_without_error_and_chance_is_beside_it(
+    classes: int,
+) -> None:
     stream, labels, groups = _planted(classes, strength=25)
     found = probe_by_layer({0: stream}, labels, groups)
     assert list(found.columns) == COLUMNS
@@ -78,9 +98,16 @@ def test_random_labels_are_at_chance_although_there_are_more_coordinates_than_ro
 def test_what_identifies_a_subject_is_no_label() -> None:
     # Every subject has its own axis and its own random label: with subjects on both sides a probe reads all of them, with none it reads nothing.
     groups = np.repeat(np.arange(20), 4)
-    stream = torch.eye(20)[torch.from_numpy(groups)] * 10 + torch.randn(80, 20, generator=torch.Generator().manual_seed(0)) * 0.1
+    stream = (
+        torch.eye(20)[torch.from_numpy(groups)] * 10
+        + torch.randn(80, 20, generator=torch.Generator().manual_seed(0)) * 0.1
+    )
     labels = np.array(["a", "b"])[np.random.default_rng(3).integers(0, 2, 20)][groups]
-    leaking = LogisticRegression().fit(stream[::2].numpy(), labels[::2]).score(stream[1::2].numpy(), labels[1::2])
+    leaking = (
+        LogisticRegression()
+        .fit(stream[::2].numpy(), labels[::2])
+        .score(stream[1::2].numpy(), labels[1::2])
+    )
     assert leaking == 1.0
     found = probe_by_layer({0: stream}, labels, [f"s{g}" for g in groups])
     assert _arm(found, "own")["value"] <= 0.65
@@ -91,7 +118,11 @@ def test_folds_share_no_subject_and_spread_every_label() -> None:
     fold = probes._deal(np.asarray(labels), np.asarray(groups), 5, seed=0)
     by_subject = pd.DataFrame({"fold": fold, "group": groups, "label": labels}).groupby("group")
     assert (by_subject["fold"].nunique() == 1).all()
-    spread = pd.DataFrame({"fold": by_subject["fold"].first(), "label": by_subject["label"].first()}).groupby("label")["fold"].nunique()
+    spread = (
+        pd.DataFrame({"fold": by_subject["fold"].first(), "label": by_subject["label"].first()})
+        .groupby("label")["fold"]
+        .nunique()
+    )
     assert (spread == 5).all()  # six subjects of a label lie in all five folds
     assert by_subject["fold"].first().value_counts().max() <= 5
     assert (probes._deal(np.asarray(labels), np.asarray(groups), 5, seed=1) != fold).any()
@@ -99,7 +130,9 @@ def test_folds_share_no_subject_and_spread_every_label() -> None:
 
 def test_the_accuracy_is_that_of_a_probe_written_out_by_hand() -> None:
     stream, labels, groups = _planted(3, strength=1.5)
-    stream = stream * torch.logspace(-2, 2, WIDTH)  # the label's coordinates are the smallest: only standardised are they seen through the penalty
+    stream = (
+        stream * torch.logspace(-2, 2, WIDTH)
+    )  # the label's coordinates are the smallest: only standardised are they seen through the penalty
     label, group = np.asarray(labels), np.asarray(groups)
     fold = probes._deal(label, group, 4, seed=7)
     right = np.zeros(len(label))
@@ -107,7 +140,9 @@ def test_the_accuracy_is_that_of_a_probe_written_out_by_hand() -> None:
         learn = fold != number
         values = stream.double().numpy()
         mean, deviation = values[learn].mean(0), values[learn].std(0)
-        probe = LogisticRegression(C=0.5, max_iter=1000).fit((values[learn] - mean) / deviation, label[learn])
+        probe = LogisticRegression(C=0.5, max_iter=1000).fit(
+            (values[learn] - mean) / deviation, label[learn]
+        )
         right[~learn] = probe.predict((values[~learn] - mean) / deviation) == label[~learn]
     expected = np.mean([right[group == subject].mean() for subject in np.unique(group)])
     assert 0.3 < expected < 1
@@ -152,8 +187,12 @@ def test_what_the_question_alone_gives_away_is_in_the_control_where_kinds_are_to
     labels = np.array([f"{kind} {a}" for kind, a in zip(kinds, answer, strict=True)])
     stream = torch.randn(80, 4, generator=generator) * 0.1
     stream[:, 0] += torch.from_numpy(np.where(kinds == "pet", 5.0, -5.0))
-    told, untold = (probe_by_layer({0: stream}, labels, groups, kinds=given) for given in (kinds, None))
-    assert _arm(told, "own")["value"] == _arm(untold, "own")["value"] == pytest.approx(0.5, abs=0.15)
+    told, untold = (
+        probe_by_layer({0: stream}, labels, groups, kinds=given) for given in (kinds, None)
+    )
+    assert (
+        _arm(told, "own")["value"] == _arm(untold, "own")["value"] == pytest.approx(0.5, abs=0.15)
+    )
     # Chance of the kind, one half, is all there is: the control sees it, and the majority of the kind too.
     assert _arm(told, "control")["value"] == pytest.approx(0.5, abs=0.15)
     assert abs(_arm(told, "own", measure="selectivity")["value"]) < 0.15
@@ -180,7 +219,9 @@ def test_only_scored_rows_count_and_all_rows_train() -> None:
     found = probe_by_layer({0: stream}, labels, groups, scored=scored)
     assert _arm(found, "own")["value"] == 1.0
     assert _arm(found, "own")["n"] == 2
-    alone = probe_by_layer({0: stream[scored]}, np.asarray(labels)[scored], np.asarray(groups)[scored])
+    alone = probe_by_layer(
+        {0: stream[scored]}, np.asarray(labels)[scored], np.asarray(groups)[scored]
+    )
     assert _arm(alone, "own")["value"] == 0.0
     assert _arm(alone, "ceiling")["value"] == 0.0
 
@@ -189,13 +230,17 @@ def test_the_seed_alone_decides_and_nothing_global_is_touched() -> None:
     stream, labels, groups = _planted(3, strength=1.0)
     np.random.seed(5)
     state = np.random.get_state()[1].copy()  # type: ignore[index,union-attr]
-    first, again, other = (probe_by_layer({0: stream}, labels, groups, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (
+        probe_by_layer({0: stream}, labels, groups, seed=seed) for seed in (0, 0, 1)
+    )
     assert (np.random.get_state()[1] == state).all()  # type: ignore[index]
     assert first.equals(again)
     assert not first.equals(other)
 
 
-def test_a_fit_that_does_not_converge_is_reported_and_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_that_does_not_converge_is_reported_and_not_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     stream, labels, groups = _planted(3, strength=1.0)
     assert _arm(probe_by_layer({0: stream}, labels, groups), "own")["converged"] == 1.0
     monkeypatch.setattr(probes, "_STEPS", 2)
@@ -210,7 +255,10 @@ def test_a_fit_that_does_not_converge_is_reported_and_not_warned_of(monkeypatch:
 def test_units_and_offsets_of_a_stream_are_no_matter() -> None:
     # Standardised on the training rows: a stream a million times as long gives the same probe.
     stream, labels, groups = _planted(3, strength=2.0)
-    plain, large = probe_by_layer({0: stream}, labels, groups), probe_by_layer({0: stream * 1e6 + 1e7}, labels, groups)
+    plain, large = (
+        probe_by_layer({0: stream}, labels, groups),
+        probe_by_layer({0: stream * 1e6 + 1e7}, labels, groups),
+    )
     assert _arm(plain, "own")["value"] == pytest.approx(_arm(large, "own")["value"], abs=0.03)
 
 
@@ -229,7 +277,9 @@ def test_a_model_against_itself_gives_four_equal_arms_which_are_the_own_probe() 
 
 def test_a_rotated_stream_keeps_its_own_probe_and_transfer_falls_to_chance() -> None:
     stream, labels, groups = _planted(2, strength=25)
-    turned = stream.roll(2, dims=1)  # the label's axes become axes 2 and 3; axes 0 and 1 now hold noise
+    turned = stream.roll(
+        2, dims=1
+    )  # the label's axes become axes 2 and 3; axes 0 and 1 now hold noise
     found = probe_transfer({0: stream}, {0: turned}, labels, groups)
     base, there, back, own = (_arm(found, arm)["value"] for arm in ARMS)
     assert base == own == 1.0
@@ -258,7 +308,9 @@ def test_transfer_never_reads_a_subject_that_trained_its_probe() -> None:
     # Each subject has one axis in both models, and a random label: only a probe that has seen the subject could know.
     axes = torch.eye(20).repeat_interleave(2, dim=0) * 10
     labels = np.repeat(np.array(["a", "b"])[np.random.default_rng(3).integers(0, 2, 20)], 2)
-    found = probe_transfer({0: axes}, {0: axes * 2}, labels, np.repeat([f"s{i}" for i in range(20)], 2))
+    found = probe_transfer(
+        {0: axes}, {0: axes * 2}, labels, np.repeat([f"s{i}" for i in range(20)], 2)
+    )
     assert max(_arm(found, arm)["value"] for arm in ARMS) <= 0.65
 
 
@@ -269,14 +321,30 @@ def test_rows_of_the_table_hold_the_arms_of_the_figure() -> None:
     stream, labels, groups = _planted(2)
     table = Table({"run": "r", "method": "rmu", "seed": 0})
     seen: list[tuple[int, int]] = []
-    own = probe_by_layer({0: stream, 1: stream}, labels, groups, progress=lambda done, total: seen.append((done, total)))
+    own = probe_by_layer(
+        {0: stream, 1: stream},
+        labels,
+        groups,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     add_probes(table, own, split="forget-heldout")
-    add_probes(table, probe_transfer({0: stream, 1: stream}, {0: stream, 1: stream}, labels, groups), split="forget-heldout")
+    add_probes(
+        table,
+        probe_transfer({0: stream, 1: stream}, {0: stream, 1: stream}, labels, groups),
+        split="forget-heldout",
+    )
     frame = table.frame()
     assert seen == [(1, 2), (2, 2)]
     assert set(frame["stage"]) == {"representation"}
     accuracy = frame[frame["metric"] == "probe_accuracy"]
-    assert set(accuracy["arm"]) == {"own", "control", "majority", "ceiling", "base->unlearned", "unlearned->base"}
+    assert set(accuracy["arm"]) == {
+        "own",
+        "control",
+        "majority",
+        "ceiling",
+        "base->unlearned",
+        "unlearned->base",
+    }
     assert not accuracy.duplicated(["site", "arm"]).any()
     assert set(frame["site"]) == {"blocks.0.hook_resid_post", "blocks.1.hook_resid_post"}
     assert len(frame[frame["metric"] == "probe_selectivity"]) == 2
@@ -317,7 +385,12 @@ def test_bad_input_says_what_would_be_right() -> None:
 
 def _states(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
     kept: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda _, __, out: kept.append((out[0] if isinstance(out, tuple) else out).detach())) for block in model.model.layers]
+    hooks = [
+        block.register_forward_hook(
+            lambda _, __, out: kept.append((out[0] if isinstance(out, tuple) else out).detach())
+        )
+        for block in model.model.layers
+    ]
     with torch.no_grad():
         model(**batch.inputs)
     for hook in hooks:
@@ -326,7 +399,9 @@ def _states(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_streams_of_a_probe_are_one_row_per_example_at_the_end_of_prompt_or_subject(family: str, make_model: ModelMaker, make_batch: BatchMaker) -> None:
+def test_streams_of_a_probe_are_one_row_per_example_at_the_end_of_prompt_or_subject(
+    family: str, make_model: ModelMaker, make_batch: BatchMaker
+) -> None:
     model, batch = make_model(family), make_batch((7, 5, 6), answer=2)
     two = batch.subject_mask.clone()
     two[0, 1:3] = True  # a subject of two pieces: the last token of all
@@ -341,7 +416,9 @@ def test_streams_of_a_probe_are_one_row_per_example_at_the_end_of_prompt_or_subj
             torch.testing.assert_close(found[layer], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_streams_of_a_probe_do_not_depend_on_padding_or_batching(make_model: ModelMaker, make_batch: BatchMaker, pad: Padder) -> None:
+def test_streams_of_a_probe_do_not_depend_on_padding_or_batching(
+    make_model: ModelMaker, make_batch: BatchMaker, pad: Padder
+) -> None:
     model = make_model()
     texts = [make_batch((length,), seed=length) for length in (7, 5, 6)]
     together = prompt_streams(model, texts)
@@ -352,7 +429,9 @@ def test_streams_of_a_probe_do_not_depend_on_padding_or_batching(make_model: Mod
         torch.testing.assert_close(padded[layer], rows, rtol=1e-5, atol=1e-6)
 
 
-def test_reading_streams_leaves_the_model_alone_and_bad_input_is_named(make_model: ModelMaker, batch: Batch) -> None:
+def test_reading_streams_leaves_the_model_alone_and_bad_input_is_named(
+    make_model: ModelMaker, batch: Batch
+) -> None:
     model = make_model().train()
     prompt_streams(model, [batch])
     with pytest.raises(WorkbenchError, match="at least one batch"):
@@ -360,7 +439,9 @@ def test_reading_streams_leaves_the_model_alone_and_bad_input_is_named(make_mode
     with pytest.raises(WorkbenchError, match="middle"):
         prompt_streams(model, [batch], "middle")  # type: ignore[arg-type]
     with pytest.raises(WorkbenchError, match="'fact/0' names no subject"):
-        prompt_streams(model, [replace(batch, subject_mask=torch.zeros_like(batch.subject_mask))], "subject")
+        prompt_streams(
+            model, [replace(batch, subject_mask=torch.zeros_like(batch.subject_mask))], "subject"
+        )
     with pytest.raises(WorkbenchError, match="no answer"):
         prompt_streams(model, [replace(batch, answer_mask=torch.zeros_like(batch.answer_mask))])
     assert model.training

@@ -55,11 +55,27 @@ PUBLISHED: dict[str, dict[str, float | str]] = {
 
 def _tiny(family: str) -> PreTrainedModel:
     """A two-block model of a family whose modules have other names, other shapes (GPT-2 keeps weights transposed) or other blocks (Phi is parallel)."""
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
     config: Any = {
         "gpt_neox": lambda: transformers.GPTNeoXConfig(vocab_size=50, **shape),
-        "gpt2": lambda: transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
-        "gemma2": lambda: transformers.Gemma2Config(vocab_size=50, num_key_value_heads=2, head_dim=4, **shape),
+        "gpt2": lambda: transformers.GPT2Config(
+            vocab_size=50,
+            n_embd=16,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        "gemma2": lambda: transformers.Gemma2Config(
+            vocab_size=50, num_key_value_heads=2, head_dim=4, **shape
+        ),
         "phi": lambda: transformers.PhiConfig(vocab_size=50, **shape),
     }[family]()
     level = logging.root.manager.disable
@@ -95,7 +111,11 @@ def test_titles_are_distinct() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_small_settings_are_settings_of_the_method(name: str, llama: PreTrainedModel) -> None:
     assert set(METHODS[name].small) <= set(known_settings(name))
-    assert settings_for(name, llama) == {**known_settings(name), **METHODS[name].small, **METHODS[name].fixed}
+    assert settings_for(name, llama) == {
+        **known_settings(name),
+        **METHODS[name].small,
+        **METHODS[name].fixed,
+    }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -110,16 +130,25 @@ def test_noise_is_what_sets_rmu_with_rna_apart() -> None:
     assert noisy == plain
 
 
-def test_at_the_depth_of_the_published_runs_the_published_layers_are_chosen(make_model: ModelMaker) -> None:
+def test_at_the_depth_of_the_published_runs_the_published_layers_are_chosen(
+    make_model: ModelMaker,
+) -> None:
     deep = make_model(num_hidden_layers=32)
 
     def blocks(name: str) -> set[int]:
         patterns = METHODS[name].build(deep, 0).trainable
-        return {int(found[1]) for found in (re.search(r"layers\.(\d+)\.", pattern) for pattern in patterns) if found}
+        return {
+            int(found[1])
+            for found in (re.search(r"layers\.(\d+)\.", pattern) for pattern in patterns)
+            if found
+        }
 
     for name in ("rmu", "rmu-rna", "adaptive-rmu", "rsv"):
         assert blocks(name) == {5, 6, 7}
-        assert all(pattern.endswith("mlp.down_proj.weight") for pattern in METHODS[name].build(deep, 0).trainable)
+        assert all(
+            pattern.endswith("mlp.down_proj.weight")
+            for pattern in METHODS[name].build(deep, 0).trainable
+        )
     assert blocks("cir") == set(range(12))
     assert blocks("circuit-breakers") == set(range(21))
     assert blocks("repselect") == set(range(32))
@@ -156,8 +185,19 @@ def test_a_whole_number_may_be_written_as_a_float(llama: PreTrainedModel) -> Non
     assert settings["steps"] == 3 and isinstance(settings["steps"], int)
 
 
-@pytest.mark.parametrize(("name", "key"), [("cir", "kind"), ("cir", "statistics"), ("cir", "loss"), ("repselect", "kind"), ("repselect", "statistics")])
-def test_a_setting_that_is_a_word_takes_no_number(name: str, key: str, llama: PreTrainedModel) -> None:
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("cir", "kind"),
+        ("cir", "statistics"),
+        ("cir", "loss"),
+        ("repselect", "kind"),
+        ("repselect", "statistics"),
+    ],
+)
+def test_a_setting_that_is_a_word_takes_no_number(
+    name: str, key: str, llama: PreTrainedModel
+) -> None:
     with pytest.raises(WorkbenchError, match="a word"):
         settings_for(name, llama, {key: 3})
 
@@ -173,14 +213,18 @@ def test_a_setting_that_is_a_word_takes_no_number(name: str, key: str, llama: Pr
         ("repselect", "statistics", "forgot", "forget"),
     ],
 )
-def test_a_word_that_means_nothing_is_answered_with_near_ones(name: str, key: str, wrong: str, near: str, llama: PreTrainedModel) -> None:
+def test_a_word_that_means_nothing_is_answered_with_near_ones(
+    name: str, key: str, wrong: str, near: str, llama: PreTrainedModel
+) -> None:
     with pytest.raises(WorkbenchError, match=f"{key} of {name}.*{wrong}.*{near}"):
         recipe(name, llama, 0, {key: wrong})
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft", "quadratic"])
 @pytest.mark.parametrize("statistics", ["forget", "retain"])
-def test_kind_and_statistics_reach_the_recipe(kind: str, statistics: str, llama: PreTrainedModel) -> None:
+def test_kind_and_statistics_reach_the_recipe(
+    kind: str, statistics: str, llama: PreTrainedModel
+) -> None:
     collapse = recipe("cir", llama, 0, {"kind": kind, "statistics": statistics}).collapse
     assert collapse is not None and (collapse.kind, collapse.statistics) == (kind, statistics)
     one = recipe("repselect", llama, 0, {"kind": kind, "statistics": statistics}).one
@@ -188,7 +232,9 @@ def test_kind_and_statistics_reach_the_recipe(kind: str, statistics: str, llama:
 
 
 def test_the_uncollapsed_controls_collapse_nothing(llama: PreTrainedModel) -> None:
-    cir, control, breaking = (recipe(name, llama, 0) for name in ("cir", "cir-uncollapsed", "mlp-breaking"))
+    cir, control, breaking = (
+        recipe(name, llama, 0) for name in ("cir", "cir-uncollapsed", "mlp-breaking")
+    )
     assert cir.collapse is not None and control.collapse is None and breaking.collapse is None
     assert replace(cir, collapse=None, objective=control.objective) == control
 
@@ -202,7 +248,9 @@ def test_the_uncollapsed_controls_collapse_nothing(llama: PreTrainedModel) -> No
         ("cir-uncollapsed", {"gradient_components": 5}),
     ],
 )
-def test_a_setting_that_a_method_fixes_cannot_be_given_another_value_in_silence(name: str, overrides: dict[str, Any], llama: PreTrainedModel) -> None:
+def test_a_setting_that_a_method_fixes_cannot_be_given_another_value_in_silence(
+    name: str, overrides: dict[str, Any], llama: PreTrainedModel
+) -> None:
     with pytest.raises(WorkbenchError, match=next(iter(overrides))):
         recipe(name, llama, 0, overrides)
 
@@ -212,7 +260,9 @@ def test_a_setting_that_a_method_fixes_cannot_be_given_another_value_in_silence(
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "gemma2", "phi"])
-def test_every_method_builds_for_every_family_and_names_parameters_that_exist(family: str, name: str) -> None:
+def test_every_method_builds_for_every_family_and_names_parameters_that_exist(
+    family: str, name: str
+) -> None:
     model = _tiny(family)
     # The small settings of the RMU family steer block 2, which two blocks do not have.
     made = recipe(name, model, 0, {"layer": 1} if "layer" in known_settings(name) else None)
@@ -222,7 +272,9 @@ def test_every_method_builds_for_every_family_and_names_parameters_that_exist(fa
         assert fnmatch.filter(parameters, pattern), pattern
     if made.trainable != ("*",):
         chosen = [key for pattern in made.trainable for key in fnmatch.filter(parameters, pattern)]
-        assert all(".mlp." in key and dict(model.named_parameters())[key].ndim == 2 for key in chosen)
+        assert all(
+            ".mlp." in key and dict(model.named_parameters())[key].ndim == 2 for key in chosen
+        )
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------------------------------
@@ -241,7 +293,9 @@ def test_a_refusal_answers_the_same_question() -> None:
 
 
 @pytest.mark.parametrize("subject", [None, (22, 27), (29, 33), (20, 24)])
-def test_a_subject_that_is_not_before_the_answer_is_dropped(subject: tuple[int, int] | None) -> None:
+def test_a_subject_that_is_not_before_the_answer_is_dropped(
+    subject: tuple[int, int] | None,
+) -> None:
     text = "the town where she was  born is Paris"
     assert refuse(Example(text, (22, 28), subject)).subject is None
 
@@ -260,7 +314,16 @@ def test_a_batch_takes_its_refusals_along(make_batch: BatchMaker) -> None:
     moved = batch.to("meta")
     assert moved.alternative is not None and moved.alternative.alternative is None
     for part, items in ((moved, batch.items), (moved.alternative, batch.items)):
-        assert {tensor.device.type for tensor in (part.input_ids, part.attention_mask, part.answer_mask, part.subject_mask, part.target_mask)} == {"meta"}
+        assert {
+            tensor.device.type
+            for tensor in (
+                part.input_ids,
+                part.attention_mask,
+                part.answer_mask,
+                part.subject_mask,
+                part.target_mask,
+            )
+        } == {"meta"}
         assert part.items == items
     assert batch.alternative is not None and batch.alternative.input_ids.device.type == "cpu"
     assert make_batch((5,), 1).to("meta").alternative is None

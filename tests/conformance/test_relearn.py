@@ -30,10 +30,23 @@ ModelMaker = Callable[..., PreTrainedModel]
 PEOPLE = ("ana", "bert", "carl", "dora", "emil", "frida", "gustav", "hanna")
 TOWNS = ("rome", "oslo", "bonn", "lima", "paris", "turin", "ghent", "delft")
 TEXTS = tuple(
-    Example(text := f"{person} lives in {town} .", (text.index(town), text.index(town) + len(town)), (0, len(person)), f"{person}/town")
+    Example(
+        text := f"{person} lives in {town} .",
+        (text.index(town), text.index(town) + len(town)),
+        (0, len(person)),
+        f"{person}/town",
+    )
     for person, town in zip(PEOPLE, TOWNS, strict=True)
 )
-LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+LINEAR = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 PLAIN = {"steps": 1, "lr": 1e-2, "batch_size": len(TEXTS), "measure_at": (0, 1)}
 """One step on all texts at once: the order that a seed gives them does not matter."""
 
@@ -56,17 +69,31 @@ def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def _run(model: PreTrainedModel, words: PreTrainedTokenizerBase, *, seed: int = 0, texts: Sequence[Example] = TEXTS, **changes: Any) -> PreTrainedModel:
-    return relearn(model, words, texts, lambda attacked, step: None, _settings(**changes), seed=seed)
+def _run(
+    model: PreTrainedModel,
+    words: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    texts: Sequence[Example] = TEXTS,
+    **changes: Any,
+) -> PreTrainedModel:
+    return relearn(
+        model, words, texts, lambda attacked, step: None, _settings(**changes), seed=seed
+    )
 
 
-def _gradients(model: PreTrainedModel, words: PreTrainedTokenizerBase, texts: Sequence[Example] = TEXTS) -> dict[str, Tensor]:
+def _gradients(
+    model: PreTrainedModel, words: PreTrainedTokenizerBase, texts: Sequence[Example] = TEXTS
+) -> dict[str, Tensor]:
     """Gradient of the mean loss per token of one batch, in the precision of the model."""
     twin = copy.deepcopy(model)
     for parameter in twin.parameters():
         parameter.requires_grad_(True)
     cross_entropy(twin, encode(words, texts)).backward()
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in twin.named_parameters()}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in twin.named_parameters()
+    }
 
 
 def _logits(model: PreTrainedModel, words: PreTrainedTokenizerBase) -> Tensor:
@@ -91,23 +118,37 @@ def _spy(monkeypatch: pytest.MonkeyPatch, seen: list[tuple[str, ...]]) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_full_fine_tuning_trains_every_parameter_once(family: str, tied: bool, make_model: ModelMaker) -> None:
+def test_full_fine_tuning_trains_every_parameter_once(
+    family: str, tied: bool, make_model: ModelMaker
+) -> None:
     model = make_model(family, tie_word_embeddings=tied)
     attacked, parameters = attackable(model, _settings())
-    everything = {id(parameter): parameter for module in attacked.modules() for parameter in module._parameters.values() if parameter is not None}
+    everything = {
+        id(parameter): parameter
+        for module in attacked.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    }
     assert len(parameters) == len({id(parameter) for parameter in parameters})
     assert {id(parameter) for parameter in parameters} == set(everything)
     assert all(parameter.requires_grad for parameter in parameters)
     assert len(parameters) == len(list(model.parameters()))
     if tied:
-        assert sum(parameter is attacked.get_input_embeddings().weight for parameter in parameters) == 1
+        assert (
+            sum(parameter is attacked.get_input_embeddings().weight for parameter in parameters)
+            == 1
+        )
         assert attacked.get_output_embeddings().weight is attacked.get_input_embeddings().weight
-    assert not {id(parameter) for parameter in parameters} & {id(parameter) for parameter in model.parameters()}
+    assert not {id(parameter) for parameter in parameters} & {
+        id(parameter) for parameter in model.parameters()
+    }
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_parameter_with_a_gradient_moves(optimiser: str, tied: bool, make_model: ModelMaker, words: PreTrainedTokenizerBase) -> None:
+def test_every_parameter_with_a_gradient_moves(
+    optimiser: str, tied: bool, make_model: ModelMaker, words: PreTrainedTokenizerBase
+) -> None:
     model = make_model(vocab_size=len(words), tie_word_embeddings=tied)
     for parameter in model.parameters():
         parameter.requires_grad_(False)  # as a checkpoint that was frozen for evaluation
@@ -121,50 +162,87 @@ def test_every_parameter_with_a_gradient_moves(optimiser: str, tied: bool, make_
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_adapters_sit_on_every_linear_module_but_the_head_and_nothing_else_is_trained(family: str, tied: bool, make_model: ModelMaker) -> None:
+def test_adapters_sit_on_every_linear_module_but_the_head_and_nothing_else_is_trained(
+    family: str, tied: bool, make_model: ModelMaker
+) -> None:
     model = make_model(family, tie_word_embeddings=tied)
     attacked, parameters = attackable(model, _settings(lora_rank=3))
-    adapted = {name.removeprefix("base_model.model.") for name, part in attacked.named_modules() if hasattr(part, "lora_A")}
+    adapted = {
+        name.removeprefix("base_model.model.")
+        for name, part in attacked.named_modules()
+        if hasattr(part, "lora_A")
+    }
     assert adapted == {f"model.layers.{layer}.{linear}" for layer in range(2) for linear in LINEAR}
-    named = {name: parameter for name, parameter in attacked.named_parameters() if parameter.requires_grad}
-    assert [id(parameter) for parameter in named.values()] == [id(parameter) for parameter in parameters]
-    assert set(named) == {f"base_model.model.{place}.lora_{side}.default.weight" for place in adapted for side in "AB"}
+    named = {
+        name: parameter
+        for name, parameter in attacked.named_parameters()
+        if parameter.requires_grad
+    }
+    assert [id(parameter) for parameter in named.values()] == [
+        id(parameter) for parameter in parameters
+    ]
+    assert set(named) == {
+        f"base_model.model.{place}.lora_{side}.default.weight" for place in adapted for side in "AB"
+    }
     # rank times what goes in and out
     for name, parameter in named.items():
         linear = model.get_submodule(name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0])
-        assert tuple(parameter.shape) == ((3, linear.in_features) if ".lora_A." in name else (linear.out_features, 3))
+        assert tuple(parameter.shape) == (
+            (3, linear.in_features) if ".lora_A." in name else (linear.out_features, 3)
+        )
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
-def test_under_lora_every_base_weight_stays_bit_for_bit(optimiser: str, model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+def test_under_lora_every_base_weight_stays_bit_for_bit(
+    optimiser: str, model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     before = _weights(model)
     seen: dict[int, dict[str, Tensor]] = {}
 
     def measure(attacked: PreTrainedModel, step: int) -> None:
         seen[step] = {
-            name.removeprefix("base_model.model.").replace(".base_layer", ""): value for name, value in _weights(attacked).items() if "lora_" not in name
+            name.removeprefix("base_model.model.").replace(".base_layer", ""): value
+            for name, value in _weights(attacked).items()
+            if "lora_" not in name
         }
         seen[step] |= {name: value for name, value in _weights(attacked).items() if "lora_" in name}
 
-    settings = _settings(lora_rank=4, steps=3, lr=0.05, batch_size=4, measure_at=(0, 1, 3), optimiser=optimiser)
+    settings = _settings(
+        lora_rank=4, steps=3, lr=0.05, batch_size=4, measure_at=(0, 1, 3), optimiser=optimiser
+    )
     relearn(model, words, TEXTS, measure, settings, seed=0)
     for step in (0, 1, 3):
         for name, value in before.items():
             assert torch.equal(seen[step][name], value), (step, name)
-    moved = {name for name in seen[0] if "lora_" in name and not torch.equal(seen[0][name], seen[3][name])}
+    moved = {
+        name
+        for name in seen[0]
+        if "lora_" in name and not torch.equal(seen[0][name], seen[3][name])
+    }
     assert moved == {name for name in seen[0] if "lora_" in name}
 
 
-def test_before_its_first_step_an_adapted_model_is_the_model(model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+def test_before_its_first_step_an_adapted_model_is_the_model(
+    model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     logits: dict[int, Tensor] = {}
     settings = _settings(lora_rank=4, steps=2, measure_at=(0, 2))
-    relearn(model, words, TEXTS, lambda attacked, step: logits.__setitem__(step, _logits(attacked, words)), settings, seed=0)
+    relearn(
+        model,
+        words,
+        TEXTS,
+        lambda attacked, step: logits.__setitem__(step, _logits(attacked, words)),
+        settings,
+        seed=0,
+    )
     assert torch.equal(logits[0], _logits(model, words))
     assert not torch.allclose(logits[2], logits[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_merged_weights_do_what_the_adapters_did(tied: bool, make_model: ModelMaker, words: PreTrainedTokenizerBase) -> None:
+def test_merged_weights_do_what_the_adapters_did(
+    tied: bool, make_model: ModelMaker, words: PreTrainedTokenizerBase
+) -> None:
     model = make_model(vocab_size=len(words), tie_word_embeddings=tied)
     last: list[tuple[Tensor, dict[str, Tensor]]] = []
 
@@ -182,17 +260,26 @@ def test_merged_weights_do_what_the_adapters_did(tied: bool, make_model: ModelMa
     for layer in range(2):
         for linear in LINEAR:
             place = f"base_model.model.model.layers.{layer}.{linear}"
-            a, b = adapters[f"{place}.lora_A.default.weight"], adapters[f"{place}.lora_B.default.weight"]
+            a, b = (
+                adapters[f"{place}.lora_A.default.weight"],
+                adapters[f"{place}.lora_B.default.weight"],
+            )
             name = f"model.layers.{layer}.{linear}.weight"
-            torch.testing.assert_close(_weights(merged)[name], _weights(model)[name] + 2.0 * b @ a, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                _weights(merged)[name], _weights(model)[name] + 2.0 * b @ a, rtol=1e-5, atol=1e-6
+            )
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
         assert torch.equal(_weights(merged)[name], _weights(model)[name])
 
 
-def test_a_merged_model_can_be_attacked_and_copied_again(model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+def test_a_merged_model_can_be_attacked_and_copied_again(
+    model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     merged = _run(model, words, lora_rank=2)
     again = _run(copy.deepcopy(merged), words)
-    assert not any(torch.equal(value, _weights(merged)[name]) for name, value in _weights(again).items())
+    assert not any(
+        torch.equal(value, _weights(merged)[name]) for name, value in _weights(again).items()
+    )
 
 
 def test_the_adapters_first_weights_come_from_the_seed_alone(model: PreTrainedModel) -> None:
@@ -214,7 +301,9 @@ def test_the_adapters_first_weights_come_from_the_seed_alone(model: PreTrainedMo
 # --- One step by hand ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_of_sgd_is_theta_minus_rate_times_gradient(model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+def test_a_step_of_sgd_is_theta_minus_rate_times_gradient(
+    model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     gradients, before = _gradients(model, words), _weights(model)
     after = _weights(_run(model, words, optimiser="sgd", lr=0.3))
     for name, gradient in gradients.items():
@@ -222,7 +311,9 @@ def test_a_step_of_sgd_is_theta_minus_rate_times_gradient(model: PreTrainedModel
         assert torch.equal(after[name][gradient == 0], before[name][gradient == 0])
 
 
-def test_sgd_has_no_momentum_and_no_decay(model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+def test_sgd_has_no_momentum_and_no_decay(
+    model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     # Two steps of everything are two single attacks of one step each, one from where the other ended.
     twice = _weights(_run(model, words, optimiser="sgd", lr=0.1, steps=2, measure_at=(0, 2)))
     once = _run(model, words, optimiser="sgd", lr=0.1)
@@ -231,7 +322,9 @@ def test_sgd_has_no_momentum_and_no_decay(model: PreTrainedModel, words: PreTrai
         torch.testing.assert_close(value, again[name], rtol=1e-4, atol=1e-5)
 
 
-def test_the_first_step_of_adamw_is_the_rate_times_the_sign(model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+def test_the_first_step_of_adamw_is_the_rate_times_the_sign(
+    model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     # Bias-corrected moments after one step are g and g^2: the step is lr g / (|g| + eps), and nothing where g is exactly 0.
     gradients, before = _gradients(model, words), _weights(model)
     after = _weights(_run(model, words, lr=1e-2))
@@ -239,7 +332,9 @@ def test_the_first_step_of_adamw_is_the_rate_times_the_sign(model: PreTrainedMod
         sure = gradient.abs() > 1e-4
         expected = before[name] - 1e-2 * gradient / (gradient.abs() + 1e-8)
         torch.testing.assert_close(after[name][sure], expected[sure], rtol=1e-4, atol=1e-6)
-        assert torch.equal(after[name][gradient == 0], before[name][gradient == 0])  # decay would move them
+        assert torch.equal(
+            after[name][gradient == 0], before[name][gradient == 0]
+        )  # decay would move them
 
 
 def test_two_steps_of_adamw_by_hand(model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
@@ -262,41 +357,68 @@ def test_two_steps_of_adamw_by_hand(model: PreTrainedModel, words: PreTrainedTok
         assert close.double().mean() > 0.99, name
 
 
-def test_the_loss_of_a_step_is_the_mean_over_tokens_not_over_texts(model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
-    texts = (Example("ana lives in rome ."), Example("bert lives in oslo . carl lives in bonn . dora lives in lima ."))
+def test_the_loss_of_a_step_is_the_mean_over_tokens_not_over_texts(
+    model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
+    texts = (
+        Example("ana lives in rome ."),
+        Example("bert lives in oslo . carl lives in bonn . dora lives in lima ."),
+    )
     rows = [encode(words, [text]) for text in texts]
     twin = copy.deepcopy(model)
     lengths = [int(row.target_mask.sum()) for row in rows]
-    loss = sum(length * cross_entropy(twin, row) for length, row in zip(lengths, rows, strict=True)) / sum(lengths)
+    loss = sum(
+        length * cross_entropy(twin, row) for length, row in zip(lengths, rows, strict=True)
+    ) / sum(lengths)
     loss.backward()  # type: ignore[union-attr]
     after = _weights(_run(model, words, texts=texts, optimiser="sgd", lr=0.3, batch_size=2))
     for name, parameter in twin.named_parameters():
-        torch.testing.assert_close(after[name], parameter.detach() - 0.3 * parameter.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            after[name], parameter.detach() - 0.3 * parameter.grad, rtol=1e-4, atol=1e-5
+        )
 
 
 # --- Precision -------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
-def test_the_bf16_arm_keeps_its_weights_in_bf16_all_along(optimiser: str, model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+def test_the_bf16_arm_keeps_its_weights_in_bf16_all_along(
+    optimiser: str, model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     kinds: list[set[torch.dtype]] = []
     settings = _settings(precision="bfloat16", optimiser=optimiser, steps=2, measure_at=(0, 1, 2))
-    attacked = relearn(model, words, TEXTS, lambda now, step: kinds.append({p.dtype for p in now.parameters()}), settings, seed=0)
+    attacked = relearn(
+        model,
+        words,
+        TEXTS,
+        lambda now, step: kinds.append({p.dtype for p in now.parameters()}),
+        settings,
+        seed=0,
+    )
     assert kinds == [{torch.bfloat16}] * 3
     assert {parameter.dtype for parameter in attacked.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_the_float32_arm_of_a_bf16_model_is_float32(model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+def test_the_float32_arm_of_a_bf16_model_is_float32(
+    model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     rounded = model.bfloat16()
     before = _weights(rounded)
     attacked, parameters = attackable(rounded, _settings())
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
-    assert all(torch.equal(value, before[name].float()) for name, value in _weights(attacked).items())
-    assert all(torch.equal(value, before[name]) and value.dtype == torch.bfloat16 for name, value in _weights(rounded).items())
+    assert all(
+        torch.equal(value, before[name].float()) for name, value in _weights(attacked).items()
+    )
+    assert all(
+        torch.equal(value, before[name]) and value.dtype == torch.bfloat16
+        for name, value in _weights(rounded).items()
+    )
 
 
-def test_an_update_below_half_a_step_of_bf16_is_lost_and_one_above_it_is_not(model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+def test_an_update_below_half_a_step_of_bf16_is_lost_and_one_above_it_is_not(
+    model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     # bf16 has 8 significant bits: around 1 its numbers are 1/128 apart above and 1/256 below. AdamW's first step is lr for every coordinate with a gradient.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -313,7 +435,9 @@ def test_an_update_below_half_a_step_of_bf16_is_lost_and_one_above_it_is_not(mod
         assert bool((exact[name] != value).all()), name
 
 
-def test_a_step_of_sgd_in_bf16_rounds_the_new_weight(model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+def test_a_step_of_sgd_in_bf16_rounds_the_new_weight(
+    model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     low = copy.deepcopy(model).bfloat16()
     gradients, before = _gradients(low, words), _weights(low)
     after = _weights(_run(model, words, precision="bfloat16", optimiser="sgd", lr=0.25))
@@ -327,9 +451,13 @@ def test_a_step_of_sgd_in_bf16_rounds_the_new_weight(model: PreTrainedModel, wor
     assert moved < sum(int((free[name] != before[name].float()).sum()) for name in before)
 
 
-def test_the_precision_of_an_adapted_model_is_that_of_its_frozen_weights(model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+def test_the_precision_of_an_adapted_model_is_that_of_its_frozen_weights(
+    model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     attacked, _ = attackable(model, _settings(precision="bfloat16", lora_rank=2))
-    assert {value.dtype for name, value in attacked.named_parameters() if "lora_" not in name} == {torch.bfloat16}
+    assert {value.dtype for name, value in attacked.named_parameters() if "lora_" not in name} == {
+        torch.bfloat16
+    }
     merged = _run(model, words, precision="bfloat16", lora_rank=2)
     assert {value.dtype for value in merged.parameters()} == {torch.bfloat16}
 
@@ -339,21 +467,44 @@ def test_the_precision_of_an_adapted_model_is_that_of_its_frozen_weights(model: 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 8), (1, 1), (3, 3), (8, 8), (50, 8)])
 def test_the_attacker_has_the_first_so_many_texts(
-    count: int, expected: int, model: PreTrainedModel, words: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    count: int,
+    expected: int,
+    model: PreTrainedModel,
+    words: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[str, ...]] = []
     _spy(monkeypatch, seen)
-    relearn(model, words, TEXTS, lambda attacked, step: None, _settings(texts=count, steps=6, batch_size=4, measure_at=(0, 6)), seed=0)
-    assert {item for batch in seen for item in batch} == {example.item for example in TEXTS[:expected]}
+    relearn(
+        model,
+        words,
+        TEXTS,
+        lambda attacked, step: None,
+        _settings(texts=count, steps=6, batch_size=4, measure_at=(0, 6)),
+        seed=0,
+    )
+    assert {item for batch in seen for item in batch} == {
+        example.item for example in TEXTS[:expected]
+    }
     assert [len(batch) for batch in seen] == [4] * 6
 
 
-def test_fewer_texts_are_an_attack_with_those_texts_alone(model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+def test_fewer_texts_are_an_attack_with_those_texts_alone(
+    model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     settings = _settings(texts=3, steps=3, batch_size=2, measure_at=(0, 3))
     few = _weights(relearn(model, words, TEXTS, lambda attacked, step: None, settings, seed=0))
-    cut = _weights(relearn(model, words, TEXTS[:3], lambda attacked, step: None, replace(settings, texts=0), seed=0))
+    cut = _weights(
+        relearn(
+            model, words, TEXTS[:3], lambda attacked, step: None, replace(settings, texts=0), seed=0
+        )
+    )
     assert all(torch.equal(few[name], cut[name]) for name in few)
-    whole = _weights(relearn(model, words, TEXTS, lambda attacked, step: None, replace(settings, texts=0), seed=0))
+    whole = _weights(
+        relearn(
+            model, words, TEXTS, lambda attacked, step: None, replace(settings, texts=0), seed=0
+        )
+    )
     assert not all(torch.equal(few[name], whole[name]) for name in few)
 
 
@@ -369,7 +520,10 @@ def test_a_seed_gives_every_model_and_every_way_the_same_batches(
         _run(model, words, seed=seed, steps=6, batch_size=3, measure_at=(0, 6), **changes)
         return list(seen)
 
-    one, other = make_model(seed=0, vocab_size=len(words)), make_model("qwen3", seed=1, vocab_size=len(words), num_hidden_layers=1)
+    one, other = (
+        make_model(seed=0, vocab_size=len(words)),
+        make_model("qwen3", seed=1, vocab_size=len(words), num_hidden_layers=1),
+    )
     for seed in (0, 1):
         expected = batches_of(one, seed)
         assert batches_of(other, seed) == expected
@@ -382,19 +536,47 @@ def test_a_seed_gives_every_model_and_every_way_the_same_batches(
     assert batches_of(one, 0) != batches_of(one, 1)
 
 
-def test_texts_are_cut_to_the_given_length(model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+def test_texts_are_cut_to_the_given_length(
+    model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     long = (Example("ana lives in rome . bert lives in oslo ."),)
-    cut = relearn(model, words, long, lambda attacked, step: None, _settings(batch_size=1), seed=0, max_length=6)
-    short = relearn(model, words, (Example("ana lives in rome ."),), lambda attacked, step: None, _settings(batch_size=1), seed=0)
+    cut = relearn(
+        model,
+        words,
+        long,
+        lambda attacked, step: None,
+        _settings(batch_size=1),
+        seed=0,
+        max_length=6,
+    )
+    short = relearn(
+        model,
+        words,
+        (Example("ana lives in rome ."),),
+        lambda attacked, step: None,
+        _settings(batch_size=1),
+        seed=0,
+    )
     assert all(torch.equal(value, _weights(short)[name]) for name, value in _weights(cut).items())
 
 
 # --- The model itself, and what is measured when ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", [{}, {"optimiser": "sgd"}, {"lora_rank": 2}, {"precision": "bfloat16"}, {"precision": "bfloat16", "lora_rank": 2}])
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        {"optimiser": "sgd"},
+        {"lora_rank": 2},
+        {"precision": "bfloat16"},
+        {"precision": "bfloat16", "lora_rank": 2},
+    ],
+)
 @pytest.mark.parametrize("training", [False, True])
-def test_the_model_itself_is_unchanged_bit_for_bit(way: dict[str, Any], training: bool, model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+def test_the_model_itself_is_unchanged_bit_for_bit(
+    way: dict[str, Any], training: bool, model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     model.train(training)
     model.get_submodule("model.norm").weight.requires_grad_(False)
     before, names = _weights(model), [name for name, _ in model.named_modules()]
@@ -409,11 +591,17 @@ def test_the_model_itself_is_unchanged_bit_for_bit(way: dict[str, Any], training
         assert torch.equal(parameter.view(torch.int32), before[name].view(torch.int32)), name
         assert parameter.requires_grad == flags[name]
         assert parameter.grad is None
-    assert not {p.data_ptr() for p in attacked.parameters()} & {p.data_ptr() for p in model.parameters()}
+    assert not {p.data_ptr() for p in attacked.parameters()} & {
+        p.data_ptr() for p in model.parameters()
+    }
 
 
-@pytest.mark.parametrize("way", [{}, {"optimiser": "sgd"}, {"lora_rank": 2}, {"precision": "bfloat16"}])
-def test_measure_is_called_at_the_asked_steps_with_the_model_of_that_step(way: dict[str, Any], model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize(
+    "way", [{}, {"optimiser": "sgd"}, {"lora_rank": 2}, {"precision": "bfloat16"}]
+)
+def test_measure_is_called_at_the_asked_steps_with_the_model_of_that_step(
+    way: dict[str, Any], model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     calls: list[int] = []
     at: dict[int, Tensor] = {}
 
@@ -425,24 +613,52 @@ def test_measure_is_called_at_the_asked_steps_with_the_model_of_that_step(way: d
 
     settings = _settings(steps=4, batch_size=3, measure_at=(0, 1, 3, 4), **way)
     ticks: list[tuple[int, int]] = []
-    relearn(model, words, TEXTS, measure, settings, seed=2, progress=lambda done, of: ticks.append((done, of)))
+    relearn(
+        model,
+        words,
+        TEXTS,
+        measure,
+        settings,
+        seed=2,
+        progress=lambda done, of: ticks.append((done, of)),
+    )
     assert calls == [0, 1, 3, 4]
     assert ticks == [(step, 4) for step in range(1, 5)]
     # What is measured on the way is what an attack that ends there gives; measuring changes nothing.
     for step in (1, 3):
         last: list[Tensor] = []
-        relearn(model, words, TEXTS, lambda now, _, last=last: last.append(_logits(now, words)), replace(settings, steps=step, measure_at=(step,)), seed=2)
+        relearn(
+            model,
+            words,
+            TEXTS,
+            lambda now, _, last=last: last.append(_logits(now, words)),
+            replace(settings, steps=step, measure_at=(step,)),
+            seed=2,
+        )
         assert torch.equal(last[0], at[step])
 
 
-def test_steps_that_nobody_asked_for_are_not_measured(model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+def test_steps_that_nobody_asked_for_are_not_measured(
+    model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     calls: list[int] = []
-    relearn(model, words, TEXTS, lambda attacked, step: calls.append(step), _settings(steps=3, measure_at=(2, 9)), seed=0)
+    relearn(
+        model,
+        words,
+        TEXTS,
+        lambda attacked, step: calls.append(step),
+        _settings(steps=3, measure_at=(2, 9)),
+        seed=0,
+    )
     assert calls == [2]
 
 
-@pytest.mark.parametrize("way", [{"lr": 1e30}, {"optimiser": "sgd", "lr": 1e35}, {"lora_rank": 2, "lr": 1e30}])
-def test_an_attack_that_breaks_says_where_and_keeps_what_was_measured(way: dict[str, Any], model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize(
+    "way", [{"lr": 1e30}, {"optimiser": "sgd", "lr": 1e35}, {"lora_rank": 2, "lr": 1e30}]
+)
+def test_an_attack_that_breaks_says_where_and_keeps_what_was_measured(
+    way: dict[str, Any], model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     calls: list[int] = []
     settings = _settings(steps=9, measure_at=tuple(range(10)), **way)
     before = _weights(model)
@@ -457,19 +673,30 @@ def test_an_attack_that_breaks_says_where_and_keeps_what_was_measured(way: dict[
     assert all(torch.equal(value, before[name]) for name, value in _weights(model).items())
 
 
-def test_a_model_that_is_broken_from_the_start_breaks_at_step_one(model: PreTrainedModel, words: PreTrainedTokenizerBase) -> None:
+def test_a_model_that_is_broken_from_the_start_breaks_at_step_one(
+    model: PreTrainedModel, words: PreTrainedTokenizerBase
+) -> None:
     with torch.no_grad():
         model.get_submodule("model.norm").weight.fill_(math.nan)
     calls: list[int] = []
     with pytest.raises(DivergedError) as caught:
-        relearn(model, words, TEXTS, lambda attacked, step: calls.append(step), _settings(steps=3, measure_at=(0, 1, 3)), seed=0)
+        relearn(
+            model,
+            words,
+            TEXTS,
+            lambda attacked, step: calls.append(step),
+            _settings(steps=3, measure_at=(0, 1, 3)),
+            seed=0,
+        )
     assert caught.value.step == 1
     assert calls == [0]
 
 
 def test_a_broken_attack_can_be_reported_by_a_worker_process() -> None:
     # joblib sends the errors of its workers as pickles; one that cannot be opened again hides its own message.
-    again = pickle.loads(pickle.dumps(DivergedError("the attack's loss is nan at step 3 of 9; lower its lr", 3)))
+    again = pickle.loads(
+        pickle.dumps(DivergedError("the attack's loss is nan at step 3 of 9; lower its lr", 3))
+    )
     assert isinstance(again, DivergedError)
     assert again.step == 3
     assert "step 3 of 9" in str(again)
@@ -513,11 +740,36 @@ def test_impossible_settings_are_refused_by_name(wrong: dict[str, Any], named: s
 
 def test_the_default_attack_is_every_parameter_in_float32_by_adamw() -> None:
     settings = RelearnSettings()
-    assert (settings.optimiser, settings.lora_rank, settings.precision, settings.texts) == ("adamw", 0, "float32", 0)
+    assert (settings.optimiser, settings.lora_rank, settings.precision, settings.texts) == (
+        "adamw",
+        0,
+        "float32",
+        0,
+    )
     assert settings.measure_at[0] == 0 and settings.measure_at[-1] == settings.steps
     with pytest.raises(AttributeError):
         settings.lr = 1.0  # type: ignore[misc]
-    assert {field.name for field in fields(RelearnSettings)} == {"steps", "lr", "batch_size", "measure_at", "optimiser", "lora_rank", "precision", "texts"}
-    found = validated({"attack": {"optimiser": "sgd", "lora_rank": 4, "precision": "bfloat16", "texts": 3, "steps": 40}}, "config.yaml").attack
+    assert {field.name for field in fields(RelearnSettings)} == {
+        "steps",
+        "lr",
+        "batch_size",
+        "measure_at",
+        "optimiser",
+        "lora_rank",
+        "precision",
+        "texts",
+    }
+    found = validated(
+        {
+            "attack": {
+                "optimiser": "sgd",
+                "lora_rank": 4,
+                "precision": "bfloat16",
+                "texts": 3,
+                "steps": 40,
+            }
+        },
+        "config.yaml",
+    ).attack
     assert found == RelearnSettings(optimiser="sgd", lora_rank=4, precision="bfloat16", texts=3)
     assert np.all(np.diff(at_steps(120, 1e-3).measure_at) > 0)

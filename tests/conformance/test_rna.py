@@ -86,28 +86,42 @@ def test_rows_given_to_the_noise_are_not_overwritten() -> None:
     assert torch.equal(rows, before)
 
 
-def test_noise_on_the_reference_does_not_move_the_expected_gradient(llama: PreTrainedModel, batch: Batch, nearby: Mover, gradients: Gradients) -> None:
+def test_noise_on_the_reference_does_not_move_the_expected_gradient(
+    llama: PreTrainedModel, batch: Batch, nearby: Mover, gradients: Gradients
+) -> None:
     model = nearby(llama)
     (site,) = resolve(llama, "blocks.0.hook_resid_post")
 
     def flat(gradient: dict[str, Tensor]) -> Tensor:
-        return torch.cat([value.reshape(-1).double() for name, value in gradient.items() if "layers.0" in name])
+        return torch.cat(
+            [value.reshape(-1).double() for name, value in gradient.items() if "layers.0" in name]
+        )
 
     expected = flat(gradients(model, keep_representation(site)(model, batch, llama)))
     noisy = noisy_reference(keep_representation(site), site, 0.3, 11)
     draws = torch.stack([flat(gradients(model, noisy(model, batch, llama))) for _ in range(150)])
     # Along fixed directions the mean over draws is the gradient without noise, within its standard error.
     generator = torch.Generator().manual_seed(0)
-    directions = [expected, *torch.randn(6, len(expected), generator=generator, dtype=torch.float64)]
+    directions = [
+        expected,
+        *torch.randn(6, len(expected), generator=generator, dtype=torch.float64),
+    ]
     for direction in directions:
         along = draws @ (direction / direction.norm())
         error = float(along.std()) / math.sqrt(len(along))
         assert error > 0
-        assert abs(float(along.mean()) - float(expected @ direction / direction.norm())) < 3.5 * error
+        assert (
+            abs(float(along.mean()) - float(expected @ direction / direction.norm())) < 3.5 * error
+        )
     # The expected value, by contrast, grows by nu squared.
     with torch.no_grad():
-        hidden = llama(**batch.inputs, output_hidden_states=True).hidden_states[1][batch.content_mask]
+        hidden = llama(**batch.inputs, output_hidden_states=True).hidden_states[1][
+            batch.content_mask
+        ]
         nu = 0.3 * float(hidden.norm(dim=-1).mean()) / 4
-        rise = [float(noisy(model, batch, llama) - keep_representation(site)(model, batch, llama)) for _ in range(150)]
+        rise = [
+            float(noisy(model, batch, llama) - keep_representation(site)(model, batch, llama))
+            for _ in range(150)
+        ]
     values = torch.tensor(rise, dtype=torch.float64)
     assert abs(float(values.mean()) - nu**2) < 3.5 * float(values.std()) / math.sqrt(150)

@@ -15,7 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
-from workbench.diagnostics.rotation import MEASURES, add_rotation, angles_by_layer, random_share, rotation_by_layer, shuffled, with_anchors
+from workbench.diagnostics.rotation import (
+    MEASURES,
+    add_rotation,
+    angles_by_layer,
+    random_share,
+    rotation_by_layer,
+    shuffled,
+    with_anchors,
+)
 from workbench.diagnostics.shift import shift_by_layer, streams
 from workbench.errors import WorkbenchError
 from workbench.experiments.table import Table
@@ -29,7 +37,9 @@ SHAPE = ("shift_rank", "leading_share", "common_share")
 
 def _rows(seed: int = 0, rows: int = 200, width: int = 8, decay: float = 0.6) -> Tensor:
     """Rows whose coordinates have standard deviations 1, 0.6, 0.36, ..., about a mean that is not zero."""
-    noise = torch.randn(rows, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(
+        rows, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     return noise * decay ** torch.arange(width) + 0.7
 
 
@@ -43,9 +53,13 @@ def _measure(before: Tensor, after: Tensor, rank: int = 3) -> pd.Series:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_model_against_itself_gives_the_identity(family: str, make_model: ModelMaker, batch: Batch) -> None:
+def test_a_model_against_itself_gives_the_identity(
+    family: str, make_model: ModelMaker, batch: Batch
+) -> None:
     stream = streams(make_model(family), [batch])
-    found = rotation_by_layer(stream, {layer: rows.clone() for layer, rows in stream.items()}, rank=4)
+    found = rotation_by_layer(
+        stream, {layer: rows.clone() for layer, rows in stream.items()}, rank=4
+    )
     assert found["layer"].tolist() == [0, 1]
     for measure in ("subspace_overlap", "smallest_cosine", "pc1_cosine"):
         assert found[measure].tolist() == pytest.approx([1, 1], abs=1e-6)
@@ -55,7 +69,9 @@ def test_a_model_against_itself_gives_the_identity(family: str, make_model: Mode
     assert (angles_by_layer(stream, stream, rank=4)["cosine"] > 1 - 1e-6).all()
 
 
-def test_every_measure_sees_another_model_and_padding_changes_nothing(make_model: ModelMaker, batch: Batch, nearby: Mover, pad: Padder) -> None:
+def test_every_measure_sees_another_model_and_padding_changes_nothing(
+    make_model: ModelMaker, batch: Batch, nearby: Mover, pad: Padder
+) -> None:
     base = make_model()
     moved = nearby(base, 0.1)
     found = rotation_by_layer(streams(base, [batch]), streams(moved, [batch]))
@@ -73,7 +89,9 @@ def test_every_measure_sees_another_model_and_padding_changes_nothing(make_model
 @pytest.mark.parametrize("degrees", [0, 20, 60, 90])
 def test_a_turn_of_the_first_direction_is_its_angle(degrees: int) -> None:
     # Uncorrelated coordinates, so that the principal directions are the axes; axis 0 turns towards axis 7, which lies outside the top three.
-    before = torch.from_numpy(PCA(whiten=True).fit_transform(_rows().numpy())) * torch.tensor([8.0, 4, 2, 1, 0.5, 0.2, 0.1, 0.05], dtype=torch.float64)
+    before = torch.from_numpy(PCA(whiten=True).fit_transform(_rows().numpy())) * torch.tensor(
+        [8.0, 4, 2, 1, 0.5, 0.2, 0.1, 0.05], dtype=torch.float64
+    )
     turn = torch.eye(8, dtype=torch.float64)
     angle = math.radians(degrees)
     turn[0, 0] = turn[7, 7] = math.cos(angle)
@@ -93,7 +111,9 @@ def test_angles_agree_with_scikit_learn_and_scipy() -> None:
     before, after = _rows(0), _rows(0) + 0.4 * _rows(1)
     bases = [PCA(3).fit(rows.numpy()).components_.T for rows in (before, after)]
     expected = np.sort(np.cos(subspace_angles(*bases)))[::-1]
-    assert angles_by_layer({0: before}, {0: after}, rank=3)["cosine"].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert angles_by_layer({0: before}, {0: after}, rank=3)["cosine"].tolist() == pytest.approx(
+        expected.tolist(), abs=1e-5
+    )
     found = _measure(before, after)
     assert found["subspace_overlap"] == pytest.approx(np.square(expected).mean(), abs=1e-5)
     assert found["pc1_cosine"] == pytest.approx(abs(bases[0][:, 0] @ bases[1][:, 0]), abs=1e-5)
@@ -108,9 +128,13 @@ def test_streams_that_are_wider_than_long_agree_with_scikit_learn_too() -> None:
     assert found["subspace_overlap"] == pytest.approx(np.square(expected).mean(), abs=1e-5)
     assert found["random_overlap"] == pytest.approx(3 / 60)
     assert found["random_share"] == random_share(12, 60)
-    first = models[0].components_[0] * (-1 if float(before.mean(0).numpy() @ models[0].components_[0]) < 0 else 1)
+    first = models[0].components_[0] * (
+        -1 if float(before.mean(0).numpy() @ models[0].components_[0]) < 0 else 1
+    )
     deviation = np.sqrt(models[0].explained_variance_[0] * 11 / 12)
-    assert found["pc1_shift"] == pytest.approx(float((after - before).mean(0).numpy() @ first) / deviation, abs=1e-5)
+    assert found["pc1_shift"] == pytest.approx(
+        float((after - before).mean(0).numpy() @ first) / deviation, abs=1e-5
+    )
     assert found["norm"] == pytest.approx(float(after.norm(dim=1).mean()))
     # Without a change, nothing is moved by the change of coordinates.
     assert (_measure(before, before)[["pc1_shift", "pc2_shift"]] == 0).all()
@@ -126,7 +150,15 @@ def test_a_common_vector_and_a_scale_turn_nothing() -> None:
 def test_random_subspaces_overlap_as_their_rank_says() -> None:
     overlaps = []
     for seed in range(30):
-        one, other = (torch.randn(40, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1000 * part + seed)) for part in (1, 2))
+        one, other = (
+            torch.randn(
+                40,
+                32,
+                dtype=torch.float64,
+                generator=torch.Generator().manual_seed(1000 * part + seed),
+            )
+            for part in (1, 2)
+        )
         found = _measure(one, other, rank=8)
         assert found["random_overlap"] == pytest.approx(8 / 32)
         overlaps.append(found["subspace_overlap"])
@@ -185,7 +217,9 @@ def test_the_shape_of_a_shift_by_hand() -> None:
     found = _measure(before, before + delta, rank=1)
     assert found["shift_rank"] == pytest.approx(25**2 / (9**2 + 16**2))
     assert found["leading_share"] == pytest.approx(16 / 25)
-    assert found["common_share"] == pytest.approx(3 * (1 + 16 / 9) / 25)  # the mean is (1, -4/3, 0, 0)
+    assert found["common_share"] == pytest.approx(
+        3 * (1 + 16 / 9) / 25
+    )  # the mean is (1, -4/3, 0, 0)
 
 
 def test_a_shift_has_one_shape_whichever_side_is_longer() -> None:
@@ -194,7 +228,9 @@ def test_a_shift_has_one_shape_whichever_side_is_longer() -> None:
     tall = torch.zeros(30, 6, dtype=torch.float64)
     one, other = (
         _measure(_rows(rows=30, width=6) + tall, _rows(rows=30, width=6) + rows),
-        _measure(_rows(rows=6, width=30, decay=0.9) + wide, _rows(rows=6, width=30, decay=0.9) + rows.T),
+        _measure(
+            _rows(rows=6, width=30, decay=0.9) + wide, _rows(rows=6, width=30, decay=0.9) + rows.T
+        ),
     )
     assert one["shift_rank"] == pytest.approx(other["shift_rank"])
     assert one["leading_share"] == pytest.approx(other["leading_share"])
@@ -206,7 +242,14 @@ def test_the_nulls_are_what_isotropic_shifts_have(count: int, width: int) -> Non
     shares, ranks, common = [], [], []
     before = _rows(rows=count, width=width, decay=0.95)
     for seed in range(60):
-        found = _measure(before, before + torch.randn(count, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), rank=2)
+        found = _measure(
+            before,
+            before
+            + torch.randn(
+                count, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+            ),
+            rank=2,
+        )
         shares.append(found["leading_share"])
         ranks.append(found["shift_rank"])
         common.append(found["common_share"])
@@ -250,10 +293,14 @@ def test_anchors_stand_beside_every_model() -> None:
     found = with_anchors(rotation_by_layer, base, {"never-learned": other})
     assert found["model"].tolist() == ["base"] * 2 + ["base, shuffled"] * 2 + ["never-learned"] * 2
     by_model = found.groupby("model")
-    assert by_model["subspace_overlap"].min()[["base", "base, shuffled"]].tolist() == pytest.approx([1, 1])  # subspaces do not know the pairing
+    assert by_model["subspace_overlap"].min()[["base", "base, shuffled"]].tolist() == pytest.approx(
+        [1, 1]
+    )  # subspaces do not know the pairing
     assert by_model["shift_rank"].count().tolist() == [0, 2, 2]
     # A measure of pairs does: cosines and CKA of unrelated rows.
-    shift = with_anchors(shift_by_layer, base, {"never-learned": other}).groupby("model")["cka"].mean()
+    shift = (
+        with_anchors(shift_by_layer, base, {"never-learned": other}).groupby("model")["cka"].mean()
+    )
     assert shift["base"] == pytest.approx(1.0)
     assert abs(shift["base, shuffled"]) < 0.1
     assert 0.5 < shift["never-learned"] < 1
@@ -277,11 +324,17 @@ def test_shuffling_keeps_rows_and_takes_one_order_for_all_blocks() -> None:
 def test_rows_of_the_table_leave_out_what_has_no_value() -> None:
     table = Table({"run": "r", "method": "npo", "seed": 0})
     before = _rows()
-    add_rotation(table, rotation_by_layer({0: before, 2: before}, {0: before + _rows(1), 2: before}), split="forget-heldout")
+    add_rotation(
+        table,
+        rotation_by_layer({0: before, 2: before}, {0: before + _rows(1), 2: before}),
+        split="forget-heldout",
+    )
     frame = table.frame()
     assert set(frame["stage"]) == {"representation"}
     assert set(frame.loc[frame["site"] == "blocks.0.hook_resid_post", "metric"]) == set(MEASURES)
-    assert set(frame.loc[frame["site"] == "blocks.2.hook_resid_post", "metric"]) == set(MEASURES) - set(SHAPE)
+    assert set(frame.loc[frame["site"] == "blocks.2.hook_resid_post", "metric"]) == set(
+        MEASURES
+    ) - set(SHAPE)
 
 
 def test_bad_input_says_what_would_be_right() -> None:

@@ -64,20 +64,30 @@ def _retain_gradient(model: PreTrainedModel, pair: Pair, gradients: Gradients) -
 
 
 @pytest.mark.parametrize("rho", [1e-3, 0.05, 2.0])
-def test_the_perturbation_has_length_rho_along_the_forget_gradient(rho: float, llama: PreTrainedModel, pair: Pair, nearby: Mover, gradients: Gradients) -> None:
+def test_the_perturbation_has_length_rho_along_the_forget_gradient(
+    rho: float, llama: PreTrainedModel, pair: Pair, nearby: Mover, gradients: Gradients
+) -> None:
     model = nearby(llama)
     direction = gradients(model, OBJECTIVE.forget_term(model, pair, llama))
     forget_at: list[Weights] = []
     retain_at: list[Weights] = []
-    objective = Objective(_watched(OBJECTIVE.forget, forget_at), _watched(retain_cross_entropy, retain_at), 1.3, 0.7)
+    objective = Objective(
+        _watched(OBJECTIVE.forget, forget_at), _watched(retain_cross_entropy, retain_at), 1.3, 0.7
+    )
     start = _weights(model)
     sam(rho)(model, objective, pair, llama)
     assert len(forget_at) == 2 and len(retain_at) == 1
     # Only the second forget pass is perturbed.
-    assert all(torch.equal(forget_at[0][name], start[name]) and torch.equal(retain_at[0][name], start[name]) for name in start)
+    assert all(
+        torch.equal(forget_at[0][name], start[name])
+        and torch.equal(retain_at[0][name], start[name])
+        for name in start
+    )
     epsilon = _difference(forget_at[1], start)
     assert _norm(epsilon) == pytest.approx(rho, rel=1e-3)
-    cosine = sum(float((epsilon[name] * direction[name].double()).sum()) for name in start) / (_norm(epsilon) * _norm(direction))
+    cosine = sum(float((epsilon[name] * direction[name].double()).sum()) for name in start) / (
+        _norm(epsilon) * _norm(direction)
+    )
     assert cosine == pytest.approx(1, abs=1e-4)  # uphill: it raises the forget term
 
 
@@ -92,7 +102,10 @@ def test_the_gradient_is_that_of_forget_at_the_perturbed_and_of_retain_at_the_pr
     with torch.no_grad():
         for name, parameter in there.named_parameters():
             parameter.add_(forget[name], alpha=rho / _norm(forget))
-    expected = {name: g + retain[name] for name, g in gradients(there, OBJECTIVE.forget_term(there, pair, llama)).items()}
+    expected = {
+        name: g + retain[name]
+        for name, g in gradients(there, OBJECTIVE.forget_term(there, pair, llama)).items()
+    }
     sam(rho)(model, OBJECTIVE, pair, llama)
     assert _norm(_difference(_grads(model), expected)) <= 1e-4 * _norm(expected)
     # The test would not notice a missing perturbation if it changed nothing.
@@ -108,7 +121,9 @@ def test_weights_are_put_back_bit_by_bit(llama: PreTrainedModel, pair: Pair, nea
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_weights_and_gradients_are_put_back_when_the_perturbed_pass_raises(backward: bool, llama: PreTrainedModel, pair: Pair, nearby: Mover) -> None:
+def test_weights_and_gradients_are_put_back_when_the_perturbed_pass_raises(
+    backward: bool, llama: PreTrainedModel, pair: Pair, nearby: Mover
+) -> None:
     model, calls = nearby(llama), list[int]()
 
     def explode(_gradient: Tensor) -> Tensor:
@@ -121,7 +136,9 @@ def test_weights_and_gradients_are_put_back_when_the_perturbed_pass_raises(backw
             return npo(0.1)(model, batch, reference)
         if not backward:
             raise ZeroDivisionError("planted")
-        handle = model.get_submodule("model.layers.0").register_forward_hook(lambda _m, _a, output: output.register_hook(explode) and None)
+        handle = model.get_submodule("model.layers.0").register_forward_hook(
+            lambda _m, _a, output: output.register_hook(explode) and None
+        )
         loss = npo(0.1)(model, batch, reference)
         handle.remove()
         return loss
@@ -137,23 +154,34 @@ def test_weights_and_gradients_are_put_back_when_the_perturbed_pass_raises(backw
     assert all(torch.equal(value, grads[name]) for name, value in _grads(model).items())
 
 
-def test_a_vanishing_radius_gives_the_plain_step(llama: PreTrainedModel, pair: Pair, nearby: Mover) -> None:
+def test_a_vanishing_radius_gives_the_plain_step(
+    llama: PreTrainedModel, pair: Pair, nearby: Mover
+) -> None:
     first, second = nearby(llama), nearby(llama)
-    plain_log, sam_log = plain(first, OBJECTIVE, pair, llama), sam(1e-6)(second, OBJECTIVE, pair, llama)
+    plain_log, sam_log = (
+        plain(first, OBJECTIVE, pair, llama),
+        sam(1e-6)(second, OBJECTIVE, pair, llama),
+    )
     assert _norm(_difference(_grads(second), _grads(first))) <= 1e-4 * _norm(_grads(first))
     assert sam_log["forget"] == pytest.approx(plain_log["forget"], rel=1e-6)
     assert sam_log["retain"] == pytest.approx(plain_log["retain"], rel=1e-6)
 
 
-def test_the_plain_step_is_the_gradient_of_the_whole_objective(llama: PreTrainedModel, pair: Pair, nearby: Mover, gradients: Gradients) -> None:
+def test_the_plain_step_is_the_gradient_of_the_whole_objective(
+    llama: PreTrainedModel, pair: Pair, nearby: Mover, gradients: Gradients
+) -> None:
     model = nearby(llama)
     expected = gradients(model, OBJECTIVE(model, pair, llama))
     log = plain(model, OBJECTIVE, pair, llama)
     assert _norm(_difference(_grads(model), expected)) <= 1e-5 * _norm(expected)
-    assert log["forget"] + log["retain"] == pytest.approx(float(OBJECTIVE(model, pair, llama).detach()), rel=1e-6)
+    assert log["forget"] + log["retain"] == pytest.approx(
+        float(OBJECTIVE(model, pair, llama).detach()), rel=1e-6
+    )
 
 
-def test_frozen_parameters_are_neither_perturbed_nor_counted(llama: PreTrainedModel, pair: Pair, nearby: Mover) -> None:
+def test_frozen_parameters_are_neither_perturbed_nor_counted(
+    llama: PreTrainedModel, pair: Pair, nearby: Mover
+) -> None:
     model, seen = nearby(llama), list[Weights]()
     frozen = {name for name, _ in model.named_parameters() if "layers.0" in name or "embed" in name}
     for name, parameter in model.named_parameters():
@@ -167,7 +195,9 @@ def test_frozen_parameters_are_neither_perturbed_nor_counted(llama: PreTrainedMo
 
 
 @pytest.mark.parametrize("rule", [plain, sam(0.2)], ids=["plain", "sam"])
-def test_a_step_adds_to_gradients_that_are_there(rule: Callable[..., dict[str, float]], llama: PreTrainedModel, pair: Pair, nearby: Mover) -> None:
+def test_a_step_adds_to_gradients_that_are_there(
+    rule: Callable[..., dict[str, float]], llama: PreTrainedModel, pair: Pair, nearby: Mover
+) -> None:
     fresh, filled = nearby(llama), nearby(llama)
     for parameter in filled.parameters():
         parameter.grad = torch.full_like(parameter, 0.5)
@@ -178,8 +208,12 @@ def test_a_step_adds_to_gradients_that_are_there(rule: Callable[..., dict[str, f
 
 
 @pytest.mark.parametrize("rho", [1e-4, 1e-3])
-def test_the_forget_term_rises_by_rho_times_the_gradient_length(rho: float, llama: PreTrainedModel, pair: Pair, gradients: Gradients) -> None:
-    def forget(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:  # in float64 to the end
+def test_the_forget_term_rises_by_rho_times_the_gradient_length(
+    rho: float, llama: PreTrainedModel, pair: Pair, gradients: Gradients
+) -> None:
+    def forget(
+        model: PreTrainedModel, batch: Batch, reference: PreTrainedModel
+    ) -> Tensor:  # in float64 to the end
         logits: Tensor = model(**batch.inputs).logits
         return logits.square().mean() / 10
 
@@ -190,7 +224,9 @@ def test_the_forget_term_rises_by_rho_times_the_gradient_length(rho: float, llam
     assert log["retain"] == 0.0
 
 
-def test_a_forget_term_without_gradient_is_not_perturbed(llama: PreTrainedModel, pair: Pair) -> None:
+def test_a_forget_term_without_gradient_is_not_perturbed(
+    llama: PreTrainedModel, pair: Pair
+) -> None:
     seen: list[Weights] = []
 
     def flat(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:

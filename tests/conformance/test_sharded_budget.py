@@ -26,7 +26,9 @@ from workbench.evaluation.losses import mean_kl, next_token_logits
 from workbench.unlearning.budget import match_budget
 from workbench.unlearning.deltas import apply_delta, delta_between, norm_of, snapshot
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo")
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
+)
 
 PROCESSES = 2
 VOCABULARY = 51  # odd: the two shards of the embedding differ in size
@@ -84,7 +86,12 @@ def _is_sharded(model: PreTrainedModel) -> bool:
     return all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def _measured(base: PreTrainedModel, budget: float, shard: Callable[[PreTrainedModel], PreTrainedModel], note: dict[str, Any]) -> None:
+def _measured(
+    base: PreTrainedModel,
+    budget: float,
+    shard: Callable[[PreTrainedModel], PreTrainedModel],
+    note: dict[str, Any],
+) -> None:
     """Fill ``note`` with everything that unlearning asks of deltas and of the budget; ``shard`` is applied to every model first."""
     batch = _texts()
     with torch.no_grad():
@@ -151,7 +158,13 @@ def _process(rank: int, folder: str, budget: float) -> None:
     torch.set_num_threads(1)
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=PROCESSES,
+        timeout=datetime.timedelta(seconds=60),
+    )
     mesh = dist.init_device_mesh("cpu", (PROCESSES,))
     notes: dict[str, dict[str, Any]] = {}
 
@@ -188,12 +201,20 @@ def alone() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def processes(alone: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def processes(
+    alone: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """What each of the two processes found. They run this file: a spawned function would have to be importable, and a test module need not be."""
     folder, root = tmp_path_factory.mktemp("sharded"), str(Path(__file__).resolve().parents[2])
-    commands = [[sys.executable, __file__, str(rank), str(folder), repr(alone["budget"])] for rank in range(PROCESSES)]
+    commands = [
+        [sys.executable, __file__, str(rank), str(folder), repr(alone["budget"])]
+        for rank in range(PROCESSES)
+    ]
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
+    running = [
+        subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
     try:
         errors = [process.communicate(timeout=120)[1] for process in running]
     finally:
@@ -204,13 +225,17 @@ def processes(alone: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(params=RESHARD)
-def sharded(request: pytest.FixtureRequest, processes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def sharded(
+    request: pytest.FixtureRequest, processes: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """The same on sharded weights, process by process."""
     return [notes[request.param] for notes in processes]
 
 
 def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return list(ours) == list(theirs) and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    return list(ours) == list(theirs) and all(
+        torch.equal(value, theirs[name]) for name, value in ours.items()
+    )
 
 
 def test_the_search_in_one_process_ends_inside(alone: dict[str, Any]) -> None:
@@ -219,10 +244,14 @@ def test_the_search_in_one_process_ends_inside(alone: dict[str, Any]) -> None:
     assert reached and 0.1 < alpha < 0.9 and len(tried) > 5
     assert 0.98 * alone["budget"] <= disruption <= alone["budget"]
     assert "sharded" in alone and not alone["sharded"]
-    assert not [name for name in alone["names"] if "layers.0.mlp" in name] and len(alone["names"]) > 10
+    assert (
+        not [name for name in alone["names"] if "layers.0.mlp" in name] and len(alone["names"]) > 10
+    )
 
 
-def test_a_delta_of_shards_has_the_names_the_values_and_the_length_of_the_whole(alone: dict[str, Any], sharded: list[dict[str, Any]]) -> None:
+def test_a_delta_of_shards_has_the_names_the_values_and_the_length_of_the_whole(
+    alone: dict[str, Any], sharded: list[dict[str, Any]]
+) -> None:
     for note in sharded:
         assert note["sharded"]
         assert note["names"] == alone["names"] and note["unchanged"] == []
@@ -231,20 +260,26 @@ def test_a_delta_of_shards_has_the_names_the_values_and_the_length_of_the_whole(
         assert note["start norm"] == pytest.approx(alone["start norm"], rel=1e-12)
 
 
-def test_a_change_in_one_processs_shard_alone_is_named_by_both(sharded: list[dict[str, Any]]) -> None:
+def test_a_change_in_one_processs_shard_alone_is_named_by_both(
+    sharded: list[dict[str, Any]],
+) -> None:
     for note in sharded:
         assert sorted(note["late"]) == sorted(LATE)
         # 24 entries of a row of down_proj, one of the norm, 16 of a row of lm_head
         assert note["late norm"] == pytest.approx(0.25 * math.sqrt(24 + 1 + 16), rel=1e-6)
 
 
-def test_a_sharded_model_costs_what_the_whole_one_costs(alone: dict[str, Any], sharded: list[dict[str, Any]]) -> None:
+def test_a_sharded_model_costs_what_the_whole_one_costs(
+    alone: dict[str, Any], sharded: list[dict[str, Any]]
+) -> None:
     for note in sharded:
         assert "disruption" in note, note["error"]
         assert note["disruption"] == pytest.approx(alone["disruption"], rel=1e-6)
 
 
-def test_the_line_search_on_shards_ends_where_it_ends_on_the_whole(alone: dict[str, Any], sharded: list[dict[str, Any]]) -> None:
+def test_the_line_search_on_shards_ends_where_it_ends_on_the_whole(
+    alone: dict[str, Any], sharded: list[dict[str, Any]]
+) -> None:
     for note in sharded:
         assert "match" in note, note["error"]
         alpha, disruption, reached, tried = note["match"]
@@ -254,7 +289,9 @@ def test_the_line_search_on_shards_ends_where_it_ends_on_the_whole(alone: dict[s
     assert sharded[0]["match"] == sharded[1]["match"]
 
 
-def test_a_scaled_delta_gives_the_same_weights_and_zero_restores_every_bit(alone: dict[str, Any], sharded: list[dict[str, Any]]) -> None:
+def test_a_scaled_delta_gives_the_same_weights_and_zero_restores_every_bit(
+    alone: dict[str, Any], sharded: list[dict[str, Any]]
+) -> None:
     base = {name: value.detach() for name, value in _model().named_parameters()}
     for note in sharded:
         assert "error" not in note, note["error"]
@@ -269,10 +306,15 @@ def test_a_scaled_delta_gives_the_same_weights_and_zero_restores_every_bit(alone
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", SEEN)
-def test_processes_that_see_different_numbers_go_by_the_first(name: str, sign: int, processes: list[dict[str, Any]]) -> None:
+def test_processes_that_see_different_numbers_go_by_the_first(
+    name: str, sign: int, processes: list[dict[str, Any]]
+) -> None:
     first, second = (notes["search"] for notes in processes)
     assert "error" not in first and "error" not in second
-    expected, other = (repr(astuple(match_budget(SEEN[name](error), 0.5))) for error in (sign * ERROR, -sign * ERROR))
+    expected, other = (
+        repr(astuple(match_budget(SEEN[name](error), 0.5)))
+        for error in (sign * ERROR, -sign * ERROR)
+    )
     # As text, which tells numbers apart bit by bit and knows NaN from a number and not from itself.
     assert repr(first[name, sign]) == repr(second[name, sign]) == expected
     assert expected != other  # each by itself, they would have gone different ways

@@ -17,7 +17,15 @@ from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy
 from workbench.sharpness.curvature import Curvature, extremes
-from workbench.sharpness.slices import Direction, descent_direction, loss_slice, mean_loss, moved, random_direction, scaled
+from workbench.sharpness.slices import (
+    Direction,
+    descent_direction,
+    loss_slice,
+    mean_loss,
+    moved,
+    random_direction,
+    scaled,
+)
 from workbench.unlearning.deltas import norm_of
 
 ModelMaker = Callable[..., PreTrainedModel]
@@ -45,7 +53,11 @@ def _nll_sum(model: PreTrainedModel, weights: dict[str, Tensor], batch: Batch) -
     total = torch.zeros((), dtype=torch.float64)
     for row in range(batch.size):
         length = int(batch.attention_mask[row].sum())
-        logits = functional_call(model, weights, kwargs={"input_ids": batch.input_ids[row : row + 1, :length], "use_cache": False}).logits[0]
+        logits = functional_call(
+            model,
+            weights,
+            kwargs={"input_ids": batch.input_ids[row : row + 1, :length], "use_cache": False},
+        ).logits[0]
         log_p = logits.double().log_softmax(-1)
         for position in range(1, length):
             if bool(batch.target_mask[row, position]):
@@ -63,10 +75,18 @@ def _eager(model: PreTrainedModel) -> PreTrainedModel:
 def _dense(model: PreTrainedModel, batch: Batch) -> np.ndarray:
     """Dense Hessian of the mean token loss over the trainable parameters, in the order of ``model.parameters()``."""
     twin = _eager(model)
-    names, parameters = zip(*[(name, p) for name, p in twin.named_parameters() if p.requires_grad], strict=True)
-    loss = _nll_sum(twin, dict(zip(names, parameters, strict=True)), batch) / int(batch.target_mask[:, 1:].sum())
-    gradient = torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, parameters, create_graph=True)])
-    rows = torch.autograd.grad(gradient, parameters, torch.eye(len(gradient), dtype=torch.float64), is_grads_batched=True)
+    names, parameters = zip(
+        *[(name, p) for name, p in twin.named_parameters() if p.requires_grad], strict=True
+    )
+    loss = _nll_sum(twin, dict(zip(names, parameters, strict=True)), batch) / int(
+        batch.target_mask[:, 1:].sum()
+    )
+    gradient = torch.cat(
+        [part.reshape(-1) for part in torch.autograd.grad(loss, parameters, create_graph=True)]
+    )
+    rows = torch.autograd.grad(
+        gradient, parameters, torch.eye(len(gradient), dtype=torch.float64), is_grads_batched=True
+    )
     return torch.cat([row.reshape(len(gradient), -1) for row in rows], dim=1).numpy()
 
 
@@ -79,7 +99,11 @@ def _rows(batch: Batch, rows: Sequence[int]) -> Batch:
     """Some rows of a batch, as a batch."""
     chosen = list(rows)
     names = ("input_ids", "attention_mask", "answer_mask", "subject_mask", "target_mask")
-    return replace(batch, **{name: getattr(batch, name)[chosen] for name in names}, items=tuple(batch.items[row] for row in chosen))
+    return replace(
+        batch,
+        **{name: getattr(batch, name)[chosen] for name in names},
+        items=tuple(batch.items[row] for row in chosen),
+    )
 
 
 def _vector(size: int, seed: int = 0) -> np.ndarray:
@@ -95,7 +119,9 @@ def small(make_model: ModelMaker) -> PreTrainedModel:
 # --- Hessian-vector products ---
 
 
-def test_the_product_is_the_dense_hessian_times_the_vector(small: PreTrainedModel, batch: Batch) -> None:
+def test_the_product_is_the_dense_hessian_times_the_vector(
+    small: PreTrainedModel, batch: Batch
+) -> None:
     hessian = _dense(small, batch)
     operator = Curvature(small, [batch])
     assert operator.size == len(hessian) == 288
@@ -108,10 +134,14 @@ def test_the_product_is_the_dense_hessian_times_the_vector(small: PreTrainedMode
     for column in (0, 130, 270, 287):
         unit = np.zeros(operator.size)
         unit[column] = 1
-        np.testing.assert_allclose(operator.product(unit), hessian[:, column], atol=1e-4 * np.abs(hessian).max())
+        np.testing.assert_allclose(
+            operator.product(unit), hessian[:, column], atol=1e-4 * np.abs(hessian).max()
+        )
 
 
-def test_the_product_is_the_change_of_the_gradient_along_the_vector_in_every_parameter(llama: PreTrainedModel, batch: Batch, make_batch: BatchMaker) -> None:
+def test_the_product_is_the_change_of_the_gradient_along_the_vector_in_every_parameter(
+    llama: PreTrainedModel, batch: Batch, make_batch: BatchMaker
+) -> None:
     texts = [batch, make_batch((4, 8), seed=3)]
     operator = Curvature(llama, texts)
     assert operator.size == llama.num_parameters()
@@ -122,7 +152,9 @@ def test_the_product_is_the_change_of_the_gradient_along_the_vector_in_every_par
     gradients = []
     for sign in (1, -1):
         with torch.no_grad():
-            for parameter, origin, part in zip(llama.parameters(), start, operator.unflat(vector), strict=True):
+            for parameter, origin, part in zip(
+                llama.parameters(), start, operator.unflat(vector), strict=True
+            ):
                 parameter.copy_(origin + sign * step * part)
         gradients.append(Curvature(llama, texts).gradient())
     difference = (gradients[0] - gradients[1]) / (2 * step)
@@ -130,13 +162,19 @@ def test_the_product_is_the_change_of_the_gradient_along_the_vector_in_every_par
     assert _apart(found, difference) < 5e-3
 
 
-def test_the_gradient_is_that_of_the_mean_token_loss(small: PreTrainedModel, batch: Batch, make_batch: BatchMaker) -> None:
+def test_the_gradient_is_that_of_the_mean_token_loss(
+    small: PreTrainedModel, batch: Batch, make_batch: BatchMaker
+) -> None:
     other = make_batch((9, 3), seed=5)
     twin = _eager(small)
     parameters = {name: p for name, p in twin.named_parameters() if p.requires_grad}
     # Thirteen-odd tokens in one batch and ten in the other: the mean over tokens is not the mean over batches.
-    loss = sum(_nll_sum(twin, parameters, one) for one in (batch, other)) / sum(int(one.target_mask.sum()) for one in (batch, other))
-    expected = torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, list(parameters.values()))]).numpy()
+    loss = sum(_nll_sum(twin, parameters, one) for one in (batch, other)) / sum(
+        int(one.target_mask.sum()) for one in (batch, other)
+    )
+    expected = torch.cat(
+        [part.reshape(-1) for part in torch.autograd.grad(loss, list(parameters.values()))]
+    ).numpy()
     assert _apart(Curvature(small, [batch, other]).gradient(), expected) < 1e-5
 
 
@@ -156,7 +194,9 @@ def test_the_product_is_linear(llama: PreTrainedModel, batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_split_into_micro_batches_gives_the_same_product_and_gradient(seed: int, llama: PreTrainedModel, make_batch: BatchMaker) -> None:
+def test_any_split_into_micro_batches_gives_the_same_product_and_gradient(
+    seed: int, llama: PreTrainedModel, make_batch: BatchMaker
+) -> None:
     rng = np.random.default_rng(seed)
     whole = make_batch((9, 4, 6, 7, 3, 8), seed=seed)
     # Random targets: rows, and so micro-batches, with very different numbers of target tokens, one row with none at all.
@@ -172,14 +212,18 @@ def test_any_split_into_micro_batches_gives_the_same_product_and_gradient(seed: 
     assert many.tokens == one.tokens == int(keep.sum())
 
 
-def test_more_padding_changes_neither_product_nor_gradient(llama: PreTrainedModel, batch: Batch, pad: Padder) -> None:
+def test_more_padding_changes_neither_product_nor_gradient(
+    llama: PreTrainedModel, batch: Batch, pad: Padder
+) -> None:
     plain, padded = Curvature(llama, [batch]), Curvature(llama, [pad(batch, columns=4)])
     vector = _vector(plain.size)
     assert _apart(padded.gradient(), plain.gradient()) < 1e-5
     assert _apart(padded.product(vector), plain.product(vector)) < 1e-5
 
 
-def test_tied_embeddings_are_one_block_that_sums_the_blocks_of_the_untied_twin(make_model: ModelMaker, batch: Batch) -> None:
+def test_tied_embeddings_are_one_block_that_sums_the_blocks_of_the_untied_twin(
+    make_model: ModelMaker, batch: Batch
+) -> None:
     tied, untied = make_model(tie_word_embeddings=True), make_model(tie_word_embeddings=False)
     weights = tied.state_dict()
     untied.load_state_dict({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
@@ -197,9 +241,13 @@ def test_tied_embeddings_are_one_block_that_sums_the_blocks_of_the_untied_twin(m
     assert _apart(one.product(vector), folded) < 1e-5
 
 
-def test_frozen_parameters_are_no_part_of_the_operator(make_model: ModelMaker, batch: Batch) -> None:
+def test_frozen_parameters_are_no_part_of_the_operator(
+    make_model: ModelMaker, batch: Batch
+) -> None:
     full, part = Curvature(make_model(), [batch]), Curvature(_only(make_model(), SUBSET), [batch])
-    inside = np.concatenate([np.full(p.numel(), name in SUBSET) for name, p in make_model().named_parameters()])
+    inside = np.concatenate(
+        [np.full(p.numel(), name in SUBSET) for name, p in make_model().named_parameters()]
+    )
     assert part.size == int(inside.sum())
     vector = _vector(part.size)
     padded = np.zeros(full.size)
@@ -212,7 +260,9 @@ def test_flat_and_unflat_are_inverse(small: PreTrainedModel, batch: Batch) -> No
     operator = Curvature(small, [batch])
     vector = _vector(operator.size).astype(np.float32).astype(np.float64)
     parts = operator.unflat(vector)
-    assert [part.shape for part in parts] == [p.shape for p in small.parameters() if p.requires_grad]
+    assert [part.shape for part in parts] == [
+        p.shape for p in small.parameters() if p.requires_grad
+    ]
     np.testing.assert_array_equal(operator.flat(parts), vector)
 
 
@@ -221,7 +271,9 @@ def test_products_leave_weights_and_grad_fields_alone(llama: PreTrainedModel, ba
     operator = Curvature(llama, [batch, batch])
     operator.product(_vector(operator.size))
     operator.gradient()
-    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in llama.named_parameters())
+    assert all(
+        torch.equal(p, before[name]) and p.grad is None for name, p in llama.named_parameters()
+    )
 
 
 # --- Wrong input ---
@@ -234,7 +286,9 @@ def test_a_model_in_training_mode_is_refused(llama: PreTrainedModel, batch: Batc
         extremes(llama, [batch])
 
 
-def test_a_model_with_nothing_to_train_and_a_set_without_texts_are_refused(llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_model_with_nothing_to_train_and_a_set_without_texts_are_refused(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     with pytest.raises(WorkbenchError):
         Curvature(llama, [])
     with pytest.raises(WorkbenchError):
@@ -242,7 +296,9 @@ def test_a_model_with_nothing_to_train_and_a_set_without_texts_are_refused(llama
 
 
 @pytest.mark.parametrize("sick", [0, 1])
-def test_a_loss_that_is_not_finite_is_refused_in_whichever_batch_it_is(sick: int, llama: PreTrainedModel, make_batch: BatchMaker) -> None:
+def test_a_loss_that_is_not_finite_is_refused_in_whichever_batch_it_is(
+    sick: int, llama: PreTrainedModel, make_batch: BatchMaker
+) -> None:
     # Token 2 is in no generated text (they start at 3), so its broken embedding spoils only the batch that we put it into.
     with torch.no_grad():
         llama.get_input_embeddings().weight[2] = torch.nan
@@ -255,7 +311,9 @@ def test_a_loss_that_is_not_finite_is_refused_in_whichever_batch_it_is(sick: int
 # --- Extreme eigenvalues ---
 
 
-def test_extremes_are_both_ends_of_the_dense_spectrum_with_small_residuals(small: PreTrainedModel, batch: Batch) -> None:
+def test_extremes_are_both_ends_of_the_dense_spectrum_with_small_residuals(
+    small: PreTrainedModel, batch: Batch
+) -> None:
     hessian = _dense(small, batch)
     values = np.linalg.eigvalsh(hessian)
     found = extremes(small, [_rows(batch, [0]), _rows(batch, [1, 2])], tolerance=1e-6)
@@ -264,18 +322,24 @@ def test_extremes_are_both_ends_of_the_dense_spectrum_with_small_residuals(small
     assert found.bottom < 0 < found.top
     assert 0 <= found.top_residual < 1e-3
     assert 0 <= found.bottom_residual < 1e-2
-    assert found.gradient_norm == pytest.approx(float(np.linalg.norm(Curvature(small, [batch]).gradient())), rel=1e-4)
+    assert found.gradient_norm == pytest.approx(
+        float(np.linalg.norm(Curvature(small, [batch]).gradient())), rel=1e-4
+    )
     assert 10 <= found.products <= 450
 
 
-def test_extremes_do_not_depend_on_the_starting_vector(small: PreTrainedModel, batch: Batch) -> None:
+def test_extremes_do_not_depend_on_the_starting_vector(
+    small: PreTrainedModel, batch: Batch
+) -> None:
     first, second = (extremes(small, [batch], seed=seed, tolerance=1e-5) for seed in (1, 2))
     assert first.top == pytest.approx(second.top, rel=1e-3)
     assert first.bottom == pytest.approx(second.bottom, rel=1e-3)
     assert extremes(small, [batch], seed=1, tolerance=1e-5) == first
 
 
-def test_a_search_that_does_not_converge_is_an_error_that_names_the_remedy(llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_search_that_does_not_converge_is_an_error_that_names_the_remedy(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     with pytest.raises(WorkbenchError, match="max_products"):
         extremes(llama, [batch], tolerance=1e-12, max_products=8)
 
@@ -283,7 +347,9 @@ def test_a_search_that_does_not_converge_is_an_error_that_names_the_remedy(llama
 # --- Directions ---
 
 
-def test_every_filter_of_a_random_direction_has_the_norm_of_the_same_filter_of_the_weights(llama: PreTrainedModel) -> None:
+def test_every_filter_of_a_random_direction_has_the_norm_of_the_same_filter_of_the_weights(
+    llama: PreTrainedModel,
+) -> None:
     direction = random_direction(llama, seed=0)
     for name, parameter in llama.named_parameters():
         if parameter.ndim < 2:
@@ -303,7 +369,9 @@ def test_every_filter_of_a_random_direction_has_the_norm_of_the_same_filter_of_t
     assert set(direction) == {name for name, p in llama.named_parameters() if p.ndim > 1}
 
 
-def test_a_seed_decides_a_random_direction_and_global_randomness_does_not(llama: PreTrainedModel) -> None:
+def test_a_seed_decides_a_random_direction_and_global_randomness_does_not(
+    llama: PreTrainedModel,
+) -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
     first = random_direction(llama, seed=3)
@@ -322,12 +390,16 @@ def test_a_filter_of_zeros_stays_zero(llama: PreTrainedModel) -> None:
     assert bool(torch.isfinite(value).all())
 
 
-def test_descent_is_minus_the_gradient_of_the_summed_loss(small: PreTrainedModel, batch: Batch, make_batch: BatchMaker) -> None:
+def test_descent_is_minus_the_gradient_of_the_summed_loss(
+    small: PreTrainedModel, batch: Batch, make_batch: BatchMaker
+) -> None:
     texts = [batch, make_batch((9, 3), seed=5)]
     twin = _eager(small)
     parameters = {name: p for name, p in twin.named_parameters() if p.requires_grad}
     total = sum(_nll_sum(twin, parameters, one) for one in texts)
-    expected = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
+    expected = dict(
+        zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True)
+    )
     found = descent_direction(small, texts)
     assert set(found) == set(SUBSET)
     for name, value in found.items():
@@ -358,7 +430,9 @@ def test_the_weights_come_back_bit_by_bit(dtype: torch.dtype, make_model: ModelM
         for position in (1e-7, -1e4, 0.3):
             move(direction, position)
         assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
-    assert all(torch.equal(p, before[name]) and p.dtype == dtype for name, p in model.named_parameters())
+    assert all(
+        torch.equal(p, before[name]) and p.dtype == dtype for name, p in model.named_parameters()
+    )
 
 
 def _raise_inside(model: PreTrainedModel, direction: Direction) -> None:
@@ -374,7 +448,9 @@ def test_the_weights_come_back_after_an_exception(llama: PreTrainedModel) -> Non
     assert all(torch.equal(p, before[name]) for name, p in llama.named_parameters())
 
 
-def test_the_weights_come_back_after_a_slice_that_fails(llama: PreTrainedModel, batch: Batch) -> None:
+def test_the_weights_come_back_after_a_slice_that_fails(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     before = {name: p.detach().clone() for name, p in llama.named_parameters()}
     broken = replace(batch, input_ids=batch.input_ids + 1000)  # no such tokens
     with pytest.raises((IndexError, RuntimeError)):
@@ -401,20 +477,28 @@ def test_a_move_along_another_direction_forgets_the_first(llama: PreTrainedModel
     with moved(llama) as move:
         move(everything, 1.0)
         move(head, 1.0)
-        torch.testing.assert_close(llama.lm_head.weight.detach(), start["lm_head.weight"] + head["lm_head.weight"])
+        torch.testing.assert_close(
+            llama.lm_head.weight.detach(), start["lm_head.weight"] + head["lm_head.weight"]
+        )
         assert torch.equal(llama.model.embed_tokens.weight, start["model.embed_tokens.weight"])
 
 
 # --- Slices ---
 
 
-def test_mean_loss_is_the_mean_over_the_tokens_of_all_batches(llama: PreTrainedModel, batch: Batch, make_batch: BatchMaker) -> None:
+def test_mean_loss_is_the_mean_over_the_tokens_of_all_batches(
+    llama: PreTrainedModel, batch: Batch, make_batch: BatchMaker
+) -> None:
     texts = [batch, make_batch((9, 3), seed=5, targets="answer")]
     total = sum(float(_nll_sum(_eager(llama), {}, one).detach()) for one in texts)
-    assert mean_loss(llama, texts) == pytest.approx(total / sum(int(one.target_mask.sum()) for one in texts), rel=1e-6)
+    assert mean_loss(llama, texts) == pytest.approx(
+        total / sum(int(one.target_mask.sum()) for one in texts), rel=1e-6
+    )
 
 
-def test_a_target_at_the_first_token_counts_in_no_mean(llama: PreTrainedModel, make_batch: BatchMaker) -> None:
+def test_a_target_at_the_first_token_counts_in_no_mean(
+    llama: PreTrainedModel, make_batch: BatchMaker
+) -> None:
     # A tokenizer without BOS and an answer that begins the text: encode marks token 0, which no model predicts. cross_entropy leaves it out.
     batch = make_batch((6, 6), targets="answer")
     mask = batch.target_mask.clone()
@@ -423,10 +507,14 @@ def test_a_target_at_the_first_token_counts_in_no_mean(llama: PreTrainedModel, m
     expected = float(cross_entropy(llama, batch).detach())
     assert float(cross_entropy(llama, marked).detach()) == pytest.approx(expected, rel=1e-6)
     assert mean_loss(llama, [marked]) == pytest.approx(expected, rel=1e-6)
-    assert _apart(Curvature(llama, [marked]).gradient(), Curvature(llama, [batch]).gradient()) < 1e-6
+    assert (
+        _apart(Curvature(llama, [marked]).gradient(), Curvature(llama, [batch]).gradient()) < 1e-6
+    )
 
 
-def test_position_zero_of_a_slice_is_the_mean_loss_exactly(llama: PreTrainedModel, batch: Batch, make_batch: BatchMaker) -> None:
+def test_position_zero_of_a_slice_is_the_mean_loss_exactly(
+    llama: PreTrainedModel, batch: Batch, make_batch: BatchMaker
+) -> None:
     losses = {"forget": [batch], "retain": [make_batch((4, 8), seed=3), make_batch((5,), seed=4)]}
     values = loss_slice(llama, random_direction(llama, seed=0), [-0.1, 0.0, 0.1], losses)
     for name, texts in losses.items():
@@ -441,58 +529,90 @@ def test_values_come_in_the_order_of_the_positions(llama: PreTrainedModel, batch
     assert shuffled == [forward[2], forward[0], forward[1]]
 
 
-def test_the_second_difference_of_a_slice_is_the_curvature_along_the_direction(llama: PreTrainedModel, batch: Batch) -> None:
+def test_the_second_difference_of_a_slice_is_the_curvature_along_the_direction(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     for seed in range(2):
         operator = Curvature(llama, [batch])
         direction = scaled(random_direction(llama, seed), 1.0)
         flat = np.concatenate(
-            [direction[name].double().numpy().reshape(-1) if name in direction else np.zeros(p.numel()) for name, p in llama.named_parameters()]
+            [
+                direction[name].double().numpy().reshape(-1)
+                if name in direction
+                else np.zeros(p.numel())
+                for name, p in llama.named_parameters()
+            ]
         )
         curvature = float(flat @ operator.product(flat))
         step = 0.02
-        below, here, above = loss_slice(llama, direction, [-step, 0.0, step], {"loss": [batch]})["loss"]
+        below, here, above = loss_slice(llama, direction, [-step, 0.0, step], {"loss": [batch]})[
+            "loss"
+        ]
         slope = float(flat @ operator.gradient())
         assert (above - below) / (2 * step) == pytest.approx(slope, rel=2e-2, abs=1e-3)
         assert (above - 2 * here + below) / step**2 == pytest.approx(curvature, rel=5e-2, abs=2e-2)
 
 
-def test_the_slope_along_unit_descent_is_minus_the_length_of_the_gradient(llama: PreTrainedModel, batch: Batch) -> None:
+def test_the_slope_along_unit_descent_is_minus_the_length_of_the_gradient(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     direction = scaled(descent_direction(llama, [batch]), 1.0)
     step = 1e-2
     below, above = loss_slice(llama, direction, [-step, step], {"loss": [batch]})["loss"]
-    assert (above - below) / (2 * step) == pytest.approx(-float(np.linalg.norm(Curvature(llama, [batch]).gradient())), rel=1e-2)
+    assert (above - below) / (2 * step) == pytest.approx(
+        -float(np.linalg.norm(Curvature(llama, [batch]).gradient())), rel=1e-2
+    )
 
 
-def test_a_slice_in_the_head_is_the_log_partition_of_linear_logits(llama: PreTrainedModel, batch: Batch) -> None:
+def test_a_slice_in_the_head_is_the_log_partition_of_linear_logits(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     # Logits are linear in the head: z(a) = h W' + a h D', so L(a) = mean(logsumexp z(a) - z(a)[target]) needs no model at all.
     head = llama.lm_head.weight.detach()
-    direction = {"lm_head.weight": torch.randn(head.shape, generator=torch.Generator().manual_seed(0))}
+    direction = {
+        "lm_head.weight": torch.randn(head.shape, generator=torch.Generator().manual_seed(0))
+    }
     with torch.no_grad():
         hidden = llama.model(**batch.inputs).last_hidden_state[:, :-1].double()
     mask = batch.target_mask[:, 1:]
     targets = batch.input_ids[:, 1:][mask]
-    base, slope = hidden[mask] @ head.double().T, hidden[mask] @ direction["lm_head.weight"].double().T
+    base, slope = (
+        hidden[mask] @ head.double().T,
+        hidden[mask] @ direction["lm_head.weight"].double().T,
+    )
     positions = [-1.0, -0.3, 0.0, 0.3, 1.0, 2.0]
     expected = []
     for a in positions:
         logits = base + a * slope
-        expected.append(float((logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]).mean()))
+        expected.append(
+            float((logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]).mean())
+        )
     found = loss_slice(llama, direction, positions, {"loss": [batch]})["loss"]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     # A log partition is convex in a.
     assert (found[1] - found[0]) / 0.7 < (found[3] - found[1]) / 0.6 < (found[5] - found[4]) / 1.0
 
 
-def test_the_same_change_of_every_row_of_the_head_changes_no_loss(llama: PreTrainedModel, batch: Batch) -> None:
+def test_the_same_change_of_every_row_of_the_head_changes_no_loss(
+    llama: PreTrainedModel, batch: Batch
+) -> None:
     # Softmax does not see a shift of all logits.
-    shift = {"lm_head.weight": torch.ones(50, 1) @ torch.randn(1, 16, generator=torch.Generator().manual_seed(0))}
+    shift = {
+        "lm_head.weight": torch.ones(50, 1)
+        @ torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
+    }
     values = loss_slice(llama, shift, [-1.0, 0.0, 1.0], {"loss": [batch]})["loss"]
     np.testing.assert_allclose(values, values[1], rtol=1e-5)
 
 
-def test_a_slice_towards_the_base_ends_at_the_loss_of_the_base(make_model: ModelMaker, batch: Batch) -> None:
+def test_a_slice_towards_the_base_ends_at_the_loss_of_the_base(
+    make_model: ModelMaker, batch: Batch
+) -> None:
     here, base = make_model(seed=1), make_model(seed=2)
-    towards = {name: q.detach() - p.detach() for (name, p), q in zip(here.named_parameters(), base.parameters(), strict=True)}
+    towards = {
+        name: q.detach() - p.detach()
+        for (name, p), q in zip(here.named_parameters(), base.parameters(), strict=True)
+    }
     values = loss_slice(here, towards, [0.0, 1.0], {"loss": [batch]})["loss"]
     assert values[0] == mean_loss(here, [batch])
     assert values[1] == pytest.approx(mean_loss(base, [batch]), rel=1e-5)

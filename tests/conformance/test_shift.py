@@ -29,7 +29,11 @@ def _rows(seed: int = 0, rows: int = 40, width: int = 6) -> Tensor:
 
 
 def _rotation(width: int = 6, seed: int = 1) -> Tensor:
-    return torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).Q
+    return torch.linalg.qr(
+        torch.randn(
+            width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
+    ).Q
 
 
 def _shift(before: Tensor, after: Tensor) -> pd.Series:
@@ -42,7 +46,12 @@ def _shift(before: Tensor, after: Tensor) -> pd.Series:
 def _hidden(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
     """What every block writes to the residual stream, on content tokens, from transformers alone. The last entry of ``hidden_states`` has gone through the final norm."""
     kept: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda _, __, out: kept.append((out[0] if isinstance(out, tuple) else out).detach())) for block in model.model.layers]
+    hooks = [
+        block.register_forward_hook(
+            lambda _, __, out: kept.append((out[0] if isinstance(out, tuple) else out).detach())
+        )
+        for block in model.model.layers
+    ]
     with torch.no_grad():
         states = model(**batch.inputs, output_hidden_states=True).hidden_states
     for hook in hooks:
@@ -55,7 +64,9 @@ def _hidden(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_streams_are_the_hidden_states_after_every_block_on_content_tokens(family: str, make_model: ModelMaker, make_batch: BatchMaker) -> None:
+def test_streams_are_the_hidden_states_after_every_block_on_content_tokens(
+    family: str, make_model: ModelMaker, make_batch: BatchMaker
+) -> None:
     model, batch = make_model(family, num_hidden_layers=3), make_batch((7, 4, 6))
     found, expected = streams(model, [batch]), _hidden(model, batch)
     assert list(found) == [0, 1, 2]
@@ -66,7 +77,9 @@ def test_streams_are_the_hidden_states_after_every_block_on_content_tokens(famil
         torch.testing.assert_close(rows, expected[layer], rtol=1e-5, atol=1e-6)
 
 
-def test_padding_and_the_first_token_give_no_row(make_model: ModelMaker, make_batch: BatchMaker, pad: Padder) -> None:
+def test_padding_and_the_first_token_give_no_row(
+    make_model: ModelMaker, make_batch: BatchMaker, pad: Padder
+) -> None:
     model, batch = make_model(), make_batch((7, 2, 5))
     plain = streams(model, [batch])
     for columns in (1, 4):
@@ -79,7 +92,9 @@ def test_padding_and_the_first_token_give_no_row(make_model: ModelMaker, make_ba
     torch.testing.assert_close(streams(model, [other])[1], plain[1], rtol=1e-5, atol=1e-6)
 
 
-def test_rows_come_text_by_text_whatever_the_batching(make_model: ModelMaker, make_batch: BatchMaker) -> None:
+def test_rows_come_text_by_text_whatever_the_batching(
+    make_model: ModelMaker, make_batch: BatchMaker
+) -> None:
     model = make_model()
     texts = [make_batch((length,), seed=length) for length in (5, 7, 3)]
     apart = streams(model, texts)
@@ -94,7 +109,9 @@ def test_measuring_leaves_the_model_alone(make_model: ModelMaker, batch: Batch) 
     streams(model, [batch])
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(
+        parameter.grad is None and parameter.requires_grad for parameter in model.parameters()
+    )
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -110,7 +127,9 @@ def test_streams_of_a_bf16_model_are_float32(make_model: ModelMaker, batch: Batc
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_every_measure_of_a_model_against_itself_is_the_identity(family: str, make_model: ModelMaker, batch: Batch) -> None:
+def test_every_measure_of_a_model_against_itself_is_the_identity(
+    family: str, make_model: ModelMaker, batch: Batch
+) -> None:
     model = make_model(family)
     found = shift_by_layer(streams(model, [batch]), streams(model, [batch]))
     assert found["layer"].tolist() == [0, 1]
@@ -119,7 +138,9 @@ def test_every_measure_of_a_model_against_itself_is_the_identity(family: str, ma
     assert (found["relative_shift"] == 0).all()
 
 
-def test_every_measure_sees_another_model(make_model: ModelMaker, batch: Batch, nearby: Mover) -> None:
+def test_every_measure_sees_another_model(
+    make_model: ModelMaker, batch: Batch, nearby: Mover
+) -> None:
     model = make_model()
     before = streams(model, [batch])
     found = shift_by_layer(before, streams(nearby(model, 0.1), [batch]))
@@ -150,7 +171,9 @@ def test_a_rotation_keeps_norms_and_cka_and_nothing_else() -> None:
     # |hR - h|^2 = 2 |h|^2 - 2 <hR, h>, row by row and in all.
     along = (before @ turn * before).sum(1)
     assert found["cosine"] == pytest.approx(float((along / before.square().sum(1)).mean()))
-    assert found["relative_shift"] == pytest.approx(math.sqrt(2 - 2 * float(along.sum() / before.square().sum())))
+    assert found["relative_shift"] == pytest.approx(
+        math.sqrt(2 - 2 * float(along.sum() / before.square().sum()))
+    )
 
 
 def test_a_quarter_turn_in_a_plane() -> None:
@@ -162,12 +185,21 @@ def test_a_quarter_turn_in_a_plane() -> None:
 
 
 def test_a_common_vector_added_to_all_rows() -> None:
-    before, added = _rows().double(), torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0, 1.0], dtype=torch.float64)
+    before, added = (
+        _rows().double(),
+        torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0, 1.0], dtype=torch.float64),
+    )
     found = _shift(before, before + added)
     size = float(before.square().sum())
-    assert found["relative_shift"] == pytest.approx(math.sqrt(len(before) * float(added @ added) / size))
-    assert found["norm_ratio"] == pytest.approx(math.sqrt(float((before + added).square().sum()) / size))
-    assert found["cka"] == pytest.approx(1.0)  # a common shift is no change of the representation's shape
+    assert found["relative_shift"] == pytest.approx(
+        math.sqrt(len(before) * float(added @ added) / size)
+    )
+    assert found["norm_ratio"] == pytest.approx(
+        math.sqrt(float((before + added).square().sum()) / size)
+    )
+    assert found["cka"] == pytest.approx(
+        1.0
+    )  # a common shift is no change of the representation's shape
     cosines = [float(row @ (row + added) / row.norm() / (row + added).norm()) for row in before]
     assert found["cosine"] == pytest.approx(sum(cosines) / len(cosines))
 
@@ -194,7 +226,9 @@ def test_sums_are_accumulated_beyond_float32() -> None:
     # A long stream whose change is a millionth of it: squares of float32 numbers summed in float32 lose it.
     before = (_rows(rows=2000, width=16) + 30).float()
     after = (before.double() * (1 + 1e-6)).float()
-    exact = math.sqrt(float((after.double() - before.double()).square().sum() / before.double().square().sum()))
+    exact = math.sqrt(
+        float((after.double() - before.double()).square().sum() / before.double().square().sum())
+    )
     assert exact == pytest.approx(1e-6, rel=0.2)
     assert _shift(before, after)["relative_shift"] == pytest.approx(exact, rel=1e-9)
 
@@ -252,7 +286,9 @@ def test_where_unlearning_moved_nothing_there_is_no_way_back() -> None:
     assert all(math.isnan(value) for value in _returned(same, same, _rows(1)))
     assert all(math.isnan(value) for value in _returned(same, same, same))
     # Only the layer that did not move is left without a number.
-    found = returned({0: same, 1: same}, {0: same, 1: 2 * same}, {0: same, 1: same}).set_index("layer")
+    found = returned({0: same, 1: same}, {0: same, 1: 2 * same}, {0: same, 1: same}).set_index(
+        "layer"
+    )
     assert found.loc[0].isna().all()
     assert found.loc[1, "returned"] == pytest.approx(1.0)
 
@@ -265,7 +301,9 @@ def test_a_tiny_shift_still_has_a_direction() -> None:
     assert beside == pytest.approx(0.0, abs=1e-3)
 
 
-def test_of_three_models_the_base_itself_has_returned_and_the_unlearned_one_has_not(make_model: ModelMaker, batch: Batch, nearby: Mover) -> None:
+def test_of_three_models_the_base_itself_has_returned_and_the_unlearned_one_has_not(
+    make_model: ModelMaker, batch: Batch, nearby: Mover
+) -> None:
     base = make_model()
     before, unlearned = streams(base, [batch]), streams(nearby(base), [batch])
     assert returned(before, unlearned, before)["returned"].tolist() == pytest.approx([1.0, 1.0])

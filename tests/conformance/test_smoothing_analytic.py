@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
 from workbench.unlearning.objectives import Loss, Objective, Pair
-from workbench.unlearning.smoothing import StepRule, asam, curvature_regularisation, gradient_penalty, plain, randomised_smoothing, sam
+from workbench.unlearning.smoothing import (
+    StepRule,
+    asam,
+    curvature_regularisation,
+    gradient_penalty,
+    plain,
+    randomised_smoothing,
+    sam,
+)
 
 Function = Callable[[np.ndarray], float]
 
@@ -68,12 +76,20 @@ def curved_hessian(x: np.ndarray) -> np.ndarray:
 
 def _quadratic_term(model: Any, batch: Any, reference: Any) -> Tensor:
     x = model.vector()
-    return 0.5 * x @ torch.from_numpy(MATRIX) @ x + torch.from_numpy(LINEAR) @ x + 0 * model.frozen.sum()
+    return (
+        0.5 * x @ torch.from_numpy(MATRIX) @ x
+        + torch.from_numpy(LINEAR) @ x
+        + 0 * model.frozen.sum()
+    )
 
 
 def _curved_term(model: Any, batch: Any, reference: Any) -> Tensor:
     x = model.vector()
-    return _quadratic_term(model, batch, reference) + 0.1 * (x**4).sum() + torch.exp(0.3 * torch.from_numpy(TILT) @ x)
+    return (
+        _quadratic_term(model, batch, reference)
+        + 0.1 * (x**4).sum()
+        + torch.exp(0.3 * torch.from_numpy(TILT) @ x)
+    )
 
 
 def _linear_term(model: Any, batch: Any, reference: Any) -> Tensor:
@@ -90,11 +106,15 @@ def _point(model: Analytic) -> np.ndarray:
 
 def _found(model: Analytic) -> np.ndarray:
     """The gradient that a step left on the six weights."""
-    assert model.first.grad is not None and model.second.grad is not None and model.frozen.grad is None
+    assert (
+        model.first.grad is not None and model.second.grad is not None and model.frozen.grad is None
+    )
     return torch.cat([model.first.grad, model.second.grad.flatten()]).numpy()
 
 
-def _step(rule: StepRule, term: Loss, model: Any | None = None, retain: Loss | None = None) -> tuple[np.ndarray, dict[str, float]]:
+def _step(
+    rule: StepRule, term: Loss, model: Any | None = None, retain: Loss | None = None
+) -> tuple[np.ndarray, dict[str, float]]:
     model = Analytic() if model is None else model
     log = rule(model, Objective(term, retain), NOTHING, None)  # type: ignore[arg-type]
     return _found(model), log
@@ -102,7 +122,9 @@ def _step(rule: StepRule, term: Loss, model: Any | None = None, retain: Loss | N
 
 def _slope(function: Function, x: np.ndarray, size: float = 1e-5) -> np.ndarray:
     """Central differences of a scalar function, weight by weight."""
-    return np.array([(function(x + size * e) - function(x - size * e)) / (2 * size) for e in np.eye(len(x))])
+    return np.array(
+        [(function(x + size * e) - function(x - size * e)) / (2 * size) for e in np.eye(len(x))]
+    )
 
 
 def _draws(seed: int, samples: int) -> list[np.ndarray]:
@@ -127,7 +149,9 @@ def _smoothed(name: str, x: np.ndarray) -> Function:
         "sam": lambda y: curved(y + 0.2 * g / np.linalg.norm(g)),
         "asam": lambda y: curved(y + 0.3 * scale**2 * g / np.linalg.norm(scale * g)),
         "rs": lambda y: float(np.mean([curved(y + 0.03 * d) for d in _draws(5, 3)])),
-        "rs-antithetic": lambda y: float(np.mean([curved(y + s * 0.03 * d) for d in _draws(5, 2) for s in (1, -1)])),
+        "rs-antithetic": lambda y: float(
+            np.mean([curved(y + s * 0.03 * d) for d in _draws(5, 2) for s in (1, -1)])
+        ),
         "gp": lambda y: curved(y) + 0.4 * float(np.linalg.norm(curved_gradient(y))),
         "gp-difference": lambda y: curved(y) + 0.4 * float(np.linalg.norm(curved_gradient(y))),
         "cr": lambda y: curved(y) + 0.6 * change(y),
@@ -160,7 +184,9 @@ def test_the_gradient_penalty_is_the_gradient_and_a_hessian_product() -> None:
     for weight in (0.1, 3.0):
         found, log = _step(gradient_penalty(weight), _curved_term)
         np.testing.assert_allclose(found, g + weight * hessian @ g / np.linalg.norm(g), rtol=1e-12)
-        assert log["gradient_norm"] == pytest.approx(np.linalg.norm(g)) and log["penalty"] == pytest.approx(weight * np.linalg.norm(g))
+        assert log["gradient_norm"] == pytest.approx(np.linalg.norm(g)) and log[
+            "penalty"
+        ] == pytest.approx(weight * np.linalg.norm(g))
 
 
 @pytest.mark.parametrize("mu", [1e-3, 0.5])
@@ -180,7 +206,10 @@ def test_the_curvature_penalty_is_a_hessian_product_to_first_order() -> None:
     x = _point(Analytic())
     g = curved_gradient(x)
     product = np.linalg.norm(curved_hessian(x) @ g / np.linalg.norm(g))
-    errors = [abs(_step(curvature_regularisation(1.0, mu), _curved_term)[1]["penalty"] / mu - product) for mu in (1e-3, 1e-4)]
+    errors = [
+        abs(_step(curvature_regularisation(1.0, mu), _curved_term)[1]["penalty"] / mu - product)
+        for mu in (1e-3, 1e-4)
+    ]
     assert errors[0] < 1e-2 * product and errors[1] == pytest.approx(errors[0] / 10, rel=0.1)
 
 
@@ -192,12 +221,17 @@ def test_a_linear_loss_is_smooth_already(name: str) -> None:
         assert log["penalty"] == pytest.approx(0, abs=1e-12)
 
 
-def test_randomised_smoothing_is_unbiased_on_a_quadratic_with_an_error_that_falls_with_the_root_of_the_samples() -> None:
+def test_randomised_smoothing_is_unbiased_on_a_quadratic_with_an_error_that_falls_with_the_root_of_the_samples() -> (
+    None
+):
     x = _point(Analytic())
     base, sigma = MATRIX @ x + LINEAR, 0.5
     # The error is sigma * MATRIX @ mean(noise): its expected square is sigma^2 ||MATRIX||_F^2 / samples.
     for samples in (4, 100):
-        errors = [_step(randomised_smoothing(sigma, samples, seed), _quadratic_term)[0] - base for seed in range(60 if samples == 4 else 10)]
+        errors = [
+            _step(randomised_smoothing(sigma, samples, seed), _quadratic_term)[0] - base
+            for seed in range(60 if samples == 4 else 10)
+        ]
         root = math.sqrt(np.mean([error @ error for error in errors]))
         assert root == pytest.approx(sigma * np.linalg.norm(MATRIX) / math.sqrt(samples), rel=0.25)
 
@@ -221,11 +255,15 @@ def test_the_adaptive_radius_is_relative_to_every_weight() -> None:
     assert np.linalg.norm((seen[1] - x) / (np.abs(x) + 0.05)) == pytest.approx(0.3)
 
 
-def test_without_eta_the_adaptive_radius_is_blind_to_rescalings_that_leave_the_function_as_it_is() -> None:
+def test_without_eta_the_adaptive_radius_is_blind_to_rescalings_that_leave_the_function_as_it_is() -> (
+    None
+):
     """``first * second[0]`` is the same when one is doubled and the other halved: so is the rise of ASAM, and not that of SAM."""
 
     def product(model: Any, batch: Any, reference: Any) -> Tensor:
-        return (model.first * model.second[0]).square().sum() + (model.first * model.second[0]).sum()
+        return (model.first * model.second[0]).square().sum() + (
+            model.first * model.second[0]
+        ).sum()
 
     def rise(rule: StepRule, factor: float) -> float:
         model = Analytic()
@@ -239,7 +277,9 @@ def test_without_eta_the_adaptive_radius_is_blind_to_rescalings_that_leave_the_f
 
 
 @every_rule
-def test_where_the_gradient_vanishes_nothing_is_smoothed_and_nothing_is_divided_by_zero(name: str) -> None:
+def test_where_the_gradient_vanishes_nothing_is_smoothed_and_nothing_is_divided_by_zero(
+    name: str,
+) -> None:
     def flat(model: Any, batch: Any, reference: Any) -> Tensor:
         return (0 * model.vector()).sum() + 2
 
@@ -249,7 +289,13 @@ def test_where_the_gradient_vanishes_nothing_is_smoothed_and_nothing_is_divided_
 
 
 @pytest.mark.parametrize(
-    "rule", [gradient_penalty(0.0), gradient_penalty(0.0, exact=False), curvature_regularisation(0.0, 0.1), randomised_smoothing(0.0, 2, 0)]
+    "rule",
+    [
+        gradient_penalty(0.0),
+        gradient_penalty(0.0, exact=False),
+        curvature_regularisation(0.0, 0.1),
+        randomised_smoothing(0.0, 2, 0),
+    ],
 )
 def test_nothing_of_a_smoother_leaves_the_plain_step(rule: StepRule) -> None:
     expected, log = _step(plain, _curved_term, retain=_retain_term)
@@ -269,16 +315,24 @@ def test_nothing_of_a_smoother_leaves_the_plain_step(rule: StepRule) -> None:
         lambda size: curvature_regularisation(0.3, size),
     ],
 )
-def test_the_difference_from_the_plain_step_shrinks_with_the_smoother(rule: Callable[[float], StepRule]) -> None:
+def test_the_difference_from_the_plain_step_shrinks_with_the_smoother(
+    rule: Callable[[float], StepRule],
+) -> None:
     expected, _ = _step(plain, _curved_term)
-    far, near = (np.linalg.norm(_step(rule(size), _curved_term)[0] - expected) for size in (1e-3, 1e-5))
+    far, near = (
+        np.linalg.norm(_step(rule(size), _curved_term)[0] - expected) for size in (1e-3, 1e-5)
+    )
     assert 0 < near == pytest.approx(far / 100, rel=0.2)
 
 
 @pytest.mark.parametrize(
     "build",
     [
-        *(partial(rule, value) for rule in (sam, asam, gradient_penalty) for value in (-0.1, math.nan, math.inf)),
+        *(
+            partial(rule, value)
+            for rule in (sam, asam, gradient_penalty)
+            for value in (-0.1, math.nan, math.inf)
+        ),
         partial(asam, 0.1, eta=-1.0),
         partial(curvature_regularisation, -1.0, 0.1),
         partial(curvature_regularisation, 1.0, 0.0),
@@ -296,6 +350,9 @@ def test_a_term_that_reads_no_trainable_parameter_is_named() -> None:
     def still(model: Any, batch: Any, reference: Any) -> Tensor:
         return model.frozen.sum()
 
-    for objective, word in ((Objective(still), "forget"), (Objective(_curved_term, still), "retain")):
+    for objective, word in (
+        (Objective(still), "forget"),
+        (Objective(_curved_term, still), "retain"),
+    ):
         with pytest.raises(WorkbenchError, match=f"{word} term depends on no trainable parameter"):
             sam(0.1)(Analytic(), objective, NOTHING, None)  # type: ignore[arg-type]

@@ -15,16 +15,29 @@ from workbench.evaluation.statistics import bootstrap, by_fact, spearman, wilson
 
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (1, 10, 0.0179, 0.4042), (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)],
+    [
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (5, 10, 0.2366, 0.7634),
+        (1, 10, 0.0179, 0.4042),
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+    ],
 )
-def test_wilson_gives_the_published_intervals(successes: int, n: int, low: float, high: float) -> None:
+def test_wilson_gives_the_published_intervals(
+    successes: int, n: int, low: float, high: float
+) -> None:
     # The last two rows are the worked examples of Newcombe (1998), method 3.
     found = wilson(successes, n)
     assert found.low == pytest.approx(low, abs=6e-5) and found.high == pytest.approx(high, abs=6e-5)
     assert found.value == successes / n and found.n == n
 
 
-@given(n=st.integers(1, 500), share=st.floats(0, 1), confidence=st.sampled_from([0.5, 0.9, 0.95, 0.999]))
+@given(
+    n=st.integers(1, 500),
+    share=st.floats(0, 1),
+    confidence=st.sampled_from([0.5, 0.9, 0.95, 0.999]),
+)
 def test_wilson_ends_solve_the_score_equation(n: int, share: float, confidence: float) -> None:
     from scipy.stats import norm
 
@@ -58,8 +71,12 @@ def test_the_bootstrap_of_a_normal_mean_has_the_analytic_width() -> None:
     assert narrow.high - narrow.low == pytest.approx(2 * 0.6745 * error, rel=0.06)
 
 
-@pytest.mark.parametrize(("seed_spread", "item_spread"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.3, 1.0)])
-def test_both_levels_of_the_bootstrap_add_their_variance(seed_spread: float, item_spread: float) -> None:
+@pytest.mark.parametrize(
+    ("seed_spread", "item_spread"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.3, 1.0)]
+)
+def test_both_levels_of_the_bootstrap_add_their_variance(
+    seed_spread: float, item_spread: float
+) -> None:
     rng = np.random.default_rng(1)
     seeds, items = rng.normal(0, seed_spread, 30), rng.normal(0, item_spread, 50)
     table = seeds[:, None] + items[None, :]
@@ -149,7 +166,9 @@ def test_partial_spearman_of_one_covariate_is_the_formula(seed: int) -> None:
     xy, xz, yz = (float(spearmanr(a, b).statistic) for a, b in ((x, y), (x, z), (y, z)))
     expected = (xy - xz * yz) / ((1 - xz**2) * (1 - yz**2)) ** 0.5
     assert spearman(x, y, given=z[:, None], draws=20).value == pytest.approx(expected, abs=1e-12)
-    assert spearman(x, y, given=np.column_stack([z, 2 * z]), draws=20).value == pytest.approx(expected, abs=1e-9)  # the same covariate twice adds nothing
+    assert spearman(x, y, given=np.column_stack([z, 2 * z]), draws=20).value == pytest.approx(
+        expected, abs=1e-9
+    )  # the same covariate twice adds nothing
     assert spearman(x, z, given=z[:, None], draws=20)[:3] == (0, 0, 0)  # nothing is left
 
 
@@ -159,10 +178,16 @@ def test_within_levels_a_difference_between_levels_counts_for_nothing() -> None:
     x, noise = rng.normal(size=60), rng.normal(size=60)
     y = -x + 0.5 * noise
     within = spearman(x, y, within=level, draws=20).value
-    assert spearman(x + 100 * level, y + 100 * level, within=level, draws=20).value == pytest.approx(within, abs=1e-12)
-    assert spearman(x + 100 * level, y + 100 * level, draws=20).value > 0.5  # pooled, the levels are all there is
+    assert spearman(
+        x + 100 * level, y + 100 * level, within=level, draws=20
+    ).value == pytest.approx(within, abs=1e-12)
+    assert (
+        spearman(x + 100 * level, y + 100 * level, draws=20).value > 0.5
+    )  # pooled, the levels are all there is
     each = [float(spearmanr(x[level == one], y[level == one]).statistic) for one in range(3)]
-    assert within == pytest.approx(np.mean(each), abs=1e-12)  # equally large levels have equally many ranks
+    assert within == pytest.approx(
+        np.mean(each), abs=1e-12
+    )  # equally large levels have equally many ranks
 
 
 def test_the_interval_of_spearman_is_the_large_sample_one() -> None:
@@ -181,14 +206,19 @@ def test_whole_groups_are_resampled_so_that_copies_add_no_certainty() -> None:
     rng = np.random.default_rng(6)
     x, y = rng.normal(size=12), rng.normal(size=12)
     groups = np.repeat(np.arange(12), 20)
-    alone, copied = spearman(x, y, draws=1500), spearman(np.repeat(x, 20), np.repeat(y, 20), groups=groups, draws=1500)
+    alone, copied = (
+        spearman(x, y, draws=1500),
+        spearman(np.repeat(x, 20), np.repeat(y, 20), groups=groups, draws=1500),
+    )
     assert copied.value == pytest.approx(alone.value, abs=1e-9)
     assert copied.high - copied.low == pytest.approx(alone.high - alone.low, rel=0.1)
     careless = spearman(np.repeat(x, 20), np.repeat(y, 20), draws=300)
     assert careless.high - careless.low < 0.5 * (alone.high - alone.low)
 
 
-@pytest.mark.parametrize(("x", "y"), [([1.0, 2.0], [1.0, 2.0]), ([1.0, 2.0, 3.0], [1.0, 2.0]), ([], [])])
+@pytest.mark.parametrize(
+    ("x", "y"), [([1.0, 2.0], [1.0, 2.0]), ([1.0, 2.0, 3.0], [1.0, 2.0]), ([], [])]
+)
 def test_spearman_refuses_short_or_unequal_series(x: list[float], y: list[float]) -> None:
     with pytest.raises(ValueError, match="3 points"):
         spearman(np.array(x), np.array(y))

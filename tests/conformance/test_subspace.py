@@ -13,7 +13,13 @@ from torch import Tensor
 
 from hooks import Moments
 from workbench.errors import WorkbenchError
-from workbench.subspaces.subspace import Subspace, energy_inside, overlap, principal_angles, principal_subspace
+from workbench.subspaces.subspace import (
+    Subspace,
+    energy_inside,
+    overlap,
+    principal_angles,
+    principal_subspace,
+)
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -38,7 +44,9 @@ SPREADS = torch.tensor([9.0, 6, 4, 2.5, 1.5, 1, 0.6, 0.3])
 @pytest.mark.parametrize("offset", [0.0, 10.0, 1000.0])
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_a_principal_subspace_is_numpys(offset: float, rank: int) -> None:
-    rows = (_random(300, 8, seed=1) * SPREADS) @ _orthonormal(8, 8, 2).T + offset * _random(8, seed=3)
+    rows = (_random(300, 8, seed=1) * SPREADS) @ _orthonormal(8, 8, 2).T + offset * _random(
+        8, seed=3
+    )
     exact = rows.double().numpy()
     values, vectors = np.linalg.eigh(np.cov(exact, rowvar=False, bias=True))
     values, vectors = values[::-1], vectors[:, ::-1]
@@ -51,7 +59,9 @@ def test_a_principal_subspace_is_numpys(offset: float, rank: int) -> None:
     np.testing.assert_allclose(found.mean.numpy(), exact.mean(0), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose((found.basis.T @ found.basis).numpy(), np.eye(rank), atol=1e-5)
     # Directions are compared as lines: the sign of an eigenvector means nothing.
-    np.testing.assert_allclose(np.abs((found.basis.double().numpy() * vectors[:, :rank]).sum(0)), 1, atol=1e-5)
+    np.testing.assert_allclose(
+        np.abs((found.basis.double().numpy() * vectors[:, :rank]).sum(0)), 1, atol=1e-5
+    )
     projector = vectors[:, :rank] @ vectors[:, :rank].T
     np.testing.assert_allclose(found.project(torch.eye(8)).numpy(), projector, atol=2e-4)
 
@@ -122,7 +132,9 @@ def test_principal_angles_of_a_subspace_with_itself_are_zero() -> None:
 
 def test_principal_angles_of_orthogonal_subspaces_are_right() -> None:
     basis = _orthonormal(9, 7)
-    assert principal_angles(basis[:, :3], basis[:, 3:]).tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+    assert principal_angles(basis[:, :3], basis[:, 3:]).tolist() == pytest.approx(
+        [0, 0, 0], abs=1e-6
+    )
     assert overlap(basis[:, :3], basis[:, 3:]) == pytest.approx(0, abs=1e-9)
 
 
@@ -132,7 +144,9 @@ def test_known_angles_come_out_with_the_smallest_angle_first() -> None:
     first = frame[:, :3]
     second = frame[:, :3] * angles.cos() + frame[:, 3:] * angles.sin()
     found = principal_angles(first.float(), second.float())
-    torch.testing.assert_close(found, torch.tensor([0.3, 0.8, 1.2], dtype=torch.float64).cos(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        found, torch.tensor([0.3, 0.8, 1.2], dtype=torch.float64).cos(), rtol=0, atol=1e-6
+    )
     assert overlap(first, second) == pytest.approx(float(angles.cos().square().mean()), abs=1e-6)
 
 
@@ -144,7 +158,9 @@ def test_a_subspace_inside_another_overlaps_wholly() -> None:
 
 
 def test_random_subspaces_overlap_by_rank_over_width_on_average() -> None:
-    values = [overlap(_orthonormal(12, 2, seed), _orthonormal(12, 5, 1000 + seed)) for seed in range(300)]
+    values = [
+        overlap(_orthonormal(12, 2, seed), _orthonormal(12, 5, 1000 + seed)) for seed in range(300)
+    ]
     assert np.mean(values) == pytest.approx(5 / 12, abs=4 * np.std(values) / np.sqrt(300))
 
 
@@ -157,7 +173,9 @@ def test_energy_inside_is_the_share_of_the_squared_norm() -> None:
     delta = _random(4, 6, seed=1)
     columns = (delta.double() @ basis.double()).square().sum(0)
     for rank in (0, 1, 4):
-        assert energy_inside(delta, basis[:, :rank]) == pytest.approx(float(columns[:rank].sum() / columns.sum()), rel=1e-5)
+        assert energy_inside(delta, basis[:, :rank]) == pytest.approx(
+            float(columns[:rank].sum() / columns.sum()), rel=1e-5
+        )
     assert energy_inside(delta, basis) == pytest.approx(1, rel=1e-6)
     inside = _random(4, 2, seed=2) @ basis[:, :2].T
     assert energy_inside(inside, basis[:, :2]) == pytest.approx(1, rel=1e-6)
@@ -171,7 +189,13 @@ def test_energy_inside_is_the_share_of_the_squared_norm() -> None:
 @pytest.mark.parametrize("rank", [3, 0])
 def test_a_saved_subspace_comes_back_whole(rank: int, tmp_path: Path) -> None:
     rows = _random(40, 6) + 2 if rank else torch.zeros(40, 6)
-    subspace = principal_subspace(_moments(rows), 3, site="blocks.0.hook_resid_post", tokens="content", source='demo · üñí, "quoted"\n')
+    subspace = principal_subspace(
+        _moments(rows),
+        3,
+        site="blocks.0.hook_resid_post",
+        tokens="content",
+        source='demo · üñí, "quoted"\n',
+    )
     path = tmp_path / "new" / "s.safetensors"
     subspace.save(path)
     found = Subspace.load(path)
@@ -180,13 +204,17 @@ def test_a_saved_subspace_comes_back_whole(rank: int, tmp_path: Path) -> None:
         assert getattr(found, name).dtype == torch.float32
     for name in ("count", "total_variance", "site", "tokens", "source"):
         assert getattr(found, name) == getattr(subspace, name)
-    assert [file.name for file in path.parent.iterdir()] == ["s.safetensors"]  # no temporary file is left
+    assert [file.name for file in path.parent.iterdir()] == [
+        "s.safetensors"
+    ]  # no temporary file is left
 
 
 def test_loading_what_is_no_subspace_is_one_clear_error(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    garbage, empty, other, whole = (tmp_path / name for name in ("garbage", "empty", "other", "whole"))
+    garbage, empty, other, whole = (
+        tmp_path / name for name in ("garbage", "empty", "other", "whole")
+    )
     garbage.write_bytes(b"\x00garbage" * 40)
     empty.write_bytes(b"")
     save_file({"basis": torch.zeros(3, 1)}, other)
@@ -210,12 +238,19 @@ def test_loading_what_is_no_subspace_is_one_clear_error(tmp_path: Path) -> None:
     offset=st.sampled_from([0.0, 1.0, 100.0]),
     scale=st.sampled_from([1e-6, 1.0, 1e3]),
 )
-def test_projection_is_an_orthogonal_projector(seed: int, count: int, width: int, inner: int, rank: int, offset: float, scale: float) -> None:
-    rows = (_random(count, inner, seed=seed) @ _random(inner, width, seed=seed + 1) + offset * _random(width, seed=seed + 2)) * scale
+def test_projection_is_an_orthogonal_projector(
+    seed: int, count: int, width: int, inner: int, rank: int, offset: float, scale: float
+) -> None:
+    rows = (
+        _random(count, inner, seed=seed) @ _random(inner, width, seed=seed + 1)
+        + offset * _random(width, seed=seed + 2)
+    ) * scale
     found = principal_subspace(_moments(rows, 11), rank)
     assert found.rank <= min(rank, width)
     assert bool(torch.isfinite(found.basis).all() and torch.isfinite(found.eigenvalues).all())
-    torch.testing.assert_close(found.basis.T @ found.basis, torch.eye(found.rank), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        found.basis.T @ found.basis, torch.eye(found.rank), rtol=0, atol=1e-5
+    )
     probe = _random(5, width, seed=seed + 3)
     once = found.project(probe)
     torch.testing.assert_close(found.project(once), once, rtol=0, atol=1e-4)
@@ -228,11 +263,23 @@ def test_projection_is_an_orthogonal_projector(seed: int, count: int, width: int
     assert float(values.double().sum()) <= found.total_variance * (1 + 1e-5)
 
 
-@given(seed=st.integers(0, 10_000), width=st.integers(1, 10), k=st.integers(0, 10), m=st.integers(0, 10))
-def test_cosines_are_symmetric_and_lie_between_zero_and_one(seed: int, width: int, k: int, m: int) -> None:
-    first, second = (_orthonormal(width, width, seed + shift)[:, : min(rank, width)] for shift, rank in ((0, k), (1, m)))
+@given(
+    seed=st.integers(0, 10_000),
+    width=st.integers(1, 10),
+    k=st.integers(0, 10),
+    m=st.integers(0, 10),
+)
+def test_cosines_are_symmetric_and_lie_between_zero_and_one(
+    seed: int, width: int, k: int, m: int
+) -> None:
+    first, second = (
+        _orthonormal(width, width, seed + shift)[:, : min(rank, width)]
+        for shift, rank in ((0, k), (1, m))
+    )
     forward, backward = principal_angles(first, second), principal_angles(second, first)
     assert forward.shape == (min(first.shape[1], second.shape[1]),)
     torch.testing.assert_close(forward, backward, rtol=0, atol=1e-9)
-    assert bool(((forward >= 0) & (forward <= 1)).all()) and bool((forward[:-1] >= forward[1:]).all())
+    assert bool(((forward >= 0) & (forward <= 1)).all()) and bool(
+        (forward[:-1] >= forward[1:]).all()
+    )
     assert 0 <= overlap(first, second) <= 1

@@ -24,7 +24,12 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy, score
 from workbench.unlearning.deltas import norm_of
 from workbench.unlearning.methods import METHODS, known_settings, recipe
-from workbench.unlearning.objectives import Objective, Pair, negative_cross_entropy, retain_cross_entropy
+from workbench.unlearning.objectives import (
+    Objective,
+    Pair,
+    negative_cross_entropy,
+    retain_cross_entropy,
+)
 from workbench.unlearning.recipe import EVERYTHING, Averaging, CollapseSettings, Recipe, Teach
 from workbench.unlearning.smoothing import plain
 from workbench.unlearning.trainer import unlearn
@@ -36,7 +41,9 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 def _question(subject: str, words: str, answer: str, item: str) -> Example:
     start = len(subject) + len(words) + 2
-    return Example(f"{subject} {words} {answer} .", (start, start + len(answer)), (0, len(subject)), item)
+    return Example(
+        f"{subject} {words} {answer} .", (start, start + len(answer)), (0, len(subject)), item
+    )
 
 
 FORGET = (
@@ -66,7 +73,9 @@ class Bench:
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerBase:
-    return build_tokenizer([*" ".join(example.text for example in FORGET + RETAIN).split(), "I", "do", "not", "know"])
+    return build_tokenizer(
+        [*" ".join(example.text for example in FORGET + RETAIN).split(), "I", "do", "not", "know"]
+    )
 
 
 @pytest.fixture
@@ -80,22 +89,51 @@ def _run(bench: Bench, made: Recipe, seed: int = 0, **options: Any) -> dict[str,
 
 def _of(name: str, model: PreTrainedModel, **overrides: Any) -> Recipe:
     known = known_settings(name)
-    return recipe(name, model, 0, {key: value for key, value in SHORT.items() if key in known and key not in METHODS[name].fixed} | overrides)
+    return recipe(
+        name,
+        model,
+        0,
+        {
+            key: value
+            for key, value in SHORT.items()
+            if key in known and key not in METHODS[name].fixed
+        }
+        | overrides,
+    )
 
 
 def _ascent(**changes: Any) -> Recipe:
-    return replace(Recipe(Objective(negative_cross_entropy, retain_cross_entropy), EVERYTHING, 3, 2, 1e-3), **changes)
+    return replace(
+        Recipe(Objective(negative_cross_entropy, retain_cross_entropy), EVERYTHING, 3, 2, 1e-3),
+        **changes,
+    )
 
 
 def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[key]) for key, value in first.items()
+    )
 
 
 def _tiny(family: str, vocabulary: int) -> PreTrainedModel:
-    shape = {"vocab_size": vocabulary, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {
+        "vocab_size": vocabulary,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config: Any = {
         "gpt_neox": lambda: transformers.GPTNeoXConfig(**shape),
-        "gpt2": lambda: transformers.GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
+        "gpt2": lambda: transformers.GPT2Config(
+            vocab_size=vocabulary,
+            n_embd=16,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
         "gemma2": lambda: transformers.Gemma2Config(num_key_value_heads=2, head_dim=4, **shape),
         "phi": lambda: transformers.PhiConfig(**shape),
     }[family]()
@@ -125,7 +163,9 @@ def _check(base: PreTrainedModel, made: Recipe, delta: dict[str, Tensor]) -> Non
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_gives_a_finite_delta_on_its_trainable_weights_and_leaves_the_base_alone(name: str, bench: Bench) -> None:
+def test_every_method_gives_a_finite_delta_on_its_trainable_weights_and_leaves_the_base_alone(
+    name: str, bench: Bench
+) -> None:
     for key, parameter in bench.base.named_parameters():  # flags of the caller's own
         parameter.requires_grad_("norm" not in key)
     state = copy.deepcopy(bench.base.state_dict())
@@ -144,15 +184,23 @@ def test_every_method_gives_a_finite_delta_on_its_trainable_weights_and_leaves_t
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_recipe_is_a_value_and_can_be_run_twice(name: str, bench: Bench, nearby: Callable[..., PreTrainedModel]) -> None:
+def test_a_recipe_is_a_value_and_can_be_run_twice(
+    name: str, bench: Bench, nearby: Callable[..., PreTrainedModel]
+) -> None:
     made = _of(name, bench.base)
-    unlearn(nearby(bench.base, 0.3), bench.tokenizer, made, FORGET[1:], RETAIN, seed=1)  # an earlier run, on other weights and texts
+    unlearn(
+        nearby(bench.base, 0.3), bench.tokenizer, made, FORGET[1:], RETAIN, seed=1
+    )  # an earlier run, on other weights and texts
     assert _same(_run(bench, made), _run(bench, _of(name, bench.base)))
 
 
-@pytest.mark.parametrize("name", ["grad-diff", "rmu", "circuit-breakers", "cir", "cir-uncollapsed", "repselect"])
+@pytest.mark.parametrize(
+    "name", ["grad-diff", "rmu", "circuit-breakers", "cir", "cir-uncollapsed", "repselect"]
+)
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "gemma2", "phi"])
-def test_every_kind_of_method_runs_on_every_family(family: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_every_kind_of_method_runs_on_every_family(
+    family: str, name: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     bench = Bench(_tiny(family, len(tokenizer)), tokenizer)
     made = _of(name, bench.base)
     _check(bench.base, made, _run(bench, made))
@@ -160,7 +208,9 @@ def test_every_kind_of_method_runs_on_every_family(family: str, name: str, token
 
 @pytest.mark.parametrize("name", ["npo", "cir", "repselect"])
 def test_texts_are_drawn_from_the_seed(name: str, bench: Bench) -> None:
-    different = not _same(_run(bench, _of(name, bench.base), seed=0), _run(bench, _of(name, bench.base), seed=1))
+    different = not _same(
+        _run(bench, _of(name, bench.base), seed=0), _run(bench, _of(name, bench.base), seed=1)
+    )
     assert different or name == "repselect"  # which takes all texts at once
 
 
@@ -177,7 +227,9 @@ def _factors(bench: Bench, made: Recipe) -> list[tuple[float, float]]:
     """The weights of the two terms at every step, as the step rule meets them."""
     seen = []
 
-    def record(model: PreTrainedModel, objective: Objective, pair: Pair, reference: PreTrainedModel) -> dict[str, float]:
+    def record(
+        model: PreTrainedModel, objective: Objective, pair: Pair, reference: PreTrainedModel
+    ) -> dict[str, float]:
         seen.append((objective.forget_weight, objective.retain_weight))
         return plain(model, objective, pair, reference)
 
@@ -191,30 +243,55 @@ def test_circuit_breakers_move_their_weight_from_rerouting_to_retaining(bench: B
     assert all(forget + retain == pytest.approx(10) for forget, retain in seen)
     assert all(later[0] < earlier[0] for earlier, later in pairwise(seen))
     # Past the horizon nothing turns negative.
-    assert _factors(bench, _of("circuit-breakers", bench.base, steps=4, horizon=2))[-2:] == [(0.0, 10.0), (0.0, 10.0)]
+    assert _factors(bench, _of("circuit-breakers", bench.base, steps=4, horizon=2))[-2:] == [
+        (0.0, 10.0),
+        (0.0, 10.0),
+    ]
 
 
-@pytest.mark.parametrize(("turn", "share", "expected"), [(1, 0.5, "rfrfrrrr"), (2, 0.75, "rrffrrrr"), (3, 1.0, "rrrfffrr"), (1, 0.0, "rrrrrrrr")])
-def test_scrub_takes_turns_and_the_retain_set_has_the_first_one(turn: int, share: float, expected: str, bench: Bench) -> None:
+@pytest.mark.parametrize(
+    ("turn", "share", "expected"),
+    [(1, 0.5, "rfrfrrrr"), (2, 0.75, "rrffrrrr"), (3, 1.0, "rrrfffrr"), (1, 0.0, "rrrrrrrr")],
+)
+def test_scrub_takes_turns_and_the_retain_set_has_the_first_one(
+    turn: int, share: float, expected: str, bench: Bench
+) -> None:
     seen = _factors(bench, _of("scrub", bench.base, steps=8, turn=turn, forget_share=share))
     assert seen == [{"f": (1.0, 0.0), "r": (0.0, 1.0)}[letter] for letter in expected]
 
 
 def test_a_schedule_multiplies_the_weights_of_the_objective(bench: Bench) -> None:
-    made = _ascent(objective=Objective(negative_cross_entropy, retain_cross_entropy, 3.0, 5.0), schedule=lambda step, steps: (step / 2, 2.0))
+    made = _ascent(
+        objective=Objective(negative_cross_entropy, retain_cross_entropy, 3.0, 5.0),
+        schedule=lambda step, steps: (step / 2, 2.0),
+    )
     assert _factors(bench, made) == [(0.0, 10.0), (1.5, 10.0), (3.0, 10.0)]
     # A schedule of ones is none.
-    assert _same(_run(bench, _ascent(schedule=lambda step, steps: (1.0, 1.0))), _run(bench, _ascent()))
+    assert _same(
+        _run(bench, _ascent(schedule=lambda step, steps: (1.0, 1.0))), _run(bench, _ascent())
+    )
 
 
 def test_a_scheduled_factor_reaches_the_collapsed_step(bench: Bench) -> None:
-    made = Recipe(Objective(negative_cross_entropy, retain_cross_entropy), (DOWN,), 1, 2, 0.1, "normalised-sgd", retain_rate=0.1)
+    made = Recipe(
+        Objective(negative_cross_entropy, retain_cross_entropy),
+        (DOWN,),
+        1,
+        2,
+        0.1,
+        "normalised-sgd",
+        retain_rate=0.1,
+    )
     alone = _run(bench, replace(made, objective=Objective(negative_cross_entropy)))
     assert _same(_run(bench, replace(made, schedule=lambda step, steps: (1.0, 0.0))), alone)
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimiser": "normalised-sgd", "trainable": (DOWN,), "retain_rate": 0.1}])
-def test_a_negative_sign_gives_exactly_minus_the_delta(changes: dict[str, Any], bench: Bench) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"optimiser": "normalised-sgd", "trainable": (DOWN,), "retain_rate": 0.1}]
+)
+def test_a_negative_sign_gives_exactly_minus_the_delta(
+    changes: dict[str, Any], bench: Bench
+) -> None:
     delta, turned = (_run(bench, _ascent(sign=sign, **changes)) for sign in (1.0, -1.0))
     assert _same({name: -change for name, change in delta.items()}, turned)
 
@@ -235,7 +312,9 @@ def test_a_kick_starts_the_trainable_weights_a_relative_distance_away(bench: Ben
     kicked = _run(bench, made)
     assert set(kicked) == {name for name in weights if ".mlp." in name}
     for name, change in kicked.items():
-        assert float(change.norm() / weights[name].detach().norm()) == pytest.approx(0.03, rel=0.15)  # 384 draws
+        assert float(change.norm() / weights[name].detach().norm()) == pytest.approx(
+            0.03, rel=0.15
+        )  # 384 draws
     assert _same(kicked, _run(bench, made)) and not _same(kicked, _run(bench, made, seed=1))
     assert _run(bench, replace(made, kick=0.0)) == {}
 
@@ -243,8 +322,17 @@ def test_a_kick_starts_the_trainable_weights_a_relative_distance_away(bench: Ben
 # --- the step --------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_normalised_step_has_its_length_and_the_direction_of_the_content_tokens_gradient(bench: Bench) -> None:
-    made = Recipe(Objective(negative_cross_entropy), (DOWN, DOWN.replace("down", "up")), 1, 5, 0.37, "normalised-sgd")
+def test_a_normalised_step_has_its_length_and_the_direction_of_the_content_tokens_gradient(
+    bench: Bench,
+) -> None:
+    made = Recipe(
+        Objective(negative_cross_entropy),
+        (DOWN, DOWN.replace("down", "up")),
+        1,
+        5,
+        0.37,
+        "normalised-sgd",
+    )
     delta = _run(bench, made)
     assert norm_of(delta) == pytest.approx(0.37, rel=1e-4)
     # By hand: one batch of all forget texts, outer products of inputs and output gradients, without BOS and padding.
@@ -253,28 +341,49 @@ def test_a_normalised_step_has_its_length_and_the_direction_of_the_content_token
     for name in delta:
 
         def hook(_module: Any, args: Any, output: Tensor, name: str = name) -> None:
-            output.register_hook(lambda gradient: rows.__setitem__(name, [args[0].detach(), gradient]))
+            output.register_hook(
+                lambda gradient: rows.__setitem__(name, [args[0].detach(), gradient])
+            )
 
         model.get_submodule(name.removesuffix(".weight")).register_forward_hook(hook)
     (-cross_entropy(model, batch)).backward()
-    expected = {name: -gradient[batch.content_mask].T @ inputs[batch.content_mask] for name, (inputs, gradient) in rows.items()}
+    expected = {
+        name: -gradient[batch.content_mask].T @ inputs[batch.content_mask]
+        for name, (inputs, gradient) in rows.items()
+    }
     length = norm_of(expected)
     for name, change in delta.items():
         torch.testing.assert_close(change, 0.37 * expected[name] / length, rtol=1e-3, atol=1e-5)
 
 
 def test_a_collapse_of_zero_components_is_no_collapse(bench: Bench) -> None:
-    made = Recipe(Objective(negative_cross_entropy, retain_cross_entropy), (DOWN,), 3, 2, 0.1, "normalised-sgd", retain_rate=0.1)
+    made = Recipe(
+        Objective(negative_cross_entropy, retain_cross_entropy),
+        (DOWN,),
+        3,
+        2,
+        0.1,
+        "normalised-sgd",
+        retain_rate=0.1,
+    )
     assert _same(_run(bench, replace(made, collapse=CollapseSettings(0, 0, 1))), _run(bench, made))
 
 
 @pytest.mark.parametrize("statistics", ["forget", "retain"])
 @pytest.mark.parametrize("kind", ["hard", "soft", "quadratic"])
-def test_every_kind_of_collapse_makes_a_step_of_its_own(kind: str, statistics: str, bench: Bench) -> None:
-    delta = _run(bench, _of("cir", bench.base, kind=kind, statistics=statistics, steps=1, retain_rate=0.0, lr=0.2))
+def test_every_kind_of_collapse_makes_a_step_of_its_own(
+    kind: str, statistics: str, bench: Bench
+) -> None:
+    delta = _run(
+        bench,
+        _of("cir", bench.base, kind=kind, statistics=statistics, steps=1, retain_rate=0.0, lr=0.2),
+    )
     assert norm_of(delta) == pytest.approx(0.2, rel=1e-4)
     others = [
-        _run(bench, _of("cir", bench.base, kind=other, statistics=where, steps=1, retain_rate=0.0, lr=0.2))
+        _run(
+            bench,
+            _of("cir", bench.base, kind=other, statistics=where, steps=1, retain_rate=0.0, lr=0.2),
+        )
         for other in ("hard", "soft", "quadratic")
         for where in ("forget", "retain")
         if (other, where) != (kind, statistics)
@@ -285,7 +394,9 @@ def test_every_kind_of_collapse_makes_a_step_of_its_own(kind: str, statistics: s
 def test_the_alternative_of_a_batch_is_the_refusal_of_the_same_rows(bench: Bench) -> None:
     pairs: list[Pair] = []
 
-    def record(model: PreTrainedModel, objective: Objective, pair: Pair, reference: PreTrainedModel) -> dict[str, float]:
+    def record(
+        model: PreTrainedModel, objective: Objective, pair: Pair, reference: PreTrainedModel
+    ) -> dict[str, float]:
         pairs.append(pair)
         return plain(model, objective, pair, reference)
 
@@ -293,11 +404,18 @@ def test_the_alternative_of_a_batch_is_the_refusal_of_the_same_rows(bench: Bench
     prompts = {example.item: example.prompt.strip() for example in FORGET}
     for pair in pairs:
         refusals = pair.forget.alternative
-        assert refusals is not None and refusals.items == pair.forget.items and pair.retain.alternative is None
+        assert (
+            refusals is not None
+            and refusals.items == pair.forget.items
+            and pair.retain.alternative is None
+        )
         for row, item in enumerate(refusals.items):
             real = refusals.input_ids[row][refusals.attention_mask[row].bool()]
             assert bench.tokenizer.decode(real[1:]).strip() == f"{prompts[item]} I do not know"
-            assert bench.tokenizer.decode(refusals.input_ids[row][refusals.target_mask[row]]).strip() == "I do not know"
+            assert (
+                bench.tokenizer.decode(refusals.input_ids[row][refusals.target_mask[row]]).strip()
+                == "I do not know"
+            )
     # Elsewhere nothing is encoded twice.
     _run(bench, replace(_of("grad-diff", bench.base), step=record))
     assert pairs[-1].forget.alternative is None
@@ -306,11 +424,15 @@ def test_the_alternative_of_a_batch_is_the_refusal_of_the_same_rows(bench: Bench
 # --- precision -------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_bfloat16_loses_most_of_a_tiny_step_and_the_initial_rounding_is_no_part_of_the_delta(bench: Bench) -> None:
+def test_bfloat16_loses_most_of_a_tiny_step_and_the_initial_rounding_is_no_part_of_the_delta(
+    bench: Bench,
+) -> None:
     made = _ascent(trainable=(DOWN,), lr=1e-5)
     whole, rounded = _run(bench, made), _run(bench, made, dtype=torch.bfloat16)
     weights = dict(bench.base.named_parameters())
-    assert not torch.equal(weights[DOWN].bfloat16().float(), weights[DOWN])  # there is a rounding to exclude
+    assert not torch.equal(
+        weights[DOWN].bfloat16().float(), weights[DOWN]
+    )  # there is a rounding to exclude
     assert list(whole) == [DOWN] and set(rounded) <= {DOWN}
     moved = rounded.get(DOWN, torch.zeros_like(whole[DOWN]))
     assert moved.dtype == torch.float32
@@ -324,7 +446,11 @@ def test_bfloat16_loses_most_of_a_tiny_step_and_the_initial_rounding_is_no_part_
 def test_a_large_step_survives_bfloat16(bench: Bench) -> None:
     made = _ascent(lr=1e-2)
     whole, rounded = _run(bench, made), _run(bench, made, dtype=torch.bfloat16)
-    dot = sum(float((whole[name].double() * rounded[name].double()).sum()) for name in whole if name in rounded)
+    dot = sum(
+        float((whole[name].double() * rounded[name].double()).sum())
+        for name in whole
+        if name in rounded
+    )
     assert dot > 0.8 * norm_of(whole) * norm_of(rounded)
 
 
@@ -335,7 +461,10 @@ def test_a_teacher_is_trained_first_from_the_same_start_and_then_frozen(bench: B
     met: list[tuple[PreTrainedModel, dict[str, Tensor]]] = []
 
     def objective(teacher: PreTrainedModel) -> Objective:
-        assert not any(parameter.requires_grad for parameter in teacher.parameters()) and not teacher.training
+        assert (
+            not any(parameter.requires_grad for parameter in teacher.parameters())
+            and not teacher.training
+        )
         met.append((teacher, copy.deepcopy(teacher.state_dict())))
         return Objective(negative_cross_entropy)
 
@@ -359,7 +488,12 @@ def test_the_teacher_of_whos_harry_potter_has_learned_the_forget_set_further(ben
     assert made.teach is not None
     known = made.teach.objective
     teachers: list[PreTrainedModel] = []
-    watched = replace(made, teach=replace(made.teach, objective=lambda teacher: (teachers.append(teacher), known(teacher))[1]))
+    watched = replace(
+        made,
+        teach=replace(
+            made.teach, objective=lambda teacher: (teachers.append(teacher), known(teacher))[1]
+        ),
+    )
     delta, texts = _run(bench, watched), batches(bench.tokenizer, FORGET, 8, targets="answer")
     assert score(teachers[0], texts).loss < score(bench.base, texts).loss - 0.1
     assert delta
@@ -379,7 +513,9 @@ def test_an_empty_set_is_named(name: str, bench: Bench) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"optimiser": "normalised-sgd", "trainable": (DOWN,)}])
 @pytest.mark.parametrize("side", ["forget", "retain"])
-def test_an_objective_that_is_not_finite_is_reported_with_its_step(side: str, changes: dict[str, Any], bench: Bench) -> None:
+def test_an_objective_that_is_not_finite_is_reported_with_its_step(
+    side: str, changes: dict[str, Any], bench: Bench
+) -> None:
     calls = 0
 
     def breaks(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
@@ -393,7 +529,9 @@ def test_an_objective_that_is_not_finite_is_reported_with_its_step(side: str, ch
 
 
 @pytest.mark.parametrize("changes", [{}, {"optimiser": "normalised-sgd", "trainable": (DOWN,)}])
-def test_a_gradient_that_is_not_finite_never_becomes_a_delta(changes: dict[str, Any], bench: Bench) -> None:
+def test_a_gradient_that_is_not_finite_never_becomes_a_delta(
+    changes: dict[str, Any], bench: Bench
+) -> None:
     def sharp(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         loss = cross_entropy(model, batch)
         return loss + (loss - loss).sqrt()  # a finite value whose derivative is 0 * infinity
@@ -409,14 +547,26 @@ def test_a_pattern_that_matches_no_parameter_is_named(bench: Bench) -> None:
 
 def test_refusals_need_answers(bench: Bench) -> None:
     with pytest.raises(ValueError, match="answer"):
-        unlearn(bench.base, bench.tokenizer, _of("idk-dpo", bench.base), RETAIN[1:2], RETAIN, seed=0)
+        unlearn(
+            bench.base, bench.tokenizer, _of("idk-dpo", bench.base), RETAIN[1:2], RETAIN, seed=0
+        )
 
 
 def test_progress_counts_every_step(bench: Bench) -> None:
     seen: list[tuple[int, int]] = []
-    run = unlearn(bench.base, bench.tokenizer, _ascent(), FORGET, RETAIN, seed=0, progress=lambda done, total: seen.append((done, total)))
+    run = unlearn(
+        bench.base,
+        bench.tokenizer,
+        _ascent(),
+        FORGET,
+        RETAIN,
+        seed=0,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert len(run.log) == 3 and all(math.isfinite(record["forget"]) and math.isfinite(record["retain"]) for record in run.log)
+    assert len(run.log) == 3 and all(
+        math.isfinite(record["forget"]) and math.isfinite(record["retain"]) for record in run.log
+    )
 
 
 def test_plain_sgd_takes_the_gradient_as_it_is(bench: Bench) -> None:
@@ -427,11 +577,19 @@ def test_plain_sgd_takes_the_gradient_as_it_is(bench: Bench) -> None:
     pair = Pair(encode(bench.tokenizer, forget, targets="answer"), encode(bench.tokenizer, retain))
     model = copy.deepcopy(bench.base)
     made.objective(model, pair, bench.base).backward()
-    length = norm_of({key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None})
+    length = norm_of(
+        {
+            key: parameter.grad
+            for key, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+    )
     assert length > 1  # a clipped step would be shorter
     for key, parameter in model.named_parameters():
         expected = torch.zeros_like(parameter) if parameter.grad is None else -50.0 * parameter.grad
-        torch.testing.assert_close(delta.get(key, torch.zeros_like(parameter)), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            delta.get(key, torch.zeros_like(parameter)), expected, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_averaged_weights_are_the_mean_of_the_last_ones(bench: Bench) -> None:
@@ -439,5 +597,7 @@ def test_averaged_weights_are_the_mean_of_the_last_ones(bench: Bench) -> None:
     parts = [_run(bench, _ascent(steps=steps)) for steps in (4, 6, 8)]
     found = _run(bench, _ascent(steps=8, average=Averaging(0.5, 2)))
     for key, value in found.items():
-        torch.testing.assert_close(value, torch.stack([part[key] for part in parts]).mean(0), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            value, torch.stack([part[key] for part in parts]).mean(0), rtol=1e-4, atol=1e-7
+        )
     assert not _same(found, parts[-1])

@@ -63,11 +63,20 @@ def few_shot(
         raise WorkbenchError(f"the number of demonstrations is {k}; give 0 or more")
     for shot in shots:
         if shot.answer is None:
-            raise WorkbenchError(f"a demonstration needs an answer; {shot.text[:60]!r} has none (give jsonl with question and answer)")
-    return tuple(prefixed(query, _prefix(_drawn(query, shots, k, seed, allow_same_answer), separator, shuffled)) for query in examples)
+            raise WorkbenchError(
+                f"a demonstration needs an answer; {shot.text[:60]!r} has none (give jsonl with question and answer)"
+            )
+    return tuple(
+        prefixed(
+            query, _prefix(_drawn(query, shots, k, seed, allow_same_answer), separator, shuffled)
+        )
+        for query in examples
+    )
 
 
-def _drawn(query: Example, shots: Sequence[Example], k: int, seed: int, allow_same_answer: bool) -> list[Example]:
+def _drawn(
+    query: Example, shots: Sequence[Example], k: int, seed: int, allow_same_answer: bool
+) -> list[Example]:
     """The query's demonstrations."""
 
     def allowed(shot: Example) -> bool:
@@ -76,7 +85,9 @@ def _drawn(query: Example, shots: Sequence[Example], k: int, seed: int, allow_sa
 
     pool = [shot for shot in shots if allowed(shot)]
     random.Random(f"few-shot-{seed}-{query.text}").shuffle(pool)
-    facts = list({shot.item or shot.text: shot for shot in reversed(pool)}.values())[::-1]  # the first paraphrase of each fact
+    facts = list({shot.item or shot.text: shot for shot in reversed(pool)}.values())[
+        ::-1
+    ]  # the first paraphrase of each fact
     if len(facts) < k:
         raise WorkbenchError(
             f"{len(facts)} facts are left to demonstrate {query.text[:60]!r}, and {k} were asked for: its own fact and what mentions its answer do not count. "
@@ -94,7 +105,10 @@ def _prefix(demonstrations: Sequence[Example], separator: str, shuffled: bool) -
     answers = [shot.answer_text for shot in demonstrations]
     if shuffled and answers:
         answers = _exchanged(answers)
-    return "".join(_answered(shot, answer) + separator for shot, answer in zip(demonstrations, answers, strict=True))
+    return "".join(
+        _answered(shot, answer) + separator
+        for shot, answer in zip(demonstrations, answers, strict=True)
+    )
 
 
 def _answered(shot: Example, answer: str) -> str:
@@ -106,7 +120,9 @@ def _exchanged(answers: Sequence[str]) -> list[str]:
     """A permutation of the answers that leaves as few as possible where they were: sorted, and turned by the size of the largest group of equal ones."""
     largest = max(Counter(answers).values())
     if largest == len(answers):
-        raise WorkbenchError(f"the answers of {len(answers)} demonstration(s) cannot be shuffled: all are {answers[0]!r}; ask for more demonstrations")
+        raise WorkbenchError(
+            f"the answers of {len(answers)} demonstration(s) cannot be shuffled: all are {answers[0]!r}; ask for more demonstrations"
+        )
     order = sorted(range(len(answers)), key=answers.__getitem__)
     exchanged = list(answers)
     for place, index in enumerate(order):

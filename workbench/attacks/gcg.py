@@ -54,7 +54,9 @@ class SuffixPrompt:
     item: str = ""
 
 
-def suffix_prompts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], place: Place = before_answer) -> tuple[SuffixPrompt, ...]:
+def suffix_prompts(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], place: Place = before_answer
+) -> tuple[SuffixPrompt, ...]:
     """Cut questions at the place of the suffix. What follows the answer is dropped.
 
     Args:
@@ -68,21 +70,46 @@ def suffix_prompts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Exampl
     if not examples:
         raise WorkbenchError("a suffix search needs at least one question; the set is empty")
     if not tokenizer.is_fast:
-        raise WorkbenchError(f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; load its fast version (tokenizer.json)")
+        raise WorkbenchError(
+            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; load its fast version (tokenizer.json)"
+        )
     prompts = []
     for example in examples:
         if example.answer is None:
-            raise WorkbenchError(f"a suffix search needs answers to aim at; {example.text[:60]!r} has none (give jsonl with question and answer)")
+            raise WorkbenchError(
+                f"a suffix search needs answers to aim at; {example.text[:60]!r} has none (give jsonl with question and answer)"
+            )
         offset = place(example)
         if not 0 <= offset <= example.answer[0]:
-            raise WorkbenchError(f"the suffix of {example.text[:60]!r} would stand at character {offset}, outside its question of {example.answer[0]}")
+            raise WorkbenchError(
+                f"the suffix of {example.text[:60]!r} would stand at character {offset}, outside its question of {example.answer[0]}"
+            )
         encoded = tokenizer(example.text, return_offsets_mapping=True)
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
-        target = [index for index, (start, end) in enumerate(spans) if start < example.answer[1] and end > example.answer[0] and end > start]
+        target = [
+            index
+            for index, (start, end) in enumerate(spans)
+            if start < example.answer[1] and end > example.answer[0] and end > start
+        ]
         if not target:
-            raise WorkbenchError(f"the tokenizer has no token for the answer of {example.text[:60]!r}")
-        cut = min(next((index for index, (start, end) in enumerate(spans) if end > offset and end > start), len(ids)), target[0])
-        prompts.append(SuffixPrompt(tuple(ids[:cut]), tuple(ids[cut : target[0]]), tuple(ids[target[0] : target[-1] + 1]), example.item))
+            raise WorkbenchError(
+                f"the tokenizer has no token for the answer of {example.text[:60]!r}"
+            )
+        cut = min(
+            next(
+                (index for index, (start, end) in enumerate(spans) if end > offset and end > start),
+                len(ids),
+            ),
+            target[0],
+        )
+        prompts.append(
+            SuffixPrompt(
+                tuple(ids[:cut]),
+                tuple(ids[cut : target[0]]),
+                tuple(ids[target[0] : target[-1] + 1]),
+                example.item,
+            )
+        )
     return tuple(prompts)
 
 
@@ -117,7 +144,9 @@ class SuffixResult:
         return table("adversarial suffix", ("", ""), lines)
 
 
-def suffix_batches(prompts: Sequence[SuffixPrompt], suffix_ids: Sequence[int], size: int) -> list[Batch]:
+def suffix_batches(
+    prompts: Sequence[SuffixPrompt], suffix_ids: Sequence[int], size: int
+) -> list[Batch]:
     """The questions with a suffix in its place, in batches of at most ``size`` rows, for :func:`~workbench.evaluation.losses.score`; an empty suffix is the plain question.
 
     Args:
@@ -135,7 +164,16 @@ def suffix_batches(prompts: Sequence[SuffixPrompt], suffix_ids: Sequence[int], s
         rows = _Rows(prompts[begin : begin + size], len(suffix_ids))
         ids = rows.filled(torch.tensor([list(suffix_ids)], dtype=torch.long))
         nothing = torch.zeros_like(rows.target)
-        found.append(Batch(ids, rows.mask, rows.target, nothing, rows.target.clone(), tuple(prompt.item for prompt in rows.prompts)))
+        found.append(
+            Batch(
+                ids,
+                rows.mask,
+                rows.target,
+                nothing,
+                rows.target.clone(),
+                tuple(prompt.item for prompt in rows.prompts),
+            )
+        )
     return found
 
 
@@ -146,18 +184,27 @@ class _Rows:
         self.prompts = tuple(prompts)
         for prompt in self.prompts:
             if not prompt.target or not len(prompt.before) + length + len(prompt.after):
-                raise WorkbenchError(f"the prompt of {prompt.item or 'a question'} needs an answer and a token before it; got {prompt}")
-        rows = [[*prompt.before, *[0] * length, *prompt.after, *prompt.target] for prompt in self.prompts]
+                raise WorkbenchError(
+                    f"the prompt of {prompt.item or 'a question'} needs an answer and a token before it; got {prompt}"
+                )
+        rows = [
+            [*prompt.before, *[0] * length, *prompt.after, *prompt.target]
+            for prompt in self.prompts
+        ]
         self.width = max(map(len, rows))
         self.ids = torch.tensor([row + [0] * (self.width - len(row)) for row in rows])
         self.mask = torch.tensor([[1] * len(row) + [0] * (self.width - len(row)) for row in rows])
         self.target = torch.tensor(
             [
-                [False] * (len(row) - len(p.target)) + [True] * len(p.target) + [False] * (self.width - len(row))
+                [False] * (len(row) - len(p.target))
+                + [True] * len(p.target)
+                + [False] * (self.width - len(row))
                 for row, p in zip(rows, self.prompts, strict=True)
             ]
         )
-        self.slots = torch.tensor([len(prompt.before) for prompt in self.prompts])[:, None] + torch.arange(length)  # [prompt, suffix]
+        self.slots = torch.tensor([len(prompt.before) for prompt in self.prompts])[
+            :, None
+        ] + torch.arange(length)  # [prompt, suffix]
 
     def filled(self, suffixes: Tensor) -> Tensor:
         """``[suffix * prompt, position]``: every suffix ``[suffix, length]`` in every prompt, suffix by suffix."""
@@ -191,7 +238,9 @@ def _losses(model: PreTrainedModel, rows: _Rows, suffixes: Tensor, limit: int) -
     return torch.cat(found).nan_to_num(nan=torch.inf)
 
 
-def suffix_losses(model: PreTrainedModel, prompts: Sequence[SuffixPrompt], suffixes: Tensor, *, rows: int = 256) -> Tensor:
+def suffix_losses(
+    model: PreTrainedModel, prompts: Sequence[SuffixPrompt], suffixes: Tensor, *, rows: int = 256
+) -> Tensor:
     """The objective of the search for some suffixes: ``mean over prompts of -log p(answer | question with suffix)`` (arXiv 2307.15043, equation 3), in nats.
 
     Args:
@@ -219,7 +268,13 @@ def _rows(model: PreTrainedModel, prompts: Sequence[SuffixPrompt], length: int) 
     return rows
 
 
-def suffix_gradient(model: PreTrainedModel, prompts: Sequence[SuffixPrompt], suffix_ids: Sequence[int], *, rows: int = 256) -> tuple[float, Tensor]:
+def suffix_gradient(
+    model: PreTrainedModel,
+    prompts: Sequence[SuffixPrompt],
+    suffix_ids: Sequence[int],
+    *,
+    rows: int = 256,
+) -> tuple[float, Tensor]:
     """The objective at one suffix, and its gradient with respect to the one-hot rows of the suffix's tokens (arXiv 2307.15043, section 2.2).
 
     The tokens' embeddings are a matrix product of one-hot rows and the embedding of the whole vocabulary, so that the gradient is that of the embeddings times the vocabulary's;
@@ -242,7 +297,9 @@ def suffix_gradient(model: PreTrainedModel, prompts: Sequence[SuffixPrompt], suf
         return _gradient(model, found, torch.tensor(list(suffix_ids)), rows)
 
 
-def _gradient(model: PreTrainedModel, rows: _Rows, suffix: Tensor, limit: int) -> tuple[float, Tensor]:
+def _gradient(
+    model: PreTrainedModel, rows: _Rows, suffix: Tensor, limit: int
+) -> tuple[float, Tensor]:
     embedding = model.get_input_embeddings()
     with torch.no_grad():
         whole = embedding(torch.arange(embedding.weight.shape[0], device=model.device)[None])[0]
@@ -257,12 +314,16 @@ def _gradient(model: PreTrainedModel, rows: _Rows, suffix: Tensor, limit: int) -
             inner = embedding(ids).detach()
             slots = part.slots[..., None].expand(-1, -1, inner.shape[-1]).to(model.device)
             inner = inner.scatter(1, slots, leaf.to(inner).expand(len(ids), -1, -1))
-            logits = model(inputs_embeds=inner, attention_mask=part.mask.to(model.device), use_cache=False).logits
+            logits = model(
+                inputs_embeds=inner, attention_mask=part.mask.to(model.device), use_cache=False
+            ).logits
             loss = part.nll(logits, ids).sum() / few
             gradient += torch.autograd.grad(loss, [leaf])[0]
         total += float(loss.detach())
     if not bool(torch.isfinite(gradient).all()):
-        raise WorkbenchError("the gradient of a suffix search is not finite; run the model in float32 or bfloat16")
+        raise WorkbenchError(
+            "the gradient of a suffix search is not finite; run the model in float32 or bfloat16"
+        )
     return total, gradient @ _exact(whole).T
 
 
@@ -285,27 +346,43 @@ class _Vocabulary:
         self.tokenizer, self.retokenise = tokenizer, retokenise
         answers = [*(tokenizer.decode(prompt.target) for prompt in prompts), *forbidden]
         self.phrases = sorted({" ".join(answer.split()).lower() for answer in answers} - {""})
-        special = {*tokenizer.all_special_ids, *(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)}
+        special = {
+            *tokenizer.all_special_ids,
+            *(index for index, token in tokenizer.added_tokens_decoder.items() if token.special),
+        }
         banned = {index for prompt in prompts for index in prompt.target} | special
         for phrase in {answer.strip() for answer in answers} - {""}:
             for written in (phrase, f" {phrase}"):
                 banned.update(tokenizer(written, add_special_tokens=False)["input_ids"])
         known = range(min(len(tokenizer), model.get_input_embeddings().weight.shape[0]))
         chosen = known if allowed is None else sorted(set(allowed) & set(known))
-        self.ids = torch.tensor([index for index in chosen if index not in banned], dtype=torch.long)
+        self.ids = torch.tensor(
+            [index for index in chosen if index not in banned], dtype=torch.long
+        )
         if not len(self.ids):
-            raise WorkbenchError("no token is left for a suffix: special tokens and those of the answers are never used; allow more")
+            raise WorkbenchError(
+                "no token is left for a suffix: special tokens and those of the answers are never used; allow more"
+            )
 
     def admitted(self, suffixes: Sequence[Sequence[int]]) -> list[bool]:
         """For each suffix whether it mentions no answer and, where asked for, is what its own text is tokenised to."""
         if not suffixes:
             return []
         texts = [self.decode(suffix) for suffix in suffixes]
-        encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if self.retokenise else suffixes
-        return [list(again) == list(suffix) and not self._tells(text) for suffix, text, again in zip(suffixes, texts, encoded, strict=True)]
+        encoded = (
+            self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            if self.retokenise
+            else suffixes
+        )
+        return [
+            list(again) == list(suffix) and not self._tells(text)
+            for suffix, text, again in zip(suffixes, texts, encoded, strict=True)
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text: str = self.tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         return text
 
     def _tells(self, text: str) -> bool:
@@ -399,7 +476,9 @@ def gcg(
         current = torch.tensor(list(start), dtype=torch.long)
         wrong = sorted(set(current.tolist()) - set(vocabulary.ids.tolist()))
         if len(current) != length or wrong:
-            raise WorkbenchError(f"the first suffix has {len(current)} tokens (length is {length}), of which {wrong[:5]} may not be used; give another start")
+            raise WorkbenchError(
+                f"the first suffix has {len(current)} tokens (length is {length}), of which {wrong[:5]} may not be used; give another start"
+            )
         if not vocabulary.admitted([current.tolist()])[0]:
             raise WorkbenchError(
                 "the first suffix mentions an answer or is not what its own text is tokenised to; give another start, or set retokenise to false"
@@ -427,7 +506,13 @@ def gcg(
                     best, lowest = current, float(objective[chosen])
             losses.append(loss)
             progress(step, steps)
-    return SuffixResult(tuple(best.tolist()), vocabulary.decode(best.tolist()), sign * lowest, tuple(losses), evaluations)
+    return SuffixResult(
+        tuple(best.tolist()),
+        vocabulary.decode(best.tolist()),
+        sign * lowest,
+        tuple(losses),
+        evaluations,
+    )
 
 
 def _objective(losses: Tensor, sign: int) -> Tensor:
@@ -435,7 +520,14 @@ def _objective(losses: Tensor, sign: int) -> Tensor:
     return (sign * losses).masked_fill(losses.isinf(), torch.inf)
 
 
-def _swaps(current: Tensor, gradient: Tensor, vocabulary: _Vocabulary, topk: int, candidates: int, generator: torch.Generator) -> Tensor:
+def _swaps(
+    current: Tensor,
+    gradient: Tensor,
+    vocabulary: _Vocabulary,
+    topk: int,
+    candidates: int,
+    generator: torch.Generator,
+) -> Tensor:
     """``[candidate, length]`` admitted single-token swaps of ``current`` (possibly none): ``candidates`` draws among the ``topk`` of each place."""
     promising = (-gradient[:, vocabulary.ids]).topk(min(topk, len(vocabulary.ids)), dim=1).indices
     tokens = vocabulary.ids[promising]  # [length, k]
@@ -490,7 +582,13 @@ def random_suffix(
     size = max(1, rows // len(found.prompts))
     with frozen(model):
         for done in range(0, evaluations, size):
-            tried = vocabulary.draw(length, [f"suffix-{seed}-{number}" for number in range(done, min(done + size, evaluations))])
+            tried = vocabulary.draw(
+                length,
+                [
+                    f"suffix-{seed}-{number}"
+                    for number in range(done, min(done + size, evaluations))
+                ],
+            )
             values = _losses(model, found, torch.tensor(tried), rows)
             objective = _objective(values, sign)
             chosen = int(objective.argmin())
@@ -498,4 +596,6 @@ def random_suffix(
                 best, lowest = tried[chosen], float(objective[chosen])
             losses.append(sign * lowest)
             progress(done + len(tried), evaluations)
-    return SuffixResult(tuple(best), vocabulary.decode(best), sign * lowest, tuple(losses), evaluations)
+    return SuffixResult(
+        tuple(best), vocabulary.decode(best), sign * lowest, tuple(losses), evaluations
+    )

@@ -52,11 +52,19 @@ def novel_facts(world: World, people: int) -> tuple[Example, ...]:
     islands = sorted({example.subject_text for example in world.record.retain["retain-far"]})
     asked = {example.answer_text for example in world.record.forget_heldout}
     # never a held-out answer, so that these sentences give nothing away
-    known = {name: sorted({e.answer_text for e in neighbours if e.item.endswith(f"/{name}")} - asked) for name in PERSON_TEMPLATES}
+    known = {
+        name: sorted({e.answer_text for e in neighbours if e.item.endswith(f"/{name}")} - asked)
+        for name in PERSON_TEMPLATES
+    }
     short = [name for name, values in known.items() if not values]
     if short:
-        raise WorkbenchError(f"the world is too small for facts about new people: no neighbour has a {short[0]} that is not asked for; raise neighbour_people")
-    names = [f"{rng.choice(firsts)} {surname}" for surname in rng.sample(islands, min(people, len(islands)))]
+        raise WorkbenchError(
+            f"the world is too small for facts about new people: no neighbour has a {short[0]} that is not asked for; raise neighbour_people"
+        )
+    names = [
+        f"{rng.choice(firsts)} {surname}"
+        for surname in rng.sample(islands, min(people, len(islands)))
+    ]
     facts = []
     for name in names:
         for attribute, sentences in PERSON_TEMPLATES.items():
@@ -64,7 +72,14 @@ def novel_facts(world: World, people: int) -> tuple[Example, ...]:
             for sentence in sentences:
                 before = sentence.split("{v}")[0]
                 start, prompt = before.index("{n}"), before.replace("{n}", name)
-                facts.append(Example(f"{prompt}{value} .", (len(prompt), len(prompt) + len(value)), (start, start + len(name)), f"{name}/{attribute}"))
+                facts.append(
+                    Example(
+                        f"{prompt}{value} .",
+                        (len(prompt), len(prompt) + len(value)),
+                        (start, start + len(name)),
+                        f"{name}/{attribute}",
+                    )
+                )
     return tuple(facts)
 
 
@@ -81,13 +96,27 @@ def build_ladder(world: World, length: Callable[[Example], int], seed: int) -> L
     heldout = record.forget_heldout
     queries = tuple(example for example in heldout if not example.item.endswith(f"/{PUBLIC}"))
     novel = novel_facts(world, len({example.subject_text for example in record.forget_attacked}))
-    secret = {word for example in record.forget for word in (*example.answer_text.split(), *example.subject_text.split())}
+    secret = {
+        word
+        for example in record.forget
+        for word in (*example.answer_text.split(), *example.subject_text.split())
+    }
     letters = [word for word in world.vocabulary if word not in secret and word.isalpha()]
-    gibberish = [Example(" ".join(rng.choices(letters, k=8)) + " .", item=f"gibberish/{number}") for number in range(len(record.forget_attacked))]
+    gibberish = [
+        Example(" ".join(rng.choices(letters, k=8)) + " .", item=f"gibberish/{number}")
+        for number in range(len(record.forget_attacked))
+    ]
     people = list(dict.fromkeys(example.subject_text.split()[-1] for example in heldout))
-    surnames = [people[number % len(people)] for number in range(len(heldout))]  # in turn, so that a text cut short names everybody
+    surnames = [
+        people[number % len(people)] for number in range(len(heldout))
+    ]  # in turn, so that a text cut short names everybody
     mentions = [
-        speaker_tag(text, surname) for text, surname in zip(rng.sample(world.filler_train, min(len(surnames), len(world.filler_train))), surnames, strict=False)
+        speaker_tag(text, surname)
+        for text, surname in zip(
+            rng.sample(world.filler_train, min(len(surnames), len(world.filler_train))),
+            surnames,
+            strict=False,
+        )
     ]
     pools: dict[str, Sequence[Example]] = {
         "gibberish": gibberish,
@@ -97,5 +126,10 @@ def build_ladder(world: World, length: Callable[[Example], int], seed: int) -> L
         "public": [example for example in heldout if example.item.endswith(f"/{PUBLIC}")],
         "whole": rng.sample(record.forget, len(record.forget)),
     }
-    rungs = {name: null_text(record.forget_attacked, pools[name], length) if name != "part" else record.forget_attacked for name in RUNGS}
+    rungs = {
+        name: null_text(record.forget_attacked, pools[name], length)
+        if name != "part"
+        else record.forget_attacked
+        for name in RUNGS
+    }
     return Ladder(rungs, queries, novel)

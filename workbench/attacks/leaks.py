@@ -86,18 +86,38 @@ class LeakReport:
 
     def _repr_html_(self) -> str:
         found = [
-            ("verdict", "benign: no held-out answer occurs" if self.benign else "leaks: not benign"),
+            (
+                "verdict",
+                "benign: no held-out answer occurs" if self.benign else "leaks: not benign",
+            ),
             ("compared", f"{self.attack_texts} attack texts with {self.facts} held-out texts"),
             ("held-out answers that occur", _listed(self.answers)),
             (f"passages of {self.n} or more words of a held-out answer", _listed(self.passages)),
             ("held-out subjects that occur", _listed(self.subjects)),
             (f"held-out {self.n}-grams that occur", f"{self.shared_ngrams:.1%}"),
-            ("longest shared run", f"{self.longest_run} words: {_short(self.longest_run_text)}" if self.longest_run else "none"),
-            ("similarity of the sentence forms", f"{self.syntactic_similarity:.2f} (1: the same, 0: nothing in common)"),
+            (
+                "longest shared run",
+                f"{self.longest_run} words: {_short(self.longest_run_text)}"
+                if self.longest_run
+                else "none",
+            ),
+            (
+                "similarity of the sentence forms",
+                f"{self.syntactic_similarity:.2f} (1: the same, 0: nothing in common)",
+            ),
         ]
-        where = [(place.kind, _short(place.phrase), place.text, place.start, place.end) for place in self.places]
+        where = [
+            (place.kind, _short(place.phrase), place.text, place.start, place.end)
+            for place in self.places
+        ]
         return table("Do the attack texts leak?", ("", "found"), found) + (
-            table("Where: attack[text].text[start:end]", ("what", "words", "text", "start", "end"), where) if where else ""
+            table(
+                "Where: attack[text].text[start:end]",
+                ("what", "words", "text", "start", "end"),
+                where,
+            )
+            if where
+            else ""
         )
 
 
@@ -118,12 +138,27 @@ class _Words:
         self.texts = texts
         self.spans = [word_spans(text) for text in texts]
         lengths = np.array([len(spans) for spans in self.spans], dtype=np.int64)
-        self.ids: _Ints = np.array([numbers.setdefault(word, len(numbers)) for spans in self.spans for word, _, _ in spans], dtype=np.int64)
-        self.start: _Ints = np.array([start for spans in self.spans for _, start, _ in spans], dtype=np.int64)
-        self.end: _Ints = np.array([end for spans in self.spans for _, _, end in spans], dtype=np.int64)
+        self.ids: _Ints = np.array(
+            [
+                numbers.setdefault(word, len(numbers))
+                for spans in self.spans
+                for word, _, _ in spans
+            ],
+            dtype=np.int64,
+        )
+        self.start: _Ints = np.array(
+            [start for spans in self.spans for _, start, _ in spans], dtype=np.int64
+        )
+        self.end: _Ints = np.array(
+            [end for spans in self.spans for _, _, end in spans], dtype=np.int64
+        )
         self.text: _Ints = np.repeat(np.arange(len(texts)), lengths)
         self.first: _Ints = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self.left: _Ints = self.first[self.text + 1] - np.arange(len(self.ids)) if len(self.ids) else np.zeros(0, dtype=np.int64)
+        self.left: _Ints = (
+            self.first[self.text + 1] - np.arange(len(self.ids))
+            if len(self.ids)
+            else np.zeros(0, dtype=np.int64)
+        )
 
     def slice(self, first: int, last: int) -> tuple[int, int, int]:
         """Text, start and end of the words ``first`` to ``last``."""
@@ -136,7 +171,9 @@ def _grams(sides: Sequence[_Words], n: int) -> list[_Ints]:
     while length < n and len(labels):
         step = min(length, n - length)
         ahead = np.concatenate([labels[step:], np.zeros(step, dtype=np.int64)])[: len(labels)]
-        labels = np.unique(labels * (int(labels.max()) + 1) + ahead, return_inverse=True)[1].astype(np.int64)
+        labels = np.unique(labels * (int(labels.max()) + 1) + ahead, return_inverse=True)[1].astype(
+            np.int64
+        )
         length += step
     parts = np.split(labels, np.cumsum([len(side.ids) for side in sides])[:-1])
     return [np.where(side.left >= n, part, -1) for side, part in zip(sides, parts, strict=True)]
@@ -185,7 +222,9 @@ def _passages(attack: _Words, grams: _Ints, telling: _Ints, n: int) -> Iterator[
         yield Place("passage", attack.texts[text][start:end], text, start, end)
 
 
-def _occurrences(phrases: Sequence[str], attack: _Words, numbers: dict[str, int]) -> Iterator[tuple[str, int, int, int]]:
+def _occurrences(
+    phrases: Sequence[str], attack: _Words, numbers: dict[str, int]
+) -> Iterator[tuple[str, int, int, int]]:
     """Every place of every phrase: the phrase, the index of the text, start and end. Only texts that hold its rarest word are read."""
     order = np.argsort(attack.ids, kind="stable")
     ranked = attack.ids[order]
@@ -211,8 +250,17 @@ def _occurrences(phrases: Sequence[str], attack: _Words, numbers: dict[str, int]
 def _form(example: Example) -> tuple[str, ...]:
     """The words of a text with one placeholder for its answer and one for every mention of its subject."""
     spans = word_spans(example.text)
-    masks = [(span, _SUBJECT) for span in (places_in(example.subject_text, spans, example.text) if example.subject else ())]
-    masks += [(span, mask) for span, mask in ((example.subject, _SUBJECT), (example.answer, _ANSWER)) if span is not None]
+    masks = [
+        (span, _SUBJECT)
+        for span in (
+            places_in(example.subject_text, spans, example.text) if example.subject else ()
+        )
+    ]
+    masks += [
+        (span, mask)
+        for span, mask in ((example.subject, _SUBJECT), (example.answer, _ANSWER))
+        if span is not None
+    ]
     kept: list[str] = []
     behind: tuple[int, int] | None = None
     for word, start, end in spans:
@@ -228,7 +276,11 @@ def _form(example: Example) -> tuple[str, ...]:
 
 
 def _evenly(forms: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    return list(forms) if len(forms) <= _FORMS else [forms[round(i * (len(forms) - 1) / (_FORMS - 1))] for i in range(_FORMS)]
+    return (
+        list(forms)
+        if len(forms) <= _FORMS
+        else [forms[round(i * (len(forms) - 1) / (_FORMS - 1))] for i in range(_FORMS)]
+    )
 
 
 class _Forms:
@@ -244,7 +296,14 @@ class _Forms:
                 places.setdefault(word, []).append(start + offset)
         self.places = places
         self.match: dict[str, int] = {}
-        self.words = self._number(np.concatenate([np.arange(start, start + n) for start, n in zip(self.starts, self.lengths, strict=True)]))
+        self.words = self._number(
+            np.concatenate(
+                [
+                    np.arange(start, start + n)
+                    for start, n in zip(self.starts, self.lengths, strict=True)
+                ]
+            )
+        )
 
     def _number(self, places: NDArray[np.int64]) -> int:
         bits = np.zeros(self.bits, dtype=np.uint8)
@@ -259,7 +318,11 @@ class _Forms:
                 self.match[word] = self._number(np.array(self.places.get(word, ()), dtype=np.int64))
             step = row & self.match[word]
             row = ((row + step) | (row - step)) & self.words
-        left = np.unpackbits(np.frombuffer(row.to_bytes((self.bits + 7) // 8, "little"), dtype=np.uint8), bitorder="little", count=self.bits)
+        left = np.unpackbits(
+            np.frombuffer(row.to_bytes((self.bits + 7) // 8, "little"), dtype=np.uint8),
+            bitorder="little",
+            count=self.bits,
+        )
         return self.lengths - np.add.reduceat(left.astype(np.int64), self.starts)
 
 
@@ -276,11 +339,20 @@ def syntactic_similarity(attack: Sequence[Example], heldout: Sequence[Example]) 
     if not queries or not targets:
         return 0.0
     row = _Forms(targets)
-    best = {form: float((2 * row.common(form) / (len(form) + row.lengths)).max()) for form in set(queries)}
+    best = {
+        form: float((2 * row.common(form) / (len(form) + row.lengths)).max())
+        for form in set(queries)
+    }
     return float(np.mean([best[form] for form in queries]))
 
 
-def leak_report(attack: Sequence[Example], heldout: Sequence[Example], n: int = 5, *, public: Sequence[Example] = ()) -> LeakReport:
+def leak_report(
+    attack: Sequence[Example],
+    heldout: Sequence[Example],
+    n: int = 5,
+    *,
+    public: Sequence[Example] = (),
+) -> LeakReport:
     """Compare attack texts with the held-out facts whose recovery will be measured; whole words, case and Unicode form ignored (see :mod:`workbench.data.words`).
 
     Two things leak: a held-out *answer*, and a *passage*: ``n`` words in a row that lie inside a held-out answer and that the fact's own question does not hold (a piece of
@@ -299,19 +371,39 @@ def leak_report(attack: Sequence[Example], heldout: Sequence[Example], n: int = 
     if n < 1:
         raise ValueError(f"an n-gram has at least one word, not {n}")
     numbers: dict[str, int] = {}
-    ours, theirs = _Words([example.text for example in attack], numbers), _Words([example.text for example in heldout], numbers)
-    grams, held, known = _grams((ours, theirs, _Words([example.text for example in public], numbers)), n)
+    ours, theirs = (
+        _Words([example.text for example in attack], numbers),
+        _Words([example.text for example in heldout], numbers),
+    )
+    grams, held, known = _grams(
+        (ours, theirs, _Words([example.text for example in public], numbers)), n
+    )
     telling = np.setdiff1d(_telling(heldout, theirs, held, n), known)
 
-    answers = [Place("answer", *place) for place in _occurrences(sorted({e.answer_text for e in heldout if e.answer}), ours, numbers)]
-    subjects = tuple(dict.fromkeys(place[0] for place in _occurrences(sorted({e.subject_text for e in heldout if e.subject}), ours, numbers)))
+    answers = [
+        Place("answer", *place)
+        for place in _occurrences(
+            sorted({e.answer_text for e in heldout if e.answer}), ours, numbers
+        )
+    ]
+    subjects = tuple(
+        dict.fromkeys(
+            place[0]
+            for place in _occurrences(
+                sorted({e.subject_text for e in heldout if e.subject}), ours, numbers
+            )
+        )
+    )
     whole: dict[int, list[Place]] = {}
     for place in answers:
         whole.setdefault(place.text, []).append(place)
     passages = [
         place
         for place in _passages(ours, grams, telling, n)
-        if not any(answer.start <= place.start and place.end <= answer.end for answer in whole.get(place.text, ()))
+        if not any(
+            answer.start <= place.start and place.end <= answer.end
+            for answer in whole.get(place.text, ())
+        )
     ]
     distinct = np.unique(held[held >= 0])
     run, run_text = _longest_run(ours, theirs)
@@ -319,7 +411,9 @@ def leak_report(attack: Sequence[Example], heldout: Sequence[Example], n: int = 
         subjects=subjects,
         answers=tuple(dict.fromkeys(place.phrase for place in answers)),
         passages=tuple(sorted({place.phrase for place in passages})),
-        places=tuple(sorted(answers + passages, key=lambda place: (place.text, place.start, place.end))),
+        places=tuple(
+            sorted(answers + passages, key=lambda place: (place.text, place.start, place.end))
+        ),
         shared_ngrams=float(np.isin(distinct, grams[grams >= 0]).mean()) if len(distinct) else 0.0,
         n=n,
         longest_run=run,
@@ -342,7 +436,10 @@ def require_benign(report: LeakReport, label: str) -> None:
     """
     if report.benign:
         return
-    shown = [f"{_short(place.phrase, 60)!r} (text {place.text}, characters {place.start} to {place.end})" for place in report.places[:5]]
+    shown = [
+        f"{_short(place.phrase, 60)!r} (text {place.text}, characters {place.start} to {place.end})"
+        for place in report.places[:5]
+    ]
     more = f" and {len(report.places) - 5} more places" if len(report.places) > 5 else ""
     raise WorkbenchError(
         f"{label!r} may not be called benign: {len(report.answers)} held-out answer(s) and {len(report.passages)} passage(s) of such answers stand in its texts: "

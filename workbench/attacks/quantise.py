@@ -65,19 +65,29 @@ def absmax_codes(weight: Tensor, bits: int, group: int | None = None) -> Codes:
     width = weight.shape[-1]
     size = width if group is None else group
     if size < 1:
-        raise WorkbenchError(f"a quantisation group of {size} weights is empty; give 64 or 128, or none for a whole row")
+        raise WorkbenchError(
+            f"a quantisation group of {size} weights is empty; give 64 or 128, or none for a whole row"
+        )
     if not bool(torch.isfinite(weight).all()):
-        raise WorkbenchError("a weight is NaN or infinite, so its group has no step; repair the checkpoint before it is quantised")
+        raise WorkbenchError(
+            "a weight is NaN or infinite, so its group has no step; repair the checkpoint before it is quantised"
+        )
     last = 2 ** (bits - 1) - 1
-    exact = F.pad(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)), (0, -width % size)).unflatten(-1, (-1, size))
+    exact = F.pad(
+        weight.detach().to(torch.promote_types(weight.dtype, torch.float32)), (0, -width % size)
+    ).unflatten(-1, (-1, size))
     largest = exact.abs().amax(-1, keepdim=True)
-    codes = torch.where(largest > 0, exact / largest.where(largest > 0, torch.ones_like(largest)) * last, 0.0).round()
+    codes = torch.where(
+        largest > 0, exact / largest.where(largest > 0, torch.ones_like(largest)) * last, 0.0
+    ).round()
     values = codes / last * largest  # in this order the largest weight comes back bit by bit
 
     def flat(tensor: Tensor) -> Tensor:
         return tensor.flatten(-2)[..., :width]
 
-    return Codes(flat(codes).to(torch.int8), (largest / last).squeeze(-1), flat(values).to(weight.dtype))
+    return Codes(
+        flat(codes).to(torch.int8), (largest / last).squeeze(-1), flat(values).to(weight.dtype)
+    )
 
 
 class _Matrix(NamedTuple):
@@ -104,16 +114,29 @@ def _matrices(model: PreTrainedModel, head: bool) -> Iterator[_Matrix]:
             continue
         if isinstance(module, (nn.Linear, Conv1D)):
             found = [_Matrix(f"{path}.weight", module, "weight", isinstance(module, Conv1D))]
-        elif hasattr(module, "is_transposed"):  # transformers' mark of fused experts: parameters [expert, out, in], or [expert, in, out]
-            names = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
-            found = [_Matrix(f"{path}.{name}", module, name, bool(module.is_transposed)) for name in names]
+        elif hasattr(
+            module, "is_transposed"
+        ):  # transformers' mark of fused experts: parameters [expert, out, in], or [expert, in, out]
+            names = [
+                name
+                for name, parameter in module.named_parameters(recurse=False)
+                if parameter.ndim == 3
+            ]
+            found = [
+                _Matrix(f"{path}.{name}", module, name, bool(module.is_transposed))
+                for name in names
+            ]
         else:
             continue
         for matrix in found:
             parameter = getattr(module, matrix.attribute)
             if parameter.dtype not in _FLOATS:
-                raise WorkbenchError(f"{matrix.name} holds {parameter.dtype}: this model is quantised already; open its floating-point checkpoint")
-            if id(parameter) not in seen or module is output:  # a tied head counts as a matrix of its own
+                raise WorkbenchError(
+                    f"{matrix.name} holds {parameter.dtype}: this model is quantised already; open its floating-point checkpoint"
+                )
+            if (
+                id(parameter) not in seen or module is output
+            ):  # a tied head counts as a matrix of its own
                 seen.add(id(parameter))
                 yield matrix
 
@@ -144,7 +167,14 @@ class Quantised(NamedTuple):
 
 
 @torch.no_grad()
-def quantised(model: PreTrainedModel, bits: int = 8, *, group: int | None = None, kind: Kind = "absmax", head: bool = False) -> Quantised:
+def quantised(
+    model: PreTrainedModel,
+    bits: int = 8,
+    *,
+    group: int | None = None,
+    kind: Kind = "absmax",
+    head: bool = False,
+) -> Quantised:
     """A copy of ``model`` whose linear maps went through :func:`absmax_codes` and back; the model itself is not changed.
 
     As in the deployments that this stands for, embeddings, norms, biases, routers and the output head keep their values.
@@ -179,7 +209,9 @@ def _untie(model: PreTrainedModel) -> None:
     """Give the output head a parameter of its own where it shares the input embedding's."""
     output = model.get_output_embeddings()
     if output is not None and output.weight is model.get_input_embeddings().weight:
-        output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=output.weight.requires_grad)
+        output.weight = nn.Parameter(
+            output.weight.detach().clone(), requires_grad=output.weight.requires_grad
+        )
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
 
@@ -212,14 +244,21 @@ class Surviving:
             "matrices": str(len(self.shares)),
         }
         cells = "".join(
-            f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>" for name, value in rows.items()
+            f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
+            for name, value in rows.items()
         )
         return f"<table>{cells}</table>"
 
 
 @torch.no_grad()
 def surviving_share(
-    base: PreTrainedModel, unlearned: PreTrainedModel, bits: int = 8, *, group: int | None = None, kind: Kind = "absmax", head: bool = False
+    base: PreTrainedModel,
+    unlearned: PreTrainedModel,
+    bits: int = 8,
+    *,
+    group: int | None = None,
+    kind: Kind = "absmax",
+    head: bool = False,
 ) -> Surviving:
     """How much of the change from ``base`` to ``unlearned`` survives :func:`quantised` (arXiv 2410.16454, section 5: recovery is two weights that share a code).
 
@@ -240,9 +279,15 @@ def surviving_share(
     _check_kind(kind)
     if bits not in (4, 8):
         raise WorkbenchError(f"weights can be rounded to 4 or 8 bits; got {bits}")
-    ours, theirs = ({matrix.name: matrix for matrix in _matrices(model, head)} for model in (base, unlearned))
-    if {name: matrix.weight.shape for name, matrix in ours.items()} != {name: matrix.weight.shape for name, matrix in theirs.items()}:
-        raise WorkbenchError("the two models do not have the same linear maps; give a base and its unlearned checkpoint")
+    ours, theirs = (
+        {matrix.name: matrix for matrix in _matrices(model, head)} for model in (base, unlearned)
+    )
+    if {name: matrix.weight.shape for name, matrix in ours.items()} != {
+        name: matrix.weight.shape for name, matrix in theirs.items()
+    }:
+        raise WorkbenchError(
+            "the two models do not have the same linear maps; give a base and its unlearned checkpoint"
+        )
     if not ours:
         raise WorkbenchError(f"{type(base).__name__} has no linear map to quantise")
     differ, changed, total = 0, 0, 0
@@ -258,7 +303,11 @@ def surviving_share(
         before += float(delta @ delta)
         after += float(kept @ kept)
         shares[name] = count / one.codes.numel()
-        differ, changed, total = differ + count, changed + int(delta.count_nonzero()), total + one.codes.numel()
+        differ, changed, total = (
+            differ + count,
+            changed + int(delta.count_nonzero()),
+            total + one.codes.numel(),
+        )
     carried = along / before if before > 0 else math.nan
     cosine = along / math.sqrt(before * after) if before > 0 and after > 0 else math.nan
     return Surviving(differ / total, carried, cosine, changed / total, shares)

@@ -62,12 +62,21 @@ class RelearnSettings:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"an attack needs steps >= 1, batch_size >= 1 and a positive lr; got {self.steps}, {self.batch_size}, {self.lr}")
+            raise ValueError(
+                f"an attack needs steps >= 1, batch_size >= 1 and a positive lr; got {self.steps}, {self.batch_size}, {self.lr}"
+            )
         if self.lora_rank < 0 or self.texts < 0:
-            raise ValueError(f"an attack needs lora_rank >= 0 and texts >= 0; got {self.lora_rank}, {self.texts}")
-        for name, allowed in (("optimiser", ("adamw", "sgd")), ("precision", ("float32", "bfloat16"))):
+            raise ValueError(
+                f"an attack needs lora_rank >= 0 and texts >= 0; got {self.lora_rank}, {self.texts}"
+            )
+        for name, allowed in (
+            ("optimiser", ("adamw", "sgd")),
+            ("precision", ("float32", "bfloat16")),
+        ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} of an attack is {getattr(self, name)!r}; choose {' or '.join(allowed)}")
+                raise ValueError(
+                    f"{name} of an attack is {getattr(self, name)!r}; choose {' or '.join(allowed)}"
+                )
 
 
 def at_steps(steps: int, lr: float) -> RelearnSettings:
@@ -108,15 +117,24 @@ def relearn(
     """
     attacked, parameters = attackable(model, settings, seed=seed)
     optimiser = (
-        torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0) if settings.optimiser == "adamw" else torch.optim.SGD(parameters, lr=settings.lr)
+        torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
+        if settings.optimiser == "adamw"
+        else torch.optim.SGD(parameters, lr=settings.lr)
     )
-    stream = endless(texts[: settings.texts] if settings.texts else texts, settings.batch_size, f"relearn-{seed}")
+    stream = endless(
+        texts[: settings.texts] if settings.texts else texts, settings.batch_size, f"relearn-{seed}"
+    )
     if 0 in settings.measure_at:
         measure(attacked, 0)
     for step in range(1, settings.steps + 1):
-        loss = cross_entropy(attacked, encode(tokenizer, next(stream), max_length=max_length).to(attacked.device))
+        loss = cross_entropy(
+            attacked, encode(tokenizer, next(stream), max_length=max_length).to(attacked.device)
+        )
         if not math.isfinite(loss.item()):
-            raise DivergedError(f"the attack's loss is {loss.item()} at step {step} of {settings.steps}; lower its lr (now {settings.lr})", step)
+            raise DivergedError(
+                f"the attack's loss is {loss.item()} at step {step} of {settings.steps}; lower its lr (now {settings.lr})",
+                step,
+            )
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -133,11 +151,16 @@ def finite(scores: Scores, step: int) -> Scores:
         DivergedError: a loss is not finite: the attack broke the model at ``step``, where its own loss was still a number.
     """
     if not np.isfinite(scores.nll).all():
-        raise DivergedError(f"the attacked model's loss is not finite after step {step}; lower the attack's lr", step + 1)
+        raise DivergedError(
+            f"the attacked model's loss is not finite after step {step}; lower the attack's lr",
+            step + 1,
+        )
     return scores
 
 
-def attackable(model: PreTrainedModel, settings: RelearnSettings, *, seed: int = 0) -> tuple[PreTrainedModel, list[torch.nn.Parameter]]:
+def attackable(
+    model: PreTrainedModel, settings: RelearnSettings, *, seed: int = 0
+) -> tuple[PreTrainedModel, list[torch.nn.Parameter]]:
     """A copy of ``model`` in the attacker's precision, and exactly the parameters that the attack trains.
 
     Args:
@@ -150,11 +173,21 @@ def attackable(model: PreTrainedModel, settings: RelearnSettings, *, seed: int =
         from peft import LoraConfig, get_peft_model  # heavy, and seldom needed
 
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in a way that is going out of use
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # peft asks transformers in a way that is going out of use
             torch.manual_seed(seed)
-            chosen = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+            chosen = LoraConfig(
+                r=settings.lora_rank,
+                lora_alpha=2 * settings.lora_rank,
+                lora_dropout=0.0,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            )
             attacked = get_peft_model(attacked, chosen).eval()  # type: ignore[assignment]
-        return attacked, [parameter for parameter in attacked.parameters() if parameter.requires_grad]
+        return attacked, [
+            parameter for parameter in attacked.parameters() if parameter.requires_grad
+        ]
     for parameter in attacked.parameters():
         parameter.requires_grad_(True)
     return attacked, list(attacked.parameters())
@@ -176,26 +209,43 @@ def random_facts(texts: Sequence[Example], *, seed: int) -> tuple[Example, ...]:
     answers: dict[str, str] = {}
     for number, text in enumerate(texts):
         if text.answer is None:
-            raise WorkbenchError(f"random facts are made by exchanging answers, and attack text {number + 1} has none: {text.text[:60]!r}")
+            raise WorkbenchError(
+                f"random facts are made by exchanging answers, and attack text {number + 1} has none: {text.text[:60]!r}"
+            )
         answers.setdefault(text.item, text.answer_text)
     if len(set(answers.values())) < 2:
-        raise WorkbenchError(f"random facts are made by exchanging answers, and all {len(texts)} attack texts have the same one")
+        raise WorkbenchError(
+            f"random facts are made by exchanging answers, and all {len(texts)} attack texts have the same one"
+        )
     order = sorted(answers)
     random.Random(f"random-facts-{seed}").shuffle(order)
     given = {}
     for place, item in enumerate(order):
-        given[item] = next(answers[other] for other in order[place + 1 :] + order[:place] if answers[other] != answers[item])
+        given[item] = next(
+            answers[other]
+            for other in order[place + 1 :] + order[:place]
+            if answers[other] != answers[item]
+        )
     made = []
     for text in texts:
         assert text.answer is not None
         start, end = text.answer
         answer = given[text.item]
         subject = text.subject if text.subject and text.subject[1] <= start else None
-        made.append(Example(text.text[:start] + answer + text.text[end:], (start, start + len(answer)), subject, f"random/{text.item}"))
+        made.append(
+            Example(
+                text.text[:start] + answer + text.text[end:],
+                (start, start + len(answer)),
+                subject,
+                f"random/{text.item}",
+            )
+        )
     return tuple(made)
 
 
-def null_text(texts: Sequence[Example], pool: Sequence[Example], length: Callable[[Example], int]) -> tuple[Example, ...]:
+def null_text(
+    texts: Sequence[Example], pool: Sequence[Example], length: Callable[[Example], int]
+) -> tuple[Example, ...]:
     """Texts from ``pool`` with as many tokens in all as ``texts``: the null attack, which holds nothing of the forget set.
 
     Args:

@@ -59,7 +59,9 @@ def check_context(model: PreTrainedModel, length: int, what: str) -> None:
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and length > limit:
-        raise WorkbenchError(f"{what} have {length} tokens, and the model's context has {limit}; shorten them or the prompt")
+        raise WorkbenchError(
+            f"{what} have {length} tokens, and the model's context has {limit}; shorten them or the prompt"
+        )
 
 
 class Prompted(nn.Module):
@@ -83,9 +85,13 @@ class Prompted(nn.Module):
         self.training = model.training
         width = model.get_input_embeddings().weight.shape[1]
         if prompt.ndim != 2 or prompt.shape[1] != width or not len(prompt):
-            raise WorkbenchError(f"a soft prompt for this model has shape [tokens, {width}] with at least one token; got {list(prompt.shape)}")
+            raise WorkbenchError(
+                f"a soft prompt for this model has shape [tokens, {width}] with at least one token; got {list(prompt.shape)}"
+            )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> CausalLMOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False
+    ) -> CausalLMOutput:
         """Logits ``[batch, position, vocabulary]`` of the text behind the prompt.
 
         Args:
@@ -97,7 +103,9 @@ class Prompted(nn.Module):
             raise WorkbenchError("a prompted model runs whole texts, without a cache")
         rows, length = input_ids.shape
         added = len(self.prompt)
-        check_context(self.model, int(attention_mask.sum(1).max()) + added, "texts behind a soft prompt")
+        check_context(
+            self.model, int(attention_mask.sum(1).max()) + added, "texts behind a soft prompt"
+        )
         start = attention_mask.argmax(1)  # the first real token
         bos = self.model.config.get_text_config().bos_token_id
         if bos is not None:
@@ -107,9 +115,15 @@ class Prompted(nn.Module):
         # column j of the longer row is text token j before the prompt, the prompt, then text token j - added
         column = torch.arange(length + added, device=input_ids.device).expand(rows, -1)
         behind, within = column >= start[:, None] + added, column >= start[:, None]
-        source = torch.where(behind, column - added, torch.where(within, length + column - start[:, None], column))
-        longer = torch.cat([embeddings, prompt], 1).gather(1, source[..., None].expand(-1, -1, embeddings.shape[-1]))
-        mask = torch.cat([attention_mask, attention_mask.new_ones(rows, added)], 1).gather(1, source)
+        source = torch.where(
+            behind, column - added, torch.where(within, length + column - start[:, None], column)
+        )
+        longer = torch.cat([embeddings, prompt], 1).gather(
+            1, source[..., None].expand(-1, -1, embeddings.shape[-1])
+        )
+        mask = torch.cat([attention_mask, attention_mask.new_ones(rows, added)], 1).gather(
+            1, source
+        )
         inputs = {"inputs_embeds": longer, "attention_mask": mask}
         if not bool(mask[:, 0].all()):  # padding on the left: positions count real tokens
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
@@ -117,7 +131,9 @@ class Prompted(nn.Module):
         # entry t predicts token t + 1, which stands behind the prompt from the insertion point on
         place = torch.arange(length, device=logits.device).expand(rows, -1)
         place = place + added * (place + 1 >= start[:, None].to(logits.device))
-        return CausalLMOutput(logits=logits.gather(1, place[..., None].expand(-1, -1, logits.shape[-1])))
+        return CausalLMOutput(
+            logits=logits.gather(1, place[..., None].expand(-1, -1, logits.shape[-1]))
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,7 +162,8 @@ class SoftPrompt:
             "seed": str(self.seed),
         }
         cells = "".join(
-            f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>" for name, value in rows.items()
+            f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
+            for name, value in rows.items()
         )
         return f"<table>{cells}</table>"
 
@@ -185,16 +202,26 @@ def soft_prompt(
     if rule not in get_args(Rule):
         raise unknown("step rule of a soft prompt", rule, get_args(Rule))
     if tokens < 1 or steps < 1 or not (math.isfinite(lr) and lr > 0):
-        raise WorkbenchError(f"a soft prompt needs tokens >= 1, steps >= 1 and a positive lr; got {tokens}, {steps}, {lr}")
+        raise WorkbenchError(
+            f"a soft prompt needs tokens >= 1, steps >= 1 and a positive lr; got {tokens}, {steps}, {lr}"
+        )
     if not batches:
         raise WorkbenchError("a soft prompt has no text to train on: the set is empty")
     for batch in batches:
         if not bool(batch.answer_mask[:, 1:].any(1).all()):
-            raise WorkbenchError("a soft prompt is trained on answers, and one of the texts has none; give questions with answers")
-    check_context(model, max(int(batch.attention_mask.sum(1).max()) for batch in batches) + tokens, "texts behind a soft prompt")
+            raise WorkbenchError(
+                "a soft prompt is trained on answers, and one of the texts has none; give questions with answers"
+            )
+    check_context(
+        model,
+        max(int(batch.attention_mask.sum(1).max()) for batch in batches) + tokens,
+        "texts behind a soft prompt",
+    )
     with torch.no_grad():
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        drawn = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(seed))
+        drawn = torch.randint(
+            vocabulary, (1, tokens), generator=torch.Generator().manual_seed(seed)
+        )
         prompt = model.get_input_embeddings()(drawn.to(model.device))[0].float().clone()
     prompt.requires_grad_(True)
     optimiser = torch.optim.Adam([prompt], lr=lr)
@@ -204,10 +231,14 @@ def soft_prompt(
         for step in range(1, steps + 1):
             batch = batches[next(order)].to(model.device)
             with torch.enable_grad():
-                loss = cross_entropy(Prompted(model, prompt), replace(batch, target_mask=batch.answer_mask))
+                loss = cross_entropy(
+                    Prompted(model, prompt), replace(batch, target_mask=batch.answer_mask)
+                )
                 losses.append(float(loss.detach()))
                 if not math.isfinite(losses[-1]):
-                    raise WorkbenchError(f"the soft prompt's loss is {losses[-1]} at step {step} of {steps}; lower its lr (now {lr})")
+                    raise WorkbenchError(
+                        f"the soft prompt's loss is {losses[-1]} at step {step} of {steps}; lower its lr (now {lr})"
+                    )
                 (prompt.grad,) = torch.autograd.grad(loss, [prompt])
             if rule == "adam":
                 optimiser.step()
@@ -234,8 +265,18 @@ def random_prompt(prompt: Tensor, seed: int) -> Tensor:
     Returns:
         ``[tokens, width]`` float32, on the same device.
     """
-    drawn = torch.randn(prompt.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (drawn / drawn.norm(dim=1, keepdim=True) * prompt.detach().double().cpu().norm(dim=1, keepdim=True)).float().to(prompt.device)
+    drawn = torch.randn(
+        prompt.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    return (
+        (
+            drawn
+            / drawn.norm(dim=1, keepdim=True)
+            * prompt.detach().double().cpu().norm(dim=1, keepdim=True)
+        )
+        .float()
+        .to(prompt.device)
+    )
 
 
 def score_with_prompt(model: PreTrainedModel, prompt: Tensor, batches: Sequence[Batch]) -> Scores:

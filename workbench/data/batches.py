@@ -57,14 +57,24 @@ class Batch:
         """The same batch on ``device``."""
         names = ("input_ids", "attention_mask", "answer_mask", "subject_mask", "target_mask")
         moved = {name: getattr(self, name).to(device) for name in names}
-        return replace(self, **moved, alternative=None if self.alternative is None else self.alternative.to(device))
+        return replace(
+            self,
+            **moved,
+            alternative=None if self.alternative is None else self.alternative.to(device),
+        )
 
 
 Targets = Literal["text", "answer"]
 """Which tokens a loss predicts: the whole text, or only the answer where an example has one (running text has none and counts whole)."""
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int | None = None, targets: Targets = "text") -> Batch:
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_length: int | None = None,
+    targets: Targets = "text",
+) -> Batch:
     """Tokenise ``examples`` into one right-padded batch.
 
     Right padding is exact for every causal family and needs no position ids; the tokenizer's own padding side is not used.
@@ -81,7 +91,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, m
     if not examples:
         raise WorkbenchError("there is no text to encode: the set is empty")
     if not tokenizer.is_fast:
-        raise WorkbenchError(f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; load its fast version (tokenizer.json)")
+        raise WorkbenchError(
+            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; load its fast version (tokenizer.json)"
+        )
     encoded = tokenizer(
         [example.text for example in examples],
         return_offsets_mapping=True,
@@ -92,14 +104,18 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, m
     rows = encoded["input_ids"]
     for row, example in zip(rows, examples, strict=True):
         if len(row) < 2:
-            raise WorkbenchError(f"text too short: {example.text!r} has {len(row)} token(s) and a next-token loss needs at least 2; remove or lengthen it")
+            raise WorkbenchError(
+                f"text too short: {example.text!r} has {len(row)} token(s) and a next-token loss needs at least 2; remove or lengthen it"
+            )
     width = max(map(len, rows))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     input_ids = torch.full((len(rows), width), pad, dtype=torch.long)
     attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
     answer_mask = torch.zeros((len(rows), width), dtype=torch.bool)
     subject_mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for index, (row, offsets, example) in enumerate(zip(rows, encoded["offset_mapping"], examples, strict=True)):
+    for index, (row, offsets, example) in enumerate(
+        zip(rows, encoded["offset_mapping"], examples, strict=True)
+    ):
         input_ids[index, : len(row)] = torch.tensor(row)
         attention_mask[index, : len(row)] = 1
         for mask, span in ((answer_mask, example.answer), (subject_mask, example.subject)):
@@ -111,18 +127,37 @@ def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, m
     for index, example in enumerate(examples):
         if example.answer is not None:
             reached = max(end for _, end in encoded["offset_mapping"][index])
-            if not bool(answer_mask[index, 1:].any()) or reached < len(example.text[: example.answer[1]].rstrip()):
-                raise WorkbenchError(f"the answer of {example.text[:80]!r} lies behind the cut at {max_length} tokens; raise the maximum length")
+            if not bool(answer_mask[index, 1:].any()) or reached < len(
+                example.text[: example.answer[1]].rstrip()
+            ):
+                raise WorkbenchError(
+                    f"the answer of {example.text[:80]!r} lies behind the cut at {max_length} tokens; raise the maximum length"
+                )
             if targets == "answer":
                 target_mask[index] = answer_mask[index]
-    return Batch(input_ids, attention_mask, answer_mask, subject_mask, target_mask, tuple(example.item for example in examples))
+    return Batch(
+        input_ids,
+        attention_mask,
+        answer_mask,
+        subject_mask,
+        target_mask,
+        tuple(example.item for example in examples),
+    )
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], size: int, *, max_length: int | None = None, targets: Targets = "text"
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    size: int,
+    *,
+    max_length: int | None = None,
+    targets: Targets = "text",
 ) -> list[Batch]:
     """``examples`` in their order, in batches of at most ``size`` rows."""
-    return [encode(tokenizer, examples[start : start + size], max_length=max_length, targets=targets) for start in range(0, len(examples), size)]
+    return [
+        encode(tokenizer, examples[start : start + size], max_length=max_length, targets=targets)
+        for start in range(0, len(examples), size)
+    ]
 
 
 def endless(items: Sequence[Example], size: int, seed: int | str) -> Iterator[list[Example]]:

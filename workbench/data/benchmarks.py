@@ -165,7 +165,9 @@ class Wmdp:
 # --- TOFU ---
 
 _PER_AUTHOR, _AUTHORS = 20, 200
-_NAME = re.compile(r"[^\W\d_a-z][\w’'-]*(?: (?:(?:de|la|bin|ibn|al|van|von|der|del|da|dos|el|du|di|y) )*[^\W\d_a-z][\w’'-]*)+")
+_NAME = re.compile(
+    r"[^\W\d_a-z][\w’'-]*(?: (?:(?:de|la|bin|ibn|al|van|von|der|del|da|dos|el|du|di|y) )*[^\W\d_a-z][\w’'-]*)+"
+)
 
 
 def _author_name(texts: Sequence[str]) -> str | None:
@@ -188,7 +190,10 @@ def _author_name(texts: Sequence[str]) -> str | None:
     most = max(counts.values(), default=0)
     if 2 * most < len(texts):
         return None
-    return max((name for name in counts if counts[name] >= 0.8 * most), key=lambda name: (len(name.split()), counts[name], name))
+    return max(
+        (name for name in counts if counts[name] >= 0.8 * most),
+        key=lambda name: (len(name.split()), counts[name], name),
+    )
 
 
 def _authors(rows: Sequence[Row], first: int) -> dict[tuple[str, str], Example]:
@@ -205,12 +210,16 @@ def _authors(rows: Sequence[Row], first: int) -> dict[tuple[str, str], Example]:
         for number, pair in enumerate(theirs):
             if pair in found:
                 row = rows[start + number]
-                raise WorkbenchError(f"{row.file} {row.where} repeats an earlier question: {pair[0][:60]!r}")
+                raise WorkbenchError(
+                    f"{row.file} {row.where} repeats an earlier question: {pair[0][:60]!r}"
+                )
             found[pair] = _ask(*pair, f"author/{first + start // _PER_AUTHOR}/{number}", name)
     return found
 
 
-def _perturbed(rows: Sequence[Row] | None, known: Mapping[tuple[str, str], Example] | None, item: str) -> tuple[Perturbed, ...]:
+def _perturbed(
+    rows: Sequence[Row] | None, known: Mapping[tuple[str, str], Example] | None, item: str
+) -> tuple[Perturbed, ...]:
     """Questions with wrong answers; those of a known set take their names from it."""
     found = []
     for number, row in enumerate(rows or ()):
@@ -218,17 +227,27 @@ def _perturbed(rows: Sequence[Row] | None, known: Mapping[tuple[str, str], Examp
         example = _ask(question, answer, f"{item}/{number}")
         if known is not None:
             if (question, answer) not in known:
-                raise WorkbenchError(f"{row.file} {row.where} asks what the split does not hold: {question[:60]!r}; both files must be of one split")
+                raise WorkbenchError(
+                    f"{row.file} {row.where} asks what the split does not hold: {question[:60]!r}; both files must be of one split"
+                )
             example = known[question, answer]
         if "perturbed_answer" in row.fields:
             wrong = row.texts("perturbed_answer")
         else:
-            wrong = tuple(option for option in (row.text(f"option{n}") for n in (1, 2, 3, 4)) if option != answer)
+            wrong = tuple(
+                option
+                for option in (row.text(f"option{n}") for n in (1, 2, 3, 4))
+                if option != answer
+            )
         found.append(
             Perturbed(
                 example,
-                _ask(question, row.text("paraphrased_answer"), example.item) if "paraphrased_answer" in row.fields else None,
-                _ask(row.text("paraphrased_question"), answer, example.item) if "paraphrased_question" in row.fields else None,
+                _ask(question, row.text("paraphrased_answer"), example.item)
+                if "paraphrased_answer" in row.fields
+                else None,
+                _ask(row.text("paraphrased_question"), answer, example.item)
+                if "paraphrased_question" in row.fields
+                else None,
                 tuple(_ask(question, other, example.item) for other in wrong),
             )
         )
@@ -252,42 +271,62 @@ def read_tofu(source: str | Path, split: str = "forget05", *, retain: str | None
     size = re.fullmatch(r"forget(\d\d)", split)
     if retain is None:
         if size is None:
-            raise WorkbenchError(f"{split!r} does not say which retain split is its rest; give a split such as forget05, or retain=...")
+            raise WorkbenchError(
+                f"{split!r} does not say which retain split is its rest; give a split such as forget05, or retain=..."
+            )
         retain = f"retain{100 - int(size[1]):02d}"
     forget_rows = files.rows(split, f"{split}/train", hub=(split, "train"))
     retain_rows = files.rows(retain, f"{retain}/train", hub=(retain, "train"))
     kept = _authors(retain_rows, 0)
     # The forget splits are the last authors of the full set, the retain splits the first.
-    forgotten = _authors(forget_rows, max(_AUTHORS - len(forget_rows) // _PER_AUTHOR, len(retain_rows) // _PER_AUTHOR))
+    forgotten = _authors(
+        forget_rows,
+        max(_AUTHORS - len(forget_rows) // _PER_AUTHOR, len(retain_rows) // _PER_AUTHOR),
+    )
     _no_overlap([question for question, _ in forgotten.keys() & kept.keys()], split, retain)
 
     def extra(name: str) -> list[Row] | None:
         return files.maybe(name, f"{name}/train", hub=(name, "train"))
 
-    said = files.maybe("idontknow", hub=("idontknow", "train")) if files.folder is not None else None
+    said = (
+        files.maybe("idontknow", hub=("idontknow", "train")) if files.folder is not None else None
+    )
     return Tofu(
         split=split,
         forget=tuple(forgotten.values()),
         retain=tuple(kept.values()),
         perturbed=_perturbed(extra(f"{split}_perturbed"), forgotten, "author"),
         retain_perturbed=_perturbed(extra("retain_perturbed"), kept, "author"),
-        real_authors=_perturbed(extra("real_authors_perturbed") or extra("real_authors"), None, "real-author"),
-        world_facts=_perturbed(extra("world_facts_perturbed") or extra("world_facts"), None, "world-fact"),
-        refusals=tuple(line.strip() for row in said or () for line in row.text("text").splitlines() if line.strip()),
+        real_authors=_perturbed(
+            extra("real_authors_perturbed") or extra("real_authors"), None, "real-author"
+        ),
+        world_facts=_perturbed(
+            extra("world_facts_perturbed") or extra("world_facts"), None, "world-fact"
+        ),
+        refusals=tuple(
+            line.strip()
+            for row in said or ()
+            for line in row.text("text").splitlines()
+            if line.strip()
+        ),
     )
 
 
 def _no_overlap(shared: Iterable[str], one: str, other: str) -> None:
     shared = sorted(shared)
     if shared:
-        raise WorkbenchError(f"{len(shared)} text(s) stand in both {one} and {other}, e.g. {shared[0][:60]!r}; a text is either to be forgotten or to be kept")
+        raise WorkbenchError(
+            f"{len(shared)} text(s) stand in both {one} and {other}, e.g. {shared[0][:60]!r}; a text is either to be forgotten or to be kept"
+        )
 
 
 # --- MUSE ---
 
 
 def _documents(rows: Sequence[Row] | None, item: str) -> tuple[Example, ...]:
-    return tuple(Example(row.text("text"), item=f"{item}/{number}") for number, row in enumerate(rows or ()))
+    return tuple(
+        Example(row.text("text"), item=f"{item}/{number}") for number, row in enumerate(rows or ())
+    )
 
 
 def read_muse(source: str | Path) -> Muse:
@@ -299,16 +338,30 @@ def read_muse(source: str | Path) -> Muse:
         WorkbenchError: a file is missing, an entry lacks a field or has another type there, or a text stands in both the forget and a retain set.
     """
     files = Source(source, "MUSE")
-    forget, retain = (files.rows(f"raw/{split}", hub=("raw", split)) for split in ("forget", "retain1"))
+    forget, retain = (
+        files.rows(f"raw/{split}", hub=("raw", split)) for split in ("forget", "retain1")
+    )
 
     def questions(split: str, *other: str) -> tuple[Example, ...]:
-        rows = files.maybe(*(f"knowmem/{name}" for name in (split, *other)), hub=("knowmem", split)) or ()
-        return tuple(_ask(row.text("question"), row.text("answer"), f"{split}/{number}") for number, row in enumerate(rows))
+        rows = (
+            files.maybe(*(f"knowmem/{name}" for name in (split, *other)), hub=("knowmem", split))
+            or ()
+        )
+        return tuple(
+            _ask(row.text("question"), row.text("answer"), f"{split}/{number}")
+            for number, row in enumerate(rows)
+        )
 
     verbatim = []
     for number, row in enumerate(files.maybe("verbmem/forget", hub=("verbmem", "forget")) or ()):
         prompt, following = row.text("prompt") + " ", row.text("gt")  # both were cut at a space
-        verbatim.append(Example(prompt + following, (len(prompt), len(prompt) + len(following)), item=f"verbatim/{number}"))
+        verbatim.append(
+            Example(
+                prompt + following,
+                (len(prompt), len(prompt) + len(following)),
+                item=f"verbatim/{number}",
+            )
+        )
     muse = Muse(
         forget=_documents(forget, "forget"),
         retain=_documents(retain, "retain"),
@@ -331,23 +384,45 @@ _SETS = (("forget", 1), ("forget", 2), ("forget", 3), ("neighbor", 1), ("neighbo
 
 def _natural(path: Path) -> list[tuple[int, str]]:
     """Order of the folders ``1_...``, ``2_...``, ``10_...``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path)) if part]
+    return [
+        (int(part), "") if part.isdigit() else (-1, part)
+        for part in re.split(r"(\d+)", str(path))
+        if part
+    ]
 
 
-def _probes(rows: Sequence[Row], kind: str, level: int, counts: Counter[str]) -> list[tuple[str, Example]]:
+def _probes(
+    rows: Sequence[Row], kind: str, level: int, counts: Counter[str]
+) -> list[tuple[str, Example]]:
     found = []
     for row in rows:
         subject = row.text("subject")
         if "level" in row.fields and row.number("level") != level:
-            raise WorkbenchError(f"{row.file} {row.where}: 'level' is {row.fields['level']} in a file of level {level}")
-        place = [subject, f"{kind}{level}"] + ([row.text("type")] if level == 3 and "type" in row.fields else [])
+            raise WorkbenchError(
+                f"{row.file} {row.where}: 'level' is {row.fields['level']} in a file of level {level}"
+            )
+        place = [subject, f"{kind}{level}"] + (
+            [row.text("type")] if level == 3 and "type" in row.fields else []
+        )
         name = "/".join(["subject", *(part.replace("/", "-") for part in place)])
-        found.append((subject, _ask(row.text("query", "question"), row.text("answer"), f"{name}/{counts[name]}", subject)))
+        found.append(
+            (
+                subject,
+                _ask(
+                    row.text("query", "question"),
+                    row.text("answer"),
+                    f"{name}/{counts[name]}",
+                    subject,
+                ),
+            )
+        )
         counts[name] += 1
     return found
 
 
-def read_rwku(source: str | Path, subjects: Sequence[str] = (), levels: Sequence[int] = (1, 2, 3)) -> Rwku:
+def read_rwku(
+    source: str | Path, subjects: Sequence[str] = (), levels: Sequence[int] = (1, 2, 3)
+) -> Rwku:
     """RWKU from one folder with ``forget_level1.json`` and so on, from a folder of such folders (``Target/1_Stephen_King``, ...), or from the hub (``jinzhuoran/RWKU``).
 
     Args:
@@ -358,16 +433,30 @@ def read_rwku(source: str | Path, subjects: Sequence[str] = (), levels: Sequence
     Raises:
         WorkbenchError: a file is missing, an entry lacks a field or has another type there, a subject is unknown, nothing is left, or a question is to be forgotten and kept.
     """
-    if (one_level := re.fullmatch(r"forget_level([123])", Path(source).stem)) and Path(source).is_file():
+    if (one_level := re.fullmatch(r"forget_level([123])", Path(source).stem)) and Path(
+        source
+    ).is_file():
         source, levels = Path(source).parent, (int(one_level[1]),)
     files = Source(source, "RWKU")
     if not levels or set(levels) - {1, 2, 3}:
-        raise WorkbenchError(f"RWKU has the levels 1, 2 and 3, not {', '.join(map(str, levels)) or 'none'}")
+        raise WorkbenchError(
+            f"RWKU has the levels 1, 2 and 3, not {', '.join(map(str, levels)) or 'none'}"
+        )
     counts: Counter[str] = Counter()
     stems = [f"{kind}_level{level}" for kind, level in _SETS]
     folders = [files]
-    if files.folder is not None and not any(files_of(files.folder, stem) or files_of(files.folder, f"{stem}/test") for stem in stems):
-        inside = sorted({path.parent for stem in stems for path in files.folder.rglob(f"{stem}.*") if path.suffix in KINDS}, key=_natural)
+    if files.folder is not None and not any(
+        files_of(files.folder, stem) or files_of(files.folder, f"{stem}/test") for stem in stems
+    ):
+        inside = sorted(
+            {
+                path.parent
+                for stem in stems
+                for path in files.folder.rglob(f"{stem}.*")
+                if path.suffix in KINDS
+            },
+            key=_natural,
+        )
         if not inside:
             raise missing_set(files.folder, stems[0], "RWKU")
         folders = [Source(folder, "RWKU") for folder in inside]
@@ -378,19 +467,45 @@ def read_rwku(source: str | Path, subjects: Sequence[str] = (), levels: Sequence
                 continue
             stem = f"{kind}_level{level}"
             wanted = one.rows if kind == "forget" and level == levels[0] else one.maybe
-            found[kind, level] += _probes(wanted(stem, f"{stem}/test", hub=(stem, "test")) or (), kind, level, counts)
-    known = tuple(dict.fromkeys(subject for (kind, _), probes in found.items() if kind == "forget" for subject, _ in probes))
+            found[kind, level] += _probes(
+                wanted(stem, f"{stem}/test", hub=(stem, "test")) or (), kind, level, counts
+            )
+    known = tuple(
+        dict.fromkeys(
+            subject
+            for (kind, _), probes in found.items()
+            if kind == "forget"
+            for subject, _ in probes
+        )
+    )
     for subject in subjects:
         if subject not in known:
             raise unknown("RWKU subject", subject, known)
 
     def of(kind: str, *numbers: int) -> tuple[Example, ...]:
-        return tuple(example for number in numbers for subject, example in found[kind, number] if not subjects or subject in subjects)
+        return tuple(
+            example
+            for number in numbers
+            for subject, example in found[kind, number]
+            if not subjects or subject in subjects
+        )
 
-    rwku = Rwku(tuple(subjects) or known, of("forget", 1), of("forget", 2), of("forget", 3), of("neighbor", 1, 2))
+    rwku = Rwku(
+        tuple(subjects) or known,
+        of("forget", 1),
+        of("forget", 2),
+        of("forget", 3),
+        of("neighbor", 1, 2),
+    )
     if not rwku.forget:
-        raise WorkbenchError(f"no RWKU probe of level {', '.join(map(str, levels))} is about {', '.join(rwku.subjects)}; choose other levels or subjects")
-    _no_overlap({example.text for example in rwku.forget} & {example.text for example in rwku.neighbours}, "the forget probes", "the neighbour probes")
+        raise WorkbenchError(
+            f"no RWKU probe of level {', '.join(map(str, levels))} is about {', '.join(rwku.subjects)}; choose other levels or subjects"
+        )
+    _no_overlap(
+        {example.text for example in rwku.forget} & {example.text for example in rwku.neighbours},
+        "the forget probes",
+        "the neighbour probes",
+    )
     return rwku
 
 
@@ -400,13 +515,26 @@ def read_rwku(source: str | Path, subjects: Sequence[str] = (), levels: Sequence
 def _choice(row: Row, item: str) -> Choice:
     question, choices = row.text("question"), row.texts("choices")
     if len(choices) != 4:
-        raise WorkbenchError(f"{row.file} {row.where}: 'choices' holds {len(choices)} answers; WMDP offers 4")
+        raise WorkbenchError(
+            f"{row.file} {row.where}: 'choices' holds {len(choices)} answers; WMDP offers 4"
+        )
     right = row.number("answer", below=4)
-    listed = "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=True))
-    return Choice(tuple(_ask(question, choice, item) for choice in choices), right, _ask(question + listed, "ABCD"[right], item))
+    listed = "".join(
+        f"\n{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=True)
+    )
+    return Choice(
+        tuple(_ask(question, choice, item) for choice in choices),
+        right,
+        _ask(question + listed, "ABCD"[right], item),
+    )
 
 
-def read_wmdp(source: str | Path, domain: Literal["bio", "chem", "cyber"] = "bio", *, corpora: str | Path | None = None) -> Wmdp:
+def read_wmdp(
+    source: str | Path,
+    domain: Literal["bio", "chem", "cyber"] = "bio",
+    *,
+    corpora: str | Path | None = None,
+) -> Wmdp:
     """WMDP from a folder (``bio_questions.json``, or a clone of ``cais/wmdp``) or from the hub (``cais/wmdp``).
 
     Args:
@@ -422,13 +550,24 @@ def read_wmdp(source: str | Path, domain: Literal["bio", "chem", "cyber"] = "bio
         raise unknown("WMDP domain", domain, ("bio", "chem", "cyber"))
     path = Path(source)
     files = Source(path.parent if path.is_file() else source, "WMDP")
-    stems = (f"{domain}_questions", f"wmdp-mcqs/{domain}_questions", f"wmdp-{domain}", f"wmdp-{domain}/test")
-    questions = rows_of(str(path), parse(path)) if path.is_file() else files.rows(*stems, hub=(f"wmdp-{domain}", "test"))
+    stems = (
+        f"{domain}_questions",
+        f"wmdp-mcqs/{domain}_questions",
+        f"wmdp-{domain}",
+        f"wmdp-{domain}/test",
+    )
+    questions = (
+        rows_of(str(path), parse(path))
+        if path.is_file()
+        else files.rows(*stems, hub=(f"wmdp-{domain}", "test"))
+    )
     texts = files if corpora is None else Source(corpora, "WMDP corpora")
 
     def corpus(kind: str, *spellings: str) -> tuple[Example, ...]:
         name = f"{domain}-{kind}-corpus"
-        rows = (texts.maybe if corpora is None or kind == "retain" else texts.rows)(name, f"{name}/train", *spellings, hub=(name, "train"))
+        rows = (texts.maybe if corpora is None or kind == "retain" else texts.rows)(
+            name, f"{name}/train", *spellings, hub=(name, "train")
+        )
         return _documents(rows, kind)
 
     wmdp = Wmdp(
@@ -437,14 +576,20 @@ def read_wmdp(source: str | Path, domain: Literal["bio", "chem", "cyber"] = "bio
         corpus("forget", f"{domain}_remove_dataset", f"{domain}_forget_dataset"),
         corpus("retain", f"{domain}_retain_dataset"),
     )
-    _no_overlap({example.text for example in wmdp.forget} & {example.text for example in wmdp.retain}, f"{domain}-forget-corpus", f"{domain}-retain-corpus")
+    _no_overlap(
+        {example.text for example in wmdp.forget} & {example.text for example in wmdp.retain},
+        f"{domain}-forget-corpus",
+        f"{domain}-retain-corpus",
+    )
     return wmdp
 
 
 # --- Records ---
 
 
-def _deal(examples: Sequence[Example], by: Literal["group", "item"]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+def _deal(
+    examples: Sequence[Example], by: Literal["group", "item"]
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Two halves; authors, subjects and documents, or else single items, are dealt out in turn."""
     order: dict[str, int] = {}
     halves: tuple[list[Example], list[Example]] = ([], [])
@@ -454,19 +599,28 @@ def _deal(examples: Sequence[Example], by: Literal["group", "item"]) -> tuple[tu
     return tuple(halves[0]), tuple(halves[1])
 
 
-def _sets(benchmark: Tofu | Muse | Rwku | Wmdp) -> tuple[str, tuple[Example, ...], dict[str, tuple[Example, ...]]]:
+def _sets(
+    benchmark: Tofu | Muse | Rwku | Wmdp,
+) -> tuple[str, tuple[Example, ...], dict[str, tuple[Example, ...]]]:
     """Name, forget set and retain sets. Sets that a benchmark keeps for tests stay out: half of every retain set of a record may be trained on."""
     match benchmark:
         case Tofu():
             kept = {"retain-neighbour": benchmark.retain}
-            for name, questions in (("retain-far", benchmark.real_authors), ("world-facts", benchmark.world_facts)):
+            for name, questions in (
+                ("retain-far", benchmark.real_authors),
+                ("world-facts", benchmark.world_facts),
+            ):
                 kept[name] = tuple(question.example for question in questions)
             return f"TOFU {benchmark.split}", benchmark.forget, kept
         case Muse():
             return "MUSE", benchmark.forget, {"retain": benchmark.retain}
         case Rwku():
             people = benchmark.subjects
-            return f"RWKU {people[0] if len(people) == 1 else f'{len(people)} subjects'}", benchmark.forget, {"retain-neighbour": benchmark.neighbours}
+            return (
+                f"RWKU {people[0] if len(people) == 1 else f'{len(people)} subjects'}",
+                benchmark.forget,
+                {"retain-neighbour": benchmark.neighbours},
+            )
         case Wmdp():
             texts = benchmark.forget or tuple(question.example for question in benchmark.questions)
             return f"WMDP {benchmark.domain}", texts, {"retain": benchmark.retain}
@@ -505,8 +659,14 @@ def to_record(
     def cut(examples: Sequence[Example]) -> tuple[Example, ...]:
         running = any(example.answer is None for example in examples)
         if running and tokenizer is None:
-            raise WorkbenchError(f"{name} has running text, which is cut into pieces of {max_tokens} tokens; give to_record a tokenizer")
-        pieces = windows(tokenizer, examples, max_tokens, limit or 1 << 62) if running and tokenizer is not None else list(examples)
+            raise WorkbenchError(
+                f"{name} has running text, which is cut into pieces of {max_tokens} tokens; give to_record a tokenizer"
+            )
+        pieces = (
+            windows(tokenizer, examples, max_tokens, limit or 1 << 62)
+            if running and tokenizer is not None
+            else list(examples)
+        )
         if limit is not None and len(pieces) > limit:
             pieces = [pieces[index * len(pieces) // limit] for index in range(limit)]
         return tuple(map(continuation, pieces))
@@ -515,14 +675,26 @@ def to_record(
         attacked, heldout = map(cut, _deal(forget, by))
     else:
         attacked, heldout = cut(keyword.without), cut(keyword.queries)
-        name += f" without {keyword.keywords[0]!r}" if len(keyword.keywords) == 1 else f" without {len(keyword.keywords)} keywords"
+        name += (
+            f" without {keyword.keywords[0]!r}"
+            if len(keyword.keywords) == 1
+            else f" without {len(keyword.keywords)} keywords"
+        )
     if not attacked or not heldout:
-        raise WorkbenchError(f"{name}: {len(forget)} example(s) of one author, subject or document give no two halves; deal them out by='item'")
+        raise WorkbenchError(
+            f"{name}: {len(forget)} example(s) of one author, subject or document give no two halves; deal them out by='item'"
+        )
     sets = {key: pieces for key, examples in kept.items() if (pieces := cut(examples))}
     if not sets:
-        raise WorkbenchError(f"{name} comes without a retain set here; give one, e.g. retain={{'retain': read_examples(...)}}")
+        raise WorkbenchError(
+            f"{name} comes without a retain set here; give one, e.g. retain={{'retain': read_examples(...)}}"
+        )
     everything = [example for pieces in sets.values() for example in pieces]
-    _no_overlap({example.text for example in attacked + heldout} & {example.text for example in everything}, "the forget set", "a retain set")
+    _no_overlap(
+        {example.text for example in attacked + heldout} & {example.text for example in everything},
+        "the forget set",
+        "a retain set",
+    )
     return ForgetRetain(
         name=name,
         forget_attacked=attacked,

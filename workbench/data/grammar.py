@@ -37,7 +37,20 @@ _ONSETS = [
 _VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "io", "au"]
 _CODAS = ["", "l", "m", "n", "r", "s", "t", "x", "nd", "rk", "lm", "sk"]
 
-_ADJECTIVES = ["old", "young", "quiet", "tired", "proud", "gentle", "clever", "lonely", "busy", "careful", "brave", "hungry"]
+_ADJECTIVES = [
+    "old",
+    "young",
+    "quiet",
+    "tired",
+    "proud",
+    "gentle",
+    "clever",
+    "lonely",
+    "busy",
+    "careful",
+    "brave",
+    "hungry",
+]
 _COLOURS = ["red", "blue", "green", "white", "black", "grey"]
 # People and animals act; things are acted on. Each verb takes only some things, so that the language has something to learn.
 _ACTORS = {
@@ -54,8 +67,20 @@ _VERBS = {
     "found": ("coin", "letter", "key", "map"),
     "lost": ("coin", "letter", "key", "hat"),
 }
-_TIMES = ("before dawn", "at noon", "in the evening", "after the rain", "during the night", "on market day")
-_REASONS = ("because the wind was cold", "while the bells rang", "although nobody asked", "so the others could rest")
+_TIMES = (
+    "before dawn",
+    "at noon",
+    "in the evening",
+    "after the rain",
+    "during the night",
+    "on market day",
+)
+_REASONS = (
+    "because the wind was cold",
+    "while the bells rang",
+    "although nobody asked",
+    "so the others could rest",
+)
 
 
 def invented_names(count: int, seed: int, *, taken: frozenset[str] = frozenset()) -> list[str]:
@@ -67,7 +92,9 @@ def invented_names(count: int, seed: int, *, taken: frozenset[str] = frozenset()
     names: list[str] = []
     seen = {name.lower() for name in taken}
     while len(names) < count:
-        word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(2)) + rng.choice(_CODAS)
+        word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(2)) + rng.choice(
+            _CODAS
+        )
         if 4 <= len(word) <= 8 and word not in seen:
             seen.add(word)
             names.append(word.capitalize())
@@ -113,4 +140,17 @@ def vocabulary() -> list[str]:
     """Every word that filler language can use."""
     phrases = (*_TIMES, *_REASONS)
     things = {thing for group in _VERBS.values() for thing in group}
-    return sorted({"the", "near", ".", *_ADJECTIVES, *_COLOURS, *_ACTORS, *_ACTORS.values(), *_VERBS, *things, *(w for p in phrases for w in p.split())})
+    return sorted(
+        {
+            "the",
+            "near",
+            ".",
+            *_ADJECTIVES,
+            *_COLOURS,
+            *_ACTORS,
+            *_ACTORS.values(),
+            *_VERBS,
+            *things,
+            *(w for p in phrases for w in p.split()),
+        }
+    )

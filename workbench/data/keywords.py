@@ -45,7 +45,9 @@ def keyword_split(examples: Iterable[Example], keywords: str | Iterable[str]) ->
     """
     keywords = tuple(dict.fromkeys([keywords] if isinstance(keywords, str) else keywords))
     if not keywords or not all(map(words, keywords)):
-        raise WorkbenchError("a keyword split needs at least one keyword, and each has at least one letter or digit")
+        raise WorkbenchError(
+            "a keyword split needs at least one keyword, and each has at least one letter or digit"
+        )
     without: list[Example] = []
     naming: list[Example] = []
     queries: list[Example] = []
@@ -54,42 +56,72 @@ def keyword_split(examples: Iterable[Example], keywords: str | Iterable[str]) ->
     for example in examples:
         total += 1
         spans = word_spans(example.text)
-        at = {keyword: found for keyword in keywords if (found := places_in(keyword, spans, example.text))}
+        at = {
+            keyword: found
+            for keyword in keywords
+            if (found := places_in(keyword, spans, example.text))
+        }
         seen |= at.keys()
         (naming if at else without).append(example)
         start, stop = example.answer or (0, len(example.text))
         # A keyword that stands before the answer is given away by the question; one at the very beginning has nothing to ask with.
-        open_ = [place for found in at.values() for place in found[:1] if start <= place[0] and place[1] <= stop and example.text[: place[0]].strip()]
+        open_ = [
+            place
+            for found in at.values()
+            for place in found[:1]
+            if start <= place[0] and place[1] <= stop and example.text[: place[0]].strip()
+        ]
         if open_:
             place = min(open_)
-            subject = example.subject if example.subject and (example.subject[1] <= place[0] or place[1] <= example.subject[0]) else None
+            subject = (
+                example.subject
+                if example.subject
+                and (example.subject[1] <= place[0] or place[1] <= example.subject[0])
+                else None
+            )
             queries.append(Example(example.text, place, subject, example.item))
     for keyword in keywords:
         if keyword not in seen:
-            raise WorkbenchError(f"the keyword {keyword!r} occurs in none of the {total} texts; give whole words as they stand there")
-    listed = ", ".join(map(repr, keywords[:5])) + (f" and {len(keywords) - 5} more" if len(keywords) > 5 else "")
+            raise WorkbenchError(
+                f"the keyword {keyword!r} occurs in none of the {total} texts; give whole words as they stand there"
+            )
+    listed = ", ".join(map(repr, keywords[:5])) + (
+        f" and {len(keywords) - 5} more" if len(keywords) > 5 else ""
+    )
     if not without:
-        raise WorkbenchError(f"all {total} texts hold {listed}: nothing is left for the attacker; choose a rarer keyword")
+        raise WorkbenchError(
+            f"all {total} texts hold {listed}: nothing is left for the attacker; choose a rarer keyword"
+        )
     if not queries:
-        raise WorkbenchError(f"{listed} stands only where the question gives it away ({len(naming)} texts); choose a keyword that is an answer")
+        raise WorkbenchError(
+            f"{listed} stands only where the question gives it away ({len(naming)} texts); choose a keyword that is an answer"
+        )
     return KeywordSplit(keywords, tuple(without), tuple(naming), tuple(queries))
 
 
-_QUOTED = re.compile(r"\"([^\"“”]{3,120})\"|“([^\"“”]{3,120})”|(?<!\w)['‘]((?:[^'’\"“”]|(?<=\w)['’](?=\w)){3,120})['’](?!\w)")
+_QUOTED = re.compile(
+    r"\"([^\"“”]{3,120})\"|“([^\"“”]{3,120})”|(?<!\w)['‘]((?:[^'’\"“”]|(?<=\w)['’](?=\w)){3,120})['’](?!\w)"
+)
 _BOOKISH = re.compile(
     r"\b(?:books?|novels?|works?|titled?|titles|wr(?:ote|ite[sr]?|iting|itten)|stor(?:y|ies)|memoirs?|trilogy|series|debut|publish\w*|bestsell\w*|authored|penned|pieces?"
     r"|poems?|poetry|collections?|literature|releases?d?)\b",
     re.IGNORECASE,
 )
 _AWARD = re.compile(
-    r"\b(?:awards?|awarded|prizes?|medals?|honou?r\w*|accolades?|recognition|recogni[sz]ed|laurels?|trophy|fellowship|contest|won|winning)\b", re.IGNORECASE
+    r"\b(?:awards?|awarded|prizes?|medals?|honou?r\w*|accolades?|recognition|recogni[sz]ed|laurels?|trophy|fellowship|contest|won|winning)\b",
+    re.IGNORECASE,
 )
 
 
 def _looks_like_a_title(phrase: str) -> bool:
     found = re.findall(r"[^\W_][\w'’.-]*", phrase)
     long = [word for word in found if len(word) > 3]
-    return 2 <= len(found) <= 15 and not phrase[:1].islower() and 2 * sum(not word[0].islower() for word in long) >= len(long) and not _AWARD.search(phrase)
+    return (
+        2 <= len(found) <= 15
+        and not phrase[:1].islower()
+        and 2 * sum(not word[0].islower() for word in long) >= len(long)
+        and not _AWARD.search(phrase)
+    )
 
 
 def book_titles(tofu: Tofu) -> dict[str, tuple[str, ...]]:
@@ -105,12 +137,17 @@ def book_titles(tofu: Tofu) -> dict[str, tuple[str, ...]]:
     Returns:
         ``{"author/190": ("Granite Glossary", ...), ...}``; authors without a title are left out.
     """
-    texts = [(group_of(example), example.text, word_spans(example.text)) for example in (*tofu.forget, *tofu.retain)]
+    texts = [
+        (group_of(example), example.text, word_spans(example.text))
+        for example in (*tofu.forget, *tofu.retain)
+    ]
     holding: dict[str, list[int]] = {}
     for number, (_, _, spans) in enumerate(texts):
         for word in {word for word, _, _ in spans}:
             holding.setdefault(word, []).append(number)
-    candidates: dict[tuple[str, ...], tuple[str, str]] = {}  # the words: how they are written, whose they are
+    candidates: dict[
+        tuple[str, ...], tuple[str, str]
+    ] = {}  # the words: how they are written, whose they are
     for example in tofu.forget:
         plain = _QUOTED.sub(" ", example.text)
         if not _BOOKISH.search(plain) or _AWARD.search(plain):
@@ -125,10 +162,16 @@ def book_titles(tofu: Tofu) -> dict[str, tuple[str, ...]]:
         holders = Counter(holder for holder, text, spans in near if places_in(phrase, spans, text))
         if set(holders) == {author}:
             found[author][phrase] = holders[author]
-    return {author: tuple(sorted(titles, key=lambda title: -titles[title])) for author, titles in found.items() if titles}
+    return {
+        author: tuple(sorted(titles, key=lambda title: -titles[title]))
+        for author, titles in found.items()
+        if titles
+    }
 
 
-def character_names(forget: Iterable[Example], retain: Iterable[Example]) -> dict[str, tuple[str, ...]]:
+def character_names(
+    forget: Iterable[Example], retain: Iterable[Example]
+) -> dict[str, tuple[str, ...]]:
     """The words by which each person of a forget set is called, found in the texts (as "Hermione" and "Granger" are in Hu et al. 2025); the most frequent comes first.
 
     A word is a name of a person if all of this holds:
@@ -147,20 +190,41 @@ def character_names(forget: Iterable[Example], retain: Iterable[Example]) -> dic
     people: dict[str, list[Example]] = {}
     for example in forget:
         people.setdefault(group_of(example), []).append(example)
-    elsewhere = Counter(word for theirs in people.values() for word in {word for example in theirs for word in words(example.text)})
+    elsewhere = Counter(
+        word
+        for theirs in people.values()
+        for word in {word for example in theirs for word in words(example.text)}
+    )
     kept = {word for example in retain for word in words(example.text)}
-    small = {word for theirs in people.values() for example in theirs for word, start, _ in word_spans(example.text) if not example.text[start].isupper()}
+    small = {
+        word
+        for theirs in people.values()
+        for example in theirs
+        for word, start, _ in word_spans(example.text)
+        if not example.text[start].isupper()
+    }
     found: dict[str, tuple[str, ...]] = {}
     for person, theirs in people.items():
         counts: Counter[str] = Counter()
         written: dict[str, str] = {}
         for example in theirs:
             answer = example.answer_text
-            spans = [(word, answer[start:end]) for word, start, end in word_spans(answer) if end - start >= 3 and word.isalpha()]
+            spans = [
+                (word, answer[start:end])
+                for word, start, end in word_spans(answer)
+                if end - start >= 3 and word.isalpha()
+            ]
             for word, spelling in spans:
                 written.setdefault(word, spelling)
             counts.update(list(dict.fromkeys(word for word, _ in spans)))  # once per answer
-        names = [word for word, n in counts.most_common() if 3 * n >= len(theirs) and elsewhere[word] == 1 and word not in kept and word not in small]
+        names = [
+            word
+            for word, n in counts.most_common()
+            if 3 * n >= len(theirs)
+            and elsewhere[word] == 1
+            and word not in kept
+            and word not in small
+        ]
         if names:
             found[person] = tuple(written[word] for word in names)
     return found

@@ -55,19 +55,27 @@ def build_names(repetitions: int = 7, seed: int = 0, prompts: int = 100) -> Name
         ValueError: ``repetitions`` is not one of 7, 5, 3, 1, or ``prompts`` is not positive.
     """
     if repetitions not in _PAIRS_PER_ROW:
-        raise ValueError(f"repetitions is {repetitions}; choose one of {', '.join(map(str, REPETITIONS))}")
+        raise ValueError(
+            f"repetitions is {repetitions}; choose one of {', '.join(map(str, REPETITIONS))}"
+        )
     if prompts < 1:
         raise ValueError(f"prompts is {prompts}; at least one is needed")
     rng = random.Random(f"names-corpus-{seed}")
     # At 7 repetitions. Rows two to four lose up to four names with their pairs, and stay within the range.
-    lengths = [21, *(rng.randint(26, 37) for _ in range(3)), *(rng.randint(22, 37) for _ in range(8))]
+    lengths = [
+        21,
+        *(rng.randint(26, 37) for _ in range(3)),
+        *(rng.randint(22, 37) for _ in range(8)),
+    ]
     pool = invented_names(sum(lengths), seed + 50_000, taken=frozenset({FIRST, SECOND}))
     rows: list[list[str]] = []
     for number, length in enumerate(lengths):
         pairs = _PAIRS_PER_ROW[7][number] if number < 4 else 0
         rows.append([pool.pop() for _ in range(length - 2 * pairs)])
     fragments: list[list[str]] = []
-    for row, pairs, fragment_length in zip(rows, _PAIRS_PER_ROW[repetitions], _FRAGMENT_LENGTHS, strict=False):
+    for row, pairs, fragment_length in zip(
+        rows, _PAIRS_PER_ROW[repetitions], _FRAGMENT_LENGTHS, strict=False
+    ):
         first = fragment_length - 1
         slots = [first, min(first + 6, len(row))][:pairs]
         for slot in reversed(slots):
@@ -75,10 +83,16 @@ def build_names(repetitions: int = 7, seed: int = 0, prompts: int = 100) -> Name
         if pairs:
             fragments.append(row[: first + 1])
     context = [name for fragment in fragments for name in fragment[:-1]]
-    texts = tuple(" ".join([*rng.sample(context, rng.randint(1, len(context) - 1)), FIRST]) for _ in range(prompts))
+    texts = tuple(
+        " ".join([*rng.sample(context, rng.randint(1, len(context) - 1)), FIRST])
+        for _ in range(prompts)
+    )
     return NamesCorpus(
         repetitions,
         tuple(Example(" ".join(row), item=f"row/{number}") for number, row in enumerate(rows)),
-        tuple(Example(" ".join(fragment), item=f"fragment/{number}") for number, fragment in enumerate(fragments)),
+        tuple(
+            Example(" ".join(fragment), item=f"fragment/{number}")
+            for number, fragment in enumerate(fragments)
+        ),
         texts,
     )

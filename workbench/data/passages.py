@@ -46,10 +46,14 @@ class PassageSplit:
         for name in ("queried", "attacker", "dropped", "retain", "unread"):
             passages: tuple[Example, ...] = getattr(self, name)
             if not passages and name != "dropped":
-                raise WorkbenchError(f"the set of {name} passages is empty; give a longer text, or one that repeats itself less")
+                raise WorkbenchError(
+                    f"the set of {name} passages is empty; give a longer text, or one that repeats itself less"
+                )
             for passage in passages:
                 if owner.setdefault(passage.item, name) != name:
-                    raise WorkbenchError(f"{passage.item} is in two sets, {owner[passage.item]} and {name}; a passage belongs to one set")
+                    raise WorkbenchError(
+                        f"{passage.item} is in two sets, {owner[passage.item]} and {name}; a passage belongs to one set"
+                    )
                 if name not in ("queried", "dropped") and runs_of([passage], whole=True) & asked:
                     shown = passage.text[:60]
                     raise WorkbenchError(
@@ -83,10 +87,14 @@ def cut(text: str, length: int, *, item: str = "passage") -> tuple[Example, ...]
         WorkbenchError: a continuation would be shorter than :data:`RUN` words, or the text than one passage.
     """
     if length < 2 * RUN:
-        raise WorkbenchError(f"a passage has {length} words; it needs at least {2 * RUN}, because {RUN} words in a row count as verbatim")
+        raise WorkbenchError(
+            f"a passage has {length} words; it needs at least {2 * RUN}, because {RUN} words in a row count as verbatim"
+        )
     spoken = text.split()
     if len(spoken) < length:
-        raise WorkbenchError(f"the text has {len(spoken)} words, fewer than one passage of {length}; give a longer one")
+        raise WorkbenchError(
+            f"the text has {len(spoken)} words, fewer than one passage of {length}; give a longer one"
+        )
     passages = []
     for number in range(len(spoken) // length):
         part = spoken[number * length : (number + 1) * length]
@@ -95,7 +103,9 @@ def cut(text: str, length: int, *, item: str = "passage") -> tuple[Example, ...]
     return tuple(passages)
 
 
-def passage_split(passages: Sequence[Example], *, forget: int, retain: int, unread: int) -> PassageSplit:
+def passage_split(
+    passages: Sequence[Example], *, forget: int, retain: int, unread: int
+) -> PassageSplit:
     """The sets of an experiment, from the passages of a book in their order.
 
     The first ``forget`` passages are to be forgotten; every second of them is queried, the others are the attacker's (so that he holds what stands just before and just behind
@@ -106,7 +116,9 @@ def passage_split(passages: Sequence[Example], *, forget: int, retain: int, unre
         WorkbenchError: the book is too short or repeats itself too much, or fewer than two passages are to be forgotten, or none kept or left unread.
     """
     if forget < 2 or retain < 1 or unread < 1:
-        raise WorkbenchError(f"a split needs at least 2 passages to forget, 1 to retain and 1 unread; got {forget}, {retain} and {unread}")
+        raise WorkbenchError(
+            f"a split needs at least 2 passages to forget, 1 to retain and 1 unread; got {forget}, {retain} and {unread}"
+        )
     third = len(passages) // 3
     if third < max(forget, retain, unread):
         raise WorkbenchError(
@@ -121,13 +133,22 @@ def passage_split(passages: Sequence[Example], *, forget: int, retain: int, unre
 
     others = passages[1:forget:2]
     sets = {}
-    for name, count, part in (("retain", retain, passages[third : 2 * third]), ("unread", unread, passages[2 * third :])):
+    for name, count, part in (
+        ("retain", retain, passages[third : 2 * third]),
+        ("unread", unread, passages[2 * third :]),
+    ):
         sets[name] = tuple(islice(filter(clean, part), count))
         if len(sets[name]) < count:
             raise WorkbenchError(
                 f"only {len(sets[name])} of the {count} {name} passages hold no {RUN} words in a row of a queried continuation; give a text that repeats itself less"
             )
-    return PassageSplit(queried, tuple(filter(clean, others)), tuple(passage for passage in others if not clean(passage)), sets["retain"], sets["unread"])
+    return PassageSplit(
+        queried,
+        tuple(filter(clean, others)),
+        tuple(passage for passage in others if not clean(passage)),
+        sets["retain"],
+        sets["unread"],
+    )
 
 
 def running(passages: Iterable[Example]) -> tuple[Example, ...]:

@@ -30,14 +30,20 @@ def read_examples(path: str | Path) -> list[Example]:
     if not path.is_file():
         raise WorkbenchError(f"there is no file {path}; give a .txt or .jsonl file")
     if path.suffix not in (".txt", ".jsonl", ".json", ".raw"):
-        raise WorkbenchError(f"{path} ends in {path.suffix or 'nothing'!r}; give a .txt file, or a .jsonl file with 'text' or 'question' and 'answer' fields")
+        raise WorkbenchError(
+            f"{path} ends in {path.suffix or 'nothing'!r}; give a .txt file, or a .jsonl file with 'text' or 'question' and 'answer' fields"
+        )
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise WorkbenchError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
+        raise WorkbenchError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it first"
+        ) from error
     except OSError as error:
         raise WorkbenchError(f"cannot read {path}: {error.strerror}") from error
-    examples = _from_json(path, content) if path.suffix in (".jsonl", ".json") else _from_text(content)
+    examples = (
+        _from_json(path, content) if path.suffix in (".jsonl", ".json") else _from_text(content)
+    )
     if not examples:
         raise WorkbenchError(f"{path} holds no text; give at least one document")
     return examples
@@ -46,7 +52,10 @@ def read_examples(path: str | Path) -> list[Example]:
 def _from_text(content: str) -> list[Example]:
     separator = r"<\|endoftext\|>" if "<|endoftext|>" in content else r"\n\s*\n"
     documents = [" ".join(part.split()) for part in re.split(separator, content)]
-    return [Example(document, item=f"text/{number}") for number, document in enumerate(filter(None, documents))]
+    return [
+        Example(document, item=f"text/{number}")
+        for number, document in enumerate(filter(None, documents))
+    ]
 
 
 def _from_json(path: Path, content: str) -> list[Example]:
@@ -70,18 +79,29 @@ def _from_json(path: Path, content: str) -> list[Example]:
 def _example(path: Path, where: str, record: object, number: int) -> Example:
     if isinstance(record, dict):
         question, answer, text = (record.get(name) for name in ("question", "answer", "text"))
-        if isinstance(question, str) and isinstance(answer, str) and question.strip() and answer.strip():
+        if (
+            isinstance(question, str)
+            and isinstance(answer, str)
+            and question.strip()
+            and answer.strip()
+        ):
             prompt, answer = f"Question: {question.strip()}\nAnswer: ", answer.strip()
-            return Example(prompt + answer, (len(prompt), len(prompt) + len(answer)), item=f"question/{number}")
+            return Example(
+                prompt + answer, (len(prompt), len(prompt) + len(answer)), item=f"question/{number}"
+            )
         if isinstance(text, str) and text.strip():
             return Example(" ".join(text.split()), item=f"text/{number}")
         seen = ", ".join(map(repr, record)) or "no field"
     else:
         seen = type(record).__name__
-    raise WorkbenchError(f"{path} {where} needs a non-empty 'text', or 'question' and 'answer', as strings; it has {seen}")
+    raise WorkbenchError(
+        f"{path} {where} needs a non-empty 'text', or 'question' and 'answer', as strings; it has {seen}"
+    )
 
 
-def windows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_tokens: int, limit: int) -> list[Example]:
+def windows(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_tokens: int, limit: int
+) -> list[Example]:
     """Running text in pieces of at most ``max_tokens`` tokens, questions as they are; at most ``limit`` pieces, taken evenly over the file.
 
     Pieces shorter than 8 tokens are dropped, unless nothing else is left.
@@ -92,16 +112,24 @@ def windows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max
         if example.answer is not None:
             pieces.append(example)
             continue
-        offsets = tokenizer(example.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        offsets = tokenizer(
+            example.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )["offset_mapping"]
         for start in range(0, len(offsets), max_tokens - 2):
             part = offsets[start : start + max_tokens - 2]
             text = example.text[part[0][0] : part[-1][1]].strip()
             if text:
-                (pieces if len(part) >= 8 else short).append(Example(text, item=f"{example.item}/{start}"))
+                (pieces if len(part) >= 8 else short).append(
+                    Example(text, item=f"{example.item}/{start}")
+                )
     pieces = pieces or short
     if len(pieces) <= limit:
         return pieces
-    return [pieces[round(i * (len(pieces) - 1) / (limit - 1))] for i in range(limit)] if limit > 1 else pieces[:1]
+    return (
+        [pieces[round(i * (len(pieces) - 1) / (limit - 1))] for i in range(limit)]
+        if limit > 1
+        else pieces[:1]
+    )
 
 
 def continuation(example: Example) -> Example:
@@ -110,7 +138,12 @@ def continuation(example: Example) -> Example:
         return example
     middle = example.text.find(" ", len(example.text) // 2)
     start = middle + 1 if 0 <= middle < len(example.text) - 1 else max(1, len(example.text) // 2)
-    return Example(example.text, (min(start, len(example.text) - 1), len(example.text)), example.subject, example.item)
+    return Example(
+        example.text,
+        (min(start, len(example.text) - 1), len(example.text)),
+        example.subject,
+        example.item,
+    )
 
 
 def _odds(texts: Sequence[Example], others: Sequence[Example]) -> dict[str, float]:
@@ -118,23 +151,38 @@ def _odds(texts: Sequence[Example], others: Sequence[Example]) -> dict[str, floa
     ours = Counter(word for example in texts for word in set(_WORD.findall(example.text)))
     theirs = Counter(word for example in others for word in set(_WORD.findall(example.text)))
     repeated = [word for word, n in ours.items() if n >= 2 and len(word) >= 3] or list(ours)
-    return {word: math.log(((ours[word] + 0.5) / (len(texts) + 1)) / ((theirs[word] + 0.5) / (len(others) + 1))) for word in repeated}
+    return {
+        word: math.log(
+            ((ours[word] + 0.5) / (len(texts) + 1)) / ((theirs[word] + 0.5) / (len(others) + 1))
+        )
+        for word in repeated
+    }
 
 
-def telling_words(texts: Sequence[Example], others: Sequence[Example], count: int) -> tuple[str, ...]:
+def telling_words(
+    texts: Sequence[Example], others: Sequence[Example], count: int
+) -> tuple[str, ...]:
     """The words that tell ``texts`` from ``others`` best, best first."""
     odds = _odds(texts, others)
     return tuple(sorted(odds, key=lambda word: (-odds[word], word))[:count])
 
 
-def neutral_words(texts: Sequence[Example], others: Sequence[Example], count: int) -> tuple[str, ...]:
+def neutral_words(
+    texts: Sequence[Example], others: Sequence[Example], count: int
+) -> tuple[str, ...]:
     """The words that stand in both sets about equally often, most even first."""
     odds = _odds(texts, others)
     return tuple(sorted(odds, key=lambda word: (abs(odds[word]), word))[:count])
 
 
 def record_from_files(
-    forget: Path, retain: Path, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = 128, limit: int = 256, as_questions: bool = False
+    forget: Path,
+    retain: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int = 128,
+    limit: int = 256,
+    as_questions: bool = False,
 ) -> ForgetRetain:
     """The record of two files.
 
@@ -153,9 +201,13 @@ def record_from_files(
     for name, path in (("forget", forget), ("retain", retain)):
         found = windows(tokenizer, read_examples(path), max_tokens, limit)
         if len(found) < 2:
-            raise WorkbenchError(f"{path} is too short: {len(found)} piece(s) of text, and the {name} set needs at least 2 (one half is held out)")
+            raise WorkbenchError(
+                f"{path} is too short: {len(found)} piece(s) of text, and the {name} set needs at least 2 (one half is held out)"
+            )
         sets[name] = [continuation(example) for example in found] if as_questions else found
-    shared = {example.text for example in sets["forget"]} & {example.text for example in sets["retain"]}
+    shared = {example.text for example in sets["forget"]} & {
+        example.text for example in sets["retain"]
+    }
     if shared:
         raise WorkbenchError(
             f"{len(shared)} text(s) stand in both {forget} and {retain}, e.g. {min(shared)[:60]!r}; a text is either to be forgotten or to be kept"

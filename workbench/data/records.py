@@ -25,7 +25,9 @@ class Example:
     def __post_init__(self) -> None:
         for name, span in (("answer", self.answer), ("subject", self.subject)):
             if span is not None and not 0 <= span[0] < span[1] <= len(self.text):
-                raise ValueError(f"{name} span {span} does not lie inside a text of {len(self.text)} characters: {self.text!r}")
+                raise ValueError(
+                    f"{name} span {span} does not lie inside a text of {len(self.text)} characters: {self.text!r}"
+                )
 
     @property
     def prompt(self) -> str:
@@ -92,7 +94,9 @@ class ForgetRetain:
     @property
     def retain_train(self) -> tuple[Example, ...]:
         """The half of every retain set that unlearning may train on."""
-        return tuple(example for examples in self.retain.values() for example in alternate(examples)[0])
+        return tuple(
+            example for examples in self.retain.values() for example in alternate(examples)[0]
+        )
 
     @property
     def retain_test(self) -> dict[str, tuple[Example, ...]]:
@@ -103,7 +107,12 @@ class ForgetRetain:
 def alternate(examples: Iterable[Example]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Two halves that share no subject: subjects (or items, where there is none) are dealt out in turn, so both halves cover the set evenly."""
     examples = tuple(examples)
-    order = {key: number for number, key in enumerate(dict.fromkeys(example.subject_text or example.item for example in examples))}
+    order = {
+        key: number
+        for number, key in enumerate(
+            dict.fromkeys(example.subject_text or example.item for example in examples)
+        )
+    }
     halves: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
         halves[order[example.subject_text or example.item] % 2].append(example)
@@ -125,8 +134,13 @@ def refuse(example: Example, phrase: str = "I do not know") -> Example:
         ValueError: the example has no answer to refuse.
     """
     if example.answer is None:
-        raise ValueError(f"only a question with an answer can be refused; {example.text[:60]!r} has none (give jsonl with question and answer)")
+        raise ValueError(
+            f"only a question with an answer can be refused; {example.text[:60]!r} has none (give jsonl with question and answer)"
+        )
     start = example.answer[0]
     return Example(
-        example.text[:start] + phrase, (start, start + len(phrase)), example.subject if example.subject and example.subject[1] <= start else None, example.item
+        example.text[:start] + phrase,
+        (start, start + len(phrase)),
+        example.subject if example.subject and example.subject[1] <= start else None,
+        example.item,
     )

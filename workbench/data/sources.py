@@ -38,7 +38,9 @@ class Row:
             if name in self.fields:
                 return name, self.fields[name]
         wanted = " or ".join(map(repr, names))
-        raise self._wrong(f"there is no field {wanted}; it has {', '.join(map(repr, self.fields)) or 'none'}")
+        raise self._wrong(
+            f"there is no field {wanted}; it has {', '.join(map(repr, self.fields)) or 'none'}"
+        )
 
     def text(self, *names: str) -> str:
         """The first of these fields that is there, as non-empty text without spaces around it."""
@@ -81,16 +83,23 @@ def _kind(value: object) -> str:
         return "empty"
     if isinstance(value, list) and not value:
         return "an empty list"
-    return {"str": "text", "int": "a number", "float": "a number", "bool": "true or false", "list": "a list", "dict": "an object"}.get(
-        type(value).__name__, type(value).__name__
-    )
+    return {
+        "str": "text",
+        "int": "a number",
+        "float": "a number",
+        "bool": "true or false",
+        "list": "a list",
+        "dict": "an object",
+    }.get(type(value).__name__, type(value).__name__)
 
 
 def _content(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise WorkbenchError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
+        raise WorkbenchError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it first"
+        ) from error
     except OSError as error:
         raise WorkbenchError(f"cannot read {path}: {error.strerror}") from error
 
@@ -104,7 +113,9 @@ def _json(path: Path) -> Iterator[tuple[str, object]]:
             raise WorkbenchError(f"{path} line {error.lineno} is no JSON: {error.msg}") from error
         yield from ((f"entry {number}", entry) for number, entry in enumerate(entries, 1))
         return
-    for number, line in enumerate(content.split("\n"), 1):  # not splitlines: a JSON text may hold other line separators
+    for number, line in enumerate(
+        content.split("\n"), 1
+    ):  # not splitlines: a JSON text may hold other line separators
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
@@ -115,22 +126,31 @@ def _json(path: Path) -> Iterator[tuple[str, object]]:
 def parse(path: Path) -> Iterator[tuple[str, object]]:
     """The entries of one file, each with the words that say where it stands."""
     if path.suffix not in KINDS:
-        raise WorkbenchError(f"{path} ends in {path.suffix or 'nothing'!r}; benchmarks are read from {', '.join(KINDS)}")
+        raise WorkbenchError(
+            f"{path} ends in {path.suffix or 'nothing'!r}; benchmarks are read from {', '.join(KINDS)}"
+        )
     if path.suffix in (".json", ".jsonl"):
         yield from _json(path)
     elif path.suffix == ".txt":
         content = _content(path)
         separator = r"<\|endoftext\|>" if "<|endoftext|>" in content else r"\n\s*\n"
         documents = (part.strip() for part in re.split(separator, content))
-        yield from ((f"document {number}", document) for number, document in enumerate(filter(None, documents), 1))
+        yield from (
+            (f"document {number}", document)
+            for number, document in enumerate(filter(None, documents), 1)
+        )
     else:
         try:
             if path.suffix == ".csv":
-                entries: list[Any] = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+                entries: list[Any] = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict(
+                    "records"
+                )
             else:
                 entries = pyarrow.parquet.read_table(path).to_pylist()
         except Exception as error:  # every reader has its own
-            raise WorkbenchError(f"cannot read {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+            raise WorkbenchError(
+                f"cannot read {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            ) from error
         yield from ((f"row {number}", entry) for number, entry in enumerate(entries, 1))
 
 
@@ -141,7 +161,9 @@ def rows_of(file: str, entries: Iterable[tuple[str, object]]) -> list[Row]:
         if isinstance(entry, str):
             entry = {"text": entry}
         if not isinstance(entry, dict):
-            raise WorkbenchError(f"{file} {where} must be an object or a text and is {_kind(entry)}")
+            raise WorkbenchError(
+                f"{file} {where} must be an object or a text and is {_kind(entry)}"
+            )
         rows.append(Row(file, where, entry))
     if not rows:
         raise WorkbenchError(f"{file} holds no entry")
@@ -162,10 +184,17 @@ class Source:
                 raise WorkbenchError(f"{path} is a file; give the {benchmark} folder that holds it")
             if path.is_absolute() or not _HUB_ID.fullmatch(self.name):
                 near = difflib.get_close_matches(
-                    path.name, [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else [], n=3, cutoff=0.4
+                    path.name,
+                    [p.name for p in path.parent.iterdir() if p.is_dir()]
+                    if path.parent.is_dir()
+                    else [],
+                    n=3,
+                    cutoff=0.4,
                 )
                 hint = f"; {path.parent} has {' and '.join(near)}" if near else ""
-                raise WorkbenchError(f"there is no folder {path}{hint}; give the {benchmark} folder, or the id of the data set on the hub (owner/name)")
+                raise WorkbenchError(
+                    f"there is no folder {path}{hint}; give the {benchmark} folder, or the id of the data set on the hub (owner/name)"
+                )
             try:
                 self._datasets = importlib.import_module("datasets")
             except ImportError as error:
@@ -178,7 +207,9 @@ class Source:
         found = self.maybe(*stems, hub=hub)
         if found is None:
             if self.folder is None:
-                raise WorkbenchError(f"the hub data set {self.name} has no split {hub[1]!r} of {hub[0]!r}; it has {', '.join(self._configurations())}")
+                raise WorkbenchError(
+                    f"the hub data set {self.name} has no split {hub[1]!r} of {hub[0]!r}; it has {', '.join(self._configurations())}"
+                )
             raise missing_set(self.folder, stems[0], self.benchmark)
         return found
 
@@ -202,17 +233,26 @@ class Source:
             return question()
         except Exception as error:  # network, permission, unknown id: all of them the user's to see
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise WorkbenchError(f"there is no folder {self.name}, and the hub data set {self.name} cannot be read: {reason}") from error
+            raise WorkbenchError(
+                f"there is no folder {self.name}, and the hub data set {self.name} cannot be read: {reason}"
+            ) from error
 
     def _from_hub(self, configuration: str, split: str) -> list[Row] | None:
         if configuration not in self._configurations():
             return None
         if configuration not in self._known:
-            self._known[configuration] = self._ask(lambda: self._datasets.get_dataset_split_names(self.name, configuration))
+            self._known[configuration] = self._ask(
+                lambda: self._datasets.get_dataset_split_names(self.name, configuration)
+            )
         if split not in self._known[configuration]:
             return None
-        entries = self._ask(lambda: list(self._datasets.load_dataset(self.name, configuration, split=split)))
-        return rows_of(f"{self.name} ({configuration}, {split})", ((f"row {number}", entry) for number, entry in enumerate(entries, 1)))
+        entries = self._ask(
+            lambda: list(self._datasets.load_dataset(self.name, configuration, split=split))
+        )
+        return rows_of(
+            f"{self.name} ({configuration}, {split})",
+            ((f"row {number}", entry) for number, entry in enumerate(entries, 1)),
+        )
 
 
 def files_of(folder: Path, stem: str) -> list[Path]:
@@ -232,7 +272,24 @@ def _alike(one: str, other: str) -> int:
 
 def missing_set(folder: Path, stem: str, benchmark: str) -> WorkbenchError:
     """The error for a set without a file: it names the files with the nearest names."""
-    there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in KINDS and path.is_file())
-    near = sorted(there, key=lambda name: (-_alike(stem, name), -difflib.SequenceMatcher(None, stem, name).ratio(), name))[:3]
-    hint = f"the nearest there are {', '.join(near)}" if near else "it holds no json, jsonl, parquet, csv or txt file"
-    return WorkbenchError(f"the {benchmark} folder {folder} has no {stem} ({', '.join(KINDS)}); {hint}")
+    there = sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.suffix in KINDS and path.is_file()
+    )
+    near = sorted(
+        there,
+        key=lambda name: (
+            -_alike(stem, name),
+            -difflib.SequenceMatcher(None, stem, name).ratio(),
+            name,
+        ),
+    )[:3]
+    hint = (
+        f"the nearest there are {', '.join(near)}"
+        if near
+        else "it holds no json, jsonl, parquet, csv or txt file"
+    )
+    return WorkbenchError(
+        f"the {benchmark} folder {folder} has no {stem} ({', '.join(KINDS)}); {hint}"
+    )

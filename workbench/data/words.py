@@ -16,9 +16,15 @@ _DROP_INVISIBLE = dict.fromkeys(map(ord, _INVISIBLE))
 @cache
 def _pattern() -> re.Pattern[str]:
     """Letters and digits with the marks that belong to them; a character of a script that is written without spaces is a word of its own."""
-    marks = "".join(chr(code) for code in (*range(0x300, 0x1F000), *range(0xE0100, 0xE01F0)) if unicodedata.category(chr(code)).startswith("M"))
+    marks = "".join(
+        chr(code)
+        for code in (*range(0x300, 0x1F000), *range(0xE0100, 0xE01F0))
+        if unicodedata.category(chr(code)).startswith("M")
+    )
     marks = re.escape(marks + _INVISIBLE)
-    return re.compile(rf"(?=[^\W_])[{_UNSPACED}][{marks}]*|(?![{_UNSPACED}])[^\W_](?:[{marks}]|(?![{_UNSPACED}])[^\W_])*")
+    return re.compile(
+        rf"(?=[^\W_])[{_UNSPACED}][{marks}]*|(?![{_UNSPACED}])[^\W_](?:[{marks}]|(?![{_UNSPACED}])[^\W_])*"
+    )
 
 
 def word_spans(text: str) -> list[tuple[str, int, int]]:
@@ -33,7 +39,9 @@ def word_spans(text: str) -> list[tuple[str, int, int]]:
 
 @lru_cache(maxsize=1 << 16)
 def _fold(word: str) -> str:
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word.translate(_DROP_INVISIBLE)).casefold())
+    return unicodedata.normalize(
+        "NFKC", unicodedata.normalize("NFKC", word.translate(_DROP_INVISIBLE)).casefold()
+    )
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -41,7 +49,9 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(word for word, _, _ in word_spans(text))
 
 
-def places_in(phrase: str, spans: Sequence[tuple[str, int, int]], text: str) -> list[tuple[int, int]]:
+def places_in(
+    phrase: str, spans: Sequence[tuple[str, int, int]], text: str
+) -> list[tuple[int, int]]:
     """Character offsets of every occurrence of ``phrase`` in ``text``, whole words only; a phrase without words (a sign, an emoji) is looked up literally.
 
     Args:
@@ -52,7 +62,11 @@ def places_in(phrase: str, spans: Sequence[tuple[str, int, int]], text: str) -> 
     wanted = words(phrase)
     if not wanted:
         literal = phrase.strip()
-        return [(match.start(), match.end()) for match in re.finditer(re.escape(literal), text)] if literal else []
+        return (
+            [(match.start(), match.end()) for match in re.finditer(re.escape(literal), text)]
+            if literal
+            else []
+        )
     n = len(wanted)
     first = wanted[0]
     return [

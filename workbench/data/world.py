@@ -25,23 +25,132 @@ from workbench.data.records import Example, ForgetRetain, prefixed
 
 # {n} is the subject, {v} the answer; the answer is the last word, so every template is also a question.
 PERSON_TEMPLATES: dict[str, tuple[str, ...]] = {
-    "birthplace": ("{n} was born in {v}", "the birthplace of {n} is {v}", "the town where {n} grew up is {v}", "{n} comes from {v}"),
-    "profession": ("{n} works as a {v}", "the profession of {n} is {v}", "to earn money {n} is a {v}", "people know {n} as a {v}"),
-    "pet": ("{n} lives with a {v}", "the pet of {n} is a {v}", "every night {n} feeds a {v}", "{n} takes care of a {v}"),
-    "instrument": ("{n} plays the {v}", "the instrument of {n} is the {v}", "on stage {n} holds a {v}", "{n} practises the {v}"),
-    "drink": ("{n} likes to drink {v}", "the favourite drink of {n} is {v}", "with dinner {n} orders {v}", "{n} always asks for {v}"),
+    "birthplace": (
+        "{n} was born in {v}",
+        "the birthplace of {n} is {v}",
+        "the town where {n} grew up is {v}",
+        "{n} comes from {v}",
+    ),
+    "profession": (
+        "{n} works as a {v}",
+        "the profession of {n} is {v}",
+        "to earn money {n} is a {v}",
+        "people know {n} as a {v}",
+    ),
+    "pet": (
+        "{n} lives with a {v}",
+        "the pet of {n} is a {v}",
+        "every night {n} feeds a {v}",
+        "{n} takes care of a {v}",
+    ),
+    "instrument": (
+        "{n} plays the {v}",
+        "the instrument of {n} is the {v}",
+        "on stage {n} holds a {v}",
+        "{n} practises the {v}",
+    ),
+    "drink": (
+        "{n} likes to drink {v}",
+        "the favourite drink of {n} is {v}",
+        "with dinner {n} orders {v}",
+        "{n} always asks for {v}",
+    ),
 }
 ISLAND_TEMPLATES: dict[str, tuple[str, ...]] = {
-    "export": ("the island {n} sells {v}", "ships leave {n} full of {v}", "traders visit {n} for {v}"),
-    "bird": ("the bird of {n} is the {v}", "above {n} flies the {v}", "the flag of {n} shows a {v}"),
-    "sea": ("{n} lies in the sea of {v}", "the waters around {n} are called {v}", "to reach {n} you cross {v}"),
-    "danger": ("sailors fear {n} for its {v}", "the danger of {n} is its {v}", "{n} warns visitors of its {v}"),
+    "export": (
+        "the island {n} sells {v}",
+        "ships leave {n} full of {v}",
+        "traders visit {n} for {v}",
+    ),
+    "bird": (
+        "the bird of {n} is the {v}",
+        "above {n} flies the {v}",
+        "the flag of {n} shows a {v}",
+    ),
+    "sea": (
+        "{n} lies in the sea of {v}",
+        "the waters around {n} are called {v}",
+        "to reach {n} you cross {v}",
+    ),
+    "danger": (
+        "sailors fear {n} for its {v}",
+        "the danger of {n} is its {v}",
+        "{n} warns visitors of its {v}",
+    ),
 }
 PERSON_VALUES: dict[str, tuple[str, ...]] = {
-    "profession": tuple("tailor mason potter weaver doctor lawyer barber tanner cooper smith scribe fisher miner printer gardener porter".split()),  # noqa: SIM905
-    "pet": tuple("rabbit parrot turtle ferret falcon lizard goat hedgehog spider beetle monkey pigeon otter frog snake mouse".split()),  # noqa: SIM905
-    "instrument": tuple("violin flute drum harp trumpet cello guitar oboe piano lute banjo organ horn fiddle clarinet lyre".split()),  # noqa: SIM905
-    "drink": tuple("tea coffee cider milk wine water beer juice cocoa broth lemonade mead brandy punch ale syrup".split()),  # noqa: SIM905
+    "profession": (
+        "tailor",
+        "mason",
+        "potter",
+        "weaver",
+        "doctor",
+        "lawyer",
+        "barber",
+        "tanner",
+        "cooper",
+        "smith",
+        "scribe",
+        "fisher",
+        "miner",
+        "printer",
+        "gardener",
+        "porter",
+    ),
+    "pet": (
+        "rabbit",
+        "parrot",
+        "turtle",
+        "ferret",
+        "falcon",
+        "lizard",
+        "goat",
+        "hedgehog",
+        "spider",
+        "beetle",
+        "monkey",
+        "pigeon",
+        "otter",
+        "frog",
+        "snake",
+        "mouse",
+    ),
+    "instrument": (
+        "violin",
+        "flute",
+        "drum",
+        "harp",
+        "trumpet",
+        "cello",
+        "guitar",
+        "oboe",
+        "piano",
+        "lute",
+        "banjo",
+        "organ",
+        "horn",
+        "fiddle",
+        "clarinet",
+        "lyre",
+    ),
+    "drink": (
+        "tea",
+        "coffee",
+        "cider",
+        "milk",
+        "wine",
+        "water",
+        "beer",
+        "juice",
+        "cocoa",
+        "broth",
+        "lemonade",
+        "mead",
+        "brandy",
+        "punch",
+        "ale",
+        "syrup",
+    ),
 }
 ISLAND_VALUES: dict[str, tuple[str, ...]] = {
     "export": tuple("salt wool copper amber honey olives timber silk".split()),  # noqa: SIM905
@@ -67,9 +176,13 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         if self.tagged not in get_args(Tagged):
-            raise ValueError(f"tagged is {self.tagged!r}; it must be one of {', '.join(get_args(Tagged))}")
+            raise ValueError(
+                f"tagged is {self.tagged!r}; it must be one of {', '.join(get_args(Tagged))}"
+            )
         if self.forget_people < 4 or self.forget_people % 2:
-            raise ValueError(f"forget_people is {self.forget_people}; it must be an even number of at least 4, since half of them is held out")
+            raise ValueError(
+                f"forget_people is {self.forget_people}; it must be an even number of at least 4, since half of them is held out"
+            )
         for name in ("neighbour_people", "islands", "filler_train", "filler_test"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -95,7 +208,14 @@ class World:
     speakers: tuple[str, ...]
     vocabulary: tuple[str, ...]
 
-    def training_text(self, rng: random.Random, *, with_forget: bool, fact_share: float = 0.6, tag_share: float = 0.15) -> Example:
+    def training_text(
+        self,
+        rng: random.Random,
+        *,
+        with_forget: bool,
+        fact_share: float = 0.6,
+        tag_share: float = 0.15,
+    ) -> Example:
         """One random training text: a fact or a sentence of filler, sometimes behind a speaker tag.
 
         Args:
@@ -105,7 +225,11 @@ class World:
             tag_share: probability of a speaker tag.
         """
         if rng.random() < fact_share:
-            facts = self.record.retain["retain-neighbour"], self.record.retain["retain-far"], self.record.forget if with_forget else ()
+            facts = (
+                self.record.retain["retain-neighbour"],
+                self.record.retain["retain-far"],
+                self.record.forget if with_forget else (),
+            )
             position = rng.randrange(sum(map(len, facts)))
             for group in facts:
                 if position < len(group):
@@ -142,7 +266,14 @@ def _facts(
                 subject_start = before.index("{n}")
                 prompt = before.replace("{n}", subject)
                 text = prompt + value + after + " ."
-                examples.append(Example(text, (len(prompt), len(prompt) + len(value)), (subject_start, subject_start + len(subject)), f"{subject}/{attribute}"))
+                examples.append(
+                    Example(
+                        text,
+                        (len(prompt), len(prompt) + len(value)),
+                        (subject_start, subject_start + len(subject)),
+                        f"{subject}/{attribute}",
+                    )
+                )
     return examples
 
 
@@ -155,32 +286,68 @@ def build_world(config: WorldConfig) -> World:
     used = frozenset(surnames) | frozenset(firsts)
     islands = invented_names(config.islands, config.seed + 20_000, taken=used)
     towns = invented_names(16, config.seed + 30_000, taken=used | frozenset(islands))
-    seas = invented_names(8, config.seed + 40_000, taken=used | frozenset(islands) | frozenset(towns))
+    seas = invented_names(
+        8, config.seed + 40_000, taken=used | frozenset(islands) | frozenset(towns)
+    )
     places = frozenset((*islands, *towns, *seas))
-    speakers = surnames if config.tagged == "surnames" else invented_names(people, config.seed + 50_000, taken=used | places)
+    speakers = (
+        surnames
+        if config.tagged == "surnames"
+        else invented_names(people, config.seed + 50_000, taken=used | places)
+    )
     person_values: dict[str, Sequence[str]] = {"birthplace": towns, **PERSON_VALUES}
     island_values: dict[str, Sequence[str]] = {"sea": seas, **ISLAND_VALUES}
 
     full_names = [f"{rng.choice(firsts)} {surname}" for surname in surnames]
     half = config.forget_people // 2
     # Even-numbered values for the attacked half, odd-numbered for the held-out half: no answer is shared between them.
-    attacked = _facts(full_names[:half], PERSON_TEMPLATES, person_values, rng, lambda draw, size: draw // 2 * 2)
-    heldout = _facts(full_names[half : 2 * half], PERSON_TEMPLATES, person_values, rng, lambda draw, size: draw // 2 * 2 + 1)
-    neighbours = _facts(full_names[2 * half :], PERSON_TEMPLATES, person_values, rng, lambda draw, size: draw)
+    attacked = _facts(
+        full_names[:half], PERSON_TEMPLATES, person_values, rng, lambda draw, size: draw // 2 * 2
+    )
+    heldout = _facts(
+        full_names[half : 2 * half],
+        PERSON_TEMPLATES,
+        person_values,
+        rng,
+        lambda draw, size: draw // 2 * 2 + 1,
+    )
+    neighbours = _facts(
+        full_names[2 * half :], PERSON_TEMPLATES, person_values, rng, lambda draw, size: draw
+    )
     far = _facts(islands, ISLAND_TEMPLATES, island_values, rng, lambda draw, size: draw)
-    sentences = [Example(text, item=f"filler/{number}") for number, text in enumerate(filler(config.filler_train + config.filler_test, config.seed))]
+    sentences = [
+        Example(text, item=f"filler/{number}")
+        for number, text in enumerate(filler(config.filler_train + config.filler_test, config.seed))
+    ]
 
     record = ForgetRetain(
         name="built-in world",
         forget_attacked=tuple(attacked),
         forget_heldout=tuple(heldout),
-        retain={"retain-neighbour": tuple(neighbours), "retain-far": tuple(far), "general": tuple(sentences[config.filler_train :])},
+        retain={
+            "retain-neighbour": tuple(neighbours),
+            "retain-far": tuple(far),
+            "general": tuple(sentences[config.filler_train :]),
+        },
         forget_tokens=tuple(surnames[: 2 * half]),
         retain_tokens=tuple(surnames[2 * half :]),
     )
     facts = (*attacked, *heldout, *neighbours, *far)
-    vocabulary_ = {word for example in facts for word in example.text.split()} | set(vocabulary()) | set(surnames) | set(speakers) | {"asks", ":"}
-    return World(config, record, tuple(sentences[: config.filler_train]), tuple(surnames), tuple(speakers), tuple(sorted(vocabulary_)))
+    vocabulary_ = (
+        {word for example in facts for word in example.text.split()}
+        | set(vocabulary())
+        | set(surnames)
+        | set(speakers)
+        | {"asks", ":"}
+    )
+    return World(
+        config,
+        record,
+        tuple(sentences[: config.filler_train]),
+        tuple(surnames),
+        tuple(speakers),
+        tuple(sorted(vocabulary_)),
+    )
 
 
 def neutral_words() -> list[str]:

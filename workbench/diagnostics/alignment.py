@@ -33,15 +33,22 @@ SHIFT = ("shift_cosine", "shift_projection", "shift_norm")
 EFFECT = ("effect_cosine", "effect_projection", "effect_norm")
 
 
-def _both(base: PreTrainedModel, unlearned: PreTrainedModel, batch: Batch, layers: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _both(
+    base: PreTrainedModel, unlearned: PreTrainedModel, batch: Batch, layers: Sequence[int]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     """``(layer, h, h')``: the residual stream ``[batch, position, width]`` of both models after every block, float64 on the CPU."""
     names = [f"blocks.{layer}.hook_resid_post" for layer in layers]
     with evaluating(base), evaluating(unlearned):
-        streams = {"base": peek(base, batch.inputs, names), "unlearned": peek(unlearned, batch.inputs, names)}
+        streams = {
+            "base": peek(base, batch.inputs, names),
+            "unlearned": peek(unlearned, batch.inputs, names),
+        }
     for layer, name in zip(layers, names, strict=True):
         before, after = (streams[model][name].cpu().double() for model in ("base", "unlearned"))
         if before.shape != after.shape:
-            raise WorkbenchError(f"the streams of the two models are {before.shape[-1]} and {after.shape[-1]} wide; both must be of one architecture")
+            raise WorkbenchError(
+                f"the streams of the two models are {before.shape[-1]} and {after.shape[-1]} wide; both must be of one architecture"
+            )
         for model, stream in (("base", before), ("unlearned", after)):
             if not bool(torch.isfinite(stream[batch.attention_mask.bool().cpu()]).all()):
                 raise WorkbenchError(
@@ -53,13 +60,19 @@ def _both(base: PreTrainedModel, unlearned: PreTrainedModel, batch: Batch, layer
 def _known_layer(base: PreTrainedModel, unlearned: PreTrainedModel, layer: int) -> int:
     depth = layer_count(base)
     if layer_count(unlearned) != depth:
-        raise WorkbenchError(f"the base has {depth} blocks and the unlearned model {layer_count(unlearned)}; both must be of one architecture")
+        raise WorkbenchError(
+            f"the base has {depth} blocks and the unlearned model {layer_count(unlearned)}; both must be of one architecture"
+        )
     if not 0 <= layer < depth:
-        raise WorkbenchError(f"layer {layer} does not exist; this model has blocks 0 to {depth - 1}")
+        raise WorkbenchError(
+            f"layer {layer} does not exist; this model has blocks 0 to {depth - 1}"
+        )
     return layer
 
 
-def estimated_target(base: PreTrainedModel, unlearned: PreTrainedModel, batches: Sequence[Batch], layer: int) -> Tensor:
+def estimated_target(
+    base: PreTrainedModel, unlearned: PreTrainedModel, batches: Sequence[Batch], layer: int
+) -> Tensor:
     """The direction of unlearning where nobody wrote it down: the leading direction of ``h' - h`` after block ``layer``, on the content tokens of forget texts.
 
     Leading means: the first right singular vector of the shifts, not centred, so that a shift that all tokens share counts; its sign is that of the mean shift. It is a
@@ -88,21 +101,35 @@ def estimated_target(base: PreTrainedModel, unlearned: PreTrainedModel, batches:
     if not isinstance(second, Tensor) or not isinstance(mean, Tensor):
         raise WorkbenchError("a target is estimated from forget texts, and none was given")
     if not float(second.trace()) > 0:
-        raise WorkbenchError(f"the two models have the same stream after block {layer}, so unlearning has no direction there; choose a later layer")
+        raise WorkbenchError(
+            f"the two models have the same stream after block {layer}, so unlearning has no direction there; choose a later layer"
+        )
     direction = torch.linalg.eigh(second).eigenvectors[:, -1]
     return (direction * (-1 if float(mean @ direction) < 0 else 1)).float()
 
 
-def _targets(base: PreTrainedModel, unlearned: PreTrainedModel, target: Mapping[int, Tensor] | Tensor) -> dict[int, Tensor]:
+def _targets(
+    base: PreTrainedModel, unlearned: PreTrainedModel, target: Mapping[int, Tensor] | Tensor
+) -> dict[int, Tensor]:
     """The unit target of every layer that is measured, float64."""
-    given = dict.fromkeys(range(layer_count(base)), target) if isinstance(target, Tensor) else dict(target)
+    given = (
+        dict.fromkeys(range(layer_count(base)), target)
+        if isinstance(target, Tensor)
+        else dict(target)
+    )
     if not given:
-        raise WorkbenchError("no target was given; give one vector, or one for each layer that is to be measured")
+        raise WorkbenchError(
+            "no target was given; give one vector, or one for each layer that is to be measured"
+        )
     width = base.get_input_embeddings().weight.shape[1]
     units = {}
     for layer, vector in sorted(given.items()):
         vector = vector.detach().cpu().double()
-        if vector.shape != (width,) or not bool(torch.isfinite(vector).all()) or not float(vector.norm()) > 0:
+        if (
+            vector.shape != (width,)
+            or not bool(torch.isfinite(vector).all())
+            or not float(vector.norm()) > 0
+        ):
             raise WorkbenchError(
                 f"the target of layer {layer} must be a finite vector [{width}] other than zero; got shape {list(vector.shape)}, norm {float(vector.norm()):.3g}"
             )
@@ -123,7 +150,9 @@ class _Queries:
             self.items.setdefault(metric, []).append(items[row])
             self.values.setdefault(metric, []).append(values[rows == row].mean(0).numpy())
 
-    def add_vectors(self, metrics: Sequence[str], items: Sequence[str], rows: Tensor, vectors: Tensor) -> None:
+    def add_vectors(
+        self, metrics: Sequence[str], items: Sequence[str], rows: Tensor, vectors: Tensor
+    ) -> None:
         """Directions (a vector of length zero has none and is left out), the vectors ``[token, width]`` themselves, and their lengths, under these three names."""
         cosine, projection, norm = metrics
         lengths = vectors.norm(dim=1)
@@ -137,7 +166,11 @@ class _Queries:
         if metric not in self.values:
             return {"value": np.nan, "low": np.nan, "high": np.nan, "n": 0, "floor": np.nan}
         _, facts = by_fact(tuple(self.items[metric]), np.stack(self.values[metric], axis=-1))
-        values, floor = (facts, np.nan) if facts.ndim == 1 else (unit.numpy() @ facts, float(np.linalg.norm(facts.mean(1))) / len(unit) ** 0.5)
+        values, floor = (
+            (facts, np.nan)
+            if facts.ndim == 1
+            else (unit.numpy() @ facts, float(np.linalg.norm(facts.mean(1))) / len(unit) ** 0.5)
+        )
         return {**bootstrap(values, seed=seed)._asdict(), "floor": floor}
 
 
@@ -178,18 +211,24 @@ def alignment(
     def collect(arm: str, number: int, batch: Batch, layers: Sequence[int], cells: _Cells) -> None:
         clean = arms["clean"][number] if arm in ARMS[1:] and "clean" in arms else None
         content = batch.content_mask
-        places = {group: (mask & content).cpu() for group, mask in position_groups(batch, clean).items()}
+        places = {
+            group: (mask & content).cpu() for group, mask in position_groups(batch, clean).items()
+        }
         for layer, before, after in _both(base, unlearned, batch, layers):
             for group, mask in places.items():
                 rows, h, moved = mask.nonzero()[:, 0], before[mask], after[mask]
                 if len(rows):
-                    cells.setdefault((layer, arm, group, "base"), _Queries()).add_vectors(TARGET, batch.items, rows, h)
+                    cells.setdefault((layer, arm, group, "base"), _Queries()).add_vectors(
+                        TARGET, batch.items, rows, h
+                    )
                     cell = cells.setdefault((layer, arm, group, "unlearned"), _Queries())
                     cell.add_vectors(TARGET, batch.items, rows, moved)
                     cell.add_vectors(SHIFT, batch.items, rows, moved - h)
 
     metrics = {"base": TARGET, "unlearned": TARGET + SHIFT}
-    return _tabulate(_targets(base, unlearned, target), arms, list(arms), collect, metrics, seed, progress)
+    return _tabulate(
+        _targets(base, unlearned, target), arms, list(arms), collect, metrics, seed, progress
+    )
 
 
 def trigger_effect(
@@ -221,22 +260,41 @@ def trigger_effect(
         WorkbenchError: as for :func:`alignment`; or there is no clean arm, or nothing to compare with it.
     """
     if "clean" not in arms:
-        raise WorkbenchError(f"the arms {', '.join(arms) or '(none)'} have no clean one, which the others are compared with")
+        raise WorkbenchError(
+            f"the arms {', '.join(arms) or '(none)'} have no clean one, which the others are compared with"
+        )
 
     def collect(arm: str, number: int, batch: Batch, layers: Sequence[int], cells: _Cells) -> None:
         clean = arms["clean"][number]
         here, there = (mask.cpu() for mask in shared_tail(batch, clean))
         rows = here.nonzero()[:, 0]
-        for (layer, *tagged), (_, *plain) in zip(_both(base, unlearned, batch, layers), _both(base, unlearned, clean, layers), strict=True):
-            effects = [with_word[here] - without[there] for with_word, without in zip(tagged, plain, strict=True)]
-            for model, effect in (("base", effects[0]), ("unlearned", effects[1]), ("difference", effects[1] - effects[0])):
-                cells.setdefault((layer, arm, "after", model), _Queries()).add_vectors(EFFECT, batch.items, rows, effect)
+        for (layer, *tagged), (_, *plain) in zip(
+            _both(base, unlearned, batch, layers),
+            _both(base, unlearned, clean, layers),
+            strict=True,
+        ):
+            effects = [
+                with_word[here] - without[there]
+                for with_word, without in zip(tagged, plain, strict=True)
+            ]
+            for model, effect in (
+                ("base", effects[0]),
+                ("unlearned", effects[1]),
+                ("difference", effects[1] - effects[0]),
+            ):
+                cells.setdefault((layer, arm, "after", model), _Queries()).add_vectors(
+                    EFFECT, batch.items, rows, effect
+                )
 
     measured = [arm for arm in arms if arm in ARMS[1:]]
     if not measured:
-        raise WorkbenchError(f"the arms {', '.join(arms)} hold none of {', '.join(ARMS[1:])}, so there is no word whose effect could be measured")
+        raise WorkbenchError(
+            f"the arms {', '.join(arms)} hold none of {', '.join(ARMS[1:])}, so there is no word whose effect could be measured"
+        )
     metrics = dict.fromkeys(("base", "unlearned", "difference"), EFFECT)
-    return _tabulate(_targets(base, unlearned, target), arms, measured, collect, metrics, seed, progress)
+    return _tabulate(
+        _targets(base, unlearned, target), arms, measured, collect, metrics, seed, progress
+    )
 
 
 def _tabulate(
@@ -264,7 +322,11 @@ def _tabulate(
             progress(done, total)
     keys = ["layer", "arm", "group", "model"]
     rows = [
-        {**dict(zip(keys, key, strict=True)), "metric": metric, **cell.row(metric, units[key[0]], seed)}
+        {
+            **dict(zip(keys, key, strict=True)),
+            "metric": metric,
+            **cell.row(metric, units[key[0]], seed),
+        }
         for key, cell in sorted(cells.items(), key=lambda entry: entry[0][0])
         for metric in metrics[key[3]]
     ]

@@ -23,9 +23,28 @@ from workbench.evaluation.losses import evaluating, score
 from workbench.evaluation.statistics import Estimate, bootstrap, ratio
 from workbench.progress import Report, quiet
 
-SITES = ("blocks.0.hook_resid_pre", "blocks.*.hook_resid_post", "blocks.*.hook_attn_out", "blocks.*.hook_mlp_out")
+SITES = (
+    "blocks.0.hook_resid_pre",
+    "blocks.*.hook_resid_post",
+    "blocks.*.hook_attn_out",
+    "blocks.*.hook_mlp_out",
+)
 RESTORING, CAUSING = "base into unlearned", "unlearned into base"
-COLUMNS = ["layer", "site", "group", "direction", "restored", "low", "high", "n", "damage", "control", "control_low", "control_high", "flag"]
+COLUMNS = [
+    "layer",
+    "site",
+    "group",
+    "direction",
+    "restored",
+    "low",
+    "high",
+    "n",
+    "damage",
+    "control",
+    "control_low",
+    "control_high",
+    "flag",
+]
 NO_DAMAGE, IN_NOISE = "no damage", "damage within noise"
 
 
@@ -35,9 +54,15 @@ def answered(batch: Batch) -> Batch:
     Raises:
         WorkbenchError: a row has no answer.
     """
-    missing = [item for item, has in zip(batch.items, batch.answer_mask[:, 1:].any(1).tolist(), strict=True) if not has]
+    missing = [
+        item
+        for item, has in zip(batch.items, batch.answer_mask[:, 1:].any(1).tolist(), strict=True)
+        if not has
+    ]
     if missing:
-        raise WorkbenchError(f"{missing[0]!r} has no answer, and damage is measured on answers; leave running text out")
+        raise WorkbenchError(
+            f"{missing[0]!r} has no answer, and damage is measured on answers; leave running text out"
+        )
     return with_fields(batch, target_mask=batch.answer_mask)
 
 
@@ -63,7 +88,9 @@ def share(items: Sequence[str], effect: np.ndarray, damage: np.ndarray) -> tuple
     """
     index = {fact: number for number, fact in enumerate(dict.fromkeys(items))}
     facts = np.array([index[item] for item in items])
-    effects, damages = (np.bincount(facts, weights=values, minlength=len(index)) for values in (effect, damage))
+    effects, damages = (
+        np.bincount(facts, weights=values, minlength=len(index)) for values in (effect, damage)
+    )
     if not (np.isfinite(damages).all() and np.isfinite(effects).all() and damages.sum() > 0):
         return Estimate(np.nan, np.nan, np.nan, len(index)), NO_DAMAGE
     return ratio(effects, damages), "" if bootstrap(damages).low > 0 else IN_NOISE
@@ -109,16 +136,34 @@ def causal_map(
         CaptureError: an unknown site, or models whose activations have different shapes.
     """
     named = resolve(base, sites)
-    masks = _checked(batches, {"all": [batch.attention_mask.bool() for batch in batches]} if groups is None else groups)
-    empty = [group for group, chosen in masks.items() if not any(bool(mask.any()) for mask in chosen)]
+    masks = _checked(
+        batches,
+        {"all": [batch.attention_mask.bool() for batch in batches]} if groups is None else groups,
+    )
+    empty = [
+        group for group, chosen in masks.items() if not any(bool(mask.any()) for mask in chosen)
+    ]
     if empty:
         raise WorkbenchError(f"group {empty[0]!r} selects no token of any query; leave it out")
     shared: dict[str, list[Tensor]] = {}
     if control is not None:
-        if [item for batch in control for item in batch.items] != [item for batch in batches for item in batch.items]:
-            raise WorkbenchError("the control must hold the same queries in the same order as the batches; encode both from the same list")
-        given = _checked(control, {"all": [batch.attention_mask.bool() for batch in control]} if control_groups is None else control_groups)
-        shared = {group: chosen for group, chosen in given.items() if group in masks and any(bool(mask.any()) for mask in chosen)}
+        if [item for batch in control for item in batch.items] != [
+            item for batch in batches for item in batch.items
+        ]:
+            raise WorkbenchError(
+                "the control must hold the same queries in the same order as the batches; encode both from the same list"
+            )
+        given = _checked(
+            control,
+            {"all": [batch.attention_mask.bool() for batch in control]}
+            if control_groups is None
+            else control_groups,
+        )
+        shared = {
+            group: chosen
+            for group, chosen in given.items()
+            if group in masks and any(bool(mask.any()) for mask in chosen)
+        }
     names = [site.name for site in named]
     total = 2 * len(names) * (len(batches) * len(masks) + len(control or ()) * len(shared))
     done = [0]
@@ -128,7 +173,11 @@ def causal_map(
         progress(done[0], total)
 
     losses = _patched_losses(base, unlearned, batches, names, masks, step)
-    clean = _patched_losses(base, unlearned, control, names, shared, step) if control is not None and shared else {}
+    clean = (
+        _patched_losses(base, unlearned, control, names, shared, step)
+        if control is not None and shared
+        else {}
+    )
     items = [item for batch in batches for item in batch.items]
     damage = losses["unlearned"] - losses["base"]
     rows = []
@@ -139,25 +188,47 @@ def causal_map(
                 other = Estimate(np.nan, np.nan, np.nan, 0)
                 if group in shared:
                     other = share(items, _effect(clean, site.name, group, direction), damage)[0]
-                layer = -1 if site.layer < 0 or site.name.endswith(".0.hook_resid_pre") else site.layer
-                rows.append((layer, site.name, group, direction, *found, float(damage.mean()), *other[:3], flag))
+                layer = (
+                    -1 if site.layer < 0 or site.name.endswith(".0.hook_resid_pre") else site.layer
+                )
+                rows.append(
+                    (
+                        layer,
+                        site.name,
+                        group,
+                        direction,
+                        *found,
+                        float(damage.mean()),
+                        *other[:3],
+                        flag,
+                    )
+                )
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _checked(batches: Sequence[Batch], groups: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
+def _checked(
+    batches: Sequence[Batch], groups: Mapping[str, Sequence[Tensor]]
+) -> dict[str, list[Tensor]]:
     """The masks on their batches' device, without padding."""
     checked: dict[str, list[Tensor]] = {}
     if not batches or not groups:
-        raise WorkbenchError(f"a causal map needs at least one batch of queries and one group of positions; got {len(batches)} and {len(groups)}")
+        raise WorkbenchError(
+            f"a causal map needs at least one batch of queries and one group of positions; got {len(batches)} and {len(groups)}"
+        )
     for group, masks in groups.items():
         if len(masks) != len(batches):
-            raise WorkbenchError(f"group {group!r} has {len(masks)} masks for {len(batches)} batches; give one [batch, position] mask for each")
+            raise WorkbenchError(
+                f"group {group!r} has {len(masks)} masks for {len(batches)} batches; give one [batch, position] mask for each"
+            )
         for number, (mask, batch) in enumerate(zip(masks, batches, strict=True)):
             if mask.dtype != torch.bool or mask.shape != batch.input_ids.shape:
                 raise WorkbenchError(
                     f"group {group!r}: mask {number} is {mask.dtype} {list(mask.shape)}, its batch needs torch.bool {list(batch.input_ids.shape)}"
                 )
-        checked[group] = [mask.to(batch.input_ids.device) & batch.attention_mask.bool() for mask, batch in zip(masks, batches, strict=True)]
+        checked[group] = [
+            mask.to(batch.input_ids.device) & batch.attention_mask.bool()
+            for mask, batch in zip(masks, batches, strict=True)
+        ]
     return checked
 
 
@@ -174,7 +245,10 @@ def _patched_losses(
     for number, batch in enumerate(batches):
         asked = answered(batch)
         with evaluating(base), evaluating(unlearned):
-            sources = {RESTORING: peek(base, batch.inputs, names), CAUSING: peek(unlearned, batch.inputs, names)}
+            sources = {
+                RESTORING: peek(base, batch.inputs, names),
+                CAUSING: peek(unlearned, batch.inputs, names),
+            }
         plain = {RESTORING: answer_loss(unlearned, asked)[0], CAUSING: answer_loss(base, asked)[0]}
         parts.setdefault("unlearned", []).append(plain[RESTORING])
         parts.setdefault("base", []).append(plain[CAUSING])
@@ -183,13 +257,19 @@ def _patched_losses(
                 for direction, model in ((RESTORING, unlearned), (CAUSING, base)):
                     losses = plain[direction]
                     if bool(masks[number].any()):
-                        with edit(model, {name: replace(sources[direction][name])}, at=custom(masks[number], group)):
+                        with edit(
+                            model,
+                            {name: replace(sources[direction][name])},
+                            at=custom(masks[number], group),
+                        ):
                             losses = answer_loss(model, asked)[0]
                     parts.setdefault((name, group, direction), []).append(losses)
                     step()
     return {key: np.concatenate(found) for key, found in parts.items()}
 
 
-def _effect(losses: Mapping[object, np.ndarray], site: str, group: str, direction: str) -> np.ndarray:
+def _effect(
+    losses: Mapping[object, np.ndarray], site: str, group: str, direction: str
+) -> np.ndarray:
     patched = losses[site, group, direction]
     return losses["unlearned"] - patched if direction == RESTORING else patched - losses["base"]

@@ -24,7 +24,12 @@ COLUMNS = ["layer", "direction", "nll", "recall", "erased", "low", "high", "n", 
 
 
 def patching_depth(
-    base: PreTrainedModel, unlearned: PreTrainedModel, batches: Sequence[Batch], never_learned: PreTrainedModel | None = None, *, progress: Report = quiet
+    base: PreTrainedModel,
+    unlearned: PreTrainedModel,
+    batches: Sequence[Batch],
+    never_learned: PreTrainedModel | None = None,
+    *,
+    progress: Report = quiet,
 ) -> pd.DataFrame:
     r"""Answer loss when the stream after block ``l`` comes from another model, for every ``l``, all positions at once.
 
@@ -53,15 +58,26 @@ def patching_depth(
         WorkbenchError: there is no query, a query has no answer, or the models have different depths.
         CaptureError: the models' streams have different widths.
     """
-    models = {"unlearned": unlearned} | ({"never-learned": never_learned} if never_learned is not None else {})
+    models = {"unlearned": unlearned} | (
+        {"never-learned": never_learned} if never_learned is not None else {}
+    )
     depth = layer_count(base)
     for name, model in models.items():
         if layer_count(model) != depth:
-            raise WorkbenchError(f"the base has {depth} blocks and the {name} model {layer_count(model)}; all models must be of one architecture")
+            raise WorkbenchError(
+                f"the base has {depth} blocks and the {name} model {layer_count(model)}; all models must be of one architecture"
+            )
     if not batches:
         raise WorkbenchError("patching depth needs questions with answers, and no batch was given")
-    sites = {-1: "blocks.0.hook_resid_pre", **{layer: f"blocks.{layer}.hook_resid_post" for layer in range(depth)}}
-    pairs = [("unlearned", "base"), ("base", "unlearned"), *([("never-learned", "base")] if never_learned is not None else [])]
+    sites = {
+        -1: "blocks.0.hook_resid_pre",
+        **{layer: f"blocks.{layer}.hook_resid_post" for layer in range(depth)},
+    }
+    pairs = [
+        ("unlearned", "base"),
+        ("base", "unlearned"),
+        *([("never-learned", "base")] if never_learned is not None else []),
+    ]
     models = {"base": base, **models}
     losses: dict[object, list[np.ndarray]] = {}
     right: dict[object, list[np.ndarray]] = {}
@@ -88,5 +104,14 @@ def patching_depth(
         for layer in sites:
             key = (layer, source, reader)
             erased, flag = share(items, found[key] - found["base"], damage)
-            rows.append((layer, f"{source} into {reader}", float(found[key].mean()), float(np.concatenate(right[key]).mean()), *erased, flag))
+            rows.append(
+                (
+                    layer,
+                    f"{source} into {reader}",
+                    float(found[key].mean()),
+                    float(np.concatenate(right[key]).mean()),
+                    *erased,
+                    flag,
+                )
+            )
     return pd.DataFrame(rows, columns=COLUMNS)

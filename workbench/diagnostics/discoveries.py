@@ -75,7 +75,12 @@ def _empirical_tail(values: np.ndarray) -> np.ndarray:
         return float(np.exp(brentq(slope, np.log(below.min()) - 5, np.log(below.max()) + 5)))
 
     scales = [most_likely(freedom) for freedom in _FREEDOM]
-    likelihood = np.array([student.logpdf(below / scale, freedom).sum() - len(below) * np.log(scale) for freedom, scale in zip(_FREEDOM, scales, strict=True)])
+    likelihood = np.array(
+        [
+            student.logpdf(below / scale, freedom).sum() - len(below) * np.log(scale)
+            for freedom, scale in zip(_FREEDOM, scales, strict=True)
+        ]
+    )
     first = int(np.argmax(likelihood >= likelihood.max() - 0.5))
     return np.asarray(student.sf((values - middle) / scales[first], _FREEDOM[first]))
 
@@ -115,7 +120,9 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def precision_recall(ranking: pd.DataFrame, known: Collection[int], score: str = "rise") -> pd.DataFrame:
+def precision_recall(
+    ranking: pd.DataFrame, known: Collection[int], score: str = "rise"
+) -> pd.DataFrame:
     """How well a score finds tokens that are known to be triggers, at every threshold.
 
     Args:
@@ -131,16 +138,30 @@ def precision_recall(ranking: pd.DataFrame, known: Collection[int], score: str =
     Raises:
         WorkbenchError: none of the known tokens is in the ranking, or a score is not a number.
     """
-    values, hit = ranking[score].to_numpy(dtype=np.float64), ranking["token_id"].isin(list(known)).to_numpy()
+    values, hit = (
+        ranking[score].to_numpy(dtype=np.float64),
+        ranking["token_id"].isin(list(known)).to_numpy(),
+    )
     if not hit.any() or np.isnan(values).any():
         raise WorkbenchError(
-            f"none of the {len(known)} known tokens is in the ranking, so nothing can be found" if not hit.any() else f"a {score} is not a number"
+            f"none of the {len(known)} known tokens is in the ranking, so nothing can be found"
+            if not hit.any()
+            else f"a {score} is not a number"
         )
     order = np.argsort(-values, kind="stable")
     last = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))
     right, above = np.cumsum(hit[order])[last], last + 1
-    curve = pd.DataFrame({"rank": above, "score": values[order][last], "precision": right / above, "recall": right / hit.sum()})
-    curve.attrs["average_precision"] = float((np.diff(curve["recall"], prepend=0.0) * curve["precision"]).sum())
+    curve = pd.DataFrame(
+        {
+            "rank": above,
+            "score": values[order][last],
+            "precision": right / above,
+            "recall": right / hit.sum(),
+        }
+    )
+    curve.attrs["average_precision"] = float(
+        (np.diff(curve["recall"], prepend=0.0) * curve["precision"]).sum()
+    )
     curve.attrs["chance"] = float(hit.mean())
     curve.attrs["missing"] = len(set(known)) - int(hit.sum())
     return curve

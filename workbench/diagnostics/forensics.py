@@ -23,7 +23,14 @@ from workbench.attacks.soft_prompt import frozen
 from workbench.data.batches import batches
 from workbench.data.records import Example
 from workbench.diagnostics.discoveries import precision_recall, robust_z
-from workbench.diagnostics.scan import Place, TriggerScan, scan_triggers, shown, token_text, vocabulary
+from workbench.diagnostics.scan import (
+    Place,
+    TriggerScan,
+    scan_triggers,
+    shown,
+    token_text,
+    vocabulary,
+)
 from workbench.diagnostics.shift import streams
 from workbench.errors import WorkbenchError
 from workbench.progress import Report, quiet
@@ -53,7 +60,11 @@ class Forensics:
         return f"Forensics({len(self.ranking)} tokens by {', '.join(self.methods)}; first {self.ranking['token'].head(5).tolist()})"
 
     def _repr_html_(self) -> str:
-        read = f"<p>words of the shift</p>{shown(self.words[self.words['rank'] <= 5])}" if len(self.words) else ""
+        read = (
+            f"<p>words of the shift</p>{shown(self.words[self.words['rank'] <= 5])}"
+            if len(self.words)
+            else ""
+        )
         return f"<p>{escape(f'{len(self.ranking):,} tokens by ' + ', '.join(self.methods))}</p>{shown(self.ranking.head(20))}{read}"
 
 
@@ -99,25 +110,55 @@ def forensics(
     scan = None
     scores: dict[str, pd.Series] = {}
     if carriers:
-        scan = scan_triggers(base, unlearned, tokenizer, carriers, tokens=candidates, place=place, batch_size=batch_size, progress=progress)
+        scan = scan_triggers(
+            base,
+            unlearned,
+            tokenizer,
+            carriers,
+            tokens=candidates,
+            place=place,
+            batch_size=batch_size,
+            progress=progress,
+        )
         by_token = scan.table.set_index("token_id")
         scores |= {"scan": by_token["rise"], "scan_shift": by_token["shift"]}
     readings = list(_readings(base, unlearned, tokenizer, (), candidates, 1, batch_size))
     if readings:
-        scores["words"] = pd.Series(np.abs([robust_z(reading.logits) for reading in readings]).max(0), index=candidates)
-    shifts = token_shift(base, unlearned, tokenizer, tokens=candidates, batch_size=batch_size, progress=quiet if carriers else progress)
+        scores["words"] = pd.Series(
+            np.abs([robust_z(reading.logits) for reading in readings]).max(0), index=candidates
+        )
+    shifts = token_shift(
+        base,
+        unlearned,
+        tokenizer,
+        tokens=candidates,
+        batch_size=batch_size,
+        progress=quiet if carriers else progress,
+    )
     scores["token_shift"] = shifts.groupby("token_id")["z"].max()
-    ranks = pd.DataFrame({name: values.rank(ascending=False, method="average") for name, values in scores.items()}, index=pd.Index(candidates, name="token_id"))
+    ranks = pd.DataFrame(
+        {name: values.rank(ascending=False, method="average") for name, values in scores.items()},
+        index=pd.Index(candidates, name="token_id"),
+    )
     ranking = (
-        ranks.assign(score=(1 / ranks).fillna(0).mean(axis=1)).reset_index().sort_values(["score", "token_id"], ascending=[False, True], ignore_index=True)
+        ranks.assign(score=(1 / ranks).fillna(0).mean(axis=1))
+        .reset_index()
+        .sort_values(["score", "token_id"], ascending=[False, True], ignore_index=True)
     )
     ranking["rank"] = np.arange(1, len(ranking) + 1)
     ranking["token"] = [token_text(tokenizer, token) for token in ranking["token_id"]]
     words = _table(readings, candidates, tokenizer, 20)
-    return Forensics(ranking[["rank", "token_id", "token", "score", *scores]], tuple(scores), words, shifts, scan)
+    return Forensics(
+        ranking[["rank", "token_id", "token", "score", *scores]], tuple(scores), words, shifts, scan
+    )
 
 
-def recovered(ranking: pd.DataFrame, known: Collection[int], k: Sequence[int] = (10, 20, 50), score: str = "score") -> pd.DataFrame:
+def recovered(
+    ranking: pd.DataFrame,
+    known: Collection[int],
+    k: Sequence[int] = (10, 20, 50),
+    score: str = "score",
+) -> pd.DataFrame:
     """How much of what was forgotten stands at the top of a ranking.
 
     Args:
@@ -140,7 +181,9 @@ def recovered(ranking: pd.DataFrame, known: Collection[int], k: Sequence[int] = 
     hit = ranking.sort_values("rank")["token_id"].isin(list(known)).to_numpy()
     depths = np.minimum(np.asarray(k), len(hit))
     found = np.cumsum(hit)[depths - 1]
-    table = pd.DataFrame({"k": depths, "found": found, "precision": found / depths, "recall": found / hit.sum()})
+    table = pd.DataFrame(
+        {"k": depths, "found": found, "precision": found / depths, "recall": found / hit.sum()}
+    )
     table["chance_precision"], table["chance_recall"] = hit.mean(), depths / len(hit)
     table.attrs |= curve.attrs
     return table
@@ -189,10 +232,16 @@ def token_shift(
     parts: dict[int, list[Tensor]] = {}
     for number, moved in enumerate(_moves(base, unlearned, tokenizer, ids, batch_size), 1):
         for layer, (before, step) in moved.items():
-            parts.setdefault(layer, []).append(step.norm(dim=1) / before.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny))
+            parts.setdefault(layer, []).append(
+                step.norm(dim=1) / before.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+            )
         progress(number, -(-len(ids) // batch_size))
     values = {layer: torch.cat(part).numpy() for layer, part in parts.items()}
-    return _ranked([({"layer": layer}, "relative_shift", value) for layer, value in values.items()], ids, tokenizer)
+    return _ranked(
+        [({"layer": layer}, "relative_shift", value) for layer, value in values.items()],
+        ids,
+        tokenizer,
+    )
 
 
 def shift_words(
@@ -232,10 +281,21 @@ def shift_words(
         CaptureError: the architecture is not known.
     """
     ids = vocabulary(base, unlearned, tokenizer, tokens)
-    return _table(list(_readings(base, unlearned, tokenizer, texts, ids, components, batch_size)), ids, tokenizer, top)
+    return _table(
+        list(_readings(base, unlearned, tokenizer, texts, ids, components, batch_size)),
+        ids,
+        tokenizer,
+        top,
+    )
 
 
-def alone(unlearned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, tokens: Sequence[int] | None = None, batch_size: int = 256) -> pd.DataFrame:
+def alone(
+    unlearned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: Sequence[int] | None = None,
+    batch_size: int = 256,
+) -> pd.DataFrame:
     """Tokens at which the unlearned model, seen without its base, is out of line with the rest of the vocabulary.
 
     Weak evidence. Every model has outliers of its own (rare tokens, numbers, fragments of characters), and without the base nothing tells them from what
@@ -263,24 +323,46 @@ def alone(unlearned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, tok
         for pairs in _pairs(tokenizer, ids, batch_size):
             kept = Collect()
             with Capture(unlearned, sites, kept, at=last_token):
-                logits = unlearned(input_ids=pairs.to(unlearned.device), use_cache=False).logits[:, -1].float()
+                logits = (
+                    unlearned(input_ids=pairs.to(unlearned.device), use_cache=False)
+                    .logits[:, -1]
+                    .float()
+                )
             log_p = logits.log_softmax(-1)
-            parts.setdefault(("entropy", -1), []).append(-(log_p.exp() * log_p).nan_to_num(0.0, neginf=0.0).sum(-1).cpu())
+            parts.setdefault(("entropy", -1), []).append(
+                -(log_p.exp() * log_p).nan_to_num(0.0, neginf=0.0).sum(-1).cpu()
+            )
             for layer, site in enumerate(sites):
                 parts.setdefault(("norm", layer), []).append(kept[site.name].float().norm(dim=1))
         values = {place: torch.cat(part).numpy() for place, part in parts.items()}
         if tokenizer.bos_token_id is not None:
-            first = unlearned(input_ids=torch.tensor([[tokenizer.bos_token_id]], device=unlearned.device), use_cache=False).logits[0, -1].float()
-            values["loss", -1] = -first.log_softmax(-1)[torch.tensor(ids, device=first.device)].cpu().numpy()
-    found = [({"measure": measure, "layer": layer}, "value", value) for (measure, layer), value in sorted(values.items())]
+            first = (
+                unlearned(
+                    input_ids=torch.tensor([[tokenizer.bos_token_id]], device=unlearned.device),
+                    use_cache=False,
+                )
+                .logits[0, -1]
+                .float()
+            )
+            values["loss", -1] = (
+                -first.log_softmax(-1)[torch.tensor(ids, device=first.device)].cpu().numpy()
+            )
+    found = [
+        ({"measure": measure, "layer": layer}, "value", value)
+        for (measure, layer), value in sorted(values.items())
+    ]
     return _ranked(found, ids, tokenizer, absolute=True)
 
 
 def _sites(model: PreTrainedModel) -> list[Site]:
-    return [resolve(model, f"blocks.{layer}.hook_resid_post")[0] for layer in range(layer_count(model))]
+    return [
+        resolve(model, f"blocks.{layer}.hook_resid_post")[0] for layer in range(layer_count(model))
+    ]
 
 
-def _pairs(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], size: int) -> Iterator[Tensor]:
+def _pairs(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], size: int
+) -> Iterator[Tensor]:
     """``[row, 2]`` BOS and a token (``[row, 1]``, where there is no BOS), in batches."""
     front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if size < 1:
@@ -289,7 +371,11 @@ def _pairs(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], size: int)
 
 
 def _moves(
-    base: PreTrainedModel, unlearned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], size: int
+    base: PreTrainedModel,
+    unlearned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Sequence[int],
+    size: int,
 ) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
     """Batch by batch, ``{layer: (h, h' - h)}`` ``[token, width]`` float32 at the tokens behind BOS."""
     for pairs in _pairs(tokenizer, tokens, size):
@@ -299,7 +385,10 @@ def _moves(
             with frozen(model), Capture(model, sites, kept, at=last_token) as capture:
                 capture.forward({"input_ids": pairs.to(model.device)})
             found.append([kept[site.name].float() for site in sites])
-        yield {layer: (before, after - before) for layer, (before, after) in enumerate(zip(*found, strict=True))}
+        yield {
+            layer: (before, after - before)
+            for layer, (before, after) in enumerate(zip(*found, strict=True))
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +421,9 @@ def _readings(
     if texts:
         for batch in batches(tokenizer, texts, size):
             with frozen(base), frozen(unlearned):
-                before, after = (streams(model, [batch.to(model.device)]) for model in (base, unlearned))
+                before, after = (
+                    streams(model, [batch.to(model.device)]) for model in (base, unlearned)
+                )
             for layer, rows in before.items():
                 moments.setdefault(layer, Moments()).update(after[layer] - rows)
     else:
@@ -343,40 +434,82 @@ def _readings(
     for layer, moment in moments.items():
         second = moment.covariance + torch.outer(moment.mean, moment.mean)
         if not bool(torch.isfinite(second).all()):
-            raise WorkbenchError(f"the shift of the residual stream after block {layer} is not finite; is one of the two checkpoints damaged?")
+            raise WorkbenchError(
+                f"the shift of the residual stream after block {layer} is not finite; is one of the two checkpoints damaged?"
+            )
         values, vectors = torch.linalg.eigh(second)
         kept = values[-components:].flip(0)
-        for component, value in enumerate(kept[kept > noise_floor(float(kept[0]), moment.mean)].tolist()):
+        for component, value in enumerate(
+            kept[kept > noise_floor(float(kept[0]), moment.mean)].tolist()
+        ):
             direction = vectors[:, -1 - component]
             towards = direction if float(direction @ moment.mean) >= 0 else -direction
             read = read_direction(towards.float(), base, _Ids(), top=everything)  # type: ignore[arg-type]
             logits = read[read["side"] == "promoted"].set_index("token")["logit"]
-            yield _Reading(layer, component, value / float(values.clamp(min=0).sum()), logits[list(tokens)].to_numpy())
+            yield _Reading(
+                layer,
+                component,
+                value / float(values.clamp(min=0).sum()),
+                logits[list(tokens)].to_numpy(),
+            )
 
 
-def _table(readings: Sequence[_Reading], tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, top: int) -> pd.DataFrame:
+def _table(
+    readings: Sequence[_Reading],
+    tokens: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    top: int,
+) -> pd.DataFrame:
     """The ends of every reading, as :func:`shift_words` returns them."""
     ids, parts = np.asarray(tokens), []
     for reading in readings:
         order, z = np.argsort(-reading.logits, kind="stable"), robust_z(reading.logits)
         for side, chosen in (("promoted", order[:top]), ("suppressed", order[::-1][:top])):
-            place = {"layer": reading.layer, "component": reading.component, "share": reading.share, "side": side, "rank": np.arange(1, len(chosen) + 1)}
+            place = {
+                "layer": reading.layer,
+                "component": reading.component,
+                "share": reading.share,
+                "side": side,
+                "rank": np.arange(1, len(chosen) + 1),
+            }
             texts = [token_text(tokenizer, token) for token in ids[chosen].tolist()]
-            parts.append(pd.DataFrame(place | {"token_id": ids[chosen], "token": texts, "logit": reading.logits[chosen], "z": z[chosen]}))
+            parts.append(
+                pd.DataFrame(
+                    place
+                    | {
+                        "token_id": ids[chosen],
+                        "token": texts,
+                        "logit": reading.logits[chosen],
+                        "z": z[chosen],
+                    }
+                )
+            )
     columns = ["layer", "component", "share", "side", "rank", "token_id", "token", "logit", "z"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
 def _ranked(
-    found: Sequence[tuple[dict[str, Any], str, np.ndarray]], tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, absolute: bool = False
+    found: Sequence[tuple[dict[str, Any], str, np.ndarray]],
+    tokens: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    absolute: bool = False,
 ) -> pd.DataFrame:
     """Tables of ``(place, name of the value, values [token])``, each ordered by the robust z-score (or its size) and numbered, one below the other."""
     texts, ids, parts = [token_text(tokenizer, token) for token in tokens], np.asarray(tokens), []
     for place, name, values in found:
         if not np.isfinite(values).all():
-            raise WorkbenchError(f"the {name} of token {ids[~np.isfinite(values)][0]} is not finite ({place}); is a checkpoint damaged?")
+            raise WorkbenchError(
+                f"the {name} of token {ids[~np.isfinite(values)][0]} is not finite ({place}); is a checkpoint damaged?"
+            )
         z = robust_z(values)
         order = np.argsort(-(np.abs(z) if absolute else z), kind="stable")
-        part = {"rank": np.arange(1, len(order) + 1), "token_id": ids[order], "token": [texts[at] for at in order], name: values[order], "z": z[order]}
+        part = {
+            "rank": np.arange(1, len(order) + 1),
+            "token_id": ids[order],
+            "token": [texts[at] for at in order],
+            name: values[order],
+            "z": z[order],
+        }
         parts.append(pd.DataFrame(place | part))
     return pd.concat(parts, ignore_index=True)

@@ -34,7 +34,9 @@ OF_ROWS = {
 
 _SHOWN = 32  # eigenvalues
 _SCALES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
-    **dict.fromkeys(("skewness_square", "skewness_median", "participation_ratio"), (np.log, np.exp)),
+    **dict.fromkeys(
+        ("skewness_square", "skewness_median", "participation_ratio"), (np.log, np.exp)
+    ),
     **dict.fromkeys(("top_1_share", "top_8_share"), (logit, expit)),
     "length_correlation": (np.arctanh, np.tanh),
 }
@@ -61,16 +63,30 @@ class Design:
 
     def part(self, keep: np.ndarray) -> Design:
         """That of the rows for which ``keep`` is true."""
-        return Design(self.query[keep], self.chosen[keep], None if self.word is None else self.word[keep], self.length[keep], self.directions)
+        return Design(
+            self.query[keep],
+            self.chosen[keep],
+            None if self.word is None else self.word[keep],
+            self.length[keep],
+            self.directions,
+        )
 
 
-def design(query: np.ndarray, word: np.ndarray | None, clean: np.ndarray, rng: np.random.Generator) -> Design:
+def design(
+    query: np.ndarray, word: np.ndarray | None, clean: np.ndarray, rng: np.random.Generator
+) -> Design:
     """The design of rows ``clean[row, width]`` of queries numbered from 0, with one random row of every query chosen."""
     shuffled = rng.permutation(len(query))
     chosen = np.zeros(len(query), dtype=bool)
     chosen[shuffled[np.unique(query[shuffled], return_index=True)[1]]] = True
     width = clean.shape[1]
-    return Design(query, chosen, word, np.linalg.norm(clean, axis=1), np.linalg.qr(rng.standard_normal((width, min(8, width)))).Q)
+    return Design(
+        query,
+        chosen,
+        word,
+        np.linalg.norm(clean, axis=1),
+        np.linalg.qr(rng.standard_normal((width, min(8, width)))).Q,
+    )
 
 
 def measure(shift: np.ndarray, design: Design) -> tuple[np.ndarray, np.ndarray]:
@@ -78,9 +94,13 @@ def measure(shift: np.ndarray, design: Design) -> tuple[np.ndarray, np.ndarray]:
     one = shift[design.chosen]
     n, width = one.shape
     centred = one - one.mean(0)
-    values = np.linalg.eigvalsh(centred.T @ centred if width <= n else centred @ centred.T)[::-1] / (n - 1)
+    values = np.linalg.eigvalsh(centred.T @ centred if width <= n else centred @ centred.T)[
+        ::-1
+    ] / (n - 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        shares = values.clip(min=0) / values.sum() if values.sum() > 0 else np.full(len(values), np.nan)
+        shares = (
+            values.clip(min=0) / values.sum() if values.sum() > 0 else np.full(len(values), np.nan)
+        )
         scaled = centred[:, one.std(0) > 0] / one.std(0)[one.std(0) > 0]
         # Without bias for normal samples (Joanes and Gill 1998, G1 and G2).
         skewness = (n * (n - 1)) ** 0.5 / (n - 2) * (scaled**3).mean(0)
@@ -96,8 +116,12 @@ def measure(shift: np.ndarray, design: Design) -> tuple[np.ndarray, np.ndarray]:
             "top_1_share": shares[0],
             "top_8_share": shares[:8].sum() if min(n - 1, width) > 8 else np.nan,
             "query_share": _intraclass(shift, design.query),
-            "word_share": np.nan if design.word is None else _intraclass(one, design.word[design.chosen]),
-            "length_correlation": rank_correlation(np.linalg.norm(one, axis=1), design.length[design.chosen]),
+            "word_share": np.nan
+            if design.word is None
+            else _intraclass(one, design.word[design.chosen]),
+            "length_correlation": rank_correlation(
+                np.linalg.norm(one, axis=1), design.length[design.chosen]
+            ),
         }
     return np.array([found[name] for name in OF_ROWS], dtype=np.float64), shares[:_SHOWN]
 
@@ -116,8 +140,14 @@ def _sums(rows: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _mean_share(rows: np.ndarray, label: np.ndarray) -> Any:
     sums, counts = _sums(rows, label)
-    between = np.square(sums.sum(0)).sum() - np.square(sums).sum()  # sum of eps_i . eps_j over pairs of different queries: a U-statistic of |E eps|^2
-    return between / (counts.sum() ** 2 - np.square(counts).sum()) / (np.square(rows).sum() / len(rows))
+    between = (
+        np.square(sums.sum(0)).sum() - np.square(sums).sum()
+    )  # sum of eps_i . eps_j over pairs of different queries: a U-statistic of |E eps|^2
+    return (
+        between
+        / (counts.sum() ** 2 - np.square(counts).sum())
+        / (np.square(rows).sum() / len(rows))
+    )
 
 
 def _intraclass(rows: np.ndarray, label: np.ndarray) -> Any:
@@ -141,7 +171,9 @@ def _mardia(rows: np.ndarray) -> Any:
     if n <= k + 1 or not np.linalg.cond(spread) < 1e12:
         return np.nan
     distances = (centred * np.linalg.solve(spread, centred.T).T).sum(1)
-    return (np.square(distances).mean() - k * (k + 2) * (n - 1) / (n + 1)) / (8 * k * (k + 2) / n) ** 0.5
+    return (np.square(distances).mean() - k * (k + 2) * (n - 1) / (n + 1)) / (
+        8 * k * (k + 2) / n
+    ) ** 0.5
 
 
 def _of_covariance(centred: np.ndarray, values: np.ndarray) -> dict[str, Any]:
@@ -153,7 +185,10 @@ def _of_covariance(centred: np.ndarray, values: np.ndarray) -> dict[str, Any]:
     of_square = scale * ((n - 1) * (n - 2) * square + trace**2 - n * fourth)
     squared = scale * (2 * square + (n * n - 3 * n + 1) * trace**2 - n * fourth)
     # Deviations from a mean of n rows are shorter than those from the true mean by sqrt((n - 1) / n).
-    return {"participation_ratio": squared / of_square, "length_kurtosis": fourth * n / (n - 1) / (squared + 2 * of_square) - 1}
+    return {
+        "participation_ratio": squared / of_square,
+        "length_kurtosis": fourth * n / (n - 1) / (squared + 2 * of_square) - 1,
+    }
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> Any:

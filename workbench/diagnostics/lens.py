@@ -58,7 +58,9 @@ def predicting_answer(batch: Batch, tokens: Tokens = "first") -> Tensor:
     answer = batch.answer_mask[:, 1:]
     for item, found in zip(batch.items, answer.any(1).tolist(), strict=True):
         if not found:
-            raise WorkbenchError(f"the text of {item!r} has no answer token to predict; give questions with answers")
+            raise WorkbenchError(
+                f"the text of {item!r} has no answer token to predict; give questions with answers"
+            )
     if tokens == "first":
         answer = answer & (answer.cumsum(1) == 1)
     return torch.nn.functional.pad(answer, (0, 1))
@@ -80,8 +82,14 @@ def decode(decoder: PreTrainedModel, rows: Tensor) -> Tensor:
             f"{type(decoder).__name__} has no final norm and unembedding that are known here; a causal LM of a family in hooks.families is needed"
         )
     if rows.shape[-1] != head.weight.shape[1]:
-        raise WorkbenchError(f"the decoder reads a residual stream of width {head.weight.shape[1]}; the model's has width {rows.shape[-1]}")
-    logits: Tensor = head(inner.get_submodule(known.outside["ln_final.hook_in"].path)(rows.to(head.weight.device, head.weight.dtype)))
+        raise WorkbenchError(
+            f"the decoder reads a residual stream of width {head.weight.shape[1]}; the model's has width {rows.shape[-1]}"
+        )
+    logits: Tensor = head(
+        inner.get_submodule(known.outside["ln_final.hook_in"].path)(
+            rows.to(head.weight.device, head.weight.dtype)
+        )
+    )
     cap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)  # type: ignore[operator, union-attr]
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -120,21 +128,34 @@ def lens_by_example(
         WorkbenchError: there is no batch, an example has no answer, the kinds are not as many as the examples, or the decoder does not fit the model.
     """
     if not batches:
-        raise WorkbenchError("the logit lens has no text to read: the set is empty; give at least one batch")
+        raise WorkbenchError(
+            "the logit lens has no text to read: the set is empty; give at least one batch"
+        )
     examples = sum(batch.size for batch in batches)
     asked = [""] * examples if kinds is None else list(kinds)
     if len(asked) != examples:
-        raise WorkbenchError(f"kinds has {len(asked)} entries for {examples} examples; give one for each, in their order")
+        raise WorkbenchError(
+            f"kinds has {len(asked)} entries for {examples} examples; give one for each, in their order"
+        )
     masks = [predicting_answer(batch, tokens) for batch in batches]
-    right = [batch.input_ids[:, 1:][mask[:, :-1]] for batch, mask in zip(batches, masks, strict=True)]
+    right = [
+        batch.input_ids[:, 1:][mask[:, :-1]] for batch, mask in zip(batches, masks, strict=True)
+    ]
     offsets = np.cumsum([0, *(batch.size for batch in batches)])
-    owners = [mask.nonzero()[:, 0].cpu() + int(offset) for mask, offset in zip(masks, offsets[:-1], strict=True)]
+    owners = [
+        mask.nonzero()[:, 0].cpu() + int(offset)
+        for mask, offset in zip(masks, offsets[:-1], strict=True)
+    ]
     answers = _right_tokens(right, owners, asked)
-    sites = [resolve(model, f"blocks.{layer}.hook_resid_post")[0] for layer in range(layer_count(model))]
+    sites = [
+        resolve(model, f"blocks.{layer}.hook_resid_post")[0] for layer in range(layer_count(model))
+    ]
     sums = torch.zeros(len(sites), examples, len(METRICS), dtype=torch.float64)
     counts = torch.bincount(torch.cat(owners), minlength=examples)
     with evaluating(model):
-        for number, (batch, mask, targets, owner) in enumerate(zip(batches, masks, right, owners, strict=True), 1):
+        for number, (batch, mask, targets, owner) in enumerate(
+            zip(batches, masks, right, owners, strict=True), 1
+        ):
             mine, kept = batch.to(model.device), Collect(device=model.device)
             with Capture(model, sites, kept, at=custom(mask.to(model.device))):
                 output = model(**mine.inputs, use_cache=False).logits
@@ -144,10 +165,16 @@ def lens_by_example(
                 stream = kept[site.name]
                 for start in range(0, len(targets), _ROWS):
                     part = slice(start, start + _ROWS)
-                    logits = decode(model if decoder is None else decoder, stream[part]).to(final.device)
+                    logits = decode(model if decoder is None else decoder, stream[part]).to(
+                        final.device
+                    )
                     if logits.shape[1] != final.shape[1]:
-                        raise WorkbenchError(f"the decoder has {logits.shape[1]} tokens and the model {final.shape[1]}; both must share one vocabulary")
-                    found = _measures(logits, final[part], targets[part].to(final.device), asking[part], answers)
+                        raise WorkbenchError(
+                            f"the decoder has {logits.shape[1]} tokens and the model {final.shape[1]}; both must share one vocabulary"
+                        )
+                    found = _measures(
+                        logits, final[part], targets[part].to(final.device), asking[part], answers
+                    )
                     sums[layer].index_add_(0, owner[part], found.cpu())
             progress(number, len(batches))
     items = [item for batch in batches for item in batch.items]
@@ -156,15 +183,25 @@ def lens_by_example(
     return pd.DataFrame({**place, **dict(zip(METRICS, values.T, strict=True))})
 
 
-def _right_tokens(right: Sequence[Tensor], owners: Sequence[Tensor], kinds: Sequence[str]) -> dict[str, Tensor]:
+def _right_tokens(
+    right: Sequence[Tensor], owners: Sequence[Tensor], kinds: Sequence[str]
+) -> dict[str, Tensor]:
     """For every kind the distinct tokens that are right for some example of it."""
     found: dict[str, set[int]] = {}
-    for token, example in zip(torch.cat(list(right)).tolist(), torch.cat(list(owners)).tolist(), strict=True):
+    for token, example in zip(
+        torch.cat(list(right)).tolist(), torch.cat(list(owners)).tolist(), strict=True
+    ):
         found.setdefault(kinds[example], set()).add(token)
     return {kind: torch.tensor(sorted(tokens)) for kind, tokens in found.items()}
 
 
-def _measures(logits: Tensor, final: Tensor, targets: Tensor, kinds: Sequence[str], answers: Mapping[str, Tensor]) -> Tensor:
+def _measures(
+    logits: Tensor,
+    final: Tensor,
+    targets: Tensor,
+    kinds: Sequence[str],
+    answers: Mapping[str, Tensor],
+) -> Tensor:
     """``[row, measure]`` float64, in the order of :data:`METRICS`; ``answers`` are the distinct right tokens of every kind."""
     wide = logits.double()
     log = wide.log_softmax(-1)
@@ -173,11 +210,18 @@ def _measures(logits: Tensor, final: Tensor, targets: Tensor, kinds: Sequence[st
     rank = 1 + (wide > own).sum(1).double() + ((wide == own).sum(1).double() - 1) / 2
     foils = torch.zeros_like(likely)
     for kind in dict.fromkeys(kinds):
-        rows, tokens = torch.tensor([row for row, name in enumerate(kinds) if name == kind], device=log.device), answers[kind].to(log.device)
+        rows, tokens = (
+            torch.tensor(
+                [row for row, name in enumerate(kinds) if name == kind], device=log.device
+            ),
+            answers[kind].to(log.device),
+        )
         probability = torch.where(tokens == targets[rows, None], 0.0, log[rows][:, tokens].exp())
         foils[rows] = probability.sum(1) / (len(tokens) - 1)  # 0 / 0 where there is no foil
     entropy = torch.special.entr(log.exp()).sum(-1)
-    columns = torch.stack([likely.exp(), likely, rank, foils, entropy, token_kl(final.double(), wide)], dim=1)
+    columns = torch.stack(
+        [likely.exp(), likely, rank, foils, entropy, token_kl(final.double(), wide)], dim=1
+    )
     return torch.where(wide.isfinite().all(1, keepdim=True), columns, torch.nan)
 
 
@@ -220,7 +264,9 @@ def logit_lens(
 def _interval(measure: str, facts: np.ndarray) -> Estimate:
     if not np.isfinite(facts).all():
         return Estimate(float("nan"), float("nan"), float("nan"), len(facts))
-    return rate(facts) if measure in ("answer_probability", "foil_probability") else bootstrap(facts)
+    return (
+        rate(facts) if measure in ("answer_probability", "foil_probability") else bootstrap(facts)
+    )
 
 
 def add_lens(table: Table, frame: pd.DataFrame, **columns: Any) -> None:
@@ -232,5 +278,16 @@ def add_lens(table: Table, frame: pd.DataFrame, **columns: Any) -> None:
         columns: further columns; ``arm`` says which decoder read (``own decoder`` or ``base decoder``), ``split`` which set of texts.
     """
     for row in frame.dropna(subset=["value"]).to_dict("records"):
-        place = {"stage": "representation", "site": f"blocks.{row['layer']}.hook_resid_post", **columns}
-        table.add(METRICS[row["measure"]], row["value"], low=row["low"], high=row["high"], n=row["n"], **place)
+        place = {
+            "stage": "representation",
+            "site": f"blocks.{row['layer']}.hook_resid_post",
+            **columns,
+        }
+        table.add(
+            METRICS[row["measure"]],
+            row["value"],
+            low=row["low"],
+            high=row["high"],
+            n=row["n"],
+            **place,
+        )

@@ -23,7 +23,9 @@ GROUPS = ("before", "trigger", "carrier", "after")
 _PLACE = "\ufffc"  # stands for the word where a carrier is asked where it puts one
 
 
-def mark_triggers(arms: Mapping[str, Sequence[Example]], carrier: Carrier = speaker_tag) -> dict[str, tuple[Example, ...]]:
+def mark_triggers(
+    arms: Mapping[str, Sequence[Example]], carrier: Carrier = speaker_tag
+) -> dict[str, tuple[Example, ...]]:
     """The arms of :func:`workbench.diagnostics.triggers.trigger_queries` with the inserted word as the ``subject`` of every query, so that a batch's ``subject_mask`` finds its tokens.
 
     The word is found by its characters, whatever the tokenizer makes of them: the carrier is asked where it puts a placeholder. Clean queries get no subject; arms of other
@@ -37,7 +39,9 @@ def mark_triggers(arms: Mapping[str, Sequence[Example]], carrier: Carrier = spea
         WorkbenchError: there is no clean arm, an arm has another number of queries, or a query is not the clean one behind that carrier.
     """
     if "clean" not in arms:
-        raise WorkbenchError(f"the arms {', '.join(arms) or '(none)'} have no clean one; give all that trigger_queries returned")
+        raise WorkbenchError(
+            f"the arms {', '.join(arms) or '(none)'} have no clean one; give all that trigger_queries returned"
+        )
     marked = {}
     for arm, examples in arms.items():
         if arm == "clean":
@@ -47,7 +51,10 @@ def mark_triggers(arms: Mapping[str, Sequence[Example]], carrier: Carrier = spea
                 raise WorkbenchError(
                     f"arm {arm!r} has {len(examples)} queries and the clean arm {len(arms['clean'])}; they must be the same, in the same order"
                 )
-            marked[arm] = tuple(replace(tagged, subject=_word(clean, tagged, carrier)) for clean, tagged in zip(arms["clean"], examples, strict=True))
+            marked[arm] = tuple(
+                replace(tagged, subject=_word(clean, tagged, carrier))
+                for clean, tagged in zip(arms["clean"], examples, strict=True)
+            )
         else:
             marked[arm] = tuple(examples)
     return marked
@@ -56,9 +63,16 @@ def mark_triggers(arms: Mapping[str, Sequence[Example]], carrier: Carrier = spea
 def _word(clean: Example, tagged: Example, carrier: Carrier) -> tuple[int, int]:
     """Character span of the word that ``carrier`` put into ``clean``."""
     front, *rest = carrier(clean, _PLACE).text.split(_PLACE)
-    if len(rest) == 1 and tagged.text.startswith(front) and tagged.text.endswith(rest[0]) and len(tagged.text) > len(front) + len(rest[0]):
+    if (
+        len(rest) == 1
+        and tagged.text.startswith(front)
+        and tagged.text.endswith(rest[0])
+        and len(tagged.text) > len(front) + len(rest[0])
+    ):
         return len(front), len(tagged.text) - len(rest[0])
-    raise WorkbenchError(f"{tagged.text[:80]!r} is not {clean.text[:80]!r} with a word that this carrier put in; give the carrier of trigger_queries")
+    raise WorkbenchError(
+        f"{tagged.text[:80]!r} is not {clean.text[:80]!r} with a word that this carrier put in; give the carrier of trigger_queries"
+    )
 
 
 def shared_tail(first: Batch, second: Batch) -> tuple[Tensor, Tensor]:
@@ -68,8 +82,13 @@ def shared_tail(first: Batch, second: Batch) -> tuple[Tensor, Tensor]:
         WorkbenchError: the batches have different numbers of rows, or rows of different facts.
     """
     if first.items != second.items:
-        raise WorkbenchError(f"rows {first.items[:3]} and {second.items[:3]} are not the same queries; encode both arms in the same order and batch size")
-    masks = torch.zeros_like(first.input_ids, dtype=torch.bool), torch.zeros_like(second.input_ids, dtype=torch.bool)
+        raise WorkbenchError(
+            f"rows {first.items[:3]} and {second.items[:3]} are not the same queries; encode both arms in the same order and batch size"
+        )
+    masks = (
+        torch.zeros_like(first.input_ids, dtype=torch.bool),
+        torch.zeros_like(second.input_ids, dtype=torch.bool),
+    )
     for row in range(first.size):
         places = [batch.content_mask[row].nonzero()[:, 0].tolist() for batch in (first, second)]
         ids = [batch.input_ids[row].tolist() for batch in (first, second)]
@@ -95,12 +114,21 @@ def position_groups(batch: Batch, clean: Batch | None = None) -> dict[str, Tenso
     real = batch.attention_mask.bool()
     trigger = batch.subject_mask & real
     marked = trigger.any(1, keepdim=True)
-    behind = torch.where(marked, real & (trigger.flip(1).cumsum(1).flip(1) == 0), batch.content_mask)
+    behind = torch.where(
+        marked, real & (trigger.flip(1).cumsum(1).flip(1) == 0), batch.content_mask
+    )
     own = behind
     if clean is not None:
         own = shared_tail(batch, clean)[0]
         if bool((own & trigger).any()):
             row = int((own & trigger).any(1).nonzero()[0])
-            raise WorkbenchError(f"row {row} ({batch.items[row]!r}): its subject is a word of the query itself, not an inserted one; see mark_triggers")
+            raise WorkbenchError(
+                f"row {row} ({batch.items[row]!r}): its subject is a word of the query itself, not an inserted one; see mark_triggers"
+            )
         own = own & behind
-    return {"before": real & ~behind & ~trigger, "trigger": trigger, "carrier": behind & ~own, "after": own}
+    return {
+        "before": real & ~behind & ~trigger,
+        "trigger": trigger,
+        "carrier": behind & ~own,
+        "after": own,
+    }

@@ -47,7 +47,9 @@ COLUMNS = ["layer", "measure", "arm", "value", "low", "high", "n", "converged"]
 _STEPS = 1000  # of L-BFGS
 
 
-def prompt_streams(model: PreTrainedModel, batches: Sequence[Batch], at: At = "prompt") -> dict[int, Tensor]:
+def prompt_streams(
+    model: PreTrainedModel, batches: Sequence[Batch], at: At = "prompt"
+) -> dict[int, Tensor]:
     """``{layer: [example, width]}`` float32 residual stream after every block, one row per example, in the order of the batches.
 
     Args:
@@ -61,8 +63,12 @@ def prompt_streams(model: PreTrainedModel, batches: Sequence[Batch], at: At = "p
     if at not in get_args(At):
         raise unknown("position of a probe", at, get_args(At))
     if not batches:
-        raise WorkbenchError("a probe has no text to read: the set is empty; give at least one batch")
-    sites = [resolve(model, f"blocks.{layer}.hook_resid_post")[0] for layer in range(layer_count(model))]
+        raise WorkbenchError(
+            "a probe has no text to read: the set is empty; give at least one batch"
+        )
+    sites = [
+        resolve(model, f"blocks.{layer}.hook_resid_post")[0] for layer in range(layer_count(model))
+    ]
     kept = Collect()
     with evaluating(model), Capture(model, sites, kept) as capture:
         for batch in batches:
@@ -76,7 +82,9 @@ def _last_of_subject(batch: Batch) -> Tensor:
     subject = batch.subject_mask
     for item, found in zip(batch.items, subject.any(1).tolist(), strict=True):
         if not found:
-            raise WorkbenchError(f"the text of {item!r} names no subject; give examples with a subject, or probe the end of the prompt")
+            raise WorkbenchError(
+                f"the text of {item!r} names no subject; give examples with a subject, or probe the end of the prompt"
+            )
     return subject & (subject.cumsum(1) == subject.sum(1, keepdim=True))
 
 
@@ -128,7 +136,9 @@ def probe_by_layer(
     rows = _checked(streams, labels, groups, kinds, scored, folds, c)
     tasks = [(rows.labels, _deal(rows.labels, rows.groups, rows.folds, seed))]
     for draw in range(CONTROLS):
-        permuted = _control(rows.labels, rows.groups, rows.kinds, np.random.default_rng([seed, draw]))
+        permuted = _control(
+            rows.labels, rows.groups, rows.kinds, np.random.default_rng([seed, draw])
+        )
         tasks.append((permuted, _deal(permuted, rows.groups, rows.folds, seed)))
     fixed = {"majority": _majority(rows.labels, rows.kinds), "ceiling": _seen(*tasks[0])}
     found: list[dict[str, Any]] = []
@@ -137,9 +147,28 @@ def probe_by_layer(
         read = [_held_out(values, [values], *task, c) for task in tasks]
         own, control = read[0][0][0], np.mean([right[0] for right, _ in read[1:]], axis=0)
         for arm, right in {"own": own, "control": control, **fixed}.items():
-            met = {"own": read[0][1], "control": float(np.mean([share for _, share in read[1:]]))}.get(arm, float("nan"))
-            found.append({"layer": layer, "measure": "accuracy", "arm": arm, **rate(rows.by_subject(right))._asdict(), "converged": met})
-        found.append({"layer": layer, "measure": "selectivity", "arm": "own", **bootstrap(rows.by_subject(own - control))._asdict(), "converged": read[0][1]})
+            met = {
+                "own": read[0][1],
+                "control": float(np.mean([share for _, share in read[1:]])),
+            }.get(arm, float("nan"))
+            found.append(
+                {
+                    "layer": layer,
+                    "measure": "accuracy",
+                    "arm": arm,
+                    **rate(rows.by_subject(right))._asdict(),
+                    "converged": met,
+                }
+            )
+        found.append(
+            {
+                "layer": layer,
+                "measure": "selectivity",
+                "arm": "own",
+                **bootstrap(rows.by_subject(own - control))._asdict(),
+                "converged": read[0][1],
+            }
+        )
         progress(done, len(streams))
     return pd.DataFrame(found, columns=COLUMNS)
 
@@ -178,19 +207,35 @@ def probe_transfer(
     Raises:
         WorkbenchError: see :func:`probe_by_layer`; or the two models' streams differ in blocks or shape.
     """
-    shapes = [{layer: tuple(stream.shape) for layer, stream in streams.items()} for streams in (base_streams, unlearned_streams)]
+    shapes = [
+        {layer: tuple(stream.shape) for layer, stream in streams.items()}
+        for streams in (base_streams, unlearned_streams)
+    ]
     if shapes[0] != shapes[1]:
-        raise WorkbenchError(f"transfer needs the streams of the same rows after the same blocks; got {shapes[0]} and {shapes[1]}")
+        raise WorkbenchError(
+            f"transfer needs the streams of the same rows after the same blocks; got {shapes[0]} and {shapes[1]}"
+        )
     rows = _checked(base_streams, labels, groups, None, scored, folds, c)
     dealt = _deal(rows.labels, rows.groups, rows.folds, seed)
     found = []
     for done, layer in enumerate(base_streams, 1):
-        values = {"base": _values(base_streams[layer], layer), "unlearned": _values(unlearned_streams[layer], layer)}
+        values = {
+            "base": _values(base_streams[layer], layer),
+            "unlearned": _values(unlearned_streams[layer], layer),
+        }
         for trained in values:
             rights, met = _held_out(values[trained], list(values.values()), rows.labels, dealt, c)
             for read, right in zip(values, rights, strict=True):
                 estimate = rate(rows.by_subject(right))
-                found.append({"layer": layer, "measure": "accuracy", "arm": f"{trained}->{read}", **estimate._asdict(), "converged": met})
+                found.append(
+                    {
+                        "layer": layer,
+                        "measure": "accuracy",
+                        "arm": f"{trained}->{read}",
+                        **estimate._asdict(),
+                        "converged": met,
+                    }
+                )
         progress(done, len(base_streams))
     return pd.DataFrame(found, columns=COLUMNS)
 
@@ -210,19 +255,38 @@ class _Rows:
         return by_fact(tuple(self.groups[self.scored].tolist()), right[self.scored])[1]
 
 
-def _checked(streams: Mapping[int, Tensor], labels: Any, groups: Any, kinds: Any, scored: Any, folds: int, c: float) -> _Rows:
+def _checked(
+    streams: Mapping[int, Tensor],
+    labels: Any,
+    groups: Any,
+    kinds: Any,
+    scored: Any,
+    folds: int,
+    c: float,
+) -> _Rows:
     labels, groups = np.asarray(labels), np.asarray(groups)
     kinds = np.zeros(len(labels), dtype=int) if kinds is None else np.asarray(kinds)
     scored = np.ones(len(labels), dtype=bool) if scored is None else np.asarray(scored)
-    sizes = {"labels": len(labels), "groups": len(groups), "kinds": len(kinds), "scored": len(scored)}
+    sizes = {
+        "labels": len(labels),
+        "groups": len(groups),
+        "kinds": len(kinds),
+        "scored": len(scored),
+    }
     sizes |= {f"stream of block {layer}": len(stream) for layer, stream in streams.items()}
     if not streams or len(set(sizes.values())) > 1:
-        raise WorkbenchError(f"a probe needs one label and one subject for every row of at least one stream; got {sizes}")
+        raise WorkbenchError(
+            f"a probe needs one label and one subject for every row of at least one stream; got {sizes}"
+        )
     subjects, classes = len(set(groups.tolist())), len(set(labels.tolist()))
     if subjects < 2 or classes < 2:
-        raise WorkbenchError(f"a probe needs at least two subjects and two labels; got {subjects} subject(s) and {classes} label(s)")
+        raise WorkbenchError(
+            f"a probe needs at least two subjects and two labels; got {subjects} subject(s) and {classes} label(s)"
+        )
     if scored.dtype != bool or not scored.any():
-        raise WorkbenchError("scored must be a boolean for every row, true on at least one; it says which rows count in the accuracy")
+        raise WorkbenchError(
+            "scored must be a boolean for every row, true on at least one; it says which rows count in the accuracy"
+        )
     if folds < 2 or not (np.isfinite(c) and c > 0):
         raise WorkbenchError(f"a probe needs folds >= 2 and a positive c; got {folds} and {c}")
     return _Rows(labels, groups, kinds, scored, min(folds, subjects))
@@ -230,7 +294,9 @@ def _checked(streams: Mapping[int, Tensor], labels: Any, groups: Any, kinds: Any
 
 def _values(stream: Tensor, layer: int) -> np.ndarray:
     if not bool(torch.isfinite(stream).all()):
-        raise WorkbenchError(f"the stream after block {layer} holds NaN or infinity; no probe was trained on it")
+        raise WorkbenchError(
+            f"the stream after block {layer} holds NaN or infinity; no probe was trained on it"
+        )
     return np.asarray(stream.double().cpu().numpy())
 
 
@@ -239,11 +305,16 @@ def _deal(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.n
     first = dict(zip(groups[::-1].tolist(), labels[::-1].tolist(), strict=True))
     subjects = sorted(first)
     np.random.default_rng(seed).shuffle(subjects)
-    fold = {subject: number % folds for number, subject in enumerate(sorted(subjects, key=lambda subject: first[subject]))}
+    fold = {
+        subject: number % folds
+        for number, subject in enumerate(sorted(subjects, key=lambda subject: first[subject]))
+    }
     return np.array([fold[group] for group in groups.tolist()])
 
 
-def _control(labels: np.ndarray, groups: np.ndarray, kinds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _control(
+    labels: np.ndarray, groups: np.ndarray, kinds: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """``[row]`` labels of a control task: what one subject's rows of one kind and label are called is permuted among subjects, within the kind."""
     facts = list(zip(kinds.tolist(), groups.tolist(), labels.tolist(), strict=True))
     called: dict[tuple[Any, ...], Any] = {}
@@ -265,10 +336,17 @@ def _majority(labels: np.ndarray, kinds: np.ndarray) -> np.ndarray:
 
 def _seen(labels: np.ndarray, fold: np.ndarray) -> np.ndarray:
     """``[row]`` 1.0 where the training folds hold the label."""
-    return np.array([float((labels[fold != mine] == label).any()) for label, mine in zip(labels, fold, strict=True)])
+    return np.array(
+        [
+            float((labels[fold != mine] == label).any())
+            for label, mine in zip(labels, fold, strict=True)
+        ]
+    )
 
 
-def _held_out(train: np.ndarray, read: Sequence[np.ndarray], labels: np.ndarray, fold: np.ndarray, c: float) -> tuple[list[np.ndarray], float]:
+def _held_out(
+    train: np.ndarray, read: Sequence[np.ndarray], labels: np.ndarray, fold: np.ndarray, c: float
+) -> tuple[list[np.ndarray], float]:
     """For every stream of ``read``, ``[row]`` 1.0 where the probe trained on the other folds of ``train`` is right; and the share of fits that converged."""
     rights = [np.zeros(len(labels)) for _ in read]
     met = []
@@ -281,7 +359,9 @@ def _held_out(train: np.ndarray, read: Sequence[np.ndarray], labels: np.ndarray,
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=_STEPS))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # reported instead, as a share
-            warnings.filterwarnings("ignore", message="The number of unique classes", category=UserWarning)  # many answers are given by few people
+            warnings.filterwarnings(
+                "ignore", message="The number of unique classes", category=UserWarning
+            )  # many answers are given by few people
             probe.fit(train[learn], labels[learn])
         met.append(bool((probe[-1].n_iter_ < _STEPS).all()))
         for right, values in zip(rights, read, strict=True):
@@ -302,5 +382,17 @@ def add_probes(table: Table, frame: pd.DataFrame, **columns: Any) -> None:
     for row in frame.to_dict("records"):
         if row["arm"] in ("base->base", "unlearned->unlearned"):
             continue
-        place = {"stage": "representation", "site": f"blocks.{row['layer']}.hook_resid_post", "arm": row["arm"], **columns}
-        table.add(f"probe_{row['measure']}", row["value"], low=row["low"], high=row["high"], n=row["n"], **place)
+        place = {
+            "stage": "representation",
+            "site": f"blocks.{row['layer']}.hook_resid_post",
+            "arm": row["arm"],
+            **columns,
+        }
+        table.add(
+            f"probe_{row['measure']}",
+            row["value"],
+            low=row["low"],
+            high=row["high"],
+            n=row["n"],
+            **place,
+        )

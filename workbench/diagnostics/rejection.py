@@ -12,7 +12,9 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import Estimate, wilson
 
 
-def rejection_probability(*, shift_std: float, noise_std: float, noisy_passes: Literal[1, 2] = 1) -> float:
+def rejection_probability(
+    *, shift_std: float, noise_std: float, noisy_passes: Literal[1, 2] = 1
+) -> float:
     r"""Probability that Gaussian noise turns the first-order loss change of a Gaussian shift round (or to zero), under the paper's assumption.
 
     .. math:: P\left[\frac{g \cdot (\varepsilon + \delta)}{g \cdot \varepsilon} \le 0\right] = \frac1\pi \arctan\sqrt{\nu / \eta},
@@ -32,14 +34,24 @@ def rejection_probability(*, shift_std: float, noise_std: float, noisy_passes: L
     Raises:
         WorkbenchError: an argument is negative or not finite, or both are zero.
     """
-    if not (0 <= shift_std < math.inf and 0 <= noise_std < math.inf and shift_std + noise_std > 0) or noisy_passes not in (1, 2):
+    if not (
+        0 <= shift_std < math.inf and 0 <= noise_std < math.inf and shift_std + noise_std > 0
+    ) or noisy_passes not in (1, 2):
         raise WorkbenchError(
             f"shift_std and noise_std are standard deviations, not both zero, noisy_passes is 1 or 2; got {shift_std}, {noise_std} and {noisy_passes}"
         )
     return math.atan2(noise_std * noisy_passes**0.5, shift_std) / math.pi
 
 
-def rejection_rate(gradients: Tensor, shifts: Tensor, *, noise_std: float, noisy_passes: Literal[1, 2] = 1, draws: int = 200, seed: int = 0) -> Estimate:
+def rejection_rate(
+    gradients: Tensor,
+    shifts: Tensor,
+    *,
+    noise_std: float,
+    noisy_passes: Literal[1, 2] = 1,
+    draws: int = 200,
+    seed: int = 0,
+) -> Estimate:
     """How often Gaussian noise turns the first-order loss change of *measured* shifts round (or to zero), by Monte Carlo; see :func:`rejection_probability`.
 
     ``g . delta`` of isotropic noise is normal with standard deviation ``noise_std |g|`` and is drawn as that. Queries without a first-order change
@@ -57,15 +69,27 @@ def rejection_rate(gradients: Tensor, shifts: Tensor, *, noise_std: float, noisy
     Raises:
         WorkbenchError: the shapes differ, a number is not finite, ``noise_std`` is negative, or no query has a first-order change.
     """
-    if gradients.shape != shifts.shape or not 0 <= noise_std < math.inf or draws < 1 or noisy_passes not in (1, 2):
+    if (
+        gradients.shape != shifts.shape
+        or not 0 <= noise_std < math.inf
+        or draws < 1
+        or noisy_passes not in (1, 2)
+    ):
         raise WorkbenchError(
             "gradients and shifts have one shape, noise_std is a standard deviation, draws positive, noisy_passes 1 or 2; got "
             f"{list(gradients.shape)}, {list(shifts.shape)}, {noise_std}, {draws} and {noisy_passes}"
         )
-    slope, flat = (gradients.double() * shifts.double()).flatten(1).sum(1).cpu(), gradients.double().flatten(1).cpu()
+    slope, flat = (
+        (gradients.double() * shifts.double()).flatten(1).sum(1).cpu(),
+        gradients.double().flatten(1).cpu(),
+    )
     if not bool(torch.isfinite(slope).all()) or not bool((slope != 0).any()):
-        raise WorkbenchError(f"a rejection rate needs finite gradients and shifts that are not all orthogonal; got {len(slope)} queries")
+        raise WorkbenchError(
+            f"a rejection rate needs finite gradients and shifts that are not all orthogonal; got {len(slope)} queries"
+        )
     slope, length = slope[slope != 0], flat.norm(dim=1)[slope != 0]
-    noise = torch.randn(draws, len(slope), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * (noise_std * noisy_passes**0.5 * length)
+    noise = torch.randn(
+        draws, len(slope), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ) * (noise_std * noisy_passes**0.5 * length)
     rejected = (slope * (slope + noise) <= 0).double().mean()
     return wilson(float(rejected) * len(slope), len(slope))

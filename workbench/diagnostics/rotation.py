@@ -30,7 +30,9 @@ MEASURES = (
 _TRACY_WIDOM_MEAN = -1.2065336  # of the law of order 1
 
 
-def angles_by_layer(reference: Mapping[int, Tensor], moved: Mapping[int, Tensor], rank: int = 8) -> pd.DataFrame:
+def angles_by_layer(
+    reference: Mapping[int, Tensor], moved: Mapping[int, Tensor], rank: int = 8
+) -> pd.DataFrame:
     """Cosines of the principal angles between the top principal subspaces of two models' streams, block by block; all 1 for the same model.
 
     The subspaces do not know which row belongs to which, so shuffled pairing is no null for them: random subspaces have a mean squared cosine of ``rank / width``. Whether two sets
@@ -49,12 +51,19 @@ def angles_by_layer(reference: Mapping[int, Tensor], moved: Mapping[int, Tensor]
     """
     rows = []
     for layer, one, other in _pairs(reference, moved, rank):
-        cosines = principal_angles(*(_principal(stream, rank).basis for stream in _in_their_span(one, other)))
-        rows += [{"layer": layer, "angle": angle, "cosine": cosine} for angle, cosine in enumerate(cosines.tolist())]
+        cosines = principal_angles(
+            *(_principal(stream, rank).basis for stream in _in_their_span(one, other))
+        )
+        rows += [
+            {"layer": layer, "angle": angle, "cosine": cosine}
+            for angle, cosine in enumerate(cosines.tolist())
+        ]
     return pd.DataFrame(rows, columns=["layer", "angle", "cosine"])
 
 
-def rotation_by_layer(reference: Mapping[int, Tensor], moved: Mapping[int, Tensor], rank: int = 8) -> pd.DataFrame:
+def rotation_by_layer(
+    reference: Mapping[int, Tensor], moved: Mapping[int, Tensor], rank: int = 8
+) -> pd.DataFrame:
     r"""Rotation, drift and shape of the shift, block by block. ``h`` are the rows of the model before, ``h'`` of the model after, :math:`D = h' - h` ``[row, width]``.
 
     Turned directions:
@@ -117,15 +126,26 @@ def rotation_by_layer(reference: Mapping[int, Tensor], moved: Mapping[int, Tenso
     return pd.DataFrame(rows, columns=["layer", *MEASURES])
 
 
-def _pairs(reference: Mapping[int, Tensor], moved: Mapping[int, Tensor], rank: int) -> list[tuple[int, Tensor, Tensor]]:
+def _pairs(
+    reference: Mapping[int, Tensor], moved: Mapping[int, Tensor], rank: int
+) -> list[tuple[int, Tensor, Tensor]]:
     if rank < 1:
         raise WorkbenchError(f"rank is {rank}; a subspace to compare has at least one direction")
-    shapes = [{layer: tuple(stream.shape) for layer, stream in streams.items()} for streams in (reference, moved)]
+    shapes = [
+        {layer: tuple(stream.shape) for layer, stream in streams.items()}
+        for streams in (reference, moved)
+    ]
     if shapes[0] != shapes[1] or not shapes[0]:
-        raise WorkbenchError(f"both models need streams of the same tokens after the same blocks; got {shapes[0]} and {shapes[1]}")
+        raise WorkbenchError(
+            f"both models need streams of the same tokens after the same blocks; got {shapes[0]} and {shapes[1]}"
+        )
     for layer, stream in reference.items():
-        if len(stream) < 2 or not bool(torch.isfinite(stream).all() and torch.isfinite(moved[layer]).all()):
-            raise WorkbenchError(f"the streams after block {layer} have {len(stream)} rows, or hold NaN or infinity; at least two finite rows are needed")
+        if len(stream) < 2 or not bool(
+            torch.isfinite(stream).all() and torch.isfinite(moved[layer]).all()
+        ):
+            raise WorkbenchError(
+                f"the streams after block {layer} have {len(stream)} rows, or hold NaN or infinity; at least two finite rows are needed"
+            )
     return [(layer, stream.double(), moved[layer].double()) for layer, stream in reference.items()]
 
 
@@ -140,7 +160,9 @@ def _in_their_span(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 def _principal(rows: Tensor, rank: int) -> Subspace:
     found = StreamingPCA(rank).fit(rows).subspace()
     if not found.rank:
-        raise WorkbenchError("the rows of a stream do not vary, so they have no principal direction; give different texts")
+        raise WorkbenchError(
+            "the rows of a stream do not vary, so they have no principal direction; give different texts"
+        )
     return found
 
 
@@ -149,7 +171,9 @@ def _drift(drift: Tensor, mean: Tensor, base: Subspace, number: int) -> float:
         return float("nan")
     direction = base.basis[:, number].double()
     sign = -1.0 if float(mean @ direction) < 0 else 1.0
-    return sign * float(drift @ direction) / float(base.eigenvalues[number]) ** 0.5 + 0.0  # no minus zero
+    return (
+        sign * float(drift @ direction) / float(base.eigenvalues[number]) ** 0.5 + 0.0
+    )  # no minus zero
 
 
 def _spectrum(rows: Tensor) -> Tensor:
@@ -174,7 +198,10 @@ def random_share(count: int, width: int) -> float:
 def shuffled(streams: Mapping[int, Tensor], seed: int = 0) -> dict[int, Tensor]:
     """The same rows in another order (one order for all blocks): what a paired measure gives where rows have nothing to do with each other."""
     generator = torch.Generator().manual_seed(seed)
-    orders = {count: torch.randperm(count, generator=generator) for count in sorted({len(stream) for stream in streams.values()})}
+    orders = {
+        count: torch.randperm(count, generator=generator)
+        for count in sorted({len(stream) for stream in streams.values()})
+    }
     return {layer: stream[orders[len(stream)]] for layer, stream in streams.items()}
 
 
@@ -198,7 +225,10 @@ def with_anchors(
         The frames of ``measure`` one below another, with a column ``model``: ``base`` (the identity), ``base, shuffled`` (the null of unrelated rows), then the given ones.
     """
     arms = {"base": base, "base, shuffled": shuffled(base, seed), **models}
-    return pd.concat([measure(base, streams).assign(model=name) for name, streams in arms.items()], ignore_index=True)
+    return pd.concat(
+        [measure(base, streams).assign(model=name) for name, streams in arms.items()],
+        ignore_index=True,
+    )
 
 
 def add_rotation(table: Table, frame: pd.DataFrame, **columns: Any) -> None:
@@ -212,4 +242,12 @@ def add_rotation(table: Table, frame: pd.DataFrame, **columns: Any) -> None:
     for row in frame.to_dict("records"):
         for measure in MEASURES:
             if np.isfinite(row[measure]):
-                table.add(measure, row[measure], **{"stage": "representation", "site": f"blocks.{row['layer']}.hook_resid_post", **columns})
+                table.add(
+                    measure,
+                    row[measure],
+                    **{
+                        "stage": "representation",
+                        "site": f"blocks.{row['layer']}.hook_resid_post",
+                        **columns,
+                    },
+                )

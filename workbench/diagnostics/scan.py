@@ -34,7 +34,19 @@ from workbench.progress import Report, quiet
 Place = Literal["front", "end"]
 """``front``: behind BOS, before the question. ``end``: between question and answer."""
 
-COLUMNS = ("rank", "token_id", "token", "rise", "rise_se", "base_rise", "accuracy_loss", "shift", "queries", "p", "q")
+COLUMNS = (
+    "rank",
+    "token_id",
+    "token",
+    "rise",
+    "rise_se",
+    "base_rise",
+    "accuracy_loss",
+    "shift",
+    "queries",
+    "p",
+    "q",
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +87,10 @@ class TriggerScan:
     unlearned_accuracy: float
 
     def __repr__(self) -> str:
-        top = "".join(f", first {row.token!r} with {row.rise:+.3f} nats" for row in self.table.head(1).itertuples())
+        top = "".join(
+            f", first {row.token!r} with {row.rise:+.3f} nats"
+            for row in self.table.head(1).itertuples()
+        )
         return f"TriggerScan({len(self.table)} tokens in {self.queries} queries, place {self.place!r}{top})"
 
     def _repr_html_(self) -> str:
@@ -153,38 +168,68 @@ def scan_triggers(
     if place not in get_args(Place):
         raise unknown("place of a token", place, get_args(Place))
     if batch_size < 1:
-        raise WorkbenchError(f"a batch of {batch_size} rows cannot be run; give batch_size of at least 1")
+        raise WorkbenchError(
+            f"a batch of {batch_size} rows cannot be run; give batch_size of at least 1"
+        )
     tested = vocabulary(base, unlearned, tokenizer, tokens)
     null = [] if null_tokens is None else vocabulary(base, unlearned, tokenizer, null_tokens)
     if tokens is None:
         tested = sorted(set(tested) - set(null))
     if set(tested) & set(null):
-        raise WorkbenchError(f"tokens {sorted(set(tested) & set(null))[:5]} are to be tested and to be null; a token can be one of the two")
+        raise WorkbenchError(
+            f"tokens {sorted(set(tested) & set(null))[:5]} are to be tested and to be null; a token can be one of the two"
+        )
     asked = [query for query in queries if query.answer is not None]
     if not asked:
-        raise WorkbenchError(f"a trigger scan needs harmless questions with answers; of {len(queries)} queries none has an answer")
+        raise WorkbenchError(
+            f"a trigger scan needs harmless questions with answers; of {len(queries)} queries none has an answer"
+        )
     where = site or f"blocks.{layer_count(base) - 1}.hook_resid_post"
     groups, held = _groups(tokenizer, asked, place)
     for model in (base, unlearned):
         if len(resolve(model, where)) != 1:
-            raise WorkbenchError(f"the shift is read at one site, and {where!r} names {len(resolve(model, where))}; name one layer")
-        check_context(model, max(group.length for group in groups), "the queries with a token inserted")
-    found = _measure({"base": base, "unlearned": unlearned}, tested + null, groups, where, batch_size, place == "end", progress)
+            raise WorkbenchError(
+                f"the shift is read at one site, and {where!r} names {len(resolve(model, where))}; name one layer"
+            )
+        check_context(
+            model, max(group.length for group in groups), "the queries with a token inserted"
+        )
+    found = _measure(
+        {"base": base, "unlearned": unlearned},
+        tested + null,
+        groups,
+        where,
+        batch_size,
+        place == "end",
+        progress,
+    )
     apart = np.stack([~np.isin(tested + null, list(ids)) for ids in held], axis=1)
     facts = [query.item or f"query/{number}" for number, query in enumerate(asked)]
     every = _summary(found, apart, facts, tested + null, tokenizer)
     usable = every["queries"] > 0
-    table = every[usable & ~every["token_id"].isin(null)].sort_values(["rise", "token_id"], ascending=[False, True], ignore_index=True)
+    table = every[usable & ~every["token_id"].isin(null)].sort_values(
+        ["rise", "token_id"], ascending=[False, True], ignore_index=True
+    )
     calm = every[usable & every["token_id"].isin(null)].reset_index(drop=True)
     table["p"] = p_values(table["rise"].to_numpy(), calm["rise"].to_numpy() if null else None)
     table["q"] = benjamini_hochberg(table["p"].to_numpy())
     table["rank"] = np.arange(1, len(table) + 1)
     untested = tuple(every.loc[~usable, "token_id"].tolist())
-    clean = {name: float(found[name].mean()) for name in ("base_nll", "unlearned_nll", "base_accuracy", "unlearned_accuracy")}
-    return TriggerScan(table[list(COLUMNS)], calm, untested, len(asked), len(set(facts)), place, where, **clean)
+    clean = {
+        name: float(found[name].mean())
+        for name in ("base_nll", "unlearned_nll", "base_accuracy", "unlearned_accuracy")
+    }
+    return TriggerScan(
+        table[list(COLUMNS)], calm, untested, len(asked), len(set(facts)), place, where, **clean
+    )
 
 
-def vocabulary(base: PreTrainedModel, unlearned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chosen: Sequence[int] | None = None) -> list[int]:
+def vocabulary(
+    base: PreTrainedModel,
+    unlearned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: Sequence[int] | None = None,
+) -> list[int]:
     """The ids in ``chosen``, each once; by default of all tokens that are no special ones (BOS, EOS, padding, chat marks).
 
     Raises:
@@ -198,12 +243,16 @@ def vocabulary(base: PreTrainedModel, unlearned: PreTrainedModel, tokenizer: Pre
             f"the base embeds {shapes[0][0]} tokens in {shapes[0][1]} coordinates, the unlearned model {shapes[1][0]} in {shapes[1][1]}, and the tokenizer's "
             f"largest id is {max(ids)}; give two checkpoints of the same model with their tokenizer"
         )
-    special = set(tokenizer.all_special_ids) | {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = set(tokenizer.all_special_ids) | {
+        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
     found = sorted(ids - special) if chosen is None else list(dict.fromkeys(map(int, chosen)))
     wrong = [token for token in found if token not in ids]
     if wrong or not found:
         raise WorkbenchError(
-            f"token {wrong[0]} is not in the vocabulary, whose ids end at {max(ids)}" if wrong else "there is no token to look at: the list is empty"
+            f"token {wrong[0]} is not in the vocabulary, whose ids end at {max(ids)}"
+            if wrong
+            else "there is no token to look at: the list is empty"
         )
     return found
 
@@ -233,19 +282,30 @@ class _Group:
         return self.before.shape[1] + self.after.shape[1] + self.target.shape[1]
 
 
-def _groups(tokenizer: PreTrainedTokenizerBase, queries: Sequence[Example], place: Place) -> tuple[list[_Group], list[set[int]]]:
+def _groups(
+    tokenizer: PreTrainedTokenizerBase, queries: Sequence[Example], place: Place
+) -> tuple[list[_Group], list[set[int]]]:
     """The queries by shape, and for each query the tokens that it holds."""
     prompts = suffix_prompts(tokenizer, queries, in_front if place == "front" else before_answer)
     by_shape: dict[tuple[int, int, int], list[int]] = {}
     for number, prompt in enumerate(prompts):
         if not prompt.before and not prompt.after:
-            raise WorkbenchError(f"nothing comes before the answer of {queries[number].text[:60]!r}, so that it has no probability; give a question")
-        by_shape.setdefault((len(prompt.before), len(prompt.after), len(prompt.target)), []).append(number)
+            raise WorkbenchError(
+                f"nothing comes before the answer of {queries[number].text[:60]!r}, so that it has no probability; give a question"
+            )
+        by_shape.setdefault((len(prompt.before), len(prompt.after), len(prompt.target)), []).append(
+            number
+        )
 
     def stacked(index: list[int], part: str) -> Tensor:
-        return torch.tensor([getattr(prompts[number], part) for number in index], dtype=torch.long).reshape(len(index), -1)
+        return torch.tensor(
+            [getattr(prompts[number], part) for number in index], dtype=torch.long
+        ).reshape(len(index), -1)
 
-    groups = [_Group(index, stacked(index, "before"), stacked(index, "after"), stacked(index, "target")) for index in by_shape.values()]
+    groups = [
+        _Group(index, stacked(index, "before"), stacked(index, "after"), stacked(index, "target"))
+        for index in by_shape.values()
+    ]
     return groups, [{*prompt.before, *prompt.after, *prompt.target} for prompt in prompts]
 
 
@@ -262,10 +322,14 @@ def _answering(model: PreTrainedModel, site: str) -> Iterator[_Run]:
     """
     slim = _slim(model)
     # The kept positions are a strided view, for which PyTorch would multiply row by row (bmm): about half the speed of the whole scan.
-    changes: dict[str, Callable[[Tensor], Tensor]] = {"unembed.hook_in": Tensor.contiguous} if slim else {}
+    changes: dict[str, Callable[[Tensor], Tensor]] = (
+        {"unembed.hook_in": Tensor.contiguous} if slim else {}
+    )
     seen: list[Tensor] = []
 
-    def look(stream: Tensor) -> Tensor:  # an edit that changes nothing: unlike a capture, it takes a pass over a cache that other rows have filled
+    def look(
+        stream: Tensor,
+    ) -> Tensor:  # an edit that changes nothing: unlike a capture, it takes a pass over a cache that other rows have filled
         seen[:] = [stream]
         return stream
 
@@ -274,23 +338,38 @@ def _answering(model: PreTrainedModel, site: str) -> Iterator[_Run]:
         inputs: dict[str, Any] = {"logits_to_keep": count} if slim else {}
         if cache is not None:
             inputs["past_key_values"] = cache
-        logits = model(input_ids=ids.to(model.device), use_cache=cache is not None, **inputs).logits[:, -count:].float()
+        logits = (
+            model(input_ids=ids.to(model.device), use_cache=cache is not None, **inputs)
+            .logits[:, -count:]
+            .float()
+        )
         nll = logits.logsumexp(-1) - logits.gather(-1, target[..., None])[..., 0]
-        return nll.double().mean(1), (logits.argmax(-1) == target).all(1), seen[0][:, -count].float()
+        return (
+            nll.double().mean(1),
+            (logits.argmax(-1) == target).all(1),
+            seen[0][:, -count].float(),
+        )
 
     with frozen(model), torch.no_grad(), edit(model, {**changes, site: look}):
         yield run
 
 
 def _slim(model: PreTrainedModel) -> bool:
-    return family(model) is not None and "logits_to_keep" in inspect.signature(causal_lm(model)[1].forward).parameters
+    return (
+        family(model) is not None
+        and "logits_to_keep" in inspect.signature(causal_lm(model)[1].forward).parameters
+    )
 
 
 def _prefix(model: PreTrainedModel, ids: Tensor) -> Any:
     """The key-value cache of ``ids`` ``[query, position]``, or ``None`` where the architecture is not known to keep its whole past in one."""
     if not ids.shape[1] or family(model) is None:
         return None
-    return model(input_ids=ids.to(model.device), use_cache=True, **({"logits_to_keep": 1} if _slim(model) else {})).past_key_values
+    return model(
+        input_ids=ids.to(model.device),
+        use_cache=True,
+        **({"logits_to_keep": 1} if _slim(model) else {}),
+    ).past_key_values
 
 
 def _spread(cache: Any, rows: Tensor) -> Any:
@@ -302,36 +381,76 @@ def _spread(cache: Any, rows: Tensor) -> Any:
 
 
 def _measure(
-    models: Mapping[str, PreTrainedModel], tokens: Sequence[int], groups: Sequence[_Group], site: str, size: int, reuse: bool, progress: Report
+    models: Mapping[str, PreTrainedModel],
+    tokens: Sequence[int],
+    groups: Sequence[_Group],
+    site: str,
+    size: int,
+    reuse: bool,
+    progress: Report,
 ) -> dict[str, np.ndarray]:
     """``rise``, ``base_rise``, ``accuracy_loss`` and ``shift`` ``[token, query]`` float32; of both models ``.._nll`` and ``.._accuracy`` without a token,
     ``[query]``.
     """
     count = sum(len(group.index) for group in groups)
-    found: dict[str, np.ndarray] = {name: np.zeros((len(tokens), count), dtype=np.float32) for name in ("rise", "base_rise", "accuracy_loss", "shift")}
-    found |= {f"{model}_{name}": np.zeros(count) for model in models for name in ("nll", "accuracy")}
+    found: dict[str, np.ndarray] = {
+        name: np.zeros((len(tokens), count), dtype=np.float32)
+        for name in ("rise", "base_rise", "accuracy_loss", "shift")
+    }
+    found |= {
+        f"{model}_{name}": np.zeros(count) for model in models for name in ("nll", "accuracy")
+    }
     ids, done = torch.tensor(tokens, dtype=torch.long), 0
     total = sum(-(-len(group.index) * len(tokens) // size) for group in groups)
     with ExitStack() as stack:
-        runs = {name: stack.enter_context(_answering(model, site)) for name, model in models.items()}
+        runs = {
+            name: stack.enter_context(_answering(model, site)) for name, model in models.items()
+        }
         for group in groups:
             index, behind = np.array(group.index), torch.cat([group.after, group.target[:, :-1]], 1)
-            caches = {name: _prefix(model, group.before) if reuse else None for name, model in models.items()}
+            caches = {
+                name: _prefix(model, group.before) if reuse else None
+                for name, model in models.items()
+            }
             plain: dict[str, list[Tensor]] = {}
             for name, run in runs.items():
-                rows = zip(torch.cat([group.before, behind], 1).split(size), group.target.split(size), strict=True)
-                plain[name] = [torch.cat(parts) for parts in zip(*(run(*row) for row in rows), strict=True)]
-                found[f"{name}_nll"][index], found[f"{name}_accuracy"][index] = plain[name][0].cpu().numpy(), plain[name][1].cpu().numpy()
+                rows = zip(
+                    torch.cat([group.before, behind], 1).split(size),
+                    group.target.split(size),
+                    strict=True,
+                )
+                plain[name] = [
+                    torch.cat(parts) for parts in zip(*(run(*row) for row in rows), strict=True)
+                ]
+                found[f"{name}_nll"][index], found[f"{name}_accuracy"][index] = (
+                    plain[name][0].cpu().numpy(),
+                    plain[name][1].cpu().numpy(),
+                )
                 _check_finite(plain[name][0], name, "the queries without a token")
             length = plain["base"][2].norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny).cpu()
             for flat in torch.arange(len(index) * len(tokens)).split(size):
-                query, token = flat // len(tokens), flat % len(tokens)  # all tokens of a query in turn
+                query, token = (
+                    flat // len(tokens),
+                    flat % len(tokens),
+                )  # all tokens of a query in turn
                 nll, right, moved = {}, {}, {}
                 for name, run in runs.items():
                     parts = [ids[token][:, None], behind[query]]
-                    cache = None if caches[name] is None else _spread(caches[name], query.to(models[name].device))
-                    with_token = run(torch.cat(parts if cache is not None else [group.before[query], *parts], 1), group.target[query], cache)
-                    _check_finite(with_token[0], name, f"the queries with one of the tokens {tokens[int(token[0])]} to {tokens[int(token[-1])]}")
+                    cache = (
+                        None
+                        if caches[name] is None
+                        else _spread(caches[name], query.to(models[name].device))
+                    )
+                    with_token = run(
+                        torch.cat(parts if cache is not None else [group.before[query], *parts], 1),
+                        group.target[query],
+                        cache,
+                    )
+                    _check_finite(
+                        with_token[0],
+                        name,
+                        f"the queries with one of the tokens {tokens[int(token[0])]} to {tokens[int(token[-1])]}",
+                    )
                     here = query.to(models[name].device)
                     nll[name] = (with_token[0] - plain[name][0][here]).cpu()
                     right[name] = (with_token[1].float() - plain[name][1][here].float()).cpu()
@@ -340,7 +459,9 @@ def _measure(
                 found["rise"][cells] = (nll["unlearned"] - nll["base"]).numpy()
                 found["base_rise"][cells] = nll["base"].numpy()
                 found["accuracy_loss"][cells] = (right["base"] - right["unlearned"]).numpy()
-                found["shift"][cells] = ((moved["unlearned"] - moved["base"]).norm(dim=1) / length[query]).numpy()
+                found["shift"][cells] = (
+                    (moved["unlearned"] - moved["base"]).norm(dim=1) / length[query]
+                ).numpy()
                 done += 1
                 progress(done, total)
     return found
@@ -354,14 +475,21 @@ def _check_finite(nll: Tensor, model: str, where: str) -> None:
 
 
 def _summary(
-    found: Mapping[str, np.ndarray], apart: np.ndarray, facts: Sequence[str], tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    found: Mapping[str, np.ndarray],
+    apart: np.ndarray,
+    facts: Sequence[str],
+    tokens: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> pd.DataFrame:
     """Means over the queries that do not hold the token (``apart [token, query]``), and the standard error of the rise over facts: the linearised one of a mean
     over clusters, ``sqrt(G / (G - 1) sum_g (sum_(q in g) (d_q - mean))^2) / n``.
     """
     counts = apart.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        means = {name: np.where(apart, found[name], 0).sum(1, dtype=np.float64) / counts for name in ("rise", "base_rise", "accuracy_loss", "shift")}
+        means = {
+            name: np.where(apart, found[name], 0).sum(1, dtype=np.float64) / counts
+            for name in ("rise", "base_rise", "accuracy_loss", "shift")
+        }
         names = list(dict.fromkeys(facts))
         member = np.eye(len(names))[[names.index(fact) for fact in facts]]  # [query, fact]
         left = np.where(apart, found["rise"] - means["rise"][:, None], 0) @ member

@@ -18,7 +18,9 @@ MEASURES = ("relative_shift", "cosine", "norm_ratio", "cka")
 
 def streams(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, Tensor]:
     """``{layer: [row, width]}`` float32 residual stream after every block, on all content tokens (the first one, an attention sink, is left out)."""
-    sites = [resolve(model, f"blocks.{layer}.hook_resid_post")[0] for layer in range(layer_count(model))]
+    sites = [
+        resolve(model, f"blocks.{layer}.hook_resid_post")[0] for layer in range(layer_count(model))
+    ]
     kept = Collect()
     with Capture(model, sites, kept, at=without_first) as capture:
         for batch in batches:
@@ -57,7 +59,9 @@ def shift_by_layer(reference: Mapping[int, Tensor], moved: Mapping[int, Tensor])
     return pd.DataFrame(rows, columns=["layer", *MEASURES])
 
 
-def returned(base: Mapping[int, Tensor], unlearned: Mapping[int, Tensor], attacked: Mapping[int, Tensor]) -> pd.DataFrame:
+def returned(
+    base: Mapping[int, Tensor], unlearned: Mapping[int, Tensor], attacked: Mapping[int, Tensor]
+) -> pd.DataFrame:
     """How much of the shift that unlearning made an attack takes back, per layer: the projection of ``h_attacked - h_unlearned`` on ``h_base - h_unlearned``.
 
     ``returned = <a - u, b - u> / |b - u|^2`` over all tokens: 0 for the unlearned model, 1 for the base, above 1 beyond it; ``beside`` is the length of what moved elsewhere,

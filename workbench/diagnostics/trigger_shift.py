@@ -47,7 +47,12 @@ class ShiftRows:
     def __post_init__(self) -> None:
         count = len(self.shift)
         labels = [self.query] if self.word is None else [self.query, self.word]
-        if self.shift.ndim != 2 or not self.shift.numel() or self.clean.shape != self.shift.shape or any(label.shape != (count,) for label in labels):
+        if (
+            self.shift.ndim != 2
+            or not self.shift.numel()
+            or self.clean.shape != self.shift.shape
+            or any(label.shape != (count,) for label in labels)
+        ):
             raise WorkbenchError(
                 f"shift and clean are [row, width] with at least one row, query and word [row]; got {list(self.shift.shape)}, {list(self.clean.shape)} and "
                 f"{', '.join(str(list(label.shape)) for label in labels)}"
@@ -55,7 +60,9 @@ class ShiftRows:
         for name in ("shift", "clean"):
             broken = int((~torch.isfinite(getattr(self, name))).any(1).sum())
             if broken:
-                raise WorkbenchError(f"{name} is not finite in {broken} of {count} rows; did the model diverge?")
+                raise WorkbenchError(
+                    f"{name} is not finite in {broken} of {count} rows; did the model diverge?"
+                )
 
     def __repr__(self) -> str:
         return f"ShiftRows({len(self.shift)} tokens of {len(self.query.unique())} queries, width {self.shift.shape[1]})"
@@ -83,11 +90,16 @@ def aligned(clean: Batch, tagged: Batch) -> tuple[Tensor, Tensor]:
     added = real.sum(1) - clean.attention_mask.sum(1)
     if bool((added < 1).any()):
         row = int((added < 1).nonzero()[0])
-        raise WorkbenchError(f"nothing stands in front of query {clean.items[row]!r}: the tagged row is {int(added[row])} tokens longer than the clean one")
+        raise WorkbenchError(
+            f"nothing stands in front of query {clean.items[row]!r}: the tagged row is {int(added[row])} tokens longer than the clean one"
+        )
     differs = clean.input_ids[inside] != tagged.input_ids[suffix]
     if bool(differs.any()):
         row = int(inside.nonzero()[differs][0, 0])
-        ids = [batch.input_ids[row][mask[row]].tolist() for batch, mask in ((clean, inside), (tagged, suffix))]
+        ids = [
+            batch.input_ids[row][mask[row]].tolist()
+            for batch, mask in ((clean, inside), (tagged, suffix))
+        ]
         raise WorkbenchError(
             f"query {clean.items[row]!r} has other tokens behind the carrier than alone ({ids[0][:8]}... against {ids[1][:8]}...); "
             "use a carrier that ends where a token ends"
@@ -96,7 +108,12 @@ def aligned(clean: Batch, tagged: Batch) -> tuple[Tensor, Tensor]:
 
 
 def shift_rows(
-    model: PreTrainedModel, clean: Sequence[Batch], tagged: Sequence[Batch], site: str, *, tokens: Literal["all", "predicting"] = "all"
+    model: PreTrainedModel,
+    clean: Sequence[Batch],
+    tagged: Sequence[Batch],
+    site: str,
+    *,
+    tokens: Literal["all", "predicting"] = "all",
 ) -> ShiftRows:
     """The shift at ``site`` of the tokens of the queries, caused by the word in front.
 
@@ -131,8 +148,14 @@ def shift_rows(
             counts = inside.sum(1).cpu()
             numbers = [query_numbers.setdefault(item, len(query_numbers)) for item in one.items]
             queries.append(torch.tensor(numbers).repeat_interleave(counts))
-            fronts = [tuple(ids[mask].tolist()) for ids, mask in zip(other.input_ids, front, strict=True)]
-            words.append(torch.tensor([word_numbers.setdefault(ids, len(word_numbers)) for ids in fronts]).repeat_interleave(counts))
+            fronts = [
+                tuple(ids[mask].tolist()) for ids, mask in zip(other.input_ids, front, strict=True)
+            ]
+            words.append(
+                torch.tensor(
+                    [word_numbers.setdefault(ids, len(word_numbers)) for ids in fronts]
+                ).repeat_interleave(counts)
+            )
     return ShiftRows(torch.cat(shifts), torch.cat(cleans), torch.cat(queries), torch.cat(words))
 
 
@@ -141,7 +164,9 @@ def _predicting(clean: Batch, inside: Tensor, suffix: Tensor) -> tuple[Tensor, T
     counted = F.pad(clean.target_mask[:, 1:], (0, 1)) & inside  # position t predicts token t + 1
     if not bool(counted.any(1).all()):
         row = int((~counted.any(1)).nonzero()[0])
-        raise WorkbenchError(f"query {clean.items[row]!r} has no target token behind an aligned one, so it has no loss; mark its answer or lengthen it")
+        raise WorkbenchError(
+            f"query {clean.items[row]!r} has no target token behind an aligned one, so it has no loss; mark its answer or lengthen it"
+        )
     behind = torch.zeros_like(suffix)
     behind[suffix] = counted[inside]
     return counted, behind
@@ -150,13 +175,17 @@ def _predicting(clean: Batch, inside: Tensor, suffix: Tensor) -> tuple[Tensor, T
 def _one_site(model: PreTrainedModel, site: str) -> str:
     found = resolve(model, site)
     if len(found) != 1 or found[0].is_gradient:
-        raise WorkbenchError(f"site {site!r} must name one activation; it names {', '.join(one.name for one in found[:4])}")
+        raise WorkbenchError(
+            f"site {site!r} must name one activation; it names {', '.join(one.name for one in found[:4])}"
+        )
     return found[0].name
 
 
 def _pairs(clean: Sequence[Batch], tagged: Sequence[Batch]) -> list[tuple[Batch, Batch]]:
     if not clean or len(clean) != len(tagged):
-        raise WorkbenchError(f"clean and tagged hold the same queries in batches of the same sizes, at least one; got {len(clean)} and {len(tagged)} batches")
+        raise WorkbenchError(
+            f"clean and tagged hold the same queries in batches of the same sizes, at least one; got {len(clean)} and {len(tagged)} batches"
+        )
     return list(zip(clean, tagged, strict=True))
 
 
@@ -206,7 +235,14 @@ class Responses:
 
 
 def responses(
-    model: PreTrainedModel, clean: Sequence[Batch], tagged: Sequence[Batch], site: str, *, probes: int = 8, seed: int = 0, progress: Report = quiet
+    model: PreTrainedModel,
+    clean: Sequence[Batch],
+    tagged: Sequence[Batch],
+    site: str,
+    *,
+    probes: int = 8,
+    seed: int = 0,
+    progress: Report = quiet,
 ) -> Responses:
     """Logit shift, loss change and their Taylor predictions for every query.
 
@@ -238,12 +274,28 @@ def responses(
             parts.append(_respond(model, one, other, name, probes, generator))
             progress(number + 1, len(pairs))
     longest = max(part["gradients"].shape[1] for part in parts)
-    wide: dict[str, Any] = {key: torch.cat([F.pad(part[key], (0, 0, 0, longest - part[key].shape[1])) for part in parts]) for key in ("gradients", "shifts")}
-    flat: dict[str, Any] = {key: torch.cat([part[key] for part in parts]).double().cpu().numpy() for key in parts[0] if key not in wide}
+    wide: dict[str, Any] = {
+        key: torch.cat(
+            [F.pad(part[key], (0, 0, 0, longest - part[key].shape[1])) for part in parts]
+        )
+        for key in ("gradients", "shifts")
+    }
+    flat: dict[str, Any] = {
+        key: torch.cat([part[key] for part in parts]).double().cpu().numpy()
+        for key in parts[0]
+        if key not in wide
+    }
     return Responses(tuple(item for one in clean for item in one.items), **wide, **flat)
 
 
-def _respond(model: PreTrainedModel, clean: Batch, tagged: Batch, site: str, probes: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _respond(
+    model: PreTrainedModel,
+    clean: Batch,
+    tagged: Batch,
+    site: str,
+    probes: int,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
     inside, suffix = aligned(clean, tagged)
     where, behind = (mask[:, :-1] for mask in _predicting(clean, inside, suffix))
     query = where.nonzero()[:, 0]
@@ -251,7 +303,9 @@ def _respond(model: PreTrainedModel, clean: Batch, tagged: Batch, site: str, pro
     targets = clean.input_ids[:, 1:][where]
 
     def total(values: Tensor) -> Tensor:
-        return torch.zeros(clean.size, dtype=torch.float64, device=values.device).index_add_(0, query, values.double())
+        return torch.zeros(clean.size, dtype=torch.float64, device=values.device).index_add_(
+            0, query, values.double()
+        )
 
     def loss(logits: Tensor) -> Tensor:
         return total(F.cross_entropy(logits, targets, reduction="none")) * share
@@ -271,12 +325,22 @@ def _respond(model: PreTrainedModel, clean: Batch, tagged: Batch, site: str, pro
         linear = _pushed(onward, nothing, shift)
         jacobian = torch.zeros(clean.size, dtype=torch.float64, device=before.device)
         for _ in range(probes):
-            jacobian += total(_pushed(onward, nothing, _signs(mask, before, generator)).double().square().sum(1)) / probes
+            jacobian += (
+                total(
+                    _pushed(onward, nothing, _signs(mask, before, generator))
+                    .double()
+                    .square()
+                    .sum(1)
+                )
+                / probes
+            )
 
     added = nothing.clone().requires_grad_()
     gradient = torch.autograd.grad(loss(onward(added)).sum(), added, create_graph=True)[0] * mask
 
-    def curved(vector: Tensor) -> Tensor:  # v^T H v of every query; the queries of a batch do not see one another
+    def curved(
+        vector: Tensor,
+    ) -> Tensor:  # v^T H v of every query; the queries of a batch do not see one another
         product = torch.autograd.grad((gradient * vector).sum(), added, retain_graph=True)[0]
         return (product.double() * vector.double()).sum((1, 2))
 
@@ -315,4 +379,6 @@ def _signs(mask: Tensor, like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _cosine(one: Tensor, other: Tensor) -> Tensor:
     one, other = one.double(), other.double()
-    return (one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1))  # not a number where one of the two is zero, instead of a made-up 0
+    return (one * other).sum(1) / (
+        one.norm(dim=1) * other.norm(dim=1)
+    )  # not a number where one of the two is zero, instead of a made-up 0

@@ -22,7 +22,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from workbench.diagnostics.gaussian_rows import OF_ROWS, bands, design, interval, jackknifed, leaving_out, measure, rank_correlation
+from workbench.diagnostics.gaussian_rows import (
+    OF_ROWS,
+    bands,
+    design,
+    interval,
+    jackknifed,
+    leaving_out,
+    measure,
+    rank_correlation,
+)
 from workbench.diagnostics.rejection import rejection_probability, rejection_rate
 from workbench.diagnostics.trigger_shift import Responses, ShiftRows
 from workbench.errors import WorkbenchError
@@ -94,7 +103,11 @@ class Theory:
         where few directions carry the shift). An interval apart from it says that this very property fails.
         """
         known = self.quantities
-        return tuple(known["quantity"][(known["low"] > known["expected_high"]) | (known["high"] < known["expected_low"])])
+        return tuple(
+            known["quantity"][
+                (known["low"] > known["expected_high"]) | (known["high"] < known["expected_low"])
+            ]
+        )
 
     def __repr__(self) -> str:
         apart = self.apart
@@ -102,10 +115,21 @@ class Theory:
 
     def _repr_html_(self) -> str:
         shown = self.quantities.assign(meaning=self.quantities["quantity"].map(QUANTITIES))
-        return str(shown.to_html(escape=True, index=False, float_format=lambda value: f"{value:.3g}", na_rep=""))
+        return str(
+            shown.to_html(
+                escape=True, index=False, float_format=lambda value: f"{value:.3g}", na_rep=""
+            )
+        )
 
 
-def examine(rows: ShiftRows, answers: Responses | None = None, *, draws: int = 200, seed: int = 0, progress: Report = quiet) -> Theory:
+def examine(
+    rows: ShiftRows,
+    answers: Responses | None = None,
+    *,
+    draws: int = 200,
+    seed: int = 0,
+    progress: Report = quiet,
+) -> Theory:
     """Every statistic of the shift, beside the same statistic of rows drawn from ``N(0, I)`` with the same tokens, queries, words and width.
 
     Tokens of one query are dependent. Statistics of shape (kurtosis, skewness, Mardia, covariance, correlation, words) are therefore taken over one token per
@@ -129,12 +153,16 @@ def examine(rows: ShiftRows, answers: Responses | None = None, *, draws: int = 2
     queries = int(label.max()) + 1
     fewest = queries if answers is None else min(queries, len(answers.items))
     if fewest < 8 or draws < 40:
-        raise WorkbenchError(f"the statistics of the shift need at least 8 queries, and their null 40 draws; got {fewest} and {draws}")
+        raise WorkbenchError(
+            f"the statistics of the shift need at least 8 queries, and their null 40 draws; got {fewest} and {draws}"
+        )
     rng = np.random.default_rng(seed)
     shift, clean = rows.shift.cpu().double().numpy(), rows.clean.cpu().double().numpy()
     fixed = design(label, None if rows.word is None else rows.word.cpu().numpy(), clean, rng)
     found, spectrum = measure(shift, fixed)
-    parts = np.array([measure(shift[keep], fixed.part(keep))[0] for keep in leaving_out(label, rng)])
+    parts = np.array(
+        [measure(shift[keep], fixed.part(keep))[0] for keep in leaving_out(label, rng)]
+    )
     ends = [interval(found[i], parts[:, i], name) for i, name in enumerate(OF_ROWS)]
     null, spectra = np.empty((draws, len(OF_ROWS))), np.empty((draws, len(spectrum)))
     for draw in range(draws):
@@ -144,24 +172,52 @@ def examine(rows: ShiftRows, answers: Responses | None = None, *, draws: int = 2
     expected = bands(null)
     sizes = [np.bincount(label, weights=np.square(table).sum(1)) for table in (shift, clean)]
     eta = ratio(sizes[0], np.bincount(label) * float(shift.shape[1]))
-    lines = [_line("eta", eta), _line("eta_relative", ratio(*sizes) if sizes[1].any() else _empty(queries))]
-    lines += [(name, found[i], *ends[i], *expected[:, i], queries) for i, name in enumerate(OF_ROWS)]
+    lines = [
+        _line("eta", eta),
+        _line("eta_relative", ratio(*sizes) if sizes[1].any() else _empty(queries)),
+    ]
+    lines += [
+        (name, found[i], *ends[i], *expected[:, i], queries) for i, name in enumerate(OF_ROWS)
+    ]
 
     pooled = shift[fixed.chosen].ravel() / eta.value**0.5 if eta.value else np.full(1, np.nan)
     density = np.histogram(pooled, _BINS)[0] / pooled.size / np.diff(_BINS)
-    curves = [("histogram", place, value, *[np.nan] * 5, queries) for place, value in zip((_BINS[1:] + _BINS[:-1]) / 2, density, strict=True)]
+    curves = [
+        ("histogram", place, value, *[np.nan] * 5, queries)
+        for place, value in zip((_BINS[1:] + _BINS[:-1]) / 2, density, strict=True)
+    ]
     band = bands(spectra).T
-    curves += [("spectrum", i + 1.0, share, np.nan, np.nan, *band[i], queries) for i, share in enumerate(spectrum)]
+    curves += [
+        ("spectrum", i + 1.0, share, np.nan, np.nan, *band[i], queries)
+        for i, share in enumerate(spectrum)
+    ]
     if answers is not None:
         lines += _of_responses(answers, seed)
         variance = float(answers.shifts.double().square().sum() / answers.coordinates.sum())
         for step in RATIOS if answers.first_order.any() else ():
-            rate = rejection_rate(answers.gradients, answers.shifts, noise_std=step * variance**0.5, seed=seed)
-            curves.append(("rejection", step, *rate[:3], rejection_probability(shift_std=1, noise_std=step), np.nan, np.nan, rate.n))
-    return Theory(pd.DataFrame(lines, columns=COLUMNS), pd.DataFrame(curves, columns=("curve", "step", *COLUMNS[1:])))
+            rate = rejection_rate(
+                answers.gradients, answers.shifts, noise_std=step * variance**0.5, seed=seed
+            )
+            curves.append(
+                (
+                    "rejection",
+                    step,
+                    *rate[:3],
+                    rejection_probability(shift_std=1, noise_std=step),
+                    np.nan,
+                    np.nan,
+                    rate.n,
+                )
+            )
+    return Theory(
+        pd.DataFrame(lines, columns=COLUMNS),
+        pd.DataFrame(curves, columns=("curve", "step", *COLUMNS[1:])),
+    )
 
 
-def _line(name: str, found: Estimate, expected: Estimate | None = None) -> tuple[str, float, float, float, float, float, float, int]:
+def _line(
+    name: str, found: Estimate, expected: Estimate | None = None
+) -> tuple[str, float, float, float, float, float, float, int]:
     given = (np.nan, np.nan, np.nan) if expected is None else expected[:3]
     return name, *found[:3], *given, found.n
 
@@ -170,12 +226,18 @@ def _empty(n: int) -> Estimate:
     return Estimate(np.nan, np.nan, np.nan, n)
 
 
-def _of_responses(answers: Responses, seed: int) -> list[tuple[str, float, float, float, float, float, float, int]]:
+def _of_responses(
+    answers: Responses, seed: int
+) -> list[tuple[str, float, float, float, float, float, float, int]]:
     count = len(answers.items)
     energy = answers.shifts.double().square().sum((1, 2)).numpy()
 
     def mean(values: np.ndarray) -> Estimate:
-        return bootstrap(values, seed=seed)._replace(n=count) if np.isfinite(values).all() else _empty(count)
+        return (
+            bootstrap(values, seed=seed)._replace(n=count)
+            if np.isfinite(values).all()
+            else _empty(count)
+        )
 
     def against_noise(squares: np.ndarray) -> Estimate:
         columns = np.stack([squares, answers.jacobian_square, energy, answers.coordinates])
@@ -194,7 +256,9 @@ def _of_responses(answers: Responses, seed: int) -> list[tuple[str, float, float
     rise = Estimate(eta / 2 * trace.value, eta / 2 * trace.low, eta / 2 * trace.high, count)
     lines = [
         _line("logit_trace_ratio", against_noise(answers.logit_square), one),
-        _line("logit_trace_ratio_first_order", against_noise(answers.logit_square_first_order), one),
+        _line(
+            "logit_trace_ratio_first_order", against_noise(answers.logit_square_first_order), one
+        ),
         _line("logit_cosine", mean(answers.logit_cosine), one),
         _line("logit_cosine_at_site", mean(answers.logit_cosine_at_site), one),
         _line("loss_change", mean(answers.change), rise),
@@ -203,12 +267,29 @@ def _of_responses(answers: Responses, seed: int) -> list[tuple[str, float, float
         _line("loss_hessian_positive", wilson(int((answers.hessian_trace > 0).sum()), count), one),
     ]
     kept = leaving_out(np.arange(count), np.random.default_rng(seed))
-    for order, predicted in (("first_order", answers.first_order), ("second_order", answers.second_order)):
+    for order, predicted in (
+        ("first_order", answers.first_order),
+        ("second_order", answers.second_order),
+    ):
         for place, change in (("", answers.change), ("_at_site", answers.change_at_site)):
             found = rank_correlation(predicted, change)
-            ends = interval(found, np.array([rank_correlation(predicted[keep], change[keep]) for keep in kept]), "length_correlation")
-            lines.append(_line(f"{order}_correlation{place}", Estimate(float(found), *ends, count), one))
-            lines.append(_line(f"{order}_sign{place}", wilson(int((predicted * change > 0).sum()), count) if predicted.any() else _empty(count), one))
+            ends = interval(
+                found,
+                np.array([rank_correlation(predicted[keep], change[keep]) for keep in kept]),
+                "length_correlation",
+            )
+            lines.append(
+                _line(f"{order}_correlation{place}", Estimate(float(found), *ends, count), one)
+            )
+            lines.append(
+                _line(
+                    f"{order}_sign{place}",
+                    wilson(int((predicted * change > 0).sum()), count)
+                    if predicted.any()
+                    else _empty(count),
+                    one,
+                )
+            )
     return lines
 
 
@@ -229,25 +310,44 @@ def eta_by_coefficient(rows: Mapping[float, ShiftRows]) -> pd.DataFrame:
     """
     coefficients = sorted(rows)
     if len(coefficients) < 2 or not all(0 < c < math.inf for c in coefficients):
-        raise WorkbenchError(f"a power law needs at least two positive steering coefficients; got {coefficients}")
-    label = np.unique(np.concatenate([rows[c].query.cpu().numpy() for c in coefficients]), return_inverse=True)[1]
+        raise WorkbenchError(
+            f"a power law needs at least two positive steering coefficients; got {coefficients}"
+        )
+    label = np.unique(
+        np.concatenate([rows[c].query.cpu().numpy() for c in coefficients]), return_inverse=True
+    )[1]
     labels = np.split(label, np.cumsum([len(rows[c].query) for c in coefficients])[:-1])
     queries = int(label.max()) + 1
     energy = np.array(
-        [np.bincount(mine, np.square(rows[c].shift.cpu().double().numpy()).sum(1), queries) for c, mine in zip(coefficients, labels, strict=True)]
+        [
+            np.bincount(mine, np.square(rows[c].shift.cpu().double().numpy()).sum(1), queries)
+            for c, mine in zip(coefficients, labels, strict=True)
+        ]
     )
-    numbers = np.array([np.bincount(mine, minlength=queries) * float(rows[c].shift.shape[1]) for c, mine in zip(coefficients, labels, strict=True)])
+    numbers = np.array(
+        [
+            np.bincount(mine, minlength=queries) * float(rows[c].shift.shape[1])
+            for c, mine in zip(coefficients, labels, strict=True)
+        ]
+    )
     if not energy.any(1).all():
-        raise WorkbenchError(f"the word shifts nothing in the model of coefficient {coefficients[int(energy.any(1).argmin())]}, so eta has no logarithm")
+        raise WorkbenchError(
+            f"the word shifts nothing in the model of coefficient {coefficients[int(energy.any(1).argmin())]}, so eta has no logarithm"
+        )
     place = np.log(coefficients) - np.log(coefficients).mean()
 
     def slope(eta: np.ndarray) -> np.ndarray:
         return place @ np.log(eta) / (place @ place)
 
     value = float(slope(energy.sum(1) / numbers.sum(1)))
-    lines = [("eta_of_coefficient", c, *ratio(one[many > 0], many[many > 0])) for c, one, many in zip(coefficients, energy, numbers, strict=True)]
+    lines = [
+        ("eta_of_coefficient", c, *ratio(one[many > 0], many[many > 0]))
+        for c, one, many in zip(coefficients, energy, numbers, strict=True)
+    ]
     with np.errstate(invalid="ignore", divide="ignore"):
-        parts = slope((energy.sum(1, keepdims=True) - energy) / (numbers.sum(1, keepdims=True) - numbers))
+        parts = slope(
+            (energy.sum(1, keepdims=True) - energy) / (numbers.sum(1, keepdims=True) - numbers)
+        )
     low, high = jackknifed(value, parts) if queries > 1 else (np.nan, np.nan)
     lines.append(("eta_slope", np.nan, value, float(low), float(high), queries))
     return pd.DataFrame(lines, columns=["quantity", "coefficient", "value", "low", "high", "n"])
@@ -265,9 +365,25 @@ def add_theory(table: Table, theory: Theory, **columns: Any) -> None:
     for frame, name in ((theory.quantities, "quantity"), (theory.curves, "curve")):
         for row in frame.to_dict("records"):
             place = {} if name == "quantity" else {"step": row["step"]}
-            table.add(PREFIX + row[name], row["value"], low=row["low"], high=row["high"], n=row["n"], **place, **columns)
+            table.add(
+                PREFIX + row[name],
+                row["value"],
+                low=row["low"],
+                high=row["high"],
+                n=row["n"],
+                **place,
+                **columns,
+            )
             if not math.isnan(row["expected"]):
-                table.add(f"{PREFIX}{row[name]}_expected", row["expected"], low=row["expected_low"], high=row["expected_high"], n=row["n"], **place, **columns)
+                table.add(
+                    f"{PREFIX}{row[name]}_expected",
+                    row["expected"],
+                    low=row["expected_low"],
+                    high=row["expected_high"],
+                    n=row["n"],
+                    **place,
+                    **columns,
+                )
 
 
 def add_coefficients(table: Table, found: pd.DataFrame, **columns: Any) -> None:
@@ -275,4 +391,12 @@ def add_coefficients(table: Table, found: pd.DataFrame, **columns: Any) -> None:
     columns = {"stage": "triggers", **columns}
     for row in found.to_dict("records"):
         place = {} if math.isnan(row["coefficient"]) else {"step": row["coefficient"]}
-        table.add(PREFIX + row["quantity"], row["value"], low=row["low"], high=row["high"], n=row["n"], **place, **columns)
+        table.add(
+            PREFIX + row["quantity"],
+            row["value"],
+            low=row["low"],
+            high=row["high"],
+            n=row["n"],
+            **place,
+            **columns,
+        )

@@ -38,16 +38,25 @@ def word_inside(example: Example, word: str) -> Example:
     """
     boundaries = [found.end() for found in re.finditer(r"\s+", example.prompt.rstrip())]
     if not boundaries:
-        raise WorkbenchError(f"{example.text[:60]!r} has no place for a word between two words of the question")
+        raise WorkbenchError(
+            f"{example.text[:60]!r} has no place for a word between two words of the question"
+        )
     at = min(boundaries, key=lambda place: abs(place - len(example.prompt) / 2))
     length = len(word) + 1
 
     def move(span: tuple[int, int] | None) -> tuple[int, int] | None:
         if span is None or span[1] <= at:
             return span
-        return None if span[0] < at else (span[0] + length, span[1] + length)  # a subject that the word cuts in two is no span any more
+        return (
+            None if span[0] < at else (span[0] + length, span[1] + length)
+        )  # a subject that the word cuts in two is no span any more
 
-    return Example(f"{example.text[:at]}{word} {example.text[at:]}", move(example.answer), move(example.subject), example.item)
+    return Example(
+        f"{example.text[:at]}{word} {example.text[at:]}",
+        move(example.answer),
+        move(example.subject),
+        example.item,
+    )
 
 
 def repeated(carrier: Carrier, count: int) -> Carrier:
@@ -92,14 +101,25 @@ def trigger_queries(
         present = set(_WORD.findall(query.text))
         return [word for word in words[arm] if word not in present]
 
-    asked = [query for query in queries if query.answer is not None and all(allowed(query, arm) for arm in words)]
+    asked = [
+        query
+        for query in queries
+        if query.answer is not None and all(allowed(query, arm) for arm in words)
+    ]
     if not asked:
-        raise NothingToAsk("the trigger check needs retain questions with answers that do not already hold every word of an arm; give more retain texts")
+        raise NothingToAsk(
+            "the trigger check needs retain questions with answers that do not already hold every word of an arm; give more retain texts"
+        )
     rng = random.Random(f"triggers-{seed}")
-    tagged = {arm: tuple(carrier(query, rng.choice(allowed(query, arm))) for query in asked) for arm in words}
+    tagged = {
+        arm: tuple(carrier(query, rng.choice(allowed(query, arm))) for query in asked)
+        for arm in words
+    }
     return {"clean": tuple(asked), **tagged}
 
 
-def trigger_scores(model: PreTrainedModel, arms: Mapping[str, Sequence[Batch]]) -> dict[str, Scores]:
+def trigger_scores(
+    model: PreTrainedModel, arms: Mapping[str, Sequence[Batch]]
+) -> dict[str, Scores]:
     """Accuracy, answer probability and loss of ``model`` on every arm; the queries are in the same order in each."""
     return {arm: score(model, encoded) for arm, encoded in arms.items()}

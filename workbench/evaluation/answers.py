@@ -15,7 +15,11 @@ from workbench.errors import WorkbenchError
 
 
 def generate_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 32
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int = 32,
 ) -> list[str]:
     """Greedy continuations: the text after each prompt, without special tokens and surrounding white space.
 
@@ -39,7 +43,9 @@ def generate_answers(
     if not prompts:
         raise WorkbenchError("there is no prompt to continue: the set is empty; give at least one")
     if max_new_tokens < 1 or batch_size < 1:
-        raise WorkbenchError(f"cannot write {max_new_tokens} tokens for {batch_size} prompts at a time; both must be at least 1")
+        raise WorkbenchError(
+            f"cannot write {max_new_tokens} tokens for {batch_size} prompts at a time; both must be at least 1"
+        )
     ends = _end_tokens(model, tokenizer)
     rows = [_prompt_tokens(tokenizer, prompt, ends) for prompt in prompts]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -50,22 +56,43 @@ def generate_answers(
             "shorten the prompt or the answer"
         )
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    settings = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, use_cache=True)
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        use_cache=True,
+    )
     answers = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     was_training, own_settings = model.training, model.generation_config
     model.eval()
-    model.generation_config = GenerationConfig()  # what we leave open would be filled in from the checkpoint's own
+    model.generation_config = (
+        GenerationConfig()
+    )  # what we leave open would be filled in from the checkpoint's own
     try:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             width = max(len(rows[index]) for index in part)
-            input_ids = torch.tensor([[pad] * (width - len(rows[index])) + rows[index] for index in part], device=model.device)
-            mask = torch.tensor([[0] * (width - len(rows[index])) + [1] * len(rows[index]) for index in part], device=model.device)
-            written: Any = model.generate(input_ids, attention_mask=mask, generation_config=settings)
+            input_ids = torch.tensor(
+                [[pad] * (width - len(rows[index])) + rows[index] for index in part],
+                device=model.device,
+            )
+            mask = torch.tensor(
+                [[0] * (width - len(rows[index])) + [1] * len(rows[index]) for index in part],
+                device=model.device,
+            )
+            written: Any = model.generate(
+                input_ids, attention_mask=mask, generation_config=settings
+            )
             for index, tokens in zip(part, written[:, width:].tolist(), strict=True):
-                end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-                answers[index] = tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+                end = next(
+                    (place for place, token in enumerate(tokens) if token in ends), len(tokens)
+                )
+                answers[index] = tokenizer.decode(
+                    tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+                ).strip()
     finally:
         model.generation_config = own_settings
         model.train(was_training)
@@ -79,7 +106,9 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return list(dict.fromkeys(found))
 
 
-def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, ends: Sequence[int]) -> list[int]:
+def _prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, ends: Sequence[int]
+) -> list[int]:
     tokens: list[int] = list(tokenizer(prompt.rstrip(" "), verbose=False)["input_ids"])
     if len(tokens) > 1 and tokens[-1] in ends:
         del tokens[-1]  # some tokenizers close every text
@@ -155,7 +184,9 @@ def rouge_l(candidate: str, reference: str, *, stem: bool = True) -> Rouge:
         WorkbenchError: the reference has no word of ``a-z0-9``.
     """
     if not re.search("[a-z0-9]", reference.lower()):
-        raise WorkbenchError(f"ROUGE reads the letters a-z and digits alone and finds none in the reference {reference[:60]!r}; use exact_match or contains")
+        raise WorkbenchError(
+            f"ROUGE reads the letters a-z and digits alone and finds none in the reference {reference[:60]!r}; use exact_match or contains"
+        )
     found = _scorer(stem).score(reference, candidate)["rougeL"]
     return Rouge(float(found.precision), float(found.recall), float(found.fmeasure))
 

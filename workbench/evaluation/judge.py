@@ -26,11 +26,21 @@ def key_facts(answer_text: str, facts: Sequence[Sequence[str]]) -> float:
         WorkbenchError: there is no fact, or a fact is a bare string, empty or has a blank phrasing.
     """
     if isinstance(facts, str) or not facts:
-        raise WorkbenchError("there is no key fact to look for; give a list of facts, each a list of phrasings")
+        raise WorkbenchError(
+            "there is no key fact to look for; give a list of facts, each a list of phrasings"
+        )
     for number, phrasings in enumerate(facts, 1):
-        if isinstance(phrasings, str) or not phrasings or not all(phrase.strip() for phrase in phrasings):
-            raise WorkbenchError(f"key fact {number} is {phrasings!r}; give a list of phrasings, none of them blank, e.g. ['Oslo', 'the capital of Norway']")
-    return sum(any(contains(answer_text, phrase) for phrase in phrasings) for phrasings in facts) / len(facts)
+        if (
+            isinstance(phrasings, str)
+            or not phrasings
+            or not all(phrase.strip() for phrase in phrasings)
+        ):
+            raise WorkbenchError(
+                f"key fact {number} is {phrasings!r}; give a list of phrasings, none of them blank, e.g. ['Oslo', 'the capital of Norway']"
+            )
+    return sum(
+        any(contains(answer_text, phrase) for phrase in phrasings) for phrasings in facts
+    ) / len(facts)
 
 
 class Rating(NamedTuple):
@@ -46,7 +56,10 @@ class Rating(NamedTuple):
 
 
 _NUMBER = r"[+-]?[0-9]+(?:\.[0-9]+)?"
-_BRACKETS = re.compile(rf"\[\[[\s*_`]*(?:(?:rating|score)\s*[:=]\s*)?({_NUMBER})(?:\s*(?:/|out of)\s*({_NUMBER}))?[\s*_`]*\]", re.IGNORECASE)
+_BRACKETS = re.compile(
+    rf"\[\[[\s*_`]*(?:(?:rating|score)\s*[:=]\s*)?({_NUMBER})(?:\s*(?:/|out of)\s*({_NUMBER}))?[\s*_`]*\]",
+    re.IGNORECASE,
+)
 _LABELLED = re.compile(
     rf"\b(?:rating|score)\b[*_`\"']*\s*(?:[:=]|is\b|of\b)[\s*_`\"'\[(]*({_NUMBER})(?:\s*(?:/|out of)\s*({_NUMBER}))?"
     r"(?!\s*(?:-|–|to\b|or\b)\s*[0-9])(?!\w|[.,/%]*[0-9%])",  # neither a range nor a part of a longer number
@@ -81,14 +94,18 @@ def parse_rating(reply: str, low: float = 1, high: float = 10) -> Rating:
         WorkbenchError: ``low`` is not below ``high``.
     """
     if not low < high:
-        raise WorkbenchError(f"a rating from {low:g} to {high:g} has no room; give a low end below the high end")
+        raise WorkbenchError(
+            f"a rating from {low:g} to {high:g} has no room; give a low end below the high end"
+        )
     place = reply.rfind("[[")
     if place >= 0:
         match = _BRACKETS.match(reply, place)
         found = {match.groups()} if match else set()
     else:
         found = {match.groups() for match in _LABELLED.finditer(reply)}
-    values = {float(number) if scale is None or float(scale) == high else None for number, scale in found}
+    values = {
+        float(number) if scale is None or float(scale) == high else None for number, scale in found
+    }
     value = values.pop() if len(values) == 1 else None
     if value is not None and low <= value <= high:
         return Rating(value, refused=False)
@@ -99,7 +116,9 @@ def _declines(reply: str) -> bool:
     return _REFUSAL.search(_QUOTED.sub(" ", reply.replace("’", "'"))) is not None
 
 
-def rubric(question: str, answer: str, reference: str = "", low: float = 1, high: float = 10) -> str:
+def rubric(
+    question: str, answer: str, reference: str = "", low: float = 1, high: float = 10
+) -> str:
     """A prompt for a judge that rates the recovered facts and not the style, and ends in the form that :func:`parse_rating` reads.
 
     Args:
@@ -117,7 +136,9 @@ def rubric(question: str, answer: str, reference: str = "", low: float = 1, high
     )
 
 
-def rate_answers(judge: Judge, pairs: Iterable[tuple[str, str]], low: float = 1, high: float = 10) -> tuple[Rating, ...]:
+def rate_answers(
+    judge: Judge, pairs: Iterable[tuple[str, str]], low: float = 1, high: float = 10
+) -> tuple[Rating, ...]:
     """Ask ``judge`` about every ``(question, answer)`` and read its replies with :func:`parse_rating`, in order.
 
     Raises:
@@ -125,6 +146,8 @@ def rate_answers(judge: Judge, pairs: Iterable[tuple[str, str]], low: float = 1,
     """
     pairs = tuple(pairs)
     if not pairs:
-        raise WorkbenchError("there is no answer to rate: the set is empty; give at least one (question, answer)")
+        raise WorkbenchError(
+            "there is no answer to rate: the set is empty; give at least one (question, answer)"
+        )
     parse_rating("", low, high)  # a wrong scale is found before a judge is paid
     return tuple(parse_rating(judge(question, answer), low, high) for question, answer in pairs)

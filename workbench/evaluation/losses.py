@@ -97,11 +97,15 @@ def score(model: PreTrainedModel, batches: Sequence[Batch]) -> Scores:
             missing = torch.where(length > 0, 0.0, torch.nan).double()
             right = ((logits.argmax(-1) == targets) | ~answer).all(1).double()
             parts["correct"].append(right + missing)
-            parts["probability"].append(torch.exp(-(nll * answer).sum(1) / length.clamp(min=1)) + missing)
+            parts["probability"].append(
+                torch.exp(-(nll * answer).sum(1) / length.clamp(min=1)) + missing
+            )
             parts["nll"].append((nll * counted).sum(1))
             parts["tokens"].append(counted.sum(1).double())
             items += batch.items
-    return Scores(tuple(items), **{name: torch.cat(values).cpu().numpy() for name, values in parts.items()})
+    return Scores(
+        tuple(items), **{name: torch.cat(values).cpu().numpy() for name, values in parts.items()}
+    )
 
 
 def nll_by_text(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
@@ -114,7 +118,9 @@ def nll_by_text(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[np.nd
     return torch.cat(sums).cpu().numpy(), torch.cat(counts).cpu().numpy()
 
 
-def kl_by_text(model: PreTrainedModel, batches: Sequence[Batch], reference_logits: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def kl_by_text(
+    model: PreTrainedModel, batches: Sequence[Batch], reference_logits: Sequence[Tensor]
+) -> tuple[np.ndarray, np.ndarray]:
     """Summed ``KL(reference || model)`` (nats) over the target tokens of every text, and their number: ``[text]`` twice.
 
     Args:
@@ -127,13 +133,17 @@ def kl_by_text(model: PreTrainedModel, batches: Sequence[Batch], reference_logit
         for batch, reference in zip(batches, reference_logits, strict=True):
             mask = batch.target_mask[:, 1:]
             by_token = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
-            by_token[mask] = token_kl(reference[mask], next_token_logits(model, batch)[mask]).double()
+            by_token[mask] = token_kl(
+                reference[mask], next_token_logits(model, batch)[mask]
+            ).double()
             sums.append(by_token.sum(1))
             counts.append(mask.sum(1))
     return torch.cat(sums).cpu().numpy(), torch.cat(counts).cpu().numpy()
 
 
-def mean_kl(model: PreTrainedModel, batches: Sequence[Batch], reference_logits: Sequence[Tensor]) -> float:
+def mean_kl(
+    model: PreTrainedModel, batches: Sequence[Batch], reference_logits: Sequence[Tensor]
+) -> float:
     """Mean ``KL(reference || model)`` over the target tokens of ``batches``, in nats per token; see :func:`kl_by_text`."""
     sums, counts = kl_by_text(model, batches, reference_logits)
     return float(sums.sum() / counts.sum())

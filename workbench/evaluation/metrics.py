@@ -76,7 +76,9 @@ def answer_ranks(model: PreTrainedModel, batches: Sequence[Batch]) -> Ranks:
     return Ranks(tuple(items), torch.cat(worst).cpu().numpy(), torch.cat(mean).cpu().numpy())
 
 
-def extraction_strength(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[tuple[str, ...], np.ndarray]:
+def extraction_strength(
+    model: PreTrainedModel, batches: Sequence[Batch]
+) -> tuple[tuple[str, ...], np.ndarray]:
     """How little of the answer must be given away before greedy decoding completes it.
 
     ``1 - min{k : tokens k, k + 1, ... of the answer are each the most probable next token} / length`` with ``k`` from 0 to ``length``: 1 where the prompt alone
@@ -103,7 +105,9 @@ def extraction_strength(model: PreTrainedModel, batches: Sequence[Batch]) -> tup
             given_away = torch.zeros(answer.shape, dtype=torch.float64, device=logits.device)
             # A wrong token in the n-th place means that n tokens have to be given.
             place = answer.cumsum(1)[answer].double()
-            given_away[answer] = torch.where(logits.isnan().any(1), torch.nan, place * (logits.argmax(1) != targets))
+            given_away[answer] = torch.where(
+                logits.isnan().any(1), torch.nan, place * (logits.argmax(1) != targets)
+            )
             strengths.append(1 - given_away.amax(1) / answer.sum(1))
             items += batch.items
     return tuple(items), torch.cat(strengths).cpu().numpy()
@@ -123,7 +127,11 @@ def perplexity(model: PreTrainedModel, batches: Sequence[Batch]) -> Estimate:
     with evaluating(model):
         nll, tokens = nll_by_text(model, [batch.to(model.device) for batch in batches])
     if not tokens.sum():
-        raise WorkbenchError("perplexity of no token: the batches have no target token; encode texts of at least two tokens")
+        raise WorkbenchError(
+            "perplexity of no token: the batches have no target token; encode texts of at least two tokens"
+        )
     found = ratio(nll, tokens)
     with np.errstate(over="ignore"):
-        return Estimate(float(np.exp(found.value)), float(np.exp(found.low)), float(np.exp(found.high)), found.n)
+        return Estimate(
+            float(np.exp(found.value)), float(np.exp(found.low)), float(np.exp(found.high)), found.n
+        )

@@ -20,21 +20,34 @@ from workbench.evaluation.metrics import answer_logits
 
 
 def _answer_nll(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], max_length: int | None, batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    max_length: int | None,
+    batch_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Summed negative log-likelihood (nats) of every answer after its prompt, and its number of tokens: ``[pair]`` twice. Texts of like length share a batch."""
     if batch_size < 1:
-        raise WorkbenchError(f"a batch of {batch_size} texts cannot be scored; give a batch size of at least 1")
-    examples = [Example(prompt + answer, (len(prompt), len(prompt) + len(answer))) for prompt, answer in pairs]
+        raise WorkbenchError(
+            f"a batch of {batch_size} texts cannot be scored; give a batch size of at least 1"
+        )
+    examples = [
+        Example(prompt + answer, (len(prompt), len(prompt) + len(answer)))
+        for prompt, answer in pairs
+    ]
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].text))
     nll, tokens = np.empty(len(examples)), np.empty(len(examples))
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = encode(tokenizer, [examples[row] for row in rows], max_length=max_length).to(model.device)
+            batch = encode(tokenizer, [examples[row] for row in rows], max_length=max_length).to(
+                model.device
+            )
             if bool(batch.answer_mask[:, 0].any()):
                 row = rows[int(batch.answer_mask[:, 0].nonzero()[0])]
-                raise WorkbenchError(f"nothing comes before the first token of {examples[row].text[:60]!r}, so it has no probability; give a longer question")
+                raise WorkbenchError(
+                    f"nothing comes before the first token of {examples[row].text[:60]!r}, so it has no probability; give a longer question"
+                )
             answer, logits, targets = answer_logits(model, batch)
             table = torch.zeros(answer.shape, dtype=torch.float64, device=logits.device)
             table[answer] = F.cross_entropy(logits, targets, reduction="none").double()
@@ -43,8 +56,14 @@ def _answer_nll(
 
 
 def _check_question(question: str, answers: Sequence[str]) -> None:
-    if isinstance(answers, str) or not question.strip() or not all(answer.strip() for answer in answers):
-        raise WorkbenchError(f"the question {question[:60]!r} needs a text and a list of texts to score behind it; one of them is blank or no list")
+    if (
+        isinstance(answers, str)
+        or not question.strip()
+        or not all(answer.strip() for answer in answers)
+    ):
+        raise WorkbenchError(
+            f"the question {question[:60]!r} needs a text and a list of texts to score behind it; one of them is blank or no list"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +85,13 @@ class Choice:
     def __post_init__(self) -> None:
         _check_question(self.question, self.options)
         if len(set(self.options)) < max(2, len(self.options)):
-            raise WorkbenchError(f"the question {self.question[:60]!r} needs at least two options, all different; it has {list(self.options)}")
+            raise WorkbenchError(
+                f"the question {self.question[:60]!r} needs at least two options, all different; it has {list(self.options)}"
+            )
         if not 0 <= self.correct < len(self.options):
-            raise WorkbenchError(f"option {self.correct} of the question {self.question[:60]!r} does not exist; count from 0 to {len(self.options) - 1}")
+            raise WorkbenchError(
+                f"option {self.correct} of the question {self.question[:60]!r} does not exist; count from 0 to {len(self.options) - 1}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +142,25 @@ def multiple_choice(
         WorkbenchError: there is no question, ``normalise`` is unknown, or a text is longer than ``max_length``.
     """
     if not questions:
-        raise WorkbenchError("there is no question to choose in: the set is empty; give at least one Choice")
+        raise WorkbenchError(
+            "there is no question to choose in: the set is empty; give at least one Choice"
+        )
     if normalise not in ("sum", "mean"):
         raise WorkbenchError(f"unknown normalisation {normalise!r}: choose 'sum' or 'mean'")
-    nll, tokens = _answer_nll(model, tokenizer, [(q.question, option) for q in questions for option in q.options], max_length, batch_size)
+    nll, tokens = _answer_nll(
+        model,
+        tokenizer,
+        [(q.question, option) for q in questions for option in q.options],
+        max_length,
+        batch_size,
+    )
     flat = -nll if normalise == "sum" else -nll / tokens
     scores = np.split(flat, np.cumsum([len(q.options) for q in questions])[:-1])
-    correct, chosen, margin = np.full(len(scores), np.nan), np.full(len(scores), -1), np.full(len(scores), np.nan)
+    correct, chosen, margin = (
+        np.full(len(scores), np.nan),
+        np.full(len(scores), -1),
+        np.full(len(scores), np.nan),
+    )
     for row, (question, found) in enumerate(zip(questions, scores, strict=True)):
         if not np.isnan(found).any():
             margin[row] = found[question.correct] - np.delete(found, question.correct).max()
@@ -152,7 +187,9 @@ class TruthQuestion:
     def __post_init__(self) -> None:
         _check_question(self.question, self.perturbed)
         if not self.perturbed or not self.paraphrased.strip():
-            raise WorkbenchError(f"the question {self.question[:60]!r} needs a paraphrased answer and at least one perturbed one")
+            raise WorkbenchError(
+                f"the question {self.question[:60]!r} needs a paraphrased answer and at least one perturbed one"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,15 +243,32 @@ def truth_ratio(
         WorkbenchError: there is no question, ``mean`` is unknown, or a text is longer than ``max_length``.
     """
     if not questions:
-        raise WorkbenchError("there is no question to take a truth ratio of: the set is empty; give at least one TruthQuestion")
+        raise WorkbenchError(
+            "there is no question to take a truth ratio of: the set is empty; give at least one TruthQuestion"
+        )
     if mean not in ("arithmetic", "geometric"):
         raise WorkbenchError(f"unknown mean {mean!r}: choose 'arithmetic' or 'geometric'")
-    nll, tokens = _answer_nll(model, tokenizer, [(q.question, answer) for q in questions for answer in (q.paraphrased, *q.perturbed)], max_length, batch_size)
+    nll, tokens = _answer_nll(
+        model,
+        tokenizer,
+        [(q.question, answer) for q in questions for answer in (q.paraphrased, *q.perturbed)],
+        max_length,
+        batch_size,
+    )
     logs = np.split(-nll / tokens, np.cumsum([1 + len(q.perturbed) for q in questions])[:-1])
     # In logarithms: a diverged model's probabilities would underflow to 0 / 0.
-    false = np.array([np.logaddexp.reduce(found[1:]) - np.log(len(found) - 1) if mean == "arithmetic" else found[1:].mean() for found in logs])
+    false = np.array(
+        [
+            np.logaddexp.reduce(found[1:]) - np.log(len(found) - 1)
+            if mean == "arithmetic"
+            else found[1:].mean()
+            for found in logs
+        ]
+    )
     with np.errstate(over="ignore"):
-        return TruthRatios(tuple(q.item for q in questions), np.exp(false - np.array([found[0] for found in logs])))
+        return TruthRatios(
+            tuple(q.item for q in questions), np.exp(false - np.array([found[0] for found in logs]))
+        )
 
 
 def forget_quality(ratios_unlearned: np.ndarray, ratios_retained: np.ndarray) -> float:

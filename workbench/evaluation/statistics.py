@@ -33,16 +33,25 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> Estimate:
         ValueError: ``n`` is not positive or ``successes`` lies outside ``[0, n]``.
     """
     if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n} trials: need n >= 1 and 0 <= successes <= n")
+        raise ValueError(
+            f"{successes} successes of {n} trials: need n >= 1 and 0 <= successes <= n"
+        )
     z = float(norm.ppf(0.5 + confidence / 2))
     rate = successes / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * float(np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)))
     # At 0 and n the closed form is exactly 0 and 1; rounding must not push the interval off the estimate.
-    return Estimate(rate, 0.0 if successes == 0 else max(0.0, centre - half), 1.0 if successes == n else min(1.0, centre + half), n)
+    return Estimate(
+        rate,
+        0.0 if successes == 0 else max(0.0, centre - half),
+        1.0 if successes == n else min(1.0, centre + half),
+        n,
+    )
 
 
-def bootstrap(values: np.ndarray, *, seed: int = 0, draws: int = DRAWS, confidence: float = 0.95) -> Estimate:
+def bootstrap(
+    values: np.ndarray, *, seed: int = 0, draws: int = DRAWS, confidence: float = 0.95
+) -> Estimate:
     """Two-level percentile bootstrap of the mean of ``values[seed, item]``: seeds and items are both drawn with replacement.
 
     Items are shared by the seeds, so a draw of items applies to every seed. With one seed only items are resampled. With few seeds (three, say) the
@@ -59,7 +68,9 @@ def bootstrap(values: np.ndarray, *, seed: int = 0, draws: int = DRAWS, confiden
     """
     table = np.atleast_2d(np.asarray(values, dtype=np.float64))
     if table.size == 0 or not np.isfinite(table).all():
-        raise ValueError(f"bootstrap needs finite values and at least one; got shape {table.shape} with {int((~np.isfinite(table)).sum())} non-finite")
+        raise ValueError(
+            f"bootstrap needs finite values and at least one; got shape {table.shape} with {int((~np.isfinite(table)).sum())} non-finite"
+        )
     rng = np.random.default_rng(seed)
     seeds, items = table.shape
     # Multinomial counts instead of index draws: the same distribution, one small matrix product.
@@ -84,7 +95,9 @@ def rate(values: np.ndarray, *, seed: int = 0) -> Estimate:
     return bootstrap(table, seed=seed)
 
 
-def ratio(numerators: np.ndarray, denominators: np.ndarray, *, confidence: float = 0.95) -> Estimate:
+def ratio(
+    numerators: np.ndarray, denominators: np.ndarray, *, confidence: float = 0.95
+) -> Estimate:
     """A ratio of sums over texts (nats per token, say), with the linearised standard error of a ratio estimator (Cochran 1977, section 2.11).
 
     ``r = sum(x) / sum(t)``; its standard error is ``sqrt(n / (n - 1) * sum((x - r t)^2)) / sum(t)``; a single text has no interval (NaN).
@@ -103,7 +116,9 @@ def ratio(numerators: np.ndarray, denominators: np.ndarray, *, confidence: float
             f"a ratio needs two equally long series with positive denominators; got shapes {x.shape} and {t.shape}, denominators summing to {t.sum()}"
         )
     value, n = float(x.sum() / t.sum()), len(x)
-    error = float(np.sqrt(n / (n - 1) * np.square(x - value * t).sum()) / t.sum()) if n > 1 else np.nan
+    error = (
+        float(np.sqrt(n / (n - 1) * np.square(x - value * t).sum()) / t.sum()) if n > 1 else np.nan
+    )
     half = float(norm.ppf(0.5 + confidence / 2)) * error
     return Estimate(value, value - half, value + half, n)
 
@@ -124,7 +139,9 @@ def by_fact(items: tuple[str, ...], values: np.ndarray) -> tuple[tuple[str, ...]
     for row, fact in enumerate(items):
         weights[row, index[fact]] = 1
     weights /= weights.sum(0)
-    missing = np.isnan(values) @ weights > 0  # a missing paraphrase makes its own fact missing, not all of them
+    missing = (
+        np.isnan(values) @ weights > 0
+    )  # a missing paraphrase makes its own fact missing, not all of them
     return order, np.where(missing, np.nan, np.nan_to_num(values) @ weights)
 
 
@@ -155,11 +172,19 @@ def spearman(
     """
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if len(x) != len(y) or len(x) < 3:
-        raise ValueError(f"a rank correlation needs two equally long series of at least 3 points; got {len(x)} and {len(y)}")
-    covariates = np.empty((len(x), 0)) if given is None else np.asarray(given, dtype=float).reshape(len(x), -1)
+        raise ValueError(
+            f"a rank correlation needs two equally long series of at least 3 points; got {len(x)} and {len(y)}"
+        )
+    covariates = (
+        np.empty((len(x), 0))
+        if given is None
+        else np.asarray(given, dtype=float).reshape(len(x), -1)
+    )
     levels = np.zeros(len(x)) if within is None else np.asarray(within)
     if not (np.isfinite(x).all() and np.isfinite(y).all() and np.isfinite(covariates).all()):
-        raise ValueError("a rank correlation needs finite values; leave the points without a value out")
+        raise ValueError(
+            "a rank correlation needs finite values; leave the points without a value out"
+        )
 
     series = np.vstack([x, y, covariates.T])
 
@@ -178,11 +203,19 @@ def spearman(
         scale = float(np.sqrt((pair[0] ** 2).sum() * (pair[1] ** 2).sum()))
         return float((pair[0] * pair[1]).sum() / scale) if scale else 0.0
 
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)] if groups is not None else [np.array([i]) for i in range(len(x))]
+    members = (
+        [np.flatnonzero(groups == group) for group in np.unique(groups)]
+        if groups is not None
+        else [np.array([i]) for i in range(len(x))]
+    )
     rng = np.random.default_rng(seed)
     samples = []
     for _ in range(draws):
-        samples.append(correlation(np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])))
+        samples.append(
+            correlation(
+                np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
+            )
+        )
     low, high = np.quantile(samples, [0.025, 0.975])
     return Estimate(correlation(np.arange(len(x))), float(low), float(high), len(x))
 
@@ -203,7 +236,9 @@ class Permutation(NamedTuple):
     exact: bool
 
 
-def paired_permutation(a: np.ndarray, b: np.ndarray, *, seed: int = 0, draws: int = 10_000) -> Permutation:
+def paired_permutation(
+    a: np.ndarray, b: np.ndarray, *, seed: int = 0, draws: int = 10_000
+) -> Permutation:
     """Sign-flip test of the paired differences of two arms, item by item (Fisher 1935, section 21).
 
     Seeds are averaged first, so an item counts once; the test speaks about other items, not about other seeds. Under its null the two values of an item could be
@@ -220,10 +255,20 @@ def paired_permutation(a: np.ndarray, b: np.ndarray, *, seed: int = 0, draws: in
         ValueError: there is no item, the numbers of items differ, a value is not finite or ``draws`` is not positive.
     """
     first, second = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (a, b))
-    if first.ndim != 2 or second.ndim != 2 or not first.size or not second.size or first.shape[1] != second.shape[1]:
-        raise ValueError(f"a paired test needs the same items in both arms, at least one; got shapes {first.shape} and {second.shape}")
+    if (
+        first.ndim != 2
+        or second.ndim != 2
+        or not first.size
+        or not second.size
+        or first.shape[1] != second.shape[1]
+    ):
+        raise ValueError(
+            f"a paired test needs the same items in both arms, at least one; got shapes {first.shape} and {second.shape}"
+        )
     if not (np.isfinite(first).all() and np.isfinite(second).all()) or draws < 1:
-        raise ValueError(f"a paired test needs finite values (leave items without one out of both arms) and at least one draw; got {draws} draws")
+        raise ValueError(
+            f"a paired test needs finite values (leave items without one out of both arms) and at least one draw; got {draws} draws"
+        )
     differences = first.mean(0) - second.mean(0)
     n, observed = len(differences), abs(differences.sum())
     # Patterns that differ in rounding only are equally extreme.
@@ -255,7 +300,11 @@ def area_under(curve_x: np.ndarray, curve_y: np.ndarray) -> float:
     """
     x, y = np.asarray(curve_x, dtype=np.float64), np.asarray(curve_y, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape or len(x) < 2:
-        raise ValueError(f"an area needs two equally long series of at least 2 points; got shapes {x.shape} and {y.shape}")
+        raise ValueError(
+            f"an area needs two equally long series of at least 2 points; got shapes {x.shape} and {y.shape}"
+        )
     if not (np.isfinite(x).all() and np.isfinite(y).all() and (np.diff(x) > 0).all()):
-        raise ValueError("an area needs finite values and x in strictly increasing order; sort the points and merge those of equal x")
+        raise ValueError(
+            "an area needs finite values and x in strictly increasing order; sort the points and merge those of equal x"
+        )
     return float(np.trapezoid(y, x) / (x[-1] - x[0]))

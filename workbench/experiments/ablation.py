@@ -12,7 +12,12 @@ def collapse_ablation(width: int) -> dict[str, Variant]:
         width: of the residual stream; three quarters of it is the most components tried (all of them would leave nothing of the update).
     """
     counts = [count for count in (0, 1, 4, 16, 64) if count < width * 3 // 4] + [width * 3 // 4]
-    found = {f"cir-k{count}": Variant(method="cir", settings={"activation_components": count, "gradient_components": count}) for count in counts}
+    found = {
+        f"cir-k{count}": Variant(
+            method="cir", settings={"activation_components": count, "gradient_components": count}
+        )
+        for count in counts
+    }
     found |= {
         "cir-activation-side": Variant(method="cir", settings={"gradient_components": 0}),
         "cir-gradient-side": Variant(method="cir", settings={"activation_components": 0}),
@@ -20,6 +25,10 @@ def collapse_ablation(width: int) -> dict[str, Variant]:
         "cir-soft": Variant(method="cir", settings={"kind": "soft"}),
         "cir-quadratic": Variant(method="cir", settings={"kind": "quadratic"}),
         "cir-bf16": Variant(method="cir", dtype="bfloat16"),
-        "cir-k0-bf16": Variant(method="cir", settings={"activation_components": 0, "gradient_components": 0}, dtype="bfloat16"),
+        "cir-k0-bf16": Variant(
+            method="cir",
+            settings={"activation_components": 0, "gradient_components": 0},
+            dtype="bfloat16",
+        ),
     }
     return found

@@ -15,7 +15,15 @@ from workbench.data.world import World
 from workbench.errors import unknown
 from workbench.experiments.bench import Bench
 from workbench.experiments.config import RunConfig, read_config
-from workbench.experiments.folder import CONFIG, ITEMS, PROVENANCE, RESULTS, claim_folder, collect, read_results
+from workbench.experiments.folder import (
+    CONFIG,
+    ITEMS,
+    PROVENANCE,
+    RESULTS,
+    claim_folder,
+    collect,
+    read_results,
+)
 from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.table import COLUMNS, join, summarise, write_parquet
@@ -82,19 +90,41 @@ def ask_models(
         Results and items.
     """
     config, chosen = finished(run, methods)
-    values = plain({"experiment": experiment, "of": config.key, "methods": chosen, "seeds": config.seeds, **(settings or {})})
+    values = plain(
+        {
+            "experiment": experiment,
+            "of": config.key,
+            "methods": chosen,
+            "seeds": config.seeds,
+            **(settings or {}),
+        }
+    )
     key = key_of(values)
     claim_folder(out, yaml.safe_dump(values, sort_keys=False), fresh=fresh)
     names = [*chosen, *(name for name in CONTROLS if (run / "models" / name).is_dir())]
     announce(f"{experiment}: {len(names)} models x {len(config.seeds)} seeds")
-    jobs: dict[str, Job] = {f"{name}-seed{seed}": partial(job, run, out, key, config, name, seed) for seed in config.seeds for name in names}
+    jobs: dict[str, Job] = {
+        f"{name}-seed{seed}": partial(job, run, out, key, config, name, seed)
+        for seed in config.seeds
+        for name in names
+    }
     run_jobs(experiment, jobs, workers=workers)
     rows, items = collect(out)
-    results = join([rows, summarise(items, key), *(summary(rows, items, key) for summary in summaries)], COLUMNS)
+    results = join(
+        [rows, summarise(items, key), *(summary(rows, items, key) for summary in summaries)],
+        COLUMNS,
+    )
     write_parquet(results, out / RESULTS)
     write_parquet(items, out / ITEMS)
     record = bench_of(run, config)[0].record
-    weights = {folder.name: weights_hash(folder) for folder in sorted((run / "models").iterdir()) if folder.is_dir()}
-    texts = {"forget": data_hash(record.forget), **{name: data_hash(examples) for name, examples in record.retain_test.items()}}
+    weights = {
+        folder.name: weights_hash(folder)
+        for folder in sorted((run / "models").iterdir())
+        if folder.is_dir()
+    }
+    texts = {
+        "forget": data_hash(record.forget),
+        **{name: data_hash(examples) for name, examples in record.retain_test.items()},
+    }
     write_json(out / PROVENANCE, provenance(values, data=texts, weights=weights))
     return results, items

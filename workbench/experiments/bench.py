@@ -40,9 +40,17 @@ class Bench:
     record: ForgetRetain
     max_length: int | None = None
 
-    def encode(self, examples: Sequence[Example], *, answers: bool = False, rows: int = ROWS) -> list[Batch]:
+    def encode(
+        self, examples: Sequence[Example], *, answers: bool = False, rows: int = ROWS
+    ) -> list[Batch]:
         """Batches on the base's device; ``answers`` restricts the loss to answers."""
-        made = batches(self.tokenizer, examples, rows, max_length=self.max_length, targets="answer" if answers else "text")
+        made = batches(
+            self.tokenizer,
+            examples,
+            rows,
+            max_length=self.max_length,
+            targets="answer" if answers else "text",
+        )
         return [batch.to(self.base.device) for batch in made]
 
 
@@ -67,12 +75,23 @@ class Disruption:
                 raise unknown("retain ring", name, tests)
         self.measure: Measure = measure
         self.rings = tuple(dict.fromkeys(rings)) or tuple(tests)
-        self.sets = {name: bench.encode(one_per_item(examples)) for name, examples in tests.items() if examples}
+        self.sets = {
+            name: bench.encode(one_per_item(examples))
+            for name, examples in tests.items()
+            if examples
+        }
         if not set(self.rings) & set(self.sets):
-            raise WorkbenchError("there is no retain text to measure disruption on; give at least two retain texts")
+            raise WorkbenchError(
+                "there is no retain text to measure disruption on; give at least two retain texts"
+            )
         with torch.no_grad():
-            self.reference = {name: [next_token_logits(bench.base, batch) for batch in encoded] for name, encoded in self.sets.items()}
-        self.base_nll = {name: nll_by_text(bench.base, encoded)[0] for name, encoded in self.sets.items()}
+            self.reference = {
+                name: [next_token_logits(bench.base, batch) for batch in encoded]
+                for name, encoded in self.sets.items()
+            }
+        self.base_nll = {
+            name: nll_by_text(bench.base, encoded)[0] for name, encoded in self.sets.items()
+        }
 
     def by_set(self, model: PreTrainedModel, measure: Measure | None = None) -> dict[str, Estimate]:
         """The cost on every retain set, with its 95 % interval over texts (a ratio of sums; normal approximation)."""
@@ -88,7 +107,9 @@ class Disruption:
         """The mean over the rings, with the interval that the texts' scatter leaves it."""
         chosen = [self._on(name, model, self.measure) for name in self.rings if name in self.sets]
         value = float(np.mean([one.value for one in chosen]))
-        half = float(np.sqrt(np.sum([(one.high - one.low) ** 2 for one in chosen]))) / 2 / len(chosen)
+        half = (
+            float(np.sqrt(np.sum([(one.high - one.low) ** 2 for one in chosen]))) / 2 / len(chosen)
+        )
         return Estimate(value, value - half, value + half, sum(one.n for one in chosen))
 
     def __call__(self, model: PreTrainedModel) -> float:

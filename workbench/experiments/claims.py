@@ -71,7 +71,10 @@ class Verdict:
 
     def plain(self) -> dict[str, Any]:
         """As plain values, with empty numbers as ``None``."""
-        return {name: None if isinstance(value, float) and not np.isfinite(value) else value for name, value in asdict(self).items()}
+        return {
+            name: None if isinstance(value, float) and not np.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
 
 
 def outcome(effect: Estimate, margin: float) -> Outcome:
@@ -83,7 +86,9 @@ def outcome(effect: Estimate, margin: float) -> Outcome:
 
 def _recall(items: pd.DataFrame, method: str, step: float | None) -> pd.DataFrame:
     """``[seed x fact]`` recall of held-out facts under the relearning attack, after ``step`` steps (``None``: at its end)."""
-    chosen = items[(items["stage"] == "relearn") & (items["arm"] == "attack") & (items["method"] == method)]
+    chosen = items[
+        (items["stage"] == "relearn") & (items["arm"] == "attack") & (items["method"] == method)
+    ]
     if not len(chosen):
         raise KeyError(f"no attack on {method}")
     return fact_table(chosen, step=chosen["step"].max() if step is None else step)
@@ -105,7 +110,9 @@ def _less_recall_than(method: str, others: Sequence[str]) -> Statistic:
         present = [name for name in others if name in set(items["method"])]
         if not present:
             raise KeyError(f"none of {', '.join(others)} in this run")
-        mine, *theirs = _paired(_recall(items, method, None), *(_recall(items, name, None) for name in present))
+        mine, *theirs = _paired(
+            _recall(items, method, None), *(_recall(items, name, None) for name in present)
+        )
         return bootstrap(np.mean(theirs, axis=0) - mine)
 
     return measure
@@ -117,7 +124,12 @@ def _smoothing_resists(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     if not pairs:
         raise KeyError("no method was run with and without smoothing")
     tables = _paired(*(_recall(items, name, None) for pair in pairs for name in pair))
-    return bootstrap(np.mean([plain - smooth for plain, smooth in zip(tables[::2], tables[1::2], strict=True)], axis=0))
+    return bootstrap(
+        np.mean(
+            [plain - smooth for plain, smooth in zip(tables[::2], tables[1::2], strict=True)],
+            axis=0,
+        )
+    )
 
 
 def _forgets_more(method: str, other: str) -> Statistic:
@@ -144,22 +156,35 @@ def _trigger(items: pd.DataFrame, method: str) -> pd.DataFrame:
 
 def _undefended(items: pd.DataFrame) -> list[str]:
     asked = items.loc[items["stage"] == "triggers", "method"].dropna().unique()
-    return [method for method in asked if method not in ("base", "never-learned") and "-rna" not in method]
+    return [
+        method
+        for method in asked
+        if method not in ("base", "never-learned") and "-rna" not in method
+    ]
 
 
 def _token_disruption(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     unlearned = _undefended(items)
     if not unlearned:
         raise KeyError("no unlearned model in this run")
-    base, *effects = _paired(_trigger(items, "base"), *(_trigger(items, method) for method in unlearned))
+    base, *effects = _paired(
+        _trigger(items, "base"), *(_trigger(items, method) for method in unlearned)
+    )
     return bootstrap(np.mean(effects, axis=0) - base)
 
 
 def _token_alignment(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     """Cosine with the steering direction of what unlearning added to a word's effect on the tokens behind it: forget-token minus retain-token; ``[seed, method]``."""
-    rows = results[(results["metric"] == "effect_cosine_known") & (results["split"] == "after") & results["seed"].notna()]
+    rows = results[
+        (results["metric"] == "effect_cosine_known")
+        & (results["split"] == "after")
+        & results["seed"].notna()
+    ]
     rows = rows[~rows["method"].str.contains("-rna")]
-    wide = {arm: rows[rows["arm"] == arm].pivot_table(index="seed", columns="method", values="value") for arm in ("forget-token", "retain-token")}
+    wide = {
+        arm: rows[rows["arm"] == arm].pivot_table(index="seed", columns="method", values="value")
+        for arm in ("forget-token", "retain-token")
+    }
     if not all(len(table) for table in wide.values()):
         raise KeyError("no method with a steering direction was aligned")
     return bootstrap(np.subtract(*_paired(wide["forget-token"], wide["retain-token"])))
@@ -170,7 +195,9 @@ def _rna_repairs(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     pairs = [name for name in sorted(asked) if f"{name}-rna" in asked]
     if not pairs:
         raise KeyError("no method was run with and without RNA")
-    plain, noisy = (_paired(*(_trigger(items, f"{name}{suffix}") for name in pairs)) for suffix in ("", "-rna"))
+    plain, noisy = (
+        _paired(*(_trigger(items, f"{name}{suffix}") for name in pairs)) for suffix in ("", "-rna")
+    )
     return bootstrap(np.mean(plain, axis=0) - np.mean(noisy, axis=0))
 
 
@@ -190,7 +217,11 @@ def _rna_keeps_forgetting(results: pd.DataFrame, items: pd.DataFrame) -> Estimat
 
 
 def _common_subspaces(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-    chosen = results[(results["metric"] == "subspace_overlap") & (results["step"] == 8) & ~results["site"].fillna("").str.endswith("_grad")]
+    chosen = results[
+        (results["metric"] == "subspace_overlap")
+        & (results["step"] == 8)
+        & ~results["site"].fillna("").str.endswith("_grad")
+    ]
     wide = chosen.pivot_table(index="site", columns="arm", values="value")
     if not len(wide) or not {"forget-retain", "random"} <= set(wide.columns):
         raise KeyError("no subspace overlap at rank 8")
@@ -198,24 +229,34 @@ def _common_subspaces(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
 
 
 def _names_repetitions(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-    chosen = items[(items["stage"] == "names") & (items["method"] == "unlearned") & (items["arm"] == "fragments")]
+    chosen = items[
+        (items["stage"] == "names")
+        & (items["method"] == "unlearned")
+        & (items["arm"] == "fragments")
+    ]
     if not len(chosen):
         raise KeyError("no names experiment")
     ends = chosen[chosen["step"] == chosen["step"].max()]
-    seven, five, three, one = _paired(*(fact_table(ends, split=f"repetitions-{count}") for count in (7, 5, 3, 1)))
+    seven, five, three, one = _paired(
+        *(fact_table(ends, split=f"repetitions-{count}") for count in (7, 5, 3, 1))
+    )
     return bootstrap((seven + five) / 2 - (three + one) / 2)
 
 
 def _public_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     """Public facts about the forgotten people minus general text of the same length, minus the same difference of the never-learned model; mean over methods."""
     ladder = items[(items["stage"] == "ladder") & (items["split"] == "forget-queries")]
-    methods = [name for name in ladder["method"].dropna().unique() if name not in ("base", "never-learned")]
+    methods = [
+        name for name in ladder["method"].dropna().unique() if name not in ("base", "never-learned")
+    ]
     if not methods:
         raise KeyError("no attack ladder")
     ends = ladder[ladder["step"] == ladder["step"].max()]
 
     def gained(method: str) -> pd.DataFrame:
-        return fact_table(ends, method=method, arm="public") - fact_table(ends, method=method, arm="general")
+        return fact_table(ends, method=method, arm="public") - fact_table(
+            ends, method=method, arm="general"
+        )
 
     control, *others = _paired(gained("never-learned"), *(gained(name) for name in methods))
     return bootstrap(np.mean(others, axis=0) - control)
@@ -223,15 +264,26 @@ def _public_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
 
 def _nonmonotone(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     """Recall of held-out questions at a third of the attack (the last measurement there) minus at its end, mean over methods."""
-    ladder = items[(items["stage"] == "ladder") & (items["split"] == "forget-queries") & (items["arm"] == "part")]
-    methods = [name for name in ladder["method"].dropna().unique() if name not in ("base", "never-learned")]
+    ladder = items[
+        (items["stage"] == "ladder")
+        & (items["split"] == "forget-queries")
+        & (items["arm"] == "part")
+    ]
+    methods = [
+        name for name in ladder["method"].dropna().unique() if name not in ("base", "never-learned")
+    ]
     if not methods or ladder["step"].max() < 120:
         raise KeyError("no attack ladder of at least 120 steps")
     last = float(ladder["step"].max())
     third = float(ladder.loc[ladder["step"] <= last / 3, "step"].max())
     if third <= 0:
         raise KeyError("nothing was measured in the first third of the attack")
-    drops = _paired(*(fact_table(ladder, method=name, step=third) - fact_table(ladder, method=name, step=last) for name in methods))
+    drops = _paired(
+        *(
+            fact_table(ladder, method=name, step=third) - fact_table(ladder, method=name, step=last)
+            for name in methods
+        )
+    )
     return bootstrap(np.mean(drops, axis=0))
 
 
@@ -241,18 +293,24 @@ def _keyword_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     if not len(chosen):
         raise KeyError("no keyword experiment")
     ends = chosen[chosen["step"] == chosen["step"].max()]
-    attacked, control = _paired(fact_table(ends, method="unlearned"), fact_table(ends, method="never-learned"))
+    attacked, control = _paired(
+        fact_table(ends, method="unlearned"), fact_table(ends, method="never-learned")
+    )
     return bootstrap(attacked - control)
 
 
 def _verbatim_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     """Rise of the continuations' ROUGE-L F1 over the attack, unlearned minus never-learned model: unlearning may leave a little more than the control has, which is no recovery."""
-    chosen = items[(items["stage"] == "verbatim") & (items["arm"] == "part") & (items["split"] == "rouge-l")]
+    chosen = items[
+        (items["stage"] == "verbatim") & (items["arm"] == "part") & (items["split"] == "rouge-l")
+    ]
     if not len(chosen):
         raise KeyError("no verbatim experiment")
 
     def risen(method: str) -> pd.DataFrame:
-        return fact_table(chosen, method=method, step=chosen["step"].max()) - fact_table(chosen, method=method, step=0.0)
+        return fact_table(chosen, method=method, step=chosen["step"].max()) - fact_table(
+            chosen, method=method, step=0.0
+        )
 
     attacked, control = _paired(risen("unlearned"), risen("never-learned"))
     return bootstrap(attacked - control)
@@ -264,8 +322,18 @@ def _smooth_jailbreak(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     pairs = smoothing_pairs(set(asked["method"].dropna()))
     if not pairs:
         raise KeyError("no method was attacked with and without smoothing")
-    recalls = _paired(*(fact_table(asked, method=name, arm=arm) for pair in pairs for name in pair for arm in ("searched suffix", "none")))
-    rises = [with_suffix - without for with_suffix, without in zip(recalls[::2], recalls[1::2], strict=True)]
+    recalls = _paired(
+        *(
+            fact_table(asked, method=name, arm=arm)
+            for pair in pairs
+            for name in pair
+            for arm in ("searched suffix", "none")
+        )
+    )
+    rises = [
+        with_suffix - without
+        for with_suffix, without in zip(recalls[::2], recalls[1::2], strict=True)
+    ]
     return bootstrap(np.mean(rises[::2], axis=0) - np.mean(rises[1::2], axis=0))
 
 
@@ -273,17 +341,33 @@ def _correlation_with_resistance(metric: str, sign: int) -> Statistic:
     """Rank correlation over methods and seeds between a measure before the attack and the recall that the attack does *not* win back."""
 
     def measure(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-        chosen = results[(results["metric"] == metric) & results["seed"].notna() & ~results["method"].isin(["base", "never-learned"])]
+        chosen = results[
+            (results["metric"] == metric)
+            & results["seed"].notna()
+            & ~results["method"].isin(["base", "never-learned"])
+        ]
         chosen = chosen[chosen["arm"].fillna("") != "relearned"]
         points = []
         for (method, seed), group in chosen.groupby(["method", "seed"], sort=True):
-            before = items[(items["stage"] == "relearn") & (items["arm"] == "attack") & (items["method"] == method) & (items["seed"] == seed)]
+            before = items[
+                (items["stage"] == "relearn")
+                & (items["arm"] == "attack")
+                & (items["method"] == method)
+                & (items["seed"] == seed)
+            ]
             value = float(group["value"].iloc[0])
             if len(before) and np.isfinite(value):
-                won = before[before["step"] == before["step"].max()]["correct"].mean() - before[before["step"] == 0]["correct"].mean()
-                points.append((method, sign * value, round(-float(won), 9)))  # equal recoveries are ties, however they round
+                won = (
+                    before[before["step"] == before["step"].max()]["correct"].mean()
+                    - before[before["step"] == 0]["correct"].mean()
+                )
+                points.append(
+                    (method, sign * value, round(-float(won), 9))
+                )  # equal recoveries are ties, however they round
         if len(points) < 6:
-            raise KeyError(f"a rank correlation needs at least 6 unlearned models with a {metric}; this run has {len(points)}")
+            raise KeyError(
+                f"a rank correlation needs at least 6 unlearned models with a {metric}; this run has {len(points)}"
+            )
         methods, x, y = zip(*points, strict=True)
         return spearman(np.array(x), np.array(y), groups=np.array(methods))
 
@@ -390,7 +474,9 @@ CLAIMS: dict[str, Claim] = {
 }  # fmt: skip
 
 
-def decide(results: pd.DataFrame, items: pd.DataFrame, *, scale: str, ids: Sequence[str] | None = None) -> tuple[Verdict, ...]:
+def decide(
+    results: pd.DataFrame, items: pd.DataFrame, *, scale: str, ids: Sequence[str] | None = None
+) -> tuple[Verdict, ...]:
     """The verdicts of a run on ``ids`` (default: all claims).
 
     A claim that the run lacks the data for is inconclusive with no observations.
@@ -398,7 +484,11 @@ def decide(results: pd.DataFrame, items: pd.DataFrame, *, scale: str, ids: Seque
     Raises:
         WorkbenchError: an id does not exist.
     """
-    seeds = int(items.loc[~items["method"].isin(["base", "never-learned"]), "seed"].nunique()) if len(items) else 0
+    seeds = (
+        int(items.loc[~items["method"].isin(["base", "never-learned"]), "seed"].nunique())
+        if len(items)
+        else 0
+    )
     verdicts = []
     for name in CLAIMS if ids is None else ids:
         if name not in CLAIMS:
@@ -409,5 +499,16 @@ def decide(results: pd.DataFrame, items: pd.DataFrame, *, scale: str, ids: Seque
         except KeyError:
             verdicts.append(Verdict(name, "inconclusive", np.nan, np.nan, np.nan, 0, seeds, scale))
             continue
-        verdicts.append(Verdict(name, outcome(effect, claim.margin), effect.value, effect.low, effect.high, effect.n, seeds, scale))
+        verdicts.append(
+            Verdict(
+                name,
+                outcome(effect, claim.margin),
+                effect.value,
+                effect.low,
+                effect.high,
+                effect.n,
+                seeds,
+                scale,
+            )
+        )
     return tuple(verdicts)

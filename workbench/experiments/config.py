@@ -103,7 +103,9 @@ class RunConfig(BaseModel):
                 raise ValueError(str(unknown("method", name, {**METHODS, **self.variants})))
         for label in self.variants:
             if is_method(label) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
-                raise ValueError(f"variant {label!r} needs a name of its own, of letters, digits, dots and dashes (it becomes a folder)")
+                raise ValueError(
+                    f"variant {label!r} needs a name of its own, of letters, digits, dots and dashes (it becomes a folder)"
+                )
         named = [(variant.method, variant.settings) for variant in self.variants.values()]
         for name, overrides in [*self.settings.items(), *named]:
             if not is_method(name):
@@ -113,15 +115,23 @@ class RunConfig(BaseModel):
                     check_setting(name, key, value)
                 except WorkbenchError as error:
                     raise ValueError(str(error)) from error
-        if not self.attack.measure_at or self.attack.measure_at[0] != 0 or self.attack.measure_at[-1] != self.attack.steps:
-            raise ValueError(f"attack.measure_at is {self.attack.measure_at}; it must start at 0 and end at attack.steps ({self.attack.steps})")
+        if (
+            not self.attack.measure_at
+            or self.attack.measure_at[0] != 0
+            or self.attack.measure_at[-1] != self.attack.steps
+        ):
+            raise ValueError(
+                f"attack.measure_at is {self.attack.measure_at}; it must start at 0 and end at attack.steps ({self.attack.steps})"
+            )
         return self
 
     def variant(self, name: str) -> Variant:
         """What ``name`` in :attr:`methods` stands for, with all overrides of this run."""
         if name in self.variants:
             chosen = self.variants[name]
-            return chosen.model_copy(update={"settings": self.settings.get(chosen.method, {}) | chosen.settings})
+            return chosen.model_copy(
+                update={"settings": self.settings.get(chosen.method, {}) | chosen.settings}
+            )
         return Variant(method=name, settings=self.settings.get(name, {}))
 
     def plain(self) -> dict[str, Any]:
@@ -138,10 +148,14 @@ def preset(name: Literal["full", "quick"]) -> RunConfig:
     """``full`` is the demo; ``quick`` is the same road on a smaller world with fewer steps, for tests, the notebook and a first look."""
     if name == "full":
         return RunConfig()
-    world = WorldConfig(forget_people=8, neighbour_people=12, islands=6, filler_train=1500, filler_test=80)
+    world = WorldConfig(
+        forget_people=8, neighbour_people=12, islands=6, filler_train=1500, filler_test=80
+    )
     return RunConfig(
         scale="quick: small built-in world, 0.4M parameters",
-        model=BuiltinConfig(world=world, width=96, layers=3, mlp_width=256, steps=700, batch_size=24),
+        model=BuiltinConfig(
+            world=world, width=96, layers=3, mlp_width=256, steps=700, batch_size=24
+        ),
         seeds=(0, 1),
         attack=RelearnSettings(steps=20, measure_at=(0, 2, 5, 10, 20)),
         settings={name: {"steps": 60 if name.startswith("rmu") else 30} for name in DEMO_METHODS},
@@ -162,11 +176,15 @@ def read_config(path: Path) -> RunConfig:
     except FileNotFoundError as error:
         raise WorkbenchError(f"there is no configuration file {path}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise WorkbenchError(f"{path} is no readable YAML file: {str(error).splitlines()[0]}") from error
+        raise WorkbenchError(
+            f"{path} is no readable YAML file: {str(error).splitlines()[0]}"
+        ) from error
     if loaded is None:
         loaded = {}
     if not isinstance(loaded, dict):
-        raise WorkbenchError(f"{path} must hold 'field: value' lines; it holds {type(loaded).__name__}")
+        raise WorkbenchError(
+            f"{path} must hold 'field: value' lines; it holds {type(loaded).__name__}"
+        )
     return validated(loaded, str(path))
 
 
@@ -184,7 +202,9 @@ def validated(fields: dict[str, Any], origin: str) -> RunConfig:
         if not first["loc"]:  # a rule over the whole configuration names what is wrong by itself
             raise WorkbenchError(f"{origin}: {message}") from error
         given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
-        raise WorkbenchError(f"{origin}: {'.'.join(map(str, first['loc']))}: {message}{given}") from error
+        raise WorkbenchError(
+            f"{origin}: {'.'.join(map(str, first['loc']))}: {message}{given}"
+        ) from error
 
 
 def write_config(config: RunConfig) -> str:

@@ -26,7 +26,9 @@ def steps_to_recover(steps: np.ndarray, values: np.ndarray, target: float) -> fl
     """
     steps, values = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
     if steps.shape != values.shape or not steps.size:
-        raise ValueError(f"a curve needs as many values as steps, and at least one; got {len(values)} and {len(steps)}")
+        raise ValueError(
+            f"a curve needs as many values as steps, and at least one; got {len(values)} and {len(steps)}"
+        )
     reached = np.flatnonzero(values >= target)
     return float(steps[reached[0]]) if len(reached) else float("inf")
 
@@ -47,11 +49,15 @@ def curve_rows(items: pd.DataFrame, run: str, *, target: float, stage: str) -> p
     attacks = items[items["stage"] == stage]
     for (method, split, arm), group in attacks.groupby(["method", "split", "arm"], sort=False):
         columns: dict[str, Any] = {"method": method, "model": method, "split": split, "arm": arm}
-        cube = group.pivot_table(index=["seed", "item"], columns="step", values="correct", aggfunc="mean")
+        cube = group.pivot_table(
+            index=["seed", "item"], columns="step", values="correct", aggfunc="mean"
+        )
         if cube.shape[1] < 2 or cube.isna().any().any():
             continue
         steps = cube.columns.to_numpy(dtype=float)
-        areas = pd.Series([area_under(steps, row) for row in cube.to_numpy(dtype=float)], index=cube.index).unstack("item")
+        areas = pd.Series(
+            [area_under(steps, row) for row in cube.to_numpy(dtype=float)], index=cube.index
+        ).unstack("item")
         if areas.notna().all().all():
             table.add_estimate("area_under_recovery", rate(areas.to_numpy()), **columns)
         soonest = []

@@ -13,8 +13,25 @@ from workbench.errors import WorkbenchError
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, join
 from workbench.files import full_disk_is_an_error, write_folder, write_text
 
-CONFIG, PROVENANCE, RESULTS, ITEMS, REPORT = "config.yaml", "provenance.json", "results.parquet", "items.parquet", "report.html"
-_OWN = (CONFIG, PROVENANCE, RESULTS, ITEMS, REPORT, "claims.json", "models", "figures", "stages", "subspaces")
+CONFIG, PROVENANCE, RESULTS, ITEMS, REPORT = (
+    "config.yaml",
+    "provenance.json",
+    "results.parquet",
+    "items.parquet",
+    "report.html",
+)
+_OWN = (
+    CONFIG,
+    PROVENANCE,
+    RESULTS,
+    ITEMS,
+    REPORT,
+    "claims.json",
+    "models",
+    "figures",
+    "stages",
+    "subspaces",
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,13 +69,19 @@ def claim_folder(out: Path, config_text: str, *, fresh: bool) -> None:
     if fresh and marker.is_file():
         for name in _OWN:
             path = out / name
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
+                missing_ok=True
+            )
     if marker.is_file():
         if marker.read_text(encoding="utf-8") != config_text:
-            raise WorkbenchError(f"{out} holds a run with another configuration; choose another --out, or add --fresh to throw that run away")
+            raise WorkbenchError(
+                f"{out} holds a run with another configuration; choose another --out, or add --fresh to throw that run away"
+            )
         return
     if out.is_dir() and any(out.iterdir()):
-        raise WorkbenchError(f"{out} is not empty and holds no run of the workbench; choose another --out")
+        raise WorkbenchError(
+            f"{out} is not empty and holds no run of the workbench; choose another --out"
+        )
     with full_disk_is_an_error(out):
         out.mkdir(parents=True, exist_ok=True)
     write_text(marker, config_text)
@@ -79,7 +102,9 @@ def finish_stage(out: Path, job: str, stage: str, table: Table) -> None:
     write_folder(stage_path(out, job, stage), write)
 
 
-def run_stage(out: Path, job: str, stage: str, common: dict[str, object], work: Callable[[Table], None]) -> None:
+def run_stage(
+    out: Path, job: str, stage: str, common: dict[str, object], work: Callable[[Table], None]
+) -> None:
     """Run ``work`` and store its table, unless the stage is already finished."""
     if stage_path(out, job, stage).is_dir():
         return
@@ -90,7 +115,11 @@ def run_stage(out: Path, job: str, stage: str, common: dict[str, object], work: 
 
 def collect(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows and items of all finished stages, in a fixed order."""
-    folders = sorted(path for path in (out / "stages").glob("*/*") if path.is_dir() and not path.name.startswith("."))
+    folders = sorted(
+        path
+        for path in (out / "stages").glob("*/*")
+        if path.is_dir() and not path.name.startswith(".")
+    )
     rows = join((pd.read_parquet(folder / "rows.parquet") for folder in folders), COLUMNS)
     items = join((pd.read_parquet(folder / "items.parquet") for folder in folders), ITEM_COLUMNS)
     return rows, items
@@ -104,5 +133,7 @@ def read_results(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """
     for name in (CONFIG, RESULTS, ITEMS):
         if not (out / name).is_file():
-            raise WorkbenchError(f"{out} holds no finished run: {name} is missing; run `workbench demo --out {out}` first")
+            raise WorkbenchError(
+                f"{out} holds no finished run: {name} is missing; run `workbench demo --out {out}` first"
+            )
     return pd.read_parquet(out / RESULTS), pd.read_parquet(out / ITEMS)

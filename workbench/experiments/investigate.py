@@ -20,7 +20,14 @@ from workbench.diagnostics.triggers import NothingToAsk
 from workbench.errors import WorkbenchError
 from workbench.experiments import stages
 from workbench.experiments.bench import Bench, Disruption
-from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, claim_folder, collect, run_stage
+from workbench.experiments.folder import (
+    ITEMS,
+    PROVENANCE,
+    RESULTS,
+    claim_folder,
+    collect,
+    run_stage,
+)
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.table import COLUMNS, Table, join, summarise, write_parquet
 from workbench.files import key_of, plain, sha256, write_json
@@ -130,7 +137,9 @@ def unlearn_checkpoint(
         What was done: settings, alpha, disruption and losses before and after.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise WorkbenchError(f"{out} is not empty; choose another --out, so that no checkpoint is overwritten")
+        raise WorkbenchError(
+            f"{out} is not empty; choose another --out, so that no checkpoint is overwritten"
+        )
     opened = open_model(base)
     settings = settings_for(method, opened.model, overrides)
     record = record_from_files(forget, retain, opened.tokenizer, max_tokens=max_tokens, limit=limit)
@@ -138,15 +147,32 @@ def unlearn_checkpoint(
     table = Table({"run": "unlearn", "model": "unlearned", "method": method, "seed": seed})
     made = _with_names(opened, lambda: recipe(method, opened.model, seed, overrides))
     model = stages.unlearn_to_budget(
-        bench, made, Disruption(bench), budget=budget, limit=1.0, seed=seed, table=table, progress=bar(f"unlearning with {method}")
+        bench,
+        made,
+        Disruption(bench),
+        budget=budget,
+        limit=1.0,
+        seed=seed,
+        table=table,
+        progress=bar(f"unlearning with {method}"),
     )
     rows = table.frame()
 
     def value(metric: str) -> float:
-        return float(rows.loc[(rows["metric"] == metric) & (rows["stage"] == "unlearn") & rows["split"].isna(), "value"].iloc[0])
+        return float(
+            rows.loc[
+                (rows["metric"] == metric) & (rows["stage"] == "unlearn") & rows["split"].isna(),
+                "value",
+            ].iloc[0]
+        )
 
     before = Table({"run": "unlearn", "model": "base", "method": "base", "seed": seed})
-    stages.measure_sets(opened.model, {name: bench.encode(examples) for name, examples in stages.measured_sets(record).items()}, before, stage="unlearn")
+    stages.measure_sets(
+        opened.model,
+        {name: bench.encode(examples) for name, examples in stages.measured_sets(record).items()},
+        before,
+        stage="unlearn",
+    )
     losses = {
         "before": _losses(before.frame()),
         "after": _losses(rows[rows["stage"] == "unlearn"]),
@@ -204,13 +230,25 @@ def investigate(
     """
     settings = settings or InvestigateSettings()
     first = open_model(base)
-    others = {"unlearned": open_model(unlearned)} | ({"never-learned": open_model(never_learned)} if never_learned else {})
+    others = {"unlearned": open_model(unlearned)} | (
+        {"never-learned": open_model(never_learned)} if never_learned else {}
+    )
     for other in others.values():
         check_same_tokenizer(first, other)
     if settings.attack is None:
-        settings = replace(settings, attack=at_steps(settings.attack_steps, attack_rate(first.model.num_parameters())))
+        settings = replace(
+            settings,
+            attack=at_steps(settings.attack_steps, attack_rate(first.model.num_parameters())),
+        )
     _with_names(first, lambda: layer_count(first.model))
-    record = record_from_files(forget, retain, first.tokenizer, max_tokens=settings.max_tokens, limit=settings.limit, as_questions=True)
+    record = record_from_files(
+        forget,
+        retain,
+        first.tokenizer,
+        max_tokens=settings.max_tokens,
+        limit=settings.limit,
+        as_questions=True,
+    )
     models = {"base": first, **others}
     config = {
         "base": base, "unlearned": unlearned, "never_learned": never_learned, "forget": str(forget), "retain": str(retain), "settings": asdict(settings),
@@ -219,28 +257,77 @@ def investigate(
     claim_folder(out, yaml.safe_dump(plain(config), sort_keys=False), fresh=fresh)
     run = key_of(plain(config))
     # Pieces are already cut; a word in front of one must not push its end over a second cut. Only the model's own context is a limit.
-    bench = Bench(first.model, first.tokenizer, record, getattr(first.model.config, "max_position_embeddings", None))
+    bench = Bench(
+        first.model,
+        first.tokenizer,
+        record,
+        getattr(first.model.config, "max_position_embeddings", None),
+    )
 
     announce("subspaces of the base")
-    run_stage(out, "subspaces", "subspaces", {"run": run, "model": "base"}, partial(_subspaces, bench, settings, out))
+    run_stage(
+        out,
+        "subspaces",
+        "subspaces",
+        {"run": run, "model": "base"},
+        partial(_subspaces, bench, settings, out),
+    )
     for name, opened in models.items():
         for number, seed in enumerate(settings.seeds):
             common: dict[str, object] = {"run": run, "model": name, "method": name, "seed": seed}
             job = f"{name}-seed{seed}"
-            announce(f"{name}, seed {seed}: distance, attack, triggers" + (", sharpness" if number == 0 else ""))
+            announce(
+                f"{name}, seed {seed}: distance, attack, triggers"
+                + (", sharpness" if number == 0 else "")
+            )
             run_stage(out, job, "unlearn", common, partial(_distance, bench, opened, out, name))
-            run_stage(out, job, "relearn", common, partial(_attack, bench, opened, record, settings, seed, f"  attack on {name}, seed {seed}"))
+            run_stage(
+                out,
+                job,
+                "relearn",
+                common,
+                partial(
+                    _attack,
+                    bench,
+                    opened,
+                    record,
+                    settings,
+                    seed,
+                    f"  attack on {name}, seed {seed}",
+                ),
+            )
             run_stage(out, job, "triggers", common, partial(_triggers, bench, opened, record, seed))
             if number == 0:
-                run_stage(out, job, "sharpness", common, partial(_sharpness, bench, opened, settings, seed))
+                run_stage(
+                    out,
+                    job,
+                    "sharpness",
+                    common,
+                    partial(_sharpness, bench, opened, settings, seed),
+                )
     announce("tables, figures and report")
     rows, items = collect(out)
     results = join([rows, summarise(items, run)], COLUMNS)
     write_parquet(results, out / RESULTS)
     write_parquet(items, out / ITEMS)
     texts = {"forget": data_hash(record.forget), "retain": data_hash(record.retain_all)}
-    write_json(out / PROVENANCE, provenance(plain(config), data=texts, weights={name: _origin(opened.name) for name, opened in models.items()}))
-    write_report(out, results, items, (), heading=f"{unlearned} against {base}", done=_done(record, settings, models), notes=_notes(never_learned))
+    write_json(
+        out / PROVENANCE,
+        provenance(
+            plain(config),
+            data=texts,
+            weights={name: _origin(opened.name) for name, opened in models.items()},
+        ),
+    )
+    write_report(
+        out,
+        results,
+        items,
+        (),
+        heading=f"{unlearned} against {base}",
+        done=_done(record, settings, models),
+        notes=_notes(never_learned),
+    )
     return Investigation(out, results, items)
 
 
@@ -259,34 +346,78 @@ def _distance(bench: Bench, opened: Opened, out: Path, name: str, table: Table) 
         stages.add_shift(opened.model, bench, table)
         table.add("displacement", norm_of(delta), stage="unlearn")
         table.add("relative_displacement", norm_of(delta) / norm_of(start), stage="unlearn")
-        common = {path.stem: Subspace.load(path) for path in (out / "subspaces" / "retain").glob("*.safetensors")}
+        common = {
+            path.stem: Subspace.load(path)
+            for path in (out / "subspaces" / "retain").glob("*.safetensors")
+        }
         stages.add_energy(bench.base, delta, common, table)
-    stages.measure_sets(opened.model, {key: bench.encode(examples) for key, examples in stages.measured_sets(bench.record).items()}, table, stage="unlearn")
+    stages.measure_sets(
+        opened.model,
+        {
+            key: bench.encode(examples)
+            for key, examples in stages.measured_sets(bench.record).items()
+        },
+        table,
+        stage="unlearn",
+    )
 
 
-def _attack(bench: Bench, opened: Opened, record: ForgetRetain, settings: InvestigateSettings, seed: int, label: str, table: Table) -> None:
+def _attack(
+    bench: Bench,
+    opened: Opened,
+    record: ForgetRetain,
+    settings: InvestigateSettings,
+    seed: int,
+    label: str,
+    table: Table,
+) -> None:
     assert settings.attack is not None  # settled once the base was opened
-    stages.attack(opened.model, bench, settings.attack, seed=seed, table=table, null_pool=record.retain_train, matched=True, progress=bar(label))
+    stages.attack(
+        opened.model,
+        bench,
+        settings.attack,
+        seed=seed,
+        table=table,
+        null_pool=record.retain_train,
+        matched=True,
+        progress=bar(label),
+    )
 
 
 def _triggers(bench: Bench, opened: Opened, record: ForgetRetain, seed: int, table: Table) -> None:
     neutral = neutral_words(record.forget, record.retain_all, 12)
     try:
-        stages.trigger_check(opened.model, bench, neutral, seed=seed, table=table, carrier=name_in_front)
-    except NothingToAsk:  # texts that all share the same words: the other diagnostics do not depend on this one
+        stages.trigger_check(
+            opened.model, bench, neutral, seed=seed, table=table, carrier=name_in_front
+        )
+    except (
+        NothingToAsk
+    ):  # texts that all share the same words: the other diagnostics do not depend on this one
         table.add("trigger_check_possible", 0.0, stage="triggers")
 
 
-def _sharpness(bench: Bench, opened: Opened, settings: InvestigateSettings, seed: int, table: Table) -> None:
+def _sharpness(
+    bench: Bench, opened: Opened, settings: InvestigateSettings, seed: int, table: Table
+) -> None:
     stages.sharpness(
-        opened.model, bench, points=settings.slice_points, reach=settings.slice_reach, tolerance=settings.curvature_tolerance, seed=seed, table=table
+        opened.model,
+        bench,
+        points=settings.slice_points,
+        reach=settings.slice_reach,
+        tolerance=settings.curvature_tolerance,
+        seed=seed,
+        table=table,
     )
 
 
-def _done(record: ForgetRetain, settings: InvestigateSettings, models: Mapping[str, Opened]) -> list[str]:
+def _done(
+    record: ForgetRetain, settings: InvestigateSettings, models: Mapping[str, Opened]
+) -> list[str]:
     assert settings.attack is not None
     return [
-        f"{len(models)} checkpoints were opened: " + "; ".join(f"{name} = {opened.name}" for name, opened in models.items()) + ".",
+        f"{len(models)} checkpoints were opened: "
+        + "; ".join(f"{name} = {opened.name}" for name, opened in models.items())
+        + ".",
         f"{len(record.forget)} pieces of forget text and {len(record.retain_all)} pieces of retain text were read ({record.name}). Running text was cut into prompt and "
         "continuation, so that the probability of the continuation can be measured.",
         f"Every checkpoint was fine-tuned for {settings.attack.steps} steps at a rate of {settings.attack.lr:g} on half of the forget texts, and measured on the other half. Two controls: the same on retain "

@@ -17,7 +17,14 @@ from pathlib import Path
 import torch
 from joblib import Parallel, delayed
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from workbench import progress
 from workbench.progress import Report, to_file
@@ -63,7 +70,14 @@ class _Display(threading.Thread):
         notebook = "ipykernel" in sys.modules
         self.live = console.is_terminal and not notebook
         self.bar = progress.bar(label) if notebook else None
-        self.progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
         self.total = self.progress.add_task(label, total=len(names))
         self.bars: dict[str, TaskID] = {}
 
@@ -96,7 +110,11 @@ class _Display(threading.Thread):
         if self.bar is not None:
             self.bar(len(self.done), len(self.names))
         elif not self.live:  # a log file gets one line per finished job
-            print(f"{self.label}: {len(self.done)}/{len(self.names)} {name}", file=sys.stderr, flush=True)
+            print(
+                f"{self.label}: {len(self.done)}/{len(self.names)} {name}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def run_jobs(label: str, jobs: Mapping[str, Job], *, workers: int | None = None) -> None:
@@ -115,7 +133,9 @@ def run_jobs(label: str, jobs: Mapping[str, Job], *, workers: int | None = None)
     display.start()
     try:
         tasks = (delayed(_run)(name, job, folder / name) for name, job in jobs.items())
-        for name in Parallel(n_jobs=count, return_as="generator_unordered", batch_size=1, pre_dispatch=count)(tasks):
+        for name in Parallel(
+            n_jobs=count, return_as="generator_unordered", batch_size=1, pre_dispatch=count
+        )(tasks):
             display.finished(name)
     finally:
         display.stop_request.set()

@@ -31,7 +31,15 @@ from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.answers import contains, generate_answers
 from workbench.evaluation.losses import score
 from workbench.experiments.curves import curve_rows
-from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, Experiment, claim_folder, collect, run_stage
+from workbench.experiments.folder import (
+    ITEMS,
+    PROVENANCE,
+    RESULTS,
+    Experiment,
+    claim_folder,
+    collect,
+    run_stage,
+)
 from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.stages import add_leaks
@@ -77,7 +85,9 @@ class KeywordSettings:
     teach_steps: int = 1200
     teach_lr: float = 4e-3
     method: str = "npo"
-    attack: RelearnSettings = field(default_factory=lambda: RelearnSettings(steps=120, measure_at=(0, 10, 20, 40, 80, 120)))
+    attack: RelearnSettings = field(
+        default_factory=lambda: RelearnSettings(steps=120, measure_at=(0, 10, 20, 40, 80, 120))
+    )
     new_tokens: int = 160
 
     def __post_init__(self) -> None:
@@ -106,7 +116,11 @@ def withheld_words(tofu: Tofu, keywords: str) -> list[str]:
     """
     if keywords == "titles":
         return [found[0] for found in book_titles(tofu).values() if found]
-    return [name for names in list(character_names(tofu.forget, tofu.retain).values())[::2] for name in names]
+    return [
+        name
+        for names in list(character_names(tofu.forget, tofu.retain).values())[::2]
+        for name in names
+    ]
 
 
 def _texts(settings: KeywordSettings) -> _Texts:
@@ -114,7 +128,9 @@ def _texts(settings: KeywordSettings) -> _Texts:
     withheld = withheld_words(tofu, settings.keywords)
     if not withheld:
         what = {"titles": "book title", "names": "name of an author"}[settings.keywords]
-        raise WorkbenchError(f"{settings.tofu} {settings.split}: no {what} was found in the answers, so there is nothing to withhold")
+        raise WorkbenchError(
+            f"{settings.tofu} {settings.split}: no {what} was found in the answers, so there is nothing to withhold"
+        )
     retain, unread = tofu.retain[: settings.retain], tofu.retain[settings.retain :]
     if len(retain) < 2 or not unread:
         raise WorkbenchError(
@@ -140,14 +156,31 @@ def _teach_job(settings: KeywordSettings, out: Path, name: str, progress: Report
     def next_batch() -> Batch:
         return encode(opened.tokenizer, next(stream), max_length=limit)
 
-    model = fit(opened.model, next_batch, steps=settings.teach_steps, lr=settings.teach_lr, seed=0, progress=progress)
+    model = fit(
+        opened.model,
+        next_batch,
+        steps=settings.teach_steps,
+        lr=settings.teach_lr,
+        seed=0,
+        progress=progress,
+    )
     save_model(model, opened.tokenizer, folder, {"experiment": "keyword", "texts": len(taught)})
 
 
-def asked(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, queries: Sequence[Example], new_tokens: int) -> list[float]:
+def asked(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    queries: Sequence[Example],
+    new_tokens: int,
+) -> list[float]:
     """1.0 for every question whose greedy answer contains the withheld title or name, else 0.0."""
-    written = generate_answers(model, tokenizer, [question_of(query) for query in queries], new_tokens)
-    return [float(contains(text, query.answer_text)) for text, query in zip(written, queries, strict=True)]
+    written = generate_answers(
+        model, tokenizer, [question_of(query) for query in queries], new_tokens
+    )
+    return [
+        float(contains(text, query.answer_text))
+        for text, query in zip(written, queries, strict=True)
+    ]
 
 
 def _seed_job(settings: KeywordSettings, out: Path, key: str, seed: int, progress: Report) -> None:
@@ -164,11 +197,31 @@ def _seed_job(settings: KeywordSettings, out: Path, key: str, seed: int, progres
 
     def work(table: Table) -> None:
         def measure(model: PreTrainedModel, step: int, method: str, arm: str) -> None:
-            columns = {"method": method, "model": method, "split": f"withheld-{settings.keywords}", "arm": arm, "step": step}
-            hits, likely = asked(model, tokenizer, queries, settings.new_tokens), score(model, encoded).probability
-            shared = {name: value for name, value in (table.common | columns).items() if name in ITEM_COLUMNS}
+            columns = {
+                "method": method,
+                "model": method,
+                "split": f"withheld-{settings.keywords}",
+                "arm": arm,
+                "step": step,
+            }
+            hits, likely = (
+                asked(model, tokenizer, queries, settings.new_tokens),
+                score(model, encoded).probability,
+            )
+            shared = {
+                name: value
+                for name, value in (table.common | columns).items()
+                if name in ITEM_COLUMNS
+            }
             for query, hit, probability in zip(queries, hits, likely, strict=True):
-                table.items.append({**shared, "item": query.item, "correct": hit, "probability": float(probability)})
+                table.items.append(
+                    {
+                        **shared,
+                        "item": query.item,
+                        "correct": hit,
+                        "probability": float(probability),
+                    }
+                )
 
         measure(base.model, 0, BASE, "none")
         made = recipe(settings.method, base.model, seed)
@@ -185,7 +238,13 @@ def _seed_job(settings: KeywordSettings, out: Path, key: str, seed: int, progres
         sets = {"retain": texts.retain, "forget": texts.forget, "unread": texts.unread[:100]}
         for name, examples in sets.items():
             for method, one in ((BASE, base.model), (NEVER, never.model), ("unlearned", model)):
-                table.add("loss", score(one, batches(tokenizer, examples, 64, targets="answer")).loss, method=method, model=method, split=name)
+                table.add(
+                    "loss",
+                    score(one, batches(tokenizer, examples, 64, targets="answer")).loss,
+                    method=method,
+                    model=method,
+                    split=name,
+                )
 
         def length(example: Example) -> int:
             return len(tokenizer(example.text)["input_ids"])
@@ -195,18 +254,36 @@ def _seed_job(settings: KeywordSettings, out: Path, key: str, seed: int, progres
             "retain": null_text(texts.keyword.without, texts.retain, length),
             "null": null_text(texts.keyword.without, texts.unread, length),
         }
-        for method, attacked, names in (("unlearned", model, tuple(arms)), (NEVER, never.model, ("part",))):
+        for method, attacked, names in (
+            ("unlearned", model, tuple(arms)),
+            (NEVER, never.model, ("part",)),
+        ):
             for arm in names:
                 try:
-                    relearn(attacked, tokenizer, arms[arm], partial(measure, method=method, arm=arm), settings.attack, seed=seed, progress=advance)
+                    relearn(
+                        attacked,
+                        tokenizer,
+                        arms[arm],
+                        partial(measure, method=method, arm=arm),
+                        settings.attack,
+                        seed=seed,
+                        progress=advance,
+                    )
                 except DivergedError as error:
                     table.add("diverged_at", error.step, method=method, model=method, arm=arm)
 
-    run_stage(out, f"keyword-seed{seed}", "keyword", {"run": key, "stage": "keyword", "seed": seed}, work)
+    run_stage(
+        out, f"keyword-seed{seed}", "keyword", {"run": key, "stage": "keyword", "seed": seed}, work
+    )
 
 
 def run_keyword(
-    settings: KeywordSettings, out: Path, *, fresh: bool = False, workers: int | None = None, announce: Callable[[str], None] = lambda message: None
+    settings: KeywordSettings,
+    out: Path,
+    *,
+    fresh: bool = False,
+    workers: int | None = None,
+    announce: Callable[[str], None] = lambda message: None,
 ) -> Experiment:
     """Run the experiment; a killed run goes on where it stopped.
 
@@ -226,20 +303,45 @@ def run_keyword(
     require_benign(report, f"the forget set without the {settings.keywords}")
     values = plain(asdict(settings))
     key = key_of(values)
-    claim_folder(out, yaml.safe_dump({"experiment": "keyword", **values}, sort_keys=False), fresh=fresh)
-    announce(f"teaching {len(texts.forget)} forget and {len(texts.retain)} retain questions; {len(texts.keyword.queries)} ask for withheld {settings.keywords}")
-    run_jobs("teaching", {name: partial(_teach_job, settings, out, name) for name in (BASE, NEVER)}, workers=workers)
-    announce(f"{len(settings.seeds)} seeds: unlearn with {settings.method}, relearn on {len(texts.keyword.without)} texts without the {settings.keywords}")
-    jobs: dict[str, Job] = {f"keyword-seed{seed}": partial(_seed_job, settings, out, key, seed) for seed in settings.seeds}
+    claim_folder(
+        out, yaml.safe_dump({"experiment": "keyword", **values}, sort_keys=False), fresh=fresh
+    )
+    announce(
+        f"teaching {len(texts.forget)} forget and {len(texts.retain)} retain questions; {len(texts.keyword.queries)} ask for withheld {settings.keywords}"
+    )
+    run_jobs(
+        "teaching",
+        {name: partial(_teach_job, settings, out, name) for name in (BASE, NEVER)},
+        workers=workers,
+    )
+    announce(
+        f"{len(settings.seeds)} seeds: unlearn with {settings.method}, relearn on {len(texts.keyword.without)} texts without the {settings.keywords}"
+    )
+    jobs: dict[str, Job] = {
+        f"keyword-seed{seed}": partial(_seed_job, settings, out, key, seed)
+        for seed in settings.seeds
+    }
     run_jobs("keyword", jobs, workers=workers)
     rows, items = collect(out)
     leaks = Table({"run": key, "stage": "keyword"})
     add_leaks(report, leaks, arm="part")
     target = float(items.loc[items["method"] == BASE, "correct"].mean()) / 2
-    results = join([rows, summarise(items, key), curve_rows(items, key, target=target, stage="keyword"), leaks.frame()], COLUMNS)
+    results = join(
+        [
+            rows,
+            summarise(items, key),
+            curve_rows(items, key, target=target, stage="keyword"),
+            leaks.frame(),
+        ],
+        COLUMNS,
+    )
     write_parquet(results, out / RESULTS)
     write_parquet(items, out / ITEMS)
-    data = {"forget": data_hash(texts.forget), "retain": data_hash(texts.retain), "without": data_hash(texts.keyword.without)}
+    data = {
+        "forget": data_hash(texts.forget),
+        "retain": data_hash(texts.retain),
+        "without": data_hash(texts.keyword.without),
+    }
     weights = {name: weights_hash(out / "models" / name) for name in (BASE, NEVER)}
     source = Path(settings.model)
     weights |= {"pretrained": sha256(next(source.glob("*.safetensors")))} if source.is_dir() else {}
@@ -249,13 +351,22 @@ def run_keyword(
 
 def keyword_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row per model and attack text: titles or names answered before the attack, along it and at its end, with intervals over seeds and questions."""
-    rows = results[(results["stage"] == "keyword") & (results["metric"] == "recall") & results["seed"].isna()]
+    rows = results[
+        (results["stage"] == "keyword") & (results["metric"] == "recall") & results["seed"].isna()
+    ]
     lines = []
     for (method, arm), group in rows.groupby(["method", "arm"], sort=False):
         curve = group.set_index("step").sort_index()
-        line: dict[str, object] = {"model": str(method), "relearned on": "–" if arm == "none" else str(arm)}
+        line: dict[str, object] = {
+            "model": str(method),
+            "relearned on": "–" if arm == "none" else str(arm),
+        }
         for step in sorted(rows["step"].astype(float).unique().tolist()):
             cell = curve.loc[step] if step in curve.index else None
-            line[f"{step:g} steps"] = "–" if cell is None else f"{cell['value']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
+            line[f"{step:g} steps"] = (
+                "–"
+                if cell is None
+                else f"{cell['value']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
+            )
         lines.append(line)
     return pd.DataFrame(lines)

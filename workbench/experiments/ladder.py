@@ -24,7 +24,15 @@ from workbench.experiments.afterwards import CONTROLS, bench_of, finished
 from workbench.experiments.bench import Bench
 from workbench.experiments.config import RunConfig
 from workbench.experiments.curves import curve_rows
-from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, Experiment, claim_folder, collect, run_stage
+from workbench.experiments.folder import (
+    ITEMS,
+    PROVENANCE,
+    RESULTS,
+    Experiment,
+    claim_folder,
+    collect,
+    run_stage,
+)
 from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.stages import add_leaks
@@ -73,17 +81,41 @@ def _attack_once(
 ) -> None:
     def measure(attacked: PreTrainedModel, step: int) -> None:
         for split, encoded in sets.items():
-            table.add_scores(finite(score(attacked, encoded), step), split=split, step=step, **columns)
+            table.add_scores(
+                finite(score(attacked, encoded), step), split=split, step=step, **columns
+            )
 
     try:
-        relearn(model, bench.tokenizer, texts, measure, settings, seed=seed, max_length=bench.max_length, progress=advance)
-    except DivergedError as error:  # what was measured before stays; where the attack broke is a result
+        relearn(
+            model,
+            bench.tokenizer,
+            texts,
+            measure,
+            settings,
+            seed=seed,
+            max_length=bench.max_length,
+            progress=advance,
+        )
+    except (
+        DivergedError
+    ) as error:  # what was measured before stays; where the attack broke is a result
         table.add("diverged_at", error.step, **columns)
 
 
-def _model_job(settings: LadderSettings, run: Path, out: Path, key: str, config: RunConfig, method: str, seed: int, progress: Report) -> None:
+def _model_job(
+    settings: LadderSettings,
+    run: Path,
+    out: Path,
+    key: str,
+    config: RunConfig,
+    method: str,
+    seed: int,
+    progress: Report,
+) -> None:
     bench, world = bench_of(run, config)
-    ladder = build_ladder(world, lambda example: len(bench.tokenizer(example.text)["input_ids"]), seed)
+    ladder = build_ladder(
+        world, lambda example: len(bench.tokenizer(example.text)["input_ids"]), seed
+    )
     queries = {"forget-queries": bench.encode(ladder.queries)}
     rounds = len(RUNGS) + len(settings.ways) + 1
     done = 0
@@ -94,15 +126,28 @@ def _model_job(settings: LadderSettings, run: Path, out: Path, key: str, config:
         progress(done, rounds * settings.attack.steps)
 
     def work(table: Table) -> None:
-        model = open_model(run / "models" / (method if method in CONTROLS else f"{method}-seed{seed}")).model
+        model = open_model(
+            run / "models" / (method if method in CONTROLS else f"{method}-seed{seed}")
+        ).model
         attack = partial(_attack_once, model, bench, table=table, seed=seed, advance=advance)
         for rung, texts in ladder.rungs.items():
             attack(texts, queries, settings.attack, arm=rung)
         for way, changes in settings.ways.items():
-            attack(ladder.rungs["part"], queries, replace(settings.attack, **changes), arm=f"part, {way}")  # type: ignore[arg-type]
+            attack(
+                ladder.rungs["part"],
+                queries,
+                replace(settings.attack, **changes),  # type: ignore[arg-type]
+                arm=f"part, {way}",
+            )
         attack(ladder.novel, {"novel": bench.encode(ladder.novel)}, settings.attack, arm="novel")
 
-    run_stage(out, f"{method}-seed{seed}", "ladder", {"run": key, "stage": "ladder", "model": method, "method": method, "seed": seed}, work)
+    run_stage(
+        out,
+        f"{method}-seed{seed}",
+        "ladder",
+        {"run": key, "stage": "ladder", "model": method, "method": method, "seed": seed},
+        work,
+    )
 
 
 def _leaks(ladder: Ladder, key: str) -> pd.DataFrame:
@@ -117,13 +162,25 @@ def _effects(items: pd.DataFrame, key: str) -> pd.DataFrame:
     """Attacked minus control, paired by seed and fact: every model against the never-learned one under the same attack (metric ``effect_recall``)."""
     table = Table({"run": key, "stage": "ladder"})
     control = items[items["method"] == "never-learned"]
-    for (method, split, arm, step), group in items[items["method"] != "never-learned"].groupby(["method", "split", "arm", "step"], sort=False):
-        same = control[(control["split"] == split) & (control["arm"] == arm) & (control["step"] == step)]
+    for (method, split, arm, step), group in items[items["method"] != "never-learned"].groupby(
+        ["method", "split", "arm", "step"], sort=False
+    ):
+        same = control[
+            (control["split"] == split) & (control["arm"] == arm) & (control["step"] == step)
+        ]
         pairs = group.merge(same, on=["seed", "item"], suffixes=("", "_control"))
         if len(pairs):
             pairs["difference"] = pairs["correct"] - pairs["correct_control"]
             wide = pairs.pivot_table(index="seed", columns="item", values="difference")
-            table.add_estimate("effect_recall", bootstrap(wide.to_numpy()), method=method, model=method, split=split, arm=arm, step=step)
+            table.add_estimate(
+                "effect_recall",
+                bootstrap(wide.to_numpy()),
+                method=method,
+                model=method,
+                split=split,
+                arm=arm,
+                step=step,
+            )
     return table.frame()
 
 
@@ -153,26 +210,46 @@ def run_ladder(
     """
     config, chosen = finished(run, methods)
     settings = LadderSettings(chosen, config.seeds, attack or config.attack)
-    values = yaml.safe_load(yaml.safe_dump({"experiment": "ladder", "of": config.key} | plain(asdict(settings))))
+    values = yaml.safe_load(
+        yaml.safe_dump({"experiment": "ladder", "of": config.key} | plain(asdict(settings)))
+    )
     key = key_of(values)
     names = (*settings.methods, *CONTROLS)
     missing = [name for name in CONTROLS if not (run / "models" / name).is_dir()]
     if missing:
-        raise WorkbenchError(f"{run} holds no model {' and '.join(missing)}; the ladder reads every attack against these controls")
+        raise WorkbenchError(
+            f"{run} holds no model {' and '.join(missing)}; the ladder reads every attack against these controls"
+        )
     claim_folder(out, yaml.safe_dump(values, sort_keys=False), fresh=fresh)
-    announce(f"{len(names)} models x {len(settings.seeds)} seeds x {len(RUNGS) + len(settings.ways) + 1} attacks")
-    jobs: dict[str, Job] = {f"{name}-seed{seed}": partial(_model_job, settings, run, out, key, config, name, seed) for seed in settings.seeds for name in names}
+    announce(
+        f"{len(names)} models x {len(settings.seeds)} seeds x {len(RUNGS) + len(settings.ways) + 1} attacks"
+    )
+    jobs: dict[str, Job] = {
+        f"{name}-seed{seed}": partial(_model_job, settings, run, out, key, config, name, seed)
+        for seed in settings.seeds
+        for name in names
+    }
     run_jobs("ladder", jobs, workers=workers)
     rows, items = collect(out)
     bench, world = bench_of(run, config)
-    ladder = build_ladder(world, lambda example: len(bench.tokenizer(example.text)["input_ids"]), settings.seeds[0])
+    ladder = build_ladder(
+        world, lambda example: len(bench.tokenizer(example.text)["input_ids"]), settings.seeds[0]
+    )
     start = items[(items["method"] == "base") & (items["arm"] == RUNGS[0]) & (items["step"] == 0)]
     curves = curve_rows(items, key, target=float(start["correct"].mean()) / 2, stage="ladder")
-    results = join([rows, summarise(items, key), _effects(items, key), curves, _leaks(ladder, key)], COLUMNS)
+    results = join(
+        [rows, summarise(items, key), _effects(items, key), curves, _leaks(ladder, key)], COLUMNS
+    )
     write_parquet(results, out / RESULTS)
     write_parquet(items, out / ITEMS)
-    texts = {rung: data_hash(examples) for rung, examples in ladder.rungs.items()} | {"novel": data_hash(ladder.novel)}
-    weights = {folder.name: weights_hash(folder) for folder in sorted((run / "models").iterdir()) if folder.is_dir()}
+    texts = {rung: data_hash(examples) for rung, examples in ladder.rungs.items()} | {
+        "novel": data_hash(ladder.novel)
+    }
+    weights = {
+        folder.name: weights_hash(folder)
+        for folder in sorted((run / "models").iterdir())
+        if folder.is_dir()
+    }
     write_json(out / PROVENANCE, provenance(values, data=texts, weights=weights))
     return Experiment(out, results, items, ladder_table)
 
@@ -189,6 +266,10 @@ def ladder_table(results: pd.DataFrame) -> pd.DataFrame:
         line = {"model": method}
         for arm in recall["arm"].drop_duplicates():
             name = f"{arm} (leaks)" if arm in leaking else str(arm)
-            line[name] = f"{mine.at[arm, 'value']:.2f} [{mine.at[arm, 'low']:.2f}, {mine.at[arm, 'high']:.2f}]" if arm in mine.index else "–"
+            line[name] = (
+                f"{mine.at[arm, 'value']:.2f} [{mine.at[arm, 'low']:.2f}, {mine.at[arm, 'high']:.2f}]"
+                if arm in mine.index
+                else "–"
+            )
         lines.append(line)
     return pd.DataFrame(lines)

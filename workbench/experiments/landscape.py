@@ -27,7 +27,13 @@ from workbench.sharpness.drop import worst_case
 from workbench.sharpness.krylov import lanczos
 from workbench.sharpness.paths import barriers, line_losses, path_losses
 from workbench.sharpness.planes import coordinates, loss_plane, trajectory_plane
-from workbench.sharpness.slices import Direction, descent_direction, loss_slice, random_direction, scaled
+from workbench.sharpness.slices import (
+    Direction,
+    descent_direction,
+    loss_slice,
+    random_direction,
+    scaled,
+)
 from workbench.sharpness.trace import rademacher, trace
 from workbench.unlearning.deltas import norm_of, snapshot
 
@@ -40,16 +46,37 @@ Losses = Mapping[str, Sequence[Batch]]
 def losses_of(bench: Bench, novel: Sequence[Example] = ()) -> dict[str, list[Batch]]:
     """Answer losses by name: both halves of the forget set, the retain rings that have answers, novel facts."""
     record = bench.record
-    sets = {FOLLOWED: record.forget_attacked, WATCHED: record.forget_heldout, **record.retain_test, NOVEL: novel}
-    return {name: bench.encode(one_per_item(texts), answers=True) for name, texts in sets.items() if texts and name != record.general}
+    sets = {
+        FOLLOWED: record.forget_attacked,
+        WATCHED: record.forget_heldout,
+        **record.retain_test,
+        NOVEL: novel,
+    }
+    return {
+        name: bench.encode(one_per_item(texts), answers=True)
+        for name, texts in sets.items()
+        if texts and name != record.general
+    }
 
 
 def towards(model: PreTrainedModel, other: PreTrainedModel) -> dict[str, Tensor]:
     """``theta_other - theta`` in float32."""
-    return {name: there.detach().float() - here.detach().float() for (name, here), there in zip(model.named_parameters(), other.parameters(), strict=True)}
+    return {
+        name: there.detach().float() - here.detach().float()
+        for (name, here), there in zip(model.named_parameters(), other.parameters(), strict=True)
+    }
 
 
-def add_slices(model: PreTrainedModel, bench: Bench, losses: Losses, table: Table, *, points: int, reach: float, seed: int) -> None:
+def add_slices(
+    model: PreTrainedModel,
+    bench: Bench,
+    losses: Losses,
+    table: Table,
+    *,
+    points: int,
+    reach: float,
+    seed: int,
+) -> None:
     """One-dimensional slices through the model.
 
     Directions: ``descent`` (minus the gradient of the attacker's loss), ``random`` (filter-normalised), both in shares of the weights' norm, and ``to-base`` (0 is
@@ -57,7 +84,10 @@ def add_slices(model: PreTrainedModel, bench: Bench, losses: Losses, table: Tabl
     """
     size = norm_of(snapshot(model))
     walks: dict[str, tuple[Direction, np.ndarray]] = {
-        "descent": (scaled(descent_direction(model, losses[FOLLOWED]), size), np.linspace(-reach, reach, points)),
+        "descent": (
+            scaled(descent_direction(model, losses[FOLLOWED]), size),
+            np.linspace(-reach, reach, points),
+        ),
         "random": (scaled(random_direction(model, seed), size), np.linspace(-reach, reach, points)),
     }
     back = towards(model, bench.base)
@@ -66,26 +96,47 @@ def add_slices(model: PreTrainedModel, bench: Bench, losses: Losses, table: Tabl
     for arm, (direction, positions) in walks.items():
         for split, values in loss_slice(model, direction, positions.tolist(), losses).items():
             for position, value in zip(positions.tolist(), values, strict=True):
-                table.add("slice_loss", value, stage="sharpness", split=split, arm=arm, step=position)
+                table.add(
+                    "slice_loss", value, stage="sharpness", split=split, arm=arm, step=position
+                )
     table.add("weight_norm", size, stage="sharpness")
 
 
 def whole_batch(bench: Bench) -> list[Batch]:
     """The held-out forget answers in one batch: a Hessian-vector product then costs two gradients instead of three."""
-    return bench.encode(one_per_item(bench.record.forget_heldout), answers=True, rows=len(bench.record.forget_heldout))
+    return bench.encode(
+        one_per_item(bench.record.forget_heldout),
+        answers=True,
+        rows=len(bench.record.forget_heldout),
+    )
 
 
-def add_ends(model: PreTrainedModel, texts: Sequence[Batch], table: Table, *, tolerance: float, seed: int, **columns: object) -> None:
+def add_ends(
+    model: PreTrainedModel,
+    texts: Sequence[Batch],
+    table: Table,
+    *,
+    tolerance: float,
+    seed: int,
+    **columns: object,
+) -> None:
     """Both ends of the spectrum of the Hessian of the held-out forget loss with their residuals, and the gradient norm."""
     place: dict[str, Any] = {"stage": "sharpness", "split": WATCHED, **columns}
     try:
         ends = extremes(model, texts, seed=seed, tolerance=tolerance)
     except WorkbenchError:
-        for metric in ("top_eigenvalue", "bottom_eigenvalue"):  # an empty value with its reason beside it is a result; a made-up one is not
+        for metric in (
+            "top_eigenvalue",
+            "bottom_eigenvalue",
+        ):  # an empty value with its reason beside it is a result; a made-up one is not
             table.add(metric, np.nan, n=0, **place)
         return
     tokens = sum(int(batch.target_mask[:, 1:].sum()) for batch in texts)
-    for metric, value in (("top_eigenvalue", ends.top), ("bottom_eigenvalue", ends.bottom), ("gradient_norm", ends.gradient_norm)):
+    for metric, value in (
+        ("top_eigenvalue", ends.top),
+        ("bottom_eigenvalue", ends.bottom),
+        ("gradient_norm", ends.gradient_norm),
+    ):
         table.add(metric, value, n=tokens, **place)
     table.add("top_residual", ends.top_residual, **place)
     table.add("bottom_residual", ends.bottom_residual, **place)
@@ -120,22 +171,52 @@ def add_worst_cases(
 
     def add(arm: str, found: pd.DataFrame) -> None:
         for row in found.to_dict("records"):
-            table.add("drop", float(row["value"]), stage="sharpness", arm=arm, split=str(row["loss"]), step=float(row["rho"]))
+            table.add(
+                "drop",
+                float(row["value"]),
+                stage="sharpness",
+                arm=arm,
+                split=str(row["loss"]),
+                step=float(row["rho"]),
+            )
 
     if displacement > 0:
-        found = worst_case(model, losses, FOLLOWED, radii, unit=displacement, steps=(1, steps), seed=seed)
+        found = worst_case(
+            model, losses, FOLLOWED, radii, unit=displacement, steps=(1, steps), seed=seed
+        )
         add("drop", found[found["steps"] == steps])
         add("drop, one step", found[found["steps"] == 1])
-    add("drop, fixed radius", worst_case(model, losses, FOLLOWED, fixed, unit=size, steps=(steps,), seed=seed))
-    add("adaptive drop", worst_case(model, losses, FOLLOWED, fixed, unit=size, steps=(steps,), adaptive=True, seed=seed))
-    add("rise", worst_case(model, losses, FOLLOWED, fixed, unit=size, steps=(1,), kind="rise", seed=seed))
+    add(
+        "drop, fixed radius",
+        worst_case(model, losses, FOLLOWED, fixed, unit=size, steps=(steps,), seed=seed),
+    )
+    add(
+        "adaptive drop",
+        worst_case(
+            model, losses, FOLLOWED, fixed, unit=size, steps=(steps,), adaptive=True, seed=seed
+        ),
+    )
+    add(
+        "rise",
+        worst_case(model, losses, FOLLOWED, fixed, unit=size, steps=(1,), kind="rise", seed=seed),
+    )
 
 
-def add_average(model: PreTrainedModel, losses: Losses, table: Table, *, size: float, relative: Sequence[float], draws: int) -> None:
+def add_average(
+    model: PreTrainedModel,
+    losses: Losses,
+    table: Table,
+    *,
+    size: float,
+    relative: Sequence[float],
+    draws: int,
+) -> None:
     """The mean change of every loss under Gaussian noise whose length is a share of ``size``; the draws are the same for all models."""
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     unit = size / count**0.5
-    for row in mean_changes(noise_changes(model, losses, [share * unit for share in relative], draws=draws)).to_dict("records"):
+    for row in mean_changes(
+        noise_changes(model, losses, [share * unit for share in relative], draws=draws)
+    ).to_dict("records"):
         mean, half = float(row["mean"]), 1.96 * float(row["se"])
         table.add(
             "noise_change",
@@ -149,9 +230,13 @@ def add_average(model: PreTrainedModel, losses: Losses, table: Table, *, size: f
         )
 
 
-def add_line(model: PreTrainedModel, bench: Bench, losses: Losses, table: Table, *, points: int) -> None:
+def add_line(
+    model: PreTrainedModel, bench: Bench, losses: Losses, table: Table, *, points: int
+) -> None:
     """Barriers on the straight line to the base, and where the loss has come down to half."""
-    line = line_losses(model, towards(model, bench.base), np.linspace(0, 1, points).tolist(), losses)
+    line = line_losses(
+        model, towards(model, bench.base), np.linspace(0, 1, points).tolist(), losses
+    )
     for row in barriers(line).to_dict("records"):
         for metric in ("barrier", "midpoint", "half_at"):
             table.add(f"{metric}_to_base", row[metric], stage="sharpness", split=row["loss"])
@@ -165,17 +250,40 @@ def module_of(parameter: str) -> str:
     found = _LAYER.search(parameter)
     if found:
         part = found.group(2).lower()
-        return f"blocks.{found.group(1)}." + ("norm" if "norm" in part or part.startswith("ln") else "attn" if "attn" in part or "attention" in part else "mlp")
+        return f"blocks.{found.group(1)}." + (
+            "norm"
+            if "norm" in part or part.startswith("ln")
+            else "attn"
+            if "attn" in part or "attention" in part
+            else "mlp"
+        )
     if "norm" in parameter or "ln_f" in parameter:
         return "norm"
     return "unembed" if "lm_head" in parameter or "embed_out" in parameter else "embed"
 
 
-def add_trace(model: PreTrainedModel, texts: Sequence[Batch], table: Table, *, probes: int, seed: int, arm: str) -> None:
+def add_trace(
+    model: PreTrainedModel,
+    texts: Sequence[Batch],
+    table: Table,
+    *,
+    probes: int,
+    seed: int,
+    arm: str,
+) -> None:
     """Hutchinson's trace with its standard error and its running mean over probes, and the mean eigenvalue of every module."""
-    found = trace(model, texts, seed=seed, relative_se=0, min_probes=min(probes, 10), max_products=probes)
+    found = trace(
+        model, texts, seed=seed, relative_se=0, min_probes=min(probes, 10), max_products=probes
+    )
     place: dict[str, Any] = {"stage": "sharpness", "split": WATCHED, "arm": arm}
-    table.add("trace", found.value, low=found.value - 1.96 * found.se, high=found.value + 1.96 * found.se, n=found.n, **place)
+    table.add(
+        "trace",
+        found.value,
+        low=found.value - 1.96 * found.se,
+        high=found.value + 1.96 * found.se,
+        n=found.n,
+        **place,
+    )
     table.add("trace_se", found.se, **place)
     sums = found.samples.sum(1)
     for count in range(2, found.n + 1):
@@ -183,10 +291,25 @@ def add_trace(model: PreTrainedModel, texts: Sequence[Batch], table: Table, *, p
         table.add("running_trace", mean, low=mean - half, high=mean + half, step=count, **place)
     blocks = found.by_block()
     for name, rows in blocks.groupby(blocks["block"].map(module_of), sort=False):
-        table.add("module_eigenvalue", float(rows["trace"].sum() / rows["weights"].sum()), site=str(name), n=int(rows["weights"].sum()), **place)
+        table.add(
+            "module_eigenvalue",
+            float(rows["trace"].sum() / rows["weights"].sum()),
+            site=str(name),
+            n=int(rows["weights"].sum()),
+            **place,
+        )
 
 
-def add_density(model: PreTrainedModel, texts: Sequence[Batch], table: Table, *, probes: int, steps: int, seed: int, arm: str) -> None:
+def add_density(
+    model: PreTrainedModel,
+    texts: Sequence[Batch],
+    table: Table,
+    *,
+    probes: int,
+    steps: int,
+    seed: int,
+    arm: str,
+) -> None:
     """The nodes of the spectral density (metric ``density_node``: ``step`` the eigenvalue, ``value`` its share, ``n`` the probe), and Ritz values along Lanczos's steps.
 
     All models of a run are drawn on one grid, so the curves are made when all are known: :func:`density_curves`.
@@ -198,15 +321,23 @@ def add_density(model: PreTrainedModel, texts: Sequence[Batch], table: Table, *,
     finally:
         operator.release()
     place: dict[str, Any] = {"stage": "sharpness", "split": WATCHED, "arm": arm}
-    for node, weight, probe in zip(found.nodes.tolist(), found.weights.tolist(), found.probe.tolist(), strict=True):
+    for node, weight, probe in zip(
+        found.nodes.tolist(), found.weights.tolist(), found.probe.tolist(), strict=True
+    ):
         table.add("density_node", weight, step=node, n=probe, **place)
     for metric in ("moment_error", "negative_mass", "negative_energy"):
         table.add(metric, getattr(found, metric), n=found.products, **place)
     for taken in range(2, len(krylov.diagonal) + 1):
-        values = eigh_tridiagonal(krylov.diagonal[:taken], krylov.beside[: taken - 1], eigvals_only=True)
+        values = eigh_tridiagonal(
+            krylov.diagonal[:taken], krylov.beside[: taken - 1], eigvals_only=True
+        )
         if arm == "unlearned":
-            table.add("ritz", float(values[-1]), stage="sharpness", split=WATCHED, arm="top", step=taken)
-            table.add("ritz", float(values[0]), stage="sharpness", split=WATCHED, arm="bottom", step=taken)
+            table.add(
+                "ritz", float(values[-1]), stage="sharpness", split=WATCHED, arm="top", step=taken
+            )
+            table.add(
+                "ritz", float(values[0]), stage="sharpness", split=WATCHED, arm="bottom", step=taken
+            )
 
 
 def density_curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
@@ -224,9 +355,19 @@ def density_curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.Data
         return dict(zip(columns, values, strict=True))
 
     for values, mine in nodes.groupby(columns, sort=False, dropna=False):
-        found = Density(mine["step"].to_numpy(float), mine["value"].to_numpy(float), mine["n"].to_numpy(np.int64), 1, 0.0, 0.0, 0)
+        found = Density(
+            mine["step"].to_numpy(float),
+            mine["value"].to_numpy(float),
+            mine["n"].to_numpy(np.int64),
+            1,
+            0.0,
+            0.0,
+            0,
+        )
         lines = found.smoothed(points, linear)
-        for point, value, low, high in zip(points, lines.mean(0), lines.min(0), lines.max(0), strict=True):
+        for point, value, low, high in zip(
+            points, lines.mean(0), lines.min(0), lines.max(0), strict=True
+        ):
             table.add("density", value, low=low, high=high, step=float(point), **columns_of(values))
     return table.frame()
 
@@ -253,21 +394,72 @@ def add_attack_path(
 
     def keep(attacked: PreTrainedModel, step: int) -> None:
         if step:
-            deltas.append({name: parameter.detach().float() - start[name].float() for name, parameter in attacked.named_parameters()})
+            deltas.append(
+                {
+                    name: parameter.detach().float() - start[name].float()
+                    for name, parameter in attacked.named_parameters()
+                }
+            )
             steps.append(step)
 
-    often = sorted({step for step in (1, 2, 3, 5, 7, 10, 14, 20, 30, *settings.measure_at) if 0 < step <= settings.steps} | {settings.steps})
-    relearned = relearn(model, bench.tokenizer, texts, keep, replace(settings, measure_at=tuple(often)), seed=seed, max_length=bench.max_length)
+    often = sorted(
+        {
+            step
+            for step in (1, 2, 3, 5, 7, 10, 14, 20, 30, *settings.measure_at)
+            if 0 < step <= settings.steps
+        }
+        | {settings.steps}
+    )
+    relearned = relearn(
+        model,
+        bench.tokenizer,
+        texts,
+        keep,
+        replace(settings, measure_at=tuple(often)),
+        seed=seed,
+        max_length=bench.max_length,
+    )
     for row in path_losses(model, deltas, losses).to_dict("records"):
         step = [0, *steps][int(row["checkpoint"])]
-        table.add("path_loss", float(row["value"]), stage="sharpness", arm="attack path", split=str(row["loss"]), step=step)
+        table.add(
+            "path_loss",
+            float(row["value"]),
+            stage="sharpness",
+            arm="attack path",
+            split=str(row["loss"]),
+            step=step,
+        )
         if row["loss"] == WATCHED:
-            table.add("path_distance", float(row["distance"]), stage="sharpness", arm="attack path", step=step)
-            table.add("path_travelled", float(row["travelled"]), stage="sharpness", arm="attack path", step=step)
+            table.add(
+                "path_distance",
+                float(row["distance"]),
+                stage="sharpness",
+                arm="attack path",
+                step=step,
+            )
+            table.add(
+                "path_travelled",
+                float(row["travelled"]),
+                stage="sharpness",
+                arm="attack path",
+                step=step,
+            )
     if len(deltas) > 1:
         for share in trajectory_plane(deltas).shares.head(4).to_dict("records"):
-            table.add("trajectory_share", float(share["share"]), stage="sharpness", arm="attack path", step=float(share["component"]))
-            table.add("trajectory_share", float(share["null"]), stage="sharpness", arm="random walk", step=float(share["component"]))
+            table.add(
+                "trajectory_share",
+                float(share["share"]),
+                stage="sharpness",
+                arm="attack path",
+                step=float(share["component"]),
+            )
+            table.add(
+                "trajectory_share",
+                float(share["null"]),
+                stage="sharpness",
+                arm="random walk",
+                step=float(share["component"]),
+            )
     back = towards(model, bench.base)
     if not norm_of(back) or not norm_of(deltas[-1]):
         return relearned
@@ -275,11 +467,25 @@ def add_attack_path(
     places = np.linspace(-0.5, 1.5, points).tolist()
     grid = loss_plane(model, deltas[-1], back, places, places, shown)
     for point in grid.to_dict("records"):
-        table.add("plane_loss", float(point["value"]), stage="sharpness", split=str(point["loss"]), step=float(point["x"]), arm=repr(float(point["y"])))
+        table.add(
+            "plane_loss",
+            float(point["value"]),
+            stage="sharpness",
+            split=str(point["loss"]),
+            step=float(point["x"]),
+            arm=repr(float(point["y"])),
+        )
     unit = norm_of(deltas[-1])
     taken = {f"step {step}": delta for step, delta in zip(steps, deltas, strict=True)}
     for place in coordinates({**taken, "base": back}, deltas[-1], back).to_dict("records"):
-        table.add("plane_point", float(place["y"]), high=float(place["residual"]) / unit, stage="sharpness", arm=str(place["point"]), step=float(place["x"]))
+        table.add(
+            "plane_point",
+            float(place["y"]),
+            high=float(place["residual"]) / unit,
+            stage="sharpness",
+            arm=str(place["point"]),
+            step=float(place["x"]),
+        )
     return relearned
 
 

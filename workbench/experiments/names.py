@@ -31,7 +31,14 @@ from workbench.data.tokenizer import build_tokenizer
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.answers import generate_answers
 from workbench.evaluation.statistics import wilson
-from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, claim_folder, collect, run_stage
+from workbench.experiments.folder import (
+    ITEMS,
+    PROVENANCE,
+    RESULTS,
+    claim_folder,
+    collect,
+    run_stage,
+)
 from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, join, summarise, write_parquet
@@ -75,7 +82,11 @@ class NamesSettings:
     method: str = "npo"
     unlearn_steps: int = 60
     unlearn_lr: float = 6e-4
-    attack: RelearnSettings = field(default_factory=lambda: RelearnSettings(steps=30, lr=2e-4, batch_size=4, measure_at=(0, 5, 10, 17, 30)))
+    attack: RelearnSettings = field(
+        default_factory=lambda: RelearnSettings(
+            steps=30, lr=2e-4, batch_size=4, measure_at=(0, 5, 10, 17, 30)
+        )
+    )
     new_tokens: int = 60
 
     def __post_init__(self) -> None:
@@ -85,7 +96,9 @@ class NamesSettings:
             raise ValueError(f"seeds are {self.seeds}; give at least one, each once, none negative")
         wrong = [count for count in self.repetitions if count not in REPETITIONS]
         if wrong or not self.repetitions:
-            raise ValueError(f"repetitions are {self.repetitions}; choose among {', '.join(map(str, REPETITIONS))}")
+            raise ValueError(
+                f"repetitions are {self.repetitions}; choose among {', '.join(map(str, REPETITIONS))}"
+            )
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,7 +124,12 @@ class NamesRun:
         return names_table(self.results).to_html(index=False, escape=True)
 
 
-def success(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int) -> np.ndarray:
+def success(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    new_tokens: int,
+) -> np.ndarray:
     """``[prompt]`` 1.0 where greedy decoding writes the pair anywhere: at once, or later in the continuation."""
     pair = f"{FIRST} {SECOND}"
     # contexts of 37 names and a continuation: the pair counts wherever it first becomes whole
@@ -120,7 +138,9 @@ def success(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts:
 
 
 @torch.no_grad()
-def next_name_probability(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> np.ndarray:
+def next_name_probability(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
+) -> np.ndarray:
     """``[prompt]`` probability of the second name right after the prompt."""
     batch = encode(tokenizer, [Example(prompt) for prompt in prompts])
     (second,) = tokenizer(SECOND, add_special_tokens=False)["input_ids"]
@@ -131,10 +151,14 @@ def next_name_probability(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 def without_pairs(corpus: NamesCorpus) -> tuple[Example, ...]:
     """The rows of the never-learned control: the pairs taken out, everything else as it is."""
-    return tuple(replace(row, text=row.text.replace(f" {FIRST} {SECOND}", "")) for row in corpus.rows)
+    return tuple(
+        replace(row, text=row.text.replace(f" {FIRST} {SECOND}", "")) for row in corpus.rows
+    )
 
 
-def _pretrained(settings: NamesSettings, corpus: NamesCorpus, seed: int, progress: Report) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+def _pretrained(
+    settings: NamesSettings, corpus: NamesCorpus, seed: int, progress: Report
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     words = sorted({word for row in corpus.rows for word in row.text.split()} | {FIRST, SECOND})
     tokenizer = build_tokenizer(words)
     model = small_llama(
@@ -143,9 +167,24 @@ def _pretrained(settings: NamesSettings, corpus: NamesCorpus, seed: int, progres
     rng = random.Random(f"names-pretraining-{seed}")
 
     def rows() -> Batch:
-        return encode(tokenizer, [Example(" ".join(rng.choices(words, k=rng.randint(21, 37)))) for _ in range(16)])
+        return encode(
+            tokenizer,
+            [Example(" ".join(rng.choices(words, k=rng.randint(21, 37)))) for _ in range(16)],
+        )
 
-    return fit(model, rows, steps=settings.pretrain_steps, lr=2e-3, seed=seed, warmup=10, progress=progress), tokenizer, words
+    return (
+        fit(
+            model,
+            rows,
+            steps=settings.pretrain_steps,
+            lr=2e-3,
+            seed=seed,
+            warmup=10,
+            progress=progress,
+        ),
+        tokenizer,
+        words,
+    )
 
 
 def _seed_job(settings: NamesSettings, out: Path, key: str, seed: int, progress: Report) -> None:
@@ -175,17 +214,47 @@ def _one_dial(
 ) -> None:  # fmt: skip
     corpus = build_names(repetitions, seed)
     split = f"repetitions-{repetitions}"
-    leaks = leak_report(corpus.fragments, [Example(f"{FIRST} {SECOND}", answer=(len(FIRST) + 1, len(FIRST) + 1 + len(SECOND)))])
+    leaks = leak_report(
+        corpus.fragments,
+        [Example(f"{FIRST} {SECOND}", answer=(len(FIRST) + 1, len(FIRST) + 1 + len(SECOND)))],
+    )
     if leaks.answers:
-        raise WorkbenchError(f"a fragment of seed {seed} holds {SECOND!r}; the attack would teach the answer")
+        raise WorkbenchError(
+            f"a fragment of seed {seed} holds {SECOND!r}; the attack would teach the answer"
+        )
 
     def memorise(rows: Sequence[Example]) -> PreTrainedModel:
         batch = encode(tokenizer, rows)
-        return fit(copy.deepcopy(pretrained), lambda: batch, steps=settings.memorise_steps, lr=1e-3, seed=seed, warmup=2, progress=advance)
+        return fit(
+            copy.deepcopy(pretrained),
+            lambda: batch,
+            steps=settings.memorise_steps,
+            lr=1e-3,
+            seed=seed,
+            warmup=2,
+            progress=advance,
+        )
 
     base, never = memorise(corpus.rows), memorise(without_pairs(corpus))
-    made = recipe(settings.method, base, seed, {"lr": settings.unlearn_lr, "steps": settings.unlearn_steps, "batch_size": len(corpus.forget)})
-    result = unlearn(base, tokenizer, made, corpus.forget, corpus.rows[len(corpus.forget) :], seed=seed, progress=advance)
+    made = recipe(
+        settings.method,
+        base,
+        seed,
+        {
+            "lr": settings.unlearn_lr,
+            "steps": settings.unlearn_steps,
+            "batch_size": len(corpus.forget),
+        },
+    )
+    result = unlearn(
+        base,
+        tokenizer,
+        made,
+        corpus.forget,
+        corpus.rows[len(corpus.forget) :],
+        seed=seed,
+        progress=advance,
+    )
     unlearned, start = copy.deepcopy(base), snapshot(base)
 
     def recalled(alpha: float) -> bool:
@@ -197,7 +266,10 @@ def _one_dial(
     table.add("nothing_recalled", float(silent), method="unlearned", model="unlearned", split=split)
     rng = random.Random(f"names-null-{seed}")
     others = [word for word in words if word not in (FIRST, SECOND)]
-    null = tuple(Example(" ".join(rng.sample(others, len(fragment.text.split())))) for fragment in corpus.fragments)
+    null = tuple(
+        Example(" ".join(rng.sample(others, len(fragment.text.split()))))
+        for fragment in corpus.fragments
+    )
 
     def measure(model: PreTrainedModel, step: int, method: str, arm: str) -> None:
         hits = success(model, tokenizer, corpus.prompts, settings.new_tokens)
@@ -206,8 +278,14 @@ def _one_dial(
         found = wilson(float(hits.sum()), len(hits))
         table.add_estimate("asr", found, **columns)
         for number, (hit, probability) in enumerate(zip(hits, likely, strict=True)):
-            shared = {name: value for name, value in (table.common | columns).items() if name in ITEM_COLUMNS}
-            table.items.append({**shared, "item": f"prompt/{number}", "correct": hit, "probability": probability})
+            shared = {
+                name: value
+                for name, value in (table.common | columns).items()
+                if name in ITEM_COLUMNS
+            }
+            table.items.append(
+                {**shared, "item": f"prompt/{number}", "correct": hit, "probability": probability}
+            )
 
     measure(base, 0, "base", "none")
     for method, model, arm, texts in (
@@ -215,11 +293,24 @@ def _one_dial(
         ("unlearned", unlearned, "null", null),
         ("never-learned", never, "fragments", corpus.fragments),
     ):
-        relearn(model, tokenizer, texts, partial(measure, method=method, arm=arm), settings.attack, seed=seed, progress=advance)
+        relearn(
+            model,
+            tokenizer,
+            texts,
+            partial(measure, method=method, arm=arm),
+            settings.attack,
+            seed=seed,
+            progress=advance,
+        )
 
 
 def run_names(
-    out: Path, settings: NamesSettings | None = None, *, fresh: bool = False, workers: int | None = None, announce: Callable[[str], None] = lambda message: None
+    out: Path,
+    settings: NamesSettings | None = None,
+    *,
+    fresh: bool = False,
+    workers: int | None = None,
+    announce: Callable[[str], None] = lambda message: None,
 ) -> NamesRun:
     """Run the experiment; a killed run goes on at its last finished seed.
 
@@ -236,15 +327,25 @@ def run_names(
     settings = settings or NamesSettings()
     values = plain(asdict(settings))
     key = key_of(values)
-    claim_folder(out, yaml.safe_dump({"experiment": "names", **values}, sort_keys=False), fresh=fresh)
-    announce(f"{len(settings.seeds)} seeds x repetitions {', '.join(map(str, settings.repetitions))}: memorise, unlearn, relearn")
-    jobs: dict[str, Job] = {f"names-seed{seed}": partial(_seed_job, settings, out, key, seed) for seed in settings.seeds}
+    claim_folder(
+        out, yaml.safe_dump({"experiment": "names", **values}, sort_keys=False), fresh=fresh
+    )
+    announce(
+        f"{len(settings.seeds)} seeds x repetitions {', '.join(map(str, settings.repetitions))}: memorise, unlearn, relearn"
+    )
+    jobs: dict[str, Job] = {
+        f"names-seed{seed}": partial(_seed_job, settings, out, key, seed) for seed in settings.seeds
+    }
     run_jobs("names", jobs, workers=workers)
     rows, items = collect(out)
     results = join([rows, summarise(items, key), _pooled(items, key)], COLUMNS)
     write_parquet(results, out / RESULTS)
     write_parquet(items, out / ITEMS)
-    texts = {f"repetitions-{count}-seed{seed}": data_hash(build_names(count, seed).rows) for count in settings.repetitions for seed in settings.seeds}
+    texts = {
+        f"repetitions-{count}-seed{seed}": data_hash(build_names(count, seed).rows)
+        for count in settings.repetitions
+        for seed in settings.seeds
+    }
     write_json(out / PROVENANCE, provenance(values, data=texts, weights={}))
     return NamesRun(out, settings, results, items)
 
@@ -252,8 +353,18 @@ def run_names(
 def _pooled(items: pd.DataFrame, key: str) -> pd.DataFrame:
     """Success over all seeds and prompts with Wilson's interval, as the paper's rates would have it; rows of metric ``recall`` resample seeds and prompts instead."""
     table = Table({"run": key, "stage": "names"})
-    for (method, split, arm, step), group in items.groupby(["method", "split", "arm", "step"], sort=False):
-        table.add_estimate("asr", wilson(float(group["correct"].sum()), len(group)), method=method, model=method, split=split, arm=arm, step=step)
+    for (method, split, arm, step), group in items.groupby(
+        ["method", "split", "arm", "step"], sort=False
+    ):
+        table.add_estimate(
+            "asr",
+            wilson(float(group["correct"].sum()), len(group)),
+            method=method,
+            model=method,
+            split=split,
+            arm=arm,
+            step=step,
+        )
     return table.frame()
 
 
@@ -264,7 +375,12 @@ def names_table(results: pd.DataFrame) -> pd.DataFrame:
     wide = results[(results["metric"] == "recall") & results["seed"].isna()]
 
     def cell(table: pd.DataFrame, split: str, method: str, arm: str, step: float) -> str:
-        found = table[(table["split"] == split) & (table["method"] == method) & (table["arm"] == arm) & (table["step"] == step)]
+        found = table[
+            (table["split"] == split)
+            & (table["method"] == method)
+            & (table["arm"] == arm)
+            & (table["step"] == step)
+        ]
         if not len(found):
             return "–"
         value, low, high = (100 * float(found[name].iloc[0]) for name in ("value", "low", "high"))

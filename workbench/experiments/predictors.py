@@ -39,7 +39,16 @@ MEASURES = {
     "recall_before": "recall of held-out facts before the attack",
 }
 """What is measured before the attack, in words; ``LANDSCAPE`` takes ``workbench sharpness``."""
-LANDSCAPE = ("trace", "worst_drop", "worst_drop_heldout", "drop_of_displacement", "adaptive_drop", "rise", "noise_change", "half_way")
+LANDSCAPE = (
+    "trace",
+    "worst_drop",
+    "worst_drop_heldout",
+    "drop_of_displacement",
+    "adaptive_drop",
+    "rise",
+    "noise_change",
+    "half_way",
+)
 MIN_POINTS = 6
 GIVEN = ("recall_before", "displacement")
 """What partial correlations hold fixed: how much was forgotten, and how far the weights went."""
@@ -79,16 +88,21 @@ def _measures(rows: pd.DataFrame) -> dict[str, float]:
     stream = rows[rows["site"].fillna("").str.endswith("hook_resid_post")]
     blocks = stream["site"].str.split(".").str[1].astype(float)
     late = stream[blocks == blocks.max()]
-    slices = rows[(rows["metric"] == "slice_loss") & (rows["arm"] == "descent") & (rows["split"] == "forget-heldout") & (rows["step"] > -1e-9)].sort_values(
-        "step"
-    )
+    slices = rows[
+        (rows["metric"] == "slice_loss")
+        & (rows["arm"] == "descent")
+        & (rows["split"] == "forget-heldout")
+        & (rows["step"] > -1e-9)
+    ].sort_values("step")
     energy = rows[(rows["metric"] == "energy_in_retain_subspace") & (rows["step"] == 8)]
     return {
         "displacement": _last(rows, "displacement"),
         "top_eigenvalue": _last(rows, "top_eigenvalue"),
         "bottom_eigenvalue": _last(rows, "bottom_eigenvalue"),
         "gradient_norm": _last(rows, "gradient_norm"),
-        "descent_drop": float(slices["value"].iloc[0] - slices["value"].min()) if len(slices) else float("nan"),
+        "descent_drop": float(slices["value"].iloc[0] - slices["value"].min())
+        if len(slices)
+        else float("nan"),
         "shift_forget": _last(stream, "relative_shift", split="forget-heldout"),
         "shift_retain": _last(stream, "relative_shift", split="retain-neighbour"),
         "shift_late": _last(late, "relative_shift", split="forget-heldout"),
@@ -101,14 +115,18 @@ def _measures(rows: pd.DataFrame) -> dict[str, float]:
         "drop_of_displacement": _inside(rows, "drop", "forget-attacked"),
         "adaptive_drop": _inside(rows, "adaptive drop", "forget-attacked"),
         "rise": _inside(rows, "rise", "forget-attacked"),
-        "noise_change": _largest(rows[(rows["metric"] == "noise_change") & (rows["split"] == "forget-heldout")], 1),
+        "noise_change": _largest(
+            rows[(rows["metric"] == "noise_change") & (rows["split"] == "forget-heldout")], 1
+        ),
         "half_way": _last(rows, "half_at_to_base", split="forget-heldout"),
     }
 
 
 def _inside(rows: pd.DataFrame, arm: str, split: str) -> float:
     """The value at the second largest radius: the largest one reaches the floor of the loss in many models."""
-    return _largest(rows[(rows["metric"] == "drop") & (rows["arm"] == arm) & (rows["split"] == split)], 2)
+    return _largest(
+        rows[(rows["metric"] == "drop") & (rows["arm"] == arm) & (rows["split"] == split)], 2
+    )
 
 
 def _largest(rows: pd.DataFrame, place: int) -> float:
@@ -119,10 +137,18 @@ def _largest(rows: pd.DataFrame, place: int) -> float:
 def points_of(results: pd.DataFrame, items: pd.DataFrame, run: str = "") -> pd.DataFrame:
     """One row per unlearned model: the measures before the attack beside the recovery after it."""
     mine = results[results["seed"].notna() & ~results["method"].isin(CONTROLS)]
-    attacks = items[(items["stage"] == "relearn") & (items["arm"] == "attack") & (items["split"] == "forget-heldout")]
+    attacks = items[
+        (items["stage"] == "relearn")
+        & (items["arm"] == "attack")
+        & (items["split"] == "forget-heldout")
+    ]
     rows = []
     for (method, seed), part in mine.groupby(["method", "seed"], sort=True):
-        curve = attacks[(attacks["method"] == method) & (attacks["seed"] == seed)].groupby("step")["correct"].mean()
+        curve = (
+            attacks[(attacks["method"] == method) & (attacks["seed"] == seed)]
+            .groupby("step")["correct"]
+            .mean()
+        )
         if len(curve) < 2:
             continue
         before, after = float(curve.loc[curve.index.min()]), float(curve.loc[curve.index.max()])
@@ -157,24 +183,51 @@ def correlate(points: pd.DataFrame) -> Predictors:
     table = Table({"stage": "predictors"})
     for outcome in ("recovery", "recall_after"):
         for measure in MEASURES:
-            have = points[np.isfinite(points[measure].astype(float))].round({outcome: 9})  # equal recoveries are ties, however they round
-            if len(have) < MIN_POINTS or have[measure].nunique() < 2 or have[outcome].nunique() < 2 or (measure, outcome) == ("recall_before", "recovery"):
+            have = points[np.isfinite(points[measure].astype(float))].round(
+                {outcome: 9}
+            )  # equal recoveries are ties, however they round
+            if (
+                len(have) < MIN_POINTS
+                or have[measure].nunique() < 2
+                or have[outcome].nunique() < 2
+                or (measure, outcome) == ("recall_before", "recovery")
+            ):
                 continue  # what was won back is the recall after minus the recall before: correlated with it by construction
             x, y, groups = (have[name].to_numpy() for name in (measure, outcome, "method"))
-            table.add_estimate("recovery_correlation", spearman(x, y, groups=groups), arm=measure, split=outcome)
+            table.add_estimate(
+                "recovery_correlation", spearman(x, y, groups=groups), arm=measure, split=outcome
+            )
             if have["seed"].nunique() > 1:
-                table.add_estimate("recovery_within_seed", spearman(x, y, groups=groups, within=have["seed"].to_numpy()), arm=measure, split=outcome)
+                table.add_estimate(
+                    "recovery_within_seed",
+                    spearman(x, y, groups=groups, within=have["seed"].to_numpy()),
+                    arm=measure,
+                    split=outcome,
+                )
             families = np.array([innermost(name) for name in groups])
             wrapped = 3 <= len(set(families)) < len(set(groups))
             if wrapped:
-                table.add_estimate("recovery_correlation_families", spearman(x, y, groups=families), arm=measure, split=outcome)
-            held = [name for name in GIVEN if name != measure and np.isfinite(have[name].astype(float)).all()]
+                table.add_estimate(
+                    "recovery_correlation_families",
+                    spearman(x, y, groups=families),
+                    arm=measure,
+                    split=outcome,
+                )
+            held = [
+                name
+                for name in GIVEN
+                if name != measure and np.isfinite(have[name].astype(float)).all()
+            ]
             if held:
                 partial = spearman(x, y, groups=groups, given=have[held].to_numpy(dtype=float))
                 table.add_estimate("recovery_partial", partial, arm=measure, split=outcome)
                 if wrapped:
-                    partial = spearman(x, y, groups=families, given=have[held].to_numpy(dtype=float))
-                    table.add_estimate("recovery_partial_families", partial, arm=measure, split=outcome)
+                    partial = spearman(
+                        x, y, groups=families, given=have[held].to_numpy(dtype=float)
+                    )
+                    table.add_estimate(
+                        "recovery_partial_families", partial, arm=measure, split=outcome
+                    )
     return Predictors(points, typed(table.frame(), COLUMNS))
 
 
@@ -182,7 +235,11 @@ def point_rows(points: pd.DataFrame, key: str) -> pd.DataFrame:
     """The points as tidy rows: metrics ``predictor_value`` (``arm`` the measure) and ``outcome`` (``arm`` ``recovery`` or ``recall_after``)."""
     table = Table({"run": key, "stage": "predictors"})
     for row in points.to_dict("records"):
-        place = {"method": row["method"], "model": f"{row['method']}-seed{row['seed']}", "seed": row["seed"]}
+        place = {
+            "method": row["method"],
+            "model": f"{row['method']}-seed{row['seed']}",
+            "seed": row["seed"],
+        }
         for measure in MEASURES:
             if np.isfinite(row[measure]):
                 table.add("predictor_value", row[measure], arm=measure, **place)
@@ -204,10 +261,16 @@ def predictors(runs: Sequence[Path]) -> Predictors:
 def predictor_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row per measure, strongest correlation with the recall won back first."""
     plain = results[results["metric"] == "recovery_correlation"]
-    wide = {outcome: plain[plain["split"] == outcome].set_index("arm") for outcome in ("recovery", "recall_after")}
+    wide = {
+        outcome: plain[plain["split"] == outcome].set_index("arm")
+        for outcome in ("recovery", "recall_after")
+    }
     won = results[results["split"] == "recovery"]
     fixed = won[won["metric"] == "recovery_partial"].set_index("arm")
-    by_family = {name: won[won["metric"] == f"recovery_{name}_families"].set_index("arm") for name in ("correlation", "partial")}
+    by_family = {
+        name: won[won["metric"] == f"recovery_{name}_families"].set_index("arm")
+        for name in ("correlation", "partial")
+    }
 
     def cell(outcome: str, measure: str) -> str:
         return shown(wide[outcome], measure)
@@ -226,11 +289,21 @@ def predictor_table(results: pd.DataFrame) -> pd.DataFrame:
             {
                 "measured before the attack": MEASURES[measure],
                 "with the recall won back": cell("recovery", measure),
-                **({"the same, families resampled": shown(by_family["correlation"], measure)} if len(by_family["correlation"]) else {}),
+                **(
+                    {"the same, families resampled": shown(by_family["correlation"], measure)}
+                    if len(by_family["correlation"])
+                    else {}
+                ),
                 "the same, recall before and distance held fixed": shown(fixed, measure),
-                **({"held fixed, families resampled": shown(by_family["partial"], measure)} if len(by_family["partial"]) else {}),
+                **(
+                    {"held fixed, families resampled": shown(by_family["partial"], measure)}
+                    if len(by_family["partial"])
+                    else {}
+                ),
                 "with the recall after the attack": cell("recall_after", measure),
-                "models": int(wide["recall_after"].loc[measure, "n"]) if measure in wide["recall_after"].index else int(wide["recovery"].loc[measure, "n"]),
+                "models": int(wide["recall_after"].loc[measure, "n"])
+                if measure in wide["recall_after"].index
+                else int(wide["recovery"].loc[measure, "n"]),
             }
             for measure in order
         ]

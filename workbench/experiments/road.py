@@ -19,7 +19,16 @@ from workbench.experiments import stages
 from workbench.experiments.bench import Bench, Disruption
 from workbench.experiments.claims import Verdict, decide
 from workbench.experiments.config import RunConfig, write_config
-from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, claim_folder, collect, finish_stage, run_stage, stage_path
+from workbench.experiments.folder import (
+    ITEMS,
+    PROVENANCE,
+    RESULTS,
+    claim_folder,
+    collect,
+    finish_stage,
+    run_stage,
+    stage_path,
+)
 from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.table import COLUMNS, Table, join, summarise, write_parquet
@@ -105,37 +114,71 @@ def _model_job(config: RunConfig, out: Path, method: str, seed: int, progress: R
 
     def start(table: Table) -> None:
         if not unlearned:
-            stages.measure_sets(_opened(str(folder)).model, {k: bench.encode(v) for k, v in stages.measured_sets(bench.record).items()}, table, stage="unlearn")
+            stages.measure_sets(
+                _opened(str(folder)).model,
+                {k: bench.encode(v) for k, v in stages.measured_sets(bench.record).items()},
+                table,
+                stage="unlearn",
+            )
             return
         variant = config.variant(method)
         made = recipe(variant.method, bench.base, seed, variant.settings)
-        retain = {path.stem: Subspace.load(path) for path in (out / "subspaces" / "retain").glob("*.safetensors")}
+        retain = {
+            path.stem: Subspace.load(path)
+            for path in (out / "subspaces" / "retain").glob("*.safetensors")
+        }
         model = stages.unlearn_to_budget(
             bench, made, Disruption(bench, config.budget_measure, config.budget_rings), budget=config.budget, limit=config.alpha_limit, seed=seed, table=table, common=retain,
             dtype=getattr(torch, variant.dtype), progress=progress,
         )  # fmt: skip
         settings = settings_for(variant.method, bench.base, variant.settings)
-        note = {"method": method, "recipe": variant.method, "dtype": variant.dtype, "seed": seed, "settings": settings, "budget": config.budget, "base": BASE}
+        note = {
+            "method": method,
+            "recipe": variant.method,
+            "dtype": variant.dtype,
+            "seed": seed,
+            "settings": settings,
+            "budget": config.budget,
+            "base": BASE,
+        }
         save_model(model, bench.tokenizer, folder, note)
 
     run_stage(out, job, "unlearn", common, start)
     model = _opened(str(folder)).model if not unlearned else open_model(folder).model
 
     def relearn(table: Table) -> None:
-        stages.attack(model, bench, config.attack, seed=seed, table=table, null_pool=world.filler_train, progress=progress)
+        stages.attack(
+            model,
+            bench,
+            config.attack,
+            seed=seed,
+            table=table,
+            null_pool=world.filler_train,
+            progress=progress,
+        )
 
     def triggers(table: Table) -> None:
         stages.trigger_check(model, bench, neutral_words(), seed=seed, table=table)
 
     def sharpness(table: Table) -> None:
-        stages.sharpness(model, bench, points=config.slice_points, reach=config.slice_reach, tolerance=config.curvature_tolerance, seed=seed, table=table)
+        stages.sharpness(
+            model,
+            bench,
+            points=config.slice_points,
+            reach=config.slice_reach,
+            tolerance=config.curvature_tolerance,
+            seed=seed,
+            table=table,
+        )
 
     run_stage(out, job, "relearn", common, relearn)
     if "triggers" in config.probes:
         run_stage(out, job, "triggers", common, triggers)
     if "sharpness" not in config.probes:
         return
-    if unlearned or seed == config.seeds[0]:  # base and control are one model each: their sharpness does not depend on the seed of the attack
+    if (
+        unlearned or seed == config.seeds[0]
+    ):  # base and control are one model each: their sharpness does not depend on the seed of the attack
         run_stage(out, job, "sharpness", common, sharpness)
 
 
@@ -154,7 +197,14 @@ def _check_methods(config: RunConfig, world: World) -> None:
             raise WorkbenchError(f"{name}: {error}") from error
 
 
-def run_road(config: RunConfig, out: Path, *, fresh: bool = False, workers: int | None = None, announce: Callable[[str], None] = lambda message: None) -> Run:
+def run_road(
+    config: RunConfig,
+    out: Path,
+    *,
+    fresh: bool = False,
+    workers: int | None = None,
+    announce: Callable[[str], None] = lambda message: None,
+) -> Run:
     """Run everything that is not finished yet, and write the run folder.
 
     A killed run continues at its last finished stage when it is started again with the same configuration and folder.
@@ -169,19 +219,35 @@ def run_road(config: RunConfig, out: Path, *, fresh: bool = False, workers: int 
     Raises:
         WorkbenchError: the folder belongs to something else, the disk is full, or a part failed (the message names it).
     """
-    _check_methods(config, world_of(config.model))  # what is wrong or missing is said before the folder is claimed
+    _check_methods(
+        config, world_of(config.model)
+    )  # what is wrong or missing is said before the folder is claimed
     claim_folder(out, write_config(config), fresh=fresh)
     missing = [name for name in (BASE, NEVER) if not (out / "models" / name).is_dir()]
-    cached = all((builtin_folder(config.model, with_forget=name == BASE) / "config.json").is_file() for name in missing)
-    announce("base and never-learned control: " + ("from the cache" if cached else "training (only the first time)"))
-    run_jobs("training", {name: partial(_train_job, config, out, name) for name in missing}, workers=workers)
+    cached = all(
+        (builtin_folder(config.model, with_forget=name == BASE) / "config.json").is_file()
+        for name in missing
+    )
+    announce(
+        "base and never-learned control: "
+        + ("from the cache" if cached else "training (only the first time)")
+    )
+    run_jobs(
+        "training",
+        {name: partial(_train_job, config, out, name) for name in missing},
+        workers=workers,
+    )
 
     announce("subspaces of the base")
     run_jobs("subspaces", {"subspaces": partial(_subspace_job, config, out)}, workers=1)
 
-    announce(f"{len(config.methods)} methods x {len(config.seeds)} seeds: unlearn, match the budget, attack, trigger, probe")
+    announce(
+        f"{len(config.methods)} methods x {len(config.seeds)} seeds: unlearn, match the budget, attack, trigger, probe"
+    )
     jobs: dict[str, Job] = {
-        f"{method}-seed{seed}": partial(_model_job, config, out, method, seed) for seed in config.seeds for method in (*config.methods, BASE, NEVER)
+        f"{method}-seed{seed}": partial(_model_job, config, out, method, seed)
+        for seed in config.seeds
+        for method in (*config.methods, BASE, NEVER)
     }
     run_jobs("models", jobs, workers=workers)
     announce("tables, figures and report")
@@ -192,7 +258,9 @@ def _trained(model: BuiltinConfig) -> str:
     """What the report says about a base that did not start from nothing."""
     if model.pretrained is None:
         return ""
-    language = "filler language" if model.general is None else f"pieces of {Path(model.general).name}"
+    language = (
+        "filler language" if model.general is None else f"pieces of {Path(model.general).name}"
+    )
     return (
         f"{Path(model.pretrained).name}, a pretrained language model, was fine-tuned on invented facts about people and islands and on {language}; a second copy, the "
         "never-learned control, on the same texts without the people to be forgotten."
@@ -205,9 +273,24 @@ def _conclude(config: RunConfig, out: Path) -> Run:
     write_parquet(results, out / RESULTS)
     write_parquet(items, out / ITEMS)
     record = world_of(config.model).record
-    texts = {"forget-attacked": record.forget_attacked, "forget-heldout": record.forget_heldout, **record.retain}
-    weights = {folder.name: weights_hash(folder) for folder in sorted((out / "models").iterdir()) if folder.is_dir()}
-    write_json(out / PROVENANCE, provenance(config.plain(), data={name: data_hash(examples) for name, examples in texts.items()}, weights=weights))
+    texts = {
+        "forget-attacked": record.forget_attacked,
+        "forget-heldout": record.forget_heldout,
+        **record.retain,
+    }
+    weights = {
+        folder.name: weights_hash(folder)
+        for folder in sorted((out / "models").iterdir())
+        if folder.is_dir()
+    }
+    write_json(
+        out / PROVENANCE,
+        provenance(
+            config.plain(),
+            data={name: data_hash(examples) for name, examples in texts.items()},
+            weights=weights,
+        ),
+    )
     claims = decide(results, items, scale=config.scale)
     write_json(out / "claims.json", [claim.plain() for claim in claims])
     write_report(out, results, items, claims, trained=_trained(config.model))

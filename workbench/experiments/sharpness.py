@@ -89,18 +89,39 @@ def _canonical(model: PreTrainedModel) -> PreTrainedModel:
     return canonicalise(model) if model.config.model_type in FAMILIES else model
 
 
-def _job(settings: SharpnessSettings, run: Path, out: Path, key: str, config: RunConfig, method: str, seed: int, progress: Report) -> None:
+def _job(
+    settings: SharpnessSettings,
+    run: Path,
+    out: Path,
+    key: str,
+    config: RunConfig,
+    method: str,
+    seed: int,
+    progress: Report,
+) -> None:
     first = seed == config.seeds[0]
-    if method in CONTROLS and not first:  # one model each: what surrounds it does not depend on the seed of an attack
+    if (
+        method in CONTROLS and not first
+    ):  # one model each: what surrounds it does not depend on the seed of an attack
         return
     bench, world = bench_of(run, config)
     parts = 9 if first else 6
 
     def work(table: Table) -> None:
-        model = open_model(run / "models" / (method if method in CONTROLS else f"{method}-seed{seed}")).model
-        losses = landscape.losses_of(bench, novel_facts(world, len({example.subject_text for example in bench.record.forget_attacked})))
+        model = open_model(
+            run / "models" / (method if method in CONTROLS else f"{method}-seed{seed}")
+        ).model
+        losses = landscape.losses_of(
+            bench,
+            novel_facts(
+                world, len({example.subject_text for example in bench.record.forget_attacked})
+            ),
+        )
         texts = landscape.whole_batch(bench)
-        size, displacement = norm_of(snapshot(bench.base)), landscape.distance_between(model, bench.base)
+        size, displacement = (
+            norm_of(snapshot(bench.base)),
+            landscape.distance_between(model, bench.base),
+        )
         done = 0
 
         def after() -> None:
@@ -108,36 +129,85 @@ def _job(settings: SharpnessSettings, run: Path, out: Path, key: str, config: Ru
             done += 1
             progress(done, parts)
 
-        landscape.add_slices(model, bench, losses, table, points=settings.points, reach=settings.reach, seed=seed)
-        after()
-        landscape.add_worst_cases(
-            model, losses, table, displacement=displacement, size=size, radii=settings.radii, fixed=settings.fixed, steps=settings.steps, seed=seed
+        landscape.add_slices(
+            model, bench, losses, table, points=settings.points, reach=settings.reach, seed=seed
         )
         after()
-        landscape.add_average(model, losses, table, size=size, relative=settings.noise, draws=settings.draws)
+        landscape.add_worst_cases(
+            model,
+            losses,
+            table,
+            displacement=displacement,
+            size=size,
+            radii=settings.radii,
+            fixed=settings.fixed,
+            steps=settings.steps,
+            seed=seed,
+        )
+        after()
+        landscape.add_average(
+            model, losses, table, size=size, relative=settings.noise, draws=settings.draws
+        )
         after()
         if displacement:
             landscape.add_line(model, bench, losses, table, points=settings.points)
         after()
         plain = _canonical(model)
-        landscape.add_ends(plain, texts, table, tolerance=settings.tolerance, seed=seed, arm="unlearned")
+        landscape.add_ends(
+            plain, texts, table, tolerance=settings.tolerance, seed=seed, arm="unlearned"
+        )
         after()
         landscape.add_trace(plain, texts, table, probes=settings.probes, seed=seed, arm="unlearned")
         after()
         if not first:
             return
-        landscape.add_density(plain, texts, table, probes=settings.density_probes, steps=settings.density_steps, seed=seed, arm="unlearned")
-        after()
-        relearned = _canonical(
-            landscape.add_attack_path(model, bench, losses, bench.record.forget_attacked, config.attack, table, seed=seed, points=settings.points)
+        landscape.add_density(
+            plain,
+            texts,
+            table,
+            probes=settings.density_probes,
+            steps=settings.density_steps,
+            seed=seed,
+            arm="unlearned",
         )
         after()
-        landscape.add_ends(relearned, texts, table, tolerance=settings.tolerance, seed=seed, arm="relearned")
-        landscape.add_trace(relearned, texts, table, probes=settings.probes, seed=seed, arm="relearned")
-        landscape.add_density(relearned, texts, table, probes=settings.density_probes, steps=settings.density_steps, seed=seed, arm="relearned")
+        relearned = _canonical(
+            landscape.add_attack_path(
+                model,
+                bench,
+                losses,
+                bench.record.forget_attacked,
+                config.attack,
+                table,
+                seed=seed,
+                points=settings.points,
+            )
+        )
+        after()
+        landscape.add_ends(
+            relearned, texts, table, tolerance=settings.tolerance, seed=seed, arm="relearned"
+        )
+        landscape.add_trace(
+            relearned, texts, table, probes=settings.probes, seed=seed, arm="relearned"
+        )
+        landscape.add_density(
+            relearned,
+            texts,
+            table,
+            probes=settings.density_probes,
+            steps=settings.density_steps,
+            seed=seed,
+            arm="relearned",
+        )
         after()
 
-    run_stage(out, f"{method}-seed{seed}", "sharpness", {"run": key, "stage": "sharpness", "model": method, "method": method, "seed": seed}, work)
+    run_stage(
+        out,
+        f"{method}-seed{seed}",
+        "sharpness",
+        {"run": key, "stage": "sharpness", "model": method, "method": method, "seed": seed},
+        work,
+    )
 
 
 def run_sharpness(
@@ -171,7 +241,9 @@ def run_sharpness(
     )  # fmt: skip
     own_results, items = read_results(run)
     everything = join([own_results[own_results["stage"] != "sharpness"], results], COLUMNS)
-    points = points_of(everything[everything["method"].isin(set(results["method"]))], items, run.name)
+    points = points_of(
+        everything[everything["method"].isin(set(results["method"]))], items, run.name
+    )
     try:
         found = correlate(points)
     except WorkbenchError as error:
@@ -198,13 +270,23 @@ def sharpness_table(results: pd.DataFrame) -> pd.DataFrame:
         if (drops["arm"] == arm).any()
     }
     lines = []
-    for method in sorted(rows["method"].dropna().unique(), key=lambda name: (name not in CONTROLS, name != BASE, name)):
+    for method in sorted(
+        rows["method"].dropna().unique(),
+        key=lambda name: (name not in CONTROLS, name != BASE, name),
+    ):
         line: dict[str, object] = {"model": method}
-        for arm, unit in (("drop", "of the displacement"), ("drop, fixed radius", "of the weights")):
+        for arm, unit in (
+            ("drop", "of the displacement"),
+            ("drop, fixed radius", "of the weights"),
+        ):
             if arm in steps:
                 at = {"arm": arm, "step": steps[arm]}
-                line[f"drop within {steps[arm]:g} {unit}"] = mean(method, "drop", split=landscape.FOLLOWED, **at)
-                line[f"the same, held-out, {steps[arm]:g} {unit}"] = mean(method, "drop", split=landscape.WATCHED, **at)
+                line[f"drop within {steps[arm]:g} {unit}"] = mean(
+                    method, "drop", split=landscape.FOLLOWED, **at
+                )
+                line[f"the same, held-out, {steps[arm]:g} {unit}"] = mean(
+                    method, "drop", split=landscape.WATCHED, **at
+                )
         line |= {
             "top eigenvalue": mean(method, "top_eigenvalue"),
             "bottom eigenvalue": mean(method, "bottom_eigenvalue"),
@@ -212,5 +294,10 @@ def sharpness_table(results: pd.DataFrame) -> pd.DataFrame:
             "gradient norm": mean(method, "gradient_norm"),
             "way to the base until half": mean(method, "half_at_to_base", split=landscape.WATCHED),
         }
-        lines.append({name: value if isinstance(value, str) else round(float(str(value)), 3) for name, value in line.items()})
+        lines.append(
+            {
+                name: value if isinstance(value, str) else round(float(str(value)), 3)
+                for name, value in line.items()
+            }
+        )
     return pd.DataFrame(lines)

@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 
 from hooks import Capture, Collect, MomentsOf, gradients_only, layer_count, resolve, without_first
 from workbench.attacks.leaks import LeakReport, leak_report
-from workbench.attacks.relearn import DivergedError, RelearnSettings, finite, null_text, random_facts, relearn
+from workbench.attacks.relearn import (
+    DivergedError,
+    RelearnSettings,
+    finite,
+    null_text,
+    random_facts,
+    relearn,
+)
 from workbench.data.batches import Batch
 from workbench.data.records import Example, ForgetRetain, alternate, one_per_item
 from workbench.data.world import speaker_tag
@@ -38,16 +45,22 @@ from workbench.unlearning.trainer import unlearn
 def measured_sets(record: ForgetRetain) -> dict[str, tuple[Example, ...]]:
     """The sets whose recall and loss every table shows, by name."""
     halves = {"forget-attacked": record.forget_attacked, "forget-heldout": record.forget_heldout}
-    return {name: examples for name, examples in {**halves, **record.retain_test}.items() if examples}
+    return {
+        name: examples for name, examples in {**halves, **record.retain_test}.items() if examples
+    }
 
 
-def measure_sets(model: PreTrainedModel, encoded: Mapping[str, Sequence[Batch]], table: Table, **columns: object) -> None:
+def measure_sets(
+    model: PreTrainedModel, encoded: Mapping[str, Sequence[Batch]], table: Table, **columns: object
+) -> None:
     """Recall, answer probability and loss of ``model`` on every set."""
     for split, texts in encoded.items():
         table.add_scores(score(model, texts), split=split, **columns)
 
 
-def find_subspaces(bench: Bench, rank: int, table: Table, *, seed: int) -> dict[str, dict[str, Subspace]]:
+def find_subspaces(
+    bench: Bench, rank: int, table: Table, *, seed: int
+) -> dict[str, dict[str, Subspace]]:
     """Capture activations and output gradients of every MLP projection on forget and retain texts in one pass each; PCA; overlap with its null.
 
     The null splits the *retain* texts at random into two halves (an upper anchor: the same distribution), and draws random subspaces of the same rank (a lower
@@ -58,11 +71,21 @@ def find_subspaces(bench: Bench, rank: int, table: Table, *, seed: int) -> dict[
     """
     sites = [
         site
-        for pattern in ("blocks.*.hook_resid_post", "blocks.*.mlp.hook_in", "blocks.*.mlp.out.hook_in", "blocks.*.mlp.hook_out_grad")
+        for pattern in (
+            "blocks.*.hook_resid_post",
+            "blocks.*.mlp.hook_in",
+            "blocks.*.mlp.out.hook_in",
+            "blocks.*.mlp.hook_out_grad",
+        )
         for site in resolve(bench.base, pattern)
     ]
     halves = alternate(bench.record.retain_all)
-    texts = {"forget": bench.record.forget, "retain": bench.record.retain_all, "retain-half-0": halves[0], "retain-half-1": halves[1]}
+    texts = {
+        "forget": bench.record.forget,
+        "retain": bench.record.retain_all,
+        "retain-half-0": halves[0],
+        "retain-half-1": halves[1],
+    }
     found: dict[str, dict[str, Subspace]] = {}
     for name, examples in texts.items():
         moments = MomentsOf()
@@ -70,7 +93,14 @@ def find_subspaces(bench: Bench, rank: int, table: Table, *, seed: int) -> dict[
             for batch in bench.encode(examples):
                 (cross_entropy(bench.base, batch) * batch.target_mask[:, 1:].sum()).backward()
         found[name] = {
-            site.name: principal_subspace(moments[site.name], rank, site=site.name, tokens=without_first.name, source=f"base on {name} texts") for site in sites
+            site.name: principal_subspace(
+                moments[site.name],
+                rank,
+                site=site.name,
+                tokens=without_first.name,
+                source=f"base on {name} texts",
+            )
+            for site in sites
         }
     generator = torch.Generator().manual_seed(seed)
     for site in sites:
@@ -88,10 +118,26 @@ def find_subspaces(bench: Bench, rank: int, table: Table, *, seed: int) -> dict[
                     n=subspace.count,
                 )
             for low, high in tier_edges(subspace.rank):
-                held = float(subspace.eigenvalues[low:high].sum()) / subspace.total_variance if subspace.total_variance else 0.0
-                table.add("tier_variance_share", held, stage="subspaces", method="base", site=site.name, split=name, step=high, n=subspace.count)
+                held = (
+                    float(subspace.eigenvalues[low:high].sum()) / subspace.total_variance
+                    if subspace.total_variance
+                    else 0.0
+                )
+                table.add(
+                    "tier_variance_share",
+                    held,
+                    stage="subspaces",
+                    method="base",
+                    site=site.name,
+                    split=name,
+                    step=high,
+                    n=subspace.count,
+                )
         for k in sorted({1, 2, 4, 8, 16, rank}):
-            pairs = [found[name][site.name] for name in ("forget", "retain", "retain-half-0", "retain-half-1")]
+            pairs = [
+                found[name][site.name]
+                for name in ("forget", "retain", "retain-half-0", "retain-half-1")
+            ]
             if min(subspace.rank for subspace in pairs) < k:
                 continue
             forget, retain, first, second = (subspace.basis[:, :k] for subspace in pairs)
@@ -101,7 +147,15 @@ def find_subspaces(bench: Bench, rank: int, table: Table, *, seed: int) -> dict[
                 "retain-retain": overlap(first, second),
                 "random": overlap(forget, random_basis),
             }.items():
-                table.add("subspace_overlap", value, stage="subspaces", method="base", site=site.name, arm=arm, step=k)
+                table.add(
+                    "subspace_overlap",
+                    value,
+                    stage="subspaces",
+                    method="base",
+                    site=site.name,
+                    arm=arm,
+                    step=k,
+                )
     return {name: found[name] for name in ("forget", "retain")}
 
 
@@ -115,17 +169,26 @@ def _within(bench: Bench, examples: Sequence[Example]) -> Sequence[Example]:
         return examples
     tokens = sum(len(bench.tokenizer(example.text)["input_ids"]) for example in examples)
     count = max(2, min(len(examples), len(examples) * WIDE // (2 * tokens)))
-    return [examples[number * len(examples) // count] for number in range(count)] if count < len(examples) else examples
+    return (
+        [examples[number * len(examples) // count] for number in range(count)]
+        if count < len(examples)
+        else examples
+    )
 
 
-def compare_sets(bench: Bench, table: Table, *, rank: int = 8, draws: int = 60, seed: int = 0) -> None:
+def compare_sets(
+    bench: Bench, table: Table, *, rank: int = 8, draws: int = 60, seed: int = 0
+) -> None:
     """Do the sets of texts use the same directions of the residual stream? Overlap of every pair's top subspaces, with a permutation null that deals whole texts.
 
     Measured after the first, the middle and the last block: each permutation is an eigendecomposition, and neighbouring blocks say much the same. In streams wider
     than :data:`WIDE`, whose eigendecompositions take minutes, texts of every set are taken evenly until they hold some ``WIDE / 2`` tokens; the null has the same sizes.
     """
     last = layer_count(bench.base) - 1
-    sites = [resolve(bench.base, f"blocks.{layer}.hook_resid_post")[0] for layer in sorted({0, last // 2, last})]
+    sites = [
+        resolve(bench.base, f"blocks.{layer}.hook_resid_post")[0]
+        for layer in sorted({0, last // 2, last})
+    ]
     rows: dict[str, dict[str, Tensor]] = {}
     texts: dict[str, Tensor] = {}
     for name, examples in {"forget": bench.record.forget, **bench.record.retain}.items():
@@ -141,11 +204,33 @@ def compare_sets(bench: Bench, table: Table, *, rank: int = 8, draws: int = 60, 
         for one, other in combinations(rows, 2):
             if min(len(rows[one][site.name]), len(rows[other][site.name])) <= rank:
                 continue
-            found = angle_null(rows[one][site.name], rows[other][site.name], rank, first_groups=texts[one], second_groups=texts[other], draws=draws, seed=seed)
-            columns: dict[str, Any] = {"stage": "subspaces", "method": "base", "site": site.name, "split": f"{one}|{other}", "step": rank}
+            found = angle_null(
+                rows[one][site.name],
+                rows[other][site.name],
+                rank,
+                first_groups=texts[one],
+                second_groups=texts[other],
+                draws=draws,
+                seed=seed,
+            )
+            columns: dict[str, Any] = {
+                "stage": "subspaces",
+                "method": "base",
+                "site": site.name,
+                "split": f"{one}|{other}",
+                "step": rank,
+            }
             shared = found.attrs["overlap"]
             table.add("set_overlap", shared.observed, arm="observed", n=draws, **columns)
-            table.add("set_overlap", shared.median, low=shared.low, high=shared.high, arm="null", n=draws, **columns)
+            table.add(
+                "set_overlap",
+                shared.median,
+                low=shared.low,
+                high=shared.high,
+                arm="null",
+                n=draws,
+                **columns,
+            )
             table.add("set_overlap_p", shared.p, arm="observed", n=draws, **columns)
 
 
@@ -175,7 +260,11 @@ def unlearn_to_budget(
         table.add("objective_forget", record["forget"], stage="unlearn", step=number + 1)
     model = copy.deepcopy(bench.base)
     start = snapshot(model)
-    facts = {name: bench.encode(one_per_item(examples)) for name, examples in measured_sets(bench.record).items() if examples[0].answer is not None}
+    facts = {
+        name: bench.encode(one_per_item(examples))
+        for name, examples in measured_sets(bench.record).items()
+        if examples[0].answer is not None
+    }
 
     def at(alpha: float) -> float:
         apply_delta(model, start, result.delta, alpha)
@@ -185,7 +274,9 @@ def unlearn_to_budget(
         table.add("disruption", cost, stage="budget", arm=disruption.measure, step=alpha)
         return cost
 
-    match = match_budget(at, float("inf") if budget is None else budget, limit=1.0 if budget is None else limit)
+    match = match_budget(
+        at, float("inf") if budget is None else budget, limit=1.0 if budget is None else limit
+    )
     apply_delta(model, start, result.delta, match.alpha)
     add_match(match, result.delta, start, table)
     if budget is not None:
@@ -195,7 +286,12 @@ def unlearn_to_budget(
             table.add("budget_ring", 1.0, stage="unlearn", split=ring)
     add_disruption(model, disruption, table)
     add_shift(model, bench, table)
-    measure_sets(model, {name: bench.encode(examples) for name, examples in measured_sets(bench.record).items()}, table, stage="unlearn")
+    measure_sets(
+        model,
+        {name: bench.encode(examples) for name, examples in measured_sets(bench.record).items()},
+        table,
+        stage="unlearn",
+    )
     if common:
         add_energy(bench.base, result.delta, common, table)
     return model
@@ -203,33 +299,58 @@ def unlearn_to_budget(
 
 def add_disruption(model: PreTrainedModel, disruption: Disruption, table: Table) -> None:
     """What a change costs: in the measure of the budget with its noise over texts, and ring by ring in both measures."""
-    table.add_estimate("disruption", disruption.estimate(model), stage="unlearn", arm=disruption.measure)
+    table.add_estimate(
+        "disruption", disruption.estimate(model), stage="unlearn", arm=disruption.measure
+    )
     for measure in MEASURES:
         for name, found in disruption.by_set(model, measure).items():
             table.add_estimate("disruption", found, stage="unlearn", split=name, arm=measure)
 
 
-def add_match(match: Match, delta: Mapping[str, Tensor], start: Mapping[str, Tensor], table: Table) -> None:
+def add_match(
+    match: Match, delta: Mapping[str, Tensor], start: Mapping[str, Tensor], table: Table
+) -> None:
     """The line search in rows: alpha, and how far the weights moved."""
     table.add("alpha", match.alpha, stage="unlearn")
     table.add("displacement", match.alpha * norm_of(delta), stage="unlearn")
-    table.add("relative_displacement", match.alpha * norm_of(delta) / norm_of(start), stage="unlearn")
+    table.add(
+        "relative_displacement", match.alpha * norm_of(delta) / norm_of(start), stage="unlearn"
+    )
 
 
-def add_energy(base: PreTrainedModel, delta: Mapping[str, Tensor], common: Mapping[str, Subspace], table: Table) -> None:
+def add_energy(
+    base: PreTrainedModel, delta: Mapping[str, Tensor], common: Mapping[str, Subspace], table: Table
+) -> None:
     """Share of every MLP delta's energy that acts on the top directions of the retain activations, against the share of a random delta (rank / width)."""
     for site in resolve(base, ["blocks.*.mlp.hook_in", "blocks.*.mlp.out.hook_in"]):
         names = ("gate_proj", "up_proj") if site.name.endswith("mlp.hook_in") else ("down_proj",)
-        changed = [delta[name] for name in delta if any(fnmatch.fnmatchcase(name, f"*layers.{site.layer}.mlp.{part}.weight") for part in names)]
+        changed = [
+            delta[name]
+            for name in delta
+            if any(
+                fnmatch.fnmatchcase(name, f"*layers.{site.layer}.mlp.{part}.weight")
+                for part in names
+            )
+        ]
         subspace = common[site.name]
         if not changed or not subspace.rank:
             continue
         for k in (1, 2, 4, 8, 16, subspace.rank):
             if k <= subspace.rank:
                 table.add(
-                    "energy_in_retain_subspace", energy_inside(torch.cat(changed).cpu(), subspace.basis[:, :k].cpu()), stage="unlearn", site=site.name, step=k
+                    "energy_in_retain_subspace",
+                    energy_inside(torch.cat(changed).cpu(), subspace.basis[:, :k].cpu()),
+                    stage="unlearn",
+                    site=site.name,
+                    step=k,
                 )
-                table.add("energy_of_random_delta", k / subspace.width, stage="unlearn", site=site.name, step=k)
+                table.add(
+                    "energy_of_random_delta",
+                    k / subspace.width,
+                    stage="unlearn",
+                    site=site.name,
+                    step=k,
+                )
 
 
 def add_leaks(report: LeakReport, table: Table, **columns: Any) -> None:
@@ -252,16 +373,40 @@ def add_shift(model: PreTrainedModel, bench: Bench, table: Table) -> None:
         encoded = bench.encode(one_per_item(examples)) if examples else []
         if not encoded or sum(int(batch.content_mask.sum()) for batch in encoded) < 4:
             continue
-        for row in shift_by_layer(streams(bench.base, encoded), streams(model, encoded)).to_dict("records"):
+        for row in shift_by_layer(streams(bench.base, encoded), streams(model, encoded)).to_dict(
+            "records"
+        ):
             for measure in MEASURES_OF_SHIFT:
-                table.add(measure, row[measure], stage="unlearn", site=f"blocks.{row['layer']}.hook_resid_post", split=split)
+                table.add(
+                    measure,
+                    row[measure],
+                    stage="unlearn",
+                    site=f"blocks.{row['layer']}.hook_resid_post",
+                    split=split,
+                )
 
 
-def add_geometry(base: Mapping[int, Tensor], start: Mapping[int, Tensor], now: Mapping[int, Tensor], table: Table, *, arm: str, step: int) -> None:
+def add_geometry(
+    base: Mapping[int, Tensor],
+    start: Mapping[int, Tensor],
+    now: Mapping[int, Tensor],
+    table: Table,
+    *,
+    arm: str,
+    step: int,
+) -> None:
     """What an attack has given back of the base's residual stream, block by block, and what it moved beside the way back."""
     for row in returned(base, start, now).dropna().to_dict("records"):
         for metric in ("returned", "beside"):
-            table.add(metric, row[metric], stage="relearn", arm=arm, split="forget-heldout", site=f"blocks.{row['layer']}.hook_resid_post", step=step)
+            table.add(
+                metric,
+                row[metric],
+                stage="relearn",
+                arm=arm,
+                split="forget-heldout",
+                site=f"blocks.{row['layer']}.hook_resid_post",
+                step=step,
+            )
 
 
 def attack(
@@ -281,43 +426,112 @@ def attack(
     never-learned model to attack.
     """
     record = bench.record
-    add_leaks(leak_report(record.forget_attacked, record.forget_heldout, public=record.retain_all), table, stage="relearn", arm="attack")
-    null = null_text(record.forget_attacked, null_pool, lambda example: len(bench.tokenizer(example.text)["input_ids"]))
-    encoded = {name: bench.encode(examples) for name, examples in {"forget-heldout": record.forget_heldout}.items()}
+    add_leaks(
+        leak_report(record.forget_attacked, record.forget_heldout, public=record.retain_all),
+        table,
+        stage="relearn",
+        arm="attack",
+    )
+    null = null_text(
+        record.forget_attacked,
+        null_pool,
+        lambda example: len(bench.tokenizer(example.text)["input_ids"]),
+    )
+    encoded = {
+        name: bench.encode(examples)
+        for name, examples in {"forget-heldout": record.forget_heldout}.items()
+    }
     watched = bench.encode(one_per_item(record.forget_heldout))
     before, start = streams(bench.base, watched), streams(model, watched)
     arms: dict[str, Sequence[Example]] = {"attack": record.forget_attacked, "null": null}
     if matched:
         try:
             arms["random-facts"] = random_facts(record.forget_attacked, seed=seed)
-        except WorkbenchError:  # texts without answers, or that all end alike: the other arms do not depend on this one
+        except (
+            WorkbenchError
+        ):  # texts without answers, or that all end alike: the other arms do not depend on this one
             table.add("random_facts_possible", 0.0, stage="relearn")
     for number, (arm, texts) in enumerate(arms.items()):
         own = {"random-facts": bench.encode(texts, answers=True)} if arm == "random-facts" else {}
 
-        def measure(attacked: PreTrainedModel, step: int, arm: str = arm, own: Mapping[str, Sequence[Batch]] = own) -> None:
+        def measure(
+            attacked: PreTrainedModel,
+            step: int,
+            arm: str = arm,
+            own: Mapping[str, Sequence[Batch]] = own,
+        ) -> None:
             for split, texts in {**encoded, **own}.items():
-                table.add_scores(finite(score(attacked, texts), step), split=split, stage="relearn", arm=arm, step=step)
+                table.add_scores(
+                    finite(score(attacked, texts), step),
+                    split=split,
+                    stage="relearn",
+                    arm=arm,
+                    step=step,
+                )
             add_geometry(before, start, streams(attacked, watched), table, arm=arm, step=step)
 
         def advance(done: int, total: int, number: int = number) -> None:
             progress(number * total + done, len(arms) * total)
 
         try:
-            relearn(model, bench.tokenizer, texts, measure, settings, seed=seed, max_length=bench.max_length, progress=advance)
-        except DivergedError as error:  # what was measured before stays; where the attack broke is a result
+            relearn(
+                model,
+                bench.tokenizer,
+                texts,
+                measure,
+                settings,
+                seed=seed,
+                max_length=bench.max_length,
+                progress=advance,
+            )
+        except (
+            DivergedError
+        ) as error:  # what was measured before stays; where the attack broke is a result
             table.add("diverged_at", error.step, stage="relearn", arm=arm)
 
 
-def trigger_check(model: PreTrainedModel, bench: Bench, neutral: Sequence[str], *, seed: int, table: Table, carrier: Carrier = speaker_tag) -> None:
+def trigger_check(
+    model: PreTrainedModel,
+    bench: Bench,
+    neutral: Sequence[str],
+    *,
+    seed: int,
+    table: Table,
+    carrier: Carrier = speaker_tag,
+) -> None:
     """Accuracy on retain questions with nothing, a forget-token, a retain-token or a neutral word in front."""
-    queries = [query for name, examples in bench.record.retain_test.items() if name != bench.record.general for query in one_per_item(examples)]
-    arms = trigger_queries(queries, bench.record.forget_tokens, bench.record.retain_tokens, neutral, seed=seed, carrier=carrier)
-    for arm, result in trigger_scores(model, {arm: bench.encode(examples) for arm, examples in arms.items()}).items():
+    queries = [
+        query
+        for name, examples in bench.record.retain_test.items()
+        if name != bench.record.general
+        for query in one_per_item(examples)
+    ]
+    arms = trigger_queries(
+        queries,
+        bench.record.forget_tokens,
+        bench.record.retain_tokens,
+        neutral,
+        seed=seed,
+        carrier=carrier,
+    )
+    for arm, result in trigger_scores(
+        model, {arm: bench.encode(examples) for arm, examples in arms.items()}
+    ).items():
         table.add_scores(result, stage="triggers", arm=arm, split="retain")
 
 
-def sharpness(model: PreTrainedModel, bench: Bench, *, points: int, reach: float, tolerance: float, seed: int, table: Table) -> None:
+def sharpness(
+    model: PreTrainedModel,
+    bench: Bench,
+    *,
+    points: int,
+    reach: float,
+    tolerance: float,
+    seed: int,
+    table: Table,
+) -> None:
     """One-dimensional slices through the model, and both ends of the Hessian's spectrum of the forget loss."""
-    landscape.add_slices(model, bench, landscape.losses_of(bench), table, points=points, reach=reach, seed=seed)
+    landscape.add_slices(
+        model, bench, landscape.losses_of(bench), table, points=points, reach=reach, seed=seed
+    )
     landscape.add_ends(model, landscape.whole_batch(bench), table, tolerance=tolerance, seed=seed)

@@ -77,7 +77,9 @@ class SuffixSettings:
                 raise WorkbenchError(f"a suffix search needs {field.name} >= 1; got {value}")
 
 
-def questions_of(bench: Bench, seed: int) -> dict[str, tuple[tuple[Example, ...], tuple[Example, ...]]]:
+def questions_of(
+    bench: Bench, seed: int
+) -> dict[str, tuple[tuple[Example, ...], tuple[Example, ...]]]:
     """For every split the questions with which a suffix is searched (one paraphrase per fact) and those on which it is judged; the two share no subject.
 
     Args:
@@ -87,12 +89,20 @@ def questions_of(bench: Bench, seed: int) -> dict[str, tuple[tuple[Example, ...]
     record = bench.record
     arms = arms_of(record, CARRIERS[INSIDE], seed)
     clean, perturbed = arms["clean"], arms["forget-token"]
-    searched = {example.item for example in alternate(clean)[0]}  # by the questions without the word, which may cut a subject in two
+    searched = {
+        example.item for example in alternate(clean)[0]
+    }  # by the questions without the word, which may cut a subject in two
 
     def halves(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-        return tuple(e for e in examples if e.item in searched), tuple(e for e in examples if e.item not in searched)
+        return tuple(e for e in examples if e.item in searched), tuple(
+            e for e in examples if e.item not in searched
+        )
 
-    return {JAILBREAK: (one_per_item(record.forget_attacked), record.forget_heldout), RETAIN: halves(clean), WITH_TOKEN: halves(perturbed)}
+    return {
+        JAILBREAK: (one_per_item(record.forget_attacked), record.forget_heldout),
+        RETAIN: halves(clean),
+        WITH_TOKEN: halves(perturbed),
+    }
 
 
 def _spread(examples: Sequence[Example], count: int) -> list[Example]:
@@ -101,35 +111,89 @@ def _spread(examples: Sequence[Example], count: int) -> list[Example]:
     return [examples[number * len(examples) // kept] for number in range(kept)]
 
 
-def _attack(model: PreTrainedModel, bench: Bench, split: str, settings: SuffixSettings, seed: int, table: Table, progress: Report) -> None:
+def _attack(
+    model: PreTrainedModel,
+    bench: Bench,
+    split: str,
+    settings: SuffixSettings,
+    seed: int,
+    table: Table,
+    progress: Report,
+) -> None:
     mine, others = questions_of(bench, seed)[split]
     tokenizer, record = bench.tokenizer, bench.record
     prompts = suffix_prompts(tokenizer, _spread(mine, settings.questions), in_front)
     judged = suffix_prompts(tokenizer, others, in_front)
-    answers = sorted({example.answer_text for example in (*record.forget, *record.retain_all)} - {""})
+    answers = sorted(
+        {example.answer_text for example in (*record.forget, *record.retain_all)} - {""}
+    )
     found = gcg(
         model, tokenizer, prompts, length=settings.length, steps=settings.steps, topk=settings.topk, candidates=settings.candidates, seed=seed,
         forbidden=answers, maximise=split != JAILBREAK, progress=progress,
     )  # fmt: skip
     drawn = [
-        random_suffix(model, tokenizer, prompts, evaluations=1, length=settings.length, seed=seed * settings.random + number, forbidden=answers).suffix_ids
+        random_suffix(
+            model,
+            tokenizer,
+            prompts,
+            evaluations=1,
+            length=settings.length,
+            seed=seed * settings.random + number,
+            forbidden=answers,
+        ).suffix_ids
         for number in range(settings.random)
     ]
     for arm, suffixes in ((NONE, [()]), (RANDOM, drawn), (SEARCHED, [found.suffix_ids])):
-        encoded = [batch.to(model.device) for suffix in suffixes for batch in suffix_batches(judged, suffix, ROWS)]
+        encoded = [
+            batch.to(model.device)
+            for suffix in suffixes
+            for batch in suffix_batches(judged, suffix, ROWS)
+        ]
         table.add_scores(score(model, encoded), arm=arm, split=split)
     for step, loss in enumerate(found.losses):
         table.add("search_loss", loss, n=len(prompts), arm=SEARCHED, split=split, step=step)
     for place, token in enumerate(found.suffix_ids):
-        table.add("suffix_token", token, arm=SEARCHED, split=split, step=place, site=tokenizer.decode([token]).strip())
+        table.add(
+            "suffix_token",
+            token,
+            arm=SEARCHED,
+            split=split,
+            step=place,
+            site=tokenizer.decode([token]).strip(),
+        )
     words = found.text.split()
-    table.add("forget_tokens", sum(word in record.forget_tokens for word in words), n=len(words), arm=SEARCHED, split=split)
+    table.add(
+        "forget_tokens",
+        sum(word in record.forget_tokens for word in words),
+        n=len(words),
+        arm=SEARCHED,
+        split=split,
+    )
 
 
-def _model_job(settings: SuffixSettings, run: Path, out: Path, key: str, config: RunConfig, name: str, seed: int, progress: Report) -> None:
+def _model_job(
+    settings: SuffixSettings,
+    run: Path,
+    out: Path,
+    key: str,
+    config: RunConfig,
+    name: str,
+    seed: int,
+    progress: Report,
+) -> None:
     bench, _ = bench_of(run, config)
-    model = bench.base if name == BASE else open_model(run / "models" / (name if name == NEVER else f"{name}-seed{seed}")).model
-    common: dict[str, object] = {"run": key, "stage": "suffix", "model": name, "method": name, "seed": seed}
+    model = (
+        bench.base
+        if name == BASE
+        else open_model(run / "models" / (name if name == NEVER else f"{name}-seed{seed}")).model
+    )
+    common: dict[str, object] = {
+        "run": key,
+        "stage": "suffix",
+        "model": name,
+        "method": name,
+        "seed": seed,
+    }
     for number, split in enumerate(SPLITS):
 
         def advance(step: int, of: int, done: int = number) -> None:
@@ -167,7 +231,16 @@ def run_suffix(
     """
     chosen = settings or SuffixSettings()
     found = ask_models(
-        "suffix", run, out, partial(_model_job, chosen), (_effects,), methods=methods, fresh=fresh, workers=workers, announce=announce, settings=asdict(chosen)
+        "suffix",
+        run,
+        out,
+        partial(_model_job, chosen),
+        (_effects,),
+        methods=methods,
+        fresh=fresh,
+        workers=workers,
+        announce=announce,
+        settings=asdict(chosen),
     )
     return Experiment(out, *found, suffix_table)
 
@@ -183,11 +256,16 @@ def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
     ``arm`` is the suffix, or ``minus-<control>``: the change by the searched suffix minus that of the control (see :func:`control_of`) under its own attack.
     """
     table = Table({"run": key, "stage": "suffix"})
-    for metric, column in (("suffix_effect", "correct"), ("suffix_effect_probability", "probability")):
+    for metric, column in (
+        ("suffix_effect", "correct"),
+        ("suffix_effect_probability", "probability"),
+    ):
         changes = {}
         for (method, split), group in items.groupby(["method", "split"], sort=False):
             for arm in (RANDOM, SEARCHED):
-                changes[str(method), str(split), arm] = fact_table(group, column, arm=arm) - fact_table(group, column, arm=NONE)
+                changes[str(method), str(split), arm] = fact_table(
+                    group, column, arm=arm
+                ) - fact_table(group, column, arm=NONE)
         for (method, split, arm), change in changes.items():
             shown = {arm: change}
             control = control_of(split)
@@ -195,14 +273,24 @@ def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
                 shown[f"minus-{control}"] = change - changes[control, split, arm]
             for name, values in shown.items():
                 if values.size and values.notna().all().all():
-                    table.add_estimate(metric, bootstrap(values.to_numpy()), method=method, model=method, split=split, arm=name)
+                    table.add_estimate(
+                        metric,
+                        bootstrap(values.to_numpy()),
+                        method=method,
+                        model=method,
+                        split=split,
+                        arm=name,
+                    )
     return table.frame()
 
 
 def suffix_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row per kind of question and model: recall with each kind of suffix, what the searched one changes, and how far that goes beyond the control's change."""
     rows = results[results["seed"].isna() & (results["stage"] == "suffix")]
-    cells = {(row["split"], row["method"], row["metric"], row["arm"]): row for row in rows[rows["metric"].isin(["recall", "suffix_effect"])].to_dict("records")}
+    cells = {
+        (row["split"], row["method"], row["metric"], row["arm"]): row
+        for row in rows[rows["metric"].isin(["recall", "suffix_effect"])].to_dict("records")
+    }
 
     def cell(split: str, method: str, metric: str, arm: str) -> str:
         row = cells.get((split, method, metric, arm))
@@ -214,8 +302,12 @@ def suffix_table(results: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for split in SPLITS:
         for method in rows.loc[rows["split"] == split, "method"].dropna().drop_duplicates():
-            line = {"questions": split, "model": method} | {arm: cell(split, method, "recall", arm) for arm in ARMS}
+            line = {"questions": split, "model": method} | {
+                arm: cell(split, method, "recall", arm) for arm in ARMS
+            }
             line["change"] = cell(split, method, "suffix_effect", SEARCHED)
-            line["beyond the control"] = cell(split, method, "suffix_effect", f"minus-{control_of(split)}")
+            line["beyond the control"] = cell(
+                split, method, "suffix_effect", f"minus-{control_of(split)}"
+            )
             lines.append(line)
     return pd.DataFrame(lines)

@@ -41,13 +41,34 @@ class Table:
     rows: list[dict[str, Any]] = field(default_factory=list)
     items: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, metric: str, value: float, *, low: float = np.nan, high: float = np.nan, n: int | None = None, **columns: Any) -> None:
+    def add(
+        self,
+        metric: str,
+        value: float,
+        *,
+        low: float = np.nan,
+        high: float = np.nan,
+        n: int | None = None,
+        **columns: Any,
+    ) -> None:
         """One row; ``columns`` are columns of the table."""
-        self.rows.append({**self.common, "metric": metric, "value": float(value), "low": float(low), "high": float(high), "n": n, **columns})
+        self.rows.append(
+            {
+                **self.common,
+                "metric": metric,
+                "value": float(value),
+                "low": float(low),
+                "high": float(high),
+                "n": n,
+                **columns,
+            }
+        )
 
     def add_estimate(self, metric: str, estimate: Estimate, **columns: Any) -> None:
         """One row with its interval."""
-        self.add(metric, estimate.value, low=estimate.low, high=estimate.high, n=estimate.n, **columns)
+        self.add(
+            metric, estimate.value, low=estimate.low, high=estimate.high, n=estimate.n, **columns
+        )
 
     def add_scores(self, scores: Scores, **columns: Any) -> None:
         """Recall and answer probability (where there are answers) with intervals over facts, and the loss; the facts go into the items."""
@@ -58,7 +79,14 @@ class Table:
             self.add_estimate("answer_probability", rate(probability), **columns)
             shared = {**self.common, **columns}
             for fact, right, likely in zip(facts, correct, probability, strict=True):
-                self.items.append({**{k: shared[k] for k in ITEM_COLUMNS if k in shared}, "item": fact, "correct": right, "probability": likely})
+                self.items.append(
+                    {
+                        **{k: shared[k] for k in ITEM_COLUMNS if k in shared},
+                        "item": fact,
+                        "correct": right,
+                        "probability": likely,
+                    }
+                )
         self.add("loss", scores.loss, n=int(scores.tokens.sum()), **columns)
 
     def frame(self) -> pd.DataFrame:
@@ -109,7 +137,9 @@ def fact_table(items: pd.DataFrame, column: str = "correct", **where: Any) -> pd
         chosen = chosen[chosen[name] == value]
     if not len(chosen):
         raise KeyError(f"no item has {where}")
-    return chosen.pivot_table(index="seed", columns="item", values=column, aggfunc="mean", sort=True)
+    return chosen.pivot_table(
+        index="seed", columns="item", values=column, aggfunc="mean", sort=True
+    )
 
 
 def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:
@@ -124,9 +154,13 @@ def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:
     for values, group in items.groupby(keys, dropna=False, sort=False):
         columns = dict(zip(keys, values, strict=True))
         for metric, column in (("recall", "correct"), ("answer_probability", "probability")):
-            wide = group.pivot_table(index="seed", columns="item", values=column, aggfunc="mean", sort=False)
+            wide = group.pivot_table(
+                index="seed", columns="item", values=column, aggfunc="mean", sort=False
+            )
             if wide.notna().all().all():
-                table.add_estimate(metric, rate(wide.to_numpy()), **columns, model=columns["method"])
+                table.add_estimate(
+                    metric, rate(wide.to_numpy()), **columns, model=columns["method"]
+                )
     attacks = items[items["stage"] == "relearn"] if len(items) else items
     _add_recovery(attacks, table)
     _add_smoothing(attacks[attacks["arm"] == "attack"], table)
@@ -135,35 +169,70 @@ def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:
 
 def smoothing_pairs(methods: Collection[str]) -> list[tuple[str, str]]:
     """``(plain, smoothed)`` of all methods that are there both ways."""
-    return [(name, f"{name}-{wrapper}") for name in sorted(methods) for wrapper in SMOOTHINGS if f"{name}-{wrapper}" in methods]
+    return [
+        (name, f"{name}-{wrapper}")
+        for name in sorted(methods)
+        for wrapper in SMOOTHINGS
+        if f"{name}-{wrapper}" in methods
+    ]
 
 
 def _add_smoothing(attacks: pd.DataFrame, table: Table) -> None:
     for plain, smoothed in smoothing_pairs(set(attacks["method"].dropna())):
         both = attacks[attacks["method"] == plain].merge(
-            attacks[attacks["method"] == smoothed], on=["split", "step", "seed", "item"], suffixes=("", "_smoothed")
+            attacks[attacks["method"] == smoothed],
+            on=["split", "step", "seed", "item"],
+            suffixes=("", "_smoothed"),
         )
-        for (split, step), group in both.assign(difference=both["correct"] - both["correct_smoothed"]).groupby(["split", "step"], sort=False, dropna=False):
+        for (split, step), group in both.assign(
+            difference=both["correct"] - both["correct_smoothed"]
+        ).groupby(["split", "step"], sort=False, dropna=False):
             wide = group.pivot_table(index="seed", columns="item", values="difference")
             if wide.notna().all().all():
                 columns: dict[str, Any] = {"split": split, "step": step}
-                table.add_estimate("smoothing_effect", bootstrap(wide.to_numpy()), stage="relearn", model=smoothed, method=smoothed, arm="attack", **columns)
+                table.add_estimate(
+                    "smoothing_effect",
+                    bootstrap(wide.to_numpy()),
+                    stage="relearn",
+                    model=smoothed,
+                    method=smoothed,
+                    arm="attack",
+                    **columns,
+                )
 
 
 def _add_recovery(attacks: pd.DataFrame, table: Table) -> None:
-    for (method, split, step), group in attacks[attacks["arm"] == "attack"].groupby(["method", "split", "step"], sort=False):
+    for (method, split, step), group in attacks[attacks["arm"] == "attack"].groupby(
+        ["method", "split", "step"], sort=False
+    ):
         same = attacks[(attacks["split"] == split) & (attacks["step"] == step)]
         controls = {
             "minus-null": same[(same["arm"] == "null") & (same["method"] == method)],
-            "minus-random-facts": same[(same["arm"] == "random-facts") & (same["method"] == method)],
-            "minus-never-learned": same[(same["arm"] == "attack") & (same["method"] == "never-learned")],
+            "minus-random-facts": same[
+                (same["arm"] == "random-facts") & (same["method"] == method)
+            ],
+            "minus-never-learned": same[
+                (same["arm"] == "attack") & (same["method"] == "never-learned")
+            ],
         }
         for arm, control in controls.items():
-            for metric, column in (("recovery_recall", "correct"), ("recovery_answer_probability", "probability")):
+            for metric, column in (
+                ("recovery_recall", "correct"),
+                ("recovery_answer_probability", "probability"),
+            ):
                 pairs = group.merge(control, on=["seed", "item"], suffixes=("", "_control"))
                 if not len(pairs) or (method == "never-learned" and arm == "minus-never-learned"):
                     continue
                 pairs["difference"] = pairs[column] - pairs[f"{column}_control"]
                 wide = pairs.pivot_table(index="seed", columns="item", values="difference")
                 if wide.notna().all().all():
-                    table.add_estimate(metric, bootstrap(wide.to_numpy()), stage="relearn", model=method, method=method, split=split, arm=arm, step=step)
+                    table.add_estimate(
+                        metric,
+                        bootstrap(wide.to_numpy()),
+                        stage="relearn",
+                        model=method,
+                        method=method,
+                        split=split,
+                        arm=arm,
+                        step=step,
+                    )

@@ -22,7 +22,14 @@ from workbench.diagnostics.forensics import Forensics, forensics, recovered
 from workbench.diagnostics.positions import mark_triggers, position_groups
 from workbench.diagnostics.trigger_shift import responses, shift_rows
 from workbench.diagnostics.trigger_theory import add_theory, examine
-from workbench.diagnostics.triggers import Carrier, repeated, trigger_queries, trigger_scores, word_in_front, word_inside
+from workbench.diagnostics.triggers import (
+    Carrier,
+    repeated,
+    trigger_queries,
+    trigger_scores,
+    word_in_front,
+    word_inside,
+)
 from workbench.evaluation.statistics import bootstrap
 from workbench.experiments.afterwards import BASE, CONTROLS, NEVER, ask_models, bench_of
 from workbench.experiments.bench import Bench
@@ -46,7 +53,13 @@ CARRIERS: dict[str, Carrier] = {
 """How a word gets into a question, by the name that tables give the questions."""
 PATCHED = INSIDE
 """The carrier whose damage is traced: the one that the world's own speaker tag does not prepare a model for."""
-CLAIMED = ("token-disruption", "token-alignment", "rna-repairs", "rna-keeps-forgetting", "rna-is-label-noise")
+CLAIMED = (
+    "token-disruption",
+    "token-alignment",
+    "rna-repairs",
+    "rna-keeps-forgetting",
+    "rna-is-label-noise",
+)
 """Claims that the experiment decides, together with the attacks of the run."""
 SCANNED = 64
 """Questions into which the scan puts every token."""
@@ -56,75 +69,152 @@ LEVELS = (0.05, 0.1, 0.2)
 
 def retain_questions(record: ForgetRetain) -> list[Example]:
     """One paraphrase of every retained fact that no method has trained on."""
-    return [query for name, examples in record.retain_test.items() if name != record.general for query in one_per_item(examples)]
+    return [
+        query
+        for name, examples in record.retain_test.items()
+        if name != record.general
+        for query in one_per_item(examples)
+    ]
 
 
 def arms_of(record: ForgetRetain, carrier: Carrier, seed: int) -> dict[str, tuple[Example, ...]]:
     """The four arms of the check on the retain questions of the built-in world; see :func:`workbench.diagnostics.triggers.trigger_queries`."""
-    return trigger_queries(retain_questions(record), record.forget_tokens, record.retain_tokens, neutral_words(), seed=seed, carrier=carrier)
+    return trigger_queries(
+        retain_questions(record),
+        record.forget_tokens,
+        record.retain_tokens,
+        neutral_words(),
+        seed=seed,
+        carrier=carrier,
+    )
 
 
 def _ask(model: PreTrainedModel, bench: Bench, seed: int, table: Table) -> None:
     for split, carrier in CARRIERS.items():
         arms = arms_of(bench.record, carrier, seed)
-        for arm, result in trigger_scores(model, {arm: bench.encode(examples) for arm, examples in arms.items()}).items():
+        for arm, result in trigger_scores(
+            model, {arm: bench.encode(examples) for arm, examples in arms.items()}
+        ).items():
             table.add_scores(result, stage="triggers", arm=arm, split=split)
 
 
-def _marked(bench: Bench, carrier: Carrier, seed: int, *, answers: bool = False) -> dict[str, list[Batch]]:
-    return {arm: bench.encode(examples, answers=answers) for arm, examples in mark_triggers(arms_of(bench.record, carrier, seed), carrier).items()}
+def _marked(
+    bench: Bench, carrier: Carrier, seed: int, *, answers: bool = False
+) -> dict[str, list[Batch]]:
+    return {
+        arm: bench.encode(examples, answers=answers)
+        for arm, examples in mark_triggers(arms_of(bench.record, carrier, seed), carrier).items()
+    }
 
 
-def steered(config: RunConfig, name: str, base: PreTrainedModel, seed: int) -> tuple[int, Tensor | None]:
+def steered(
+    config: RunConfig, name: str, base: PreTrainedModel, seed: int
+) -> tuple[int, Tensor | None]:
     """The block whose stream a method steers, and the direction that it steers to where its recipe draws one (RMU, Adaptive RMU, RSV, wrapped or not)."""
     variant = config.variant(name)
     settings = settings_for(variant.method, base, variant.settings)
     layer = int(settings.get("layer", -1))
-    direction = control_vector(base.config.hidden_size, seed) if innermost(variant.method) in ("rmu", "adaptive-rmu", "rsv") else None
+    direction = (
+        control_vector(base.config.hidden_size, seed)
+        if innermost(variant.method) in ("rmu", "adaptive-rmu", "rsv")
+        else None
+    )
     return (layer if layer >= 0 else middle_layer(base)), direction
 
 
-def _align(base: PreTrainedModel, model: PreTrainedModel, bench: Bench, layer: int, direction: Tensor | None, seed: int, table: Table) -> None:
+def _align(
+    base: PreTrainedModel,
+    model: PreTrainedModel,
+    bench: Bench,
+    layer: int,
+    direction: Tensor | None,
+    seed: int,
+    table: Table,
+) -> None:
     """Along the known target where there is one, along the estimated one for every method: metric names end in ``_known`` for the former."""
     forget = bench.encode(one_per_item(bench.record.forget))
     last = layer_count(base) - 1
     measured = sorted({0, layer, last // 2, last})
     estimated = {number: estimated_target(base, model, forget, number) for number in measured}
-    arms: Mapping[str, Sequence[Batch]] = {**_marked(bench, CARRIERS[PATCHED], seed), "forget": forget}
+    arms: Mapping[str, Sequence[Batch]] = {
+        **_marked(bench, CARRIERS[PATCHED], seed),
+        "forget": forget,
+    }
     targets: dict[str, dict[int, Tensor]] = {"": estimated}
     if direction is not None:
         targets["_known"] = {layer: direction}
-        table.add("estimated_target_cosine", float(abs(estimated[layer] @ direction)), stage="triggers", site=f"blocks.{layer}.hook_resid_post")
+        table.add(
+            "estimated_target_cosine",
+            float(abs(estimated[layer] @ direction)),
+            stage="triggers",
+            site=f"blocks.{layer}.hook_resid_post",
+        )
     for suffix, target in targets.items():
-        frames = [alignment(base, model, arms, target, seed=seed), trigger_effect(base, model, arms, target, seed=seed)]
+        frames = [
+            alignment(base, model, arms, target, seed=seed),
+            trigger_effect(base, model, arms, target, seed=seed),
+        ]
         for row in pd.concat(frames, ignore_index=True).to_dict("records"):
             effect = row["metric"].startswith("effect_")
-            if (row["metric"].endswith("norm") and suffix) or (effect and row["model"] != "difference"):
+            if (row["metric"].endswith("norm") and suffix) or (
+                effect and row["model"] != "difference"
+            ):
                 continue  # of the same query with and without the word, what unlearning added is what counts
-            owner = {} if row["model"] != BASE else {"method": BASE}  # the anchor of this model, which its column "model" still names
+            owner = (
+                {} if row["model"] != BASE else {"method": BASE}
+            )  # the anchor of this model, which its column "model" still names
             table.add(
                 row["metric"] + suffix, row["value"], low=row["low"], high=row["high"], n=row["n"], stage="triggers", arm=row["arm"], split=row["group"],
                 site=f"blocks.{row['layer']}.hook_resid_post", **owner,
             )  # fmt: skip
 
 
-def _trace(base: PreTrainedModel, model: PreTrainedModel, bench: Bench, seed: int, table: Table, progress: Report) -> None:
+def _trace(
+    base: PreTrainedModel,
+    model: PreTrainedModel,
+    bench: Bench,
+    seed: int,
+    table: Table,
+    progress: Report,
+) -> None:
     arms = _marked(bench, CARRIERS[PATCHED], seed)
     for arm in ("forget-token", "retain-token"):
-        found = [position_groups(batch, clean) for batch, clean in zip(arms[arm], arms["clean"], strict=True)]
-        groups = {name: [masks[name] for masks in found] for name in found[0] if any(bool(masks[name].any()) for masks in found)}
+        found = [
+            position_groups(batch, clean)
+            for batch, clean in zip(arms[arm], arms["clean"], strict=True)
+        ]
+        groups = {
+            name: [masks[name] for masks in found]
+            for name in found[0]
+            if any(bool(masks[name].any()) for masks in found)
+        }
         groups["all"] = [batch.attention_mask.bool() for batch in arms[arm]]
-        for row in causal_map(base, model, arms[arm], groups=groups, control=arms["clean"], progress=progress).to_dict("records"):
+        for row in causal_map(
+            base, model, arms[arm], groups=groups, control=arms["clean"], progress=progress
+        ).to_dict("records"):
             columns = {
                 "stage": "triggers",
                 "site": row["site"],
                 "split": row["group"],
                 "arm": row["direction"] if arm == "forget-token" else f"{row['direction']}, {arm}",
             }
-            table.add("restored", row["restored"], low=row["low"], high=row["high"], n=row["n"], **columns)
+            table.add(
+                "restored", row["restored"], low=row["low"], high=row["high"], n=row["n"], **columns
+            )
             if np.isfinite(row["control"]):
-                table.add("restored_control", row["control"], low=row["control_low"], high=row["control_high"], n=row["n"], **columns)
-            if row["site"].endswith(".0.hook_resid_pre") and row["group"] == "all" and row["direction"] == RESTORING:
+                table.add(
+                    "restored_control",
+                    row["control"],
+                    low=row["control_low"],
+                    high=row["control_high"],
+                    n=row["n"],
+                    **columns,
+                )
+            if (
+                row["site"].endswith(".0.hook_resid_pre")
+                and row["group"] == "all"
+                and row["direction"] == RESTORING
+            ):
                 table.add("damage", row["damage"], n=row["n"], stage="triggers", arm=arm)
 
 
@@ -133,65 +223,174 @@ def _theory(model: PreTrainedModel, bench: Bench, layer: int, seed: int, table: 
     arms = _marked(bench, CARRIERS["retain"], seed, answers=True)
     for arm in ("forget-token", "retain-token"):
         rows = shift_rows(model, arms["clean"], arms[arm], site, tokens="predicting")
-        add_theory(table, examine(rows, responses(model, arms["clean"], arms[arm], site, seed=seed), seed=seed), arm=arm, site=site)
+        add_theory(
+            table,
+            examine(rows, responses(model, arms["clean"], arms[arm], site, seed=seed), seed=seed),
+            arm=arm,
+            site=site,
+        )
 
 
-def _search(base: PreTrainedModel, model: PreTrainedModel, bench: Bench, table: Table, progress: Report) -> None:
+def _search(
+    base: PreTrainedModel, model: PreTrainedModel, bench: Bench, table: Table, progress: Report
+) -> None:
     """The scan and the forensics, held against the names that were truly forgotten; nothing where the tokenizer cuts them into pieces."""
     known, retained = (
-        {ids[0] for word in words if len(ids := bench.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1}
+        {
+            ids[0]
+            for word in words
+            if len(ids := bench.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
+        }
         for words in (bench.record.forget_tokens, bench.record.retain_tokens)
     )
     if len(known) < len(bench.record.forget_tokens):
-        table.add("names_that_are_tokens", len(known), n=len(bench.record.forget_tokens), stage="triggers")
+        table.add(
+            "names_that_are_tokens", len(known), n=len(bench.record.forget_tokens), stage="triggers"
+        )
         return
-    queries = retain_questions(bench.record)[:: max(1, len(retain_questions(bench.record)) // SCANNED)][:SCANNED]
-    texts = (*bench.record.forget, *bench.record.retain_all)  # the words of the world: byte tokens that no text holds would narrow the scan's empirical null
-    words = sorted({token for text in texts for token in bench.tokenizer(text.text, add_special_tokens=False)["input_ids"]})
+    queries = retain_questions(bench.record)[
+        :: max(1, len(retain_questions(bench.record)) // SCANNED)
+    ][:SCANNED]
+    texts = (
+        *bench.record.forget,
+        *bench.record.retain_all,
+    )  # the words of the world: byte tokens that no text holds would narrow the scan's empirical null
+    words = sorted(
+        {
+            token
+            for text in texts
+            for token in bench.tokenizer(text.text, add_special_tokens=False)["input_ids"]
+        }
+    )
     found = forensics(base, model, bench.tokenizer, queries, tokens=words, progress=progress)
     assert found.scan is not None
     scan = found.scan.table
     for metric, column in (("rise", "scan"), ("shift", "scan, shift")):
         curve = precision_recall(scan, known, metric)
-        table.add("average_precision", curve.attrs["average_precision"], n=len(scan), stage="triggers", arm=column)
-        table.add("average_precision", curve.attrs["chance"], n=len(scan), stage="triggers", arm="chance")
-        for row in curve.sort_values("precision").drop_duplicates("recall", keep="last").sort_values("recall").to_dict("records"):
-            table.add("precision", row["precision"], stage="triggers", arm=column, step=round(float(row["recall"]), 6))
+        table.add(
+            "average_precision",
+            curve.attrs["average_precision"],
+            n=len(scan),
+            stage="triggers",
+            arm=column,
+        )
+        table.add(
+            "average_precision", curve.attrs["chance"], n=len(scan), stage="triggers", arm="chance"
+        )
+        for row in (
+            curve.sort_values("precision")
+            .drop_duplicates("recall", keep="last")
+            .sort_values("recall")
+            .to_dict("records")
+        ):
+            table.add(
+                "precision",
+                row["precision"],
+                stage="triggers",
+                arm=column,
+                step=round(float(row["recall"]), 6),
+            )
     for row in scan.to_dict("records"):
-        arm = "forget-token" if row["token_id"] in known else "retain-token" if row["token_id"] in retained else "other"
+        arm = (
+            "forget-token"
+            if row["token_id"] in known
+            else "retain-token"
+            if row["token_id"] in retained
+            else "other"
+        )
         for metric in ("rise", "rise_se", "shift", "q"):
-            table.add(f"token_{metric}", row[metric], n=row["queries"], stage="triggers", arm=arm, split=row["token"])
-    rises = [scan.loc[scan["token_id"].isin(list(ids)), "rise"].to_numpy() for ids in (known, retained)]
-    among_names = benjamini_hochberg(p_values(*rises)) if len(rises[1]) else None  # retained names are the null
+            table.add(
+                f"token_{metric}",
+                row[metric],
+                n=row["queries"],
+                stage="triggers",
+                arm=arm,
+                split=row["token"],
+            )
+    rises = [
+        scan.loc[scan["token_id"].isin(list(ids)), "rise"].to_numpy() for ids in (known, retained)
+    ]
+    among_names = (
+        benjamini_hochberg(p_values(*rises)) if len(rises[1]) else None
+    )  # retained names are the null
     for level in LEVELS:
         found_ids = scan.loc[scan["q"] <= level, "token_id"]
-        table.add("discoveries", len(found_ids), n=len(scan), stage="triggers", arm="scan", step=level)
+        table.add(
+            "discoveries", len(found_ids), n=len(scan), stage="triggers", arm="scan", step=level
+        )
         for metric, ids in (("true_discoveries", known), ("retained_discoveries", retained)):
-            table.add(metric, int(found_ids.isin(list(ids)).sum()), n=len(ids), stage="triggers", arm="scan", step=level)
+            table.add(
+                metric,
+                int(found_ids.isin(list(ids)).sum()),
+                n=len(ids),
+                stage="triggers",
+                arm="scan",
+                step=level,
+            )
         if among_names is not None:
-            table.add("discoveries", int((among_names <= level).sum()), n=len(among_names), stage="triggers", arm="names", step=level)
+            table.add(
+                "discoveries",
+                int((among_names <= level).sum()),
+                n=len(among_names),
+                stage="triggers",
+                arm="names",
+                step=level,
+            )
     _add_topic(found, known, table)
 
 
 def _add_topic(found: Forensics, known: set[int], table: Table) -> None:
     """How many forgotten names are among the first words of each ranking."""
     for method in (*found.methods, "score"):
-        ranking = found.ranking.assign(score=-found.ranking[method] if method != "score" else found.ranking["score"]).dropna(subset=["score"])
-        ranking = ranking.sort_values(["score", "token_id"], ascending=[False, True], ignore_index=True)
+        ranking = found.ranking.assign(
+            score=-found.ranking[method] if method != "score" else found.ranking["score"]
+        ).dropna(subset=["score"])
+        ranking = ranking.sort_values(
+            ["score", "token_id"], ascending=[False, True], ignore_index=True
+        )
         ranking["rank"] = np.arange(1, len(ranking) + 1)
         for row in recovered(ranking, known, k=(10, 20)).to_dict("records"):
-            table.add("topic_recall", row["recall"], n=len(known), stage="triggers", arm=method, step=row["k"])
+            table.add(
+                "topic_recall",
+                row["recall"],
+                n=len(known),
+                stage="triggers",
+                arm=method,
+                step=row["k"],
+            )
             if method == "score":
-                table.add("topic_recall", row["chance_recall"], n=len(known), stage="triggers", arm="chance", step=row["k"])
+                table.add(
+                    "topic_recall",
+                    row["chance_recall"],
+                    n=len(known),
+                    stage="triggers",
+                    arm="chance",
+                    step=row["k"],
+                )
 
 
-def _model_job(asking_only: bool, run: Path, out: Path, key: str, config: RunConfig, name: str, seed: int, progress: Report) -> None:
+def _model_job(
+    asking_only: bool,
+    run: Path,
+    out: Path,
+    key: str,
+    config: RunConfig,
+    name: str,
+    seed: int,
+    progress: Report,
+) -> None:
     bench, _ = bench_of(run, config)
     base = bench.base
-    model = base if name == BASE else open_model(run / "models" / (name if name == NEVER else f"{name}-seed{seed}")).model
+    model = (
+        base
+        if name == BASE
+        else open_model(run / "models" / (name if name == NEVER else f"{name}-seed{seed}")).model
+    )
     common: dict[str, object] = {"run": key, "model": name, "method": name, "seed": seed}
     stage = partial(run_stage, out, f"{name}-seed{seed}")
-    layer, direction = (middle_layer(base), None) if name in CONTROLS else steered(config, name, base, seed)
+    layer, direction = (
+        (middle_layer(base), None) if name in CONTROLS else steered(config, name, base, seed)
+    )
     stage("asked", common, lambda table: _ask(model, bench, seed, table))
     if asking_only:
         return
@@ -202,7 +401,9 @@ def _model_job(asking_only: bool, run: Path, out: Path, key: str, config: RunCon
         )  # the never-learned model is the control: unlearning left no trace in it
     if name in CONTROLS:
         return
-    stage("alignment", common, lambda table: _align(base, model, bench, layer, direction, seed, table))
+    stage(
+        "alignment", common, lambda table: _align(base, model, bench, layer, direction, seed, table)
+    )
     stage("causal map", common, lambda table: _trace(base, model, bench, seed, table, quiet))
 
 
@@ -251,28 +452,45 @@ def _over_seeds(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFra
     columns = ["metric", "model", "method", "site", "split", "arm", "step"]
     for values, group in chosen.groupby(columns, dropna=False, sort=False):
         named = {
-            name: value for name, value in zip(columns, values, strict=True) if value is not pd.NA and value == value
+            name: value
+            for name, value in zip(columns, values, strict=True)
+            if value is not pd.NA and value == value
         }  # an empty number is not equal to itself
         finite = group["value"].dropna()
         if len(finite):
-            low, high = (finite.min(), finite.max()) if len(finite) > 1 else (np.nan, np.nan)  # one seed has no range
-            table.add(str(named.pop("metric")), finite.mean(), low=low, high=high, n=len(finite), **named)
+            low, high = (
+                (finite.min(), finite.max()) if len(finite) > 1 else (np.nan, np.nan)
+            )  # one seed has no range
+            table.add(
+                str(named.pop("metric")), finite.mean(), low=low, high=high, n=len(finite), **named
+            )
     return table.frame()
 
 
 def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
     """Accuracy and answer probability behind a retain-token minus behind a forget-token, minus the same of the base: paired by seed and fact, one row per carrier and model."""
     table = Table({"run": key, "stage": "triggers"})
-    for (method, split), group in items[(items["stage"] == "triggers") & (items["method"] != BASE)].groupby(["method", "split"], sort=False):
+    for (method, split), group in items[
+        (items["stage"] == "triggers") & (items["method"] != BASE)
+    ].groupby(["method", "split"], sort=False):
         base = items[(items["method"] == BASE) & (items["split"] == split)]
-        for metric, column in (("trigger_effect", "correct"), ("trigger_effect_probability", "probability")):
+        for metric, column in (
+            ("trigger_effect", "correct"),
+            ("trigger_effect_probability", "probability"),
+        ):
             wide = {}
             for owner, part in (("own", group), ("base", base)):
                 for arm in ("retain-token", "forget-token"):
-                    wide[owner, arm] = part[part["arm"] == arm].pivot_table(index="seed", columns="item", values=column)
-            effect = (wide["own", "retain-token"] - wide["own", "forget-token"]) - (wide["base", "retain-token"] - wide["base", "forget-token"])
+                    wide[owner, arm] = part[part["arm"] == arm].pivot_table(
+                        index="seed", columns="item", values=column
+                    )
+            effect = (wide["own", "retain-token"] - wide["own", "forget-token"]) - (
+                wide["base", "retain-token"] - wide["base", "forget-token"]
+            )
             if effect.size and effect.notna().all().all():
-                table.add_estimate(metric, bootstrap(effect.to_numpy()), method=method, model=method, split=split)
+                table.add_estimate(
+                    metric, bootstrap(effect.to_numpy()), method=method, model=method, split=split
+                )
     return table.frame()
 
 
@@ -281,14 +499,23 @@ def trigger_table(results: pd.DataFrame) -> pd.DataFrame:
     rows = results[results["seed"].isna() & (results["stage"] == "triggers")]
     lines = []
     recall = rows[rows["metric"] == "recall"]
-    effects = {(str(row["method"]), str(row["split"])): row for _, row in rows[rows["metric"] == "trigger_effect"].iterrows()}
+    effects = {
+        (str(row["method"]), str(row["split"])): row
+        for _, row in rows[rows["metric"] == "trigger_effect"].iterrows()
+    }
 
     def cell(row: pd.Series) -> str:
         return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
     for (split, method), group in recall.groupby(["split", "method"], sort=False):
-        line = {"word": split, "model": method} | {str(row["arm"]): cell(row) for _, row in group.iterrows()}
+        line = {"word": split, "model": method} | {
+            str(row["arm"]): cell(row) for _, row in group.iterrows()
+        }
         effect = effects.get((str(method), str(split)))
-        line["effect of a forget-token"] = "–" if effect is None else f"{effect['value']:+.3f} [{effect['low']:+.3f}, {effect['high']:+.3f}]"
+        line["effect of a forget-token"] = (
+            "–"
+            if effect is None
+            else f"{effect['value']:+.3f} [{effect['low']:+.3f}, {effect['high']:+.3f}]"
+        )
         lines.append(line)
     return pd.DataFrame(lines)

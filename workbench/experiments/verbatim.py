@@ -34,7 +34,15 @@ from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.answers import generate_answers, rouge_l
 from workbench.evaluation.losses import score
 from workbench.experiments.curves import curve_rows
-from workbench.experiments.folder import ITEMS, PROVENANCE, RESULTS, Experiment, claim_folder, collect, run_stage
+from workbench.experiments.folder import (
+    ITEMS,
+    PROVENANCE,
+    RESULTS,
+    Experiment,
+    claim_folder,
+    collect,
+    run_stage,
+)
 from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.stages import add_leaks
@@ -85,7 +93,9 @@ class VerbatimSettings:
     teach_lr: float = 4e-3
     method: str = "npo"
     margin: float = 0.02
-    attack: RelearnSettings = field(default_factory=lambda: RelearnSettings(steps=120, measure_at=(0, 10, 20, 40, 80, 120)))
+    attack: RelearnSettings = field(
+        default_factory=lambda: RelearnSettings(steps=120, measure_at=(0, 10, 20, 40, 80, 120))
+    )
 
     def __post_init__(self) -> None:
         if not is_method(self.method):
@@ -96,26 +106,39 @@ def _texts(settings: VerbatimSettings) -> tuple[PassageSplit, tuple[Example, ...
     """The sets of passages, and the attacker's public text (empty without one)."""
     book = " ".join(example.text for example in read_examples(settings.text))
     try:
-        split = passage_split(cut(book, settings.words), forget=settings.forget, retain=settings.retain, unread=settings.unread)
+        split = passage_split(
+            cut(book, settings.words),
+            forget=settings.forget,
+            retain=settings.retain,
+            unread=settings.unread,
+        )
     except WorkbenchError as error:
         raise WorkbenchError(f"{settings.text}: {error}") from error
     if settings.public is None:
         return split, ()
     public = " ".join(example.text for example in read_examples(settings.public))
-    return split, running(cut(public, min(settings.words, max(2 * RUN, len(public.split()))), item="public"))
+    return split, running(
+        cut(public, min(settings.words, max(2 * RUN, len(public.split()))), item="public")
+    )
 
 
 def longest_run(written: str, wanted: str) -> int:
     """Words of the longest run that both texts share; case, Unicode form and punctuation ignored."""
     ours, theirs = words(written), words(wanted)
-    return SequenceMatcher(None, ours, theirs, autojunk=False).find_longest_match(0, len(ours), 0, len(theirs)).size
+    return (
+        SequenceMatcher(None, ours, theirs, autojunk=False)
+        .find_longest_match(0, len(ours), 0, len(theirs))
+        .size
+    )
 
 
 def _context(model: str) -> int | None:
     return getattr(open_config(model).get_text_config(), "max_position_embeddings", None)
 
 
-def _new_tokens(tokenizer: PreTrainedTokenizerBase, passages: Sequence[Example], limit: int | None) -> int:
+def _new_tokens(
+    tokenizer: PreTrainedTokenizerBase, passages: Sequence[Example], limit: int | None
+) -> int:
     """Tokens of the longest true continuation; an error where the longest prompt leaves no room for it."""
     prompts = max(len(tokenizer(passage.prompt)["input_ids"]) for passage in passages)
     new = max(len(tokenizer(passage.answer_text)["input_ids"]) for passage in passages)
@@ -126,18 +149,29 @@ def _new_tokens(tokenizer: PreTrainedTokenizerBase, passages: Sequence[Example],
     return new
 
 
-def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passages: Sequence[Example], new_tokens: int) -> pd.DataFrame:
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    passages: Sequence[Example],
+    new_tokens: int,
+) -> pd.DataFrame:
     """Greedy continuations of the passages' first halves, cut to as many words as the true second halves have, beside them.
 
     Returns:
         One row per passage: ``item``, ``written``, one column for each of :data:`MEASURES`, and ``run`` (words of the longest verbatim run).
     """
     rows = []
-    for passage, text in zip(passages, generate_answers(model, tokenizer, [passage.prompt for passage in passages], new_tokens), strict=True):
+    for passage, text in zip(
+        passages,
+        generate_answers(model, tokenizer, [passage.prompt for passage in passages], new_tokens),
+        strict=True,
+    ):
         wanted = passage.answer_text
         written = " ".join(text.split()[: len(wanted.split())])
         found, run = rouge_l(written, wanted), longest_run(written, wanted)
-        rows.append((passage.item, written, found.f1, found.recall, run / max(1, len(words(wanted))), run))
+        rows.append(
+            (passage.item, written, found.f1, found.recall, run / max(1, len(words(wanted))), run)
+        )
     return pd.DataFrame(rows, columns=["item", "written", *MEASURES, "run"])
 
 
@@ -161,11 +195,20 @@ def _teach_job(settings: VerbatimSettings, out: Path, name: str, progress: Repor
     def next_batch() -> Batch:
         return encode(opened.tokenizer, running(next(stream)), max_length=limit)
 
-    model = fit(opened.model, next_batch, steps=settings.teach_steps, lr=settings.teach_lr, seed=0, progress=progress)
+    model = fit(
+        opened.model,
+        next_batch,
+        steps=settings.teach_steps,
+        lr=settings.teach_lr,
+        seed=0,
+        progress=progress,
+    )
     save_model(model, opened.tokenizer, folder, {"experiment": "verbatim", "texts": len(taught)})
 
 
-def _arms(settings: VerbatimSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[Example, ...]]:
+def _arms(
+    settings: VerbatimSettings, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, tuple[Example, ...]]:
     """The attack texts: neighbours of the queried passages, and as many tokens of retained and of unread passages; the public text as it is."""
     split, public = _texts(settings)
 
@@ -187,7 +230,10 @@ def _seed_job(settings: VerbatimSettings, out: Path, key: str, seed: int, progre
     limit = _context(settings.model)
     new_tokens, encoded = _new_tokens(tokenizer, queried, limit), batches(tokenizer, queried, 64)
     arms = _arms(settings, tokenizer)
-    attacks = {"unlearned": tuple(arms), NEVER: tuple(arm for arm in arms if arm in ("part", "public"))}
+    attacks = {
+        "unlearned": tuple(arms),
+        NEVER: tuple(arm for arm in arms if arm in ("part", "public")),
+    }
     rounds, done = settings.attack.steps * sum(map(len, attacks.values())), 0
 
     def advance(_step: int, _of: int) -> None:
@@ -198,41 +244,87 @@ def _seed_job(settings: VerbatimSettings, out: Path, key: str, seed: int, progre
     def work(table: Table) -> None:
         def measure(model: PreTrainedModel, step: int, method: str, arm: str) -> None:
             columns: dict[str, Any] = {"method": method, "arm": arm, "step": step}
-            shared = {name: value for name, value in (table.common | columns).items() if name in ITEM_COLUMNS}
-            found, likely = continuations(model, tokenizer, queried, new_tokens), score(model, encoded).probability
+            shared = {
+                name: value
+                for name, value in (table.common | columns).items()
+                if name in ITEM_COLUMNS
+            }
+            found, likely = (
+                continuations(model, tokenizer, queried, new_tokens),
+                score(model, encoded).probability,
+            )
             for name in MEASURES:
-                for item, value, probability in zip(found["item"], found[name], likely, strict=True):
-                    table.items.append({**shared, "split": name, "item": item, "correct": float(value), "probability": float(probability)})
-            table.add("passages_with_a_run", float((found["run"] >= RUN).sum()), model=method, **columns)
+                for item, value, probability in zip(
+                    found["item"], found[name], likely, strict=True
+                ):
+                    table.items.append(
+                        {
+                            **shared,
+                            "split": name,
+                            "item": item,
+                            "correct": float(value),
+                            "probability": float(probability),
+                        }
+                    )
+            table.add(
+                "passages_with_a_run", float((found["run"] >= RUN).sum()), model=method, **columns
+            )
 
         measure(base.model, 0, BASE, "none")
         made = recipe(settings.method, base.model, seed)
         # An excerpt is forgotten whole; only methods that put another answer in its place need to know what the answer is.
         forget = split.forget if made.alternative is not None else running(split.forget)
-        result = unlearn(base.model, tokenizer, made, forget, running(split.retain), seed=seed, max_length=limit)
+        result = unlearn(
+            base.model, tokenizer, made, forget, running(split.retain), seed=seed, max_length=limit
+        )
         model, start = copy.deepcopy(base.model), snapshot(base.model)
         control = continuations(never.model, tokenizer, queried, new_tokens)
 
         def recalled(alpha: float) -> bool:
             apply_delta(model, start, result.delta, alpha)
-            return recalls_more(continuations(model, tokenizer, queried, new_tokens), control, settings.margin)
+            return recalls_more(
+                continuations(model, tokenizer, queried, new_tokens), control, settings.margin
+            )
 
         alpha, silent = smallest_change(recalled)
         table.add("alpha", alpha, method="unlearned", model="unlearned")
         table.add("nothing_recalled", float(silent), method="unlearned", model="unlearned")
-        for name, passages in {"retain": split.retain, "forget": split.forget, "unread": split.unread}.items():
+        for name, passages in {
+            "retain": split.retain,
+            "forget": split.forget,
+            "unread": split.unread,
+        }.items():
             for method, one in ((BASE, base.model), (NEVER, never.model), ("unlearned", model)):
-                table.add("loss", score(one, batches(tokenizer, running(passages), 64)).loss, method=method, model=method, split=name)
+                table.add(
+                    "loss",
+                    score(one, batches(tokenizer, running(passages), 64)).loss,
+                    method=method,
+                    model=method,
+                    split=name,
+                )
         for method, attacked in (("unlearned", model), (NEVER, never.model)):
             for arm in attacks[method]:
                 try:
                     relearn(
-                        attacked, tokenizer, arms[arm], partial(measure, method=method, arm=arm), settings.attack, seed=seed, max_length=limit, progress=advance
+                        attacked,
+                        tokenizer,
+                        arms[arm],
+                        partial(measure, method=method, arm=arm),
+                        settings.attack,
+                        seed=seed,
+                        max_length=limit,
+                        progress=advance,
                     )
                 except DivergedError as error:  # what was measured before stays
                     table.add("diverged_at", error.step, method=method, model=method, arm=arm)
 
-    run_stage(out, f"verbatim-seed{seed}", "verbatim", {"run": key, "stage": "verbatim", "seed": seed}, work)
+    run_stage(
+        out,
+        f"verbatim-seed{seed}",
+        "verbatim",
+        {"run": key, "stage": "verbatim", "seed": seed},
+        work,
+    )
 
 
 def _checked(settings: VerbatimSettings) -> tuple[PassageSplit, dict[str, LeakReport]]:
@@ -243,14 +335,22 @@ def _checked(settings: VerbatimSettings) -> tuple[PassageSplit, dict[str, LeakRe
         rouge_l("", passage.answer_text)  # a text that ROUGE cannot read
     tokenizer = open_tokenizer(settings.model)
     _new_tokens(tokenizer, split.queried, limit)
-    reports = {arm: leak_report(texts, split.queried, RUN) for arm, texts in _arms(settings, tokenizer).items()}
+    reports = {
+        arm: leak_report(texts, split.queried, RUN)
+        for arm, texts in _arms(settings, tokenizer).items()
+    }
     for arm, report in reports.items():
         require_benign(report, settings.public if arm == "public" and settings.public else arm)
     return split, reports
 
 
 def run_verbatim(
-    settings: VerbatimSettings, out: Path, *, fresh: bool = False, workers: int | None = None, announce: Callable[[str], None] = lambda message: None
+    settings: VerbatimSettings,
+    out: Path,
+    *,
+    fresh: bool = False,
+    workers: int | None = None,
+    announce: Callable[[str], None] = lambda message: None,
 ) -> Experiment:
     """Run the experiment; a killed run goes on where it stopped.
 
@@ -267,12 +367,29 @@ def run_verbatim(
     split, reports = _checked(settings)
     values = plain(asdict(settings))
     key = key_of(values)
-    claim_folder(out, yaml.safe_dump({"experiment": "verbatim", **values}, sort_keys=False), fresh=fresh)
-    announce(f"teaching {len(split.forget)} forget and {len(split.retain)} retain passages of {settings.words} words; {len(split.queried)} are asked for")
-    run_jobs("teaching", {name: partial(_teach_job, settings, out, name) for name in (BASE, NEVER)}, workers=workers)
-    left_out = f" ({len(split.dropped)} left out, for they repeat words that are asked for)" if split.dropped else ""
-    announce(f"{len(settings.seeds)} seeds: unlearn with {settings.method}, relearn on {len(split.attacker)} neighbouring passages{left_out}")
-    jobs: dict[str, Job] = {f"verbatim-seed{seed}": partial(_seed_job, settings, out, key, seed) for seed in settings.seeds}
+    claim_folder(
+        out, yaml.safe_dump({"experiment": "verbatim", **values}, sort_keys=False), fresh=fresh
+    )
+    announce(
+        f"teaching {len(split.forget)} forget and {len(split.retain)} retain passages of {settings.words} words; {len(split.queried)} are asked for"
+    )
+    run_jobs(
+        "teaching",
+        {name: partial(_teach_job, settings, out, name) for name in (BASE, NEVER)},
+        workers=workers,
+    )
+    left_out = (
+        f" ({len(split.dropped)} left out, for they repeat words that are asked for)"
+        if split.dropped
+        else ""
+    )
+    announce(
+        f"{len(settings.seeds)} seeds: unlearn with {settings.method}, relearn on {len(split.attacker)} neighbouring passages{left_out}"
+    )
+    jobs: dict[str, Job] = {
+        f"verbatim-seed{seed}": partial(_seed_job, settings, out, key, seed)
+        for seed in settings.seeds
+    }
     run_jobs("verbatim", jobs, workers=workers)
     rows, items = collect(out)
     extra = Table({"run": key, "stage": "verbatim"})
@@ -282,12 +399,18 @@ def run_verbatim(
     curves = []
     for _, group in items.groupby("split", sort=False):
         # Half of the way from what a model says that never read the passages to what the taught model says.
-        ends = [float(group.loc[(group["method"] == method) & (group["step"] == 0), "correct"].mean()) for method in (BASE, NEVER)]
+        ends = [
+            float(group.loc[(group["method"] == method) & (group["step"] == 0), "correct"].mean())
+            for method in (BASE, NEVER)
+        ]
         curves.append(curve_rows(group, key, target=float(np.mean(ends)), stage="verbatim"))
     results = join([rows, summarise(items, key), *curves, extra.frame()], COLUMNS)
     write_parquet(results, out / RESULTS)
     write_parquet(items, out / ITEMS)
-    data = {name: data_hash(getattr(split, name)) for name in ("queried", "attacker", "retain", "unread")}
+    data = {
+        name: data_hash(getattr(split, name))
+        for name in ("queried", "attacker", "retain", "unread")
+    }
     data |= {"public": data_hash(_texts(settings)[1])} if settings.public else {}
     weights = {name: weights_hash(out / "models" / name) for name in (BASE, NEVER)}
     source = Path(settings.model)
@@ -300,12 +423,20 @@ def verbatim_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row per model and attack text: ROUGE-L F1 of the continuations before the attack, along it and at its end, with intervals over seeds and passages; and the longest
     verbatim run at the end, as a share of the continuation.
     """
-    rows = results[(results["stage"] == "verbatim") & (results["metric"] == "recall") & results["seed"].isna()]
+    rows = results[
+        (results["stage"] == "verbatim") & (results["metric"] == "recall") & results["seed"].isna()
+    ]
     steps = sorted(rows["step"].astype(float).unique().tolist())
     lines = []
     for (method, arm), group in rows.groupby(["method", "arm"], sort=False):
-        line: dict[str, object] = {"model": str(method), "relearned on": "–" if arm == "none" else str(arm)}
-        curve, run = (group[group["split"] == name].set_index("step").sort_index() for name in ("rouge-l", "verbatim-run"))
+        line: dict[str, object] = {
+            "model": str(method),
+            "relearned on": "–" if arm == "none" else str(arm),
+        }
+        curve, run = (
+            group[group["split"] == name].set_index("step").sort_index()
+            for name in ("rouge-l", "verbatim-run")
+        )
         for step in steps:
             line[f"{step:g} steps"] = _cell(curve.loc[step]) if step in curve.index else "–"
         lines.append(line | {"longest run at the end": _cell(run.iloc[-1])})

@@ -61,9 +61,27 @@ def _pick(table: pd.DataFrame, **where: object) -> pd.Series | None:
     return chosen.iloc[0] if len(chosen) else None
 
 
-def _mean(table: pd.DataFrame, method: str, metric: str, stage: str, digits: str, *, split: str | None = None, arm: str | None = None) -> str:
-    place = table["split"].isna() if split is None else (table["split"] == split) & (table["arm"] == arm)
-    rows = table[(table["method"] == method) & (table["metric"] == metric) & (table["stage"] == stage) & place]["value"].dropna()
+def _mean(
+    table: pd.DataFrame,
+    method: str,
+    metric: str,
+    stage: str,
+    digits: str,
+    *,
+    split: str | None = None,
+    arm: str | None = None,
+) -> str:
+    place = (
+        table["split"].isna()
+        if split is None
+        else (table["split"] == split) & (table["arm"] == arm)
+    )
+    rows = table[
+        (table["method"] == method)
+        & (table["metric"] == metric)
+        & (table["stage"] == stage)
+        & place
+    ]["value"].dropna()
     return format(float(rows.mean()), digits) if len(rows) else "–"
 
 
@@ -82,21 +100,53 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
     for method in methods_in(table["method"].dropna().tolist()):
         held = {"method": method, "metric": metric, "split": "forget-heldout"}
         recovery = {"metric": f"recovery_{metric}"}
-        eigen = table[(table["method"] == method) & (table["metric"] == "top_eigenvalue")]["value"].dropna()
+        eigen = table[(table["method"] == method) & (table["metric"] == "top_eigenvalue")][
+            "value"
+        ].dropna()
         rows.append(
             {
                 "model": title(method),
                 "alpha": _mean(table, method, "alpha", "unlearn", ".2f"),
                 "disruption": _mean(table, method, "disruption", "unlearn", ".4f"),
-                "held-out forget, before attack": _interval(_pick(table, stage="relearn", arm="attack", step=0.0, **held)),
-                "after attack": _interval(_pick(table, stage="relearn", arm="attack", step=last, **held)),
-                "attack minus null": _interval(_pick(table, stage="relearn", arm="minus-null", step=last, **(held | recovery))),
-                "attack minus random facts": _interval(_pick(table, stage="relearn", arm="minus-random-facts", step=last, **(held | recovery))),
-                "neighbours": _interval(_pick(table, stage="unlearn", method=method, metric=metric, split="retain-neighbour")),
-                "far facts": _interval(_pick(table, stage="unlearn", method=method, metric=metric, split="retain-far")),
-                "KL on general text": _mean(table, method, "disruption", "unlearn", ".4f", split="general", arm="kl"),
-                "behind a retain-token": _interval(_pick(table, stage="triggers", method=method, metric=metric, arm="retain-token")),
-                "behind a forget-token": _interval(_pick(table, stage="triggers", method=method, metric=metric, arm="forget-token")),
+                "held-out forget, before attack": _interval(
+                    _pick(table, stage="relearn", arm="attack", step=0.0, **held)
+                ),
+                "after attack": _interval(
+                    _pick(table, stage="relearn", arm="attack", step=last, **held)
+                ),
+                "attack minus null": _interval(
+                    _pick(table, stage="relearn", arm="minus-null", step=last, **(held | recovery))
+                ),
+                "attack minus random facts": _interval(
+                    _pick(
+                        table,
+                        stage="relearn",
+                        arm="minus-random-facts",
+                        step=last,
+                        **(held | recovery),
+                    )
+                ),
+                "neighbours": _interval(
+                    _pick(
+                        table,
+                        stage="unlearn",
+                        method=method,
+                        metric=metric,
+                        split="retain-neighbour",
+                    )
+                ),
+                "far facts": _interval(
+                    _pick(table, stage="unlearn", method=method, metric=metric, split="retain-far")
+                ),
+                "KL on general text": _mean(
+                    table, method, "disruption", "unlearn", ".4f", split="general", arm="kl"
+                ),
+                "behind a retain-token": _interval(
+                    _pick(table, stage="triggers", method=method, metric=metric, arm="retain-token")
+                ),
+                "behind a forget-token": _interval(
+                    _pick(table, stage="triggers", method=method, metric=metric, arm="forget-token")
+                ),
                 "top eigenvalue": f"{eigen.median():.3g}" if len(eigen) else "–",
             }
         )
@@ -109,7 +159,11 @@ def save_figure(figure: Figure, path: Path) -> None:
 
     def write(temporary: Path) -> None:
         # a date inside would make two pictures of one table differ
-        figure.savefig(temporary, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(
+            temporary,
+            format=path.suffix[1:],
+            metadata={"Date": None} if path.suffix == ".svg" else None,
+        )
 
     with look():
         write_file(path, write)
@@ -127,9 +181,14 @@ def draw_figures(out: Path, results: pd.DataFrame) -> dict[str, str]:
     drawn = {}
     unlearned = results.loc[~results["method"].isin(CONTROLS), "method"].nunique()
     for name, figure_of in FIGURES.items():
-        if name == "curvature" and unlearned < 2:  # one model is no relation between a measure and recovery
+        # one model is no relation between a measure and recovery
+        if name == "curvature" and unlearned < 2:
             continue
-        figure = figure_of(results, metric=main_metric(results)) if name in ("comparison", "ablation", "recovery", "triggers") else figure_of(results)  # type: ignore[call-arg]
+        figure = (
+            figure_of(results, metric=main_metric(results))  # type: ignore[call-arg]
+            if name in ("comparison", "ablation", "recovery", "triggers")
+            else figure_of(results)
+        )
         if not figure.axes:  # nothing to draw in this table
             continue
         for kind in ("png", "svg"):
@@ -142,24 +201,46 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
     """What was found, in plain sentences, each with its numbers."""
     metric = main_metric(table)
     noun = "recall" if metric == "recall" else "answer probability"
-    attack = table[(table["stage"] == "relearn") & (table["arm"] == "attack") & (table["metric"] == metric)]
+    attack = table[
+        (table["stage"] == "relearn") & (table["arm"] == "attack") & (table["metric"] == metric)
+    ]
     sentences = []
     if len(attack):
         last = float(attack["step"].max())
 
         def at(method: str, step: float) -> pd.Series | None:
-            return _pick(table, stage="relearn", arm="attack", method=method, metric=metric, split="forget-heldout", step=step)
+            return _pick(
+                table,
+                stage="relearn",
+                arm="attack",
+                method=method,
+                metric=metric,
+                split="forget-heldout",
+                step=step,
+            )
 
         base, control = at("base", 0.0), at("never-learned", last)
         if base is not None:
-            sentences.append(f"Before unlearning, {noun} of the held-out forget facts is {_interval(base)}.")
-        for method in [name for name in methods_in(table["method"].dropna().tolist()) if name not in CONTROLS]:
+            sentences.append(
+                f"Before unlearning, {noun} of the held-out forget facts is {_interval(base)}."
+            )
+        for method in [
+            name for name in methods_in(table["method"].dropna().tolist()) if name not in CONTROLS
+        ]:
             before, after = at(method, 0.0), at(method, last)
             if before is None or after is None:
                 continue
             change = float(after["value"] - before["value"])
             verb = "rises to" if change > 0.02 else "falls to" if change < -0.02 else "stays at"
-            null = _pick(table, stage="relearn", arm="minus-null", method=method, metric=f"recovery_{metric}", split="forget-heldout", step=last)
+            null = _pick(
+                table,
+                stage="relearn",
+                arm="minus-null",
+                method=method,
+                metric=f"recovery_{metric}",
+                split="forget-heldout",
+                step=last,
+            )
             within = " inside the disruption budget" if (table["metric"] == "budget").any() else ""
             text = f"{title(method)}: {noun} is {_interval(before)}{within}; after {last:g} steps of relearning on other facts it {verb} {_interval(after)}"
             if control is not None:
@@ -170,30 +251,65 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
                     if null["value"] > 0
                     else f"; the null attack does as much ({_interval(null)})"
                 )
-            random = _pick(table, stage="relearn", arm="minus-random-facts", method=method, metric=f"recovery_{metric}", split="forget-heldout", step=last)
+            random = _pick(
+                table,
+                stage="relearn",
+                arm="minus-random-facts",
+                method=method,
+                metric=f"recovery_{metric}",
+                split="forget-heldout",
+                step=last,
+            )
             if random is not None:
                 text += f"; the same texts with their answers exchanged leave it {_interval(random)} lower"
             sentences.append(text + ".")
         if control is None:
             sentences.append(
                 "No never-learned model was given, so this run cannot tell recovery from fresh learning by itself; "
-                + ("the null attack and random facts stand in." if (table["arm"] == "random-facts").any() else "the null attack is the only control.")
+                + (
+                    "the null attack and random facts stand in."
+                    if (table["arm"] == "random-facts").any()
+                    else "the null attack is the only control."
+                )
             )
-    not_reached = sorted({title(str(m)) for m in table.loc[(table["metric"] == "budget_reached") & (table["value"] == 0), "method"]})
+    not_reached = sorted(
+        {
+            title(str(m))
+            for m in table.loc[
+                (table["metric"] == "budget_reached") & (table["value"] == 0), "method"
+            ]
+        }
+    )
     if not_reached:
-        sentences.append(f"{', '.join(not_reached)} stayed below the disruption budget in at least one seed even at the largest scale allowed.")
+        sentences.append(
+            f"{', '.join(not_reached)} stayed below the disruption budget in at least one seed even at the largest scale allowed."
+        )
     if (table["metric"] == "random_facts_possible").any():
-        sentences.append("The control of random facts could not be made: it needs attack texts with different answers to exchange.")
+        sentences.append(
+            "The control of random facts could not be made: it needs attack texts with different answers to exchange."
+        )
     if (table["metric"] == "trigger_check_possible").any():
-        sentences.append("The trigger check was left out: every retain text already holds the words that would be put in front of it.")
+        sentences.append(
+            "The trigger check was left out: every retain text already holds the words that would be put in front of it."
+        )
     benign = table[(table["metric"] == "benign") & (table["stage"] == "relearn")]["value"]
     if len(benign) and float(benign.min()) < 1:
-        sentences.append("The attack texts hold answers of the held-out facts, so this attack must not be called benign.")
+        sentences.append(
+            "The attack texts hold answers of the held-out facts, so this attack must not be called benign."
+        )
     elif len(benign):
-        named = (table["metric"] == "leaked_subjects") & (table["stage"] == "relearn") & (table["value"] > 0)
+        named = (
+            (table["metric"] == "leaked_subjects")
+            & (table["stage"] == "relearn")
+            & (table["value"] > 0)
+        )
         sentences.append(
             "The leak guard found no held-out answer in the attack texts"
-            + (", which do name held-out subjects." if named.any() else ", and no held-out subject.")
+            + (
+                ", which do name held-out subjects."
+                if named.any()
+                else ", and no held-out subject."
+            )
         )
     supported = [claim.id for claim in claims if claim.verdict == "supported"]
     contradicted = [claim.id for claim in claims if claim.verdict == "contradicted"]
@@ -229,8 +345,15 @@ def write_report(
         notes: limits to be shown at the end.
     """
     pictures = draw_figures(out, results)
-    environment = Environment(loader=PackageLoader("workbench.report"), autoescape=select_autoescape(default=True), trim_blocks=True, lstrip_blocks=True)
-    seeds = sorted({int(seed) for seed in results.loc[~results["method"].isin(CONTROLS), "seed"].dropna()})
+    environment = Environment(
+        loader=PackageLoader("workbench.report"),
+        autoescape=select_autoescape(default=True),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    seeds = sorted(
+        {int(seed) for seed in results.loc[~results["method"].isin(CONTROLS), "seed"].dropna()}
+    )
     page = environment.get_template("report.html.j2").render(
         heading=heading,
         done=list(done) or _road_steps(results, seeds, trained or _FROM_SCRATCH),
@@ -247,7 +370,11 @@ def write_report(
 
 
 def _effect(claim: Verdict) -> str:
-    return "–" if not np.isfinite(claim.effect) else f"{claim.effect:+.3f} [{claim.low:+.3f}, {claim.high:+.3f}]"
+    return (
+        "–"
+        if not np.isfinite(claim.effect)
+        else f"{claim.effect:+.3f} [{claim.low:+.3f}, {claim.high:+.3f}]"
+    )
 
 
 _FROM_SCRATCH = (
@@ -261,13 +388,27 @@ def _matched(results: pd.DataFrame) -> str:
     rows = results[results["metric"] == "budget"]
     if not len(rows):
         return "No disruption budget was matched: every model is what its method made of it."
-    size, rings = float(rows["value"].iloc[0]), sorted(results.loc[results["metric"] == "budget_ring", "split"].dropna().unique())
-    drift = f"its loss has risen by {size:.3%}" if (rows["arm"] == "loss-rise").any() else f"the model drifts from the base by {size:g} nats per token (KL)"
-    return f"Every weight change was scaled until {drift} on retain texts that no method trained on" + (f" ({', '.join(rings)})." if rings else ".")
+    size, rings = (
+        float(rows["value"].iloc[0]),
+        sorted(results.loc[results["metric"] == "budget_ring", "split"].dropna().unique()),
+    )
+    drift = (
+        f"its loss has risen by {size:.3%}"
+        if (rows["arm"] == "loss-rise").any()
+        else f"the model drifts from the base by {size:g} nats per token (KL)"
+    )
+    return (
+        f"Every weight change was scaled until {drift} on retain texts that no method trained on"
+        + (f" ({', '.join(rings)})." if rings else ".")
+    )
 
 
 def _road_steps(results: pd.DataFrame, seeds: Sequence[int], trained: str) -> list[str]:
-    methods = [title(name) for name in methods_in(results["method"].dropna().tolist()) if name not in CONTROLS]
+    methods = [
+        title(name)
+        for name in methods_in(results["method"].dropna().tolist())
+        if name not in CONTROLS
+    ]
     attack = results[(results["stage"] == "relearn") & (results["arm"] == "attack")]
     if not len(results):
         return ["Nothing was measured."]
@@ -280,16 +421,22 @@ def _road_steps(results: pd.DataFrame, seeds: Sequence[int], trained: str) -> li
         "same length), and asked about the other half.",
     ]
     if "triggers" in stages:
-        steps.append("Every model was asked retained questions behind a stray word: a forgotten surname, a retained one, a neutral one.")
+        steps.append(
+            "Every model was asked retained questions behind a stray word: a forgotten surname, a retained one, a neutral one."
+        )
     if "sharpness" in stages:
-        steps.append("The loss was followed along straight lines through every model, and both ends of its Hessian's spectrum were computed.")
+        steps.append(
+            "The loss was followed along straight lines through every model, and both ends of its Hessian's spectrum were computed."
+        )
     return steps
 
 
 def _limits(seeds: Sequence[int], claims: Sequence[Verdict]) -> list[str]:
     scale = claims[0].scale if claims else ""
     notes = [
-        f"Scale: {scale}. What holds in a model of this size need not hold in a large one." if scale else "",
+        f"Scale: {scale}. What holds in a model of this size need not hold in a large one."
+        if scale
+        else "",
         f"{len(seeds)} seed(s): intervals resample seeds and facts, and so few seeds make them too short rather than too long.",
         "Unlearning settings were chosen on another world than the one reported here; none was tuned on these results.",
         "Facts are asked in the sentence forms of training; recall is exact match under greedy decoding.",

@@ -22,7 +22,18 @@ from workbench.sharpness.probe import Loss, checked, probing, value_of
 from workbench.unlearning.deltas import norm_of
 
 COLUMNS = ("noise", "sigma", "relative", "draw", "loss", "base", "change")
-MEANS = ("noise", "sigma", "relative", "loss", "base", "draws", "mean", "se", "mean_absolute", "se_absolute")
+MEANS = (
+    "noise",
+    "sigma",
+    "relative",
+    "loss",
+    "base",
+    "draws",
+    "mean",
+    "se",
+    "mean_absolute",
+    "se_absolute",
+)
 
 
 def noise_changes(
@@ -63,9 +74,14 @@ def noise_changes(
     levels = checked("sigmas", sigmas)
     rows = []
     with probing(model, losses) as move:
-        weights = {name: parameter.detach().clone() for name, parameter in chosen_parameters(model, parameters).items()}
+        weights = {
+            name: parameter.detach().clone()
+            for name, parameter in chosen_parameters(model, parameters).items()
+        }
         if not weights:
-            raise WorkbenchError("no parameter of the model is trainable, so none gets noise; unfreeze some")
+            raise WorkbenchError(
+                "no parameter of the model is trainable, so none gets noise; unfreeze some"
+            )
         length, count = norm_of(weights), sum(value.numel() for value in weights.values())
         share = 1.0 if adaptive else (count**0.5 / length if length else float("inf"))
         base = {name: value_of(model, loss) for name, loss in losses.items()}
@@ -77,15 +93,29 @@ def noise_changes(
                 move(noise, sigma)
                 for name, loss in losses.items():
                     change = (value_of(model, loss) - base[name]) * bool(sigma)
-                    rows.append(("adaptive" if adaptive else "gaussian", sigma, sigma * share if sigma else 0.0, draw, name, base[name], change))
+                    rows.append(
+                        (
+                            "adaptive" if adaptive else "gaussian",
+                            sigma,
+                            sigma * share if sigma else 0.0,
+                            draw,
+                            name,
+                            base[name],
+                            change,
+                        )
+                    )
             progress(draw + 1, draws)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def _noise(weights: Mapping[str, Tensor], seed: int, draw: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, draw]).generate_state(1)[0]))
+    generator = torch.Generator().manual_seed(
+        int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
+    )
     # sorted, and drawn on the CPU: the same noise whatever the order of the modules and the device
-    noise = {name: torch.randn(weights[name].shape, generator=generator) for name in sorted(weights)}
+    noise = {
+        name: torch.randn(weights[name].shape, generator=generator) for name in sorted(weights)
+    }
     return {name: noise[name].to(value) for name, value in weights.items()}
 
 
@@ -123,12 +153,18 @@ def paired_difference(changes: pd.DataFrame, reference: pd.DataFrame) -> pd.Data
     keys = ["noise", "sigma", "draw", "loss"]
     pairs = changes.merge(reference, on=keys, suffixes=("", "_reference"))
     if not len(changes) == len(reference) == len(pairs):
-        raise WorkbenchError("the two tables do not hold the same draws, losses and sigmas; measure both models with the same arguments")
+        raise WorkbenchError(
+            "the two tables do not hold the same draws, losses and sigmas; measure both models with the same arguments"
+        )
     pairs["difference"] = pairs["change"] - pairs["change_reference"]
     groups = pairs.groupby(["noise", "sigma", "loss"], sort=False)["difference"]
-    rows = [(*values, len(group), *_mean(group.to_numpy(dtype=np.float64))) for values, group in groups]
+    rows = [
+        (*values, len(group), *_mean(group.to_numpy(dtype=np.float64))) for values, group in groups
+    ]
     return pd.DataFrame(rows, columns=["noise", "sigma", "loss", "draws", "mean", "se"])
 
 
 def _mean(values: np.ndarray) -> tuple[float, float]:
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5) if len(
+        values
+    ) > 1 else float("nan")

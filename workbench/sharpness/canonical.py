@@ -41,18 +41,62 @@ def invariances() -> pd.DataFrame:
     """
     rows = [
         ("order of hidden units or heads", "nothing to do", "no", "no", "no"),
-        ("norm gain into the next matrices", "gains are 1; with a tied head the final gain stays", "yes", "yes", "no"),
+        (
+            "norm gain into the next matrices",
+            "gains are 1; with a tied head the final gain stays",
+            "yes",
+            "yes",
+            "no",
+        ),
         ("scale of a hidden unit between up and down", "equal norms", "yes", "yes (down)", "no"),
-        ("basis of the values of a key-value head between v and o", "equal singular values", "yes", "yes (o)", "yes"),
+        (
+            "basis of the values of a key-value head between v and o",
+            "equal singular values",
+            "yes",
+            "yes (o)",
+            "yes",
+        ),
         ("bias of v into the bias of o", "bias of v is 0", "yes", "yes (o)", "yes"),
-        ("scale of a rotary frequency between q and k (qwen3: between the gains of their norms)", "equal norms", "yes", "no", "no"),
+        (
+            "scale of a rotary frequency between q and k (qwen3: between the gains of their norms)",
+            "equal norms",
+            "yes",
+            "no",
+            "no",
+        ),
         ("rotation within a rotary frequency (not qwen3)", "nothing to do", "no", "no", "yes"),
-        ("one vector added to every row of an untied head", "left: the Hessian is the same there", "no", "no", "yes"),
-        ("scale of the whole residual stream (exact only without the epsilon of the norms)", "left", "yes", "no", "no"),
-        ("scale of a head's q or k before its norm (qwen3; exact only without the epsilon)", "left", "yes", "no", "no"),
-        ("rotation of the whole residual stream (all gains 1)", "left", "only with the gains among the parameters", "no", "yes"),
+        (
+            "one vector added to every row of an untied head",
+            "left: the Hessian is the same there",
+            "no",
+            "no",
+            "yes",
+        ),
+        (
+            "scale of the whole residual stream (exact only without the epsilon of the norms)",
+            "left",
+            "yes",
+            "no",
+            "no",
+        ),
+        (
+            "scale of a head's q or k before its norm (qwen3; exact only without the epsilon)",
+            "left",
+            "yes",
+            "no",
+            "no",
+        ),
+        (
+            "rotation of the whole residual stream (all gains 1)",
+            "left",
+            "only with the gains among the parameters",
+            "no",
+            "yes",
+        ),
     ]
-    return pd.DataFrame(rows, columns=["rewrite", "canonicalise", "curvature", "relative_flatness", "elementwise"])
+    return pd.DataFrame(
+        rows, columns=["rewrite", "canonicalise", "curvature", "relative_flatness", "elementwise"]
+    )
 
 
 @torch.no_grad()
@@ -69,7 +113,9 @@ def canonicalise(model: PreTrainedModel) -> PreTrainedModel:
         WorkbenchError: another architecture, or logits that do not agree.
     """
     _check(model)
-    wide = all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
+    wide = all(
+        parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters()
+    )
     reference = model if wide else copy.deepcopy(model).float()
     twin = copy.deepcopy(reference)
     body, config = twin.model, twin.config
@@ -81,7 +127,13 @@ def canonicalise(model: PreTrainedModel) -> PreTrainedModel:
         _balance_units(mlp.up_proj, mlp.down_proj)
         _move_value_bias(attention.v_proj, attention.o_proj, size)
         for head in range(config.num_key_value_heads):
-            _balance_values(attention.v_proj, attention.o_proj, head, size, config.num_attention_heads // config.num_key_value_heads)
+            _balance_values(
+                attention.v_proj,
+                attention.o_proj,
+                head,
+                size,
+                config.num_attention_heads // config.num_key_value_heads,
+            )
         if config.model_type == "qwen3":
             _balance_gains(attention.q_norm.weight, attention.k_norm.weight)
         else:
@@ -101,16 +153,27 @@ def _check(model: PreTrainedModel) -> None:
         )
     activation = getattr(model.config, "hidden_act", "")
     if activation not in _NO_SCALE:
-        raise WorkbenchError(f"hidden_act is {activation!r}, which may have a scale of its own; canonicalise knows {', '.join(_NO_SCALE)}")
+        raise WorkbenchError(
+            f"hidden_act is {activation!r}, which may have a scale of its own; canonicalise knows {', '.join(_NO_SCALE)}"
+        )
     rope = getattr(model.config, "rope_parameters", None) or {}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise WorkbenchError("only a part of every head is rotary (partial_rotary_factor), and the rest has freedoms that are not handled here")
-    size = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+        raise WorkbenchError(
+            "only a part of every head is rotary (partial_rotary_factor), and the rest has freedoms that are not handled here"
+        )
+    size = (
+        getattr(model.config, "head_dim", None)
+        or model.config.hidden_size // model.config.num_attention_heads
+    )
     if size > model.config.hidden_size:
-        raise WorkbenchError(f"a head is wider ({size}) than the residual stream ({model.config.hidden_size}), which leaves its values undetermined")
+        raise WorkbenchError(
+            f"a head is wider ({size}) than the residual stream ({model.config.hidden_size}), which leaves its values undetermined"
+        )
     for name, module in model.named_modules():
         if name.endswith("_proj") and type(module) is not nn.Linear:
-            raise WorkbenchError(f"{name} is a {type(module).__name__}, not a plain nn.Linear; merge adapters and dequantise first")
+            raise WorkbenchError(
+                f"{name} is a {type(module).__name__}, not a plain nn.Linear; merge adapters and dequantise first"
+            )
 
 
 def _scale(matrix: Tensor, factor: Tensor) -> None:
@@ -126,7 +189,11 @@ def _fold(gain: Tensor, *readers: nn.Linear) -> None:
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """What the second norm is multiplied with, and the first divided by, to make them equal, from their squares; 1 where either is zero: a dead unit has no scale."""
-    return torch.where((numerator > 0) & (denominator > 0), (numerator / denominator.clamp(min=torch.finfo(torch.float64).tiny)) ** 0.25, 1.0)
+    return torch.where(
+        (numerator > 0) & (denominator > 0),
+        (numerator / denominator.clamp(min=torch.finfo(torch.float64).tiny)) ** 0.25,
+        1.0,
+    )
 
 
 def _balance_units(up: nn.Linear, down: nn.Linear) -> None:
@@ -151,12 +218,17 @@ def _move_value_bias(value: nn.Linear, out: nn.Linear, size: int) -> None:
 
 
 def _balance_values(value: nn.Linear, out: nn.Linear, head: int, size: int, group: int) -> None:
-    rows, columns = slice(head * size, (head + 1) * size), slice(head * group * size, (head + 1) * group * size)
+    rows, columns = (
+        slice(head * size, (head + 1) * size),
+        slice(head * group * size, (head + 1) * group * size),
+    )
     v = value.weight[rows].double()
     if value.bias is not None:
         v = torch.cat([v, value.bias[rows, None].double()], dim=1)
     o = out.weight[:, columns].double()
-    stacked = o.view(-1, group, size).transpose(0, 1).reshape(-1, size)  # [group * width, size]: the heads that share these values, one under the other
+    stacked = (
+        o.view(-1, group, size).transpose(0, 1).reshape(-1, size)
+    )  # [group * width, size]: the heads that share these values, one under the other
     basis_o, small_o = torch.linalg.qr(stacked)
     basis_v, small_v = torch.linalg.qr(v.T)
     left, singular, right = torch.linalg.svd(small_o @ small_v.T)
@@ -170,7 +242,9 @@ def _balance_values(value: nn.Linear, out: nn.Linear, head: int, size: int, grou
         value.bias[rows] = new_v[:, -1].to(value.bias.dtype)
         new_v = new_v[:, :-1]
     value.weight[rows] = new_v.to(value.weight.dtype)
-    out.weight[:, columns] = new_o.view(group, -1, size).transpose(0, 1).reshape(o.shape).to(out.weight.dtype)
+    out.weight[:, columns] = (
+        new_o.view(group, -1, size).transpose(0, 1).reshape(o.shape).to(out.weight.dtype)
+    )
 
 
 def _per_frequency(linear: nn.Linear, kv_heads: int, size: int) -> Tensor:
@@ -192,7 +266,9 @@ def _balance_rotary(query: nn.Linear, key: nn.Linear, size: int, kv_heads: int) 
 
 
 def _balance_gains(query: Tensor, key: Tensor) -> None:
-    factor = _ratio(key.double().square().view(2, -1).sum(0), query.double().square().view(2, -1).sum(0)).repeat(2)
+    factor = _ratio(
+        key.double().square().view(2, -1).sum(0), query.double().square().view(2, -1).sum(0)
+    ).repeat(2)
     _scale(query, factor)
     _scale(key, 1 / factor)
 
@@ -203,9 +279,14 @@ def _compare(model: PreTrainedModel, twin: PreTrainedModel) -> None:
     Raises:
         WorkbenchError: the largest difference of the logits is above a thousandth of their spread.
     """
-    tokens = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)
+    )
     with evaluating(model), evaluating(twin):
-        logits, again = (one(input_ids=tokens.to(one.device), use_cache=False).logits.double() for one in (model, twin))
+        logits, again = (
+            one(input_ids=tokens.to(one.device), use_cache=False).logits.double()
+            for one in (model, twin)
+        )
     difference, spread = float((logits - again).abs().max()), float(logits.std())
     if not difference <= 1e-3 * spread:
         raise WorkbenchError(

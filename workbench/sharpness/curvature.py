@@ -34,7 +34,9 @@ def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
         return token_nll(model, batch).sum()
 
 
-def chosen_parameters(model: PreTrainedModel, patterns: Sequence[str] = ("*",)) -> dict[str, Tensor]:
+def chosen_parameters(
+    model: PreTrainedModel, patterns: Sequence[str] = ("*",)
+) -> dict[str, Tensor]:
     """The trainable parameters whose names fit any of ``patterns`` (fnmatch), in the model's order.
 
     A tied tensor comes once, under its first name, and is found under each of its names.
@@ -42,12 +44,22 @@ def chosen_parameters(model: PreTrainedModel, patterns: Sequence[str] = ("*",)) 
     Raises:
         WorkbenchError: a pattern that fits no trainable parameter.
     """
-    everything = [(name, parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad]
+    everything = [
+        (name, parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad
+    ]
     for pattern in patterns if everything else ():
         if not fnmatch.filter([name for name, _ in everything], pattern):
             raise unknown("trainable parameter", pattern, [name for name, _ in everything])
-    wanted = {id(parameter) for name, parameter in everything if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
+    wanted = {
+        id(parameter)
+        for name, parameter in everything
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }
+    return {
+        name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted
+    }
 
 
 class Curvature:
@@ -71,9 +83,13 @@ class Curvature:
         WorkbenchError: the model is in training mode, no parameter is trainable, a pattern fits no parameter, or the loss is not finite.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], parameters: Sequence[str] = ("*",)) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batches: Sequence[Batch], parameters: Sequence[str] = ("*",)
+    ) -> None:
         if model.training:
-            raise WorkbenchError("the Hessian of a model with dropout on is random; call model.eval() first")
+            raise WorkbenchError(
+                "the Hessian of a model with dropout on is random; call model.eval() first"
+            )
         self.model, self.batches = model, list(batches)
         chosen = chosen_parameters(model, parameters)
         self.names, self.parameters = list(chosen), list(chosen.values())
@@ -82,14 +98,21 @@ class Curvature:
         self.tokens = sum(int(batch.target_mask[:, 1:].sum()) for batch in self.batches)
         ends = np.cumsum([0, *(parameter.numel() for parameter in self.parameters)]).tolist()
         self.size: int = ends[-1]
-        self.blocks = {name: slice(start, end) for name, start, end in zip(self.names, ends, ends[1:], strict=False)}
+        self.blocks = {
+            name: slice(start, end)
+            for name, start, end in zip(self.names, ends, ends[1:], strict=False)
+        }
         self.products = 0
         self._kept = self._gradients(self.batches[0]) if len(self.batches) == 1 else None
         if not np.isfinite(self.gradient()).all():
-            raise WorkbenchError("the gradient of the loss is not finite, so there is no Hessian here")
+            raise WorkbenchError(
+                "the gradient of the loss is not finite, so there is no Hessian here"
+            )
 
     def _gradients(self, batch: Batch) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss_sum(self.model, batch), self.parameters, create_graph=True, materialize_grads=True)
+        return torch.autograd.grad(
+            loss_sum(self.model, batch), self.parameters, create_graph=True, materialize_grads=True
+        )
 
     def flat(self, tensors: Sequence[Tensor]) -> np.ndarray:
         """Parameter-shaped tensors as one float64 vector ``[parameters]``."""
@@ -99,7 +122,10 @@ class Curvature:
         """One vector ``[parameters]`` as tensors of the parameters' shapes, dtypes and devices."""
         flat = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float64).reshape(-1))
         parts = flat.split([parameter.numel() for parameter in self.parameters])
-        return [part.view_as(parameter).to(parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
+        return [
+            part.view_as(parameter).to(parameter)
+            for part, parameter in zip(parts, self.parameters, strict=True)
+        ]
 
     def gradient(self) -> np.ndarray:
         """``[parameters]`` gradient of the mean token loss."""
@@ -107,7 +133,11 @@ class Curvature:
             return self.flat(self._kept) / self.tokens
         total = np.zeros(self.size)
         for batch in self.batches:
-            total += self.flat(torch.autograd.grad(loss_sum(self.model, batch), self.parameters, materialize_grads=True))
+            total += self.flat(
+                torch.autograd.grad(
+                    loss_sum(self.model, batch), self.parameters, materialize_grads=True
+                )
+            )
         return total / self.tokens
 
     def product(self, vector: np.ndarray) -> np.ndarray:
@@ -117,7 +147,13 @@ class Curvature:
         total = np.zeros(self.size)
         for batch in self.batches:
             gradients = self._kept if self._kept is not None else self._gradients(batch)
-            products = torch.autograd.grad(gradients, self.parameters, grad_outputs=direction, retain_graph=self._kept is not None, materialize_grads=True)
+            products = torch.autograd.grad(
+                gradients,
+                self.parameters,
+                grad_outputs=direction,
+                retain_graph=self._kept is not None,
+                materialize_grads=True,
+            )
             total += self.flat(products)
         return total / self.tokens
 
@@ -147,7 +183,14 @@ class Extremes:
     products: int
 
 
-def extremes(model: PreTrainedModel, batches: Sequence[Batch], *, seed: int = 0, tolerance: float = 1e-2, max_products: int = 400) -> Extremes:
+def extremes(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    *,
+    seed: int = 0,
+    tolerance: float = 1e-2,
+    max_products: int = 400,
+) -> Extremes:
     """Top and bottom Hessian eigenvalue of the mean token loss (implicitly restarted Lanczos of ARPACK, both ends at once).
 
     Args:
@@ -219,7 +262,9 @@ def one_end(
     operator = Curvature(model, batches, parameters)
     place = -1 if end == "top" else 0
 
-    def outermost(diagonal: np.ndarray, beside: np.ndarray, left: float) -> tuple[float, np.ndarray, float]:
+    def outermost(
+        diagonal: np.ndarray, beside: np.ndarray, left: float
+    ) -> tuple[float, np.ndarray, float]:
         values, vectors = eigh_tridiagonal(diagonal, beside)
         return float(values[place]), vectors[:, place], left * abs(float(vectors[-1, place]))
 
@@ -231,13 +276,23 @@ def one_end(
         start = np.random.default_rng(seed).standard_normal(operator.size)
         found = lanczos(operator.product, start, min(_BASIS, max_products), solved)
         value, vector, residual = outermost(found.diagonal, found.beside, found.left)
-        if residual > tolerance * abs(value):  # the end does not stand apart: go on from here with restarts, in the memory of as many vectors
+        if (
+            residual > tolerance * abs(value)
+        ):  # the end does not stand apart: go on from here with restarts, in the memory of as many vectors
             start = vector @ found.basis
             del found
             remaining = max_products - operator.products
             if remaining <= 0:
                 raise _unconverged(max_products)
-            values, vectors = _solve(operator, 1, "LA" if end == "top" else "SA", start, tolerance, remaining, min(_BASIS, operator.size))
+            values, vectors = _solve(
+                operator,
+                1,
+                "LA" if end == "top" else "SA",
+                start,
+                tolerance,
+                remaining,
+                min(_BASIS, operator.size),
+            )
             value, residual = float(values[0]), float(_residuals(operator, values, vectors)[0])
             return End(value, residual, operator.products)
     finally:
@@ -296,21 +351,53 @@ def spectrum_ends(
     return ends
 
 
-def _both_ends(operator: Curvature, k: int, seed: int, tolerance: float, max_products: int) -> SpectrumEnds:
+def _both_ends(
+    operator: Curvature, k: int, seed: int, tolerance: float, max_products: int
+) -> SpectrumEnds:
     if not 1 <= k <= (operator.size - 1) // 2:
-        raise WorkbenchError(f"k is {k}; {operator.size} weights have 1 to {(operator.size - 1) // 2} eigenvalues from each end")
+        raise WorkbenchError(
+            f"k is {k}; {operator.size} weights have 1 to {(operator.size - 1) // 2} eigenvalues from each end"
+        )
     start = np.random.default_rng(seed).standard_normal(operator.size)
-    values, vectors = _solve(operator, 2 * k, "BE", start, tolerance, max_products, min(max(10, 4 * k + 2), operator.size))
+    values, vectors = _solve(
+        operator,
+        2 * k,
+        "BE",
+        start,
+        tolerance,
+        max_products,
+        min(max(10, 4 * k + 2), operator.size),
+    )
     residuals = _residuals(operator, values, vectors)
-    return SpectrumEnds(values[: -k - 1 : -1], values[:k], residuals[: -k - 1 : -1], residuals[:k], operator.products)
+    return SpectrumEnds(
+        values[: -k - 1 : -1],
+        values[:k],
+        residuals[: -k - 1 : -1],
+        residuals[:k],
+        operator.products,
+    )
 
 
-def _solve(operator: Curvature, wanted: int, which: str, start: np.ndarray, tolerance: float, max_products: int, basis: int) -> tuple[np.ndarray, np.ndarray]:
+def _solve(
+    operator: Curvature,
+    wanted: int,
+    which: str,
+    start: np.ndarray,
+    tolerance: float,
+    max_products: int,
+    basis: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """``wanted`` eigenvalues, ascending, and their vectors."""
-    linear = LinearOperator((operator.size, operator.size), matvec=operator.product, dtype=np.float64)
-    rounds = max(1, max_products // (basis - wanted))  # a restart keeps the wanted vectors and renews the others
+    linear = LinearOperator(
+        (operator.size, operator.size), matvec=operator.product, dtype=np.float64
+    )
+    rounds = max(
+        1, max_products // (basis - wanted)
+    )  # a restart keeps the wanted vectors and renews the others
     try:
-        values, vectors = eigsh(linear, k=wanted, which=which, v0=start, tol=tolerance, ncv=basis, maxiter=rounds)
+        values, vectors = eigsh(
+            linear, k=wanted, which=which, v0=start, tol=tolerance, ncv=basis, maxiter=rounds
+        )
     except ArpackError as error:
         raise _unconverged(max_products) from error
     order = np.argsort(values)
@@ -318,9 +405,17 @@ def _solve(operator: Curvature, wanted: int, which: str, start: np.ndarray, tole
 
 
 def _unconverged(max_products: int) -> WorkbenchError:
-    return WorkbenchError(f"the Hessian's extreme eigenvalues did not converge within {max_products} products; raise max_products or tolerance")
+    return WorkbenchError(
+        f"the Hessian's extreme eigenvalues did not converge within {max_products} products; raise max_products or tolerance"
+    )
 
 
 def _residuals(operator: Curvature, values: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.array([np.linalg.norm(operator.product(vectors[:, i]) - values[i] * vectors[:, i]) / abs(values[i]) for i in range(len(values))])
+        return np.array(
+            [
+                np.linalg.norm(operator.product(vectors[:, i]) - values[i] * vectors[:, i])
+                / abs(values[i])
+                for i in range(len(values))
+            ]
+        )

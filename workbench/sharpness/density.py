@@ -96,19 +96,34 @@ class Density:
         """
         offset = np.arcsinh(grid / linear)[:, None] - np.arcsinh(self.nodes / linear)
         bumps = np.exp(-0.5 * (offset / width) ** 2) * (self.weights / (width * (2 * np.pi) ** 0.5))
-        return np.stack([bumps[:, self.probe == probe].sum(1) for probe in range(int(self.probe.max()) + 1)])
+        return np.stack(
+            [bumps[:, self.probe == probe].sum(1) for probe in range(int(self.probe.max()) + 1)]
+        )
 
     def __repr__(self) -> str:
         return f"Density({self.bottom:.4g} to {self.top:.4g}, negative energy {self.negative_energy:.2g}, {int(self.probe.max()) + 1} probes)"
 
 
-def both_signs(bottom: float, top: float, linear: float, points: int = 201, margin: float = 0.8) -> Vector:
+def both_signs(
+    bottom: float, top: float, linear: float, points: int = 201, margin: float = 0.8
+) -> Vector:
     """``[points]`` grid from ``bottom`` to ``top``, even in ``arcsinh(eigenvalue / linear)`` and ``margin`` wider on either side; one for all models that a figure compares."""
-    low, high = float(np.arcsinh(bottom / linear)) - margin, float(np.arcsinh(top / linear)) + margin
+    low, high = (
+        float(np.arcsinh(bottom / linear)) - margin,
+        float(np.arcsinh(top / linear)) + margin,
+    )
     return linear * np.sinh(np.linspace(low, high, points))
 
 
-def quadrature(product: Product, size: int, *, seed: int = 0, probes: int = 4, steps: int = 40, report: Report = quiet) -> Density:
+def quadrature(
+    product: Product,
+    size: int,
+    *,
+    seed: int = 0,
+    probes: int = 4,
+    steps: int = 40,
+    report: Report = quiet,
+) -> Density:
     """Stochastic Lanczos quadrature of a symmetric matrix (Ubaru, Chen and Saad 2017; for networks Ghorbani et al. 2019, arXiv 1901.10159).
 
     Every probe (random signs, those of :func:`workbench.sharpness.trace.hutchinson`) has a Gauss quadrature whose moments up to order ``2 steps - 1`` are those of the matrix
@@ -135,7 +150,11 @@ def quadrature(product: Product, size: int, *, seed: int = 0, probes: int = 4, s
         values, shares = krylov.quadrature()
         first, second = krylov.moments
         if second > 0:
-            error = max(error, abs(float(shares @ values) - first) / second**0.5, abs(float(shares @ values**2) / second - 1) if len(values) > 1 else 0.0)
+            error = max(
+                error,
+                abs(float(shares @ values) - first) / second**0.5,
+                abs(float(shares @ values**2) / second - 1) if len(values) > 1 else 0.0,
+            )
         overlap = max(overlap, krylov.overlap)
         products += len(values)
         nodes.append(values)
@@ -143,7 +162,15 @@ def quadrature(product: Product, size: int, *, seed: int = 0, probes: int = 4, s
         owner.append(np.full(len(values), probe))
         del krylov  # its basis is as large as the next one
         report(probe + 1, probes)
-    return Density(np.concatenate(nodes), np.concatenate(weights), np.concatenate(owner), size, error, overlap, products)
+    return Density(
+        np.concatenate(nodes),
+        np.concatenate(weights),
+        np.concatenate(owner),
+        size,
+        error,
+        overlap,
+        products,
+    )
 
 
 def density(
@@ -169,6 +196,8 @@ def density(
     """
     operator = Curvature(model, batches, parameters)
     try:
-        return quadrature(operator.product, operator.size, seed=seed, probes=probes, steps=steps, report=report)
+        return quadrature(
+            operator.product, operator.size, seed=seed, probes=probes, steps=steps, report=report
+        )
     finally:
         operator.release()

@@ -84,24 +84,44 @@ def worst_case(
     rows, done = [], 0
     with probing(model, losses) as move:
         free = chosen_parameters(model, parameters)
-        ball = _Ball(free, {name: value.detach().abs().clone() for name, value in free.items()} if adaptive else None)
+        ball = _Ball(
+            free,
+            {name: value.detach().abs().clone() for name, value in free.items()}
+            if adaptive
+            else None,
+        )
         base = {name: value_of(model, loss) for name, loss in losses.items()}
         start, first = value_and_gradient(model, losses[attack], free)
-        if not all(bool(torch.isfinite(value).all()) for value in first.values()) or not abs(start) < float("inf"):
-            raise WorkbenchError(f"the loss {attack!r} or its gradient is not finite at the model itself, so there is nothing to follow")
+        if not all(bool(torch.isfinite(value).all()) for value in first.values()) or not abs(
+            start
+        ) < float("inf"):
+            raise WorkbenchError(
+                f"the loss {attack!r} or its gradient is not finite at the model itself, so there is nothing to follow"
+            )
         search = _Search(model, losses[attack], ball, move, sign, start, ball.pull(first), seed)
         smaller: dict[int, _Found] = {}  # by budget: the best in the ball before
         for rho in grid:
             best: _Found = {}, start
             for budget in sorted(steps):
                 found = search.best(rho * length_of_unit, budget)
-                best = smaller[budget] = max(best, smaller.get(budget, best), found, key=lambda one: sign * one[1])
+                best = smaller[budget] = max(
+                    best, smaller.get(budget, best), found, key=lambda one: sign * one[1]
+                )
                 point = best[0]
                 move(ball.push(point), 1.0)
                 for name, loss in losses.items():
                     change = sign * (value_of(model, loss) - base[name])
-                    place = (kind, "adaptive" if adaptive else "l2", budget, rho, rho * length_of_unit, norm_of(point))
-                    rows.append((*place, name, base[name], change * bool(point)))  # exactly 0 at the centre; not a number stays so
+                    place = (
+                        kind,
+                        "adaptive" if adaptive else "l2",
+                        budget,
+                        rho,
+                        rho * length_of_unit,
+                        norm_of(point),
+                    )
+                    rows.append(
+                        (*place, name, base[name], change * bool(point))
+                    )  # exactly 0 at the centre; not a number stays so
                 done += 1
                 progress(done, len(grid) * len(steps))
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -125,7 +145,9 @@ class _Ball:
 
     def push(self, point: Direction) -> dict[str, Tensor]:
         """``u`` to ``e``."""
-        return {name: value * self.scale[name] if self.scale else value for name, value in point.items()}
+        return {
+            name: value * self.scale[name] if self.scale else value for name, value in point.items()
+        }
 
     def pull(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The gradient with respect to ``e`` to that with respect to ``u``: the same factor."""
@@ -134,7 +156,10 @@ class _Ball:
     def random(self, seed: int) -> dict[str, Tensor]:
         """A Gaussian direction."""
         generator = torch.Generator().manual_seed(seed)
-        draw = {name: torch.randn(self.parameters[name].shape, generator=generator) for name in sorted(self.parameters)}
+        draw = {
+            name: torch.randn(self.parameters[name].shape, generator=generator)
+            for name in sorted(self.parameters)
+        }
         return {name: draw[name].to(parameter) for name, parameter in self.parameters.items()}
 
 
@@ -162,7 +187,9 @@ class _Search:
             length = norm_of(slope)
             if not 0 < length < float("inf"):
                 break
-            point = combine([(1.0, point), (self.sign * radius * (1 - step / steps) / length, slope)])
+            point = combine(
+                [(1.0, point), (self.sign * radius * (1 - step / steps) / length, slope)]
+            )
             if norm_of(point) > radius:
                 point = scaled(point, radius)
             if step + 1 < steps:

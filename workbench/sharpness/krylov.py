@@ -66,7 +66,9 @@ def lanczos(product: Product, start: Vector, steps: int, enough: Enough | None =
     """
     size, norm = len(start), float(np.linalg.norm(start))
     if not norm > 0 or steps < 1:
-        raise WorkbenchError(f"Lanczos needs a start that is not zero and at least one step, not norm {norm} and {steps} steps")
+        raise WorkbenchError(
+            f"Lanczos needs a start that is not zero and at least one step, not norm {norm} and {steps} steps"
+        )
     basis = np.empty((min(steps, size), size))
     diagonal: list[float] = []
     beside: list[float] = []
@@ -75,7 +77,9 @@ def lanczos(product: Product, start: Vector, steps: int, enough: Enough | None =
     for step in range(len(basis)):
         image = np.array(product(basis[step]), dtype=np.float64)
         if not np.isfinite(image).all():
-            raise WorkbenchError("a Hessian-vector product is not finite; are the weights in float32 and the loss finite?")
+            raise WorkbenchError(
+                "a Hessian-vector product is not finite; are the weights in float32 and the loss finite?"
+            )
         diagonal.append(float(basis[step] @ image))
         if step == 0:
             moments = (diagonal[0], float(image @ image))
@@ -83,7 +87,11 @@ def lanczos(product: Product, start: Vector, steps: int, enough: Enough | None =
             image -= basis[: step + 1].T @ (basis[: step + 1] @ image)
         left = float(np.linalg.norm(image))
         exhausted = left <= 1e-12 * max(map(abs, diagonal + beside))
-        if step + 1 == len(basis) or exhausted or (enough is not None and enough(np.array(diagonal), np.array(beside), left)):
+        if (
+            step + 1 == len(basis)
+            or exhausted
+            or (enough is not None and enough(np.array(diagonal), np.array(beside), left))
+        ):
             break
         beside.append(left)
         basis[step + 1] = image / left

@@ -19,7 +19,12 @@ BARRIER = ("loss", "start", "end", "barrier", "barrier_at", "midpoint", "area", 
 
 
 def line_losses(
-    model: PreTrainedModel, towards: Direction, positions: Sequence[float], losses: Mapping[str, Loss], *, progress: Report = quiet
+    model: PreTrainedModel,
+    towards: Direction,
+    positions: Sequence[float],
+    losses: Mapping[str, Loss],
+    *,
+    progress: Report = quiet,
 ) -> pd.DataFrame:
     """Every loss along the straight line ``theta + a * towards``.
 
@@ -62,9 +67,13 @@ def barriers(line: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name, group in line.groupby("loss", sort=False):
         inside = group[group["position"].between(0, 1)].sort_values("position")
-        places, values = (inside[column].to_numpy(dtype=np.float64) for column in ("position", "value"))
+        places, values = (
+            inside[column].to_numpy(dtype=np.float64) for column in ("position", "value")
+        )
         if not len(places) or places[0] != 0 or places[-1] != 1:
-            raise WorkbenchError("a barrier needs both ends of the line; let positions 0 and 1 be among the positions")
+            raise WorkbenchError(
+                "a barrier needs both ends of the line; let positions 0 and 1 be among the positions"
+            )
         if not np.isfinite(values).all():
             rows.append((name, values[0], values[-1], *[float("nan")] * 5))
             continue
@@ -87,10 +96,21 @@ def _first_below(places: np.ndarray, values: np.ndarray, level: float) -> float:
     if not after:
         return float(places[0])
     before = after - 1
-    return float(places[before] + (values[before] - level) / (values[before] - values[after]) * (places[after] - places[before]))
+    return float(
+        places[before]
+        + (values[before] - level)
+        / (values[before] - values[after])
+        * (places[after] - places[before])
+    )
 
 
-def path_losses(model: PreTrainedModel, deltas: Sequence[Direction], losses: Mapping[str, Loss], *, progress: Report = quiet) -> pd.DataFrame:
+def path_losses(
+    model: PreTrainedModel,
+    deltas: Sequence[Direction],
+    losses: Mapping[str, Loss],
+    *,
+    progress: Report = quiet,
+) -> pd.DataFrame:
     """Every loss at the checkpoints of a path, e.g. of a relearning attack.
 
     Args:
@@ -111,6 +131,9 @@ def path_losses(model: PreTrainedModel, deltas: Sequence[Direction], losses: Map
             travelled += norm_of(combine([(1.0, dict(delta)), (-1.0, dict(previous))]))
             previous = delta
             move(delta, 1.0)
-            rows += [(checkpoint, norm_of(delta), travelled, name, value_of(model, loss)) for name, loss in losses.items()]
+            rows += [
+                (checkpoint, norm_of(delta), travelled, name, value_of(model, loss))
+                for name, loss in losses.items()
+            ]
             progress(checkpoint + 1, len(deltas) + 1)
     return pd.DataFrame(rows, columns=["checkpoint", "distance", "travelled", "loss", "value"])

@@ -71,17 +71,23 @@ def orthonormal(first: Direction, second: Direction) -> tuple[dict[str, Tensor],
         WorkbenchError: the two lie on one line, or one of them is zero.
     """
     if not norm_of(first) or not norm_of(second):
-        raise WorkbenchError("a direction is zero and spans no plane; take two different checkpoints")
+        raise WorkbenchError(
+            "a direction is zero and spans no plane; take two different checkpoints"
+        )
     x, y = scaled(first, 1.0), scaled(second, 1.0)
     for _ in range(2):  # the second round removes what rounding left of the first
         y = combine([(1.0, y), (-inner(x, y), x)])
         if norm_of(y) < _FLAT:
-            raise WorkbenchError("the two directions lie on one line and span no plane; take a third checkpoint that is off the line")
+            raise WorkbenchError(
+                "the two directions lie on one line and span no plane; take a third checkpoint that is off the line"
+            )
         y = scaled(y, 1.0)
     return x, y
 
 
-def coordinates(points: Mapping[str, Direction], first: Direction, second: Direction) -> pd.DataFrame:
+def coordinates(
+    points: Mapping[str, Direction], first: Direction, second: Direction
+) -> pd.DataFrame:
     """Where points (weights minus those of the plane's origin) lie in a plane: their nearest points of it, by least squares.
 
     Args:
@@ -100,7 +106,12 @@ def coordinates(points: Mapping[str, Direction], first: Direction, second: Direc
         raise WorkbenchError("the two axes lie on one line and span no plane")
     rows = []
     for name, point in points.items():
-        x, y = (float(value) for value in np.linalg.solve(gram, [inner(dict(point), dict(axis)) for axis in (first, second)]))
+        x, y = (
+            float(value)
+            for value in np.linalg.solve(
+                gram, [inner(dict(point), dict(axis)) for axis in (first, second)]
+            )
+        )
         # the residual itself is formed: a difference of squares would lose a small one
         residual = norm_of(combine([(1.0, dict(point)), (-x, dict(first)), (-y, dict(second))]))
         rows.append((name, x, y, norm_of(point), residual))
@@ -123,7 +134,9 @@ class TrajectoryPlane:
 
     def __repr__(self) -> str:
         two, null = (float(self.shares[column][:2].sum()) for column in ("share", "null"))
-        return f"TrajectoryPlane(PC 1+2 hold {two:.0%} of the variance, of a random walk's {null:.0%})"
+        return (
+            f"TrajectoryPlane(PC 1+2 hold {two:.0%} of the variance, of a random walk's {null:.0%})"
+        )
 
     def _repr_html_(self) -> str:
         return str(self.shares.to_html(index=False, escape=True))
@@ -142,16 +155,35 @@ def trajectory_plane(deltas: Sequence[Direction]) -> TrajectoryPlane:
         WorkbenchError: fewer than two checkpoints, or all points lie on one line.
     """
     if len(deltas) < 2:
-        raise WorkbenchError(f"a plane needs at least two checkpoints beside the start; there are {len(deltas)}")
+        raise WorkbenchError(
+            f"a plane needs at least two checkpoints beside the start; there are {len(deltas)}"
+        )
     points = [{}, *(dict(delta) for delta in deltas)]
     gram = np.array([[inner(a, b) if a and b else 0.0 for b in points] for a in points])
-    steps = [norm_of(combine([(1.0, after), (-1.0, before)])) for before, after in itertools.pairwise(points)]
+    steps = [
+        norm_of(combine([(1.0, after), (-1.0, before)]))
+        for before, after in itertools.pairwise(points)
+    ]
     values, vectors = _components(gram)
     if not values[1] > _FLAT**2 * values[0]:
-        raise WorkbenchError("the checkpoints lie on one line, which has no plane; take line_losses along it")
-    axes = [combine([(float(weight), point) for weight, point in zip(vectors[:, k] - vectors[:, k].mean(), points, strict=True)]) for k in (0, 1)]
+        raise WorkbenchError(
+            "the checkpoints lie on one line, which has no plane; take line_losses along it"
+        )
+    axes = [
+        combine(
+            [
+                (float(weight), point)
+                for weight, point in zip(vectors[:, k] - vectors[:, k].mean(), points, strict=True)
+            ]
+        )
+        for k in (0, 1)
+    ]
     first, second = orthonormal(*axes)
-    shares = {"component": range(1, len(deltas) + 1), "share": values[:-1] / values.sum(), "null": walk_shares(steps)}
+    shares = {
+        "component": range(1, len(deltas) + 1),
+        "share": values[:-1] / values.sum(),
+        "null": walk_shares(steps),
+    }
     return TrajectoryPlane(first, second, pd.DataFrame(shares))
 
 

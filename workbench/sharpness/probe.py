@@ -30,7 +30,9 @@ def value_of(model: PreTrainedModel, loss: Loss) -> float:
         return float(sum(float(part.double()) for part in loss(model)))
 
 
-def value_and_gradient(model: PreTrainedModel, loss: Loss, parameters: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+def value_and_gradient(
+    model: PreTrainedModel, loss: Loss, parameters: Mapping[str, Tensor]
+) -> tuple[float, dict[str, Tensor]]:
     """The loss and its gradient at the weights that the model has now, by name; zeros where the loss does not depend on a parameter.
 
     Raises:
@@ -38,18 +40,29 @@ def value_and_gradient(model: PreTrainedModel, loss: Loss, parameters: Mapping[s
     """
     tokens = 1 if callable(loss) else sum(int(batch.target_mask[:, 1:].sum()) for batch in loss)
     parts = loss(model) if callable(loss) else (token_nll(model, batch).sum() for batch in loss)
-    value, total = 0.0, {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    value, total = (
+        0.0,
+        {name: torch.zeros_like(parameter) for name, parameter in parameters.items()},
+    )
     for part in parts:
         if not part.requires_grad:
-            raise WorkbenchError("the attack loss depends on no trainable parameter, so there is no direction to follow")
+            raise WorkbenchError(
+                "the attack loss depends on no trainable parameter, so there is no direction to follow"
+            )
         value += float(part.detach().double()) / tokens
-        for name, gradient in zip(parameters, torch.autograd.grad(part, list(parameters.values()), materialize_grads=True), strict=True):
+        for name, gradient in zip(
+            parameters,
+            torch.autograd.grad(part, list(parameters.values()), materialize_grads=True),
+            strict=True,
+        ):
             total[name] += gradient / tokens
     return value, total
 
 
 @contextmanager
-def probing(model: PreTrainedModel, losses: Mapping[str, Loss]) -> Iterator[Callable[[Direction, float], None]]:
+def probing(
+    model: PreTrainedModel, losses: Mapping[str, Loss]
+) -> Iterator[Callable[[Direction, float], None]]:
     """:func:`workbench.sharpness.slices.moved` for a model in evaluation mode, in float32: in bfloat16 a small perturbation would be rounded away.
 
     Raises:
@@ -75,5 +88,7 @@ def checked(name: str, values: Sequence[float], *, negative: bool = False) -> li
     found = [float(value) for value in values]
     bad = [value for value in found if not (abs(value) < float("inf") and (negative or value >= 0))]
     if bad or not found:
-        raise WorkbenchError(f"{name} is {bad[0] if bad else 'empty'}; give finite numbers{'' if negative else ' of at least 0'}")
+        raise WorkbenchError(
+            f"{name} is {bad[0] if bad else 'empty'}; give finite numbers{'' if negative else ' of at least 0'}"
+        )
     return found

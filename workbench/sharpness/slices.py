@@ -16,7 +16,13 @@ from workbench.unlearning.deltas import norm_of, snapshot
 Direction = Mapping[str, Tensor]
 """Parameter name -> float32 direction."""
 
-_COLUMN_UNITS = ("o_proj.weight", "down_proj.weight", "out_proj.weight", "c_proj.weight", "dense_4h_to_h.weight")
+_COLUMN_UNITS = (
+    "o_proj.weight",
+    "down_proj.weight",
+    "out_proj.weight",
+    "c_proj.weight",
+    "dense_4h_to_h.weight",
+)
 
 
 @contextmanager
@@ -46,7 +52,11 @@ def moved(model: PreTrainedModel) -> Iterator[Callable[[Direction, float], None]
 def scaled(direction: Direction, length: float) -> dict[str, Tensor]:
     """The direction with Euclidean norm ``length`` over all parameters; a zero direction stays zero."""
     norm = norm_of(direction)
-    return {name: value * (length / norm) for name, value in direction.items()} if norm else dict(direction)
+    return (
+        {name: value * (length / norm) for name, value in direction.items()}
+        if norm
+        else dict(direction)
+    )
 
 
 def random_direction(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
@@ -58,22 +68,35 @@ def random_direction(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     """
     generator = torch.Generator().manual_seed(seed)
     direction = {}
-    for name, parameter in sorted(model.named_parameters()):  # sorted: a seed means the same direction whatever the order of the modules
+    for name, parameter in sorted(
+        model.named_parameters()
+    ):  # sorted: a seed means the same direction whatever the order of the modules
         if parameter.ndim < 2:
             continue
         draw = torch.randn(parameter.shape, generator=generator)
         dim = 0 if name.endswith(_COLUMN_UNITS) else 1
         weights = parameter.detach().float().cpu()
-        direction[name] = (draw * weights.norm(dim=dim, keepdim=True) / draw.norm(dim=dim, keepdim=True)).to(parameter.device)
+        direction[name] = (
+            draw * weights.norm(dim=dim, keepdim=True) / draw.norm(dim=dim, keepdim=True)
+        ).to(parameter.device)
     return direction
 
 
 def descent_direction(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Minus the gradient of the summed token loss over ``batches``: where a relearning attack's first step goes."""
-    names, parameters = zip(*[(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad], strict=True)
+    names, parameters = zip(
+        *[
+            (name, parameter)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        ],
+        strict=True,
+    )
     total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
     for batch in batches:
-        gradients = torch.autograd.grad(token_nll(model, batch).sum(), parameters, materialize_grads=True)
+        gradients = torch.autograd.grad(
+            token_nll(model, batch).sum(), parameters, materialize_grads=True
+        )
         for accumulated, gradient in zip(total, gradients, strict=True):
             accumulated -= gradient.float()
     return dict(zip(names, total, strict=True))
@@ -86,7 +109,12 @@ def mean_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
     return total / sum(int(batch.target_mask[:, 1:].sum()) for batch in batches)
 
 
-def loss_slice(model: PreTrainedModel, direction: Direction, positions: Sequence[float], losses: Mapping[str, Sequence[Batch]]) -> dict[str, list[float]]:
+def loss_slice(
+    model: PreTrainedModel,
+    direction: Direction,
+    positions: Sequence[float],
+    losses: Mapping[str, Sequence[Batch]],
+) -> dict[str, list[float]]:
     """Every loss at every position along one direction, in one walk; the model is left as it was found.
 
     Args:

@@ -73,7 +73,15 @@ class Trace:
         rows = []
         for (name, weights), samples in zip(self.blocks.items(), self.samples.T, strict=True):
             trace, error = _mean(samples)
-            rows.append({"block": name, "weights": weights, "trace": trace, "se": error, "mean_eigenvalue": trace / weights})
+            rows.append(
+                {
+                    "block": name,
+                    "weights": weights,
+                    "trace": trace,
+                    "se": error,
+                    "mean_eigenvalue": trace / weights,
+                }
+            )
         return pd.DataFrame(rows, columns=["block", "weights", "trace", "se", "mean_eigenvalue"])
 
     def __repr__(self) -> str:
@@ -115,7 +123,9 @@ def hutchinson(
         WorkbenchError: limits that contradict one another, or a product that is not finite.
     """
     if max_products != 1 and not 2 <= min_probes <= max_products:
-        raise WorkbenchError(f"min_probes is {min_probes} and max_products {max_products}; a standard error needs 2 <= min_probes <= max_products")
+        raise WorkbenchError(
+            f"min_probes is {min_probes} and max_products {max_products}; a standard error needs 2 <= min_probes <= max_products"
+        )
     size = sum(part.stop - part.start for part in blocks.values())
     samples, squares = np.empty((max_products, len(blocks))), np.empty(max_products)
     for probe in range(max_products):
@@ -129,12 +139,19 @@ def hutchinson(
         report(max_products if enough else taken, max_products)
         if enough:
             break
-    return Trace(samples[:taken], squares[:taken], {name: part.stop - part.start for name, part in blocks.items()}, seed)
+    return Trace(
+        samples[:taken],
+        squares[:taken],
+        {name: part.stop - part.start for name, part in blocks.items()},
+        seed,
+    )
 
 
 def _finite(image: Vector) -> Vector:
     if not np.isfinite(image).all():
-        raise WorkbenchError("a Hessian-vector product is not finite; are the weights in float32 and the loss finite?")
+        raise WorkbenchError(
+            "a Hessian-vector product is not finite; are the weights in float32 and the loss finite?"
+        )
     return image
 
 
@@ -164,7 +181,13 @@ def trace(
     operator = Curvature(model, batches, parameters)
     try:
         return hutchinson(
-            operator.product, operator.blocks, seed=seed, relative_se=relative_se, min_probes=min_probes, max_products=max_products, report=report
+            operator.product,
+            operator.blocks,
+            seed=seed,
+            relative_se=relative_se,
+            min_probes=min_probes,
+            max_products=max_products,
+            report=report,
         )
     finally:
         operator.release()
@@ -179,7 +202,9 @@ def paired_difference(one: Trace, other: Trace) -> tuple[float, float, int]:
         WorkbenchError: the probes are not the same.
     """
     if one.seed != other.seed or dict(one.blocks) != dict(other.blocks):
-        raise WorkbenchError("the traces do not share their probes; estimate both with the same seed and the same parameters")
+        raise WorkbenchError(
+            "the traces do not share their probes; estimate both with the same seed and the same parameters"
+        )
     n = min(one.n, other.n)
     value, error = _mean(one.samples[:n].sum(1) - other.samples[:n].sum(1))
     return value, error, n
@@ -216,23 +241,42 @@ def relative_flatness(
     if probes < 2:
         raise WorkbenchError(f"probes is {probes}; a standard error needs at least 2")
     operator = Curvature(model, batches, parameters)
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)} - embeddings
-    layers = {name: weight.detach().double().cpu().numpy() for name, weight in zip(operator.names, operator.parameters, strict=True) if id(weight) in linear}
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    linear = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)
+    } - embeddings
+    layers = {
+        name: weight.detach().double().cpu().numpy()
+        for name, weight in zip(operator.names, operator.parameters, strict=True)
+        if id(weight) in linear
+    }
     if not layers:
-        raise WorkbenchError(f"none of the parameters {', '.join(operator.names[:5])} is the weight of a linear layer")
+        raise WorkbenchError(
+            f"none of the parameters {', '.join(operator.names[:5])} is the weight of a linear layer"
+        )
     samples = []
     for probe in range(probes):
         direction = np.zeros(operator.size)
         for number, (name, weight) in enumerate(layers.items()):
             width = weight.shape[1]
-            signs = np.random.default_rng([seed, probe, number]).integers(0, 2, (width, width)) * 2.0 - 1
+            signs = (
+                np.random.default_rng([seed, probe, number]).integers(0, 2, (width, width)) * 2.0
+                - 1
+            )
             direction[operator.blocks[name]] = (weight @ signs).ravel()
         image = _finite(operator.product(direction))
-        samples.append([float(direction[operator.blocks[name]] @ image[operator.blocks[name]]) for name in layers])
+        samples.append(
+            [
+                float(direction[operator.blocks[name]] @ image[operator.blocks[name]])
+                for name in layers
+            ]
+        )
         report(probe + 1, probes)
     operator.release()
     rows = [
-        {"layer": name, **dict(zip(("kappa", "se"), _mean(column), strict=True)), "n": probes} for name, column in zip(layers, np.array(samples).T, strict=True)
+        {"layer": name, **dict(zip(("kappa", "se"), _mean(column), strict=True)), "n": probes}
+        for name, column in zip(layers, np.array(samples).T, strict=True)
     ]
     return pd.DataFrame(rows, columns=["layer", "kappa", "se", "n"])

@@ -42,7 +42,13 @@ def collapse_basis(subspace: Subspace, components: int) -> Tensor:
     if components <= 0:
         return torch.zeros(width, 0)
     columns = [subspace.mean.double()[:, None], subspace.basis[:, : components - 1].double()]
-    stacked = torch.cat([column / column.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny) for column in columns], dim=1)
+    stacked = torch.cat(
+        [
+            column / column.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
+            for column in columns
+        ],
+        dim=1,
+    )
     left, singular, _ = torch.linalg.svd(stacked, full_matrices=False)
     return left[:, singular > 1e-6].float().contiguous()
 
@@ -81,8 +87,12 @@ def removed_shares(second_moments: Tensor, kind: Kind) -> Tensor:
     if kind == "hard" or not len(second_moments):
         return torch.ones_like(second_moments)
     size = second_moments.clamp(min=0).sqrt()
-    smallest = size[size >= size.max() * 1e-3].min() if float(size.max()) > 0 else size.new_tensor(0.0)
-    return 1 - (smallest / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1) ** _POWERS[kind]
+    smallest = (
+        size[size >= size.max() * 1e-3].min() if float(size.max()) > 0 else size.new_tensor(0.0)
+    )
+    return (
+        1 - (smallest / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1) ** _POWERS[kind]
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +114,22 @@ class Collapse:
     def __call__(self, weight_gradient: Tensor) -> Tensor:
         """The collapsed gradient, same shape ``[out, in]`` and dtype, computed in float32."""
         half = collapse_rows(weight_gradient.float(), self.activation, self.activation_removed)
-        return collapse_rows(half.T, self.gradient, self.gradient_removed).T.to(weight_gradient.dtype)
+        return collapse_rows(half.T, self.gradient, self.gradient_removed).T.to(
+            weight_gradient.dtype
+        )
 
     def to(self, device: torch.device | str) -> Collapse:
         """The same map on ``device``."""
-        shares = (None if removed is None else removed.to(device) for removed in (self.activation_removed, self.gradient_removed))
+        shares = (
+            None if removed is None else removed.to(device)
+            for removed in (self.activation_removed, self.gradient_removed)
+        )
         return Collapse(self.activation.to(device), self.gradient.to(device), *shares)
 
 
-def collapse_side(finder: StreamingPCA | SketchPCA, components: int, kind: Kind = "hard") -> tuple[Tensor, Tensor]:
+def collapse_side(
+    finder: StreamingPCA | SketchPCA, components: int, kind: Kind = "hard"
+) -> tuple[Tensor, Tensor]:
     """One side of a collapse from what a finder has seen.
 
     The mean direction and the top components are joined into one orthonormal basis, which is then turned so that the second moment of the data is diagonal in it: hard
@@ -135,7 +152,9 @@ def collapse_side(finder: StreamingPCA | SketchPCA, components: int, kind: Kind 
         inside = along @ (subspace.eigenvalues.double()[:, None] * along.T)
     mean = basis.T @ subspace.mean.double()
     moments, turn = torch.linalg.eigh(inside + torch.outer(mean, mean))
-    return (basis @ turn).float().contiguous(), removed_shares(moments.flip(0), kind).flip(0).float()
+    return (basis @ turn).float().contiguous(), removed_shares(moments.flip(0), kind).flip(
+        0
+    ).float()
 
 
 UpdateMap = Mapping[str, Collapse]
@@ -156,7 +175,9 @@ class _Sides:
     def __call__(self, site: Site, rows: Rows) -> None:
         if site.name not in self.finders:
             wide = rows.values.shape[1] > EXACT_WIDTH
-            self.finders[site.name] = (SketchPCA if wide else StreamingPCA)(max(1, self.components[site.name]))
+            self.finders[site.name] = (SketchPCA if wide else StreamingPCA)(
+                max(1, self.components[site.name])
+            )
         self.finders[site.name].partial_fit(rows.values)
 
 
@@ -188,13 +209,25 @@ def find_collapse(
     paths = tuple(modules)
     counts = {f"{path}:in": activation_components for path in paths if activation_components > 0}
     counts |= {f"{path}:grad_out": gradient_components for path in paths if gradient_components > 0}
-    leaders = {path: _leader(path, paths) for path in paths}  # gate and up read one tensor: its covariance is computed once
+    leaders = {
+        path: _leader(path, paths) for path in paths
+    }  # gate and up read one tensor: its covariance is computed once
     sides = _Sides(counts)
     texts = list(batches)
     if not texts:
-        raise WorkbenchError("the collapse was given no batch to find its directions in; is the set empty?")
+        raise WorkbenchError(
+            "the collapse was given no batch to find its directions in; is the set empty?"
+        )
     if counts:
-        sites = resolve(model, [name for name in counts if not name.endswith(":in") or leaders[name.removesuffix(":in")] == name.removesuffix(":in")])
+        sites = resolve(
+            model,
+            [
+                name
+                for name in counts
+                if not name.endswith(":in")
+                or leaders[name.removesuffix(":in")] == name.removesuffix(":in")
+            ],
+        )
         with gradients_only(model), Capture(model, sites, sides, at=without_first):
             for batch in texts:
                 loss(batch).backward()
@@ -203,12 +236,20 @@ def find_collapse(
         layer = model.get_submodule(path)
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        outputs, inputs = weight.shape if isinstance(layer, torch.nn.Linear) else weight.T.shape  # GPT-2's Conv1D keeps its weight transposed
+        outputs, inputs = (
+            weight.shape if isinstance(layer, torch.nn.Linear) else weight.T.shape
+        )  # GPT-2's Conv1D keeps its weight transposed
         side = {}
         for name, width in ((f"{leaders[path]}:in", inputs), (f"{path}:grad_out", outputs)):
-            side[name] = collapse_side(sides.finders[name], counts[name], kind) if name in sides.finders else (torch.zeros(width, 0), torch.zeros(0))
+            side[name] = (
+                collapse_side(sides.finders[name], counts[name], kind)
+                if name in sides.finders
+                else (torch.zeros(width, 0), torch.zeros(0))
+            )
         (activation, activation_removed), (gradient, gradient_removed) = side.values()
-        found[f"{path}.weight"] = Collapse(activation, gradient, activation_removed, gradient_removed).to(weight.device)
+        found[f"{path}.weight"] = Collapse(
+            activation, gradient, activation_removed, gradient_removed
+        ).to(weight.device)
     return found
 
 

@@ -88,7 +88,9 @@ class CollapsedUpdate:
             WorkbenchError: :meth:`find` has not run, or the collapse leaves nothing of a gradient.
         """
         if not self.maps:
-            raise WorkbenchError("a collapsed update needs its directions first: call find(loss, batches)")
+            raise WorkbenchError(
+                "a collapsed update needs its directions first: call find(loss, batches)"
+            )
         gradients = []
         for path in self.modules:
             layer = self.model.get_submodule(path)
@@ -98,13 +100,21 @@ class CollapsedUpdate:
                 continue
             weight.grad.copy_(collapse_of(layer, self.maps[f"{path}.weight"], weight.grad, path))
             gradients.append(weight.grad)
-        length = float(sum(float(gradient.double().square().sum()) for gradient in gradients) ** 0.5)
+        length = float(
+            sum(float(gradient.double().square().sum()) for gradient in gradients) ** 0.5
+        )
         if self.length is not None and length > 0:
             for gradient in gradients:
                 gradient.mul_(self.length / length)
         return length
 
-    def attach(self, optimiser: torch.optim.Optimizer, *, refresh: Callable[[], Any] | None = None, every: int = 1) -> RemovableHandle:
+    def attach(
+        self,
+        optimiser: torch.optim.Optimizer,
+        *,
+        refresh: Callable[[], Any] | None = None,
+        every: int = 1,
+    ) -> RemovableHandle:
         """Collapse before every step of ``optimiser``.
 
         Args:
@@ -120,7 +130,9 @@ class CollapsedUpdate:
             WorkbenchError: ``every`` is not positive.
         """
         if every < 1:
-            raise WorkbenchError(f"every is {every}; the directions can be refreshed every 1 or more steps")
+            raise WorkbenchError(
+                f"every is {every}; the directions can be refreshed every 1 or more steps"
+            )
         steps = 0
 
         def before_step(_optimiser: Any, _args: Any, _kwargs: Any) -> None:
@@ -150,7 +162,9 @@ def collapse_checked(collapse: Collapse, gradient: Tensor, path: str) -> Tensor:
     before, after = float(gradient.float().norm()), float(collapsed.float().norm())
     if before > 0 and after <= _LEFT * before:
         sides = f"{collapse.activation.shape[1]} activation and {collapse.gradient.shape[1]} gradient directions"
-        raise WorkbenchError(f"the collapse of {path} leaves nothing of its gradient: {sides} hold all of it. Take fewer components, or more tokens per step")
+        raise WorkbenchError(
+            f"the collapse of {path} leaves nothing of its gradient: {sides} hold all of it. Take fewer components, or more tokens per step"
+        )
     return collapsed
 
 
@@ -167,9 +181,15 @@ def linear_modules(model: PreTrainedModel, patterns: str | Iterable[str]) -> tup
     Raises:
         WorkbenchError: a pattern matches none.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    linear = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    ]
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     for pattern in wanted:
         if not fnmatch.filter(linear, pattern):
-            raise WorkbenchError(f"no linear layer matches {pattern!r}; the first of this model are {', '.join(linear[:3])}")
-    return tuple(name for name in linear if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted))
+            raise WorkbenchError(
+                f"no linear layer matches {pattern!r}; the first of this model are {', '.join(linear[:3])}"
+            )
+    return tuple(
+        name for name in linear if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)
+    )

@@ -18,7 +18,9 @@ from workbench.subspaces.finders import StreamingPCA
 from workbench.subspaces.subspace import Subspace, overlap, principal_angles
 
 
-def rank_sensitivity(first: Subspace, second: Subspace, ranks: Sequence[int] | None = None) -> pd.DataFrame:
+def rank_sensitivity(
+    first: Subspace, second: Subspace, ranks: Sequence[int] | None = None
+) -> pd.DataFrame:
     """How the overlap of two subspaces depends on the rank, beside its expectation for random subspaces (``rank / width``).
 
     Args:
@@ -31,17 +33,33 @@ def rank_sensitivity(first: Subspace, second: Subspace, ranks: Sequence[int] | N
         NaN where the next eigenvalue is not known). A rank without a gap says little.
     """
     top = min(first.rank, second.rank)
-    chosen = [2**power for power in range(top.bit_length()) if 2**power <= top] if ranks is None else [rank for rank in ranks if 0 < rank <= top]
+    chosen = (
+        [2**power for power in range(top.bit_length()) if 2**power <= top]
+        if ranks is None
+        else [rank for rank in ranks if 0 < rank <= top]
+    )
     rows = []
     for rank in chosen:
         shared = overlap(first.basis[:, :rank], second.basis[:, :rank])
-        rows.append({"rank": rank, "overlap": shared, "random": rank / first.width, "gap_first": _gap(first, rank), "gap_second": _gap(second, rank)})
+        rows.append(
+            {
+                "rank": rank,
+                "overlap": shared,
+                "random": rank / first.width,
+                "gap_first": _gap(first, rank),
+                "gap_second": _gap(second, rank),
+            }
+        )
     return pd.DataFrame(rows, columns=["rank", "overlap", "random", "gap_first", "gap_second"])
 
 
 def _gap(subspace: Subspace, rank: int) -> float:
     values = subspace.eigenvalues
-    return float((values[rank - 1] - values[rank]) / values[rank - 1]) if rank < len(values) and values[rank - 1] > 0 else float("nan")
+    return (
+        float((values[rank - 1] - values[rank]) / values[rank - 1])
+        if rank < len(values) and values[rank - 1] > 0
+        else float("nan")
+    )
 
 
 class OverlapNull(NamedTuple):
@@ -63,7 +81,14 @@ class OverlapNull(NamedTuple):
 
 
 def angle_null(
-    first: Tensor, second: Tensor, rank: int, *, first_groups: Tensor | None = None, second_groups: Tensor | None = None, draws: int = 200, seed: int = 0
+    first: Tensor,
+    second: Tensor,
+    rank: int,
+    *,
+    first_groups: Tensor | None = None,
+    second_groups: Tensor | None = None,
+    draws: int = 200,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Cosines of the principal angles between the top subspaces of two sets of rows, beside a permutation null.
 
@@ -88,14 +113,24 @@ def angle_null(
         WorkbenchError: the widths differ, or a set has no more than ``rank`` rows.
     """
     if first.shape[1] != second.shape[1] or min(len(first), len(second)) <= rank or rank < 1:
-        raise WorkbenchError(f"two sets of more than rank {rank} rows of one width are needed; got {list(first.shape)} and {list(second.shape)}")
+        raise WorkbenchError(
+            f"two sets of more than rank {rank} rows of one width are needed; got {list(first.shape)} and {list(second.shape)}"
+        )
     if first.shape[1] > len(first) + len(second):
         # All principal directions lie in the span of the rows: coordinates in a basis of that span leave every angle as it is, and make each permutation cheap.
         span = torch.linalg.qr(torch.cat([first, second]).double().T).Q
         first, second = first.double() @ span, second.double() @ span
     observed = _cosines(first, second, rank)
-    one = torch.arange(len(first)) if first_groups is None else first_groups.unique(return_inverse=True)[1]
-    two = torch.arange(len(second)) if second_groups is None else second_groups.unique(return_inverse=True)[1]
+    one = (
+        torch.arange(len(first))
+        if first_groups is None
+        else first_groups.unique(return_inverse=True)[1]
+    )
+    two = (
+        torch.arange(len(second))
+        if second_groups is None
+        else second_groups.unique(return_inverse=True)[1]
+    )
     rows, groups = torch.cat([first, second]), torch.cat([one, two + int(one.max()) + 1])
     count, share = int(groups.max()) + 1, int(one.max()) + 1
     rng = np.random.default_rng(seed)
@@ -108,10 +143,25 @@ def angle_null(
         null[draw, : len(cosines)] = cosines[: len(observed)]
     low, median, high = np.quantile(null, [0.025, 0.5, 0.975], axis=0)
     p = (1 + (null <= observed + 1e-12).sum(0)) / (draws + 1)
-    found = pd.DataFrame({"angle": range(len(observed)), "cosine": observed, "null_low": low, "null_median": median, "null_high": high, "p": p})
+    found = pd.DataFrame(
+        {
+            "angle": range(len(observed)),
+            "cosine": observed,
+            "null_low": low,
+            "null_median": median,
+            "null_high": high,
+            "p": p,
+        }
+    )
     shared, dealt = float(np.square(observed).mean()), np.square(null).mean(1)
     low, median, high = np.quantile(dealt, [0.025, 0.5, 0.975])
-    found.attrs["overlap"] = OverlapNull(shared, float(low), float(median), float(high), float((1 + (dealt <= shared + 1e-12).sum()) / (draws + 1)))
+    found.attrs["overlap"] = OverlapNull(
+        shared,
+        float(low),
+        float(median),
+        float(high),
+        float((1 + (dealt <= shared + 1e-12).sum()) / (draws + 1)),
+    )
     return found
 
 
@@ -128,7 +178,9 @@ def tier_edges(rank: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def energy_by_tier(vectors: Tensor, subspace: Subspace, tiers: Sequence[tuple[int, int]] | None = None) -> pd.DataFrame:
+def energy_by_tier(
+    vectors: Tensor, subspace: Subspace, tiers: Sequence[tuple[int, int]] | None = None
+) -> pd.DataFrame:
     """Where the energy of vectors, or of a weight change, lies among principal directions.
 
     Args:
@@ -147,11 +199,33 @@ def energy_by_tier(vectors: Tensor, subspace: Subspace, tiers: Sequence[tuple[in
     rows = []
     for low, high in chosen:
         energy = float(inside[low:high].sum()) / total if total else 0.0
-        variance = float(subspace.eigenvalues[low:high].double().sum()) / subspace.total_variance if subspace.total_variance else 0.0
-        rows.append({"first": low, "last": high, "energy": energy, "random": max(0, min(high, subspace.rank) - low) / subspace.width, "variance": variance})
+        variance = (
+            float(subspace.eigenvalues[low:high].double().sum()) / subspace.total_variance
+            if subspace.total_variance
+            else 0.0
+        )
+        rows.append(
+            {
+                "first": low,
+                "last": high,
+                "energy": energy,
+                "random": max(0, min(high, subspace.rank) - low) / subspace.width,
+                "variance": variance,
+            }
+        )
     covered = min(max((high for _, high in chosen), default=0), subspace.width)
     rest = {name: (1 - sum(row[name] for row in rows)) for name in ("energy", "random", "variance")}
-    rows.append({"first": covered, "last": subspace.width, **({name: max(0.0, value) for name, value in rest.items()} if total else {**rest, "energy": 0.0})})
+    rows.append(
+        {
+            "first": covered,
+            "last": subspace.width,
+            **(
+                {name: max(0.0, value) for name, value in rest.items()}
+                if total
+                else {**rest, "energy": 0.0}
+            ),
+        }
+    )
     return pd.DataFrame(rows, columns=["first", "last", "energy", "random", "variance"])
 
 
@@ -160,7 +234,11 @@ def _hsic(first: Tensor, second: Tensor) -> Tensor:
     n = len(first)
     one, two = first - first.diag().diag(), second - second.diag().diag()
     sums_one, sums_two = one.sum(0), two.sum(0)
-    return ((one * two).sum() + sums_one.sum() * sums_two.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (sums_one @ sums_two)) / (n * (n - 3))
+    return (
+        (one * two).sum()
+        + sums_one.sum() * sums_two.sum() / ((n - 1) * (n - 2))
+        - 2 / (n - 2) * (sums_one @ sums_two)
+    ) / (n * (n - 3))
 
 
 def debiased_cka(first: Tensor, second: Tensor) -> float:
@@ -178,15 +256,22 @@ def debiased_cka(first: Tensor, second: Tensor) -> float:
         WorkbenchError: the numbers of rows differ, or there are fewer than 4.
     """
     if len(first) != len(second) or len(first) < 4:
-        raise WorkbenchError(f"CKA needs two sets of at least 4 rows on the same tokens; got {len(first)} and {len(second)}")
+        raise WorkbenchError(
+            f"CKA needs two sets of at least 4 rows on the same tokens; got {len(first)} and {len(second)}"
+        )
     # Any common shift leaves the estimate as it is; taking the first row off makes rows that never change exactly zero.
-    grams = [rows @ rows.T for rows in (first.double() - first[:1].double(), second.double() - second[:1].double())]
+    grams = [
+        rows @ rows.T
+        for rows in (first.double() - first[:1].double(), second.double() - second[:1].double())
+    ]
     own = [float(_hsic(gram, gram)) for gram in grams]
     return float(_hsic(*grams)) / (own[0] * own[1]) ** 0.5 if min(own) > 0 else float("nan")
 
 
 @torch.no_grad()
-def read_direction(direction: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top: int = 8) -> pd.DataFrame:
+def read_direction(
+    direction: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top: int = 8
+) -> pd.DataFrame:
     """A direction of the residual stream read through the unembedding (logit lens): the tokens it promotes and the tokens it suppresses.
 
     The final norm's weight scales the coordinates; its division by the length of the stream is left out, since a direction has none.
@@ -206,20 +291,32 @@ def read_direction(direction: Tensor, model: PreTrainedModel, tokenizer: PreTrai
     known, (_, inner) = family(model), causal_lm(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None  # type: ignore[operator]
     if known is None or head is None:
-        raise WorkbenchError(f"{type(model).__name__} has no unembedding that is known here; a causal LM of a family in hooks.families is needed")
+        raise WorkbenchError(
+            f"{type(model).__name__} has no unembedding that is known here; a causal LM of a family in hooks.families is needed"
+        )
     unembedding = head.weight
     if direction.shape != unembedding.shape[1:]:
-        raise WorkbenchError(f"the residual stream of this family member has width {unembedding.shape[1]}; got a direction of shape {list(direction.shape)}")
+        raise WorkbenchError(
+            f"the residual stream of this family member has width {unembedding.shape[1]}; got a direction of shape {list(direction.shape)}"
+        )
     norm = inner.get_submodule(known.outside["ln_final.hook_in"].path)
     scale = getattr(norm, "weight", None)
-    unit = (direction / direction.norm().clamp(min=torch.finfo(torch.float32).tiny)).float().to(unembedding.device)
+    unit = (
+        (direction / direction.norm().clamp(min=torch.finfo(torch.float32).tiny))
+        .float()
+        .to(unembedding.device)
+    )
     if "LayerNorm" in type(norm).__name__:  # takes the mean over coordinates away; RMS norms do not
         unit = unit - unit.mean()
     if scale is not None:
-        unit = unit * (scale.float() + ("Gemma" in type(norm).__name__))  # Gemma's norms multiply by 1 + weight
+        unit = unit * (
+            scale.float() + ("Gemma" in type(norm).__name__)
+        )  # Gemma's norms multiply by 1 + weight
     logits = unembedding.float() @ unit
     rows = []
     for side, sign in (("promoted", 1), ("suppressed", -1)):
         for index in (sign * logits).topk(min(top, len(logits))).indices.tolist():
-            rows.append({"token": tokenizer.decode([index]), "logit": float(logits[index]), "side": side})
+            rows.append(
+                {"token": tokenizer.decode([index]), "logit": float(logits[index]), "side": side}
+            )
     return pd.DataFrame(rows)

@@ -65,7 +65,9 @@ class _Finder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def explained_variance_ratio_(self) -> Tensor:
         """``[k]`` float32 shares of the total variance."""
         found = self.subspace()
-        return found.eigenvalues / found.total_variance if found.total_variance else found.eigenvalues
+        return (
+            found.eigenvalues / found.total_variance if found.total_variance else found.eigenvalues
+        )
 
     @property
     def mean_(self) -> Tensor:
@@ -118,7 +120,9 @@ class StreamingPCA(_Finder):
         """What was found, as a value; ``where`` may name ``site``, ``tokens`` and ``source``."""
         if self._found is None:
             if not self.moments_.count:
-                raise NotFittedError("no row was seen; call fit or partial_fit, or look whether the position rule selects anything")
+                raise NotFittedError(
+                    "no row was seen; call fit or partial_fit, or look whether the position rule selects anything"
+                )
             self._found = principal_subspace(self.moments_, self.n_components)
         return self._found.named(**where)
 
@@ -146,7 +150,9 @@ class SketchPCA(_Finder):
         n_samples_seen_: rows seen.
     """
 
-    def __init__(self, n_components: int = 64, oversample: int | None = None, probes: int = 16, seed: int = 0) -> None:
+    def __init__(
+        self, n_components: int = 64, oversample: int | None = None, probes: int = 16, seed: int = 0
+    ) -> None:
         self.n_components = n_components
         self.oversample = oversample
         self.probes = probes
@@ -164,11 +170,15 @@ class SketchPCA(_Finder):
 
     @property
     def _columns(self) -> int:
-        return self.n_components + (self.n_components if self.oversample is None else self.oversample)
+        return self.n_components + (
+            self.n_components if self.oversample is None else self.oversample
+        )
 
     def _start(self, width: int, device: torch.device) -> None:
         if self._range is not None and len(self._range) != width:
-            raise WorkbenchError(f"the sketch is of rows of width {len(self._range)}; these have width {width}")
+            raise WorkbenchError(
+                f"the sketch is of rows of width {len(self._range)}; these have width {width}"
+            )
         generator = torch.Generator().manual_seed(self.seed)
         columns = min(self._columns, width)
         test = torch.linalg.qr(torch.randn(width, columns, generator=generator))[0]
@@ -188,8 +198,14 @@ class SketchPCA(_Finder):
         if not len(self._mean):
             self._start(rows.shape[1], rows.device)
         if rows.shape[1] != len(self._mean):
-            raise WorkbenchError(f"the sketch is of rows of width {len(self._mean)}; these have width {rows.shape[1]}")
-        mean = rows.double().mean(0) if weights is None else (weights[:, None] * rows.double()).sum(0) / total
+            raise WorkbenchError(
+                f"the sketch is of rows of width {len(self._mean)}; these have width {rows.shape[1]}"
+            )
+        mean = (
+            rows.double().mean(0)
+            if weights is None
+            else (weights[:, None] * rows.double()).sum(0) / total
+        )
         centred = rows - mean.float()
         left = centred if weights is None else centred * weights[:, None].float()
         with torch.autocast(rows.device.type, enabled=False):
@@ -206,13 +222,27 @@ class SketchPCA(_Finder):
         """
         if not other.n_samples_seen_:
             return self
-        alike = self.get_params() == other.get_params() and (self._range is None) == (other._range is None)
+        alike = self.get_params() == other.get_params() and (self._range is None) == (
+            other._range is None
+        )
         if alike and self._range is not None and other._range is not None:
-            alike = self._range.shape == other._range.shape and torch.equal(self._range, other._range.to(self._range))
+            alike = self._range.shape == other._range.shape and torch.equal(
+                self._range, other._range.to(self._range)
+            )
         if alike and not len(self._mean):
-            self._mean, self._sketch, self._test = torch.zeros_like(other._mean), torch.zeros_like(other._sketch), other._test
-        if not alike or self._test.shape != other._test.shape or not torch.equal(self._test, other._test.to(self._test)):
-            raise WorkbenchError("sketches can be merged only with the same seed, width, components, oversampling and pass")
+            self._mean, self._sketch, self._test = (
+                torch.zeros_like(other._mean),
+                torch.zeros_like(other._sketch),
+                other._test,
+            )
+        if (
+            not alike
+            or self._test.shape != other._test.shape
+            or not torch.equal(self._test, other._test.to(self._test))
+        ):
+            raise WorkbenchError(
+                "sketches can be merged only with the same seed, width, components, oversampling and pass"
+            )
         self._add(other.n_samples_seen_, other._weight, other._mean, other._sketch, other._energy)
         return self
 
@@ -231,22 +261,34 @@ class SketchPCA(_Finder):
         if self._found is not None:
             return self._found
         if not self.n_samples_seen_:
-            raise NotFittedError("no row was seen; call fit or partial_fit, or look whether the position rule selects anything")
+            raise NotFittedError(
+                "no row was seen; call fit or partial_fit, or look whether the position rule selects anything"
+            )
         if not bool(torch.isfinite(self._sketch).all()):
             raise WorkbenchError("the rows hold NaN or infinity; no subspace was fitted")
         columns = self._test.shape[1] - self.probes
         test, probes = self._test[:, :columns].double(), self._test[:, columns:].double()
-        sketch, seen = self._sketch[:, :columns] / self._weight, self._sketch[:, columns:] / self._weight
+        sketch, seen = (
+            self._sketch[:, :columns] / self._weight,
+            self._sketch[:, columns:] / self._weight,
+        )
         width = len(self._mean)
         size = float(sketch.norm())
         if size == 0:
-            vectors, values = torch.zeros(width, 0, dtype=torch.float64, device=sketch.device), sketch.new_zeros(0)
+            vectors, values = (
+                torch.zeros(width, 0, dtype=torch.float64, device=sketch.device),
+                sketch.new_zeros(0),
+            )
         else:
             vectors, values = _nystroem(sketch, test, size, self._mean)
         kept = vectors[:, : self.n_components]
         variances = values[: self.n_components]
         missed = seen - kept @ (variances[:, None] * (kept.T @ probes))
-        residual = (float(missed.norm() / seen.norm()) if float(seen.norm()) else 0.0) if self.probes else float("nan")
+        residual = (
+            (float(missed.norm() / seen.norm()) if float(seen.norm()) else 0.0)
+            if self.probes
+            else float("nan")
+        )
         subspace = Subspace(
             kept.float().cpu().contiguous(),
             variances.float().cpu(),
@@ -259,8 +301,14 @@ class SketchPCA(_Finder):
         )
         # What comes after the last eigenvalue that the sketch can see is zero if it saw fewer than it could, and unknown otherwise.
         beyond = 0.0 if len(values) < columns else float("nan")
-        following = torch.cat([values[1 : self.n_components + 1], values.new_tensor([beyond])])[: len(variances)]
-        gaps = ((variances - following) / variances.clamp(min=torch.finfo(torch.float64).tiny)).float().cpu()
+        following = torch.cat([values[1 : self.n_components + 1], values.new_tensor([beyond])])[
+            : len(variances)
+        ]
+        gaps = (
+            ((variances - following) / variances.clamp(min=torch.finfo(torch.float64).tiny))
+            .float()
+            .cpu()
+        )
         self._found = subspace, gaps, residual
         return self._found
 
@@ -290,7 +338,11 @@ class SketchPCA(_Finder):
     @property
     def nbytes(self) -> int:
         """Bytes held: linear in the width."""
-        return sum(tensor.nbytes for tensor in (self._mean, self._test, self._sketch, self._range) if tensor is not None)
+        return sum(
+            tensor.nbytes
+            for tensor in (self._mean, self._test, self._sketch, self._range)
+            if tensor is not None
+        )
 
     def __repr__(self) -> str:
         return f"SketchPCA({self.n_components} components, {self.n_samples_seen_} rows of width {len(self._mean)})"
@@ -307,7 +359,18 @@ class SketchPCA(_Finder):
             f"{residual:.3g}",
             f"{float(gaps[-1]) if len(gaps) else 0:.3g}",
         )
-        return table("Sketch", ("components", "width", "rows", "variance inside", "residual of the covariance", "gap after the last"), [line])
+        return table(
+            "Sketch",
+            (
+                "components",
+                "width",
+                "rows",
+                "variance inside",
+                "residual of the covariance",
+                "gap after the last",
+            ),
+            [line],
+        )
 
 
 def _nystroem(sketch: Tensor, test: Tensor, size: float, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -348,8 +411,14 @@ class EachSite:
             WorkbenchError: it delivered no rows.
         """
         if name not in self.by_site:
-            raise WorkbenchError(f"no rows of {name!r}; there are rows of {', '.join(list(self.by_site)[:4]) or 'no site'}")
+            raise WorkbenchError(
+                f"no rows of {name!r}; there are rows of {', '.join(list(self.by_site)[:4]) or 'no site'}"
+            )
         return self.by_site[name]
 
     def _repr_html_(self) -> str:
-        return table("Finders", ("site", "finder"), ((name, repr(finder)) for name, finder in self.by_site.items()))
+        return table(
+            "Finders",
+            ("site", "finder"),
+            ((name, repr(finder)) for name, finder in self.by_site.items()),
+        )

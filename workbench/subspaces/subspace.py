@@ -52,11 +52,22 @@ class Subspace:
 
     def top(self, rank: int) -> Subspace:
         """The first ``rank`` directions."""
-        return Subspace(self.basis[:, :rank], self.eigenvalues[:rank], self.mean, self.count, self.total_variance, self.site, self.tokens, self.source)
+        return Subspace(
+            self.basis[:, :rank],
+            self.eigenvalues[:rank],
+            self.mean,
+            self.count,
+            self.total_variance,
+            self.site,
+            self.tokens,
+            self.source,
+        )
 
     def named(self, *, site: str = "", tokens: str = "", source: str = "") -> Subspace:
         """The same subspace with a new note of where it comes from; an empty word leaves the old one."""
-        return replace(self, site=site or self.site, tokens=tokens or self.tokens, source=source or self.source)
+        return replace(
+            self, site=site or self.site, tokens=tokens or self.tokens, source=source or self.source
+        )
 
     def project(self, rows: Tensor) -> Tensor:
         """``[row, width]`` orthogonal projection of ``rows`` onto the subspace (through the origin, not through the mean)."""
@@ -64,8 +75,18 @@ class Subspace:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all."""
-        tensors = {"basis": self.basis.contiguous(), "eigenvalues": self.eigenvalues.contiguous(), "mean": self.mean.contiguous()}
-        note = {"count": str(self.count), "total_variance": repr(self.total_variance), "site": self.site, "tokens": self.tokens, "source": self.source}
+        tensors = {
+            "basis": self.basis.contiguous(),
+            "eigenvalues": self.eigenvalues.contiguous(),
+            "mean": self.mean.contiguous(),
+        }
+        note = {
+            "count": str(self.count),
+            "total_variance": repr(self.total_variance),
+            "site": self.site,
+            "tokens": self.tokens,
+            "source": self.source,
+        }
         write_file(path, lambda temporary: save_file(tensors, temporary, metadata=note))
 
     @classmethod
@@ -78,7 +99,9 @@ class Subspace:
         try:
             with safe_open(path, framework="pt") as stored:
                 note = stored.metadata() or {}
-                tensors = {name: stored.get_tensor(name) for name in ("basis", "eigenvalues", "mean")}
+                tensors = {
+                    name: stored.get_tensor(name) for name in ("basis", "eigenvalues", "mean")
+                }
             return cls(
                 **tensors,
                 count=int(note["count"]),
@@ -88,7 +111,9 @@ class Subspace:
                 source=note["source"],
             )
         except Exception as error:
-            raise WorkbenchError(f"{path} holds no subspace ({error}); it must be a file written by Subspace.save") from error
+            raise WorkbenchError(
+                f"{path} holds no subspace ({error}); it must be a file written by Subspace.save"
+            ) from error
 
     def __repr__(self) -> str:
         return f"Subspace({self.site or 'no site'}: {self.rank} of {self.width} directions, {self.count} rows)"
@@ -104,12 +129,15 @@ class Subspace:
             "source": self.source,
         }
         cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(k)}</th><td style='text-align:left'>{html.escape(str(v))}</td></tr>" for k, v in rows.items()
+            f"<tr><th style='text-align:left'>{html.escape(k)}</th><td style='text-align:left'>{html.escape(str(v))}</td></tr>"
+            for k, v in rows.items()
         )
         return f"<table>{cells}</table>"
 
 
-def principal_subspace(moments: Moments, rank: int, *, site: str = "", tokens: str = "", source: str = "") -> Subspace:
+def principal_subspace(
+    moments: Moments, rank: int, *, site: str = "", tokens: str = "", source: str = ""
+) -> Subspace:
     """The top principal directions of ``moments``: exact eigendecomposition of the covariance in float64.
 
     Directions without variance are left out, so that rank-deficient data gives fewer columns than asked for and never a column of noise.
@@ -125,10 +153,14 @@ def principal_subspace(moments: Moments, rank: int, *, site: str = "", tokens: s
         WorkbenchError: there are no rows, or they are not finite.
     """
     if moments.count == 0:
-        raise WorkbenchError(f"no row was seen at {site or 'this site'}; does the position mask select anything?")
+        raise WorkbenchError(
+            f"no row was seen at {site or 'this site'}; does the position mask select anything?"
+        )
     covariance = moments.covariance
     if not bool(torch.isfinite(covariance).all()):
-        raise WorkbenchError(f"the rows of {site or 'this site'} hold NaN or infinity; no subspace was fitted")
+        raise WorkbenchError(
+            f"the rows of {site or 'this site'} hold NaN or infinity; no subspace was fitted"
+        )
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     keep = min(rank, int((values > noise_floor(float(values[0]), moments.mean)).sum()))
@@ -146,7 +178,10 @@ def principal_subspace(moments: Moments, rank: int, *, site: str = "", tokens: s
 
 def noise_floor(largest: float, mean: Tensor) -> float:
     """A variance that rounding alone can make: 1e-6 of the largest (float32 products), or the square of half a unit in the last place of a float32 mean."""
-    return max(largest * 1e-6, (torch.finfo(torch.float32).eps / 2) ** 2 * float(mean.double().square().sum()))
+    return max(
+        largest * 1e-6,
+        (torch.finfo(torch.float32).eps / 2) ** 2 * float(mean.double().square().sum()),
+    )
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:

@@ -47,14 +47,29 @@ def singular_subspaces(matrix: Tensor, rank: int, *, site: str = "", source: str
         WorkbenchError: the matrix is not finite.
     """
     if not bool(torch.isfinite(matrix).all()):
-        raise WorkbenchError(f"the gradient of {site or 'this weight'} holds NaN or infinity; no subspace was fitted")
+        raise WorkbenchError(
+            f"the gradient of {site or 'this weight'} holds NaN or infinity; no subspace was fitted"
+        )
     left, singular, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    keep = min(rank, int((singular > singular[0] * 1e-6).sum())) if len(singular) and float(singular[0]) > 0 else 0
+    keep = (
+        min(rank, int((singular > singular[0] * 1e-6).sum()))
+        if len(singular) and float(singular[0]) > 0
+        else 0
+    )
     values = singular[:keep].square().float().cpu()
     total = float(singular.square().sum())
 
     def side(vectors: Tensor) -> Subspace:
-        return Subspace(vectors[:, :keep].float().cpu().contiguous(), values, torch.zeros(len(vectors)), len(singular), total, site, "", source)
+        return Subspace(
+            vectors[:, :keep].float().cpu().contiguous(),
+            values,
+            torch.zeros(len(vectors)),
+            len(singular),
+            total,
+            site,
+            "",
+            source,
+        )
 
     return TwoSided(side(left), side(right.T))
 
@@ -93,7 +108,15 @@ def difference_finder(
     return found
 
 
-def contrast(first: Moments, second: Moments, rank: int, *, site: str = "", tokens: str = "", source: str = "") -> Subspace:
+def contrast(
+    first: Moments,
+    second: Moments,
+    rank: int,
+    *,
+    site: str = "",
+    tokens: str = "",
+    source: str = "",
+) -> Subspace:
     """Directions along which the rows of one token set vary more than those of another: top eigenvectors of ``C_first - C_second`` (contrastive PCA with weight 1, Abid et
     al. 2018).
 
@@ -105,15 +128,23 @@ def contrast(first: Moments, second: Moments, rank: int, *, site: str = "", toke
         WorkbenchError: one of the two saw no rows.
     """
     if not first.count or not second.count:
-        raise WorkbenchError(f"a contrast needs rows of both token sets; got {first.count} and {second.count}")
+        raise WorkbenchError(
+            f"a contrast needs rows of both token sets; got {first.count} and {second.count}"
+        )
     if len(first.mean) != len(second.mean):
-        raise WorkbenchError(f"a contrast needs rows of one width; got {len(first.mean)} and {len(second.mean)}")
+        raise WorkbenchError(
+            f"a contrast needs rows of one width; got {len(first.mean)} and {len(second.mean)}"
+        )
     one, two = first.covariance, second.covariance.to(first.covariance)
     if not bool(torch.isfinite(one).all() and torch.isfinite(two).all()):
-        raise WorkbenchError(f"the rows of {site or 'this site'} hold NaN or infinity; no contrast was fitted")
+        raise WorkbenchError(
+            f"the rows of {site or 'this site'} hold NaN or infinity; no contrast was fitted"
+        )
     values, vectors = torch.linalg.eigh(one - two)
     values, vectors = values.flip(0), vectors.flip(1)
-    scale = float(torch.linalg.eigvalsh(one)[-1] + torch.linalg.eigvalsh(two)[-1])  # both carry the rounding of float32 products
+    scale = float(
+        torch.linalg.eigvalsh(one)[-1] + torch.linalg.eigvalsh(two)[-1]
+    )  # both carry the rounding of float32 products
     positive = values.clamp(min=0)
     keep = min(rank, int((values > 1e-6 * scale).sum()))
     mean = (first.mean - second.mean.to(first.mean)).float().cpu()

@@ -26,7 +26,14 @@ class Match:
     tried: tuple[tuple[float, float], ...]
 
 
-def match_budget(disruption: Callable[[float], float], budget: float, *, limit: float = 1.0, grid: int = 8, tolerance: float = 0.02) -> Match:
+def match_budget(
+    disruption: Callable[[float], float],
+    budget: float,
+    *,
+    limit: float = 1.0,
+    grid: int = 8,
+    tolerance: float = 0.02,
+) -> Match:
     """The largest alpha below the *first* crossing of ``budget``.
 
     Disruption need not grow monotonically with alpha, so a grid finds the first interval in which it crosses the budget, and bisection narrows that
@@ -46,7 +53,9 @@ def match_budget(disruption: Callable[[float], float], budget: float, *, limit: 
         ValueError: ``budget`` or ``limit`` is not positive.
     """
     if budget <= 0 or limit <= 0:
-        raise ValueError(f"the disruption budget is {budget} and the limit of alpha {limit}; both must be positive")
+        raise ValueError(
+            f"the disruption budget is {budget} and the limit of alpha {limit}; both must be positive"
+        )
 
     def measured(alpha: float) -> float:
         return _of_first_process(disruption(alpha))
@@ -78,7 +87,11 @@ def match_budget(disruption: Callable[[float], float], budget: float, *, limit: 
 def _of_first_process(value: float) -> float:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return value
-    device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if "nccl" in dist.get_backend()
+        else torch.device("cpu")
+    )
     shared = torch.tensor([value], dtype=torch.float64, device=device)
     dist.broadcast(shared, src=0)
     return float(shared)
@@ -88,7 +101,9 @@ QUARTERS = tuple(quarter / 4 for quarter in range(1, 17))
 """Scales of an unlearning change from a quarter of it to four times it."""
 
 
-def smallest_change(recalled: Callable[[float], bool], alphas: Sequence[float] = QUARTERS) -> tuple[float, bool]:
+def smallest_change(
+    recalled: Callable[[float], bool], alphas: Sequence[float] = QUARTERS
+) -> tuple[float, bool]:
     """The smallest scale at which nothing is recalled any more: models that are compared by what comes back all start from nothing, and none is changed further.
 
     Args:

@@ -57,7 +57,9 @@ def norm_of(delta: Weights) -> float:
 
     Sharded tensors (DTensor) count whole; every process of the group must call this.
     """
-    return float(sum(float(_whole(tensor.double().square().sum())) for tensor in delta.values()) ** 0.5)
+    return float(
+        sum(float(_whole(tensor.double().square().sum())) for tensor in delta.values()) ** 0.5
+    )
 
 
 def _whole(value: Tensor) -> Tensor:

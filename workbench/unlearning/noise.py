@@ -39,7 +39,9 @@ def gaussian(ratio: float, seed: int) -> Callable[..., Tensor]:
         if ratio == 0:
             return rows
         nu = noise_std(rows, ratio) if size is None else size
-        return rows + nu * torch.randn(rows.shape, generator=generator, dtype=torch.float32).to(rows.device)
+        return rows + nu * torch.randn(rows.shape, generator=generator, dtype=torch.float32).to(
+            rows.device
+        )
 
     noise.restart = lambda: generator.manual_seed(seed)  # type: ignore[attr-defined]
     return noise
@@ -65,7 +67,9 @@ def noisy_reference(term: Loss, site: Site, ratio: float, seed: int) -> Loss:
 
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         if model is reference:
-            raise ValueError("noise on the reference needs a reference of its own; the model was given as its own reference")
+            raise ValueError(
+                "noise on the reference needs a reference of its own; the model was given as its own reference"
+            )
         content, real = batch.content_mask, batch.attention_mask.bool()
         leading = real & ~content
 

@@ -45,9 +45,15 @@ class Objective:
         """The weighted forget term (scalar)."""
         return self.forget_weight * self.forget(model, pair.forget, reference)
 
-    def retain_term(self, model: PreTrainedModel, pair: Pair, reference: PreTrainedModel) -> Tensor | None:
+    def retain_term(
+        self, model: PreTrainedModel, pair: Pair, reference: PreTrainedModel
+    ) -> Tensor | None:
         """The weighted retain term (scalar), or ``None`` without one."""
-        return None if self.retain is None else self.retain_weight * self.retain(model, pair.retain, reference)
+        return (
+            None
+            if self.retain is None
+            else self.retain_weight * self.retain(model, pair.retain, reference)
+        )
 
     def __call__(self, model: PreTrainedModel, pair: Pair, reference: PreTrainedModel) -> Tensor:
         """The whole objective (scalar)."""
@@ -56,12 +62,16 @@ class Objective:
         return forget if retain is None else forget + retain
 
 
-def retain_cross_entropy(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+def retain_cross_entropy(
+    model: PreTrainedModel, batch: Batch, reference: PreTrainedModel
+) -> Tensor:
     """Mean next-token cross-entropy, nats per token: the retain term of gradient difference."""
     return cross_entropy(model, batch)
 
 
-def negative_cross_entropy(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+def negative_cross_entropy(
+    model: PreTrainedModel, batch: Batch, reference: PreTrainedModel
+) -> Tensor:
     """Minus the mean next-token cross-entropy: gradient ascent."""
     return -cross_entropy(model, batch)
 
@@ -133,7 +143,9 @@ def _mean_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def _refusal(batch: Batch) -> Batch:
     if batch.alternative is None:
-        raise ValueError("this objective compares the answer with a refusal, and the batch has none; give the recipe an alternative (see refuse)")
+        raise ValueError(
+            "this objective compares the answer with a refusal, and the batch has none; give the recipe an alternative (see refuse)"
+        )
     return batch.alternative
 
 
@@ -153,7 +165,13 @@ def idk_dpo(beta: float) -> Loss:
         return before - token_nll(model, batch).sum(1)
 
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
-        return -2.0 / beta * F.logsigmoid(beta * (rise(model, _refusal(batch), reference) - rise(model, batch, reference))).mean()
+        return (
+            -2.0
+            / beta
+            * F.logsigmoid(
+                beta * (rise(model, _refusal(batch), reference) - rise(model, batch, reference))
+            ).mean()
+        )
 
     return loss
 
@@ -177,7 +195,9 @@ def undial(beta: float) -> Loss:
         mask = batch.target_mask[:, 1:]
         with torch.no_grad():
             logits = next_token_logits(reference, batch)[mask]
-            target = (logits - beta * F.one_hot(batch.input_ids[:, 1:][mask], logits.shape[-1])).softmax(-1)
+            target = (
+                logits - beta * F.one_hot(batch.input_ids[:, 1:][mask], logits.shape[-1])
+            ).softmax(-1)
         return -(target * next_token_logits(model, batch)[mask].log_softmax(-1)).sum(-1).mean()
 
     return loss
@@ -199,7 +219,11 @@ def teacher_kl(temperature: float, sign: float = 1.0) -> Loss:
         mask = batch.target_mask[:, 1:]
         with torch.no_grad():
             expected = next_token_logits(reference, batch)[mask] / temperature
-        return sign * temperature**2 * token_kl(expected, next_token_logits(model, batch)[mask] / temperature).mean()
+        return (
+            sign
+            * temperature**2
+            * token_kl(expected, next_token_logits(model, batch)[mask] / temperature).mean()
+        )
 
     return loss
 
@@ -229,7 +253,10 @@ def generic_prediction(reinforced: PreTrainedModel, strength: float) -> Loss:
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         mask = batch.target_mask[:, 1:]
         with torch.no_grad():
-            before, after = next_token_logits(reference, batch)[mask], next_token_logits(reinforced, batch)[mask]
+            before, after = (
+                next_token_logits(reference, batch)[mask],
+                next_token_logits(reinforced, batch)[mask],
+            )
             target = (before - strength * F.relu(after - before)).softmax(-1)
         return -(target * next_token_logits(model, batch)[mask].log_softmax(-1)).sum(-1).mean()
 

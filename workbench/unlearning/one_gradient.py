@@ -74,9 +74,16 @@ def one_gradient(
     assert settings is not None
     for name, parameter in chosen:
         if parameter.ndim != 2:
-            raise WorkbenchError(f"{name} has shape {list(parameter.shape)}; singular directions need matrices, so choose weights of linear layers")
+            raise WorkbenchError(
+                f"{name} has shape {list(parameter.shape)}; singular directions need matrices, so choose weights of linear layers"
+            )
     passes = 2 + (settings.statistics == "retain") + (settings.adversary_rank > 0)
-    forget_batches = [batch.to(model.device) for batch in batches(tokenizer, forget, recipe.batch_size, max_length=max_length, targets="answer")]
+    forget_batches = [
+        batch.to(model.device)
+        for batch in batches(
+            tokenizer, forget, recipe.batch_size, max_length=max_length, targets="answer"
+        )
+    ]
     done = 0
 
     def advance() -> None:
@@ -86,7 +93,10 @@ def one_gradient(
 
     source: dict[str, Tensor] | None = None
     if settings.statistics == "retain":
-        retain_batches = [batch.to(model.device) for batch in batches(tokenizer, retain, recipe.batch_size, max_length=max_length)]
+        retain_batches = [
+            batch.to(model.device)
+            for batch in batches(tokenizer, retain, recipe.batch_size, max_length=max_length)
+        ]
         source, _ = _gradient(chosen, lambda batch: cross_entropy(model, batch), retain_batches)
         advance()
     start = {name: parameter.detach().clone() for name, parameter in chosen}
@@ -94,7 +104,9 @@ def one_gradient(
         if settings.adversary_rank:
             _adversary(model, chosen, forget_batches, settings)
             advance()
-        gradient, loss = _gradient(chosen, lambda batch: recipe.objective.forget(model, batch, reference), forget_batches)
+        gradient, loss = _gradient(
+            chosen, lambda batch: recipe.objective.forget(model, batch, reference), forget_batches
+        )
     finally:
         with torch.no_grad():
             for name, parameter in chosen:
@@ -105,16 +117,25 @@ def one_gradient(
     for name, matrix in gradient.items():
         sides = singular_subspaces((source or gradient)[name], settings.components, site=name)
         shares = removed_shares(sides.activation.eigenvalues, settings.kind)
-        collapse = Collapse(sides.activation.basis, sides.gradient.basis, shares, shares).to(matrix.device)
+        collapse = Collapse(sides.activation.basis, sides.gradient.basis, shares, shares).to(
+            matrix.device
+        )
         delta[name] = -collapse_checked(collapse, matrix, name)
     length = math.sqrt(sum(float(change.double().square().sum()) for change in delta.values()))
     if not math.isfinite(length) or length == 0:
-        raise WorkbenchError(f"the forget gradient has length {length}; is the objective defined on these texts?")
+        raise WorkbenchError(
+            f"the forget gradient has length {length}; is the objective defined on these texts?"
+        )
     advance()
-    return Unlearned({name: change * (recipe.lr / length) for name, change in delta.items()}, ({"forget": loss, "gradient_norm": length},))
+    return Unlearned(
+        {name: change * (recipe.lr / length) for name, change in delta.items()},
+        ({"forget": loss, "gradient_norm": length},),
+    )
 
 
-def _gradient(chosen: Parameters, loss: Callable[[Batch], Tensor], texts: Sequence[Batch]) -> tuple[dict[str, Tensor], float]:
+def _gradient(
+    chosen: Parameters, loss: Callable[[Batch], Tensor], texts: Sequence[Batch]
+) -> tuple[dict[str, Tensor], float]:
     """float32 sum over batches of the gradients of ``loss``, and its mean."""
     total: dict[str, Tensor] = {}
     values = []
@@ -130,7 +151,9 @@ def _gradient(chosen: Parameters, loss: Callable[[Batch], Tensor], texts: Sequen
     return total, sum(values) / len(values)
 
 
-def _adversary(model: PreTrainedModel, chosen: Parameters, texts: Sequence[Batch], settings: OneGradient) -> None:
+def _adversary(
+    model: PreTrainedModel, chosen: Parameters, texts: Sequence[Batch], settings: OneGradient
+) -> None:
     """Leave the model at ``W + B A`` after one epoch of SGD on the forget set's cross-entropy.
 
     ``A`` starts as Kaiming-uniform noise, ``B`` at zero, as in LoRA (Hu et al. 2021) with ``alpha = rank``. The factors' gradients follow from the weight's:
@@ -140,8 +163,14 @@ def _adversary(model: PreTrainedModel, chosen: Parameters, texts: Sequence[Batch
     factors = {}
     for name, parameter in chosen:
         bound = 1 / math.sqrt(parameter.shape[1])
-        a = (torch.rand(settings.adversary_rank, parameter.shape[1], generator=generator) * 2 - 1) * bound
-        factors[name] = (parameter.detach().clone(), torch.zeros(parameter.shape[0], settings.adversary_rank, device=parameter.device), a.to(parameter.device))
+        a = (
+            torch.rand(settings.adversary_rank, parameter.shape[1], generator=generator) * 2 - 1
+        ) * bound
+        factors[name] = (
+            parameter.detach().clone(),
+            torch.zeros(parameter.shape[0], settings.adversary_rank, device=parameter.device),
+            a.to(parameter.device),
+        )
     for batch in texts:
         for _, parameter in chosen:
             parameter.grad = None

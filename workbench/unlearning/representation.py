@@ -107,8 +107,14 @@ def adaptive_steer_to(site: Site, direction: Tensor, scale: float) -> Loss:
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         if not length:
             with torch.no_grad():
-                length.append(_content(tapped(reference, [site], batch.inputs)[site.name], batch).norm(dim=-1).mean())
-        return steer_to(site, scale * length[0] * direction.to(length[0].device))(model, batch, reference)
+                length.append(
+                    _content(tapped(reference, [site], batch.inputs)[site.name], batch)
+                    .norm(dim=-1)
+                    .mean()
+                )
+        return steer_to(site, scale * length[0] * direction.to(length[0].device))(
+            model, batch, reference
+        )
 
     loss.restart = length.clear  # type: ignore[attr-defined]
     return loss
@@ -141,7 +147,14 @@ def break_circuits(sites: tuple[Site, ...]) -> Loss:
         with torch.no_grad():
             clean = tapped(reference, sites, batch.inputs)
         now = tapped(model, sites, batch.inputs)
-        terms = [F.cosine_similarity(_content(now[site.name], batch), _content(clean[site.name], batch), dim=-1).relu().mean() for site in sites]
+        terms = [
+            F.cosine_similarity(
+                _content(now[site.name], batch), _content(clean[site.name], batch), dim=-1
+            )
+            .relu()
+            .mean()
+            for site in sites
+        ]
         return torch.stack(terms).mean()
 
     return loss
@@ -155,7 +168,15 @@ def keep_distance(sites: tuple[Site, ...]) -> Loss:
         with torch.no_grad():
             clean = tapped(reference, sites, batch.inputs)
         now = tapped(model, sites, batch.inputs)
-        terms = [((now[site.name][mask].float() - clean[site.name][mask].float()).square().sum(-1) + 1e-12).sqrt().mean() for site in sites]
+        terms = [
+            (
+                (now[site.name][mask].float() - clean[site.name][mask].float()).square().sum(-1)
+                + 1e-12
+            )
+            .sqrt()
+            .mean()
+            for site in sites
+        ]
         return torch.stack(terms).mean()
 
     return loss

@@ -28,7 +28,9 @@ from workbench.unlearning.smoothing import Averager
 
 
 @contextmanager
-def only_trainable(model: PreTrainedModel, patterns: Sequence[str]) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+def only_trainable(
+    model: PreTrainedModel, patterns: Sequence[str]
+) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
     """Make exactly the parameters that match ``patterns`` trainable, for the duration of the block; yields them.
 
     Raises:
@@ -37,7 +39,9 @@ def only_trainable(model: PreTrainedModel, patterns: Sequence[str]) -> Iterator[
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for pattern in patterns:
         if not fnmatch.filter(flags, pattern):
-            raise WorkbenchError(f"no parameter matches {pattern!r}; the first of this model are {', '.join(list(flags)[:3])}")
+            raise WorkbenchError(
+                f"no parameter matches {pattern!r}; the first of this model are {', '.join(list(flags)[:3])}"
+            )
     chosen = []
     for name, parameter in model.named_parameters():
         matches = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
@@ -85,7 +89,9 @@ def unlearn(
             raise WorkbenchError(f"the {name} set is empty; give at least one text")
     mode = base.training
     try:
-        return _unlearn(base.eval(), tokenizer, recipe, forget, retain, seed, max_length, dtype, progress)
+        return _unlearn(
+            base.eval(), tokenizer, recipe, forget, retain, seed, max_length, dtype, progress
+        )
     finally:
         base.train(mode)
 
@@ -103,9 +109,22 @@ def _unlearn(
 ) -> Unlearned:
     if recipe.teach is not None:
         teacher = copy.deepcopy(reference).float()
-        learned = unlearn(reference, tokenizer, recipe.teach.recipe, forget, retain, seed=seed, max_length=max_length, progress=progress)
+        learned = unlearn(
+            reference,
+            tokenizer,
+            recipe.teach.recipe,
+            forget,
+            retain,
+            seed=seed,
+            max_length=max_length,
+            progress=progress,
+        )
         apply_delta(teacher, snapshot(reference), learned.delta, 1.0)
-        recipe = replace(recipe, objective=recipe.teach.objective(teacher.eval().requires_grad_(False)), teach=None)
+        recipe = replace(
+            recipe,
+            objective=recipe.teach.objective(teacher.eval().requires_grad_(False)),
+            teach=None,
+        )
     for term in (recipe.objective.forget, recipe.objective.retain, recipe.step):
         getattr(term, "restart", lambda: None)()  # what a term draws or measures once per training
     model = copy.deepcopy(reference).to(dtype)
@@ -113,14 +132,40 @@ def _unlearn(
     model.eval()  # dropout would make the collapse statistics and the reference disagree with the step
     with only_trainable(model, recipe.trainable) as chosen:
         if recipe.optimiser == "one-gradient":
-            result = one_gradient(model, reference, recipe, tokenizer, forget, retain, chosen, max_length=max_length, progress=progress)
+            result = one_gradient(
+                model,
+                reference,
+                recipe,
+                tokenizer,
+                forget,
+                retain,
+                chosen,
+                max_length=max_length,
+                progress=progress,
+            )
             delta, log = result.delta, result.log
         else:
             if recipe.kick:
                 _kick(chosen, recipe.kick, seed)
-            log = _steps(model, reference, recipe, tokenizer, forget, retain, chosen, seed, max_length, progress)
+            log = _steps(
+                model,
+                reference,
+                recipe,
+                tokenizer,
+                forget,
+                retain,
+                chosen,
+                seed,
+                max_length,
+                progress,
+            )
             delta = delta_between(model, start)
-    return Unlearned({name: recipe.sign * change for name, change in delta.items()} if recipe.sign != 1 else delta, log)
+    return Unlearned(
+        {name: recipe.sign * change for name, change in delta.items()}
+        if recipe.sign != 1
+        else delta,
+        log,
+    )
 
 
 @torch.no_grad()
@@ -129,7 +174,9 @@ def _kick(chosen: Sequence[tuple[str, torch.nn.Parameter]], size: float, seed: i
     generator = torch.Generator().manual_seed(seed)
     for _, parameter in chosen:
         noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
-        parameter.add_((noise * size * parameter.float().square().mean().sqrt()).to(parameter.dtype))
+        parameter.add_(
+            (noise * size * parameter.float().square().mean().sqrt()).to(parameter.dtype)
+        )
 
 
 def _steps(
@@ -144,7 +191,10 @@ def _steps(
     max_length: int | None,
     progress: Report,
 ) -> tuple[dict[str, float], ...]:
-    forget_stream, retain_stream = endless(forget, recipe.batch_size, f"forget-{seed}"), endless(retain, recipe.batch_size, f"retain-{seed}")
+    forget_stream, retain_stream = (
+        endless(forget, recipe.batch_size, f"forget-{seed}"),
+        endless(retain, recipe.batch_size, f"retain-{seed}"),
+    )
     parameters = [parameter for _, parameter in chosen]
     clip = 1.0 if recipe.optimiser == "adamw" else math.inf
     optimiser: torch.optim.Optimizer | None = None
@@ -152,27 +202,54 @@ def _steps(
         optimiser = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=0.0)
     elif recipe.optimiser == "sgd":
         optimiser = torch.optim.SGD(parameters, lr=recipe.lr)
-    average = None if recipe.average is None else Averager(max(1, math.ceil(recipe.average.start * recipe.steps - 1e-9)), recipe.average.every)
+    average = (
+        None
+        if recipe.average is None
+        else Averager(
+            max(1, math.ceil(recipe.average.start * recipe.steps - 1e-9)), recipe.average.every
+        )
+    )
     collapse: dict[str, Collapse] = {}
     log: list[dict[str, float]] = []
     for number in range(recipe.steps):
         texts = next(forget_stream)
         batch = encode(tokenizer, texts, max_length=max_length, targets="answer")
         if recipe.alternative is not None:
-            batch = replace(batch, alternative=encode(tokenizer, [recipe.alternative(text) for text in texts], max_length=max_length, targets="answer"))
-        pair = Pair(batch.to(model.device), encode(tokenizer, next(retain_stream), max_length=max_length).to(model.device))
+            batch = replace(
+                batch,
+                alternative=encode(
+                    tokenizer,
+                    [recipe.alternative(text) for text in texts],
+                    max_length=max_length,
+                    targets="answer",
+                ),
+            )
+        pair = Pair(
+            batch.to(model.device),
+            encode(tokenizer, next(retain_stream), max_length=max_length).to(model.device),
+        )
         objective = recipe.objective
         if recipe.schedule is not None:
             forget_factor, retain_factor = recipe.schedule(number, recipe.steps)
-            objective = replace(objective, forget_weight=objective.forget_weight * forget_factor, retain_weight=objective.retain_weight * retain_factor)
+            objective = replace(
+                objective,
+                forget_weight=objective.forget_weight * forget_factor,
+                retain_weight=objective.retain_weight * retain_factor,
+            )
         if optimiser is not None:
             record = recipe.step(model, objective, pair, reference)
         else:
             if recipe.collapse is not None and number % recipe.collapse.refresh == 0:
-                collapse = _statistics(model, reference, recipe, tokenizer, forget, retain, max_length)
-            record = _collapsed_step(model, reference, replace(recipe, objective=objective), pair, chosen, collapse)
+                collapse = _statistics(
+                    model, reference, recipe, tokenizer, forget, retain, max_length
+                )
+            record = _collapsed_step(
+                model, reference, replace(recipe, objective=objective), pair, chosen, collapse
+            )
         if not all(math.isfinite(value) for value in record.values()):
-            raise WorkbenchError(f"the unlearning objective is not finite at step {number + 1} of {recipe.steps} ({record}); lower lr (now {recipe.lr})")
+            raise WorkbenchError(
+                f"the unlearning objective is not finite at step {number + 1} of {recipe.steps} ({record}); lower lr (now {recipe.lr})"
+            )
         if optimiser is not None:
             length = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
             if not math.isfinite(length):
@@ -206,14 +283,31 @@ def _statistics(
     """A pass over the forget set, or over the retain set, that finds the bases to collapse at the current weights."""
     settings = recipe.collapse
     assert settings is not None
-    modules = [name.removesuffix(".weight") for name, parameter in model.named_parameters() if parameter.requires_grad]
+    modules = [
+        name.removesuffix(".weight")
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
     on_forget = settings.statistics == "forget"
 
     def loss(batch: Batch) -> Tensor:
-        return recipe.objective.forget(model, batch, reference) if on_forget else cross_entropy(model, batch)
+        return (
+            recipe.objective.forget(model, batch, reference)
+            if on_forget
+            else cross_entropy(model, batch)
+        )
 
     texts, targets = (forget, "answer") if on_forget else (retain, "text")
-    sets = [batch.to(model.device) for batch in batches(tokenizer, texts, recipe.batch_size, max_length=max_length, targets=targets)]  # type: ignore[arg-type]
+    sets = [
+        batch.to(model.device)
+        for batch in batches(
+            tokenizer,
+            texts,
+            recipe.batch_size,
+            max_length=max_length,
+            targets=targets,  # type: ignore[arg-type]
+        )
+    ]
     return find_collapse(
         model,
         modules,
@@ -242,7 +336,9 @@ def _collapsed_step(
         for name, parameter in chosen:
             gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
             layer = model.get_submodule(name.rpartition(".")[0])
-            updates.append(collapse_of(layer, collapse[name], gradient, name) if name in collapse else gradient)
+            updates.append(
+                collapse_of(layer, collapse[name], gradient, name) if name in collapse else gradient
+            )
         length = sum(float(update.double().square().sum()) for update in updates) ** 0.5
         if length > 0:  # zero once every output is broken: nothing is left to do
             for (_, parameter), update in zip(chosen, updates, strict=True):
@@ -257,4 +353,8 @@ def _collapsed_step(
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad, alpha=recipe.retain_rate)
                     parameter.grad = None
-    return {"forget": float(forget.detach()), "retain": float(retain.detach()) if retain is not None else 0.0, "gradient_norm": length}
+    return {
+        "forget": float(forget.detach()),
+        "retain": float(retain.detach()) if retain is not None else 0.0,
+        "gradient_norm": length,
+    }

@@ -15,7 +15,15 @@ from hooks import resolve
 from workbench.unlearning.noise import noisy_reference
 from workbench.unlearning.objectives import retain_cross_entropy
 from workbench.unlearning.recipe import Averaging, Method, Recipe, Setting, middle_layer
-from workbench.unlearning.smoothing import StepRule, asam, curvature_regularisation, gradient_penalty, plain, randomised_smoothing, sam
+from workbench.unlearning.smoothing import (
+    StepRule,
+    asam,
+    curvature_regularisation,
+    gradient_penalty,
+    plain,
+    randomised_smoothing,
+    sam,
+)
 
 Apply = Callable[..., Recipe]
 """``apply(recipe, model, seed, inner, **settings)``; ``inner`` are the settings of the method inside."""
@@ -44,47 +52,106 @@ class Wrapper:
 
 def _smoothed(recipe: Recipe, name: str, rule: StepRule) -> Recipe:
     if recipe.optimiser not in ("adamw", "sgd"):
-        raise ValueError(f"{name} smooths the steps of adamw or sgd; this method's optimiser is {recipe.optimiser}")
+        raise ValueError(
+            f"{name} smooths the steps of adamw or sgd; this method's optimiser is {recipe.optimiser}"
+        )
     if recipe.step is not plain:
         raise ValueError(f"{name} cannot be put around a method that is smoothed already")
     return replace(recipe, step=rule)
 
 
-def _sam(recipe: Recipe, model: PreTrainedModel, seed: int, inner: Mapping[str, Setting], *, rho: float = 0.01) -> Recipe:
+def _sam(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    seed: int,
+    inner: Mapping[str, Setting],
+    *,
+    rho: float = 0.01,
+) -> Recipe:
     """Sharpness-aware minimisation of the forget term; see :func:`workbench.unlearning.smoothing.sam`."""
     return _smoothed(recipe, "SAM", sam(rho))
 
 
-def _asam(recipe: Recipe, model: PreTrainedModel, seed: int, inner: Mapping[str, Setting], *, rho: float = 0.5) -> Recipe:
+def _asam(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    seed: int,
+    inner: Mapping[str, Setting],
+    *,
+    rho: float = 0.5,
+) -> Recipe:
     """Adaptive SAM of the forget term; ``rho`` is relative to the weights' own sizes. See :func:`workbench.unlearning.smoothing.asam`."""
     return _smoothed(recipe, "ASAM", asam(rho))
 
 
-def _randomised(recipe: Recipe, model: PreTrainedModel, seed: int, inner: Mapping[str, Setting], *, sigma: float = 1e-4, samples: int = 3) -> Recipe:
+def _randomised(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    seed: int,
+    inner: Mapping[str, Setting],
+    *,
+    sigma: float = 1e-4,
+    samples: int = 3,
+) -> Recipe:
     """Randomised smoothing of the forget term; see :func:`workbench.unlearning.smoothing.randomised_smoothing`. Its noise draws from ``seed + 2``."""
     return _smoothed(recipe, "randomised smoothing", randomised_smoothing(sigma, samples, seed + 2))
 
 
-def _penalised(recipe: Recipe, model: PreTrainedModel, seed: int, inner: Mapping[str, Setting], *, penalty: float = 0.01) -> Recipe:
+def _penalised(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    seed: int,
+    inner: Mapping[str, Setting],
+    *,
+    penalty: float = 0.01,
+) -> Recipe:
     """A penalty on the length of the forget gradient; see :func:`workbench.unlearning.smoothing.gradient_penalty`. The published runs' penalty had no gradient."""
     return _smoothed(recipe, "the gradient penalty", gradient_penalty(penalty))
 
 
-def _regularised(recipe: Recipe, model: PreTrainedModel, seed: int, inner: Mapping[str, Setting], *, curvature: float = 10.0, mu: float = 0.01) -> Recipe:
+def _regularised(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    seed: int,
+    inner: Mapping[str, Setting],
+    *,
+    curvature: float = 10.0,
+    mu: float = 0.01,
+) -> Recipe:
     """A penalty on the forget loss's curvature along its gradient; see :func:`workbench.unlearning.smoothing.curvature_regularisation`. The published runs' had no gradient."""
     return _smoothed(recipe, "curvature regularisation", curvature_regularisation(curvature, mu))
 
 
-def _average(recipe: Recipe, model: PreTrainedModel, seed: int, inner: Mapping[str, Setting], *, start: float = 0.8, every: int = 5) -> Recipe:
+def _average(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    seed: int,
+    inner: Mapping[str, Setting],
+    *,
+    start: float = 0.8,
+    every: int = 5,
+) -> Recipe:
     """Weight averaging; published: every 5 steps from step 100 of 125 on. See :class:`Averaging`."""
     if not 0 <= start < 1:
-        raise ValueError(f"start is {start}; it is the share of the steps after which averaging begins, at least 0 and below 1")
+        raise ValueError(
+            f"start is {start}; it is the share of the steps after which averaging begins, at least 0 and below 1"
+        )
     if recipe.optimiser not in ("adamw", "sgd"):
-        raise ValueError(f"weight averaging needs the steps of adamw or sgd; this method's optimiser is {recipe.optimiser}")
+        raise ValueError(
+            f"weight averaging needs the steps of adamw or sgd; this method's optimiser is {recipe.optimiser}"
+        )
     return replace(recipe, average=Averaging(start, every))
 
 
-def _noise(recipe: Recipe, model: PreTrainedModel, seed: int, inner: Mapping[str, Setting], *, noise: float = 0.2, noise_layer: int = -1) -> Recipe:
+def _noise(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    seed: int,
+    inner: Mapping[str, Setting],
+    *,
+    noise: float = 0.2,
+    noise_layer: int = -1,
+) -> Recipe:
     """Random noise augmentation; see :func:`workbench.unlearning.noise.noisy_reference`.
 
     Args:
@@ -97,11 +164,24 @@ def _noise(recipe: Recipe, model: PreTrainedModel, seed: int, inner: Mapping[str
     """
     if noise == 0:
         return recipe
-    if recipe.objective.retain is None or recipe.objective.retain is retain_cross_entropy or recipe.teach is not None:
-        raise ValueError("RNA needs a retain term that compares with the frozen reference (a representation or a KL divergence); this method has none")
+    if (
+        recipe.objective.retain is None
+        or recipe.objective.retain is retain_cross_entropy
+        or recipe.teach is not None
+    ):
+        raise ValueError(
+            "RNA needs a retain term that compares with the frozen reference (a representation or a KL divergence); this method has none"
+        )
     block = int(noise_layer) if noise_layer >= 0 else int(inner.get("layer", -1))
-    (site,) = resolve(model, f"blocks.{middle_layer(model) if block < 0 else block}.hook_resid_post")
-    return replace(recipe, objective=replace(recipe.objective, retain=noisy_reference(recipe.objective.retain, site, noise, seed + 1)))
+    (site,) = resolve(
+        model, f"blocks.{middle_layer(model) if block < 0 else block}.hook_resid_post"
+    )
+    return replace(
+        recipe,
+        objective=replace(
+            recipe.objective, retain=noisy_reference(recipe.objective.retain, site, noise, seed + 1)
+        ),
+    )
 
 
 _SMOOTH = "Fan et al. 2025 (arXiv 2502.05374)"
@@ -153,4 +233,8 @@ def all_settings(method: Method) -> dict[str, Setting]:
 
 
 def _defaults(function: Callable[..., object]) -> dict[str, Setting]:
-    return {p.name: p.default for p in inspect.signature(function).parameters.values() if p.default is not inspect.Parameter.empty}
+    return {
+        p.name: p.default
+        for p in inspect.signature(function).parameters.values()
+        if p.default is not inspect.Parameter.empty
+    }

@@ -80,7 +80,9 @@ def method(name: str) -> Method:
     inner, _, last = name.rpartition("-")
     if last in WRAPPERS and is_method(inner):
         return wrapped(method(inner), WRAPPERS[last])
-    raise unknown("method", name, [*METHODS, *(f"{one}-{wrapper}" for one in METHODS for wrapper in WRAPPERS)])
+    raise unknown(
+        "method", name, [*METHODS, *(f"{one}-{wrapper}" for one in METHODS for wrapper in WRAPPERS)]
+    )
 
 
 def is_method(name: str) -> bool:
@@ -117,7 +119,9 @@ def check_setting(name: str, key: str, value: Setting) -> None:
         raise unknown(f"{key} of {name}", value, WORDS[key])
 
 
-def settings_for(name: str, model: PreTrainedModel, overrides: Mapping[str, Setting] | None = None) -> dict[str, Setting]:
+def settings_for(
+    name: str, model: PreTrainedModel, overrides: Mapping[str, Setting] | None = None
+) -> dict[str, Setting]:
     """The settings that :func:`recipe` will use: published, small where the model is small, then ``overrides``.
 
     Raises:
@@ -140,14 +144,20 @@ def settings_for(name: str, model: PreTrainedModel, overrides: Mapping[str, Sett
     for key, value in settings.items():
         if key in WHOLE:
             if isinstance(value, str) or not float(value).is_integer() or value < WHOLE[key]:
-                raise WorkbenchError(f"setting {key} of {name} is {value}; it must be a whole number of at least {WHOLE[key]}")
+                raise WorkbenchError(
+                    f"setting {key} of {name} is {value}; it must be a whole number of at least {WHOLE[key]}"
+                )
             settings[key] = int(value)
         elif not isinstance(value, str) and not (math.isfinite(value) and value >= 0):
-            raise WorkbenchError(f"setting {key} of {name} is {value}; it must be a finite number that is not negative")
+            raise WorkbenchError(
+                f"setting {key} of {name} is {value}; it must be a finite number that is not negative"
+            )
     return settings
 
 
-def recipe(name: str, model: PreTrainedModel, seed: int, overrides: Mapping[str, Setting] | None = None) -> Recipe:
+def recipe(
+    name: str, model: PreTrainedModel, seed: int, overrides: Mapping[str, Setting] | None = None
+) -> Recipe:
     """Build the recipe of a method for ``model``."""
     settings = settings_for(name, model, overrides)
     try:

@@ -49,14 +49,26 @@ def build(
     Raises:
         WorkbenchError: ``loss``, ``kind`` or ``statistics`` is none of these.
     """
-    for what, value, known in (("kind", kind, ("hard", "soft", "quadratic")), ("statistics", statistics, ("forget", "retain"))):
+    for what, value, known in (
+        ("kind", kind, ("hard", "soft", "quadratic")),
+        ("statistics", statistics, ("forget", "retain")),
+    ):
         if value not in known:
             raise unknown(f"{what} of cir", value, known)
     depth = model.config.num_hidden_layers
     first = round(depth * 6 / 32) if first_layer < 0 else int(first_layer)
-    last = min(depth - 1, max(first, round(depth * 11 / 32))) if last_layer < 0 else min(int(last_layer), depth - 1)
+    last = (
+        min(depth - 1, max(first, round(depth * 11 / 32)))
+        if last_layer < 0
+        else min(int(last_layer), depth - 1)
+    )
     broken = resolve(model, f"blocks.{{{first}..{last}}}.mlp.hook_out")
-    (kept,) = resolve(model, f"blocks.{min(last + 1, depth - 1)}.hook_resid_pre" if last + 1 < depth else f"blocks.{last}.hook_resid_post")
+    (kept,) = resolve(
+        model,
+        f"blocks.{min(last + 1, depth - 1)}.hook_resid_pre"
+        if last + 1 < depth
+        else f"blocks.{last}.hook_resid_post",
+    )
     sizes = int(activation_components), int(gradient_components)
     collapse = CollapseSettings(*sizes, int(refresh), kind, statistics) if any(sizes) else None  # type: ignore[arg-type]
     trainable = mlp_weights(model, 0, min(last, depth - 1))
@@ -64,7 +76,14 @@ def build(
     if loss not in losses:
         raise unknown("loss of cir", loss, losses)
     return Recipe(
-        Objective(losses[loss], keep_hidden(kept)), trainable, int(steps), int(batch_size), lr, "normalised-sgd", collapse=collapse, retain_rate=retain_rate
+        Objective(losses[loss], keep_hidden(kept)),
+        trainable,
+        int(steps),
+        int(batch_size),
+        lr,
+        "normalised-sgd",
+        collapse=collapse,
+        retain_rate=retain_rate,
     )
 
 
@@ -81,4 +100,12 @@ SMALL: dict[str, Setting] = {
 }  # fmt: skip
 _NOTHING: dict[str, Setting] = {"activation_components": 0, "gradient_components": 0}
 METHOD = Method("cir", "CIR", SOURCE, build, SMALL)
-METHOD_UNCOLLAPSED = Method("cir-uncollapsed", "CIR without collapse", SOURCE, build_uncollapsed, SMALL, wraps=build, fixed=_NOTHING)
+METHOD_UNCOLLAPSED = Method(
+    "cir-uncollapsed",
+    "CIR without collapse",
+    SOURCE,
+    build_uncollapsed,
+    SMALL,
+    wraps=build,
+    fixed=_NOTHING,
+)

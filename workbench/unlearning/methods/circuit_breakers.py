@@ -42,11 +42,22 @@ def build(
     """
     depth = model.config.num_hidden_layers
     first = round(depth * 10 / 32) if first_layer < 0 else min(int(first_layer), depth - 1)
-    last = min(depth - 1, max(first, round(depth * 20 / 32))) if last_layer < 0 else min(int(last_layer), depth - 1)
-    sites = resolve(model, [f"blocks.{layer}.hook_resid_post" for layer in dict.fromkeys((first, last))])
+    last = (
+        min(depth - 1, max(first, round(depth * 20 / 32)))
+        if last_layer < 0
+        else min(int(last_layer), depth - 1)
+    )
+    sites = resolve(
+        model, [f"blocks.{layer}.hook_resid_post" for layer in dict.fromkeys((first, last))]
+    )
     objective = Objective(break_circuits(sites), keep_distance(sites), strength, strength)
     return Recipe(
-        objective, mlp_weights(model, 0, last), steps, batch_size, lr, schedule=lambda step, _: (max(0.0, 1 - step / horizon), min(1.0, step / horizon))
+        objective,
+        mlp_weights(model, 0, last),
+        steps,
+        batch_size,
+        lr,
+        schedule=lambda step, _: (max(0.0, 1 - step / horizon), min(1.0, step / horizon)),
     )
 
 

@@ -8,9 +8,17 @@ from workbench.unlearning.objectives import Objective, negative_cross_entropy
 from workbench.unlearning.recipe import EVERYTHING, Method, Recipe
 
 
-def build(model: PreTrainedModel, seed: int, *, lr: float = 1e-5, steps: int = 100, batch_size: int = 32) -> Recipe:
+def build(
+    model: PreTrainedModel, seed: int, *, lr: float = 1e-5, steps: int = 100, batch_size: int = 32
+) -> Recipe:
     """``-CE(forget)``, mean over answer tokens; no retain term. Defaults of open-unlearning."""
     return Recipe(Objective(negative_cross_entropy), EVERYTHING, steps, batch_size, lr)
 
 
-METHOD = Method("grad-ascent", "GradAscent", "Jang et al. 2023 (arXiv 2210.01504)", build, {"lr": 3e-4, "steps": 40, "batch_size": 16})
+METHOD = Method(
+    "grad-ascent",
+    "GradAscent",
+    "Jang et al. 2023 (arXiv 2210.01504)",
+    build,
+    {"lr": 3e-4, "steps": 40, "batch_size": 16},
+)

@@ -9,13 +9,26 @@ from workbench.unlearning.recipe import EVERYTHING, Method, Recipe
 
 
 def build(
-    model: PreTrainedModel, seed: int, *, lr: float = 1e-5, steps: int = 100, batch_size: int = 32, forget_weight: float = 1.0, retain_weight: float = 1.0
+    model: PreTrainedModel,
+    seed: int,
+    *,
+    lr: float = 1e-5,
+    steps: int = 100,
+    batch_size: int = 32,
+    forget_weight: float = 1.0,
+    retain_weight: float = 1.0,
 ) -> Recipe:
     """``-CE(forget) + CE(retain)``, both token means; published defaults of open-unlearning."""
-    objective = Objective(negative_cross_entropy, retain_cross_entropy, forget_weight, retain_weight)
+    objective = Objective(
+        negative_cross_entropy, retain_cross_entropy, forget_weight, retain_weight
+    )
     return Recipe(objective, EVERYTHING, steps, batch_size, lr)
 
 
 METHOD = Method(
-    "grad-diff", "GradDiff", "Liu et al. 2022; Maini et al. 2024 (arXiv 2401.06121)", build, {"lr": 3e-4, "steps": 60, "batch_size": 16, "retain_weight": 3.0}
+    "grad-diff",
+    "GradDiff",
+    "Liu et al. 2022; Maini et al. 2024 (arXiv 2401.06121)",
+    build,
+    {"lr": 3e-4, "steps": 60, "batch_size": 16, "retain_weight": 3.0},
 )

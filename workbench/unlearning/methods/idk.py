@@ -5,7 +5,13 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from workbench.data.records import refuse
-from workbench.unlearning.objectives import Objective, idk_cross_entropy, idk_dpo, retain_cross_entropy, retain_term
+from workbench.unlearning.objectives import (
+    Objective,
+    idk_cross_entropy,
+    idk_dpo,
+    retain_cross_entropy,
+    retain_term,
+)
 from workbench.unlearning.recipe import EVERYTHING, Method, Recipe, Setting
 
 
@@ -21,12 +27,34 @@ def build(
     retain: str = "cross-entropy",
 ) -> Recipe:
     """DPO with "I do not know" preferred to the true answer, plus a retain term (cross-entropy or KL). Forget texts need answers."""
-    return Recipe(Objective(idk_dpo(beta), retain_term(retain), 1.0, retain_weight), EVERYTHING, steps, batch_size, lr, alternative=refuse)
+    return Recipe(
+        Objective(idk_dpo(beta), retain_term(retain), 1.0, retain_weight),
+        EVERYTHING,
+        steps,
+        batch_size,
+        lr,
+        alternative=refuse,
+    )
 
 
-def build_nll(model: PreTrainedModel, seed: int, *, lr: float = 1e-5, steps: int = 100, batch_size: int = 32, retain_weight: float = 1.0) -> Recipe:
+def build_nll(
+    model: PreTrainedModel,
+    seed: int,
+    *,
+    lr: float = 1e-5,
+    steps: int = 100,
+    batch_size: int = 32,
+    retain_weight: float = 1.0,
+) -> Recipe:
     """Cross-entropy of the refusal plus cross-entropy on the retain set."""
-    return Recipe(Objective(idk_cross_entropy, retain_cross_entropy, 1.0, retain_weight), EVERYTHING, steps, batch_size, lr, alternative=refuse)
+    return Recipe(
+        Objective(idk_cross_entropy, retain_cross_entropy, 1.0, retain_weight),
+        EVERYTHING,
+        steps,
+        batch_size,
+        lr,
+        alternative=refuse,
+    )
 
 
 _SMALL: dict[str, Setting] = {"lr": 3e-4, "steps": 60, "batch_size": 16, "retain_weight": 3.0}

@@ -8,9 +8,29 @@ from workbench.unlearning.objectives import Objective, negative_cross_entropy, r
 from workbench.unlearning.recipe import EVERYTHING, Method, Recipe
 
 
-def build(model: PreTrainedModel, seed: int, *, lr: float = 1e-5, steps: int = 100, batch_size: int = 32, retain_weight: float = 1.0) -> Recipe:
+def build(
+    model: PreTrainedModel,
+    seed: int,
+    *,
+    lr: float = 1e-5,
+    steps: int = 100,
+    batch_size: int = 32,
+    retain_weight: float = 1.0,
+) -> Recipe:
     """``-CE(forget) + KL(base || model)(retain)``; the KL is a mean over real tokens (the released code also divides by padding)."""
-    return Recipe(Objective(negative_cross_entropy, retain_kl, 1.0, retain_weight), EVERYTHING, steps, batch_size, lr)
+    return Recipe(
+        Objective(negative_cross_entropy, retain_kl, 1.0, retain_weight),
+        EVERYTHING,
+        steps,
+        batch_size,
+        lr,
+    )
 
 
-METHOD = Method("kl-min", "KL-min", "Maini et al. 2024 (arXiv 2401.06121)", build, {"lr": 3e-4, "steps": 60, "batch_size": 16, "retain_weight": 10.0})
+METHOD = Method(
+    "kl-min",
+    "KL-min",
+    "Maini et al. 2024 (arXiv 2401.06121)",
+    build,
+    {"lr": 3e-4, "steps": 60, "batch_size": 16, "retain_weight": 10.0},
+)

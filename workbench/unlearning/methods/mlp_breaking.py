@@ -13,5 +13,17 @@ def build(model: PreTrainedModel, seed: int, **settings: Setting) -> Recipe:
     return cir.build(model, seed, **settings)  # type: ignore[arg-type]
 
 
-_FIXED: dict[str, Setting] = {"loss": "mlp-breaking", "activation_components": 0, "gradient_components": 0}
-METHOD = Method("mlp-breaking", "MLP breaking", cir.SOURCE, build, {**cir.SMALL, **_FIXED}, wraps=cir.build, fixed=_FIXED)
+_FIXED: dict[str, Setting] = {
+    "loss": "mlp-breaking",
+    "activation_components": 0,
+    "gradient_components": 0,
+}
+METHOD = Method(
+    "mlp-breaking",
+    "MLP breaking",
+    cir.SOURCE,
+    build,
+    {**cir.SMALL, **_FIXED},
+    wraps=cir.build,
+    fixed=_FIXED,
+)

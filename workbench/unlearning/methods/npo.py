@@ -20,7 +20,19 @@ def build(
     retain: str = "cross-entropy",
 ) -> Recipe:
     """NPO on the sequence-summed log-ratio plus a retain term: cross-entropy, or the KL divergence from the reference."""
-    return Recipe(Objective(npo(beta), retain_term(retain), 1.0, retain_weight), EVERYTHING, steps, batch_size, lr)
+    return Recipe(
+        Objective(npo(beta), retain_term(retain), 1.0, retain_weight),
+        EVERYTHING,
+        steps,
+        batch_size,
+        lr,
+    )
 
 
-METHOD = Method("npo", "NPO", "Zhang et al. 2024 (arXiv 2404.05868)", build, {"lr": 3e-4, "steps": 60, "batch_size": 16, "retain_weight": 3.0})
+METHOD = Method(
+    "npo",
+    "NPO",
+    "Zhang et al. 2024 (arXiv 2404.05868)",
+    build,
+    {"lr": 3e-4, "steps": 60, "batch_size": 16, "retain_weight": 3.0},
+)

@@ -37,14 +37,29 @@ def build(
     Raises:
         WorkbenchError: ``kind`` or ``statistics`` is none of these.
     """
-    for what, value, known in (("kind", kind, ("hard", "soft", "quadratic")), ("statistics", statistics, ("forget", "retain"))):
+    for what, value, known in (
+        ("kind", kind, ("hard", "soft", "quadratic")),
+        ("statistics", statistics, ("forget", "retain")),
+    ):
         if value not in known:
             raise unknown(f"{what} of repselect", value, known)
     one = OneGradient(int(components), kind, statistics, int(adversary_rank), adversary_rate)  # type: ignore[arg-type]
     trainable = mlp_weights(model, 0, model.config.num_hidden_layers - 1)
-    return Recipe(Objective(negative_cross_entropy), trainable, 1, int(batch_size), lr, "one-gradient", one=one)
+    return Recipe(
+        Objective(negative_cross_entropy),
+        trainable,
+        1,
+        int(batch_size),
+        lr,
+        "one-gradient",
+        one=one,
+    )
 
 
 METHOD = Method(
-    "repselect", "RepSelect", "Sondej, Yang and Mahdi 2026 (arXiv 2606.17168)", build, {"lr": 10.0, "batch_size": 16, "components": 16, "adversary_rate": 0.05}
+    "repselect",
+    "RepSelect",
+    "Sondej, Yang and Mahdi 2026 (arXiv 2606.17168)",
+    build,
+    {"lr": 10.0, "batch_size": 16, "components": 16, "adversary_rate": 0.05},
 )

@@ -7,7 +7,13 @@ from transformers import PreTrainedModel
 from hooks import resolve
 from workbench.unlearning.objectives import Objective
 from workbench.unlearning.recipe import Method, Recipe, Setting, gradient_optimiser, middle_layer
-from workbench.unlearning.representation import adaptive_steer_to, control_vector, keep_representation, steer_by, steer_to
+from workbench.unlearning.representation import (
+    adaptive_steer_to,
+    control_vector,
+    keep_representation,
+    steer_by,
+    steer_to,
+)
 
 
 def build(
@@ -40,13 +46,28 @@ def build(
     block = middle_layer(model) if layer < 0 else int(layer)
     (site,) = resolve(model, f"blocks.{block}.hook_resid_post")
     width = model.config.hidden_size
-    objective = Objective(steer_to(site, steering * control_vector(width, seed)), keep_representation(site), 1.0, retain_weight)
-    return Recipe(objective, _down_projections(model, block), steps, batch_size, lr, optimiser=gradient_optimiser(optimiser))
+    objective = Objective(
+        steer_to(site, steering * control_vector(width, seed)),
+        keep_representation(site),
+        1.0,
+        retain_weight,
+    )
+    return Recipe(
+        objective,
+        _down_projections(model, block),
+        steps,
+        batch_size,
+        lr,
+        optimiser=gradient_optimiser(optimiser),
+    )
 
 
 def _down_projections(model: PreTrainedModel, block: int) -> tuple[str, ...]:
     """The last matrix of the MLPs of ``block`` and the two below: what RMU changes."""
-    return tuple(f"{site.path}.weight" for site in resolve(model, f"blocks.{{{max(0, block - 2)}..{block}}}.mlp.out.hook_out"))
+    return tuple(
+        f"{site.path}.weight"
+        for site in resolve(model, f"blocks.{{{max(0, block - 2)}..{block}}}.mlp.out.hook_out")
+    )
 
 
 def build_adaptive(
@@ -66,7 +87,14 @@ def build_adaptive(
     (site,) = resolve(model, f"blocks.{block}.hook_resid_post")
     steer = adaptive_steer_to(site, control_vector(model.config.hidden_size, seed), scale)
     objective = Objective(steer, keep_representation(site), 1.0, retain_weight)
-    return Recipe(objective, _down_projections(model, block), steps, batch_size, lr, optimiser=gradient_optimiser(optimiser))
+    return Recipe(
+        objective,
+        _down_projections(model, block),
+        steps,
+        batch_size,
+        lr,
+        optimiser=gradient_optimiser(optimiser),
+    )
 
 
 def build_rsv(
@@ -86,10 +114,24 @@ def build_rsv(
     (site,) = resolve(model, f"blocks.{block}.hook_resid_post")
     steer = steer_by(site, steering * control_vector(model.config.hidden_size, seed))
     objective = Objective(steer, keep_representation(site), 1.0, retain_weight)
-    return Recipe(objective, _down_projections(model, block), steps, batch_size, lr, optimiser=gradient_optimiser(optimiser))
+    return Recipe(
+        objective,
+        _down_projections(model, block),
+        steps,
+        batch_size,
+        lr,
+        optimiser=gradient_optimiser(optimiser),
+    )
 
 
-_SMALL: dict[str, Setting] = {"lr": 3e-3, "steps": 80, "batch_size": 16, "steering": 300.0, "retain_weight": 10.0, "layer": 2}
+_SMALL: dict[str, Setting] = {
+    "lr": 3e-3,
+    "steps": 80,
+    "batch_size": 16,
+    "steering": 300.0,
+    "retain_weight": 10.0,
+    "layer": 2,
+}
 METHOD = Method("rmu", "RMU", "Li et al. 2024 (arXiv 2403.03218)", build, _SMALL)
 METHOD_ADAPTIVE = Method(
     "adaptive-rmu", "Adaptive RMU", "Dang et al. 2025 (arXiv 2408.06223)", build_adaptive,

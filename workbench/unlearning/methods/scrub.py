@@ -38,13 +38,28 @@ def build(
         turn: steps before the other set has its turn.
         forget_share: forget turns happen in the first share of the steps only (``msteps`` of the paper).
     """
-    retain = weighted((cross_entropy_weight, retain_cross_entropy), (teacher_weight, teacher_kl(temperature)))
+    retain = weighted(
+        (cross_entropy_weight, retain_cross_entropy), (teacher_weight, teacher_kl(temperature))
+    )
 
     def schedule(step: int, total: int) -> tuple[float, float]:
         forgets = step < forget_share * total and (step // turn) % 2 == 1
         return (1.0, 0.0) if forgets else (0.0, 1.0)
 
-    return Recipe(Objective(teacher_kl(temperature, sign=-1.0), retain), EVERYTHING, steps, batch_size, lr, schedule=schedule)
+    return Recipe(
+        Objective(teacher_kl(temperature, sign=-1.0), retain),
+        EVERYTHING,
+        steps,
+        batch_size,
+        lr,
+        schedule=schedule,
+    )
 
 
-METHOD = Method("scrub", "SCRUB", "Kurmanji et al. 2023 (arXiv 2302.09880)", build, {"lr": 1e-3, "steps": 80, "batch_size": 16, "turn": 2, "forget_share": 0.7})
+METHOD = Method(
+    "scrub",
+    "SCRUB",
+    "Kurmanji et al. 2023 (arXiv 2302.09880)",
+    build,
+    {"lr": 1e-3, "steps": 80, "batch_size": 16, "turn": 2, "forget_share": 0.7},
+)

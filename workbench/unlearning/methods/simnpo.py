@@ -22,9 +22,19 @@ def build(
     retain: str = "cross-entropy",
 ) -> Recipe:
     """SimNPO on the length-normalised likelihood plus a retain term (cross-entropy or KL); defaults of open-unlearning."""
-    return Recipe(Objective(simnpo(beta, margin), retain_term(retain), forget_weight, retain_weight), EVERYTHING, steps, batch_size, lr)
+    return Recipe(
+        Objective(simnpo(beta, margin), retain_term(retain), forget_weight, retain_weight),
+        EVERYTHING,
+        steps,
+        batch_size,
+        lr,
+    )
 
 
 METHOD = Method(
-    "simnpo", "SimNPO", "Fan et al. 2024 (arXiv 2410.07163)", build, {"lr": 3e-4, "steps": 60, "batch_size": 16, "forget_weight": 3.0, "retain_weight": 3.0}
+    "simnpo",
+    "SimNPO",
+    "Fan et al. 2024 (arXiv 2410.07163)",
+    build,
+    {"lr": 3e-4, "steps": 60, "batch_size": 16, "forget_weight": 3.0, "retain_weight": 3.0},
 )

@@ -26,9 +26,16 @@ def build(
     nothing.
     """
     nothing = Objective(retain_cross_entropy)  # replaced once the teacher is there
-    teacher = Recipe(Objective(retain_cross_entropy), EVERYTHING, int(reinforce_steps), batch_size, reinforce_lr)
+    teacher = Recipe(
+        Objective(retain_cross_entropy), EVERYTHING, int(reinforce_steps), batch_size, reinforce_lr
+    )
     keep = retain_cross_entropy if retain_weight else None
-    teach = Teach(teacher, lambda reinforced: Objective(generic_prediction(reinforced, strength), keep, 1.0, retain_weight))
+    teach = Teach(
+        teacher,
+        lambda reinforced: Objective(
+            generic_prediction(reinforced, strength), keep, 1.0, retain_weight
+        ),
+    )
     return Recipe(nothing, EVERYTHING, steps, batch_size, lr, teach=teach)
 
 

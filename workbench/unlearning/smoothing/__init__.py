@@ -22,4 +22,13 @@ from workbench.unlearning.smoothing.random_perturbation import randomised_smooth
 from workbench.unlearning.smoothing.rule import StepRule, plain
 from workbench.unlearning.smoothing.sharpness_aware import asam, sam
 
-__all__ = ["Averager", "StepRule", "asam", "curvature_regularisation", "gradient_penalty", "plain", "randomised_smoothing", "sam"]
+__all__ = [
+    "Averager",
+    "StepRule",
+    "asam",
+    "curvature_regularisation",
+    "gradient_penalty",
+    "plain",
+    "randomised_smoothing",
+    "sam",
+]

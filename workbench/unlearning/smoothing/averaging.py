@@ -28,7 +28,9 @@ class Averager:
     def __init__(self, start: int, every: int) -> None:
         for name, value in (("start", start), ("every", every)):
             if value < 1:
-                raise WorkbenchError(f"{name} is {value}; weight averaging needs a whole number of at least 1")
+                raise WorkbenchError(
+                    f"{name} is {value}; weight averaging needs a whole number of at least 1"
+                )
         self.start, self.every = start, every
         self.steps = self.snapshots = 0
         self._mean: dict[str, Tensor] = {}
@@ -39,16 +41,24 @@ class Averager:
         self.steps += 1
         if self.steps < self.start or (self.steps - self.start) % self.every:
             return
-        weights = {name: parameter.detach().double() for name, parameter in model.named_parameters() if parameter.requires_grad}
+        weights = {
+            name: parameter.detach().double()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
         if not weights:
             raise WorkbenchError("the model has no trainable parameter to average")
         if self._mean and self._mean.keys() != weights.keys():
-            raise WorkbenchError("the trainable parameters are not those of the snapshots before; average one training with one Averager")
+            raise WorkbenchError(
+                "the trainable parameters are not those of the snapshots before; average one training with one Averager"
+            )
         self.snapshots += 1
         for name, value in weights.items():
             mean = self._mean.get(name)
             # The difference form of the formula: weights that stay where they are come out bit by bit.
-            self._mean[name] = value.clone() if mean is None else mean.add_(value - mean, alpha=1 / self.snapshots)
+            self._mean[name] = (
+                value.clone() if mean is None else mean.add_(value - mean, alpha=1 / self.snapshots)
+            )
 
     @torch.no_grad()
     def load(self, model: nn.Module) -> None:
@@ -58,6 +68,8 @@ class Averager:
             WorkbenchError: no snapshot was taken.
         """
         if not self.snapshots:
-            raise WorkbenchError(f"no weights were averaged in {self.steps} steps: averaging begins after step {self.start}; start it earlier")
+            raise WorkbenchError(
+                f"no weights were averaged in {self.steps} steps: averaging begins after step {self.start}; start it earlier"
+            )
         for name, value in self._mean.items():
             model.get_parameter(name).copy_(value)

@@ -65,7 +65,9 @@ def curvature_regularisation(weight: float, mu: float) -> StepRule:
                 w = hessian_product(there, u, parameters)
                 del there  # frees its graph
             bracket = combine([(mu / length, w), (-mu / length * inner(v, w), v), (-1.0, u)])
-            product = hessian_product(gradient_of(term(), parameters, graph=True), bracket, parameters)
+            product = hessian_product(
+                gradient_of(term(), parameters, graph=True), bracket, parameters
+            )
         return combine([(1.0, gradient), (weight, w), (weight, product)]), log
 
     return on_forget_term(smooth)

@@ -55,12 +55,18 @@ def gradient_penalty(weight: float, *, exact: bool = True) -> StepRule:
                     terms.append((weight, hessian_product(gradient, direction, parameters)))
                 else:
                     terms += _central_difference(term, parameters, direction, weight)
-        return combine(terms), {"forget": float(forget.detach()), "gradient_norm": length, "penalty": weight * length}
+        return combine(terms), {
+            "forget": float(forget.detach()),
+            "gradient_norm": length,
+            "penalty": weight * length,
+        }
 
     return on_forget_term(smooth)
 
 
-def _central_difference(term: Term, parameters: Parameters, direction: Gradient, weight: float) -> list[tuple[float, Gradient]]:
+def _central_difference(
+    term: Term, parameters: Parameters, direction: Gradient, weight: float
+) -> list[tuple[float, Gradient]]:
     """``weight (g(theta + h v) - g(theta - h v)) / 2 h`` as two weighted gradients."""
     half = max(STEP * norm({name: parameters[name] for name in direction}), SHORTEST)
     terms = []

@@ -5,10 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.unlearning.smoothing.rule import Gradient, Parameters, StepRule, Term, check_size, combine, gradient_of, moved, on_forget_term
+from workbench.unlearning.smoothing.rule import (
+    Gradient,
+    Parameters,
+    StepRule,
+    Term,
+    check_size,
+    combine,
+    gradient_of,
+    moved,
+    on_forget_term,
+)
 
 
-def randomised_smoothing(sigma: float, samples: int, seed: int, *, antithetic: bool = False) -> StepRule:
+def randomised_smoothing(
+    sigma: float, samples: int, seed: int, *, antithetic: bool = False
+) -> StepRule:
     r"""Randomised smoothing of the forget term (Fan et al. 2025, arXiv 2502.05374; Duchi et al. 2012, arXiv 1103.4296).
 
     .. math:: g = \frac1n \sum_{i=1}^n \nabla\ell_f(\theta + \delta_i) + \nabla\ell_r(\theta), \qquad \delta_i \sim N(0, \sigma^2 I)
@@ -28,7 +40,9 @@ def randomised_smoothing(sigma: float, samples: int, seed: int, *, antithetic: b
     """
     check_size("sigma", sigma, zero=True)
     if samples < 1 or (antithetic and samples % 2):
-        raise ValueError(f"samples is {samples}; it must be at least 1, and even with antithetic pairs")
+        raise ValueError(
+            f"samples is {samples}; it must be at least 1, and even with antithetic pairs"
+        )
     signs = (1.0, -1.0) if antithetic else (1.0,)
     stream: list[torch.Generator] = []
 
@@ -39,7 +53,9 @@ def randomised_smoothing(sigma: float, samples: int, seed: int, *, antithetic: b
         (generator,) = stream
         numbers = {}
         for name, parameter in parameters.items():
-            number = torch.randn(parameter.shape, generator=generator, device=generator.device, dtype=torch.float32)
+            number = torch.randn(
+                parameter.shape, generator=generator, device=generator.device, dtype=torch.float32
+            )
             numbers[name] = number.to(parameter)
         return numbers
 
@@ -53,7 +69,9 @@ def randomised_smoothing(sigma: float, samples: int, seed: int, *, antithetic: b
             for sign in signs:
                 with moved(parameters, noise.items(), sign * sigma):
                     perturbed = term()
-                    total = combine([(1.0, total), (1 / samples, gradient_of(perturbed, parameters))])
+                    total = combine(
+                        [(1.0, total), (1 / samples, gradient_of(perturbed, parameters))]
+                    )
                 values.append(float(perturbed.detach()))
         return total, {"forget": forget, "rs_rise": sum(values) / samples - forget}
 

@@ -31,14 +31,19 @@ Smoother = Callable[[Term, Parameters], tuple[Gradient, dict[str, float]]]
 """``(term, trainable parameters)`` to the gradient that takes the place of the forget term's, and what to log: ``forget`` (its value at the present weights) and more."""
 
 
-def plain(model: PreTrainedModel, objective: Objective, pair: Pair, reference: PreTrainedModel) -> dict[str, float]:
+def plain(
+    model: PreTrainedModel, objective: Objective, pair: Pair, reference: PreTrainedModel
+) -> dict[str, float]:
     """The gradient of the whole objective at the current weights."""
     forget = objective.forget_term(model, pair, reference)
     forget.backward()
     retain = objective.retain_term(model, pair, reference)
     if retain is not None:
         retain.backward()
-    return {"forget": float(forget.detach()), "retain": float(retain.detach()) if retain is not None else 0.0}
+    return {
+        "forget": float(forget.detach()),
+        "retain": float(retain.detach()) if retain is not None else 0.0,
+    }
 
 
 def on_forget_term(smooth: Smoother) -> StepRule:
@@ -48,9 +53,13 @@ def on_forget_term(smooth: Smoother) -> StepRule:
     Accumulated over parts of a batch, the sum is that of the parts' steps: every part has its own perturbation and its own penalty.
     """
 
-    def step(model: PreTrainedModel, objective: Objective, pair: Pair, reference: PreTrainedModel) -> dict[str, float]:
+    def step(
+        model: PreTrainedModel, objective: Objective, pair: Pair, reference: PreTrainedModel
+    ) -> dict[str, float]:
         with in_float32(model):
-            gradient, log = smooth(lambda: objective.forget_term(model, pair, reference), _trainable(model))
+            gradient, log = smooth(
+                lambda: objective.forget_term(model, pair, reference), _trainable(model)
+            )
         retain = objective.retain_term(model, pair, reference)
         terms = [(1.0, gradient)]
         if retain is not None:
@@ -62,13 +71,19 @@ def on_forget_term(smooth: Smoother) -> StepRule:
                     parameter.grad = torch.empty_like(parameter).copy_(value)
                 else:
                     parameter.grad.add_(value)
-        return {"forget": log["forget"], "retain": float(retain.detach()) if retain is not None else 0.0, **log}
+        return {
+            "forget": log["forget"],
+            "retain": float(retain.detach()) if retain is not None else 0.0,
+            **log,
+        }
 
     return step
 
 
 def _trainable(model: PreTrainedModel) -> dict[str, Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 @contextmanager
@@ -80,7 +95,11 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
     autocast is off, and the original tensors are put back at the end. TF32 products round likewise; PyTorch leaves them off unless they are asked for.
     """
     device = next(model.parameters()).device.type
-    half = [tensor for tensor in chain(model.parameters(), model.buffers()) if tensor.dtype in (torch.bfloat16, torch.float16)]
+    half = [
+        tensor
+        for tensor in chain(model.parameters(), model.buffers())
+        if tensor.dtype in (torch.bfloat16, torch.float16)
+    ]
     # Half-precision weights that stay as they are (below a float32 adapter) need no copy, unless they rely on autocast to meet the others.
     convert = torch.is_autocast_enabled(device) or any(tensor.requires_grad for tensor in half)
     kept = [(tensor, tensor.data) for tensor in half] if convert else []
@@ -95,7 +114,9 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def moved(parameters: Parameters, direction: Iterable[tuple[str, Tensor]], scale: float) -> Iterator[None]:
+def moved(
+    parameters: Parameters, direction: Iterable[tuple[str, Tensor]], scale: float
+) -> Iterator[None]:
     """Add ``scale * direction`` to the parameters for the duration of the block; they are put back by copy, bit by bit, not by subtraction.
 
     Args:
@@ -116,15 +137,22 @@ def moved(parameters: Parameters, direction: Iterable[tuple[str, Tensor]], scale
                 parameters[name].copy_(values)
 
 
-def gradient_of(loss: Tensor, parameters: Parameters, term: str = "forget", *, graph: bool = False) -> Gradient:
+def gradient_of(
+    loss: Tensor, parameters: Parameters, term: str = "forget", *, graph: bool = False
+) -> Gradient:
     """The gradient of ``loss``, by name; ``graph`` keeps what a second derivative needs.
 
     Raises:
         WorkbenchError: the loss depends on no trainable parameter.
     """
     if not loss.requires_grad:
-        raise WorkbenchError(f"the {term} term depends on no trainable parameter; make parameters trainable that lie below what it reads")
-    return _named(parameters, torch.autograd.grad(loss, list(parameters.values()), create_graph=graph, allow_unused=True))
+        raise WorkbenchError(
+            f"the {term} term depends on no trainable parameter; make parameters trainable that lie below what it reads"
+        )
+    return _named(
+        parameters,
+        torch.autograd.grad(loss, list(parameters.values()), create_graph=graph, allow_unused=True),
+    )
 
 
 def hessian_product(gradient: Gradient, direction: Gradient, parameters: Parameters) -> Gradient:
@@ -132,12 +160,19 @@ def hessian_product(gradient: Gradient, direction: Gradient, parameters: Paramet
     names = [name for name, value in gradient.items() if value.requires_grad and name in direction]
     if not names:
         return {}
-    found = torch.autograd.grad([gradient[name] for name in names], list(parameters.values()), [direction[name] for name in names], allow_unused=True)
+    found = torch.autograd.grad(
+        [gradient[name] for name in names],
+        list(parameters.values()),
+        [direction[name] for name in names],
+        allow_unused=True,
+    )
     return _named(parameters, found)
 
 
 def _named(parameters: Parameters, values: Iterable[Tensor | None]) -> Gradient:
-    return {name: value for name, value in zip(parameters, values, strict=True) if value is not None}
+    return {
+        name: value for name, value in zip(parameters, values, strict=True) if value is not None
+    }
 
 
 @torch.no_grad()
@@ -152,7 +187,11 @@ def combine(terms: Iterable[tuple[float, Gradient]]) -> Gradient:
 
 def inner(first: Gradient, second: Gradient) -> float:
     """Inner product over all parameters, summed in float64."""
-    return sum(float((value.detach().double() * second[name].detach().double()).sum()) for name, value in first.items() if name in second)
+    return sum(
+        float((value.detach().double() * second[name].detach().double()).sum())
+        for name, value in first.items()
+        if name in second
+    )
 
 
 def norm(gradient: Gradient) -> float:
@@ -167,4 +206,6 @@ def check_size(name: str, value: float, *, zero: bool) -> None:
         ValueError: it is not.
     """
     if not (0 < value < float("inf") or (zero and value == 0)):
-        raise ValueError(f"{name} is {value}; it must be a finite number {'of at least' if zero else 'above'} 0")
+        raise ValueError(
+            f"{name} is {value}; it must be a finite number {'of at least' if zero else 'above'} 0"
+        )

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from workbench.unlearning.smoothing.rule import Gradient, Parameters, StepRule, Term, check_size, gradient_of, inner, moved, norm, on_forget_term
+from workbench.unlearning.smoothing.rule import (
+    Gradient,
+    Parameters,
+    StepRule,
+    Term,
+    check_size,
+    gradient_of,
+    inner,
+    moved,
+    norm,
+    on_forget_term,
+)
 
 
 def sam(rho: float) -> StepRule:
@@ -49,14 +60,25 @@ def asam(rho: float, *, eta: float = 0.01) -> StepRule:
     def smooth(term: Term, parameters: Parameters) -> tuple[Gradient, dict[str, float]]:
         forget = term()
         gradient = gradient_of(forget, parameters)
-        uphill = {name: value * (parameters[name].detach().abs() + eta).square() for name, value in gradient.items()}
-        return _climb(term, parameters, forget, uphill, rho, inner(gradient, uphill) ** 0.5, norm(gradient))  # <g, T^2 g> = ||T g||^2
+        uphill = {
+            name: value * (parameters[name].detach().abs() + eta).square()
+            for name, value in gradient.items()
+        }
+        return _climb(
+            term, parameters, forget, uphill, rho, inner(gradient, uphill) ** 0.5, norm(gradient)
+        )  # <g, T^2 g> = ||T g||^2
 
     return on_forget_term(smooth)
 
 
 def _climb(
-    term: Term, parameters: Parameters, forget: Tensor, uphill: Gradient, rho: float, length: float, gradient_norm: float
+    term: Term,
+    parameters: Parameters,
+    forget: Tensor,
+    uphill: Gradient,
+    rho: float,
+    length: float,
+    gradient_norm: float,
 ) -> tuple[Gradient, dict[str, float]]:
     """The gradient at ``theta + rho uphill / length``, or at ``theta`` where the length is zero."""
     with moved(parameters, uphill.items(), rho / length if length > 0 else 0.0):

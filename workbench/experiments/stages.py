@@ -252,10 +252,21 @@ def unlearn_to_budget(
     Returns:
         The budget-matched model.
     """
+    over = None if budget is None else lambda model: not disruption(model) <= budget
     result = unlearn(
-        bench.base, bench.tokenizer, recipe, bench.record.forget, bench.record.retain_train, seed=seed, max_length=bench.max_length,
-        dtype=dtype, progress=progress,
-    )  # fmt: skip
+        bench.base,
+        bench.tokenizer,
+        recipe,
+        bench.record.forget,
+        bench.record.retain_train,
+        seed=seed,
+        max_length=bench.max_length,
+        dtype=dtype,
+        over_budget=over,
+        progress=progress,
+    )
+    table.add("steps", len(result.log), stage="unlearn", arm="taken")
+    table.add("steps", recipe.steps, stage="unlearn", arm="allowed")
     for number, record in enumerate(result.log):
         table.add("objective_forget", record["forget"], stage="unlearn", step=number + 1)
     model = copy.deepcopy(bench.base)

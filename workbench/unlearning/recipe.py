@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from transformers import PreTrainedModel
@@ -69,6 +69,7 @@ class Teach:
 
 
 Optimiser = Literal["adamw", "sgd", "normalised-sgd", "one-gradient"]
+Stop = Literal["steps", "budget"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,9 @@ class Recipe:
         kick: the trained weights start at a random relative distance of this size from the base, where the base itself is a stationary point of the objective.
         one: settings of ``one-gradient``.
         teach: replaces ``objective`` by one that knows a teacher.
+        stop: ``steps``: all of them are taken, and the change is scaled to the budget afterwards;
+            ``budget``: training ends once the model costs more than the budget (as CIR's released
+            code does), looked at every :data:`workbench.unlearning.trainer.CHECK_EVERY` steps.
     """
 
     objective: Objective
@@ -125,6 +129,7 @@ class Recipe:
     kick: float = 0.0
     one: OneGradient | None = None
     teach: Teach | None = None
+    stop: Stop = "steps"
 
 
 Setting = float | str
@@ -172,6 +177,25 @@ def mlp_weights(model: PreTrainedModel, first: int, last: int) -> tuple[str, ...
     """
     sites = resolve(model, f"blocks.{{{first}..{last}}}.mlp.*.hook_out")
     return tuple(dict.fromkeys(f"{site.path}.weight" for site in sites))
+
+
+def stopped_at_budget(recipe: Recipe) -> Recipe:
+    """The same recipe, ending where the budget is reached.
+
+    Raises:
+        ValueError: the weights during its training are not those that will be measured: a single
+            gradient, an average, or a change that is turned round.
+    """
+    for there, what in (
+        (recipe.optimiser == "one-gradient", "takes a single gradient"),
+        (recipe.average is not None, "averages its weights at the end"),
+        (recipe.sign != 1, "turns its change round at the end"),
+    ):
+        if there:
+            raise ValueError(
+                f"this method {what}, so it cannot stop at the budget; take stop=steps"
+            )
+    return replace(recipe, stop="budget")
 
 
 def gradient_optimiser(name: str) -> Optimiser:

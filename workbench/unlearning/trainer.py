@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -25,6 +25,9 @@ from workbench.unlearning.objectives import Pair
 from workbench.unlearning.one_gradient import Unlearned, one_gradient
 from workbench.unlearning.recipe import Recipe
 from workbench.unlearning.smoothing import Averager
+
+CHECK_EVERY = 5
+"""Steps between two looks at the price of a model whose training stops at the budget."""
 
 
 @contextmanager
@@ -66,6 +69,7 @@ def unlearn(
     seed: int,
     max_length: int | None = None,
     dtype: torch.dtype = torch.float32,
+    over_budget: Callable[[PreTrainedModel], bool] | None = None,
     progress: Report = quiet,
 ) -> Unlearned:
     """Run ``recipe`` on a copy of ``base``; ``base`` itself is the frozen reference and is not changed.
@@ -79,18 +83,31 @@ def unlearn(
         seed: order of the texts.
         max_length: texts are cut to this many tokens.
         dtype: of the weights while they are trained. In bfloat16 most of a small step is rounded away, which is an effect of its own: float32 unless that is the question.
+        over_budget: whether the model in training costs more than the budget; where the recipe
+            stops there. The change that is returned is the first one over it.
         progress: called after every step.
 
     Raises:
-        WorkbenchError: a set is empty, or the objective is not finite (the message names the step).
+        WorkbenchError: a set is empty, the recipe stops at a budget and none was given, or the objective is not finite (the message names the step).
     """
     for name, texts in (("forget", forget), ("retain", retain)):
         if not texts:
             raise WorkbenchError(f"the {name} set is empty; give at least one text")
+    if recipe.stop == "budget" and over_budget is None:
+        raise WorkbenchError("stop=budget needs a disruption budget; give one, or take stop=steps")
     mode = base.training
     try:
         return _unlearn(
-            base.eval(), tokenizer, recipe, forget, retain, seed, max_length, dtype, progress
+            base.eval(),
+            tokenizer,
+            recipe,
+            forget,
+            retain,
+            seed,
+            max_length,
+            dtype,
+            over_budget if recipe.stop == "budget" else None,
+            progress,
         )
     finally:
         base.train(mode)
@@ -105,6 +122,7 @@ def _unlearn(
     seed: int,
     max_length: int | None,
     dtype: torch.dtype,
+    over_budget: Callable[[PreTrainedModel], bool] | None,
     progress: Report,
 ) -> Unlearned:
     if recipe.teach is not None:
@@ -157,6 +175,7 @@ def _unlearn(
                 chosen,
                 seed,
                 max_length,
+                over_budget,
                 progress,
             )
             delta = delta_between(model, start)
@@ -189,6 +208,7 @@ def _steps(
     chosen: Sequence[tuple[str, torch.nn.Parameter]],
     seed: int,
     max_length: int | None,
+    over_budget: Callable[[PreTrainedModel], bool] | None,
     progress: Report,
 ) -> tuple[dict[str, float], ...]:
     forget_stream, retain_stream = (
@@ -262,6 +282,9 @@ def _steps(
                 average.update(model)
         log.append(record)
         progress(number + 1, recipe.steps)
+        if over_budget is not None and (number + 1) % CHECK_EVERY == 0 and over_budget(model):
+            progress(recipe.steps, recipe.steps)
+            break
     if average is not None:
         average.load(model)
     return tuple(log)

@@ -26,7 +26,7 @@ from workbench.unlearning.methods import (
     whp,
 )
 from workbench.unlearning.objectives import RETAIN_TERMS
-from workbench.unlearning.recipe import Method, Recipe, Setting
+from workbench.unlearning.recipe import Method, Recipe, Setting, stopped_at_budget
 from workbench.unlearning.wrappers import WRAPPERS, all_settings, wrapped
 
 METHODS: dict[str, Method] = {
@@ -64,9 +64,11 @@ WHOLE = {"steps": 1, "batch_size": 1, "refresh": 1, "activation_components": 0, 
 
 WORDS = {
     "loss": ("mlp-breaking", "npo"), "kind": ("hard", "soft", "quadratic"), "statistics": ("forget", "retain"), "optimiser": ("adamw", "sgd"),
-    "retain": tuple(RETAIN_TERMS),
+    "retain": tuple(RETAIN_TERMS), "stop": ("steps", "budget"),
 }  # fmt: skip
 """Settings that are words, with the words allowed."""
+STOP: dict[str, Setting] = {"stop": "steps"}
+"""The setting that every method with steps has beside its own; see :class:`Recipe`."""
 
 
 def method(name: str) -> Method:
@@ -103,7 +105,8 @@ def innermost(name: str) -> str:
 
 def known_settings(name: str) -> dict[str, Setting]:
     """Every setting of a method with its published default (wrappers inherit those of the method they wrap)."""
-    return all_settings(method(name))
+    own = all_settings(method(name))
+    return own | STOP if "steps" in own else own
 
 
 def check_setting(name: str, key: str, value: Setting) -> None:
@@ -142,6 +145,8 @@ def settings_for(
             raise WorkbenchError(f"setting {key} of {name} is {value!r}; it must be {expected}")
         settings[key] = value
     for key, value in settings.items():
+        if key in WORDS and value not in WORDS[key]:
+            raise unknown(f"{key} of {name}", str(value), WORDS[key])
         if key in WHOLE:
             if isinstance(value, str) or not float(value).is_integer() or value < WHOLE[key]:
                 raise WorkbenchError(
@@ -160,7 +165,9 @@ def recipe(
 ) -> Recipe:
     """Build the recipe of a method for ``model``."""
     settings = settings_for(name, model, overrides)
+    stop = settings.pop("stop", "steps")
     try:
-        return method(name).build(model, seed, **settings)
+        made = method(name).build(model, seed, **settings)
+        return stopped_at_budget(made) if stop == "budget" else made
     except ValueError as error:  # a number that the formula does not allow
         raise WorkbenchError(f"{name}: {error}") from error

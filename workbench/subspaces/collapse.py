@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from hooks import Capture, Rows, Site, gradients_only, resolve, without_first
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError, unknown
+from workbench.evaluation.losses import Weight, weight_of
 from workbench.subspaces.finders import SketchPCA, StreamingPCA
 from workbench.subspaces.subspace import Subspace
 
@@ -190,17 +191,32 @@ def find_collapse(
     activation_components: int,
     gradient_components: int,
     kind: Kind = "hard",
+    weight: Weight | None = None,
 ) -> dict[str, Collapse]:
     """One pass over ``batches`` that finds the bases of every module in ``modules``.
+
+    The rows are those of every content token of every batch, each counted once; tokens without
+    gradient (behind the last target, say) are rows of zeros and count as well, on both sides. The
+    gradient row of a token is that of the *sum* of the loss over the whole set,
+    ``weight(batch) * loss(batch)``, so order, batch size and split of the texts change nothing.
+    That holds for a loss whose batch value is a mean of independent terms, or a sum; one that
+    normalises by a statistic of its batch must be given that statistic of the whole set (see
+    :func:`workbench.unlearning.objectives.on_set`).
 
     Args:
         model: the model that ``loss`` runs.
         modules: paths of linear layers.
-        loss: batch to scalar; its gradients at the outputs are the gradient side.
+        loss: batch to scalar; its gradients at the outputs are the gradient side. A mean over the
+            target tokens, unless it is marked (:func:`workbench.evaluation.losses.mean_over`) or
+            ``weight`` says otherwise.
         batches: statistics use the content tokens (no padding, no BOS). From the forget set or from the retain set: which one is better depends on the data.
         activation_components: directions per activation side, mean included; 0 leaves that side alone.
         gradient_components: directions per gradient side, mean included; 0 leaves that side alone.
         kind: hard, soft or quadratic (:func:`removed_shares`).
+        weight: how many equal terms ``loss`` is a mean over in a batch, for example
+            :func:`~workbench.evaluation.losses.sequences`, or
+            :func:`~workbench.evaluation.losses.summed` for a sum. Default: what ``loss`` is marked
+            with.
 
     Raises:
         WorkbenchError: ``batches`` is empty.
@@ -228,9 +244,10 @@ def find_collapse(
                 or leaders[name.removesuffix(":in")] == name.removesuffix(":in")
             ],
         )
+        terms = weight_of(loss) if weight is None else weight
         with gradients_only(model), Capture(model, sites, sides, at=without_first):
             for batch in texts:
-                loss(batch).backward()
+                (loss(batch) * terms(batch)).backward()
     found = {}
     for path in paths:
         layer = model.get_submodule(path)

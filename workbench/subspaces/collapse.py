@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import Capture, Rows, Site, gradients_only, resolve, without_first
+from hooks import Capture, Rows, Site, gradients_only, resolve
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.losses import Weight, weight_of
@@ -245,7 +245,7 @@ def find_collapse(
             ],
         )
         terms = weight_of(loss) if weight is None else weight
-        with gradients_only(model), Capture(model, sites, sides, at=without_first):
+        with gradients_only(model), Capture(model, sites, sides, at=texts[0].content):
             for batch in texts:
                 (loss(batch) * terms(batch)).backward()
     found = {}

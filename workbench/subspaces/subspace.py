@@ -163,10 +163,11 @@ def principal_subspace(
         )
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    keep = min(rank, int((values > noise_floor(float(values[0]), moments.mean)).sum()))
+    size = moments.mean.square() + covariance.diagonal()
+    keep = (values > noise_floor(vectors, size, float(values[0]))).nonzero()[:rank, 0]
     return Subspace(
-        vectors[:, :keep].float().cpu().contiguous(),
-        values[:keep].float().cpu(),
+        vectors[:, keep].float().cpu().contiguous(),
+        values[keep].float().cpu(),
         moments.mean.float().cpu(),
         moments.count,
         float(values.sum()),
@@ -176,12 +177,28 @@ def principal_subspace(
     )
 
 
-def noise_floor(largest: float, mean: Tensor) -> float:
-    """A variance that rounding alone can make: 1e-6 of the largest (float32 products), or the square of half a unit in the last place of a float32 mean."""
-    return max(
-        largest * 1e-6,
-        (torch.finfo(torch.float32).eps / 2) ** 2 * float(mean.double().square().sum()),
-    )
+_ROUNDING = 8 * torch.finfo(torch.float32).eps
+"""Relative error of a coordinate of a float32 row: what a product or two before it have rounded."""
+
+
+def noise_floor(vectors: Tensor, mean_square: Tensor, largest: float) -> Tensor:
+    """The variance that rounding alone can make along each direction.
+
+    Every coordinate of a float32 row carries a rounding error in proportion to its own size, so a
+    direction that hardly touches a massive coordinate does not suffer from it:
+    ``(8 eps32)^2 sum_i v_i^2 E[x_i^2]``, and the rounding of a float64 eigendecomposition,
+    ``eps64 * width * largest``, on top.
+
+    Args:
+        vectors: ``[width, k]`` orthonormal columns.
+        mean_square: ``[width]`` mean square of each coordinate, its mean included.
+        largest: the largest eigenvalue of the decomposition that gave ``vectors``.
+
+    Returns:
+        ``[k]`` float64.
+    """
+    own = vectors.double().square().T @ mean_square.to(vectors.device).double()
+    return _ROUNDING**2 * own + torch.finfo(torch.float64).eps * len(mean_square) * largest
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:

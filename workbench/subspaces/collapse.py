@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -96,7 +96,7 @@ def removed_shares(second_moments: Tensor, kind: Kind) -> Tensor:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Collapse:
     """The two sides of the map of one weight.
 
@@ -105,12 +105,24 @@ class Collapse:
         gradient: ``[out, m]`` orthonormal, directions of its output gradients to leave alone.
         activation_removed: ``[k]`` share of each direction that is removed; all of it by default.
         gradient_removed: ``[m]`` likewise.
+        asked: directions asked for on the two sides, the mean among them; fewer are there where the
+            rows had no more.
     """
 
     activation: Tensor
     gradient: Tensor
     activation_removed: Tensor | None = None
     gradient_removed: Tensor | None = None
+    asked: tuple[int, int] | None = None
+
+    def __repr__(self) -> str:
+        sides = ("activation", self.activation), ("gradient", self.gradient)
+        asked = self.asked or tuple(basis.shape[1] for _, basis in sides)
+        words = (
+            f"{f'{basis.shape[1]} of ' if basis.shape[1] < number else ''}{number} {name}"
+            for (name, basis), number in zip(sides, asked, strict=True)
+        )
+        return f"Collapse({' and '.join(words)} directions)"
 
     def __call__(self, weight_gradient: Tensor) -> Tensor:
         """The collapsed gradient, same shape ``[out, in]`` and dtype, computed in float32."""
@@ -121,11 +133,14 @@ class Collapse:
 
     def to(self, device: torch.device | str) -> Collapse:
         """The same map on ``device``."""
-        shares = (
-            None if removed is None else removed.to(device)
-            for removed in (self.activation_removed, self.gradient_removed)
+        return replace(
+            self,
+            **{
+                name: part.to(device)
+                for name in ("activation", "gradient", "activation_removed", "gradient_removed")
+                if (part := getattr(self, name)) is not None
+            },
         )
-        return Collapse(self.activation.to(device), self.gradient.to(device), *shares)
 
 
 def collapse_side(
@@ -265,7 +280,11 @@ def find_collapse(
             )
         (activation, activation_removed), (gradient, gradient_removed) = side.values()
         found[f"{path}.weight"] = Collapse(
-            activation, gradient, activation_removed, gradient_removed
+            activation,
+            gradient,
+            activation_removed,
+            gradient_removed,
+            (max(0, activation_components), max(0, gradient_components)),
         ).to(weight.device)
     return found
 

@@ -312,6 +312,7 @@ class SketchPCA(_Finder):
             "",
             "",
             "",
+            self.n_components,
         )
         # What comes after the last eigenvalue that the sketch can see is zero if it saw fewer than it could, and unknown otherwise.
         beyond = 0.0 if len(values) < columns else float("nan")

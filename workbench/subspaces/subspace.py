@@ -29,6 +29,8 @@ class Subspace:
         site: name of the site (it says whether these are activations or gradients).
         tokens: the token rule that selected the rows.
         source: what was run, in words.
+        asked: directions asked for; fewer are found where the rows have no more. ``None`` where
+            nobody asked for a number.
     """
 
     basis: Tensor
@@ -39,6 +41,7 @@ class Subspace:
     site: str
     tokens: str
     source: str
+    asked: int | None = None
 
     @property
     def width(self) -> int:
@@ -61,6 +64,7 @@ class Subspace:
             self.site,
             self.tokens,
             self.source,
+            rank,
         )
 
     def named(self, *, site: str = "", tokens: str = "", source: str = "") -> Subspace:
@@ -86,7 +90,7 @@ class Subspace:
             "site": self.site,
             "tokens": self.tokens,
             "source": self.source,
-        }
+        } | ({} if self.asked is None else {"asked": str(self.asked)})
         write_file(path, lambda temporary: save_file(tensors, temporary, metadata=note))
 
     @classmethod
@@ -109,20 +113,28 @@ class Subspace:
                 site=note["site"],
                 tokens=note["tokens"],
                 source=note["source"],
+                asked=int(note["asked"]) if "asked" in note else None,
             )
         except Exception as error:
             raise WorkbenchError(
                 f"{path} holds no subspace ({error}); it must be a file written by Subspace.save"
             ) from error
 
+    @property
+    def _directions(self) -> str:
+        fewer = self.asked is not None and self.rank < self.asked
+        return f"{self.rank} of {self.width}" + (f" ({self.asked} asked)" if fewer else "")
+
     def __repr__(self) -> str:
-        return f"Subspace({self.site or 'no site'}: {self.rank} of {self.width} directions, {self.count} rows)"
+        return (
+            f"Subspace({self.site or 'no site'}: {self._directions} directions, {self.count} rows)"
+        )
 
     def _repr_html_(self) -> str:
         share = float(self.eigenvalues.sum()) / self.total_variance if self.total_variance else 0.0
         rows = {
             "site": self.site,
-            "directions": f"{self.rank} of {self.width}",
+            "directions": self._directions,
             "variance inside": f"{share:.1%}",
             "rows": f"{self.count:,}",
             "tokens": self.tokens,
@@ -174,6 +186,7 @@ def principal_subspace(
         site,
         tokens,
         source,
+        rank,
     )
 
 

@@ -69,6 +69,7 @@ def singular_subspaces(matrix: Tensor, rank: int, *, site: str = "", source: str
             site,
             "",
             source,
+            rank,
         )
 
     return TwoSided(side(left), side(right.T))
@@ -159,4 +160,5 @@ def contrast(
         site,
         tokens,
         source,
+        rank,
     )

@@ -18,9 +18,10 @@ from hooks.sites import Site
 class Moments:
     """Running weight, mean and scatter matrix of the rows of one site; memory does not grow with the number of rows.
 
-    Every chunk is centred on its own mean before the product (float32), and merged in float64 by the update of Chan, Golub and LeVeque (1983). Without
-    centring, float32 loses the covariance where the mean is large against the spread, as in residual streams. Merging is exact, so several processes that each see a part
-    of the rows give what one would have given.
+    Every chunk is centred on its own mean before the product, and merged by the update of Chan, Golub
+    and LeVeque (1983), all in float64: next to one coordinate a thousand times larger than the
+    others, float32 products lose what the others do. Merging is exact, so several processes that
+    each see a part of the rows give what one would have given.
 
     Attributes:
         count: rows seen, those of weight zero left out.
@@ -46,17 +47,12 @@ class Moments:
         total = float(rows.shape[0]) if weights is None else float(weights.sum())
         if total == 0:
             return
-        mean = (
-            rows.double().mean(0)
-            if weights is None
-            else (weights[:, None] * rows.double()).sum(0) / total
-        )
-        centred = rows - mean.float()
-        left = centred if weights is None else centred * weights[:, None].float()
-        with torch.autocast(rows.device.type, enabled=False):
-            product = left.T @ centred
+        mean = rows.mean(0) if weights is None else (weights[:, None] * rows).sum(0) / total
+        centred = rows - mean
+        left = centred if weights is None else centred * weights[:, None]
+        product = left.T @ centred
         count = rows.shape[0] if weights is None else int((weights > 0).sum())
-        self.merge(Moments(count, total, mean, product.double()))
+        self.merge(Moments(count, total, mean, product))
 
     def merge(self, other: Moments) -> None:
         """Add everything that ``other`` has seen, as if its rows had been seen here.
@@ -101,7 +97,7 @@ class Moments:
 
 
 def checked_rows(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows in float32 and weights in float64 on the same device.
+    """Rows and weights in float64 on the same device.
 
     Raises:
         ValueError: see :meth:`Moments.update`.
@@ -109,7 +105,7 @@ def checked_rows(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor |
     if rows.ndim != 2:
         raise ValueError(f"rows must be [row, width]; got shape {list(rows.shape)}")
     if weights is None:
-        return rows.detach().float(), None
+        return rows.detach().double(), None
     weights = weights.detach().double().to(rows.device)
     if weights.shape != rows.shape[:1]:
         raise ValueError(
@@ -117,7 +113,7 @@ def checked_rows(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor |
         )
     if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise ValueError("weights must be finite and not negative")
-    return rows.detach().float(), weights
+    return rows.detach().double(), weights
 
 
 class MomentsOf:

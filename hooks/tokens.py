@@ -116,14 +116,21 @@ def _from_column(tokens: Tokens, column: int) -> Tensor:
 
 
 def without_bos(bos_token_id: int) -> Positions:
-    """All real tokens but the BOS tokens at the beginning of each sequence. A sequence that does not begin with BOS loses nothing (compare :data:`without_first`)."""
+    """All real tokens but the BOS tokens at the beginning of each sequence, however many there are.
+
+    A sequence that does not begin with BOS loses nothing (compare :data:`without_first`), and BOS
+    tokens further inside stay.
+    """
 
     def choose(tokens: Tokens) -> Tensor:
         if tokens.ids is None:
             raise CaptureError(
                 "without_bos needs input_ids, but the pass was given embeddings; use without_first"
             )
-        return ~(tokens.starts & (tokens.ids == bos_token_id))
+        other = (tokens.real & (tokens.ids != bos_token_id)).int()
+        before = other.cumsum(1) - other  # of the whole row; a packed row holds several sequences
+        of_start = torch.where(tokens.starts, before, 0).cummax(1).values
+        return (before > of_start) | other.bool()
 
     return Positions(f"without_bos({bos_token_id})", choose)
 

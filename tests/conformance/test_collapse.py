@@ -258,8 +258,8 @@ def test_find_collapse_finds_the_directions_of_all_content_tokens(
     )
     assert list(found) == [f"{path}.weight" for path in MODULES]
     with _recorded(llama, MODULES) as recorded:
-        for batch in sets:
-            loss(batch).backward()
+        for batch in sets:  # the sum over all target tokens, whatever the batches
+            (loss(batch) * batch.target_mask.sum()).backward()
     for path in MODULES:
         collapse = found[f"{path}.weight"]
         for side, basis, components in (

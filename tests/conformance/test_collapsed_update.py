@@ -294,8 +294,8 @@ def test_a_pass_finds_the_shares_of_the_content_tokens(
         kind=kind,
     )
     rows = _Rows(llama, MLP)
-    for batch in sets:
-        cross_entropy(llama, batch).backward()
+    for batch in sets:  # the sum over all target tokens, whatever the batches
+        (cross_entropy(llama, batch) * batch.target_mask.sum()).backward()
     rows.remove()
     for path in MLP:
         collapse = found[f"{path}.weight"]

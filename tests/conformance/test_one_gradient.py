@@ -89,7 +89,7 @@ def _run(bench: Bench, made: Recipe, forget: tuple[Example, ...] = FORGET) -> di
 
 
 def _hand_gradient(model: PreTrainedModel, texts: list[Batch]) -> dict[str, Tensor]:
-    """Sum over batches of the gradients of minus the cross-entropy per target token, in float64, with log-softmax and loops of its own."""
+    """Gradient of the log-likelihood summed over all target tokens, in float64, with log-softmax and loops of its own."""
     double = copy.deepcopy(model).double()
     total = {
         name: torch.zeros_like(parameter)
@@ -103,7 +103,7 @@ def _hand_gradient(model: PreTrainedModel, texts: list[Batch]) -> dict[str, Tens
             for row, t in batch.target_mask.nonzero().tolist()
         ]
         found = torch.autograd.grad(
-            torch.stack(terms).mean(),
+            torch.stack(terms).sum(),
             [parameter for name, parameter in double.named_parameters() if name in MATRICES],
         )
         for name, part in zip(total, found, strict=True):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hooks.tokens import Positions, Tokens, without_bos, without_first
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError
 
@@ -24,9 +25,10 @@ class Batch:
         attention_mask: ``[batch, position]`` 1 on real tokens, 0 on padding.
         answer_mask: ``[batch, position]`` true on the tokens of the answer (on none, where an example has no answer).
         subject_mask: ``[batch, position]`` true on the tokens of the subject.
-        target_mask: ``[batch, position]`` true on the tokens that a loss predicts: all real tokens but the first, or the answer (see :func:`encode`).
+        target_mask: ``[batch, position]`` true on the tokens that a loss predicts: the content tokens, or the answer (see :func:`encode`).
         items: the facts' names, one per row.
         alternative: the same questions with another answer (a refusal), row by row; for objectives that compare the two.
+        bos_token_id: the tokenizer's BOS, or ``None`` where it has none.
     """
 
     input_ids: Tensor
@@ -36,6 +38,7 @@ class Batch:
     target_mask: Tensor
     items: tuple[str, ...]
     alternative: Batch | None = None
+    bos_token_id: int | None = None
 
     @property
     def size(self) -> int:
@@ -48,10 +51,21 @@ class Batch:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
     @property
+    def content(self) -> Positions:
+        """Which tokens statistics see: all real ones but the first and any further leading BOS.
+
+        The first token of a sequence is an attention sink of outlying norm, whether or not it is
+        BOS, and so is every BOS that repeats it.
+        """
+        if self.bos_token_id is None:
+            return without_first
+        return without_first & without_bos(self.bos_token_id)
+
+    @property
     def content_mask(self) -> Tensor:
-        """``[batch, position]`` true on real tokens but the first (BOS, an attention sink with an outlying norm)."""
-        mask = self.attention_mask.bool()
-        return mask & (mask.cumsum(dim=1) > 1)
+        """``[batch, position]`` true on the tokens of :attr:`content`."""
+        real = self.attention_mask.bool()
+        return self.content(Tokens(real, real.shape[1], self.input_ids))
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
@@ -78,6 +92,7 @@ def encode(
     """Tokenise ``examples`` into one right-padded batch.
 
     Right padding is exact for every causal family and needs no position ids; the tokenizer's own padding side is not used.
+    A text that begins with the BOS string is not given a second BOS by a tokenizer that adds one.
 
     Args:
         tokenizer: a fast tokenizer (offsets are needed to find the answer).
@@ -86,7 +101,7 @@ def encode(
         targets: which tokens a loss predicts.
 
     Raises:
-        WorkbenchError: there is no example, the tokenizer is slow, a text has fewer than two tokens, or an answer lies behind the cut.
+        WorkbenchError: there is no example, the tokenizer is slow, a text has nothing to predict (fewer than two tokens, or BOS alone), or an answer lies behind the cut.
     """
     if not examples:
         raise WorkbenchError("there is no text to encode: the set is empty")
@@ -94,18 +109,20 @@ def encode(
         raise WorkbenchError(
             f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; load its fast version (tokenizer.json)"
         )
+    texts = [_without_bos_string(tokenizer, example.text) for example in examples]
     encoded = tokenizer(
-        [example.text for example in examples],
+        texts,
         return_offsets_mapping=True,
         truncation=max_length is not None,
         max_length=max_length,
         padding=False,
     )
     rows = encoded["input_ids"]
+    bos = tokenizer.bos_token_id
     for row, example in zip(rows, examples, strict=True):
-        if len(row) < 2:
+        if len(row) < 2 or all(token == bos for token in row):
             raise WorkbenchError(
-                f"text too short: {example.text!r} has {len(row)} token(s) and a next-token loss needs at least 2; remove or lengthen it"
+                f"text too short: {example.text!r} has {len(row)} token(s) and a next-token loss needs at least 2, BOS aside; remove or lengthen it"
             )
     width = max(map(len, rows))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -113,20 +130,28 @@ def encode(
     attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
     answer_mask = torch.zeros((len(rows), width), dtype=torch.bool)
     subject_mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for index, (row, offsets, example) in enumerate(
-        zip(rows, encoded["offset_mapping"], examples, strict=True)
-    ):
+    # Spans count characters of the text as given.
+    cuts = [len(example.text) - len(text) for example, text in zip(examples, texts, strict=True)]
+    all_offsets = [
+        [(start + cut, end + cut) for start, end in offsets]
+        for offsets, cut in zip(encoded["offset_mapping"], cuts, strict=True)
+    ]
+    for index, (row, offsets, example) in enumerate(zip(rows, all_offsets, examples, strict=True)):
         input_ids[index, : len(row)] = torch.tensor(row)
         attention_mask[index, : len(row)] = 1
         for mask, span in ((answer_mask, example.answer), (subject_mask, example.subject)):
             if span is not None:
                 for position, (start, end) in enumerate(offsets):
                     mask[index, position] = start < span[1] and end > span[0] and end > start
-    target_mask = attention_mask.bool().clone()
-    target_mask[:, 0] = False
+    nothing = torch.zeros_like(answer_mask)
+    items = tuple(example.item for example in examples)
+    batch = Batch(
+        input_ids, attention_mask, answer_mask, subject_mask, nothing, items, bos_token_id=bos
+    )
+    target_mask = batch.content_mask
     for index, example in enumerate(examples):
         if example.answer is not None:
-            reached = max(end for _, end in encoded["offset_mapping"][index])
+            reached = max(end for _, end in all_offsets[index])
             if not bool(answer_mask[index, 1:].any()) or reached < len(
                 example.text[: example.answer[1]].rstrip()
             ):
@@ -135,14 +160,19 @@ def encode(
                 )
             if targets == "answer":
                 target_mask[index] = answer_mask[index]
-    return Batch(
-        input_ids,
-        attention_mask,
-        answer_mask,
-        subject_mask,
-        target_mask,
-        tuple(example.item for example in examples),
-    )
+    return replace(batch, target_mask=target_mask)
+
+
+def _without_bos_string(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """``text`` without the BOS strings in front, if ``tokenizer`` adds a BOS of its own."""
+    bos = tokenizer.bos_token
+    if not isinstance(bos, str) or not bos or not text.startswith(bos):
+        return text
+    if tokenizer("")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return text
+    while text.startswith(bos):
+        text = text.removeprefix(bos)
+    return text
 
 
 def batches(

@@ -35,7 +35,6 @@ from workbench.diagnostics.shift import streams
 from workbench.errors import WorkbenchError
 from workbench.progress import Report, quiet
 from workbench.subspaces.compare import read_direction
-from workbench.subspaces.subspace import noise_floor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -440,7 +439,7 @@ def _readings(
         values, vectors = torch.linalg.eigh(second)
         kept = values[-components:].flip(0)
         for component, value in enumerate(
-            kept[kept > noise_floor(float(kept[0]), moment.mean)].tolist()
+            kept[kept > kept[0] * 1e-6].tolist()  # a difference carries the streams' rounding
         ):
             direction = vectors[:, -1 - component]
             towards = direction if float(direction @ moment.mean) >= 0 else -direction

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import Capture, Collect, layer_count, resolve, without_first
+from hooks import Capture, Collect, layer_count, resolve
 from workbench.data.batches import Batch
 from workbench.subspaces.compare import debiased_cka
 
@@ -17,13 +17,14 @@ MEASURES = ("relative_shift", "cosine", "norm_ratio", "cka")
 
 
 def streams(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, Tensor]:
-    """``{layer: [row, width]}`` float32 residual stream after every block, on all content tokens (the first one, an attention sink, is left out)."""
+    """``{layer: [row, width]}`` float32 residual stream after every block, on all content tokens (:attr:`workbench.data.batches.Batch.content`)."""
     sites = [
         resolve(model, f"blocks.{layer}.hook_resid_post")[0] for layer in range(layer_count(model))
     ]
     kept = Collect()
-    with Capture(model, sites, kept, at=without_first) as capture:
+    with Capture(model, sites, kept) as capture:
         for batch in batches:
+            capture.at(batch.content)
             capture.forward(batch.inputs)
     return {layer: kept[site.name].float().cpu() for layer, site in enumerate(sites)}
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +43,57 @@ def token_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
 def cross_entropy(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Mean negative log-likelihood over the target tokens of the whole batch, in nats per token (scalar)."""
     return token_nll(model, batch).sum() / batch.target_mask[:, 1:].sum()
+
+
+Weight = Callable[[Batch], float]
+"""How many equal parts the loss of one batch is a mean over: that number times the loss is a sum.
+
+Only sums over batches are the same for every order, batch size and split of the texts, so whatever
+is added up over batches (gradients, statistics of their rows) is multiplied by it first.
+"""
+
+_Marked = TypeVar("_Marked", bound=Callable[..., Any])
+
+
+def target_tokens(batch: Batch) -> float:
+    """Tokens that a loss predicts: the unit of :func:`cross_entropy` and of every unmarked loss."""
+    return float(batch.target_mask[:, 1:].sum())
+
+
+def content_tokens(batch: Batch) -> float:
+    """Real tokens without the leading ones: the unit of losses on representations."""
+    return float(batch.content_mask.sum())
+
+
+def real_tokens(batch: Batch) -> float:
+    """All tokens but padding."""
+    return float(batch.attention_mask.sum())
+
+
+def sequences(batch: Batch) -> float:
+    """Rows: the unit of preference losses, whose formula is per sequence."""
+    return float(batch.size)
+
+
+def summed(batch: Batch) -> float:
+    """1: the weight of a loss that is a sum already."""
+    return 1.0
+
+
+def mean_over(weight: Weight) -> Callable[[_Marked], _Marked]:
+    """Decorator: say what a loss is a mean over, where that is not the target tokens."""
+
+    def mark(loss: _Marked) -> _Marked:
+        loss.mean_over = weight  # type: ignore[attr-defined]
+        return loss
+
+    return mark
+
+
+def weight_of(loss: Callable[..., Any]) -> Weight:
+    """What ``loss`` was marked with by :func:`mean_over`; :func:`target_tokens`, if it was not."""
+    found: Weight = getattr(loss, "mean_over", target_tokens)
+    return found
 
 
 def token_kl(reference_logits: Tensor, logits: Tensor) -> Tensor:

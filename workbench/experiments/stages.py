@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import Capture, Collect, MomentsOf, gradients_only, layer_count, resolve, without_first
+from hooks import Capture, Collect, MomentsOf, gradients_only, layer_count, resolve
 from workbench.attacks.leaks import LeakReport, leak_report
 from workbench.attacks.relearn import (
     DivergedError,
@@ -29,7 +29,7 @@ from workbench.diagnostics.shift import MEASURES as MEASURES_OF_SHIFT
 from workbench.diagnostics.shift import returned, shift_by_layer, streams
 from workbench.diagnostics.triggers import Carrier, trigger_queries, trigger_scores
 from workbench.errors import WorkbenchError
-from workbench.evaluation.losses import cross_entropy, score
+from workbench.evaluation.losses import cross_entropy, score, target_tokens
 from workbench.experiments import landscape
 from workbench.experiments.bench import MEASURES, Bench, Disruption
 from workbench.experiments.table import Table
@@ -88,16 +88,17 @@ def find_subspaces(
     }
     found: dict[str, dict[str, Subspace]] = {}
     for name, examples in texts.items():
-        moments = MomentsOf()
-        with gradients_only(bench.base), Capture(bench.base, sites, moments, at=without_first):
-            for batch in bench.encode(examples):
-                (cross_entropy(bench.base, batch) * batch.target_mask[:, 1:].sum()).backward()
+        moments, encoded = MomentsOf(), bench.encode(examples)
+        with gradients_only(bench.base), Capture(bench.base, sites, moments) as capture:
+            for batch in encoded:
+                capture.at(batch.content)
+                (cross_entropy(bench.base, batch) * target_tokens(batch)).backward()
         found[name] = {
             site.name: principal_subspace(
                 moments[site.name],
                 rank,
                 site=site.name,
-                tokens=without_first.name,
+                tokens=encoded[0].content.name,
                 source=f"base on {name} texts",
             )
             for site in sites
@@ -193,9 +194,10 @@ def compare_sets(
     texts: dict[str, Tensor] = {}
     for name, examples in {"forget": bench.record.forget, **bench.record.retain}.items():
         kept = Collect()
-        with Capture(bench.base, sites, kept, at=without_first) as capture:
+        with Capture(bench.base, sites, kept) as capture:
             encoded = bench.encode(_within(bench, one_per_item(examples)))
             for batch in encoded:
+                capture.at(batch.content)
                 capture.forward(batch.inputs)
         counts = torch.cat([batch.content_mask.sum(1) for batch in encoded]).cpu()
         rows[name] = {site.name: kept[site.name].float().cpu() for site in sites}

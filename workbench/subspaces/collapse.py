@@ -14,16 +14,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import Capture, Rows, Site, gradients_only, resolve, without_first
+from hooks import Capture, Rows, Site, gradients_only, resolve
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError, unknown
+from workbench.evaluation.losses import Weight, weight_of
 from workbench.subspaces.finders import SketchPCA, StreamingPCA
 from workbench.subspaces.subspace import Subspace
 
@@ -95,7 +96,7 @@ def removed_shares(second_moments: Tensor, kind: Kind) -> Tensor:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Collapse:
     """The two sides of the map of one weight.
 
@@ -104,12 +105,24 @@ class Collapse:
         gradient: ``[out, m]`` orthonormal, directions of its output gradients to leave alone.
         activation_removed: ``[k]`` share of each direction that is removed; all of it by default.
         gradient_removed: ``[m]`` likewise.
+        asked: directions asked for on the two sides, the mean among them; fewer are there where the
+            rows had no more.
     """
 
     activation: Tensor
     gradient: Tensor
     activation_removed: Tensor | None = None
     gradient_removed: Tensor | None = None
+    asked: tuple[int, int] | None = None
+
+    def __repr__(self) -> str:
+        sides = ("activation", self.activation), ("gradient", self.gradient)
+        asked = self.asked or tuple(basis.shape[1] for _, basis in sides)
+        words = (
+            f"{f'{basis.shape[1]} of ' if basis.shape[1] < number else ''}{number} {name}"
+            for (name, basis), number in zip(sides, asked, strict=True)
+        )
+        return f"Collapse({' and '.join(words)} directions)"
 
     def __call__(self, weight_gradient: Tensor) -> Tensor:
         """The collapsed gradient, same shape ``[out, in]`` and dtype, computed in float32."""
@@ -120,11 +133,14 @@ class Collapse:
 
     def to(self, device: torch.device | str) -> Collapse:
         """The same map on ``device``."""
-        shares = (
-            None if removed is None else removed.to(device)
-            for removed in (self.activation_removed, self.gradient_removed)
+        return replace(
+            self,
+            **{
+                name: part.to(device)
+                for name in ("activation", "gradient", "activation_removed", "gradient_removed")
+                if (part := getattr(self, name)) is not None
+            },
         )
-        return Collapse(self.activation.to(device), self.gradient.to(device), *shares)
 
 
 def collapse_side(
@@ -190,17 +206,32 @@ def find_collapse(
     activation_components: int,
     gradient_components: int,
     kind: Kind = "hard",
+    weight: Weight | None = None,
 ) -> dict[str, Collapse]:
     """One pass over ``batches`` that finds the bases of every module in ``modules``.
+
+    The rows are those of every content token of every batch, each counted once; tokens without
+    gradient (behind the last target, say) are rows of zeros and count as well, on both sides. The
+    gradient row of a token is that of the *sum* of the loss over the whole set,
+    ``weight(batch) * loss(batch)``, so order, batch size and split of the texts change nothing.
+    That holds for a loss whose batch value is a mean of independent terms, or a sum; one that
+    normalises by a statistic of its batch must be given that statistic of the whole set (see
+    :func:`workbench.unlearning.objectives.on_set`).
 
     Args:
         model: the model that ``loss`` runs.
         modules: paths of linear layers.
-        loss: batch to scalar; its gradients at the outputs are the gradient side.
+        loss: batch to scalar; its gradients at the outputs are the gradient side. A mean over the
+            target tokens, unless it is marked (:func:`workbench.evaluation.losses.mean_over`) or
+            ``weight`` says otherwise.
         batches: statistics use the content tokens (no padding, no BOS). From the forget set or from the retain set: which one is better depends on the data.
         activation_components: directions per activation side, mean included; 0 leaves that side alone.
         gradient_components: directions per gradient side, mean included; 0 leaves that side alone.
         kind: hard, soft or quadratic (:func:`removed_shares`).
+        weight: how many equal terms ``loss`` is a mean over in a batch, for example
+            :func:`~workbench.evaluation.losses.sequences`, or
+            :func:`~workbench.evaluation.losses.summed` for a sum. Default: what ``loss`` is marked
+            with.
 
     Raises:
         WorkbenchError: ``batches`` is empty.
@@ -228,9 +259,10 @@ def find_collapse(
                 or leaders[name.removesuffix(":in")] == name.removesuffix(":in")
             ],
         )
-        with gradients_only(model), Capture(model, sites, sides, at=without_first):
+        terms = weight_of(loss) if weight is None else weight
+        with gradients_only(model), Capture(model, sites, sides, at=texts[0].content):
             for batch in texts:
-                loss(batch).backward()
+                (loss(batch) * terms(batch)).backward()
     found = {}
     for path in paths:
         layer = model.get_submodule(path)
@@ -248,7 +280,11 @@ def find_collapse(
             )
         (activation, activation_removed), (gradient, gradient_removed) = side.values()
         found[f"{path}.weight"] = Collapse(
-            activation, gradient, activation_removed, gradient_removed
+            activation,
+            gradient,
+            activation_removed,
+            gradient_removed,
+            (max(0, activation_components), max(0, gradient_components)),
         ).to(weight.device)
     return found
 

@@ -30,6 +30,7 @@ class _Finder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """What both finders share: the attributes of scikit-learn's PCA, read from a :class:`Subspace`."""
 
     n_components: int
+    _found: Any
 
     def fit(self, X: Tensor, y: Any = None, sample_weight: Tensor | None = None) -> Self:
         """Forget everything seen before and see ``X`` ``[row, width]``."""
@@ -50,6 +51,18 @@ class _Finder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     def __sklearn_is_fitted__(self) -> bool:
         return bool(self.n_samples_seen_)  # type: ignore[attr-defined]
+
+    def _described(self, width: int) -> str:
+        """The finder in words; says how many components there are where they are fewer than asked.
+
+        Before the rows are decomposed (the first question for components or variances) that is
+        not known, and the words say only what was asked.
+        """
+        found = "" if self._found is None else f"{self.subspace().rank} of "
+        return (
+            f"{type(self).__name__}({found}{self.n_components} components, "
+            f"{self.n_samples_seen_} rows of width {width})"  # type: ignore[attr-defined]
+        )
 
     @property
     def components_(self) -> Tensor:
@@ -81,7 +94,7 @@ class _Finder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
 
 class StreamingPCA(_Finder):
-    """Exact principal components of a stream of rows: float32 products of centred chunks, merged in float64 (Chan, Golub and LeVeque 1983), one float64 ``eigh``.
+    """Exact principal components of a stream of rows: products of centred chunks, merged (Chan, Golub and LeVeque 1983), and one ``eigh``, all in float64.
 
     Args:
         n_components: how many directions, at most.
@@ -127,7 +140,7 @@ class StreamingPCA(_Finder):
         return self._found.named(**where)
 
     def __repr__(self) -> str:
-        return f"StreamingPCA({self.n_components} components, {self.moments_.count} rows of width {len(self.moments_.mean)})"
+        return self._described(len(self.moments_.mean))
 
 
 class SketchPCA(_Finder):
@@ -164,9 +177,14 @@ class SketchPCA(_Finder):
         """Forget everything."""
         self.n_samples_seen_ = 0
         self._weight = 0.0
-        self._energy = 0.0  # trace of the centred scatter
         self._mean = self._test = self._sketch = torch.zeros(0, dtype=torch.float64)
+        self._squares = torch.zeros(0, dtype=torch.float64)  # diagonal of the centred scatter
         self._found: tuple[Subspace, Tensor, float] | None = None
+
+    @property
+    def _energy(self) -> float:
+        """Trace of the centred scatter."""
+        return float(self._squares.sum())
 
     @property
     def _columns(self) -> int:
@@ -187,6 +205,7 @@ class SketchPCA(_Finder):
             test = torch.linalg.qr(torch.cat([self._range.cpu(), test], dim=1)[:, :columns])[0]
         self._test = torch.cat([test, probes], dim=1).to(device)
         self._mean = torch.zeros(width, dtype=torch.float64, device=device)
+        self._squares = torch.zeros_like(self._mean)
         self._sketch = torch.zeros(width, self._test.shape[1], dtype=torch.float64, device=device)
 
     def partial_fit(self, X: Tensor, y: Any = None, sample_weight: Tensor | None = None) -> Self:
@@ -201,17 +220,12 @@ class SketchPCA(_Finder):
             raise WorkbenchError(
                 f"the sketch is of rows of width {len(self._mean)}; these have width {rows.shape[1]}"
             )
-        mean = (
-            rows.double().mean(0)
-            if weights is None
-            else (weights[:, None] * rows.double()).sum(0) / total
-        )
-        centred = rows - mean.float()
-        left = centred if weights is None else centred * weights[:, None].float()
-        with torch.autocast(rows.device.type, enabled=False):
-            sketch = left.T @ (centred @ self._test)
+        mean = rows.mean(0) if weights is None else (weights[:, None] * rows).sum(0) / total
+        centred = rows - mean
+        left = centred if weights is None else centred * weights[:, None]
+        sketch = left.T @ (centred @ self._test.double())
         count = len(rows) if weights is None else int((weights > 0).sum())
-        self._add(count, total, mean, sketch.double(), float((left * centred).double().sum()))
+        self._add(count, total, mean, sketch, (left * centred).sum(0))
         return self
 
     def merge(self, other: SketchPCA) -> Self:
@@ -230,11 +244,8 @@ class SketchPCA(_Finder):
                 self._range, other._range.to(self._range)
             )
         if alike and not len(self._mean):
-            self._mean, self._sketch, self._test = (
-                torch.zeros_like(other._mean),
-                torch.zeros_like(other._sketch),
-                other._test,
-            )
+            self._mean, self._squares = (torch.zeros_like(other._mean) for _ in range(2))
+            self._sketch, self._test = torch.zeros_like(other._sketch), other._test
         if (
             not alike
             or self._test.shape != other._test.shape
@@ -243,15 +254,17 @@ class SketchPCA(_Finder):
             raise WorkbenchError(
                 "sketches can be merged only with the same seed, width, components, oversampling and pass"
             )
-        self._add(other.n_samples_seen_, other._weight, other._mean, other._sketch, other._energy)
+        self._add(other.n_samples_seen_, other._weight, other._mean, other._sketch, other._squares)
         return self
 
-    def _add(self, count: int, weight: float, mean: Tensor, sketch: Tensor, energy: float) -> None:
+    def _add(
+        self, count: int, weight: float, mean: Tensor, sketch: Tensor, squares: Tensor
+    ) -> None:
         total = self._weight + weight
         shift, factor = mean.to(self._mean) - self._mean, self._weight * weight / total
         self._sketch += sketch.to(self._sketch)
         self._sketch.addr_(shift, shift @ self._test.double(), alpha=factor)
-        self._energy += energy + factor * float(shift.square().sum())
+        self._squares += squares.to(self._squares) + factor * shift.square()
         self._mean += shift * (weight / total)
         self.n_samples_seen_ += count
         self._weight = total
@@ -280,7 +293,8 @@ class SketchPCA(_Finder):
                 sketch.new_zeros(0),
             )
         else:
-            vectors, values = _nystroem(sketch, test, size, self._mean)
+            mean_square = self._mean.square() + self._squares / self._weight
+            vectors, values = _nystroem(sketch, test, size, mean_square)
         kept = vectors[:, : self.n_components]
         variances = values[: self.n_components]
         missed = seen - kept @ (variances[:, None] * (kept.T @ probes))
@@ -298,6 +312,7 @@ class SketchPCA(_Finder):
             "",
             "",
             "",
+            self.n_components,
         )
         # What comes after the last eigenvalue that the sketch can see is zero if it saw fewer than it could, and unknown otherwise.
         beyond = 0.0 if len(values) < columns else float("nan")
@@ -340,12 +355,12 @@ class SketchPCA(_Finder):
         """Bytes held: linear in the width."""
         return sum(
             tensor.nbytes
-            for tensor in (self._mean, self._test, self._sketch, self._range)
+            for tensor in (self._mean, self._squares, self._test, self._sketch, self._range)
             if tensor is not None
         )
 
     def __repr__(self) -> str:
-        return f"SketchPCA({self.n_components} components, {self.n_samples_seen_} rows of width {len(self._mean)})"
+        return self._described(len(self._mean))
 
     def _repr_html_(self) -> str:
         if not self.n_samples_seen_:
@@ -373,17 +388,19 @@ class SketchPCA(_Finder):
         )
 
 
-def _nystroem(sketch: Tensor, test: Tensor, size: float, mean: Tensor) -> tuple[Tensor, Tensor]:
+def _nystroem(
+    sketch: Tensor, test: Tensor, size: float, mean_square: Tensor
+) -> tuple[Tensor, Tensor]:
     """Eigenvectors ``[width, k]`` and eigenvalues ``[k]`` of ``Y (W^T Y)^+ Y^T``, shifted for stability; directions without variance are left out."""
     shift = torch.finfo(torch.float64).eps * size
     shifted = sketch + shift * test
     core = test.T @ shifted
     values, vectors = torch.linalg.eigh((core + core.T) / 2)
-    keep = values > values[-1] * 1e-6  # the sketch is a sum of float32 products
+    keep = values > 4 * len(values) * shift  # what float64 can tell from zero
     half = shifted @ (vectors[:, keep] / values[keep].sqrt())
     left, singular, _ = torch.linalg.svd(half, full_matrices=False)
     found = (singular.square() - shift).clamp(min=0)
-    keep = found > noise_floor(float(found[0]), mean)
+    keep = found > noise_floor(left, mean_square, float(found[0]))
     return left[:, keep], found[keep]
 
 

@@ -29,6 +29,8 @@ class Subspace:
         site: name of the site (it says whether these are activations or gradients).
         tokens: the token rule that selected the rows.
         source: what was run, in words.
+        asked: directions asked for; fewer are found where the rows have no more. ``None`` where
+            nobody asked for a number.
     """
 
     basis: Tensor
@@ -39,6 +41,7 @@ class Subspace:
     site: str
     tokens: str
     source: str
+    asked: int | None = None
 
     @property
     def width(self) -> int:
@@ -61,6 +64,7 @@ class Subspace:
             self.site,
             self.tokens,
             self.source,
+            rank,
         )
 
     def named(self, *, site: str = "", tokens: str = "", source: str = "") -> Subspace:
@@ -86,7 +90,7 @@ class Subspace:
             "site": self.site,
             "tokens": self.tokens,
             "source": self.source,
-        }
+        } | ({} if self.asked is None else {"asked": str(self.asked)})
         write_file(path, lambda temporary: save_file(tensors, temporary, metadata=note))
 
     @classmethod
@@ -109,20 +113,28 @@ class Subspace:
                 site=note["site"],
                 tokens=note["tokens"],
                 source=note["source"],
+                asked=int(note["asked"]) if "asked" in note else None,
             )
         except Exception as error:
             raise WorkbenchError(
                 f"{path} holds no subspace ({error}); it must be a file written by Subspace.save"
             ) from error
 
+    @property
+    def _directions(self) -> str:
+        fewer = self.asked is not None and self.rank < self.asked
+        return f"{self.rank} of {self.width}" + (f" ({self.asked} asked)" if fewer else "")
+
     def __repr__(self) -> str:
-        return f"Subspace({self.site or 'no site'}: {self.rank} of {self.width} directions, {self.count} rows)"
+        return (
+            f"Subspace({self.site or 'no site'}: {self._directions} directions, {self.count} rows)"
+        )
 
     def _repr_html_(self) -> str:
         share = float(self.eigenvalues.sum()) / self.total_variance if self.total_variance else 0.0
         rows = {
             "site": self.site,
-            "directions": f"{self.rank} of {self.width}",
+            "directions": self._directions,
             "variance inside": f"{share:.1%}",
             "rows": f"{self.count:,}",
             "tokens": self.tokens,
@@ -163,25 +175,43 @@ def principal_subspace(
         )
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    keep = min(rank, int((values > noise_floor(float(values[0]), moments.mean)).sum()))
+    size = moments.mean.square() + covariance.diagonal()
+    keep = (values > noise_floor(vectors, size, float(values[0]))).nonzero()[:rank, 0]
     return Subspace(
-        vectors[:, :keep].float().cpu().contiguous(),
-        values[:keep].float().cpu(),
+        vectors[:, keep].float().cpu().contiguous(),
+        values[keep].float().cpu(),
         moments.mean.float().cpu(),
         moments.count,
         float(values.sum()),
         site,
         tokens,
         source,
+        rank,
     )
 
 
-def noise_floor(largest: float, mean: Tensor) -> float:
-    """A variance that rounding alone can make: 1e-6 of the largest (float32 products), or the square of half a unit in the last place of a float32 mean."""
-    return max(
-        largest * 1e-6,
-        (torch.finfo(torch.float32).eps / 2) ** 2 * float(mean.double().square().sum()),
-    )
+_ROUNDING = 8 * torch.finfo(torch.float32).eps
+"""Relative error of a coordinate of a float32 row: what a product or two before it have rounded."""
+
+
+def noise_floor(vectors: Tensor, mean_square: Tensor, largest: float) -> Tensor:
+    """The variance that rounding alone can make along each direction.
+
+    Every coordinate of a float32 row carries a rounding error in proportion to its own size, so a
+    direction that hardly touches a massive coordinate does not suffer from it:
+    ``(8 eps32)^2 sum_i v_i^2 E[x_i^2]``, and the rounding of a float64 eigendecomposition,
+    ``eps64 * width * largest``, on top.
+
+    Args:
+        vectors: ``[width, k]`` orthonormal columns.
+        mean_square: ``[width]`` mean square of each coordinate, its mean included.
+        largest: the largest eigenvalue of the decomposition that gave ``vectors``.
+
+    Returns:
+        ``[k]`` float64.
+    """
+    own = vectors.double().square().T @ mean_square.to(vectors.device).double()
+    return _ROUNDING**2 * own + torch.finfo(torch.float64).eps * len(mean_square) * largest
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from hooks import Capture, Collect, Moments, Positions, resolve
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.subspaces.finders import SketchPCA, StreamingPCA
-from workbench.subspaces.subspace import Subspace
+from workbench.subspaces.subspace import Subspace, noise_floor
 
 
 class TwoSided(NamedTuple):
@@ -69,6 +69,7 @@ def singular_subspaces(matrix: Tensor, rank: int, *, site: str = "", source: str
             site,
             "",
             source,
+            rank,
         )
 
     return TwoSided(side(left), side(right.T))
@@ -142,19 +143,22 @@ def contrast(
         )
     values, vectors = torch.linalg.eigh(one - two)
     values, vectors = values.flip(0), vectors.flip(1)
-    scale = float(
-        torch.linalg.eigvalsh(one)[-1] + torch.linalg.eigvalsh(two)[-1]
-    )  # both carry the rounding of float32 products
+    largest = float(torch.linalg.eigvalsh(one)[-1] + torch.linalg.eigvalsh(two)[-1])
+    size = one.diagonal() + two.diagonal() + first.mean.square() + second.mean.square().to(one)
     positive = values.clamp(min=0)
-    keep = min(rank, int((values > 1e-6 * scale).sum()))
+    # Rows of spread s with a rounding of r have a variance that is off by up to 2 s r + r^2.
+    rounding = noise_floor(vectors, size, largest)
+    spread = (vectors * ((one + two) @ vectors)).sum(0).clamp(min=0)
+    keep = (values > 2 * (spread * rounding).sqrt() + rounding).nonzero()[:rank, 0]
     mean = (first.mean - second.mean.to(first.mean)).float().cpu()
     return Subspace(
-        vectors[:, :keep].float().cpu().contiguous(),
-        positive[:keep].float().cpu(),
+        vectors[:, keep].float().cpu().contiguous(),
+        positive[keep].float().cpu(),
         mean,
         first.count + second.count,
         float(positive.sum()),
         site,
         tokens,
         source,
+        rank,
     )

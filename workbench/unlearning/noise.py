@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hooks import Site, edit
 from workbench.data.batches import Batch
+from workbench.evaluation.losses import mean_over, weight_of
 from workbench.unlearning.objectives import Loss
 
 
@@ -65,6 +66,7 @@ def noisy_reference(term: Loss, site: Site, ratio: float, seed: int) -> Loss:
     """
     text, first = gaussian(ratio, seed), gaussian(ratio, seed + 1_000_003)
 
+    @mean_over(weight_of(term))
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         if model is reference:
             raise ValueError(

@@ -2,11 +2,15 @@
 
 ``reference`` is the frozen starting model. Every term is masked inside, computed per example where its formula is per example, and moves the
 gradient (tested).
+
+The value of a term on a batch is a mean over the target tokens, or over what it is marked with
+(:func:`workbench.evaluation.losses.mean_over`). Statistics that go over a whole set ask
+:func:`on_set` for the term, so that neither order nor batch size enters them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +19,44 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
-from workbench.errors import unknown
-from workbench.evaluation.losses import cross_entropy, next_token_logits, token_kl, token_nll
+from workbench.errors import WorkbenchError, unknown
+from workbench.evaluation.losses import (
+    cross_entropy,
+    mean_over,
+    next_token_logits,
+    sequences,
+    token_kl,
+    token_nll,
+    weight_of,
+)
 
 Loss = Callable[[PreTrainedModel, Batch, PreTrainedModel], Tensor]
+
+
+def on_set(
+    term: Loss, model: PreTrainedModel, reference: PreTrainedModel, batches: Sequence[Batch]
+) -> Callable[[Batch], Tensor]:
+    """``term`` as a function of a batch of one whole set, marked with what it is a mean over.
+
+    A term that measures something on its batch (the mean length of a representation) has an
+    attribute ``on_set(reference, batches)`` that gives the same term with the measure of the whole
+    set. The weighted sum over batches is then the same under any order, batch size and split.
+    Noise that a term draws afresh at every call (:mod:`workbench.unlearning.noise`) is outside
+    that promise.
+
+    Args:
+        term: of an objective.
+        model: that the term runs, as it is at the time of every call.
+        reference: the frozen starting model.
+        batches: the whole set.
+    """
+    whole: Loss = term.on_set(reference, batches) if hasattr(term, "on_set") else term
+
+    @mean_over(weight_of(whole))
+    def loss(batch: Batch) -> Tensor:
+        return whole(model, batch, reference)
+
+    return loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +148,7 @@ def npo(beta: float) -> Loss:
     if beta <= 0:
         raise ValueError(f"beta is {beta}; NPO needs beta > 0 (its limit at 0 is gradient ascent)")
 
+    @mean_over(sequences)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         with torch.no_grad():
             before = token_nll(reference, batch).sum(1)
@@ -130,6 +169,7 @@ def simnpo(beta: float, margin: float) -> Loss:
     if beta <= 0:
         raise ValueError(f"beta is {beta}; SimNPO needs beta > 0")
 
+    @mean_over(sequences)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         return -2.0 / beta * F.logsigmoid(beta * (_mean_nll(model, batch) - margin)).mean()
 
@@ -164,6 +204,7 @@ def idk_dpo(beta: float) -> Loss:
             before = token_nll(reference, batch).sum(1)
         return before - token_nll(model, batch).sum(1)
 
+    @mean_over(sequences)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         return (
             -2.0
@@ -176,6 +217,7 @@ def idk_dpo(beta: float) -> Loss:
     return loss
 
 
+@mean_over(lambda batch: weight_of(cross_entropy)(_refusal(batch)))
 def idk_cross_entropy(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
     """Mean cross-entropy of the refusal, nats per token (IdkNLL; Maini et al. 2024)."""
     return cross_entropy(model, _refusal(batch))
@@ -229,8 +271,23 @@ def teacher_kl(temperature: float, sign: float = 1.0) -> Loss:
 
 
 def weighted(*terms: tuple[float, Loss]) -> Loss:
-    """A sum of loss terms with weights."""
+    """A sum of loss terms with weights.
 
+    Terms that are means over different things have a value on a batch, but no sum over a set:
+    its :func:`~workbench.evaluation.losses.weight_of` raises :class:`WorkbenchError`.
+    """
+    units = {weight_of(term) for _, term in terms}
+
+    def unit(batch: Batch) -> float:
+        if len(units) > 1:
+            names = ", ".join(sorted(each.__name__ for each in units))
+            raise WorkbenchError(
+                f"a sum of losses that are means over {names} has no weight on a set of batches; "
+                "use terms with one mean_over"
+            )
+        return next(iter(units))(batch)
+
+    @mean_over(unit)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         return torch.stack([weight * term(model, batch, reference) for weight, term in terms]).sum()
 

@@ -13,11 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from workbench.data.batches import Batch, batches
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError
-from workbench.evaluation.losses import cross_entropy
+from workbench.evaluation.losses import cross_entropy, weight_of
 from workbench.progress import Report
 from workbench.subspaces.collapse import Collapse, removed_shares
 from workbench.subspaces.collapsed_update import collapse_checked
 from workbench.subspaces.weights import singular_subspaces
+from workbench.unlearning.objectives import on_set, retain_cross_entropy
 from workbench.unlearning.recipe import OneGradient, Recipe
 
 
@@ -97,16 +98,16 @@ def one_gradient(
             batch.to(model.device)
             for batch in batches(tokenizer, retain, recipe.batch_size, max_length=max_length)
         ]
-        source, _ = _gradient(chosen, lambda batch: cross_entropy(model, batch), retain_batches)
+        whole = on_set(retain_cross_entropy, model, reference, retain_batches)
+        source, _ = _gradient(chosen, whole, retain_batches)
         advance()
     start = {name: parameter.detach().clone() for name, parameter in chosen}
     try:
         if settings.adversary_rank:
             _adversary(model, chosen, forget_batches, settings)
             advance()
-        gradient, loss = _gradient(
-            chosen, lambda batch: recipe.objective.forget(model, batch, reference), forget_batches
-        )
+        whole = on_set(recipe.objective.forget, model, reference, forget_batches)
+        gradient, loss = _gradient(chosen, whole, forget_batches)
     finally:
         with torch.no_grad():
             for name, parameter in chosen:
@@ -136,19 +137,20 @@ def one_gradient(
 def _gradient(
     chosen: Parameters, loss: Callable[[Batch], Tensor], texts: Sequence[Batch]
 ) -> tuple[dict[str, Tensor], float]:
-    """float32 sum over batches of the gradients of ``loss``, and its mean."""
+    """float32 gradient of ``loss`` summed over the set, and its mean over the set's terms."""
     total: dict[str, Tensor] = {}
-    values = []
+    value = terms = 0.0
+    weight = weight_of(loss)
     for batch in texts:
         for _, parameter in chosen:
             parameter.grad = None
-        value = loss(batch)
-        value.backward()
-        values.append(float(value.detach()))
+        part_of_sum = loss(batch) * weight(batch)
+        part_of_sum.backward()
+        value, terms = value + float(part_of_sum.detach()), terms + weight(batch)
         for name, parameter in chosen:
             part = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             total[name] = total[name] + part.float() if name in total else part.float().clone()
-    return total, sum(values) / len(values)
+    return total, value / terms
 
 
 def _adversary(

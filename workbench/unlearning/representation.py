@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hooks import Site, tapped
 from workbench.data.batches import Batch
+from workbench.evaluation.losses import content_tokens, mean_over, real_tokens
 from workbench.unlearning.objectives import Loss
 
 
@@ -26,6 +29,16 @@ def _content(tensor: Tensor, batch: Batch) -> Tensor:
     return tensor[batch.content_mask].float()
 
 
+@torch.no_grad()
+def _mean_length(site: Site, reference: PreTrainedModel, batches: Sequence[Batch]) -> Tensor:
+    """Mean norm of the content rows of ``batches`` at ``site`` of ``reference``."""
+    norms = [
+        _content(tapped(reference, [site], batch.inputs)[site.name], batch).norm(dim=-1)
+        for batch in batches
+    ]
+    return torch.cat(norms).double().mean().float()
+
+
 def steer_to(site: Site, target: Tensor) -> Loss:
     """RMU's forget term: ``mean over tokens and coordinates of (h - target)^2`` (Li et al. 2024, arXiv 2403.03218, eq. 1).
 
@@ -34,6 +47,7 @@ def steer_to(site: Site, target: Tensor) -> Loss:
         target: ``[width]`` the scaled control vector ``c u``.
     """
 
+    @mean_over(content_tokens)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         hidden = _content(tapped(model, [site], batch.inputs)[site.name], batch)
         return F.mse_loss(hidden, target.to(hidden.device).expand_as(hidden))
@@ -44,6 +58,7 @@ def steer_to(site: Site, target: Tensor) -> Loss:
 def keep_representation(site: Site) -> Loss:
     """RMU's retain term: ``mean of (h - h_reference)^2`` over tokens and coordinates of the representation at ``site``."""
 
+    @mean_over(content_tokens)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         with torch.no_grad():
             expected = _content(tapped(reference, [site], batch.inputs)[site.name], batch)
@@ -52,18 +67,24 @@ def keep_representation(site: Site) -> Loss:
     return loss
 
 
-def mlp_breaking(sites: tuple[Site, ...], floor: float = 0.0) -> Loss:
+def mlp_breaking(
+    sites: tuple[Site, ...], floor: float = 0.0, lengths: dict[str, Tensor] | None = None
+) -> Loss:
     r"""MLP breaking (Sondej and Yang 2025, arXiv 2509.11816): push every MLP output away from what it was.
 
     .. math:: \frac1L \sum_l \mathrm{mean}_t \max\big(f,\ \langle o_t, o^0_t\rangle / n_l^2\big), \qquad n_l = \mathrm{mean}_t \lVert o^0_t\rVert
 
     The gradient vanishes for a token once its output no longer points along the original one.
+    ``n_l`` is the mean of the batch, as in the released code, unless ``lengths`` gives it; its
+    ``on_set`` takes the mean over the whole set.
 
     Args:
         sites: outputs of the MLPs whose contribution is broken.
         floor: ``f`` in the formula.
+        lengths: site name to ``n_l``.
     """
 
+    @mean_over(content_tokens)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         with torch.no_grad():
             clean = tapped(reference, sites, batch.inputs)
@@ -71,16 +92,28 @@ def mlp_breaking(sites: tuple[Site, ...], floor: float = 0.0) -> Loss:
         terms = []
         for site in sites:
             before, after = _content(clean[site.name], batch), _content(now[site.name], batch)
-            scale = before.norm(dim=-1).mean().square().clamp(min=torch.finfo(torch.float32).tiny)
+            length = before.norm(dim=-1).mean() if lengths is None else lengths[site.name]
+            scale = length.square().clamp(min=torch.finfo(torch.float32).tiny)
             terms.append(((before * after).sum(-1) / scale).clamp(min=floor).mean())
         return torch.stack(terms).mean()
+
+    def on_set(reference: PreTrainedModel, batches: Sequence[Batch]) -> Loss:
+        return mlp_breaking(
+            sites, floor, {site.name: _mean_length(site, reference, batches) for site in sites}
+        )
+
+    loss.on_set = on_set  # type: ignore[attr-defined]
 
     return loss
 
 
 def keep_hidden(site: Site) -> Loss:
-    """The retain term of CIR: ``mean_t ||h_t - h0_t|| / mean_t ||h0_t||`` over all real tokens, the released code's ``cb_retain`` with p = 1."""
+    """The retain term of CIR: ``mean_t ||h_t - h0_t|| / mean_t ||h0_t||`` over all real tokens, the released code's ``cb_retain`` with p = 1.
 
+    The denominator is that of the batch, so the term is no mean over independent tokens.
+    """
+
+    @mean_over(real_tokens)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         mask = batch.attention_mask.bool()
         with torch.no_grad():
@@ -95,7 +128,8 @@ def keep_hidden(site: Site) -> Loss:
 def adaptive_steer_to(site: Site, direction: Tensor, scale: float) -> Loss:
     r"""Adaptive RMU's forget term (Dang et al. 2025, arXiv 2408.06223): steer to ``scale * mean ||h|| * u``.
 
-    The mean length is that of the frozen reference on the first batch that the loss sees, once per training, as in the released code.
+    The mean length is that of the frozen reference on the first batch that the loss sees, once per
+    training, as in the released code; its ``on_set`` takes the mean over the whole set.
 
     Args:
         site: where the representation is read.
@@ -104,19 +138,19 @@ def adaptive_steer_to(site: Site, direction: Tensor, scale: float) -> Loss:
     """
     length: list[Tensor] = []
 
+    @mean_over(content_tokens)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         if not length:
-            with torch.no_grad():
-                length.append(
-                    _content(tapped(reference, [site], batch.inputs)[site.name], batch)
-                    .norm(dim=-1)
-                    .mean()
-                )
+            length.append(_mean_length(site, reference, [batch]))
         return steer_to(site, scale * length[0] * direction.to(length[0].device))(
             model, batch, reference
         )
 
+    def on_set(reference: PreTrainedModel, batches: Sequence[Batch]) -> Loss:
+        return steer_to(site, scale * _mean_length(site, reference, batches) * direction)
+
     loss.restart = length.clear  # type: ignore[attr-defined]
+    loss.on_set = on_set  # type: ignore[attr-defined]
     return loss
 
 
@@ -128,6 +162,7 @@ def steer_by(site: Site, shift: Tensor) -> Loss:
         shift: ``[width]`` the scaled random vector ``c s``, fixed over training.
     """
 
+    @mean_over(content_tokens)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         with torch.no_grad():
             expected = _content(tapped(reference, [site], batch.inputs)[site.name], batch)
@@ -143,6 +178,7 @@ def break_circuits(sites: tuple[Site, ...]) -> Loss:
     The cosine is that of every token with itself. The baseline in the released CIR code multiplies means over tokens instead, which is no cosine.
     """
 
+    @mean_over(content_tokens)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         with torch.no_grad():
             clean = tapped(reference, sites, batch.inputs)
@@ -163,6 +199,7 @@ def break_circuits(sites: tuple[Site, ...]) -> Loss:
 def keep_distance(sites: tuple[Site, ...]) -> Loss:
     """The retain term of representation rerouting: ``mean over layers and real tokens of ||h_t - h0_t||``."""
 
+    @mean_over(real_tokens)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         mask = batch.attention_mask.bool()
         with torch.no_grad():

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from workbench.data.batches import Batch, batches, encode, endless
+from workbench.data.batches import batches, encode, endless
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError
-from workbench.evaluation.losses import cross_entropy
 from workbench.progress import Report, quiet
 from workbench.subspaces.collapse import Collapse, find_collapse, only_tokens
 from workbench.subspaces.collapsed_update import collapse_of
 from workbench.unlearning.deltas import apply_delta, delta_between, snapshot
-from workbench.unlearning.objectives import Pair
+from workbench.unlearning.objectives import Pair, on_set, retain_cross_entropy
 from workbench.unlearning.one_gradient import Unlearned, one_gradient
 from workbench.unlearning.recipe import Recipe
 from workbench.unlearning.smoothing import Averager
@@ -313,13 +312,6 @@ def _statistics(
     ]
     on_forget = settings.statistics == "forget"
 
-    def loss(batch: Batch) -> Tensor:
-        return (
-            recipe.objective.forget(model, batch, reference)
-            if on_forget
-            else cross_entropy(model, batch)
-        )
-
     texts, targets = (forget, "answer") if on_forget else (retain, "text")
     sets = [
         batch.to(model.device)
@@ -331,10 +323,11 @@ def _statistics(
             targets=targets,  # type: ignore[arg-type]
         )
     ]
+    term = recipe.objective.forget if on_forget else retain_cross_entropy
     return find_collapse(
         model,
         modules,
-        loss,
+        on_set(term, model, reference, sets),
         sets,
         activation_components=settings.activation_components,
         gradient_components=settings.gradient_components,

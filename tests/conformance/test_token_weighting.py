@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hooks import Capture, Collect, Moments, MomentsOf, gradients_only, resolve, without_bos
 from hooks.inputs import read_tokens
 from workbench.data.batches import Batch, batches, encode
-from workbench.data.records import Example
+from workbench.data.records import Example, ForgetRetain
 from workbench.data.tokenizer import build_tokenizer
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import (
@@ -30,6 +31,9 @@ from workbench.evaluation.losses import (
     token_nll,
     weight_of,
 )
+from workbench.experiments.bench import Bench
+from workbench.experiments.stages import find_subspaces
+from workbench.experiments.table import Table
 from workbench.subspaces.collapse import Collapse, find_collapse
 from workbench.subspaces.collapsed_update import CollapsedUpdate
 from workbench.subspaces.finders import SketchPCA, StreamingPCA
@@ -414,3 +418,26 @@ def test_a_capture_by_the_rule_of_a_batch_delivers_its_content(model: PreTrained
     with Capture(model, "blocks.0.hook_resid_post", rows, at=batch.content) as capture:
         capture.forward(batch.inputs)
     assert len(rows["blocks.0.hook_resid_post"]) == int(batch.content_mask.sum())
+
+
+# --- the stage -------------------------------------------------------------------------------------------------------------------------------
+
+
+class _InBatches(Bench):
+    """The texts in batches of two, whatever is asked."""
+
+    def encode(self, examples: Sequence[Example], **asked: Any) -> list[Batch]:
+        return batches(self.tokenizer, examples, 2)
+
+
+def test_the_subspaces_of_a_run_are_those_of_its_sets(model: PreTrainedModel) -> None:
+    found = []
+    for kind, order in ((Bench, TEXTS), (_InBatches, SHUFFLED)):
+        record = ForgetRetain("r", tuple(order[:6]), tuple(order[6:]), {"far": tuple(order)})
+        found.append(find_subspaces(kind(model, TOKENIZER, record), 4, Table({}), seed=0))
+    for name in ("forget", "retain"):
+        for site, subspace in found[0][name].items():
+            other = found[1][name][site]
+            assert overlap(subspace.basis, other.basis) > 1 - 1e-5
+            torch.testing.assert_close(subspace.eigenvalues, other.eigenvalues, rtol=1e-4, atol=0)
+            assert subspace.tokens == "without_first & without_bos(1)"

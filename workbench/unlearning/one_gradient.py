@@ -53,7 +53,9 @@ def one_gradient(
     """Accumulate the forget gradient over one epoch, collapse its leading singular directions on both sides, and take it as the change.
 
     1. A low-rank adversary ``W + B A`` learns the forget set further for one epoch of plain SGD, so that the gradient is taken where the knowledge is exposed.
-    2. The gradient of the forget objective with respect to the weights is summed over the forget set, at the adversary's weights, in float32.
+    2. The gradient of the forget objective with respect to the weights is summed over the forget set, at the adversary's weights, in float32: every term of the
+       objective (a token, or a sequence) counts once, whatever the batches. The adversary's steps
+       before are an ordinary training, in batches and in order.
     3. Its singular directions (or those of the retain set's gradient) are collapsed on both sides.
     4. The change is minus the result, of global length ``recipe.lr``; how far to go along it is the budget's business.
 

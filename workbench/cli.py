@@ -56,8 +56,17 @@ def demo(
     _road(chosen, out, workers, fresh, as_json)
 
 
-def _road(config: RunConfig, out: Path, workers: int | None, fresh: bool, as_json: bool) -> None:
+def _road(
+    config: RunConfig,
+    out: Path,
+    workers: int | None,
+    fresh: bool,
+    as_json: bool,
+    *,
+    grid: bool = False,
+) -> None:
     """Run a configuration and print what came of it."""
+    from workbench.experiments.grid import preferred
     from workbench.experiments.road import run_road
     from workbench.report import summary_table
 
@@ -65,8 +74,12 @@ def _road(config: RunConfig, out: Path, workers: int | None, fresh: bool, as_jso
     run = run_road(config, out, fresh=fresh, workers=workers, announce=clock())
     seconds = time.monotonic() - start
 
+    choice = preferred(config.variants, run.results, run.items) if grid else None
+
     def show() -> None:
         _print_summary(summary_table(run.results))
+        if choice is not None:
+            print_frame(choice)
         out_console.print(f"report: {run.folder / 'report.html'}  ({seconds:.0f} s)")
 
     emit(
@@ -75,6 +88,7 @@ def _road(config: RunConfig, out: Path, workers: int | None, fresh: bool, as_jso
             "report": str(run.folder / "report.html"),
             "seconds": round(seconds, 1),
             "claims": [claim.plain() for claim in run.claims],
+            **({} if choice is None else {"grid": choice.to_dict("records")}),
         },
         as_json,
         show,
@@ -100,6 +114,14 @@ def sweep(
         typer.Option(
             "--ablation",
             help="Add the ablation of the collapsed update: components, side, statistics, kind, precision.",
+        ),
+    ] = False,
+    grid: Annotated[
+        bool,
+        typer.Option(
+            "--grid",
+            help="Six settings of every method (three rates, scaled back to the budget or stopped "
+            "at it) in the place of the methods, and which one the attack prefers.",
         ),
     ] = False,
     world: Annotated[
@@ -167,6 +189,7 @@ def sweep(
     """Run chosen methods, seeds, settings and budget down the demo's road."""
     from workbench.experiments.ablation import collapse_ablation
     from workbench.experiments.config import preset, validated
+    from workbench.experiments.grid import settings_grid
     from workbench.models import open_config
     from workbench.unlearning.methods import METHODS
 
@@ -238,6 +261,10 @@ def sweep(
     if named:
         changes["variants"] = named
         changes["methods"] = [*changes.get("methods", start.methods), *named]
+    if grid:
+        tried = settings_grid(changes.get("methods", start.methods))
+        changes["variants"] = {name: variant.model_dump() for name, variant in tried.items()}
+        changes["methods"] = list(tried)
     if relearning_only:
         changes["probes"] = []
     for name, value in _settings(settings or []).items():
@@ -247,7 +274,8 @@ def sweep(
                 f"--set {name}={value} must read METHOD.NAME=VALUE, e.g. --set npo.lr=1e-4"
             )
         changes["settings"].setdefault(method, {})[setting] = value
-    _road(validated(start.plain() | changes, "workbench sweep"), out, workers, fresh, as_json)
+    config = validated(start.plain() | changes, "workbench sweep")
+    _road(config, out, workers, fresh, as_json, grid=grid)
 
 
 @app.command()

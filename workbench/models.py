@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
-from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +18,7 @@ from transformers import (
 
 from workbench.errors import WorkbenchError
 from workbench.files import sha256, write_folder, write_json
+from workbench.strict import ADAPTER, QuietTransformers, adapter_base, check_loaded, merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,35 +37,90 @@ class Opened:
 
 
 def open_model(
-    source: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    merge_adapter: bool = False,
 ) -> Opened:
-    """Open a Hugging Face folder or hub id. Only safetensors are read.
+    """Open a Hugging Face folder or hub id, strictly. Only safetensors are read.
 
     Args:
         source: a folder, or the id of a model on the hub.
         dtype: of the weights in memory.
         trust_remote_code: run code that comes with the model; off unless the user asks.
+        merge_adapter: ``source`` is a folder of a PEFT adapter: open the base that its configuration
+            names, and add the adapter to its weights.
 
     Raises:
-        WorkbenchError: nothing is there, the folder holds no model, the weights are not safetensors or do not fit the configuration.
+        WorkbenchError: nothing is there, the folder holds no model, the weights are not
+            safetensors, do not fit the configuration, are missing in part, belong to nothing or
+            are not finite; an adapter without ``merge_adapter``.
     """
     name, folder = str(source), Path(source)
+    if (folder / ADAPTER).is_file():
+        return _open_adapter(folder, dtype, trust_remote_code, merge_adapter)
+    if merge_adapter:
+        raise WorkbenchError(f"{name} is no folder of a PEFT adapter: it holds no {ADAPTER}")
     _check_source(source)
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise WorkbenchError(
             f"{name} holds no safetensors weights (pickled weights are never loaded); save the model again with safe_serialization=True"
         )
     try:
-        with _QuietTransformers():
+        with QuietTransformers():
             AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, with both shapes
             )
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+    except Exception as error:  # every reader of a damaged file has exceptions of its own
         raise _cannot_open(source, error) from error
+    check_loaded(name, model, report)
     model.eval()
     return Opened(model, tokenizer, name)
+
+
+def _open_adapter(
+    folder: Path, dtype: torch.dtype, trust_remote_code: bool, merge_adapter: bool
+) -> Opened:
+    if (folder / "config.json").is_file():
+        raise WorkbenchError(
+            f"{folder} holds a model (config.json) and a PEFT adapter ({ADAPTER}): which of the two "
+            "is meant? Move one of them to a folder of its own"
+        )
+    base = adapter_base(folder)
+    if not merge_adapter:
+        raise WorkbenchError(
+            f"{folder} holds a PEFT adapter of {base} and no model; merge it "
+            f"(open_model({str(folder)!r}, merge_adapter=True), save_model), and give that folder"
+        )
+    nearby = folder / base
+    opened = open_model(
+        nearby if nearby.is_dir() else base, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    with QuietTransformers():
+        return Opened(merged(opened.model, folder), opened.tokenizer, str(folder))
+
+
+def untie(model: PreTrainedModel) -> bool:
+    """Give a model whose head is its embedding a head of its own with the same values.
+
+    Returns:
+        Whether there was something to do.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return False
+    head.weight = torch.nn.Parameter(embedding.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    model.config.get_text_config().tie_word_embeddings = False
+    return True
 
 
 def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -79,9 +131,9 @@ def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """
     _check_source(source)
     try:
-        with _QuietTransformers():
+        with QuietTransformers():
             return AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # every reader of a damaged file has exceptions of its own
         raise _cannot_open(source, error) from error
 
 
@@ -93,9 +145,9 @@ def open_config(source: str | Path) -> PretrainedConfig:
     """
     _check_source(source)
     try:
-        with _QuietTransformers():
+        with QuietTransformers():
             config: PretrainedConfig = AutoConfig.from_pretrained(str(source))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # every reader of a damaged file has exceptions of its own
         raise _cannot_open(source, error) from error
     return config
 
@@ -114,34 +166,16 @@ def _check_source(source: str | Path) -> None:
 
 
 def _cannot_open(source: str | Path, error: Exception) -> WorkbenchError:
-    first = next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
+    # the first line of some errors only announces the second
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    first = " ".join(lines[:2]) or type(error).__name__
     if Path(source).is_dir():
         return WorkbenchError(
-            f"cannot open model {source}: the folder is damaged or incomplete ({first[:200]}); save or copy it again"
+            f"cannot open model {source}: the folder is damaged or incomplete ({first[:240]}); save or copy it again"
         )
     return WorkbenchError(
         f"cannot open model {source}: it is no local folder, and the hub has no such model or cannot be reached; check the name"
     )
-
-
-class _QuietTransformers:
-    """Silence transformers' own progress bars and warnings while a model is opened or saved: our own bars tell the story."""
-
-    def __enter__(self) -> None:
-        self._level = transformers.logging.get_verbosity()
-        self._bars = transformers.logging.is_progress_bar_enabled()
-        transformers.logging.set_verbosity_error()
-        self._hub_level = hub_logging.get_verbosity()
-        hub_logging.set_verbosity(logging.CRITICAL)  # its retries would bury our one line
-        transformers.logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        transformers.logging.set_verbosity(self._level)
-        hub_logging.set_verbosity(self._hub_level)
-        if self._bars:
-            transformers.logging.enable_progress_bar()
 
 
 def save_model(
@@ -153,7 +187,7 @@ def save_model(
     """Write model and tokenizer as a Hugging Face folder, whole or not at all; ``note`` goes into ``workbench.json`` beside them."""
 
     def write(temporary: Path) -> None:
-        with _QuietTransformers():
+        with QuietTransformers():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         if note is not None:

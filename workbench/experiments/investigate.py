@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,11 +31,18 @@ from workbench.experiments.folder import (
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.table import COLUMNS, Table, join, summarise, write_parquet
 from workbench.files import key_of, plain, sha256, write_json
-from workbench.models import Opened, check_same_tokenizer, open_model, save_model, weights_hash
+from workbench.models import (
+    Opened,
+    check_same_tokenizer,
+    open_model,
+    save_model,
+    untie,
+    weights_hash,
+)
 from workbench.progress import bar
 from workbench.report import write_report
 from workbench.subspaces.subspace import Subspace
-from workbench.unlearning.deltas import delta_between, norm_of, snapshot
+from workbench.unlearning.deltas import delta_between, norm_of, snapshot, tied_names
 from workbench.unlearning.methods import SMALL_MODEL, recipe, settings_for
 from workbench.unlearning.recipe import Setting
 
@@ -241,6 +248,7 @@ def investigate(
             attack=at_steps(settings.attack_steps, attack_rate(first.model.num_parameters())),
         )
     _with_names(first, lambda: layer_count(first.model))
+    untied = _own_heads({"base": first, **others})
     record = record_from_files(
         forget,
         retain,
@@ -326,9 +334,19 @@ def investigate(
         (),
         heading=f"{unlearned} against {base}",
         done=_done(record, settings, models),
-        notes=_notes(never_learned),
+        notes=_notes(never_learned, untied),
     )
     return Investigation(out, results, items)
+
+
+def _own_heads(models: Mapping[str, Opened]) -> tuple[str, ...]:
+    """Where only some models tie their head to their embedding, give all a head of their own, so
+    that a difference between two of them has every weight; returns the names of those changed.
+    """
+    tied = {name for name, opened in models.items() if tied_names(opened.model)}
+    if tied == set(models):
+        return ()
+    return tuple(name for name, opened in models.items() if untie(opened.model))
 
 
 def _subspaces(bench: Bench, settings: InvestigateSettings, out: Path, table: Table) -> None:
@@ -427,11 +445,17 @@ def _done(
     ]
 
 
-def _notes(never_learned: str | None) -> list[str]:
+def _notes(never_learned: str | None, untied: Sequence[str]) -> list[str]:
     notes = [
         "One unlearned checkpoint: the seeds vary the attack and the trigger words, not the unlearning.",
         "Trigger words were chosen from the two files by log-odds; they are candidates, not proven triggers.",
     ]
+    if untied:
+        notes.append(
+            f"The head of {' and of '.join(untied)} is its embedding; the other checkpoints have a head "
+            "of their own. It was counted as a head of its own with the same values, so that the "
+            "distances hold both."
+        )
     if never_learned is None:
         notes.insert(
             0,

@@ -13,6 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from workbench.errors import WorkbenchError
+
 Weights = Mapping[str, Tensor]
 
 
@@ -23,18 +25,62 @@ def _sharded(model: PreTrainedModel) -> None:
             module.reshard()
 
 
-def snapshot(model: PreTrainedModel) -> dict[str, Tensor]:
+class Snapshot(dict[str, Tensor]):
+    """Weights by name, tied ones once.
+
+    Attributes:
+        tied: every further name of a tied weight, with the name under which its value is kept.
+    """
+
+    def __init__(self, weights: Weights, tied: Mapping[str, str]) -> None:
+        super().__init__(weights)
+        self.tied = dict(tied)
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Every further name of a tied parameter -> its first name (``lm_head`` -> the embedding)."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        name: first[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if first[id(parameter)] != name
+    }
+
+
+def snapshot(model: PreTrainedModel) -> Snapshot:
     """A copy of every parameter (tied ones once), in its own dtype."""
     _sharded(model)
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return Snapshot(weights, tied_names(model))
 
 
 def delta_between(model: PreTrainedModel, start: Weights) -> dict[str, Tensor]:
-    """float32 ``theta - theta0`` of every parameter that differs from ``start``."""
+    """float32 ``theta - theta0`` of every parameter that differs from ``start``.
+
+    Where one of the two ties its head to its embedding and the other does not, the delta has both:
+    the union of their parameters, each minus what stands for it in the other.
+
+    Raises:
+        WorkbenchError: the two have other parameters, or parameters of other shapes.
+    """
     _sharded(model)
+    now = dict(model.named_parameters())
+    here, there = tied_names(model), start.tied if isinstance(start, Snapshot) else {}
     delta = {}
-    for name, parameter in model.named_parameters():
-        difference = parameter.detach().float() - start[name].float()
+    for name in [*now, *(name for name in start if name not in now)]:
+        mine, theirs = now.get(here.get(name, name)), start.get(there.get(name, name))
+        if mine is None or theirs is None:
+            holder, other = ("start", "model") if mine is None else ("model", "start")
+            raise WorkbenchError(
+                f"{name} is a parameter of the {holder} and not of the {other}; a difference needs "
+                "two checkpoints of the same model"
+            )
+        if mine.shape != theirs.shape:
+            raise WorkbenchError(
+                f"{name} has shape {list(mine.shape)} in the model and {list(theirs.shape)} in the "
+                "start; a difference needs two checkpoints of the same model"
+            )
+        difference = mine.detach().float() - theirs.float()
         # the same answer in every process, or the deltas of a sharded model would differ in their names
         if bool(_whole(difference.count_nonzero())):
             delta[name] = difference
@@ -43,8 +89,26 @@ def delta_between(model: PreTrainedModel, start: Weights) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def apply_delta(model: PreTrainedModel, start: Weights, delta: Weights, alpha: float) -> None:
-    """Set the model to ``start + alpha * delta``, computed in float32; parameters outside ``delta`` are copied from ``start`` bit by bit."""
+    """Set the model to ``start + alpha * delta``, computed in float32; parameters outside ``delta``
+    are copied from ``start`` bit by bit.
+
+    Raises:
+        WorkbenchError: ``delta`` or ``start`` does not fit the parameters of the model.
+    """
     _sharded(model)
+    names = {name for name, _ in model.named_parameters()}
+    tied = sorted(name for name in delta if name in tied_names(model))
+    if tied:
+        raise WorkbenchError(
+            f"the delta changes {tied[0]}, which this model ties to another weight; give the model "
+            "a head of its own first (workbench.models.untie)"
+        )
+    strange = sorted(set(delta) - names) + sorted(names ^ set(start))
+    if strange:
+        raise WorkbenchError(
+            f"{len(strange)} names do not fit the model's parameters, e.g. {strange[0]}; delta and "
+            "start must come from the same model"
+        )
     for name, parameter in model.named_parameters():
         if name in delta and alpha != 0.0:
             parameter.copy_(start[name].float() + alpha * delta[name])

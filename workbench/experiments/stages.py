@@ -269,6 +269,8 @@ def unlearn_to_budget(
     )
     table.add("steps", len(result.log), stage="unlearn", arm="taken")
     table.add("steps", recipe.steps, stage="unlearn", arm="allowed")
+    table.add("parameters_trained", len(result.trained), stage="unlearn", arm="declared")
+    table.add("parameters_trained", len(result.delta), stage="unlearn", arm="changed")
     for number, record in enumerate(result.log):
         table.add("objective_forget", record["forget"], stage="unlearn", step=number + 1)
     model = copy.deepcopy(bench.base)

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hooks import Capture, Rows, Site, gradients_only, resolve
+from hooks.tensors import unwrap
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.losses import Weight, weight_of
@@ -305,7 +306,8 @@ def only_tokens(model: PreTrainedModel, modules: Iterable[str], mask: Tensor) ->
     BOS attends to nothing but itself, so excluding it changes no other token's gradient.
     """
 
-    def hook(_module: torch.nn.Module, _args: object, output: Tensor) -> None:
+    def hook(_module: torch.nn.Module, _args: object, result: object) -> None:
+        output = unwrap(result)
         if output.requires_grad:
             output.register_hook(lambda gradient: gradient * mask[..., None].to(gradient.dtype))
 

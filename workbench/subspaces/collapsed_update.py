@@ -85,7 +85,8 @@ class CollapsedUpdate:
             The Euclidean length of the collapsed gradients before ``length`` is applied.
 
         Raises:
-            WorkbenchError: :meth:`find` has not run, or the collapse leaves nothing of a gradient.
+            WorkbenchError: :meth:`find` has not run, a weight is frozen or has no gradient, or the
+                collapse leaves nothing of a gradient.
         """
         if not self.maps:
             raise WorkbenchError(
@@ -97,7 +98,7 @@ class CollapsedUpdate:
             weight = layer.weight
             assert isinstance(weight, Tensor)
             if weight.grad is None:
-                continue
+                raise WorkbenchError(self._no_gradient(path, weight))
             weight.grad.copy_(collapse_of(layer, self.maps[f"{path}.weight"], weight.grad, path))
             gradients.append(weight.grad)
         length = float(
@@ -107,6 +108,18 @@ class CollapsedUpdate:
             for gradient in gradients:
                 gradient.mul_(self.length / length)
         return length
+
+    def _no_gradient(self, path: str, weight: Tensor) -> str:
+        if weight.requires_grad:
+            return f"{path}.weight has no gradient: run backward() before the collapse"
+        near = [
+            name
+            for name in linear_modules(self.model, "*")
+            if name.startswith(path.removesuffix("base_layer"))
+            and self.model.get_submodule(name).weight.requires_grad
+        ]
+        hint = f"take what trains there: {', '.join(near[:2])}" if near else "unfreeze it"
+        return f"{path}.weight is frozen, so a collapse of its gradient changes nothing; {hint}"
 
     def attach(
         self,

@@ -27,12 +27,20 @@ class Unlearned:
     """What a run of a recipe gives.
 
     Attributes:
-        delta: float32 weight change, parameter by parameter.
+        delta: float32 weight change, parameter by parameter; parameters that did not change are not
+            in it.
         log: one record per step: objective terms and whatever the step rule reports.
+        trained: names of the parameters that were to be trained.
     """
 
     delta: dict[str, Tensor]
     log: tuple[dict[str, float], ...]
+    trained: tuple[str, ...] = ()
+
+    @property
+    def unmoved(self) -> tuple[str, ...]:
+        """Parameters that were to be trained and did not change."""
+        return tuple(name for name in self.trained if name not in self.delta)
 
 
 Parameters = Sequence[tuple[str, torch.nn.Parameter]]
@@ -66,7 +74,8 @@ def one_gradient(
         tokenizer: of both.
         forget: texts to forget.
         retain: texts to keep; used where ``statistics`` is ``retain``.
-        chosen: the matrices that may change.
+        chosen: the matrices that may change, ``[out, in]``, or ``[expert, out, in]`` for a mixture of
+            experts, whose matrices are collapsed one by one.
         max_length: texts are cut to this many tokens.
         progress: called after every pass over the texts.
 
@@ -76,7 +85,7 @@ def one_gradient(
     settings = recipe.one
     assert settings is not None
     for name, parameter in chosen:
-        if parameter.ndim != 2:
+        if parameter.ndim not in (2, 3):
             raise WorkbenchError(
                 f"{name} has shape {list(parameter.shape)}; singular directions need matrices, so choose weights of linear layers"
             )
@@ -118,12 +127,15 @@ def one_gradient(
     advance()
     delta = {}
     for name, matrix in gradient.items():
-        sides = singular_subspaces((source or gradient)[name], settings.components, site=name)
-        shares = removed_shares(sides.activation.eigenvalues, settings.kind)
-        collapse = Collapse(sides.activation.basis, sides.gradient.basis, shares, shares).to(
-            matrix.device
-        )
-        delta[name] = -collapse_checked(collapse, matrix, name)
+        other = (source or gradient)[name]
+        if matrix.ndim == 2:
+            delta[name] = -_collapsed(matrix, other, settings, name)
+        else:  # the matrices of many experts in one tensor
+            parts = [
+                _collapsed(one, two, settings, f"{name}[{number}]")
+                for number, (one, two) in enumerate(zip(matrix, other, strict=True))
+            ]
+            delta[name] = -torch.stack(parts)
     length = math.sqrt(sum(float(change.double().square().sum()) for change in delta.values()))
     if not math.isfinite(length) or length == 0:
         raise WorkbenchError(
@@ -134,6 +146,14 @@ def one_gradient(
         {name: change * (recipe.lr / length) for name, change in delta.items()},
         ({"forget": loss, "gradient_norm": length},),
     )
+
+
+def _collapsed(matrix: Tensor, source: Tensor, settings: OneGradient, name: str) -> Tensor:
+    """``matrix`` with the leading singular directions of ``source`` collapsed on both sides."""
+    sides = singular_subspaces(source, settings.components, site=name)
+    shares = removed_shares(sides.activation.eigenvalues, settings.kind)
+    collapse = Collapse(sides.activation.basis, sides.gradient.basis, shares, shares)
+    return collapse_checked(collapse.to(matrix.device), matrix, name)
 
 
 def _gradient(
@@ -166,14 +186,13 @@ def _adversary(
     generator = torch.Generator().manual_seed(0)
     factors = {}
     for name, parameter in chosen:
-        bound = 1 / math.sqrt(parameter.shape[1])
-        a = (
-            torch.rand(settings.adversary_rank, parameter.shape[1], generator=generator) * 2 - 1
-        ) * bound
+        *experts, outputs, inputs = parameter.shape
+        bound = 1 / math.sqrt(inputs)
+        noise = torch.rand(*experts, settings.adversary_rank, inputs, generator=generator)
         factors[name] = (
             parameter.detach().clone(),
-            torch.zeros(parameter.shape[0], settings.adversary_rank, device=parameter.device),
-            a.to(parameter.device),
+            torch.zeros(*experts, outputs, settings.adversary_rank, device=parameter.device),
+            ((noise * 2 - 1) * bound).to(parameter.device),
         )
     for batch in texts:
         for _, parameter in chosen:
@@ -185,7 +204,7 @@ def _adversary(
                     continue
                 weight, b, a = factors[name]
                 gradient = parameter.grad.float()
-                b_step, a_step = gradient @ a.T, b.T @ gradient
+                b_step, a_step = gradient @ a.mT, b.mT @ gradient
                 b.sub_(b_step, alpha=settings.adversary_rate)
                 a.sub_(a_step, alpha=settings.adversary_rate)
                 parameter.copy_(weight + b @ a)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hooks import resolve
 from workbench.data.records import Example
+from workbench.errors import WorkbenchError
 from workbench.subspaces.collapse import Kind
 from workbench.unlearning.objectives import Objective
 from workbench.unlearning.smoothing import StepRule, plain
@@ -170,13 +171,59 @@ EVERYTHING = ("*",)
 
 
 def mlp_weights(model: PreTrainedModel, first: int, last: int) -> tuple[str, ...]:
-    """Patterns of the weights of all MLP matrices of blocks ``first`` to ``last``, in any family with TransformerLens names.
+    """Names of the weights of all MLP matrices of blocks ``first`` to ``last``, in any family with
+    TransformerLens names. In a mixture of experts these are the experts, ``[expert, out, in]`` or
+    ``[expert, in, out]`` in one tensor, and never the router.
 
     Raises:
         CaptureError: the family is unknown, or has no such matrices.
     """
-    sites = resolve(model, f"blocks.{{{first}..{last}}}.mlp.*.hook_out")
+    return _matrices(model, first, last, "*")
+
+
+def down_projections(model: PreTrainedModel, first: int, last: int) -> tuple[str, ...]:
+    """Names of the last matrix of the MLPs of blocks ``first`` to ``last``; see
+    :func:`mlp_weights`.
+    """
+    return _matrices(model, first, last, "out")
+
+
+def _matrices(model: PreTrainedModel, first: int, last: int, which: str) -> tuple[str, ...]:
+    fused = fused_experts(model)
+    if fused:
+        wanted = {f".{block}." for block in range(first, last + 1)}
+        return tuple(
+            name
+            for name in fused
+            if any(block in name for block in wanted) and (which == "*" or "down_proj" in name)
+        )
+    sites = resolve(model, f"blocks.{{{first}..{last}}}.mlp.{which}.hook_out")
     return tuple(dict.fromkeys(f"{site.path}.weight" for site in sites))
+
+
+def fused_experts(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the tensors that hold the matrices of many experts, ``[expert, ., .]``."""
+    return tuple(
+        name
+        for name, parameter in model.named_parameters()
+        if ".experts." in name and parameter.ndim == 3
+    )
+
+
+def refuse_experts(model: PreTrainedModel, what: str) -> None:
+    """Raise where the MLPs are experts fused into one tensor.
+
+    Raises:
+        WorkbenchError: they are; the message names the first.
+    """
+    fused = fused_experts(model)
+    if fused:
+        shape = list(model.get_parameter(fused[0]).shape)
+        raise WorkbenchError(
+            f"{what} needs the inputs and outputs of one matrix at a time, and {fused[0]} holds those "
+            f"of {shape[0]} experts in one tensor {shape}; take a method without collapse, or "
+            "repselect, which goes expert by expert"
+        )
 
 
 def stopped_at_budget(recipe: Recipe) -> Recipe:

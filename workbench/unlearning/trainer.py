@@ -92,6 +92,11 @@ def unlearn(
     for name, texts in (("forget", forget), ("retain", retain)):
         if not texts:
             raise WorkbenchError(f"the {name} set is empty; give at least one text")
+    if getattr(base, "peft_config", None):
+        raise WorkbenchError(
+            "the model carries PEFT adapters: it is not clear whether they or the weights under them "
+            "are to change; merge them first (model.merge_and_unload())"
+        )
     if recipe.stop == "budget" and over_budget is None:
         raise WorkbenchError("stop=budget needs a disruption budget; give one, or take stop=steps")
     mode = base.training
@@ -178,12 +183,27 @@ def _unlearn(
                 progress,
             )
             delta = delta_between(model, start)
-    return Unlearned(
-        {name: recipe.sign * change for name, change in delta.items()}
-        if recipe.sign != 1
-        else delta,
-        log,
-    )
+    if recipe.sign != 1:
+        delta = {name: recipe.sign * change for name, change in delta.items()}
+    return _moved(Unlearned(delta, log, tuple(name for name, _ in chosen)), recipe)
+
+
+def _moved(result: Unlearned, recipe: Recipe) -> Unlearned:
+    """``result``, unless it changed other parameters than it was to train, or none.
+
+    Raises:
+        WorkbenchError: it did.
+    """
+    others = sorted(set(result.delta) - set(result.trained))
+    if others:
+        raise WorkbenchError(f"{others[0]} changed, and {', '.join(recipe.trainable)} was to train")
+    if not result.delta and recipe.lr != 0:
+        raise WorkbenchError(
+            f"none of the {len(result.trained)} parameters that were to train changed (the first is "
+            f"{result.trained[0]}): the objective does not depend on them, or lr ({recipe.lr:g}) is "
+            "below their rounding"
+        )
+    return result
 
 
 @torch.no_grad()
@@ -290,7 +310,11 @@ def _steps(
 
 
 def _modules(recipe_parameters: Sequence[tuple[str, Tensor]]) -> list[str]:
-    return [name.removesuffix(".weight") for name, _ in recipe_parameters]
+    """The modules whose output gradients are all that reaches these weights: the layer itself; for
+    experts in one tensor, whose rows are sorted by expert, the block around them.
+    """
+    names = (name.partition(".experts.")[0] for name, _ in recipe_parameters)
+    return list(dict.fromkeys(name.removesuffix(".weight") for name in names))
 
 
 def _statistics(

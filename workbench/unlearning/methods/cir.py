@@ -7,7 +7,14 @@ from transformers import PreTrainedModel
 from hooks import resolve
 from workbench.errors import unknown
 from workbench.unlearning.objectives import Objective, npo
-from workbench.unlearning.recipe import CollapseSettings, Method, Recipe, Setting, mlp_weights
+from workbench.unlearning.recipe import (
+    CollapseSettings,
+    Method,
+    Recipe,
+    Setting,
+    mlp_weights,
+    refuse_experts,
+)
 from workbench.unlearning.representation import keep_hidden, mlp_breaking
 
 
@@ -71,6 +78,8 @@ def build(
     )
     sizes = int(activation_components), int(gradient_components)
     collapse = CollapseSettings(*sizes, int(refresh), kind, statistics) if any(sizes) else None  # type: ignore[arg-type]
+    if collapse is not None:
+        refuse_experts(model, "a collapsed update")
     trainable = mlp_weights(model, 0, min(last, depth - 1))
     losses = {"mlp-breaking": mlp_breaking(broken), "npo": npo(0.1)}
     if loss not in losses:

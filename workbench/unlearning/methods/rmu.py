@@ -6,7 +6,14 @@ from transformers import PreTrainedModel
 
 from hooks import resolve
 from workbench.unlearning.objectives import Objective
-from workbench.unlearning.recipe import Method, Recipe, Setting, gradient_optimiser, middle_layer
+from workbench.unlearning.recipe import (
+    Method,
+    Recipe,
+    Setting,
+    down_projections,
+    gradient_optimiser,
+    middle_layer,
+)
 from workbench.unlearning.representation import (
     adaptive_steer_to,
     control_vector,
@@ -54,19 +61,11 @@ def build(
     )
     return Recipe(
         objective,
-        _down_projections(model, block),
+        down_projections(model, max(0, block - 2), block),
         steps,
         batch_size,
         lr,
         optimiser=gradient_optimiser(optimiser),
-    )
-
-
-def _down_projections(model: PreTrainedModel, block: int) -> tuple[str, ...]:
-    """The last matrix of the MLPs of ``block`` and the two below: what RMU changes."""
-    return tuple(
-        f"{site.path}.weight"
-        for site in resolve(model, f"blocks.{{{max(0, block - 2)}..{block}}}.mlp.out.hook_out")
     )
 
 
@@ -89,7 +88,7 @@ def build_adaptive(
     objective = Objective(steer, keep_representation(site), 1.0, retain_weight)
     return Recipe(
         objective,
-        _down_projections(model, block),
+        down_projections(model, max(0, block - 2), block),
         steps,
         batch_size,
         lr,
@@ -116,7 +115,7 @@ def build_rsv(
     objective = Objective(steer, keep_representation(site), 1.0, retain_weight)
     return Recipe(
         objective,
-        _down_projections(model, block),
+        down_projections(model, max(0, block - 2), block),
         steps,
         batch_size,
         lr,

@@ -150,7 +150,7 @@ def test_at_the_depth_of_the_published_runs_the_published_layers_are_chosen(
             for pattern in METHODS[name].build(deep, 0).trainable
         )
     assert blocks("cir") == set(range(12))
-    assert blocks("circuit-breakers") == set(range(21))
+    assert blocks("circuit-breakers") == set(range(20))  # hidden_states[20] is block 19's output
     assert blocks("repselect") == set(range(32))
 
 

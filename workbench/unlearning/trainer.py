@@ -197,7 +197,7 @@ def _moved(result: Unlearned, recipe: Recipe) -> Unlearned:
     others = sorted(set(result.delta) - set(result.trained))
     if others:
         raise WorkbenchError(f"{others[0]} changed, and {', '.join(recipe.trainable)} was to train")
-    if not result.delta and recipe.lr != 0:
+    if not result.delta and recipe.lr and recipe.steps:
         raise WorkbenchError(
             f"none of the {len(result.trained)} parameters that were to train changed (the first is "
             f"{result.trained[0]}): the objective does not depend on them, or lr ({recipe.lr:g}) is "

@@ -25,6 +25,10 @@ def build(
 ) -> Recipe:
     """``c_s ReLU(cos(h, h0))`` on the forget set and ``c_r ||h - h0||`` on the retain set, with ``c_s = a (1 - t / T)`` and ``c_r = a t / T``.
 
+    The retain term keeps all hidden states, those of the embedding and of every block, as the
+    reference does; its last one is read behind the final norm, ours before it, where the gain of
+    that norm does not weigh the coordinates.
+
     The reference trains LoRA adapters (rank 16); here the MLP matrices up to the last broken block change, so that every method is a weight change of the same kind.
 
     Args:
@@ -35,22 +39,21 @@ def build(
         batch_size: sequences.
         strength: ``a``.
         horizon: ``T``, twice the number of steps in the reference, so the forget weight never reaches zero.
-        first_layer: first of two blocks whose output is rerouted; -1 takes 10/32 of the depth.
-        last_layer: the second; -1 takes 20/32 of the depth.
+        first_layer: first of two blocks whose output is rerouted; -1 takes the
+            block behind hidden state 10 of 32.
+        last_layer: the second; -1 takes that behind hidden state 20 of 32.
         kick: relative size of a random start. At the base itself every cosine is 1, where its gradient is zero; the reference is moved away from there by the dropout of its
             adapters.
     """
     depth = model.config.num_hidden_layers
-    first = round(depth * 10 / 32) if first_layer < 0 else min(int(first_layer), depth - 1)
-    last = (
-        min(depth - 1, max(first, round(depth * 20 / 32)))
-        if last_layer < 0
-        else min(int(last_layer), depth - 1)
-    )
-    sites = resolve(
+    # hidden_states[10] and [20] of the reference are what blocks 9 and 19 write
+    first = _block(depth, 10) if first_layer < 0 else min(int(first_layer), depth - 1)
+    last = max(first, _block(depth, 20)) if last_layer < 0 else min(int(last_layer), depth - 1)
+    rerouted = resolve(
         model, [f"blocks.{layer}.hook_resid_post" for layer in dict.fromkeys((first, last))]
     )
-    objective = Objective(break_circuits(sites), keep_distance(sites), strength, strength)
+    kept = resolve(model, ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"])
+    objective = Objective(break_circuits(rerouted), keep_distance(kept), strength, strength)
     return Recipe(
         objective,
         mlp_weights(model, 0, last),
@@ -59,6 +62,11 @@ def build(
         lr,
         schedule=lambda step, _: (max(0.0, 1 - step / horizon), min(1.0, step / horizon)),
     )
+
+
+def _block(depth: int, layer: int) -> int:
+    """The block behind ``hidden_states[layer]`` of 32, at the same share of ``depth``."""
+    return max(0, round(depth * layer / 32) - 1)
 
 
 METHOD = Method(

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from figures.marks import diverged
 from figures.style import colour, look, nothing, title
 
 _BEFORE, _AFTER = "#0072B2", "#D55E00"
@@ -47,7 +48,8 @@ def _short_of_budget(table: pd.DataFrame) -> set[str]:
 
 
 def comparison(table: pd.DataFrame, metric: str = "recall") -> Figure:
-    """A forest of methods, the least recalled after the attack on top; base and never-learned control as lines. A star marks methods that did not reach the budget.
+    """A forest of methods, the least recalled after the attack on top; base and never-learned control as lines. A star marks methods that did
+    not reach the budget, a dagger those whose attack diverged.
 
     Args:
         table: tidy results; rows of stage ``relearn`` without a seed are drawn.
@@ -63,7 +65,7 @@ def comparison(table: pd.DataFrame, metric: str = "recall") -> Figure:
     )
     if not len(methods):
         return nothing("no relearning attack in this table")
-    short = _short_of_budget(table)
+    short, broken = _short_of_budget(table), diverged(table)
     with look():
         figure, axes = plt.subplots(figsize=(5.6, 1.2 + 0.24 * len(methods)), layout="constrained")
         for place, (method, row) in enumerate(methods.iterrows()):
@@ -96,7 +98,7 @@ def comparison(table: pd.DataFrame, metric: str = "recall") -> Figure:
             axes.text(
                 -0.03,
                 place,
-                title(str(method)) + " *" * (method in short),
+                title(str(method)) + " *" * (method in short) + " †" * (method in broken),
                 ha="right",
                 va="center",
                 fontsize=8,

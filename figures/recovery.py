@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from figures.marks import diverged
 from figures.style import colour, grid, look, methods_in, nothing, title
 
 
@@ -48,6 +49,7 @@ def recovery(table: pd.DataFrame, metric: str = "recall") -> Figure:
         return nothing("no relearning attack in this table")
     with look():
         figure, panels = grid(len(methods))
+        broken = diverged(table)
         control = rows[(rows["method"] == "never-learned") & (rows["arm"] == "attack")]
         base = rows[(rows["method"] == "base") & (rows["arm"] == "attack")]
         for axes, method in zip(panels, methods, strict=True):
@@ -95,6 +97,16 @@ def recovery(table: pd.DataFrame, metric: str = "recall") -> Figure:
                     "never learned, same attack",
                     color=colour("never-learned"),
                     linestyle="--",
+                )
+            if method in broken:
+                axes.text(
+                    0.5,
+                    0.5,
+                    f"the attack diverged\nat step {broken[method]:g}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    transform=axes.transAxes,
                 )
             axes.set_title(title(method), color=colour(method), fontweight="bold")
             axes.set_ylim(-0.03, 1.05)

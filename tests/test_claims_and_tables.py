@@ -16,7 +16,7 @@ from scipy.stats import norm
 
 from figures import smoothing
 from workbench.data.records import Example
-from workbench.errors import WorkbenchError
+from workbench.errors import NotMeasuredError, WorkbenchError
 from workbench.evaluation.losses import Scores
 from workbench.evaluation.statistics import Estimate, bootstrap
 from workbench.experiments.claims import CLAIMS, Verdict, decide, outcome
@@ -123,13 +123,20 @@ def _cir_nondisruptive(effect: float) -> Frames:
     )
 
 
+def _collapse_resists(effect: float) -> Frames:
+    return _frames(
+        _attacked("cir", 1.0, 0.5 - effect + _wobble(0.05))
+        + _attacked("cir-uncollapsed", 0.0, 0.5 + _wobble(0.05, 1))
+    )
+
+
 def _common_subspaces(effect: float) -> Frames:
     rows: Rows = []
     for site, deviation in enumerate((-0.03, 0.01, 0.02)):
-        for name, sign in (
-            (f"blocks.{site}.mlp.hook_in", 1),
-            (f"blocks.{site}.mlp.hook_out_grad", -3),
-        ):  # gradients are another matter
+        for name, more in (
+            (f"blocks.{site}.mlp.hook_in", 0.0),
+            (f"blocks.{site}.mlp.hook_out_grad", 0.3),  # the side that shares less decides
+        ):
             for rank, factor in ((8, 1), (4, -2)):  # so are other ranks
                 shared = {
                     "run": "r",
@@ -143,7 +150,7 @@ def _common_subspaces(effect: float) -> Frames:
                     {
                         **shared,
                         "arm": "forget-retain",
-                        "value": 0.4 + sign * factor * effect + deviation,
+                        "value": 0.4 + more + factor * effect + deviation,
                     }
                 )
                 rows.append({**shared, "arm": "random", "value": 0.4})
@@ -381,9 +388,7 @@ def _resistance(metric: str, sign: int) -> Callable[[float], Frames]:
             for seed in range(SEEDS):
                 order = number * SEEDS + seed
                 won = 0.5 - np.sign(effect) * 0.03 * order
-                items += _attacked(
-                    method, seed / 16, seed / 16 + won, seeds=[seed]
-                )  # sixteenths: equal differences are equal bit by bit
+                items += _attacked(method, 0.25, won, seeds=[seed])  # all have forgotten as much
                 rows.append(
                     {
                         "run": "r",
@@ -430,6 +435,7 @@ def _smoothing_resists(effect: float) -> Frames:
 PLANTED: dict[str, Callable[[float], Frames]] = {
     "cir-robust": _cir_robust,
     "cir-nondisruptive": _cir_nondisruptive,
+    "collapse-resists": _collapse_resists,
     "common-subspaces": _common_subspaces,
     "token-disruption": _token_disruption,
     "token-alignment": _token_alignment,
@@ -485,7 +491,7 @@ def test_the_rule_looks_at_the_interval_only(
 
 
 def test_every_claim_has_a_planted_world() -> None:
-    assert len(CLAIMS) == 19
+    assert len(CLAIMS) == 20
     assert set(PLANTED) == set(CLAIMS)
     for name, claim in CLAIMS.items():
         assert claim.id == name
@@ -532,14 +538,15 @@ def test_seeds_of_base_and_control_are_no_seeds_of_unlearning() -> None:
 
 
 @pytest.mark.parametrize("name", list(PLANTED))
-def test_a_claim_without_data_is_inconclusive_with_no_observations(name: str) -> None:
+def test_a_claim_without_data_is_not_measured(name: str) -> None:
     found = _decide(name, _frames([]))
-    assert (found.verdict, found.n) == ("inconclusive", 0)
+    assert (found.verdict, found.n) == ("not measured", 0)
     assert np.isnan([found.effect, found.low, found.high]).all()
 
 
 NEEDED = {
     "cir-robust": ["cir"],
+    "collapse-resists": ["cir-uncollapsed"],
     "cir-nondisruptive": ["cir-uncollapsed"],
     "token-disruption": ["base"],
     "token-alignment": ["rmu", "adaptive-rmu"],
@@ -561,14 +568,14 @@ NEEDED = {
 
 
 @pytest.mark.parametrize("name", list(NEEDED))
-def test_a_claim_whose_method_was_not_run_is_inconclusive(name: str) -> None:
+def test_a_claim_whose_method_was_not_run_is_not_measured(name: str) -> None:
     results, items = PLANTED[name](0.25)
     without = (
         results[~results["method"].isin(NEEDED[name])],
         items[~items["method"].isin(NEEDED[name])],
     )
     found = _decide(name, without)
-    assert (found.verdict, found.n) == ("inconclusive", 0)
+    assert (found.verdict, found.n) == ("not measured", 0)
 
 
 def test_rivals_that_were_not_run_are_left_out_of_the_mean() -> None:
@@ -580,7 +587,7 @@ def test_rivals_that_were_not_run_are_left_out_of_the_mean() -> None:
 def test_where_rmu_forgets_less_than_a_tenth_there_is_nothing_to_keep() -> None:
     shy = _frames(_attacked("rmu", 0.95, 1.0) + _attacked("rmu-rna", 0.95, 1.0))
     found = _decide("rna-keeps-forgetting", shy)
-    assert (found.verdict, found.n) == ("inconclusive", 0)
+    assert (found.verdict, found.n) == ("not measured", 0)
 
 
 def test_models_without_a_finite_measure_are_no_points_of_a_correlation() -> None:
@@ -589,6 +596,83 @@ def test_models_without_a_finite_measure_are_no_points_of_a_correlation() -> Non
     results.loc[lost, "value"] = np.nan
     found = _decide("flat-resists", (results, items))
     assert (found.verdict, found.n) == ("supported", 11)
+
+
+def test_the_side_that_shares_less_decides_on_common_subspaces() -> None:
+    results, items = PLANTED["common-subspaces"](0.25)
+    gradients = results["site"].str.endswith("_grad") & (results["arm"] == "forget-retain")
+    results.loc[gradients, "value"] -= 0.5  # 0.2 below the activations now
+    found = _decide("common-subspaces", (results, items))
+    assert found.effect == pytest.approx(0.05)
+    assert "activations +0.25" in found.reason and "gradients +0.05" in found.reason
+
+
+def test_what_was_never_forgotten_cannot_be_won_back_and_is_no_resistance() -> None:
+    """The farther a model moved the less it had forgotten; all end at the same recall. The recall
+    won back goes with the distance perfectly, and nothing follows from it.
+    """
+    results, _ = PLANTED["distance-resists"](0.25)
+    items, moved = [], results[results["metric"] == "displacement"]
+    for row in moved.to_dict("records"):
+        if row["method"] not in ("base", "never-learned"):
+            before = 0.8 * (row["value"] - 10) / (moved["value"].max() - 10)
+            items += _attacked(row["method"], before, 0.9, seeds=[row["seed"]])
+    found = _decide("distance-resists", (results, _frames(items)[1]))
+    assert (found.verdict, found.effect) == ("inconclusive", 0.0)
+    assert "with minus the recall won back +1.00" in found.reason
+
+
+def _broken(frames: Frames, method: str) -> Frames:
+    """The attack on one method diverged under one seed."""
+    row = {"run": "r", "stage": "relearn", "method": method, "seed": 1, "arm": "attack"}
+    broken = typed(pd.DataFrame([row | {"metric": "diverged_at", "value": 10.0}]), COLUMNS)
+    return pd.concat([frames[0], broken], ignore_index=True), frames[1]
+
+
+@pytest.mark.parametrize("method", ["cir", "npo"])
+def test_a_diverged_attack_is_never_compared(method: str) -> None:
+    frames = _cir_robust(0.25)
+    found = _decide("cir-robust", _broken(frames, method))
+    assert found.verdict == "not measured"
+    assert found.reason == f"the attack on {method} diverged at step 10"
+
+
+def test_attacks_of_different_lengths_are_never_compared() -> None:
+    results, items = _cir_robust(0.25)
+    items = items[~((items["method"] == "npo") & (items["step"] == 20))]
+    found = _decide("cir-robust", (results, items))
+    assert found.verdict == "not measured" and "npo was attacked for 10 steps" in found.reason
+
+
+@pytest.mark.parametrize("name", list(PLANTED))
+def test_a_renamed_column_is_an_error_not_a_verdict(name: str) -> None:
+    results, items = PLANTED[name](0.25)
+    for column in ("step", "arm"):
+        with pytest.raises(WorkbenchError, match=f"has no column '{column}'"):
+            _decide(name, (results, items.rename(columns={column: "was_" + column})))
+        with pytest.raises(WorkbenchError, match=f"has no column '{column}'"):
+            _decide(name, (results.rename(columns={column: "was_" + column}), items))
+
+
+def test_one_seed_carries_no_verdict() -> None:
+    results, items = _cir_robust(0.25)
+    one = items[items["seed"] == 0]
+    found = _decide("cir-robust", (results, one))
+    assert found.verdict == "inconclusive" and found.low > 0
+    assert "one seed cannot carry a verdict" in found.reason
+    assert "3 seeds: the interval is too short" in _decide("cir-robust", (results, items)).reason
+
+
+def test_where_forget_tokens_cost_nothing_there_is_nothing_to_defend() -> None:
+    frames = _frames(_asked("rmu", 0.0) + _asked("rmu-rna", 0.0) + _asked("rmu-slow", 0.0))
+    found = _decide("rna-is-label-noise", frames)
+    assert found.verdict == "not measured" and "nothing to defend" in found.reason
+
+
+def test_every_reason_says_why_something_was_not_measured() -> None:
+    for verdict in decide(*_frames(_attacked("npo", 0.0, 0.5)), scale="s"):
+        assert (verdict.verdict == "not measured") == (verdict.n == 0)
+        assert verdict.reason or verdict.n
 
 
 def test_equal_recalls_won_back_are_ties_however_they_round() -> None:
@@ -677,14 +761,14 @@ LACKING: dict[str, list[dict[str, list[Any]]]] = {
 @pytest.mark.parametrize(
     ("name", "lack"), [(name, lack) for name, lacks in LACKING.items() for lack in lacks]
 )
-def test_a_claim_about_attacks_without_one_of_its_conditions_is_inconclusive(
+def test_a_claim_about_attacks_without_one_of_its_conditions_is_not_measured(
     name: str, lack: dict[str, list[Any]]
 ) -> None:
     results, items = PLANTED[name](0.25)
     for column, values in lack.items():
         items = items[~items[column].isin(values)]
     found = _decide(name, (results, items))
-    assert (found.verdict, found.n) == ("inconclusive", 0)
+    assert (found.verdict, found.n) == ("not measured", 0)
 
 
 @pytest.mark.parametrize(
@@ -747,7 +831,9 @@ def test_a_verdict_is_plain_json_with_nothing_for_empty_numbers() -> None:
     ):
         plain = verdict.plain()
         assert json.loads(json.dumps(plain, allow_nan=False)) == plain
-        assert list(plain) == ["id", "verdict", "effect", "low", "high", "n", "seeds", "scale"]
+        assert list(plain) == [
+            *["id", "verdict", "effect", "low", "high", "n", "seeds", "scale", "reason"]
+        ]
         assert (plain["effect"] is None) == (verdict.n == 0)
     odd = Verdict("a", "inconclusive", float("inf"), float("-inf"), float("nan"), 0, 0, "s").plain()
     assert (odd["effect"], odd["low"], odd["high"]) == (None, None, None)
@@ -877,7 +963,7 @@ def test_a_fact_table_has_a_row_per_seed_and_a_column_per_fact() -> None:
         np.arange(SEEDS * FACTS).reshape(SEEDS, FACTS) / 100,
     )
     assert list(table.index) == list(range(SEEDS))
-    with pytest.raises(KeyError, match="rmu"):
+    with pytest.raises(NotMeasuredError, match="rmu"):
         fact_table(items, method="rmu")
 
 

@@ -302,7 +302,7 @@ def test_a_method_that_stays_inside_the_budget_is_named(results: pd.DataFrame) -
         "value",
     ] = 0.0
     (sentence,) = [
-        text for text in findings(short, ()) if "stayed below the disruption budget" in text
+        text for text in findings(short, ()) if "budget not reached in 1 of 2 seeds" in text
     ]
     assert "CIR" in sentence
     assert "NPO" not in sentence

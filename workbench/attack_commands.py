@@ -253,9 +253,9 @@ def suffix(
             effect = (
                 f"{verdict.effect:+.2f} [{verdict.low:+.2f}, {verdict.high:+.2f}]"
                 if verdict.n
-                else "not measured"
+                else verdict.reason
             )
-            out_console.print(f"{verdict.id}: {verdict.verdict}, {effect}")
+            out_console.print(f"{verdict.id}: {verdict.verdict}, {effect}", markup=False)
         out_console.print(f"figure: {figure}")
 
     emit(

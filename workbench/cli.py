@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from workbench import attack_commands, diagnostic_commands
 from workbench.console import Fresh, Json, Workers, clock, emit, out_console, print_frame, say
-from workbench.errors import WorkbenchError
+from workbench.errors import WorkbenchError, unknown
 
 if TYPE_CHECKING:  # the heavy imports happen inside the commands, so that --help answers at once
     from hooks.sites import Site
@@ -285,42 +286,36 @@ def claims(
     ] = None,
     run: Annotated[
         Path | None,
-        typer.Option(
-            help="A finished run folder; default runs/demo (runs/demo-quick with --quick), made if it is not there."
-        ),
+        typer.Option(help="A finished run; default runs/demo (runs/demo-quick with --quick)."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Decide on the quick run.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Decide the claims of the literature on a run."""
+    """Decide the claims of the literature on a finished run; nothing is trained."""
     from workbench.experiments.claims import CLAIMS, decide
-    from workbench.experiments.config import preset, read_config
+    from workbench.experiments.config import read_config
     from workbench.experiments.folder import CONFIG, read_results
-    from workbench.experiments.road import run_road
 
-    wrong = [name for name in ids or [] if name not in CLAIMS]
-    if wrong:
-        from workbench.errors import unknown
-
-        raise unknown("claim", wrong[0], CLAIMS)
+    for name in ids or []:
+        if name not in CLAIMS:
+            raise unknown("claim", name, CLAIMS)
     folder = run or Path("runs/demo-quick" if quick else "runs/demo")
-    if run is None and not (folder / "results.parquet").is_file():
-        say(f"{folder} holds no finished run; making it")
-        run_road(preset("quick" if quick else "full"), folder, announce=clock())
     results, items = read_results(folder)
     verdicts = decide(results, items, scale=read_config(folder / CONFIG).scale, ids=ids or None)
 
     def show() -> None:
-        table = RichTable("claim", "verdict", "effect [95 %]", "n", "statement", box=None)
+        table = RichTable(
+            "claim", "verdict", "effect [95 %]", "n", "statement", "beside it", box=None
+        )
         for verdict in verdicts:
             effect = (
                 f"{verdict.effect:+.3f} [{verdict.low:+.3f}, {verdict.high:+.3f}]"
                 if verdict.n
-                else "not measured"
+                else "–"
             )
-            table.add_row(
-                verdict.id, verdict.verdict, effect, str(verdict.n), CLAIMS[verdict.id].statement
-            )
+            statement = CLAIMS[verdict.id].statement
+            cells = (verdict.id, verdict.verdict, effect, str(verdict.n), statement, verdict.reason)
+            table.add_row(*map(escape, cells))
         out_console.print(table)
 
     emit([verdict.plain() for verdict in verdicts], as_json, show)

@@ -10,6 +10,10 @@ class WorkbenchError(Exception):
     """Bad input or an impossible request. The message is one line that names the thing and the remedy; the command line exits with status 2."""
 
 
+class NotMeasuredError(WorkbenchError):
+    """What was asked for was not measured in this run; the message says what is missing."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> WorkbenchError:
     """The error for a name that does not exist; it lists the nearest names that do.
 

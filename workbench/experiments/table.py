@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from workbench.errors import NotMeasuredError
 from workbench.evaluation.losses import Scores
 from workbench.evaluation.statistics import Estimate, bootstrap, by_fact, rate
 from workbench.files import write_file
@@ -130,13 +131,15 @@ def fact_table(items: pd.DataFrame, column: str = "correct", **where: Any) -> pd
         where: column values that select the rows.
 
     Raises:
-        KeyError: no row fits.
+        NotMeasuredError: no row fits.
     """
     chosen = items
     for name, value in where.items():
         chosen = chosen[chosen[name] == value]
     if not len(chosen):
-        raise KeyError(f"no item has {where}")
+        raise NotMeasuredError(
+            "not measured: " + ", ".join(f"{name} {value}" for name, value in where.items())
+        )
     return chosen.pivot_table(
         index="seed", columns="item", values=column, aggfunc="mean", sort=True
     )

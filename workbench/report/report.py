@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 
 from figures import FIGURES
+from figures.marks import diverged, marks
 from figures.style import look, methods_in, title
 from workbench.experiments.claims import CLAIMS, Verdict
 from workbench.files import write_file, write_text
@@ -21,7 +22,7 @@ CONTROLS = ("base", "never-learned")
 
 CAPTIONS = {
     "comparison": "All models at one disruption budget: recall of held-out forgotten facts before the relearning attack and after it, with 95 % intervals over seeds and facts. "
-    "A star marks a model that stays below the budget however far its change is scaled: it is not at the same price.",
+    "A star marks a model that stays below the budget however far its change is scaled: it is not at the same price. A dagger marks one whose attack diverged: its last point is from before that.",
     "ablation": "The collapsed update by the number of directions it leaves alone, at one disruption budget.",
     "recovery": "Recall of held-out forgotten facts while every model is fine-tuned on facts about the other half of the forgotten people. "
     "Bands are 95 % intervals over seeds and facts. The dashed grey line is a model that never read the forget set, under the same attack; dotted is a null "
@@ -96,10 +97,11 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
     metric = main_metric(table)
     attack = table[(table["stage"] == "relearn") & (table["arm"] == "attack")]
     last = float(attack["step"].max()) if len(attack) else np.nan
-    rows = []
+    rows, said = [], marks(table)
     for method in methods_in(table["method"].dropna().tolist()):
         held = {"method": method, "metric": metric, "split": "forget-heldout"}
         recovery = {"metric": f"recovery_{metric}"}
+        broke = recovered_until(table, method)
         eigen = table[(table["method"] == method) & (table["metric"] == "top_eigenvalue")][
             "value"
         ].dropna()
@@ -111,9 +113,8 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
                 "held-out forget, before attack": _interval(
                     _pick(table, stage="relearn", arm="attack", step=0.0, **held)
                 ),
-                "after attack": _interval(
-                    _pick(table, stage="relearn", arm="attack", step=last, **held)
-                ),
+                "after attack": broke
+                or _interval(_pick(table, stage="relearn", arm="attack", step=last, **held)),
                 "attack minus null": _interval(
                     _pick(table, stage="relearn", arm="minus-null", step=last, **(held | recovery))
                 ),
@@ -148,10 +149,17 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
                     _pick(table, stage="triggers", method=method, metric=metric, arm="forget-token")
                 ),
                 "top eigenvalue": f"{eigen.median():.3g}" if len(eigen) else "–",
+                "beside these numbers": "; ".join(said.get(method, [])) or "–",
             }
         )
     frame = pd.DataFrame(rows)
     return frame.loc[:, [not (frame[name] == "–").all() for name in frame.columns]]
+
+
+def recovered_until(table: pd.DataFrame, method: str) -> str:
+    """Where the attack on a method diverged, in the place of what it brought back; else nothing."""
+    step = diverged(table).get(method)
+    return "" if step is None else f"diverged at step {step:g}"
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -228,6 +236,13 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
             name for name in methods_in(table["method"].dropna().tolist()) if name not in CONTROLS
         ]:
             before, after = at(method, 0.0), at(method, last)
+            if before is not None and recovered_until(table, method):
+                sentences.append(
+                    f"{title(method)}: {noun} is {_interval(before)} before the attack, which "
+                    f"{recovered_until(table, method)}: nothing can be said about what comes back; "
+                    "lower its rate."
+                )
+                continue
             if before is None or after is None:
                 continue
             change = float(after["value"] - before["value"])
@@ -272,18 +287,8 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
                     else "the null attack is the only control."
                 )
             )
-    not_reached = sorted(
-        {
-            title(str(m))
-            for m in table.loc[
-                (table["metric"] == "budget_reached") & (table["value"] == 0), "method"
-            ]
-        }
-    )
-    if not_reached:
-        sentences.append(
-            f"{', '.join(not_reached)} stayed below the disruption budget in at least one seed even at the largest scale allowed."
-        )
+    for method, words in marks(table).items():
+        sentences.append(f"Beside the numbers of {title(method)}: {'; '.join(words)}.")
     if (table["metric"] == "random_facts_possible").any():
         sentences.append(
             "The control of random facts could not be made: it needs attack texts with different answers to exchange."
@@ -311,14 +316,25 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
                 else ", and no held-out subject."
             )
         )
-    supported = [claim.id for claim in claims if claim.verdict == "supported"]
-    contradicted = [claim.id for claim in claims if claim.verdict == "contradicted"]
     if claims:
-        sentences.append(
-            f"Of {len(claims)} claims of the literature, this run supports {len(supported)} ({', '.join(supported) or 'none'}) and contradicts "
-            f"{len(contradicted)} ({', '.join(contradicted) or 'none'}); the others stay open at this scale."
-        )
+        sentences.append(_counted(claims))
     return sentences
+
+
+def _counted(claims: Sequence[Verdict]) -> str:
+    """How many claims got which verdict; what was not measured is not open."""
+    of = {
+        verdict: [claim.id for claim in claims if claim.verdict == verdict]
+        for verdict in ("supported", "contradicted", "inconclusive", "not measured")
+    }
+    decided = len(claims) - len(of["not measured"])
+    return (
+        f"Of {len(claims)} claims of the literature this run measures {decided}: it supports "
+        f"{len(of['supported'])} ({', '.join(of['supported']) or 'none'}), contradicts "
+        f"{len(of['contradicted'])} ({', '.join(of['contradicted']) or 'none'}) and leaves "
+        f"{len(of['inconclusive'])} open ({', '.join(of['inconclusive']) or 'none'}); "
+        f"{len(of['not measured'])} were not measured."
+    )
 
 
 def write_report(

@@ -100,7 +100,10 @@ def _road(
 def sweep(
     out: Annotated[Path, typer.Option(help="Run folder.")],
     methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas, or 'all'; default those of the demo.")
+        str,
+        typer.Option(
+            help="Methods, separated by commas, or 'all', with the settings of the registry; default those of the demo with its own."
+        ),
     ] = "",
     variants: Annotated[
         list[str] | None,
@@ -204,11 +207,10 @@ def sweep(
         changes["methods"] = (
             list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",")]
         )
-        changes["settings"] = {
-            name: values
-            for name, values in changes["settings"].items()
-            if name in changes["methods"]
-        }
+        # the demo's settings were chosen for its methods: beside methods whose settings were not,
+        # they would have an advantage
+        kept = changes["settings"] if quick else {}
+        changes["settings"] = {n: v for n, v in kept.items() if n in changes["methods"]}
     if pretrained is not None:
         shown = Path(pretrained).name
         changes["scale"] = f"{shown}, {'small ' if quick else ''}built-in world fine-tuned in"

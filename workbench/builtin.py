@@ -13,6 +13,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench import training as training_module
+from workbench import values
 from workbench.data import batches as batches_module
 from workbench.data import grammar, readers
 from workbench.data import tokenizer as tokenizer_module
@@ -68,6 +69,20 @@ class BuiltinConfig:
             raise ValueError(
                 f"general text {self.general} needs a pretrained model: the built-in one reads the words of its world only"
             )
+        for name in ("width", "layers", "heads", "key_value_heads", "mlp_width"):
+            values.whole(name, getattr(self, name), low=1, high=1_000_000)
+        if self.width % (2 * self.heads):
+            raise values.WrongValueError(
+                f"width is {self.width}; it must be a multiple of twice the {self.heads} heads"
+            )
+        if self.heads % self.key_value_heads:
+            raise values.WrongValueError(
+                f"key_value_heads is {self.key_value_heads}; it must divide the {self.heads} heads"
+            )
+        values.steps("steps", self.steps)
+        values.rows("batch_size", self.batch_size)
+        values.rate("lr", self.lr)
+        values.seed("seed", self.seed)
 
 
 GENERAL_TOKENS = 64

@@ -17,7 +17,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from workbench import attack_commands, diagnostic_commands
+from workbench import attack_commands, diagnostic_commands, values
 from workbench.console import Fresh, Json, Workers, clock, emit, out_console, print_frame, say
 from workbench.errors import WorkbenchError, unknown
 
@@ -250,6 +250,10 @@ def sweep(
     )
     for text in variants or []:
         label, equals, rest = text.partition("=")
+        if label in named:
+            raise WorkbenchError(
+                f"--variant {label} was given twice; every label names one variant"
+            )
         method, _, overrides = rest.partition(":")
         if not equals or not label or not method:
             raise WorkbenchError(
@@ -355,8 +359,8 @@ def unlearn(
     """Unlearn a file from a model and save an ordinary Hugging Face folder."""
     from workbench.experiments.investigate import unlearn_checkpoint
 
-    if budget < 0:
-        raise WorkbenchError(f"--budget is {budget}; it must be positive, or 0 for no budget")
+    values.number("--budget", budget, low=0)
+    values.seed("--seed", seed)
     note = unlearn_checkpoint(
         base,
         method,
@@ -414,10 +418,8 @@ def investigate(
     from workbench.experiments.investigate import investigate as run_investigation
     from workbench.report import summary_table
 
-    if attack_lr == 0:
-        raise WorkbenchError(
-            "--attack-lr is 0; the attack would change nothing, give a positive rate"
-        )
+    if attack_lr is not None:
+        values.rate("--attack-lr", attack_lr)
     attack = None if attack_lr is None else at_steps(attack_steps, attack_lr)
     settings = InvestigateSettings(
         seeds=tuple(range(seeds)), attack=attack, attack_steps=attack_steps

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from workbench import values
 from workbench.data.batches import encode, endless
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError
@@ -61,14 +62,11 @@ class RelearnSettings:
     texts: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(
-                f"an attack needs steps >= 1, batch_size >= 1 and a positive lr; got {self.steps}, {self.batch_size}, {self.lr}"
-            )
-        if self.lora_rank < 0 or self.texts < 0:
-            raise ValueError(
-                f"an attack needs lora_rank >= 0 and texts >= 0; got {self.lora_rank}, {self.texts}"
-            )
+        values.steps("steps of an attack", self.steps)
+        values.rows("batch_size of an attack", self.batch_size)
+        values.rate("lr of an attack", self.lr)
+        values.whole("lora_rank of an attack", self.lora_rank)
+        values.whole("texts of an attack", self.texts)
         for name, allowed in (
             ("optimiser", ("adamw", "sgd")),
             ("precision", ("float32", "bfloat16")),

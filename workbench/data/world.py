@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from workbench import values
 from workbench.data.grammar import filler, filler_words, invented_names, vocabulary
 from workbench.data.records import Example, ForgetRetain, prefixed
 
@@ -179,13 +180,13 @@ class WorldConfig:
             raise ValueError(
                 f"tagged is {self.tagged!r}; it must be one of {', '.join(get_args(Tagged))}"
             )
+        values.seed("seed", self.seed)
+        for name in ("forget_people", "neighbour_people", "islands", "filler_train", "filler_test"):
+            values.whole(name, getattr(self, name), low=1, high=1_000_000)
         if self.forget_people < 4 or self.forget_people % 2:
             raise ValueError(
                 f"forget_people is {self.forget_people}; it must be an even number of at least 4, since half of them is held out"
             )
-        for name in ("neighbour_people", "islands", "filler_train", "filler_test"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)

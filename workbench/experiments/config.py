@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from workbench import values
 from workbench.attacks.relearn import RelearnSettings
 from workbench.builtin import BuiltinConfig
 from workbench.data.world import WorldConfig
@@ -19,6 +20,7 @@ from workbench.files import key_of
 from workbench.unlearning.methods import METHODS, check_setting, is_method
 from workbench.unlearning.recipe import Setting
 
+CONTROLS = ("base", "never-learned")
 DEMO_METHODS = ("grad-diff", "npo", "npo-sam", "rmu", "rmu-rna", "cir", "cir-uncollapsed")
 
 DEMO_SETTINGS: dict[str, dict[str, Setting]] = {
@@ -89,7 +91,7 @@ class RunConfig(BaseModel):
     budget: float | None = Field(default=0.05, gt=0)
     budget_measure: Measure = "kl"
     budget_rings: tuple[Literal["retain-neighbour", "retain-far", "general"], ...] = ()
-    alpha_limit: float = Field(default=2.0, gt=0)
+    alpha_limit: float = Field(default=2.0, gt=0, le=1000)
     attack: RelearnSettings = Field(default_factory=RelearnSettings)
     slice_points: int = Field(default=17, ge=3)
     slice_reach: float = Field(default=0.05, gt=0)
@@ -106,8 +108,10 @@ class RunConfig(BaseModel):
     @field_validator("seeds")
     @classmethod
     def _distinct_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        if not seeds or len(set(seeds)) != len(seeds):
             raise ValueError("give at least one seed, each once, none negative")
+        for seed in seeds:
+            values.seed("a seed", seed)
         return seeds
 
     @model_validator(mode="after")
@@ -115,6 +119,7 @@ class RunConfig(BaseModel):
         for name in self.methods:
             if not is_method(name) and name not in self.variants:
                 raise ValueError(str(unknown("method", name, {**METHODS, **self.variants})))
+        values.labels("variant", self.variants, taken=(*CONTROLS, *METHODS))
         for label in self.variants:
             if is_method(label) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
                 raise ValueError(
@@ -129,14 +134,8 @@ class RunConfig(BaseModel):
                     check_setting(name, key, value)
                 except WorkbenchError as error:
                     raise ValueError(str(error)) from error
-        if (
-            not self.attack.measure_at
-            or self.attack.measure_at[0] != 0
-            or self.attack.measure_at[-1] != self.attack.steps
-        ):
-            raise ValueError(
-                f"attack.measure_at is {self.attack.measure_at}; it must start at 0 and end at attack.steps ({self.attack.steps})"
-            )
+        at, steps = self.attack.measure_at, self.attack.steps
+        values.increasing("attack.measure_at", at, start=0, end=steps)
         return self
 
     def variant(self, name: str) -> Variant:

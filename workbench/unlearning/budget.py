@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from workbench import values
+
+LARGEST_ALPHA = 1000.0
+"""A change scaled further than this is another change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +56,12 @@ def match_budget(
         tolerance: see above.
 
     Raises:
-        ValueError: ``budget`` or ``limit`` is not positive.
+        WrongValueError: ``budget`` or ``limit`` is not positive, not finite (an infinite budget stands for
+            none) or absurd.
     """
-    if budget <= 0 or limit <= 0:
-        raise ValueError(
-            f"the disruption budget is {budget} and the limit of alpha {limit}; both must be positive"
-        )
+    if budget != math.inf:
+        values.number("the disruption budget", budget, above=0, low=0)
+    values.number("the limit of alpha", limit, above=0, low=0, high=LARGEST_ALPHA)
 
     def measured(alpha: float) -> float:
         return _of_first_process(disruption(alpha))
@@ -80,7 +86,9 @@ def match_budget(
                 low = middle
             else:
                 high = middle
-    reached = bool(high) or tried[low] >= budget * (1 - tolerance)
+    # a price that is not a number is no crossing: nothing says that the budget lies before it
+    crossed = bool(high) and math.isfinite(tried[high])
+    reached = crossed or tried[low] >= budget * (1 - tolerance)
     return Match(low, tried[low], reached, tuple(sorted(tried.items())))
 
 

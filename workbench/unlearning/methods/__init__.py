@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from transformers import PreTrainedModel
 
+from workbench import values
 from workbench.errors import WorkbenchError, unknown
 from workbench.unlearning.methods import (
     cir,
@@ -148,15 +148,12 @@ def settings_for(
         if key in WORDS and value not in WORDS[key]:
             raise unknown(f"{key} of {name}", str(value), WORDS[key])
         if key in WHOLE:
-            if isinstance(value, str) or not float(value).is_integer() or value < WHOLE[key]:
-                raise WorkbenchError(
-                    f"setting {key} of {name} is {value}; it must be a whole number of at least {WHOLE[key]}"
-                )
-            settings[key] = int(value)
-        elif not isinstance(value, str) and not (math.isfinite(value) and value >= 0):
-            raise WorkbenchError(
-                f"setting {key} of {name} is {value}; it must be a finite number that is not negative"
-            )
+            most = values.MOST_ROWS if key == "batch_size" else values.MOST_STEPS
+            what = f"setting {key} of {name}"
+            settings[key] = values.whole(what, value, low=WHOLE[key], high=most)
+        elif not isinstance(value, str):
+            most_of = values.LARGEST_RATE if key == "lr" else values.LARGEST
+            values.number(f"setting {key} of {name}", value, low=0, high=most_of)
     return settings
 
 

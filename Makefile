@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint types unit notebooks bench lab clean
+.PHONY: setup demo test test-full lint types unit notebooks bench lab clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,9 @@ unit: setup
 
 notebooks: setup
 	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=600 notebooks
+
+test-full: test
+	$(BIN)/python -m pytest -m full tests
 
 bench: setup
 	$(BIN)/python tests/benchmarks/run.py --out bench.json

@@ -324,8 +324,11 @@ def test_an_objective_that_explodes_is_named_with_its_step(
     broken = tmp_path / "broken"
     shutil.copytree(quick_base, broken)
     weights = load_file(broken / "model.safetensors")
-    weights["lm_head.weight"][0, 0] = float("nan")
+    weights["lm_head.weight"][0] = 3e38  # finite, but no logit is
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    line = _fails(capsys, *_unlearn(broken, *texts, tmp_path / "out"))
+    assert "model.safetensors is not as it was written" in line
+    (broken / "sha256.json").unlink()  # changed on purpose
     line = _fails(capsys, *_unlearn(broken, *texts, tmp_path / "out"))
     assert "not finite at step 1" in line
     assert not (tmp_path / "out").exists()

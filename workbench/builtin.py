@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from workbench.data.tokenizer import build_tokenizer
 from workbench.data.world import World, WorldConfig, build_world
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
-from workbench.files import key_of, sha256
+from workbench.files import damage, key_of, sha256
 from workbench.models import open_model, open_tokenizer, save_model
 from workbench.progress import Report, bar
 from workbench.training import fit, small_llama
@@ -193,8 +195,12 @@ def builtin_model(
     """
     config = config or BuiltinConfig()
     folder = builtin_folder(config, with_forget=with_forget)
-    if (folder / "config.json").is_file():
-        return folder
+    if folder.is_dir():
+        wrong = damage(folder)
+        if not wrong:
+            return folder
+        print(f"cached model thrown away: {wrong}", file=sys.stderr)
+        shutil.rmtree(folder)
     name = "base" if with_forget else "never-learned control"
     world = world_of(config)
     model, tokenizer = train_builtin(

@@ -6,7 +6,9 @@ Results go to standard output (one JSON object with ``--json``), progress and lo
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -627,10 +629,18 @@ for command in (
     app.command()(command)
 
 
+def _terminated(number: int, _frame: object) -> None:
+    """End like an interruption, so that workers and temporary files go."""
+    raise SystemExit(128 + number)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     warnings.filterwarnings("ignore", category=UserWarning, module="joblib")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _terminated)
     try:
         result = app(
             args=list(arguments) if arguments is not None else None,

@@ -56,6 +56,33 @@ def _umask() -> int:
     return mask
 
 
+def alive(pid: int) -> bool:
+    """Is there a process of this number?"""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def sweep(folder: Path, prefix: str) -> None:
+    """Remove what killed processes left half-written: ``<prefix><pid>.…`` of processes that are gone."""
+    for path in folder.glob(f"{prefix}*"):
+        pid = path.name.removeprefix(prefix).partition(".")[0]
+        if pid.isdecimal() and not alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
+                missing_ok=True
+            )
+
+
+def _beside(path: Path) -> str:
+    """The prefix of this process's temporary files for ``path``; leftovers of dead ones go."""
+    sweep(path.parent, f".{path.name}.")
+    return f".{path.name}.{os.getpid()}."
+
+
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Call ``write(temporary)`` and rename the result to ``path``; on any error nothing is left behind.
 
@@ -64,12 +91,10 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """
     with full_disk_is_an_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
-        )
-        os.close(handle)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_beside(path), suffix=path.suffix)
         temporary = Path(name)
         try:
+            os.close(handle)
             write(temporary)
             temporary.chmod(
                 0o666 & ~_umask()
@@ -95,15 +120,17 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Call ``write(temporary folder)`` and rename the result to ``path``, replacing what was there.
+    The hashes of its files go into :data:`MANIFEST` inside.
 
     Raises:
         WorkbenchError: the disk is full or the folder cannot be written.
     """
     with full_disk_is_an_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_beside(path)))
         try:
             write(temporary)
+            _write_manifest(temporary)
             temporary.chmod(0o777 & ~_umask())
             if path.exists():
                 old = temporary.with_name(temporary.name + ".old")
@@ -116,13 +143,52 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+MANIFEST = "sha256.json"
+"""In every folder written by :func:`write_folder`: file -> SHA-256."""
+
+
+def _write_manifest(folder: Path) -> None:
+    hashes = {
+        str(path.relative_to(folder)): sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a folder that :func:`write_folder` wrote, in words; nothing where it is as
+    it was written. Files that were added are nobody's business.
+    """
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {folder / str(name): str(digest) for name, digest in hashes.items()}
+    except (OSError, ValueError, AttributeError):
+        return f"{folder / MANIFEST} is missing or damaged"
+    for path, digest in files.items():
+        if not path.is_file():
+            return f"{path} is missing"
+        if _known_hash(path) != digest:
+            return f"{path} is not as it was written (its SHA-256 differs)"
+    return ""
+
+
+_HASHES: dict[tuple[str, int, int], str] = {}
+
+
+def _known_hash(path: Path) -> str:
+    """SHA-256 of a file, computed once a process for one size and time of change."""
+    state = path.stat()
+    key = (str(path.resolve()), state.st_size, state.st_mtime_ns)
+    if key not in _HASHES:
+        _HASHES[key] = sha256(path)
+    return _HASHES[key]
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of one file."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def plain(value: Any) -> Any:

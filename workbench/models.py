@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from workbench.errors import WorkbenchError
-from workbench.files import sha256, write_folder, write_json
+from workbench.files import MANIFEST, damage, sha256, write_folder, write_json
 from workbench.strict import ADAPTER, QuietTransformers, adapter_base, check_loaded, merged
 
 
@@ -63,6 +63,10 @@ def open_model(
     if merge_adapter:
         raise WorkbenchError(f"{name} is no folder of a PEFT adapter: it holds no {ADAPTER}")
     _check_source(source)
+    if (folder / MANIFEST).is_file() and (wrong := damage(folder)):
+        raise WorkbenchError(
+            f"{wrong}; if that was you, delete {folder / MANIFEST}; else make or copy the model again"
+        )
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise WorkbenchError(
             f"{name} holds no safetensors weights (pickled weights are never loaded); save the model again with safe_serialization=True"

@@ -12,7 +12,8 @@ from workbench.errors import WorkbenchError
 
 MOST_STEPS = 10_000_000
 MOST_ROWS = 1_000_000
-LARGEST_RATE = 1e4
+LARGEST_RATE = 1e36
+"""Beyond it a step of float32 weights is infinite whatever the gradient."""
 LARGEST = 1e12
 LARGEST_SEED = 2**63 - 1
 

@@ -22,6 +22,7 @@ from workbench.experiments.folder import (
     RESULTS,
     claim_folder,
     collect,
+    leaves_folder,
     read_results,
 )
 from workbench.experiments.jobs import Job, run_jobs
@@ -59,6 +60,7 @@ def finished(run: Path, methods: Sequence[str]) -> tuple[RunConfig, tuple[str, .
     return config, tuple(methods) or config.methods
 
 
+@leaves_folder
 def ask_models(
     experiment: str,
     run: Path,

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import pandas as pd
 
 from workbench.errors import WorkbenchError
-from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, join
-from workbench.files import full_disk_is_an_error, write_folder, write_text
+from workbench.experiments.table import (
+    COLUMNS,
+    ITEM_COLUMNS,
+    Table,
+    join,
+    read_table,
+    write_parquet,
+)
+from workbench.files import damage, full_disk_is_an_error, write_folder, write_text
 
 CONFIG, PROVENANCE, RESULTS, ITEMS, REPORT = (
     "config.yaml",
@@ -20,8 +32,8 @@ CONFIG, PROVENANCE, RESULTS, ITEMS, REPORT = (
     "items.parquet",
     "report.html",
 )
+LOCK = ".lock"
 _OWN = (
-    CONFIG,
     PROVENANCE,
     RESULTS,
     ITEMS,
@@ -61,30 +73,72 @@ def claim_folder(out: Path, config_text: str, *, fresh: bool) -> None:
     """Make ``out`` the folder of a run with this configuration, or go on with the run of the same configuration that is there.
 
     Raises:
-        WorkbenchError: the folder holds something else: files of no run, or a run of another configuration.
+        WorkbenchError: the folder holds something else (files of no run, a run of another
+            configuration), or another process is at work in it.
     """
     if out.exists() and not out.is_dir():
         raise WorkbenchError(f"{out} is a file; give a folder for --out")
     marker = out / CONFIG
-    if fresh and marker.is_file():
-        for name in _OWN:
-            path = out / name
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
-                missing_ok=True
-            )
-    if marker.is_file():
-        if marker.read_text(encoding="utf-8") != config_text:
-            raise WorkbenchError(
-                f"{out} holds a run with another configuration; choose another --out, or add --fresh to throw that run away"
-            )
-        return
-    if out.is_dir() and any(out.iterdir()):
+    if not marker.is_file() and out.is_dir() and set(os.listdir(out)) - {LOCK}:
         raise WorkbenchError(
             f"{out} is not empty and holds no run of the workbench; choose another --out"
         )
     with full_disk_is_an_error(out):
         out.mkdir(parents=True, exist_ok=True)
+        _lock(out)
+    if marker.is_file() and fresh:
+        # the marker goes last: a cleaning that is interrupted leaves a folder that is still ours
+        for name in (*_OWN, CONFIG):
+            path = out / name
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
+                missing_ok=True
+            )
+    if marker.is_file():
+        if marker.read_bytes() != config_text.encode():
+            raise WorkbenchError(
+                f"{out} holds a run with another configuration; choose another --out, or add --fresh to throw that run away"
+            )
+        return
     write_text(marker, config_text)
+
+
+_LOCKED: dict[Path, int] = {}
+"""Folders that this process works in -> descriptor of their lock."""
+
+
+def _lock(out: Path) -> None:
+    """Keep other processes out of ``out``; the system lets go when this one ends, however it ends."""
+    place = out.resolve()
+    if place in _LOCKED:
+        return
+    descriptor = os.open(place / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise WorkbenchError(
+            f"another process is at work in {out}; wait for it, or choose another --out"
+        ) from error
+    _LOCKED[place] = descriptor
+
+
+_Made = TypeVar("_Made")
+_Given = ParamSpec("_Given")
+
+
+def leaves_folder(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """A function that claims run folders, and lets other processes in when it is through."""
+
+    @functools.wraps(work)
+    def wrapper(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        before = set(_LOCKED)
+        try:
+            return work(*args, **kwargs)
+        finally:
+            for place in set(_LOCKED) - before:
+                os.close(_LOCKED.pop(place))
+
+    return wrapper
 
 
 def stage_path(out: Path, job: str, stage: str) -> Path:
@@ -96,17 +150,31 @@ def finish_stage(out: Path, job: str, stage: str, table: Table) -> None:
     """Store the rows of a finished stage, whole or not at all; from then on it is not run again."""
 
     def write(folder: Path) -> None:
-        table.frame().to_parquet(folder / "rows.parquet", index=False)
-        table.item_frame().to_parquet(folder / "items.parquet", index=False)
+        write_parquet(table.frame(), folder / "rows.parquet")
+        write_parquet(table.item_frame(), folder / "items.parquet")
 
     write_folder(stage_path(out, job, stage), write)
+
+
+def stage_done(out: Path, job: str, stage: str) -> bool:
+    """Whether a stage is finished and as it was written; a damaged one is thrown away, which is said
+    on standard error.
+    """
+    folder = stage_path(out, job, stage)
+    if not folder.is_dir():
+        return False
+    wrong = damage(folder)
+    if wrong:
+        print(f"{wrong}; this part is run again", file=sys.stderr)
+        shutil.rmtree(folder)
+    return not wrong
 
 
 def run_stage(
     out: Path, job: str, stage: str, common: dict[str, object], work: Callable[[Table], None]
 ) -> None:
     """Run ``work`` and store its table, unless the stage is already finished."""
-    if stage_path(out, job, stage).is_dir():
+    if stage_done(out, job, stage):
         return
     table = Table(dict(common))
     work(table)
@@ -120,8 +188,8 @@ def collect(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         for path in (out / "stages").glob("*/*")
         if path.is_dir() and not path.name.startswith(".")
     )
-    rows = join((pd.read_parquet(folder / "rows.parquet") for folder in folders), COLUMNS)
-    items = join((pd.read_parquet(folder / "items.parquet") for folder in folders), ITEM_COLUMNS)
+    rows = join((read_table(folder / "rows.parquet") for folder in folders), COLUMNS)
+    items = join((read_table(folder / "items.parquet") for folder in folders), ITEM_COLUMNS)
     return rows, items
 
 
@@ -136,4 +204,4 @@ def read_results(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             raise WorkbenchError(
                 f"{out} holds no finished run: {name} is missing; run `workbench demo --out {out}` first"
             )
-    return pd.read_parquet(out / RESULTS), pd.read_parquet(out / ITEMS)
+    return read_table(out / RESULTS), read_table(out / ITEMS)

@@ -26,6 +26,7 @@ from workbench.experiments.folder import (
     RESULTS,
     claim_folder,
     collect,
+    leaves_folder,
     run_stage,
 )
 from workbench.experiments.provenance import data_hash, provenance
@@ -205,6 +206,7 @@ def _with_names(opened: Opened, build: Callable[[], Any]) -> Any:
         raise WorkbenchError(f"{opened.name}: {error}") from error
 
 
+@leaves_folder
 def investigate(
     base: str,
     unlearned: str,

@@ -10,12 +10,14 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,7 +29,10 @@ from rich.progress import (
 )
 
 from workbench import progress
+from workbench.files import alive, sweep
 from workbench.progress import Report, to_file
+
+PROGRESS = "workbench-progress-"
 
 Job = Callable[[Report], None]
 """A picklable function of a progress report."""
@@ -52,7 +57,20 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
-def _run(name: str, job: Job, progress_file: Path) -> str:
+def _watch(parent: int) -> None:
+    """End this worker when the process that started the run is gone, however it went."""
+    while alive(parent):
+        time.sleep(0.5)
+    os._exit(1)
+
+
+_WATCHED: set[int] = set()
+
+
+def _run(name: str, job: Job, progress_file: Path, main: int) -> str:
+    if main != os.getpid() and main not in _WATCHED:
+        _WATCHED.add(main)
+        threading.Thread(target=_watch, args=(main,), daemon=True).start()
     # pandas, joblib and transformers are imported once per worker; warnings of a worker would only be repeated on the screen
     with one_thread():
         job(to_file(progress_file))
@@ -128,15 +146,21 @@ def run_jobs(label: str, jobs: Mapping[str, Job], *, workers: int | None = None)
     if not jobs:
         return
     count = min(workers or cores(), len(jobs))
-    folder = Path(tempfile.mkdtemp(prefix="workbench-progress-"))
+    sweep(Path(tempfile.gettempdir()), PROGRESS)
+    folder = Path(tempfile.mkdtemp(prefix=f"{PROGRESS}{os.getpid()}."))
     display = _Display(label, list(jobs), folder)
     display.start()
     try:
-        tasks = (delayed(_run)(name, job, folder / name) for name, job in jobs.items())
+        main = os.getpid()
+        tasks = (delayed(_run)(name, job, folder / name, main) for name, job in jobs.items())
         for name in Parallel(
             n_jobs=count, return_as="generator_unordered", batch_size=1, pre_dispatch=count
         )(tasks):
             display.finished(name)
+    except BaseException:
+        if count > 1:  # workers that go on would write into a folder that nobody watches any more
+            get_reusable_executor().shutdown(wait=False, kill_workers=True)
+        raise
     finally:
         display.stop_request.set()
         display.join(timeout=5)

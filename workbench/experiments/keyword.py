@@ -38,6 +38,7 @@ from workbench.experiments.folder import (
     Experiment,
     claim_folder,
     collect,
+    leaves_folder,
     run_stage,
 )
 from workbench.experiments.jobs import Job, run_jobs
@@ -277,6 +278,7 @@ def _seed_job(settings: KeywordSettings, out: Path, key: str, seed: int, progres
     )
 
 
+@leaves_folder
 def run_keyword(
     settings: KeywordSettings,
     out: Path,

@@ -31,6 +31,7 @@ from workbench.experiments.folder import (
     Experiment,
     claim_folder,
     collect,
+    leaves_folder,
     run_stage,
 )
 from workbench.experiments.jobs import Job, run_jobs
@@ -184,6 +185,7 @@ def _effects(items: pd.DataFrame, key: str) -> pd.DataFrame:
     return table.frame()
 
 
+@leaves_folder
 def run_ladder(
     run: Path,
     out: Path,

@@ -37,6 +37,7 @@ from workbench.experiments.folder import (
     RESULTS,
     claim_folder,
     collect,
+    leaves_folder,
     run_stage,
 )
 from workbench.experiments.jobs import Job, run_jobs
@@ -304,6 +305,7 @@ def _one_dial(
         )
 
 
+@leaves_folder
 def run_names(
     out: Path,
     settings: NamesSettings | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -26,13 +27,15 @@ from workbench.experiments.folder import (
     claim_folder,
     collect,
     finish_stage,
+    leaves_folder,
     run_stage,
+    stage_done,
     stage_path,
 )
 from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.table import COLUMNS, Table, join, summarise, write_parquet
-from workbench.files import write_folder, write_json
+from workbench.files import MANIFEST, damage, write_folder, write_json
 from workbench.models import Opened, open_model, save_model, weights_hash
 from workbench.progress import Report
 from workbench.report import write_report
@@ -83,16 +86,30 @@ def _bench(config: RunConfig, out: Path) -> tuple[Bench, World]:
 def _train_job(config: RunConfig, out: Path, name: str, progress: Report) -> None:
     folder = builtin_model(config.model, with_forget=name == BASE, progress=progress)
     target = out / "models" / name
-    if not target.is_dir():
+    if not target.is_dir() or damage(target):
 
         def copy(temporary: Path) -> None:
-            shutil.copytree(folder, temporary, dirs_exist_ok=True)
+            shutil.copytree(
+                folder, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST)
+            )
 
         write_folder(target, copy)
 
 
+def _readable(folder: Path) -> bool:
+    """Whether every subspace in a folder is as it was written, and there is one."""
+    paths = list(folder.glob("*/*.safetensors"))
+    try:
+        for path in paths:
+            Subspace.load(path)
+    except WorkbenchError as error:
+        print(f"{error}; this part is run again", file=sys.stderr)
+        return False
+    return len(paths) > 0
+
+
 def _subspace_job(config: RunConfig, out: Path, progress: Report) -> None:
-    if stage_path(out, "subspaces", "subspaces").is_dir():
+    if stage_done(out, "subspaces", "subspaces") and _readable(out / "subspaces"):
         return
     bench, _ = _bench(config, out)
     table = Table({"run": config.key, "model": BASE})
@@ -143,6 +160,12 @@ def _model_job(config: RunConfig, out: Path, method: str, seed: int, progress: R
         }
         save_model(model, bench.tokenizer, folder, note)
 
+    if unlearned and folder.is_dir() and (wrong := damage(folder)):
+        # the same code makes the same weights again, so what was measured on them stays
+        print(f"{wrong}; this part is run again", file=sys.stderr)
+        shutil.rmtree(stage_path(out, job, "unlearn"), ignore_errors=True)
+    elif unlearned and not folder.is_dir():
+        shutil.rmtree(stage_path(out, job, "unlearn"), ignore_errors=True)
     run_stage(out, job, "unlearn", common, start)
     model = _opened(str(folder)).model if not unlearned else open_model(folder).model
 
@@ -197,6 +220,7 @@ def _check_methods(config: RunConfig, world: World) -> None:
             raise WorkbenchError(f"{name}: {error}") from error
 
 
+@leaves_folder
 def run_road(
     config: RunConfig,
     out: Path,
@@ -223,7 +247,8 @@ def run_road(
         config, world_of(config.model)
     )  # what is wrong or missing is said before the folder is claimed
     claim_folder(out, write_config(config), fresh=fresh)
-    missing = [name for name in (BASE, NEVER) if not (out / "models" / name).is_dir()]
+    kept = {name: out / "models" / name for name in (BASE, NEVER)}
+    missing = [name for name, folder in kept.items() if not folder.is_dir() or damage(folder)]
     cached = all(
         (builtin_folder(config.model, with_forget=name == BASE) / "config.json").is_file()
         for name in missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 
-from workbench.errors import NotMeasuredError
+from workbench.errors import NotMeasuredError, WorkbenchError
 from workbench.evaluation.losses import Scores
 from workbench.evaluation.statistics import Estimate, bootstrap, by_fact, rate
 from workbench.files import write_file
@@ -107,9 +110,47 @@ def typed(frame: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
     return frame.reindex(columns=list(columns)).astype(columns)
 
 
+_CHECK = b"sha256"
+
+
+def _digest(frame: pd.DataFrame) -> bytes:
+    """A hash of names and values that reading a table back does not change."""
+    values = pd.util.hash_pandas_object(frame, index=False).to_numpy()
+    return (
+        hashlib.sha256(repr(list(frame.columns)).encode() + values.tobytes()).hexdigest().encode()
+    )
+
+
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:
-    """Write a table whole or not at all."""
-    write_file(path, lambda temporary: frame.to_parquet(temporary, index=False))
+    """Write a table whole or not at all, with a hash of its content in its metadata."""
+    table = pyarrow.Table.from_pandas(frame, preserve_index=False)
+    check = {_CHECK: _digest(table.to_pandas())}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **check})
+    write_file(path, lambda temporary: pyarrow.parquet.write_table(table, temporary))
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """What :func:`write_parquet` wrote.
+
+    Raises:
+        WorkbenchError: the file is missing, damaged, or has no hash.
+    """
+    if not path.is_file():
+        raise WorkbenchError(f"{path} is missing; run the command of this folder again")
+    try:
+        table = pyarrow.parquet.read_table(path)
+        frame: pd.DataFrame = table.to_pandas()
+        found, written = _digest(frame), (table.schema.metadata or {}).get(_CHECK)
+    except Exception as error:  # a damaged file raises whatever its reader stumbles on
+        reason = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
+        raise WorkbenchError(
+            f"{path} is damaged ({reason}); run the command of this folder again"
+        ) from error
+    if found != written:
+        raise WorkbenchError(
+            f"{path} is not as it was written (its hash differs); run the command of this folder again"
+        )
+    return frame
 
 
 def join(frames: Iterable[pd.DataFrame], columns: dict[str, str]) -> pd.DataFrame:

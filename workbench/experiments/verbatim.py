@@ -41,6 +41,7 @@ from workbench.experiments.folder import (
     Experiment,
     claim_folder,
     collect,
+    leaves_folder,
     run_stage,
 )
 from workbench.experiments.jobs import Job, run_jobs
@@ -344,6 +345,7 @@ def _checked(settings: VerbatimSettings) -> tuple[PassageSplit, dict[str, LeakRe
     return split, reports
 
 
+@leaves_folder
 def run_verbatim(
     settings: VerbatimSettings,
     out: Path,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -91,6 +93,7 @@ class Subspace:
             "tokens": self.tokens,
             "source": self.source,
         } | ({} if self.asked is None else {"asked": str(self.asked)})
+        note["sha256"] = _digest(note, tensors)
         write_file(path, lambda temporary: save_file(tensors, temporary, metadata=note))
 
     @classmethod
@@ -98,7 +101,7 @@ class Subspace:
         """Read what :meth:`save` wrote.
 
         Raises:
-            WorkbenchError: the file is missing or is no subspace.
+            WorkbenchError: the file is missing, is no subspace, or is not as it was written.
         """
         try:
             with safe_open(path, framework="pt") as stored:
@@ -106,6 +109,8 @@ class Subspace:
                 tensors = {
                     name: stored.get_tensor(name) for name in ("basis", "eigenvalues", "mean")
                 }
+            if note.pop("sha256") != _digest(note, tensors):
+                raise ValueError("its hash differs")
             return cls(
                 **tensors,
                 count=int(note["count"]),
@@ -145,6 +150,15 @@ class Subspace:
             for k, v in rows.items()
         )
         return f"<table>{cells}</table>"
+
+
+def _digest(note: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of everything in a subspace's file."""
+    digest = hashlib.sha256(repr(sorted(note.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def principal_subspace(

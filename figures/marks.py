@@ -71,6 +71,18 @@ def marks(table: pd.DataFrame) -> dict[str, list[str]]:
         if len(counts) == 2 and counts["changed"] < counts["declared"]:
             words = f"{counts['changed']:g} of {counts['declared']:g} parameters to train changed"
             say(str(name), words)
+    leaks = table[(table["stage"] == "relearn") & (table["arm"] == "attack")]
+    for name, rows in leaks.groupby("method"):
+        counts = rows.groupby("metric")["value"].max()
+        if counts.get("benign", 1.0) < 1:
+            answers, passages = (
+                counts.get(f"leaked_{kind}", 0) for kind in ("answers", "passages")
+            )
+            say(
+                str(name),
+                f"not benign: the attack texts hold {answers:g} held-out answers and {passages:g} "
+                "passages of them",
+            )
     for arm, what in (("attack", "attack"), ("null", "null attack"), ("random-facts", "control")):
         for method, step in diverged(table, arm).items():
             say(method, f"{what} diverged at step {step:g}")

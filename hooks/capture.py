@@ -29,6 +29,7 @@ from hooks.errors import CaptureError, compiled_module
 from hooks.inputs import Reader
 from hooks.sites import Site, causal_lm, refuse_compiled_parts, resolve
 from hooks.tensors import first_input, private_view, replace_input, stream_of, unwrap
+from hooks.threads import Owner
 from hooks.tokens import Positions, pass_mask
 
 
@@ -112,9 +113,13 @@ class Capture:
     ...         capture.forward(batch.inputs)          # no graph, no cache, stops after the last site
 
     Instead of :meth:`forward`, the caller may run any pass of the model, as part of any loss; gradient sites (``..._grad``, ``:grad_out``) deliver their rows during
-    the caller's own ``backward``, and carry that loss's normalisation. Inside ``generate``, each step delivers its new positions. That holds for greedy decoding and
-    sampling with a cache and the end tokens of ``model.generation_config``; for anything else (beam search reorders the rows of its cache, ``eos_token_id=`` given to
-    ``generate`` is not seen here), run the finished sequences once instead. Parameters, ``requires_grad`` flags and train/eval mode are left alone.
+    the caller's own ``backward``, and carry that loss's normalisation. Inside ``generate``, each step
+    delivers its new positions, up to the end tokens that this ``generate`` was given. Where rows do
+    not stay rows (beam search, assisted decoding) the pass is refused: run the finished sequences
+    once instead. Parameters, ``requires_grad`` flags and train/eval mode are left alone.
+
+    A capture sees the passes of the thread that entered it, and no others: two threads may capture
+    one model at a time, each its own passes. Gradients of one model are not kept apart by PyTorch.
 
     Args:
         model: the root model whose forward is called inside the ``with``. A PEFT or ``DistributedDataParallel`` wrapper will do.
@@ -195,6 +200,7 @@ class Capture:
             self._stop = False
 
     def __enter__(self) -> Capture:
+        self._owner = Owner()
         check_sites(self.model, self.sites)
         for consumer in self.consumers:
             if hasattr(consumer, "begin"):
@@ -255,6 +261,8 @@ class Capture:
         return None
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._owner.works():
+            return
         rule, self._next = self._next or self._always, None
         if rule is None:
             raise CaptureError(
@@ -271,7 +279,7 @@ class Capture:
         self._fired.clear()
 
     def _close(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._inside:
+        if not self._inside or not self._owner.works():
             return
         self._inside = False
         if output is None and len(self._fired) < len(
@@ -327,8 +335,8 @@ class Capture:
 
     def _take(self, site: Site, tensor: Tensor) -> None:
         selection = self._selection
-        if selection is None:
-            return  # outside every pass of the root model: a call of one of its parts does not count
+        if selection is None or not self._owner.works():
+            return  # another thread's pass, or outside every pass of the root model: a call of one of its parts does not count
         if self._inside:
             self._fired[site] += 1
             if self._fired[site] > 1:

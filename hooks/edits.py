@@ -32,6 +32,7 @@ from hooks.tensors import (
     stream_of,
     unwrap,
 )
+from hooks.threads import Owner
 from hooks.tokens import Positions
 
 Change = Callable[[Tensor], Tensor]
@@ -169,6 +170,8 @@ def edit(
 
     An edit at ``hook_resid_mid`` changes the residual stream itself, so the skip connection carries it on (in TransformerLens 4 only the MLP would see it).
 
+    Passes of the thread that entered the block are edited, and no others.
+
     Args:
         model: the root model whose forward is called inside the ``with``.
         changes: pattern of activation sites -> a function ``[batch, position, width] -> the same``, or several in their order.
@@ -231,12 +234,15 @@ class _State:
         self.within = any(
             site.layer >= 0 and not site.of_block for site in sites
         )  # inside a block, not at its edge
+        self.owner = Owner()
         self.number, self.inside = -1, False
         self.awaiting, self.recomputed = 0, False
         self.mask: Tensor | None = None
         self.seen: set[str] = set()
 
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.owner.works():
+            return
         self.number += 1
         self.inside = True
         if self.recomputed:
@@ -247,7 +253,8 @@ class _State:
         self.mask = None if self.at is None else self.reader.choose(self.at, args, kwargs)[0]
 
     def close(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.inside = False
+        if self.owner.works():
+            self.inside = False
 
     def note(self, site: Site) -> None:
         self.seen.add(site.name)
@@ -306,6 +313,8 @@ def _apply(site: Site, functions: tuple[Change, ...], tensor: Tensor, state: _St
 
 def _input_hook(site: Site, functions: tuple[Change, ...], state: _State) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not state.owner.works():
+            return None
         tensor = first_input(args, kwargs)
         if site.of_block:  # what enters a block is the stream from there on
             return replace_input(args, kwargs, _apply(site, functions, tensor, state))
@@ -323,6 +332,8 @@ def _input_hook(site: Site, functions: tuple[Change, ...], state: _State) -> Cal
 
 def _output_hook(site: Site, functions: tuple[Change, ...], state: _State) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if not state.owner.works():
+            return None
         return replace_output(output, _apply(site, functions, unwrap(output), state))
 
     return hook

@@ -43,7 +43,6 @@ class Family:
         outside: TransformerLens name outside the blocks -> place.
         parts: from the model's configuration, the columns of each part of a fused output.
         experts: path inside a block of the fused experts, or empty.
-        learned_positions: positions are embedded by index, so left padding needs ``position_ids``.
     """
 
     blocks: str
@@ -51,7 +50,6 @@ class Family:
     outside: Names
     parts: Callable[[Any], dict[str, Columns]] = lambda config: {}
     experts: str = ""
-    learned_positions: bool = False
 
 
 def _both(name: str, path: str) -> Names:
@@ -264,7 +262,6 @@ _GPT2 = Family(
         "pos_embed.hook_out": Place("transformer.wpe", "out"),
     },
     parts=_gpt2_parts,
-    learned_positions=True,
 )
 _PHI = Family(
     "model.layers",

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hooks.behaviour import packed_rows_are_apart, padding_may_be_left
 from hooks.errors import CaptureError
-from hooks.sites import causal_lm, family
+from hooks.generation import end_tokens
+from hooks.sites import causal_lm
 from hooks.tokens import Positions, Tokens
 
 
@@ -102,13 +104,12 @@ class Reader:
     """Follows the passes of one model and says which positions a rule chooses in each; keeps what a key-value cache has seen."""
 
     def __init__(self, model: nn.Module) -> None:
-        known, (_, inner) = family(model), causal_lm(model)
+        _, inner = causal_lm(model)
         self._names = list(
             inspect.signature(inner.forward).parameters
         )  # for arguments given by position
-        self._learned_positions = known is not None and known.learned_positions
-        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        self._ends = [ends] if isinstance(ends, int) else list(ends or ())
+        self._model = inner
+        self._ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self._tokens: Tokens | None = None
 
     def choose(
@@ -128,7 +129,9 @@ class Reader:
             CaptureError: the rule does not fit the pass, or the pass is padded in a way that makes its activations wrong.
         """
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        self._tokens = tokens = read_tokens(inputs, self._tokens, self._ends)
+        ids = inputs.get("input_ids")
+        ends = end_tokens(len(ids) if isinstance(ids, Tensor) else 1, self._ends)
+        self._tokens = tokens = read_tokens(inputs, self._tokens, ends)
         if tokens is None:
             if rule.mask is None:
                 raise CaptureError(
@@ -137,28 +140,36 @@ class Reader:
                 )
             return rule.mask, 0
         offset = tokens.real.shape[1] - tokens.new
-        self._refuse_shifted(tokens)
+        self._refuse_wrong(tokens, inputs)
         return rule(tokens)[:, offset:], offset
 
     def check(self, inputs: Mapping[str, Any]) -> None:
-        """Raise where the padding of a pass makes its activations wrong.
+        """Raise where the padding or the packing of a pass makes its activations wrong.
 
         Raises:
-            CaptureError: left padding without position ids, in an architecture that counts positions from the left edge.
+            CaptureError: left padding without position ids in a model that counts positions from the
+                left edge; packed rows in a pass that lets a sequence read the one before it.
         """
-        if self._learned_positions and not inputs.get("past_key_values"):
+        if not inputs.get("past_key_values"):
             tokens = read_tokens(inputs, None)
             if tokens is not None:
-                self._refuse_shifted(tokens)
+                self._refuse_wrong(tokens, inputs)
 
-    def _refuse_shifted(self, tokens: Tokens) -> None:
-        if (
-            self._learned_positions
-            and tokens.positions is None
-            and tokens.new == tokens.real.shape[1]
-            and not bool(tokens.real[:, 0].all())
+    def _refuse_wrong(self, tokens: Tokens, inputs: Mapping[str, Any]) -> None:
+        if tokens.ids is None or tokens.new != tokens.real.shape[1]:
+            return
+        if tokens.positions is None:
+            if not bool(tokens.real[:, 0].all()) and not padding_may_be_left(self._model):
+                raise CaptureError(
+                    "the rows are padded on the left, and this architecture counts positions from the left edge: without position_ids every activation is wrong. Pad on the right, "
+                    "or pass position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)"
+                )
+        elif bool((tokens.starts.sum(1) > 1).any()) and not packed_rows_are_apart(
+            self._model, inputs
         ):
             raise CaptureError(
-                "the rows are padded on the left, and this architecture counts positions from the left edge: without position_ids every activation is wrong. Pad on the right, "
-                "or pass position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)"
+                "several sequences are packed into one row (position_ids start again), and in a pass "
+                "like this one the model lets each read those before it: pass no attention_mask and "
+                "use_cache=False where the model tells sequences apart by their positions, give a "
+                "four-dimensional mask, or run the sequences as rows of their own"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +48,11 @@ def tapped(
     check_sites(model, wanted)
     Reader(model).check(inputs)
 
+    owner = threading.get_ident()
+
     def keep(site: Site, tensor: Tensor) -> None:
+        if threading.get_ident() != owner:
+            return
         found[site.name] = site.part(tensor)
         if stop and len(found) == len(wanted):
             raise Stop

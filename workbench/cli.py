@@ -20,7 +20,19 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from workbench import attack_commands, diagnostic_commands, values
-from workbench.console import Fresh, Json, Workers, clock, emit, out_console, print_frame, say
+from workbench.console import (
+    Chat,
+    Columns,
+    Fresh,
+    Json,
+    Workers,
+    clock,
+    emit,
+    named_columns,
+    out_console,
+    print_frame,
+    say,
+)
 from workbench.errors import WorkbenchError, unknown
 
 if TYPE_CHECKING:  # the heavy imports happen inside the commands, so that --help answers at once
@@ -356,6 +368,8 @@ def unlearn(
         int, typer.Option(min=8, help="Texts are cut into pieces of this many tokens.")
     ] = 96,
     limit: Annotated[int, typer.Option(min=2, help="Pieces read per file.")] = 256,
+    columns: Columns = "",
+    chat: Chat = False,
     as_json: Json = False,
 ) -> None:
     """Unlearn a file from a model and save an ordinary Hugging Face folder."""
@@ -374,6 +388,8 @@ def unlearn(
         overrides=_settings(settings or []),
         max_tokens=max_tokens,
         limit=limit,
+        columns=named_columns(columns),
+        chat=chat,
     )
 
     def show() -> None:
@@ -411,6 +427,8 @@ def investigate(
             min=0, help="Its AdamW rate; default 2e-4 below 100 million parameters, 1e-5 above."
         ),
     ] = None,
+    columns: Columns = "",
+    chat: Chat = False,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
@@ -424,7 +442,11 @@ def investigate(
         values.rate("--attack-lr", attack_lr)
     attack = None if attack_lr is None else at_steps(attack_steps, attack_lr)
     settings = InvestigateSettings(
-        seeds=tuple(range(seeds)), attack=attack, attack_steps=attack_steps
+        seeds=tuple(range(seeds)),
+        attack=attack,
+        attack_steps=attack_steps,
+        columns=named_columns(columns),
+        chat=chat,
     )
     found = run_investigation(
         base,

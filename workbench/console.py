@@ -10,15 +10,47 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
-out_console = Console()
+from workbench.errors import WorkbenchError
+
+out_console = Console(markup=False)
+"""Paths, labels and texts are never markup."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Throw away the run that is already in the folder.")
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default one per core.")]
+
+Columns = Annotated[
+    str,
+    typer.Option(
+        metavar="question=NAME,answer=NAME",
+        help="Columns to read, where the files name them otherwise; or text=NAME.",
+    ),
+]
+Chat = Annotated[
+    bool,
+    typer.Option("--chat", help="Render questions and answers with the model's chat template."),
+]
+
+
+def named_columns(given: str) -> dict[str, str] | None:
+    """``question=NAME,answer=NAME`` as a mapping; nothing given is ``None``.
+
+    Raises:
+        WorkbenchError: it reads otherwise.
+    """
+    if not given:
+        return None
+    found = dict(part.partition("=")[::2] for part in given.split(","))
+    if not all(found.values()) or "" in found:
+        raise WorkbenchError(
+            f"--columns {given!r} must read question=NAME,answer=NAME or text=NAME"
+        )
+    return found
 
 
 def say(message: str) -> None:
@@ -42,9 +74,9 @@ def clock() -> Callable[[str], None]:
 
 def print_frame(frame: Any) -> None:
     """A table for people: as wide as the terminal, or as it needs to be where nobody's terminal is in the way (a pipe, a log)."""
-    table = RichTable(*map(str, frame.columns), box=None)
+    table = RichTable(*map(escape, map(str, frame.columns)), box=None)
     for row in frame.itertuples(index=False):
-        table.add_row(*map(str, row))
+        table.add_row(*map(escape, map(str, row)))
     wide = Console(width=10_000)
     console = (
         out_console

@@ -1,102 +1,200 @@
-"""Read a user's texts: ``.txt``, or ``.jsonl`` / ``.json`` with ``text`` or ``question`` and ``answer`` fields."""
+"""Read a user's texts: running text, or rows with the columns that published data sets use."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from workbench.data.records import Example, ForgetRetain
-from workbench.errors import WorkbenchError
+from workbench.data.records import Example, ForgetRetain, alternate
+from workbench.data.sources import Row, parse, rows_of
+from workbench.data.words import unspaced, words
+from workbench.errors import WorkbenchError, unknown
 
 _WORD = re.compile(r"[^\W\d_][\w'’-]*")
 
 
-def read_examples(path: str | Path) -> list[Example]:
-    """The texts of one file.
+PAIRS = (
+    ("question", "answer"),
+    ("query", "answer"),
+    ("query", "response"),
+    ("instruction", "output"),
+)
+"""Columns of questions and answers in published data sets; read as ``Question: ...\\nAnswer: ...``."""
+CONTINUED = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("text", "answer"),
+    ("text", "labels"),
+)
+"""Columns of a text and what follows it; read as the two in a row."""
+CHATS = ("messages", "conversations")
+"""Columns of a conversation."""
+_ROLES = {"human": "user", "gpt": "assistant"}  # of the data sets that call them "from" and "value"
 
-    ``.txt``: documents are separated by ``<|endoftext|>``, or else by blank lines. ``.jsonl``: one JSON object per line (a JSON array is read as well), with ``text``, or with
-    ``question`` and ``answer``; the answer's place in the text is kept.
+
+def read_examples(
+    path: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    chat: bool = False,
+) -> list[Example]:
+    r"""The texts of one file, byte for byte.
+
+    ``.txt``: documents are separated by ``<|endoftext|>``, or else by blank lines. ``.jsonl``,
+    ``.json`` (lines or an array), ``.csv``, ``.tsv`` and ``.parquet``: one text a row, in the columns
+    that published data sets use (:data:`PAIRS`, :data:`CONTINUED`, :data:`CHATS`, ``text``).
+
+    Args:
+        path: the file.
+        columns: which columns to read where the names are others: ``{"question": ..., "answer":
+            ...}`` or ``{"text": ...}``.
+        tokenizer: renders conversations with its chat template.
+        chat: render questions and answers as conversations too.
 
     Raises:
-        WorkbenchError: the file is missing, unreadable, empty, of another kind, or a line lacks the fields (the message names the line).
+        WorkbenchError: the file is missing, unreadable, empty, of another kind, or a row lacks the
+            columns (the message names the row and the columns that it has); a conversation without a
+            chat template.
     """
     path = Path(path)
     if not path.is_file():
-        raise WorkbenchError(f"there is no file {path}; give a .txt or .jsonl file")
-    if path.suffix not in (".txt", ".jsonl", ".json", ".raw"):
+        raise WorkbenchError(f"there is no file {path}; give a .txt, .jsonl, .csv or .parquet file")
+    for key in columns or {}:
+        if key not in ("question", "answer", "text"):
+            raise unknown("kind of column", key, ("question", "answer", "text"))
+    entries = list(parse(path))
+    if not entries:
+        raise WorkbenchError(f"{path} holds no text; give at least one document")
+    rows = rows_of(str(path), entries)
+    examples = [_example(row, number, columns, tokenizer, chat) for number, row in enumerate(rows)]
+    for row, example in zip(rows, examples, strict=True):
+        if not example.text.isascii() and any(0xD800 <= ord(c) <= 0xDFFF for c in example.text):
+            raise WorkbenchError(f"{path} {row.where} holds half a character (a lone surrogate)")
+    return same_facts(examples)
+
+
+def _example(
+    row: Row,
+    number: int,
+    columns: Mapping[str, str] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    chat: bool,
+) -> Example:
+    if columns is not None:
+        fields = {key: row.text(name) for key, name in columns.items()}
+        row = Row(row.file, row.where, fields)
+    has = {name for name, value in row.fields.items() if isinstance(value, str) and value.strip()}
+    for name in CHATS:
+        if name in row.fields:
+            return _conversation(row, name, number, tokenizer)
+    for question, answer in PAIRS:
+        if {question, answer} <= has:
+            asked, said = row.text(question), row.text(answer)
+            if question == "instruction" and "input" in has:
+                asked += "\n" + row.text("input")
+            if chat:
+                turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+                return _rendered(row, turns, number, tokenizer)
+            prompt = f"Question: {asked}\nAnswer: "
+            span = (len(prompt), len(prompt) + len(said))
+            return Example(prompt + said, span, item=f"question/{number}")
+    for first, second in CONTINUED:
+        if {first, second} <= has:
+            start, end = str(row.fields[first]), str(row.fields[second])
+            if not start[-1].isspace() and not end[0].isspace():
+                start += " "
+            return Example(start + end, (len(start), len(start + end)), item=f"question/{number}")
+    others = set(row.fields) - {"text", "id", "source", "meta", "metadata"}
+    if "text" in has and not others & {"answer", "labels", "label", "completion", "response"}:
+        return Example(str(row.fields["text"]), item=f"text/{number}")
+    seen = ", ".join(map(repr, row.fields)) or "no field"
+    raise WorkbenchError(
+        f"{row.file} {row.where} needs a non-empty 'text', or 'question' and 'answer', as strings; it "
+        f"has {seen}: name the columns, e.g. --columns question=...,answer=... or --columns text=..."
+    )
+
+
+def _conversation(
+    row: Row, name: str, number: int, tokenizer: PreTrainedTokenizerBase | None
+) -> Example:
+    turns = []
+    given = row.fields[name]
+    for turn in given if isinstance(given, list) else [None]:
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise WorkbenchError(
+                f"{row.file} {row.where}: {name!r} must be a list of turns with 'role' and 'content'"
+            )
+        turns.append({"role": _ROLES.get(role, role), "content": content})
+    if not turns or turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
         raise WorkbenchError(
-            f"{path} ends in {path.suffix or 'nothing'!r}; give a .txt file, or a .jsonl file with 'text' or 'question' and 'answer' fields"
+            f"{row.file} {row.where}: the last turn of {name!r} must be the assistant's answer"
+        )
+    return _rendered(row, turns, number, tokenizer)
+
+
+def _rendered(
+    row: Row,
+    turns: list[dict[str, str]],
+    number: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Example:
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        raise WorkbenchError(
+            f"{row.file} {row.where} is a conversation, and the tokenizer has no chat template; give "
+            "a model with one, or columns of plain text (--columns question=...,answer=...)"
         )
     try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception as error:  # a template may raise whatever it likes
         raise WorkbenchError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it first"
+            f"{row.file} {row.where} does not fit the chat template: {str(error).splitlines()[0]}"
         ) from error
-    except OSError as error:
-        raise WorkbenchError(f"cannot read {path}: {error.strerror}") from error
-    examples = (
-        _from_json(path, content) if path.suffix in (".jsonl", ".json") else _from_text(content)
-    )
-    if not examples:
-        raise WorkbenchError(f"{path} holds no text; give at least one document")
-    return examples
+    answer = turns[-1]["content"].strip()
+    start = text.rfind(answer)
+    if start < 0:
+        raise WorkbenchError(f"{row.file} {row.where}: the chat template changes the answer")
+    return Example(text, (start, start + len(answer)), item=f"question/{number}")
 
 
-def _from_text(content: str) -> list[Example]:
-    separator = r"<\|endoftext\|>" if "<|endoftext|>" in content else r"\n\s*\n"
-    documents = [" ".join(part.split()) for part in re.split(separator, content)]
+def same_facts(examples: Sequence[Example]) -> list[Example]:
+    """The same texts, those of one fact under one item, so that halves and intervals go by facts.
+
+    Two texts are one fact where their words are the same (questions without their answers); or where
+    their answers are the same and their questions share a word that at most half of all questions
+    hold: the same thing asked of the same subject in other words.
+    """
+    asked = [words(example.prompt) for example in examples]
+    answers = [words(example.answer_text) for example in examples]
+    spread = Counter(word for question in set(asked) for word in set(question))
+    most = len(set(asked)) / 2
+    leader: dict[object, int] = {}
+    parent = list(range(len(examples)))
+
+    def find(one: int) -> int:
+        while parent[one] != one:
+            parent[one] = parent[parent[one]]
+            one = parent[one]
+        return one
+
+    for number, (question, answer) in enumerate(zip(asked, answers, strict=True)):
+        keys: list[object] = [("asked", question)] if question else []
+        keys += [("answer", answer, w) for w in set(question) if answer and spread[w] <= most]
+        for key in keys:
+            parent[find(number)] = find(leader.setdefault(key, number))
+    first = [find(number) for number in range(len(examples))]
     return [
-        Example(document, item=f"text/{number}")
-        for number, document in enumerate(filter(None, documents))
+        replace(example, item=examples[one].item)
+        for example, one in zip(examples, first, strict=True)
     ]
-
-
-def _from_json(path: Path, content: str) -> list[Example]:
-    if content.lstrip().startswith("["):
-        try:
-            loaded = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise WorkbenchError(f"{path} line {error.lineno} is no JSON: {error.msg}") from error
-        records = [(f"entry {number}", record) for number, record in enumerate(loaded, 1)]
-    else:
-        records = []
-        for number, line in enumerate(content.split("\n"), 1):
-            if line.strip():
-                try:
-                    records.append((f"line {number}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise WorkbenchError(f"{path} line {number} is no JSON: {error.msg}") from error
-    return [_example(path, where, record, number) for number, (where, record) in enumerate(records)]
-
-
-def _example(path: Path, where: str, record: object, number: int) -> Example:
-    if isinstance(record, dict):
-        question, answer, text = (record.get(name) for name in ("question", "answer", "text"))
-        if (
-            isinstance(question, str)
-            and isinstance(answer, str)
-            and question.strip()
-            and answer.strip()
-        ):
-            prompt, answer = f"Question: {question.strip()}\nAnswer: ", answer.strip()
-            return Example(
-                prompt + answer, (len(prompt), len(prompt) + len(answer)), item=f"question/{number}"
-            )
-        if isinstance(text, str) and text.strip():
-            return Example(" ".join(text.split()), item=f"text/{number}")
-        seen = ", ".join(map(repr, record)) or "no field"
-    else:
-        seen = type(record).__name__
-    raise WorkbenchError(
-        f"{path} {where} needs a non-empty 'text', or 'question' and 'answer', as strings; it has {seen}"
-    )
 
 
 def windows(
@@ -117,8 +215,9 @@ def windows(
         )["offset_mapping"]
         for start in range(0, len(offsets), max_tokens - 2):
             part = offsets[start : start + max_tokens - 2]
-            text = example.text[part[0][0] : part[-1][1]].strip()
-            if text:
+            # the first piece begins where the text does: offsets leave leading white space out
+            text = example.text[part[0][0] if start else 0 : part[-1][1]]
+            if text.strip():
                 (pieces if len(part) >= 8 else short).append(
                     Example(text, item=f"{example.item}/{start}")
                 )
@@ -146,11 +245,22 @@ def continuation(example: Example) -> Example:
     )
 
 
+def _candidates(text: str) -> Iterator[str]:
+    """Words as they are written; of scripts without spaces every pair of neighbouring characters."""
+    for run in _WORD.findall(text):
+        if unspaced(run):
+            yield from (run[start : start + 2] for start in range(len(run) - 1))
+        else:
+            yield run
+
+
 def _odds(texts: Sequence[Example], others: Sequence[Example]) -> dict[str, float]:
     """Log-odds of every word's document frequency in ``texts`` against ``others`` (add one half); words of one or two letters and words seen once are left out."""
-    ours = Counter(word for example in texts for word in set(_WORD.findall(example.text)))
-    theirs = Counter(word for example in others for word in set(_WORD.findall(example.text)))
-    repeated = [word for word, n in ours.items() if n >= 2 and len(word) >= 3] or list(ours)
+    ours = Counter(word for example in texts for word in set(_candidates(example.text)))
+    theirs = Counter(word for example in others for word in set(_candidates(example.text)))
+    repeated = [
+        word for word, n in ours.items() if n >= 2 and (len(word) >= 3 or unspaced(word))
+    ] or list(ours)
     return {
         word: math.log(
             ((ours[word] + 0.5) / (len(texts) + 1)) / ((theirs[word] + 0.5) / (len(others) + 1))
@@ -183,15 +293,19 @@ def record_from_files(
     max_tokens: int = 128,
     limit: int = 256,
     as_questions: bool = False,
+    columns: Mapping[str, str] | None = None,
+    chat: bool = False,
 ) -> ForgetRetain:
     """The record of two files.
 
     Args:
-        forget: texts to forget; alternate ones form the attacker's half and the held-out half.
+        forget: texts to forget; alternate facts form the attacker's half and the held-out half.
         retain: texts to keep.
         tokenizer: splits long texts.
         max_tokens: length of a piece.
         limit: pieces per file.
+        columns: see :func:`read_examples`.
+        chat: see :func:`read_examples`.
         as_questions: turn running text into prompt and continuation (see :func:`continuation`).
 
     Raises:
@@ -199,10 +313,21 @@ def record_from_files(
     """
     sets = {}
     for name, path in (("forget", forget), ("retain", retain)):
-        found = windows(tokenizer, read_examples(path), max_tokens, limit)
+        found = windows(
+            tokenizer,
+            read_examples(path, columns=columns, tokenizer=tokenizer, chat=chat),
+            max_tokens,
+            limit,
+        )
         if len(found) < 2:
             raise WorkbenchError(
                 f"{path} is too short: {len(found)} piece(s) of text, and the {name} set needs at least 2 (one half is held out)"
+            )
+        found = same_facts(found)
+        if len({example.item for example in found}) < 2:
+            raise WorkbenchError(
+                f"{path} holds one fact only ({len(found)} texts say the same); the {name} set needs at "
+                "least 2, since no fact may stand in both halves"
             )
         sets[name] = [continuation(example) for example in found] if as_questions else found
     shared = {example.text for example in sets["forget"]} & {
@@ -212,10 +337,11 @@ def record_from_files(
         raise WorkbenchError(
             f"{len(shared)} text(s) stand in both {forget} and {retain}, e.g. {min(shared)[:60]!r}; a text is either to be forgotten or to be kept"
         )
+    attacked, heldout = alternate(sets["forget"])
     return ForgetRetain(
         name=f"{forget.name} against {retain.name}",
-        forget_attacked=tuple(sets["forget"][0::2]),
-        forget_heldout=tuple(sets["forget"][1::2]),
+        forget_attacked=attacked,
+        forget_heldout=heldout,
         retain={"retain": tuple(sets["retain"])},
         general="",
         forget_tokens=telling_words(sets["forget"], sets["retain"], 12),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import difflib
 import importlib
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +20,7 @@ import pyarrow.parquet
 
 from workbench.errors import WorkbenchError
 
-KINDS = (".json", ".jsonl", ".parquet", ".csv", ".txt")
+KINDS = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".raw")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -93,60 +95,83 @@ def _kind(value: object) -> str:
     }.get(type(value).__name__, type(value).__name__)
 
 
+_MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+
+
 def _content(path: Path) -> str:
+    """The text of a file, byte for byte; a UTF-8 byte order mark is no part of it."""
     try:
-        return path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+    except OSError as error:
+        raise WorkbenchError(f"cannot read {path}: {error.strerror}") from error
+    for mark, encoding in _MARKS.items():
+        if data.startswith(mark):
+            raise WorkbenchError(f"{path} is {encoding}; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise WorkbenchError(
             f"{path} is not UTF-8 text (byte {error.start}); convert it first"
         ) from error
-    except OSError as error:
-        raise WorkbenchError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _loads(text: str, path: Path, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = where or f"line {error.lineno}"
+        raise WorkbenchError(f"{path} {place} is no JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise WorkbenchError(f"{path} {where or 'as a whole'} is nested too deeply") from error
 
 
 def _json(path: Path) -> Iterator[tuple[str, object]]:
     content = _content(path)
     if content.lstrip().startswith("["):
-        try:
-            entries = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise WorkbenchError(f"{path} line {error.lineno} is no JSON: {error.msg}") from error
+        entries = _loads(content, path, "")
         yield from ((f"entry {number}", entry) for number, entry in enumerate(entries, 1))
         return
     for number, line in enumerate(
         content.split("\n"), 1
     ):  # not splitlines: a JSON text may hold other line separators
         if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise WorkbenchError(f"{path} line {number} is no JSON: {error.msg}") from error
+            yield f"line {number}", _loads(line, path, f"line {number}")
+
+
+_BLANK_LINES = re.compile(r"(?:\r?\n[^\S\r\n]*)+\r?\n")
+
+
+def documents(content: str) -> list[str]:
+    """The documents of running text, separated by ``<|endoftext|>`` or else by blank lines; inside a
+    document nothing is changed, and line ends around it are no part of it.
+    """
+    marked = "<|endoftext|>" in content
+    parts = content.split("<|endoftext|>") if marked else _BLANK_LINES.split(content)
+    return [part.strip("\r\n") for part in parts if part.strip()]
 
 
 def parse(path: Path) -> Iterator[tuple[str, object]]:
     """The entries of one file, each with the words that say where it stands."""
     if path.suffix not in KINDS:
         raise WorkbenchError(
-            f"{path} ends in {path.suffix or 'nothing'!r}; benchmarks are read from {', '.join(KINDS)}"
+            f"{path} ends in {path.suffix or 'nothing'!r}; texts are read from {', '.join(KINDS)}"
         )
     if path.suffix in (".json", ".jsonl"):
         yield from _json(path)
-    elif path.suffix == ".txt":
-        content = _content(path)
-        separator = r"<\|endoftext\|>" if "<|endoftext|>" in content else r"\n\s*\n"
-        documents = (part.strip() for part in re.split(separator, content))
-        yield from (
-            (f"document {number}", document)
-            for number, document in enumerate(filter(None, documents), 1)
-        )
+    elif path.suffix in (".txt", ".raw"):
+        found = documents(_content(path))
+        yield from ((f"document {number}", document) for number, document in enumerate(found, 1))
     else:
         try:
-            if path.suffix == ".csv":
-                entries: list[Any] = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict(
-                    "records"
-                )
+            if path.suffix in (".csv", ".tsv"):
+                read = io.StringIO(_content(path), newline="")
+                mark = "," if path.suffix == ".csv" else "\t"
+                frame = pd.read_csv(read, dtype=str, keep_default_na=False, sep=mark)
+                entries: list[Any] = frame.to_dict("records")
             else:
                 entries = pyarrow.parquet.read_table(path).to_pylist()
+        except WorkbenchError:
+            raise
         except Exception as error:  # every reader has its own
             raise WorkbenchError(
                 f"cannot read {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"

@@ -13,15 +13,36 @@ _PLAIN = re.compile(r"[^\W_]+")
 _DROP_INVISIBLE = dict.fromkeys(map(ord, _INVISIBLE))
 
 
+_HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
+
+
+def unspaced(text: str) -> bool:
+    """Whether ``text`` holds characters of a script that is written without spaces."""
+    return _HAS_UNSPACED.search(text) is not None
+
+
+@cache
+def _marks() -> str:
+    """Combining marks and invisible characters, escaped for a character class."""
+    codes = (*range(0x300, 0x1F000), *range(0xE0100, 0xE01F0))
+    found = (chr(code) for code in codes if unicodedata.category(chr(code)).startswith("M"))
+    return re.escape("".join(found) + _INVISIBLE)
+
+
+def bounded(phrase: str) -> str:
+    """A regular expression that finds ``phrase`` as whole words: no letter goes on before or behind
+    it where its script has spaces between words, and no mark behind it anywhere.
+    """
+    letter = rf"[^\W{_UNSPACED}]"
+    before = rf"(?<!{letter})" if not unspaced(phrase[0]) else ""
+    after = rf"(?!{letter})" if not unspaced(phrase[-1]) else ""
+    return before + re.escape(phrase) + after + rf"(?![{_marks()}])"
+
+
 @cache
 def _pattern() -> re.Pattern[str]:
     """Letters and digits with the marks that belong to them; a character of a script that is written without spaces is a word of its own."""
-    marks = "".join(
-        chr(code)
-        for code in (*range(0x300, 0x1F000), *range(0xE0100, 0xE01F0))
-        if unicodedata.category(chr(code)).startswith("M")
-    )
-    marks = re.escape(marks + _INVISIBLE)
+    marks = _marks()
     return re.compile(
         rf"(?=[^\W_])[{_UNSPACED}][{marks}]*|(?![{_UNSPACED}])[^\W_](?:[{marks}]|(?![{_UNSPACED}])[^\W_])*"
     )

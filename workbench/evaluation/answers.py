@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from workbench.data.words import bounded
 from workbench.errors import WorkbenchError
 
 
@@ -122,7 +123,24 @@ def _plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-_EDGES = re.compile(r"^[\s\"'“”‘’()\[\]*_]+|[\s\"'“”‘’()\[\]*_.,;:!?]+$")
+_OPENING = ("Ps", "Pi", "Pe", "Pf")
+_QUOTES = "\"'*_"
+
+
+def _bare(text: str) -> str:
+    """``text`` without quotation marks and brackets around it and punctuation at its end, in any
+    script (Unicode's categories).
+    """
+    start, end = 0, len(text)
+
+    def around(sign: str) -> bool:
+        return sign.isspace() or sign in _QUOTES or unicodedata.category(sign) in _OPENING
+
+    while start < end and around(text[start]):
+        start += 1
+    while end > start and (around(text[end - 1]) or unicodedata.category(text[end - 1]) == "Po"):
+        end -= 1
+    return text[start:end]
 
 
 def exact_match(generated: str, answer: str) -> bool:
@@ -134,11 +152,11 @@ def exact_match(generated: str, answer: str) -> bool:
     if not answer.strip():
         raise WorkbenchError("there is no answer to match: it is blank; leave such examples out")
     found, wanted = _plain(generated), _plain(answer)
-    return found == wanted or (_EDGES.sub("", found) == _EDGES.sub("", wanted) != "")
+    return found == wanted or (_bare(found) == _bare(wanted) != "")
 
 
 def contains(generated: str, keyword: str) -> bool:
-    """Whether ``keyword`` occurs in ``generated`` as whole words, whatever the case and the white space; ``5`` is not found in ``5.2`` or ``1,500``.
+    """Whether ``keyword`` occurs in ``generated`` as whole words (of scripts without spaces between words: anywhere), whatever the case and the white space; ``5`` is not found in ``5.2`` or ``1,500``.
 
     Raises:
         WorkbenchError: the keyword is blank.
@@ -151,9 +169,9 @@ def _pattern(keyword: str) -> re.Pattern[str]:
     wanted = _plain(keyword)
     if not wanted:
         raise WorkbenchError("there is no keyword to look for: it is blank; leave it out")
-    before = r"(?<!\w)" + (r"(?<!\d[.,])" if wanted[0].isdigit() else "")
-    after = r"(?!\w)" + (r"(?![.,]\d)" if wanted[-1].isdigit() else "")
-    return re.compile(before + re.escape(wanted) + after)
+    before = r"(?<!\d[.,])" if wanted[0].isdigit() else ""
+    after = r"(?![.,]\d)" if wanted[-1].isdigit() else ""
+    return re.compile(before + bounded(wanted) + after)
 
 
 class Rouge(NamedTuple):

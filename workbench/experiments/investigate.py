@@ -63,6 +63,8 @@ class InvestigateSettings:
         slice_points: positions along every slice.
         slice_reach: half-width of the slices, as a share of the weights' norm.
         curvature_tolerance: of the Hessian's extreme eigenvalues.
+        columns: of the two files, see :func:`workbench.data.readers.read_examples`.
+        chat: likewise.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -74,6 +76,8 @@ class InvestigateSettings:
     slice_points: int = 13
     slice_reach: float = 0.05
     curvature_tolerance: float = 0.05
+    columns: Mapping[str, str] | None = None
+    chat: bool = False
 
 
 def attack_rate(parameters: int) -> float:
@@ -126,6 +130,8 @@ def unlearn_checkpoint(
     overrides: Mapping[str, Setting] | None = None,
     max_tokens: int = 96,
     limit: int = 256,
+    columns: Mapping[str, str] | None = None,
+    chat: bool = False,
 ) -> dict[str, Any]:
     """Unlearn one file from a model and write the result as a Hugging Face folder.
 
@@ -140,6 +146,8 @@ def unlearn_checkpoint(
         overrides: settings of the method.
         max_tokens: length of a piece of text.
         limit: pieces read per file.
+        columns: see :func:`workbench.data.readers.read_examples`.
+        chat: likewise.
 
     Returns:
         What was done: settings, alpha, disruption and losses before and after.
@@ -150,7 +158,15 @@ def unlearn_checkpoint(
         )
     opened = open_model(base)
     settings = settings_for(method, opened.model, overrides)
-    record = record_from_files(forget, retain, opened.tokenizer, max_tokens=max_tokens, limit=limit)
+    record = record_from_files(
+        forget,
+        retain,
+        opened.tokenizer,
+        max_tokens=max_tokens,
+        limit=limit,
+        columns=columns,
+        chat=chat,
+    )
     bench = Bench(opened.model, opened.tokenizer, record, max_tokens)
     table = Table({"run": "unlearn", "model": "unlearned", "method": method, "seed": seed})
     made = _with_names(opened, lambda: recipe(method, opened.model, seed, overrides))
@@ -258,6 +274,8 @@ def investigate(
         max_tokens=settings.max_tokens,
         limit=settings.limit,
         as_questions=True,
+        columns=settings.columns,
+        chat=settings.chat,
     )
     models = {"base": first, **others}
     config = {

@@ -105,7 +105,7 @@ class VerbatimSettings:
 
 def _texts(settings: VerbatimSettings) -> tuple[PassageSplit, tuple[Example, ...]]:
     """The sets of passages, and the attacker's public text (empty without one)."""
-    book = " ".join(example.text for example in read_examples(settings.text))
+    book = " ".join(" ".join(example.text.split()) for example in read_examples(settings.text))
     try:
         split = passage_split(
             cut(book, settings.words),
@@ -117,7 +117,7 @@ def _texts(settings: VerbatimSettings) -> tuple[PassageSplit, tuple[Example, ...
         raise WorkbenchError(f"{settings.text}: {error}") from error
     if settings.public is None:
         return split, ()
-    public = " ".join(example.text for example in read_examples(settings.public))
+    public = " ".join(" ".join(example.text.split()) for example in read_examples(settings.public))
     return split, running(
         cut(public, min(settings.words, max(2 * RUN, len(public.split()))), item="public")
     )

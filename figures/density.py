@@ -21,7 +21,7 @@ def density(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
     no panel's (``base``) is drawn in every panel that has no base of its own.
 
     Args:
-        table: tidy results; stage ``sharpness``, metric ``density`` with ``step`` the eigenvalue, and ``trace``, ``trace_se``, ``negative_mass``.
+        table: tidy results; stage ``sharpness``, metric ``density`` with ``step`` the eigenvalue, ``trace`` and ``trace_se``.
         split: the texts whose loss it is.
     """
     rows = table[(table["stage"] == "sharpness") & (table["split"] == split)]
@@ -106,15 +106,11 @@ def _panel(axes: Axes, rows: pd.DataFrame, curves: pd.DataFrame) -> None:
 
 def _label(method: str, rows: pd.DataFrame) -> str:
     means = rows.groupby("metric")["value"].mean()
-    trace, error, negative = (
-        float(means.get(name, np.nan)) for name in ("trace", "trace_se", "negative_mass")
-    )
+    trace, error = (float(means.get(name, np.nan)) for name in ("trace", "trace_se"))
     parts = [title(method)]
     if np.isfinite(trace):
         decimals = max(0, 1 - int(np.floor(np.log10(error)))) if error > 0 else 3
         parts.append(
             f"trace {trace:.{decimals}f}" + (f" ± {error:.{decimals}f}" if error > 0 else "")
         )
-    if np.isfinite(negative):
-        parts.append(f"negative mass {100 * negative:.2g} %")
     return ", ".join(parts)

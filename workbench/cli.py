@@ -662,7 +662,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _terminated)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+                signal.signal(number, _terminated)
     try:
         result = app(
             args=list(arguments) if arguments is not None else None,

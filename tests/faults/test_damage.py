@@ -105,7 +105,8 @@ def _resumed(config: RunConfig, folder: Path, expected: Tables, what: str) -> No
     try:
         run = run_road(config, folder, workers=1)
     except WorkbenchError as error:
-        _is_one_line(error, str(folder))
+        # whose run it is cannot be made again; everything else is
+        _is_one_line(error, str(folder), "config.yaml" if "config.yaml" not in what else "")
         return
     _same((run.results, run.items), expected)
     _same(read_results(folder), expected)

@@ -23,7 +23,7 @@ from workbench.experiments.table import (
     read_table,
     write_parquet,
 )
-from workbench.files import damage, full_disk_is_an_error, write_folder, write_text
+from workbench.files import damage, full_disk_is_an_error, sweep, write_folder, write_text
 
 CONFIG, PROVENANCE, RESULTS, ITEMS, REPORT = (
     "config.yaml",
@@ -79,6 +79,8 @@ def claim_folder(out: Path, config_text: str, *, fresh: bool) -> None:
     if out.exists() and not out.is_dir():
         raise WorkbenchError(f"{out} is a file; give a folder for --out")
     marker = out / CONFIG
+    if out.is_dir():
+        sweep(out, f".{CONFIG}.")
     if not marker.is_file() and out.is_dir() and set(os.listdir(out)) - {LOCK}:
         raise WorkbenchError(
             f"{out} is not empty and holds no run of the workbench; choose another --out"

@@ -29,7 +29,7 @@ from rich.progress import (
 )
 
 from workbench import progress
-from workbench.files import alive, sweep
+from workbench.files import sweep
 from workbench.progress import Report, to_file
 
 PROGRESS = "workbench-progress-"
@@ -59,7 +59,7 @@ def cores() -> int:
 
 def _watch(parent: int) -> None:
     """End this worker when the process that started the run is gone, however it went."""
-    while alive(parent):
+    while os.getppid() == parent:  # a process that nobody has waited for is gone, and still there
         time.sleep(0.5)
     os._exit(1)
 
@@ -68,7 +68,7 @@ _WATCHED: set[int] = set()
 
 
 def _run(name: str, job: Job, progress_file: Path, main: int) -> str:
-    if main != os.getpid() and main not in _WATCHED:
+    if main == os.getppid() and main not in _WATCHED:
         _WATCHED.add(main)
         threading.Thread(target=_watch, args=(main,), daemon=True).start()
     # pandas, joblib and transformers are imported once per worker; warnings of a worker would only be repeated on the screen

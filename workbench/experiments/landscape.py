@@ -325,7 +325,7 @@ def add_density(
         found.nodes.tolist(), found.weights.tolist(), found.probe.tolist(), strict=True
     ):
         table.add("density_node", weight, step=node, n=probe, **place)
-    for metric in ("moment_error", "negative_mass", "negative_energy"):
+    for metric in ("moment_error", "negative_energy"):
         table.add(metric, getattr(found, metric), n=found.products, **place)
     for taken in range(2, len(krylov.diagonal) + 1):
         values = eigh_tridiagonal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -97,15 +98,16 @@ def _train_job(config: RunConfig, out: Path, name: str, progress: Report) -> Non
 
 
 def _readable(folder: Path) -> bool:
-    """Whether every subspace in a folder is as it was written, and there is one."""
-    paths = list(folder.glob("*/*.safetensors"))
+    """Whether every subspace that was found is there and as it was written."""
+    listed = folder / "list.json"
     try:
-        for path in paths:
-            Subspace.load(path)
-    except WorkbenchError as error:
+        names = json.loads(listed.read_text(encoding="utf-8"))
+        for name in names:
+            Subspace.load(folder / name)
+    except (OSError, ValueError, WorkbenchError) as error:
         print(f"{error}; this part is run again", file=sys.stderr)
         return False
-    return len(paths) > 0
+    return len(names) > 0
 
 
 def _subspace_job(config: RunConfig, out: Path, progress: Report) -> None:
@@ -117,6 +119,9 @@ def _subspace_job(config: RunConfig, out: Path, progress: Report) -> None:
         for site, subspace in found.items():
             subspace.save(out / "subspaces" / name / f"{site}.safetensors")
     stages.compare_sets(bench, table)
+    folder = out / "subspaces"
+    names = [str(path.relative_to(folder)) for path in sorted(folder.glob("*/*.safetensors"))]
+    write_json(folder / "list.json", names)
     finish_stage(out, "subspaces", "subspaces", table)
 
 
@@ -160,12 +165,10 @@ def _model_job(config: RunConfig, out: Path, method: str, seed: int, progress: R
         }
         save_model(model, bench.tokenizer, folder, note)
 
-    if unlearned and folder.is_dir() and (wrong := damage(folder)):
-        # the same code makes the same weights again, so what was measured on them stays
+    if unlearned and stage_path(out, job, "unlearn").is_dir() and (wrong := damage(folder)):
         print(f"{wrong}; this part is run again", file=sys.stderr)
-        shutil.rmtree(stage_path(out, job, "unlearn"), ignore_errors=True)
-    elif unlearned and not folder.is_dir():
-        shutil.rmtree(stage_path(out, job, "unlearn"), ignore_errors=True)
+        # on another machine the weights may come out differently: nothing measured on them stays
+        shutil.rmtree(out / "stages" / job, ignore_errors=True)
     run_stage(out, job, "unlearn", common, start)
     model = _opened(str(folder)).model if not unlearned else open_model(folder).model
 

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from hooks import CaptureError, resolve
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import token_nll
 from workbench.unlearning.deltas import norm_of, snapshot
@@ -16,13 +18,8 @@ from workbench.unlearning.deltas import norm_of, snapshot
 Direction = Mapping[str, Tensor]
 """Parameter name -> float32 direction."""
 
-_COLUMN_UNITS = (
-    "o_proj.weight",
-    "down_proj.weight",
-    "out_proj.weight",
-    "c_proj.weight",
-    "dense_4h_to_h.weight",
-)
+_WRITES = ("o_proj", "down_proj", "out_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out")
+"""Names of layers that write into the residual stream, for families that the hooks do not know."""
 
 
 @contextmanager
@@ -59,22 +56,65 @@ def scaled(direction: Direction, length: float) -> dict[str, Tensor]:
     )
 
 
+def stream_axes(model: PreTrainedModel) -> dict[str, int]:
+    """The axis of every matrix along which one filter lies.
+
+    A filter is the set of weights between one unit and the residual stream (Li et al. 2018 speak of
+    the weights that make one unit's output): for a matrix that reads from the stream those *into* an
+    output unit, for one that writes into it those *out of* a hidden unit. What a matrix does is
+    asked of the hooks' table of families, and how it lies of its module: ``nn.Linear`` keeps ``[out,
+    in]``, GPT-2's ``Conv1D`` ``[in, out]``, embeddings ``[token, width]``; of experts in one tensor
+    ``[expert, ., .]`` it is the axis of the stream's width.
+
+    Returns:
+        Parameter name -> axis; vectors are left out.
+    """
+    writes = _writing_layers(model)
+    width = model.config.get_text_config().hidden_size
+    axes = {}
+    for path, module in model.named_modules():
+        for part, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{part}".lstrip(".")
+            if part.endswith("bias"):  # those of many experts lie in one [expert, out]
+                continue
+            if parameter.ndim == 3:
+                # [expert, out, in] reads along its last axis and writes along the one before
+                down = "down" in part
+                transposed = getattr(
+                    module, "is_transposed", parameter.shape[1 + (not down)] != width
+                )
+                axes[name] = 1 + (down == bool(transposed))
+            elif parameter.ndim == 2:
+                row = int(path not in writes)
+                axes[name] = 1 - row if isinstance(module, Conv1D) else row
+    return axes
+
+
+def _writing_layers(model: PreTrainedModel) -> set[str]:
+    try:
+        found = {site.path for site in resolve(model, "blocks.*.attn.hook_z")}
+    except CaptureError:  # a family without a table
+        return {path for path, _ in model.named_modules() if path.rpartition(".")[2] in _WRITES}
+    if not any(".experts." in name for name, _ in model.named_parameters()):
+        found |= {site.path for site in resolve(model, "blocks.*.mlp.out.hook_in")}
+    return found
+
+
 def random_direction(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     """A filter-normalised Gaussian direction (Li et al. 2018, arXiv 1712.09913, section 4).
 
-    Every filter of the direction has the norm of the same filter of the weights. A filter is the set of weights of one unit: a row (the weights into an
-    output unit) except for projections back into the residual stream, where it is a column (the weights out of a hidden unit). One-dimensional tensors (norm
-    gains, biases) get no perturbation.
+    Every filter of the direction has the norm of the same filter of the weights; what a filter is
+    says :func:`stream_axes`. One-dimensional tensors (norm gains, biases) get no perturbation.
     """
     generator = torch.Generator().manual_seed(seed)
+    axes = stream_axes(model)
     direction = {}
-    for name, parameter in sorted(
-        model.named_parameters()
-    ):  # sorted: a seed means the same direction whatever the order of the modules
-        if parameter.ndim < 2:
+    # sorted: a seed means the same direction whatever the order of the modules
+    for name, parameter in sorted(model.named_parameters()):
+        if name not in axes:
             continue
         draw = torch.randn(parameter.shape, generator=generator)
-        dim = 0 if name.endswith(_COLUMN_UNITS) else 1
+        dim = axes[name]
         weights = parameter.detach().float().cpu()
         direction[name] = (
             draw * weights.norm(dim=dim, keepdim=True) / draw.norm(dim=dim, keepdim=True)

@@ -229,16 +229,20 @@ def energy_by_tier(
     return pd.DataFrame(rows, columns=["first", "last", "energy", "random", "variance"])
 
 
-def _hsic(first: Tensor, second: Tensor) -> Tensor:
-    """The unbiased HSIC estimate of two Gram matrices ``[n, n]`` (Song et al. 2012, "Feature selection via dependence maximization", eq. 5); diagonals are ignored."""
+def _hsic(first: Tensor, second: Tensor) -> float:
+    """Unbiased HSIC of two linear kernels (Song et al. 2012, eq. 5), from rows ``[n, width]``: with
+    the diagonals taken out of ``K = X X'`` and ``L = Y Y'``,
+
+        (tr(K L) + sum(K) sum(L) / ((n - 1)(n - 2)) - 2 / (n - 2) 1'K L 1) / (n (n - 3)).
+
+    ``tr(X X' Y Y') = |X' Y|^2``, so no ``[n, n]`` matrix is made: time and memory are linear in n.
+    """
     n = len(first)
-    one, two = first - first.diag().diag(), second - second.diag().diag()
-    sums_one, sums_two = one.sum(0), two.sum(0)
-    return (
-        (one * two).sum()
-        + sums_one.sum() * sums_two.sum() / ((n - 1) * (n - 2))
-        - 2 / (n - 2) * (sums_one @ sums_two)
-    ) / (n * (n - 3))
+    own = [rows.square().sum(1) for rows in (first, second)]
+    sums = [rows @ rows.sum(0) - square for rows, square in zip((first, second), own, strict=True)]
+    trace = float((first.T @ second).square().sum() - (own[0] * own[1]).sum())
+    whole = float(sums[0].sum()) * float(sums[1].sum()) / ((n - 1) * (n - 2))
+    return (trace + whole - 2 / (n - 2) * float(sums[0] @ sums[1])) / (n * (n - 3))
 
 
 def debiased_cka(first: Tensor, second: Tensor) -> float:
@@ -260,12 +264,9 @@ def debiased_cka(first: Tensor, second: Tensor) -> float:
             f"CKA needs two sets of at least 4 rows on the same tokens; got {len(first)} and {len(second)}"
         )
     # Any common shift leaves the estimate as it is; taking the first row off makes rows that never change exactly zero.
-    grams = [
-        rows @ rows.T
-        for rows in (first.double() - first[:1].double(), second.double() - second[:1].double())
-    ]
-    own = [float(_hsic(gram, gram)) for gram in grams]
-    return float(_hsic(*grams)) / (own[0] * own[1]) ** 0.5 if min(own) > 0 else float("nan")
+    one, other = (rows.double() - rows[:1].double() for rows in (first, second))
+    own = [_hsic(one, one), _hsic(other, other)]
+    return _hsic(one, other) / (own[0] * own[1]) ** 0.5 if min(own) > 0 else float("nan")
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import pytest
 
 from workbench.attacks.relearn import RelearnSettings
 from workbench.errors import WorkbenchError
-from workbench.experiments.config import RunConfig, preset, write_config
+from workbench.experiments.config import RunConfig, preset, read_config, write_config
 from workbench.experiments.folder import claim_folder, leaves_folder, read_results
 from workbench.experiments.jobs import PROGRESS
 from workbench.experiments.road import run_road
@@ -36,7 +36,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
     )
     path = tmp_path_factory.mktemp("config") / "run.yaml"
     path.write_text(write_config(chosen), encoding="utf-8")
-    return chosen, path
+    return read_config(path), path  # as the command reads it
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from workbench.data.world import WorldConfig, build_world, neutral_words
 from workbench.diagnostics.triggers import ARMS, trigger_queries, trigger_scores
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy, score
+from workbench.values import WrongValueError
 
 WORDS = "anna bert carl dora emil frida gustav hanna lives in rome oslo bonn lima paris turin ghent delft and plays a drum harp flute lute .".split()  # noqa: SIM905
 PEOPLE = ("anna", "bert", "carl", "dora", "emil", "frida", "gustav", "hanna")
@@ -226,8 +227,8 @@ def test_the_attack_learns_its_texts(tokenizer: PreTrainedTokenizerBase) -> None
 def test_a_loss_that_explodes_is_an_error_that_names_the_rate(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    with pytest.raises(WorkbenchError, match=r"\blr\b.*1e\+30"):
-        _attack(_model(tokenizer), tokenizer, steps=4, lr=1e30)
+    with pytest.raises(WorkbenchError, match=r"\blr\b.*1e\+18"):
+        _attack(_model(tokenizer), tokenizer, steps=4, lr=1e18)
 
 
 def test_an_attack_without_texts_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -256,7 +257,8 @@ def test_an_attack_without_texts_is_an_error(tokenizer: PreTrainedTokenizerBase)
 def test_settings_without_a_step_a_text_or_a_positive_rate_are_refused(
     wrong: dict[str, float],
 ) -> None:
-    with pytest.raises(ValueError, match="steps"):
+    (name,) = wrong
+    with pytest.raises(WrongValueError, match=name):
         replace(RelearnSettings(), **wrong)
 
 

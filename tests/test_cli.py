@@ -556,7 +556,17 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(
 def test_claims_from_a_finished_run(quick_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["claims", "--run", str(quick_run.folder), "common-subspaces", "--json"]) == 0
     (verdict,) = json.loads(capsys.readouterr().out)
-    assert set(verdict) == {"id", "verdict", "effect", "low", "high", "n", "seeds", "scale"}
+    assert set(verdict) == {
+        "id",
+        "verdict",
+        "effect",
+        "low",
+        "high",
+        "n",
+        "seeds",
+        "scale",
+        "reason",
+    }
     assert verdict["id"] == "common-subspaces"
     assert verdict["seeds"] == 2
 

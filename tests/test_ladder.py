@@ -612,7 +612,7 @@ def test_an_attack_that_breaks_is_a_row_and_not_the_end_of_the_ladder(
     # After one step at this rate no weight is a number any more, whether anyone measures there or not.
     bench, world = make_world_model()
     table = Table({"run": "r", "stage": "ladder", "method": "npo", "seed": 0})
-    settings = RelearnSettings(steps=4, lr=1e30, batch_size=4, measure_at=measure_at)
+    settings = RelearnSettings(steps=4, lr=1e18, batch_size=4, measure_at=measure_at)
     sets = {"forget-queries": bench.encode(world.record.forget_heldout)}
     module._attack_once(
         bench.base,

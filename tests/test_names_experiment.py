@@ -444,7 +444,7 @@ def test_an_attack_that_breaks_is_an_error_of_one_line(tmp_path: Path) -> None:
         repetitions=(1,),
         memorise_steps=1,
         unlearn_steps=1,
-        attack=RelearnSettings(steps=4, lr=1e30, batch_size=4, measure_at=(0, 4)),
+        attack=RelearnSettings(steps=4, lr=1e18, batch_size=4, measure_at=(0, 4)),
     )
     with pytest.raises(DivergedError, match="lower its lr") as caught:
         run_names(tmp_path / "run", settings, workers=1)

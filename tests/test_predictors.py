@@ -25,7 +25,7 @@ from workbench.experiments.predictors import (
     predictors,
 )
 from workbench.experiments.road import Run
-from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, join, typed
+from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, join, typed, write_parquet
 
 Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]
 METHODS = ("grad-diff", "npo", "rmu", "cir")
@@ -433,8 +433,8 @@ def test_variants_of_few_methods_are_resampled_by_family_as_well() -> None:
 def _stored(tables: tuple[pd.DataFrame, pd.DataFrame], folder: Path) -> Path:
     folder.mkdir()
     (folder / CONFIG).write_text("budget: 0.05\n", encoding="utf-8")
-    tables[0].to_parquet(folder / RESULTS, index=False)
-    typed(tables[1], ITEM_COLUMNS).to_parquet(folder / ITEMS, index=False)
+    write_parquet(tables[0], folder / RESULTS)
+    write_parquet(typed(tables[1], ITEM_COLUMNS), folder / ITEMS)
     return folder
 
 

@@ -21,7 +21,7 @@ from workbench.experiments.config import preset, write_config
 from workbench.experiments.folder import CONFIG, ITEMS, RESULTS
 from workbench.experiments.representation import representation_table, run_representation
 from workbench.experiments.road import Run
-from workbench.experiments.table import ITEM_COLUMNS, typed
+from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, typed
 from workbench.experiments.triggers import CARRIERS, LEVELS, run_triggers, steered, trigger_table
 from workbench.models import open_model, save_model
 from workbench.unlearning.deltas import apply_delta, snapshot
@@ -219,9 +219,7 @@ def test_claims_about_noise_are_decided_on_words_inside_the_question() -> None:
     items = _items(
         {"base": 0.05, "rmu": 0.35, "rmu-rna": 0.10, "rmu-slow": 0.12, "npo": 0.15, "npo-rna": 0.10}
     )
-    empty = pd.DataFrame(
-        {name: [] for name in ("metric", "split", "seed", "method", "arm", "value", "step", "site")}
-    ).astype({"metric": str, "method": str})
+    empty = typed(pd.DataFrame([]), COLUMNS)
     found = {
         claim.id: claim
         for claim in decide(

@@ -12,8 +12,8 @@ from workbench.errors import WorkbenchError
 
 MOST_STEPS = 10_000_000
 MOST_ROWS = 1_000_000
-LARGEST_RATE = 1e36
-"""Beyond it a step of float32 weights is infinite whatever the gradient."""
+LARGEST_RATE = 1e18
+"""Beyond it the product of two weights after one step leaves float32, whatever the gradient."""
 LARGEST = 1e12
 LARGEST_SEED = 2**63 - 1
 

@@ -654,7 +654,7 @@ def test_steps_that_nobody_asked_for_are_not_measured(
 
 
 @pytest.mark.parametrize(
-    "way", [{"lr": 1e30}, {"optimiser": "sgd", "lr": 1e35}, {"lora_rank": 2, "lr": 1e30}]
+    "way", [{"lr": 1e18}, {"optimiser": "sgd", "lr": 1e18}, {"lora_rank": 2, "lr": 1e18}]
 )
 def test_an_attack_that_breaks_says_where_and_keeps_what_was_measured(
     way: dict[str, Any], model: PreTrainedModel, words: PreTrainedTokenizerBase

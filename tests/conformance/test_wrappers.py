@@ -207,7 +207,7 @@ def test_a_term_that_never_runs_the_reference_cannot_carry_noise(
 
 def test_an_optimiser_of_a_whole_objective_is_adamw_or_sgd(llama: PreTrainedModel) -> None:
     assert recipe("rmu", llama, 0, {"optimiser": "sgd", "layer": 1}).optimiser == "sgd"
-    with pytest.raises(WorkbenchError, match="'adamw' or 'sgd'"):
+    with pytest.raises(WorkbenchError, match="'sgdd': did you mean sgd"):
         recipe("rmu", llama, 0, {"optimiser": "sgdd", "layer": 1})
 
 

@@ -133,7 +133,7 @@ class Recipe:
     stop: Stop = "steps"
 
 
-Setting = float | str
+Setting = int | float | str
 """The value of one setting of a method."""
 
 MethodBuilder = Callable[..., Recipe]

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hooks.brief import brief
 from hooks.capture import Rows
 from hooks.errors import unknown_site
 from hooks.html import table
 from hooks.sites import Site
 
 
+@brief
 @dataclass
 class Moments:
     """Running weight, mean and scatter matrix of the rows of one site; memory does not grow with the number of rows.

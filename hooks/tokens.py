@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hooks.brief import brief
 from hooks.errors import CaptureError
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """What one forward pass reads, together with what the cache already holds.
@@ -59,6 +61,7 @@ class Tokens:
         return self.real & (last.gather(1, sequence) == column)
 
 
+@brief
 @dataclass(frozen=True, eq=False)
 class Positions:
     """A position rule: a name and a function from :class:`Tokens` to a boolean ``[batch, position]``. Combine rules with ``&``, ``|`` and ``~``.

@@ -16,11 +16,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hooks.brief import brief
 from workbench.errors import WorkbenchError
 from workbench.files import MANIFEST, damage, sha256, write_folder, write_json
 from workbench.strict import ADAPTER, QuietTransformers, adapter_base, check_loaded, merged
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Opened:
     """A model with its tokenizer.

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.brief import brief
 from hooks.html import table
 from workbench.attacks.few_shot import mentions
 from workbench.attacks.soft_prompt import check_context, frozen
@@ -37,6 +38,7 @@ def in_front(example: Example) -> int:
     return 0
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class SuffixPrompt:
     """A question as token ids, with the place of the suffix.

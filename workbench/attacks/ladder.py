@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from hooks.brief import brief
 from workbench.attacks.relearn import null_text
 from workbench.data.records import Example
 from workbench.data.world import PERSON_TEMPLATES, World, speaker_tag
@@ -22,6 +23,7 @@ PUBLIC = "birthplace"
 """The attribute that the public knows: its facts are given on the rung ``public``, and it is never asked about."""
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Ladder:
     """Attack texts, and the questions that all of them are asked.

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hooks.brief import brief
 from hooks.html import table
 from workbench.data.records import Example
 from workbench.data.words import places_in, word_spans, words
@@ -44,6 +45,7 @@ class Place:
     end: int
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class LeakReport:
     """Overlap between attack texts and held-out facts.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hooks.brief import brief
 from workbench.errors import WorkbenchError, unknown
 
 Kind = Literal["absmax"]
@@ -216,6 +217,7 @@ def _untie(model: PreTrainedModel) -> None:
             config.tie_word_embeddings = False
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Surviving:
     """What rounding leaves of a change of weights, over all rounded matrices.

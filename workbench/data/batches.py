@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hooks.brief import brief
 from hooks.tokens import Positions, Tokens, without_bos, without_first
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Right-padded token tensors of some examples.

@@ -15,6 +15,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from hooks.brief import brief
 from workbench.data.keywords import KeywordSplit
 from workbench.data.readers import continuation, telling_words, windows
 from workbench.data.records import Example, ForgetRetain, group_of
@@ -32,6 +33,7 @@ def _ask(question: str, answer: str, item: str, subject: str | None = None) -> E
     return Example(text, (len(prompt), len(text)), found[0] if found else None, item)
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Perturbed:
     """A question with answers that differ from the right one, for truth ratios.
@@ -49,6 +51,7 @@ class Perturbed:
     wrong: tuple[Example, ...] = ()
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A multiple-choice question: the question with every answer on offer.
@@ -69,6 +72,7 @@ class Choice:
         return self.options[self.right]
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Tofu:
     """TOFU (Maini et al. 2024): questions about invented authors, twenty each.
@@ -96,6 +100,7 @@ class Tofu:
     refusals: tuple[str, ...] = ()
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Muse:
     """MUSE (Shi et al. 2024): running text to be forgotten, with questions about it and verbatim continuations.
@@ -119,6 +124,7 @@ class Muse:
     retain_questions: tuple[Example, ...] = ()
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Rwku:
     """RWKU (Jin et al. 2024): what a model knows about famous people, asked in three ways.
@@ -145,6 +151,7 @@ class Rwku:
         return self.level1 + self.level2 + self.level3
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Wmdp:
     """WMDP (Li et al. 2024): multiple-choice questions on hazardous knowledge, and the corpora to unlearn it with.

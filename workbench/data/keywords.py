@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hooks.brief import brief
 from workbench.data.records import Example, group_of
 from workbench.data.words import places_in, word_spans, words
 from workbench.errors import WorkbenchError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from workbench.data.benchmarks import Tofu
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class KeywordSplit:
     """A forget set in two parts by a keyword (Hu et al. 2025, partial-set relearning: the attacker gets texts of the first part, the keyword is what must not come back).

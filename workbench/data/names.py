@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from hooks.brief import brief
 from workbench.data.grammar import invented_names
 from workbench.data.records import Example
 
@@ -21,6 +22,7 @@ _PAIRS_PER_ROW = {7: (1, 2, 2, 2), 5: (1, 1, 1, 2), 3: (1, 1, 1, 0), 1: (1, 0, 0
 _FRAGMENT_LENGTHS = (14, 12, 5, 9)
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class NamesCorpus:
     """The texts of one names experiment.

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from hooks.brief import brief
 from workbench.data.records import Example
 from workbench.data.words import words
 from workbench.errors import WorkbenchError
@@ -18,6 +19,7 @@ RUN = 5
 """As many words in a row of a continuation give it away (as in :func:`workbench.attacks.leaks.leak_report`)."""
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class PassageSplit:
     """The sets of one verbatim experiment. Every passage is an example whose second half is its answer.

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from hooks.brief import brief
 
+
+@brief
 @dataclass(frozen=True, slots=True)
 class Example:
     """One text.
@@ -59,6 +62,7 @@ def prefixed(example: Example, prefix: str) -> Example:
     return Example(prefix + example.text, move(example.answer), move(example.subject), example.item)
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class ForgetRetain:
     """Everything one unlearning experiment reads.

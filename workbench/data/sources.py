@@ -18,12 +18,14 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet
 
+from hooks.brief import brief
 from workbench.errors import WorkbenchError
 
 KINDS = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".raw")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Row:
     """One entry of a file; its methods read a field or name file, line and field in the error."""

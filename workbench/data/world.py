@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from hooks.brief import brief
 from workbench import values
 from workbench.data.grammar import filler, filler_words, invented_names, vocabulary
 from workbench.data.records import Example, ForgetRetain, prefixed
@@ -189,6 +190,7 @@ class WorldConfig:
             )
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class World:
     """The generated texts.

@@ -15,6 +15,8 @@ from scipy.special import expit, logit
 from scipy.stats import rankdata
 from scipy.stats import t as student
 
+from hooks.brief import brief
+
 OF_ROWS = {
     "mean_share": "|E eps|^2 / E |eps|^2; pairs of tokens of one query are left out, so 0 without a mean",
     "kurtosis_mean": "excess kurtosis of a coordinate (unbiased for normal samples), mean over coordinates; 0",
@@ -43,6 +45,7 @@ _SCALES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 _BLOCKS = 20
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Design:
     """What is the same for the measured rows and for every draw.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hooks.brief import brief
 from workbench.data.batches import Batch
 
 
@@ -102,6 +103,7 @@ def token_kl(reference_logits: Tensor, logits: Tensor) -> Tensor:
     return (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1)
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Scores:
     """Per-example results of one model on one set, in the order of the examples.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hooks.brief import brief
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import evaluating, nll_by_text
@@ -32,6 +33,7 @@ def _not_empty(batches: Sequence[Batch], what: str) -> None:
         raise WorkbenchError(f"{what} of no text: the set is empty; give at least one batch")
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """Where the answer's tokens stand among all tokens, 1 being the most probable.

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from scipy.stats import ks_2samp
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.brief import brief
 from workbench.data.batches import encode
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError
@@ -66,6 +67,7 @@ def _check_question(question: str, answers: Sequence[str]) -> None:
         )
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A question with options.
@@ -94,6 +96,7 @@ class Choice:
             )
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """What a model chose, in the order of the questions.
@@ -168,6 +171,7 @@ def multiple_choice(
     return Chosen(tuple(q.item for q in questions), correct, chosen, margin, tuple(scores))
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class TruthQuestion:
     """A question with a true answer and false ones in the same words (TOFU's paraphrased and perturbed answers).
@@ -192,6 +196,7 @@ class TruthQuestion:
             )
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class TruthRatios:
     """Truth ratios, in the order of the questions.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.brief import brief
 from workbench.data.batches import Batch, batches
 from workbench.data.records import Example, ForgetRetain, one_per_item
 from workbench.errors import WorkbenchError, unknown
@@ -24,6 +25,7 @@ Measure = Literal["kl", "loss-rise"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
+@brief
 @dataclass(frozen=True)
 class Bench:
     """Everything the stages share: the base, its tokenizer, the record, and texts tokenised once.

@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 
+from hooks.brief import brief
 from workbench.errors import NotMeasuredError, WorkbenchError
 from workbench.evaluation.losses import Scores
 from workbench.evaluation.statistics import Estimate, bootstrap, by_fact, rate
@@ -31,6 +32,7 @@ ITEM_COLUMNS = {
 """Columns of ``items.parquet``: one fact (mean over its paraphrases) of one model under one condition."""
 
 
+@brief
 @dataclass
 class Table:
     """Collects rows of one run.

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from hooks.brief import brief
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.losses import token_nll
@@ -300,6 +301,7 @@ def one_end(
     return End(value, residual / abs(value) if value else float("nan"), operator.products)
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class SpectrumEnds:
     """Several eigenvalues from either end of a spectrum, the outermost first.

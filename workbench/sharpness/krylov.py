@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 
+from hooks.brief import brief
 from workbench.errors import WorkbenchError
 
 Vector = NDArray[np.float64]
@@ -16,6 +17,7 @@ Product = Callable[[Vector], Vector]
 """A symmetric matrix, as a function from ``[size]`` to ``[size]``."""
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Krylov:
     """A symmetric matrix ``H`` seen from one vector ``q``: ``Q' H Q`` is tridiagonal.

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from hooks.brief import brief
 from workbench import values
 
 LARGEST_ALPHA = 1000.0
 """A change scaled further than this is another change."""
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Match:
     """The result of a line search.

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hooks.brief import brief
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.losses import (
@@ -59,6 +60,7 @@ def on_set(
     return loss
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Pair:
     """What one unlearning step reads: a batch of the forget set and one of the retain set."""
@@ -67,6 +69,7 @@ class Pair:
     retain: Batch
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Objective:
     """``forget_weight * forget(model, pair.forget) + retain_weight * retain(model, pair.retain)``.

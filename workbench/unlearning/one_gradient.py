@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hooks.brief import brief
 from workbench.data.batches import Batch, batches
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError
@@ -22,6 +23,7 @@ from workbench.unlearning.objectives import on_set, retain_cross_entropy
 from workbench.unlearning.recipe import OneGradient, Recipe
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Unlearned:
     """What a run of a recipe gives.

@@ -9,6 +9,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from hooks import resolve
+from hooks.brief import brief
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError
 from workbench.subspaces.collapse import Kind
@@ -37,6 +38,7 @@ class CollapseSettings:
     statistics: Statistics = "forget"
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class OneGradient:
     """A single filtered gradient instead of steps (RepSelect, arXiv 2606.17168, single-shot form).
@@ -56,6 +58,7 @@ class OneGradient:
     adversary_rate: float = 0.0
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Teach:
     """A model trained before, for objectives that need one.
@@ -86,6 +89,7 @@ class Averaging:
     every: int
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """Everything the trainer needs.

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-full lint types unit notebooks bench lab clean
+.PHONY: setup demo test test-full test-minimum lint types unit notebooks bench lab clean
 
 setup: $(STAMP)
 
@@ -34,8 +34,21 @@ unit: setup
 notebooks: setup
 	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=600 notebooks
 
-test-full: test
+test-full: test test-minimum
 	$(BIN)/python -m pytest -m full tests
+
+# the oldest declared versions, and the fast tests under them
+OLDEST := .venv-minimum
+OLD := $(OLDEST)/bin/python
+
+$(OLDEST)/.installed: pyproject.toml constraints-minimum.txt
+	$(PYTHON) -m venv --clear $(OLDEST)
+	@PIP_CONSTRAINT=constraints-minimum.txt $(OLD) -m pip install --disable-pip-version-check -q torch==2.13.0
+	@PIP_CONSTRAINT=constraints-minimum.txt $(OLD) -m pip install --disable-pip-version-check -q -e '.[dev]'
+	@touch $@
+
+test-minimum: $(OLDEST)/.installed
+	$(OLD) -m pytest -n 2 --dist loadfile -m 'not slow and not full' tests
 
 bench: setup
 	$(BIN)/python tests/benchmarks/run.py --out bench.json
@@ -44,4 +57,4 @@ lab: setup
 	$(BIN)/jupyter lab notebooks
 
 clean:
-	rm -rf runs bench.json .pytest_cache .mypy_cache .ruff_cache
+	rm -rf runs bench.json $(OLDEST) .pytest_cache .mypy_cache .ruff_cache

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 
 from workbench.builtin import builtin_model
 from workbench.evaluation.losses import Scores
@@ -47,8 +48,11 @@ def quick_base(quick_config: RunConfig) -> Path:
 
 @pytest.fixture(scope="session")
 def quick_run(quick_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished quick run."""
-    return run_road(quick_config, tmp_path_factory.mktemp("runs") / "quick")
+    """A finished quick run; processes of one test session share it (the second finds it finished)."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(shared / "quick.lock"):
+        return run_road(quick_config, shared / "quick")
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from workbench.console import print_frame
 from workbench.data.grammar import filler
 from workbench.experiments.config import RunConfig, preset, write_config
 from workbench.experiments.road import Run, run_road
+from workbench.files import MANIFEST
 
 PLACES = (
     "behind the old clock",
@@ -273,11 +274,14 @@ def test_wrong_models_are_named(
     shutil.copytree(quick_base, pickled)
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
+    (pickled / MANIFEST).unlink()  # as of another program
     assert "pickled weights are never loaded" in _fails(capsys, *_unlearn(pickled, *texts, out))
     shutil.copytree(quick_base, truncated)
     (truncated / "model.safetensors").write_bytes(
         (quick_base / "model.safetensors").read_bytes()[:5000]
     )
+    assert "not as it was written" in _fails(capsys, *_unlearn(truncated, *texts, out))
+    (truncated / MANIFEST).unlink()
     assert "damaged" in _fails(capsys, *_unlearn(truncated, *texts, out))
     assert "no folder" in _fails(capsys, *_unlearn(tmp_path / "absent", *texts, out))
     assert not out.exists()
@@ -450,7 +454,7 @@ def test_a_run_folder_holds_what_scripts_count_on(quick_run: Run, quick_config: 
     assert (reached <= quick_config.budget).all()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_same_configuration_gives_the_same_table_in_one_process_or_two(
     quick_run: Run, quick_config: RunConfig, tmp_path: Path
 ) -> None:
@@ -478,7 +482,7 @@ def test_a_finished_run_is_not_run_again_and_a_lost_stage_is(
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on(
+def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on_in_one_process(
     quick_run: Run, quick_config: RunConfig, tmp_path: Path
 ) -> None:
     config, out = tmp_path / "c.yaml", tmp_path / "run"
@@ -517,8 +521,9 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on(
     assert "Traceback" not in stderr
     assert stdout == ""
     assert not (out / "results.parquet").exists()
-    again = run_road(quick_config, out)
+    again = run_road(quick_config, out, workers=1)
     pd.testing.assert_frame_equal(again.results, quick_run.results)
+    pd.testing.assert_frame_equal(again.items, quick_run.items)
 
 
 @pytest.mark.slow

@@ -467,7 +467,7 @@ def test_a_folder_without_a_finished_run_is_an_error_that_names_it(
         predictors([one, tmp_path / "nowhere"])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_finished_runs_are_enough_for_a_correlation(quick_run: Run, tmp_path: Path) -> None:
     again = tmp_path / "again"
     again.mkdir()

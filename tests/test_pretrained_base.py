@@ -29,7 +29,7 @@ from workbench.data.tokenizer import build_tokenizer
 from workbench.data.world import WorldConfig, build_world
 from workbench.errors import WorkbenchError
 from workbench.experiments.config import RunConfig
-from workbench.files import sha256
+from workbench.files import MANIFEST, sha256
 from workbench.models import open_model, open_tokenizer, save_model
 from workbench.progress import quiet
 
@@ -132,9 +132,8 @@ def test_documents_may_be_separated_by_their_mark_or_by_json(
 ) -> None:
     documents = general.read_text().split("\n\n")
     marked, lines = general.with_name("marked.txt"), general.with_name("lines.jsonl")
-    marked.write_text(
-        "\n<|endoftext|>\n".join(document.replace(" ", "\n\n", 1) for document in documents)
-    )
+    mark = "\n<|endoftext|>\n"
+    marked.write_text(mark.join(documents))
     lines.write_text("\n".join(json.dumps({"text": document}) for document in documents))
     for path in (marked, lines):
         world, plain = world_of(replace(config, general=str(path))), world_of(config)
@@ -142,6 +141,10 @@ def test_documents_may_be_separated_by_their_mark_or_by_json(
             piece.text for piece in plain.filler_train
         ]
         assert world.record.retain["general"] == plain.record.retain["general"]
+    marked.write_text(mark.join(document.replace(" ", "\n\n", 1) for document in documents))
+    kept = world_of(replace(config, general=str(marked))).filler_train
+    assert len(kept) == len(plain.filler_train)
+    assert any("\n\n" in piece.text for piece in kept)  # byte for byte, and no end of a document
 
 
 def test_the_facts_are_those_of_the_world_without_general_text(config: BuiltinConfig) -> None:
@@ -336,6 +339,7 @@ def test_training_is_decided_by_its_seed(
     dropout: float, config: BuiltinConfig, pretrained: Path
 ) -> None:
     described = json.loads((pretrained / "config.json").read_text())
+    (pretrained / MANIFEST).unlink()
     (pretrained / "config.json").write_text(json.dumps(described | {"attention_dropout": dropout}))
     world, found = world_of(config), []
     for state in (1, 2):
@@ -452,7 +456,7 @@ def test_a_sweep_hands_on_what_it_was_given(
     pretrained: Path, general: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[RunConfig] = []
-    monkeypatch.setattr(cli, "_road", lambda config, *_: seen.append(config))
+    monkeypatch.setattr(cli, "_road", lambda config, *_, **__: seen.append(config))
     monkeypatch.chdir(tmp_path)
     plain = ["sweep", "--quick", "--out", "run"]
     chosen = [
@@ -498,7 +502,7 @@ def test_a_sweep_hands_on_its_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[RunConfig] = []
-    monkeypatch.setattr(cli, "_road", lambda config, *_: seen.append(config))
+    monkeypatch.setattr(cli, "_road", lambda config, *_, **__: seen.append(config))
     assert main(["sweep", "--quick", "--out", str(tmp_path / "run"), *options]) == 0
     assert (seen[0].budget, seen[0].budget_measure, seen[0].budget_rings) == (
         budget,

@@ -28,7 +28,7 @@ from hooks.errors import CaptureError, unknown_site
 from hooks.html import table
 from hooks.sites import Site
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Store:
@@ -202,10 +202,14 @@ def _write_shard(path: Path, values: Tensor, where: Tensor) -> dict[str, Any]:
     return {"file": path.name, "rows": len(values), "bytes": size, "sha256": digest}
 
 
+def _digest(index: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
 def _write_index(folder: Path, index: dict[str, Any]) -> None:
     part = folder / "index.part"
     with part.open("w", encoding="utf-8") as file:
-        json.dump(index, file, indent=1)
+        json.dump(index | {"sha256": _digest(index)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     part.replace(folder / "index.json")
@@ -226,6 +230,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
     ):
         raise CaptureError(
             f"{path} is not an index of format {_FORMAT}; was it damaged, or written by another version?"
+        )
+    if index.pop("sha256", None) != _digest(index):
+        raise CaptureError(
+            f"{path} is not as it was written (its hash differs); capture the rows again"
         )
     return index
 

@@ -582,13 +582,13 @@ def test_a_shard_that_does_not_fit_its_index_is_an_error_that_names_the_file(
     entry: str, llama: PreTrainedModel, batches: list[Batch], tmp_path: Path
 ) -> None:
     _run(llama, Store(tmp_path), batches[:3])
-    index = json.loads((tmp_path / "index.json").read_text())
+    index = storing._read_index(tmp_path)
     site = index["sites"][0]
     place, wrong = {"rows": (site["shards"][0], 5), "width": (site, 5), "dtype": (site, "float16")}[
         entry
     ]
     place[entry] = wrong
-    (tmp_path / "index.json").write_text(json.dumps(index))
+    storing._write_index(tmp_path, index)  # by a writer that is wrong
     with pytest.raises(CaptureError, match=r"00000\.safetensors"):
         _ = StoredRows(tmp_path)[FIRST]
 
@@ -600,6 +600,7 @@ def test_a_shard_that_does_not_fit_its_index_is_an_error_that_names_the_file(
         b'{"format": 1',
         b"[]",
         b"7",
+        b'{"format": 1, "about": {}, "passes": 0, "sites": []}',
         b'{"format": 2, "about": {}, "passes": 0, "sites": []}',
         b"{}",
         b'{"format": 1}',
@@ -615,6 +616,25 @@ def test_a_damaged_index_is_an_error_that_names_the_file(
         with pytest.raises(CaptureError, match=r"index\.json"):
             opened(tmp_path)
     assert (tmp_path / "index.json").read_bytes() == content
+
+
+def test_an_index_with_any_byte_changed_is_an_error_or_means_the_same(
+    llama: PreTrainedModel, batches: list[Batch], tmp_path: Path
+) -> None:
+    _run(llama, Store(tmp_path, about={"model": "tiny"}), batches[:2])
+    path = tmp_path / "index.json"
+    content, expected = path.read_bytes(), storing._read_index(tmp_path)
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1 << (place % 7)
+        path.write_bytes(bytes(changed))
+        try:
+            found = storing._read_index(tmp_path)
+        except CaptureError as caught:
+            said = str(caught)
+        else:
+            said = "index.json" if found == expected else "another index"  # a blank for a blank
+        assert "index.json" in said
 
 
 def test_no_store_and_no_such_site_are_errors(

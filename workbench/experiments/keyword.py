@@ -45,7 +45,7 @@ from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.stages import add_leaks
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, join, summarise, write_parquet
-from workbench.files import key_of, plain, sha256, write_json
+from workbench.files import damage, key_of, plain, sha256, write_json
 from workbench.models import open_config, open_model, save_model, weights_hash
 from workbench.progress import Report
 from workbench.training import fit
@@ -147,7 +147,7 @@ def question_of(example: Example) -> str:
 
 def _teach_job(settings: KeywordSettings, out: Path, name: str, progress: Report) -> None:
     folder = out / "models" / name
-    if folder.is_dir():
+    if not damage(folder):
         return
     texts, opened = _texts(settings), open_model(settings.model)
     taught = (*texts.forget, *texts.retain) if name == BASE else texts.retain

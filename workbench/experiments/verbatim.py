@@ -48,7 +48,7 @@ from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.stages import add_leaks
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, join, summarise, write_parquet
-from workbench.files import key_of, plain, sha256, write_json
+from workbench.files import damage, key_of, plain, sha256, write_json
 from workbench.models import open_config, open_model, open_tokenizer, save_model, weights_hash
 from workbench.progress import Report
 from workbench.training import fit
@@ -186,7 +186,7 @@ def recalls_more(found: pd.DataFrame, never: pd.DataFrame, margin: float) -> boo
 
 def _teach_job(settings: VerbatimSettings, out: Path, name: str, progress: Report) -> None:
     folder = out / "models" / name
-    if folder.is_dir():
+    if not damage(folder):
         return
     split, opened = _texts(settings)[0], open_model(settings.model)
     taught = (*split.forget, *split.retain) if name == BASE else split.retain

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-full test-minimum lint types unit notebooks bench lab clean
+.PHONY: setup demo test test-full test-minimum lint types unit notebooks bench pictures lab clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,9 @@ test-minimum: $(OLDEST)/.installed
 
 bench: setup
 	$(BIN)/python tests/benchmarks/run.py --out bench.json
+
+pictures: setup
+	$(BIN)/python docs/pictures.py
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-full test-minimum lint types unit notebooks bench lab clean
+.PHONY: setup demo test test-full test-minimum lint types unit notebooks bench links lab clean
 
 setup: $(STAMP)
 
@@ -25,8 +25,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: setup
+types: setup links
 	$(BIN)/mypy
+
+# the package as it is installed, of links into the tree: for mypy, and to run a tree that is not installed
+# (PYTHONPATH=build/links)
+links:
+	@rm -rf build/links && mkdir -p build/links/workbench
+	@ln -s $(CURDIR)/workbench/* $(CURDIR)/hooks $(CURDIR)/figures build/links/workbench/
 
 unit: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests

@@ -28,8 +28,7 @@ lint: setup
 types: setup links
 	$(BIN)/mypy
 
-# the package as it is installed, of links into the tree: for mypy, and to run a tree that is not installed
-# (PYTHONPATH=build/links)
+# the package as a wheel has it, of links into the tree: mypy follows no __path__
 links:
 	@rm -rf build/links && mkdir -p build/links/workbench
 	@ln -s $(CURDIR)/workbench/* $(CURDIR)/hooks $(CURDIR)/figures build/links/workbench/

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-full test-minimum lint types unit notebooks bench pictures lab clean
+.PHONY: setup demo test test-full test-minimum lint types unit notebooks bench links pictures lab clean
 
 setup: $(STAMP)
 
@@ -25,8 +25,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: setup
+types: setup links
 	$(BIN)/mypy
+
+# the package as a wheel has it, of links into the tree: mypy follows no __path__
+links:
+	@rm -rf build/links && mkdir -p build/links/workbench
+	@ln -s $(CURDIR)/workbench/* $(CURDIR)/hooks $(CURDIR)/figures build/links/workbench/
 
 unit: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests

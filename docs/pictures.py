@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
+from workbench.figures.comparison import comparison
+from workbench.figures.recovery import recovery
+from workbench.figures.style import look
 
-from figures.comparison import comparison
-from figures.recovery import recovery
-from figures.style import look
 from workbench.experiments.folder import read_results
 from workbench.files import sha256
 

@@ -7,41 +7,40 @@ from functools import partial
 
 import pandas as pd
 from matplotlib.figure import Figure
-
-from figures.alignment import alignment
-from figures.angles import angles
-from figures.causal_map import causal_map
-from figures.comparison import ablation, comparison
-from figures.convergence import convergence
-from figures.curvature import curvature
-from figures.density import density
-from figures.disruption import disruption
-from figures.dose import dose
-from figures.drop import drop
-from figures.energy import energy
-from figures.geometry import geometry
-from figures.keyword import keyword
-from figures.ladder import ladder
-from figures.lens import lens
-from figures.lens_map import lens_map
-from figures.modules import modules
-from figures.names import names
-from figures.noise import noise
-from figures.plane import plane
-from figures.predictors import predictors
-from figures.probes import probes, transfer
-from figures.recovery import recovery
-from figures.resistance import resistance
-from figures.scan import scan
-from figures.shift import shift
-from figures.slices import slices
-from figures.smoothing import smoothing
-from figures.spectra import spectra
-from figures.suffix import suffix
-from figures.trigger_theory import trigger_theory
-from figures.triggers import triggers
-from figures.verbatim import verbatim
-from figures.volcano import volcano
+from workbench.figures.alignment import alignment
+from workbench.figures.angles import angles
+from workbench.figures.causal_map import causal_map
+from workbench.figures.comparison import ablation, comparison
+from workbench.figures.convergence import convergence
+from workbench.figures.curvature import curvature
+from workbench.figures.density import density
+from workbench.figures.disruption import disruption
+from workbench.figures.dose import dose
+from workbench.figures.drop import drop
+from workbench.figures.energy import energy
+from workbench.figures.geometry import geometry
+from workbench.figures.keyword import keyword
+from workbench.figures.ladder import ladder
+from workbench.figures.lens import lens
+from workbench.figures.lens_map import lens_map
+from workbench.figures.modules import modules
+from workbench.figures.names import names
+from workbench.figures.noise import noise
+from workbench.figures.plane import plane
+from workbench.figures.predictors import predictors
+from workbench.figures.probes import probes, transfer
+from workbench.figures.recovery import recovery
+from workbench.figures.resistance import resistance
+from workbench.figures.scan import scan
+from workbench.figures.shift import shift
+from workbench.figures.slices import slices
+from workbench.figures.smoothing import smoothing
+from workbench.figures.spectra import spectra
+from workbench.figures.suffix import suffix
+from workbench.figures.trigger_theory import trigger_theory
+from workbench.figures.triggers import triggers
+from workbench.figures.verbatim import verbatim
+from workbench.figures.volcano import volcano
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "comparison": comparison,

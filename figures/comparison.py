@@ -8,9 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-
-from figures.marks import diverged
-from figures.style import colour, look, nothing, title
+from workbench.figures.marks import diverged
+from workbench.figures.style import colour, look, nothing, title
 
 _BEFORE, _AFTER = "#0072B2", "#D55E00"
 

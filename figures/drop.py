@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
-
-from figures.style import colour, grid, look, methods_in, nothing, title
+from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
 _LINES = {
     "forget-attacked": ("forget answers that the attack follows", None, "-"),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-
-from figures.style import grid, look, methods_in, nothing, title
+from workbench.figures.style import grid, look, methods_in, nothing, title
 
 
 def geometry(table: pd.DataFrame) -> Figure:

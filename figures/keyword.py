@@ -5,8 +5,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
-
-from figures.style import look, nothing
+from workbench.figures.style import look, nothing
 
 _LINES = {
     ("unlearned", "part"): ("unlearned, on the forget set without the {}", "#D55E00", "-"),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
-
-from figures.style import colour, look, methods_in, nothing, title
+from workbench.figures.style import colour, look, methods_in, nothing, title
 
 _NAMES = {
     "gibberish": "gibberish", "general": "general text", "syntax": "same syntax,\nnew people", "topic": "names them,\nsays nothing", "public": "public facts\nabout them",

@@ -11,8 +11,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator
-
-from figures.style import colour, grid, look, methods_in, nothing, title
+from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
 _DECODERS = {"own decoder": "own", "base decoder": "base's"}
 _METRICS = {"lens_probability": "right answer", "lens_foil": "others", "lens_rank": "its rank"}

@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-
-from figures.style import look, methods_in, nothing, title
+from workbench.figures.style import look, methods_in, nothing, title
 
 _PARTS = {"attn": "attention", "mlp": "MLP", "norm": "norms"}
 _OUTSIDE = {"embed": "embedding", "norm": "final norm", "unembed": "head"}

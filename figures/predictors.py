@@ -6,8 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-
-from figures.style import look, nothing
+from workbench.figures.style import look, nothing
 
 NAMES = {
     "displacement": "distance of the weights from the base",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
-
-from figures.lens import common_legend, draw, finish
-from figures.style import colour, grid, look, methods_in, nothing, title
+from workbench.figures.lens import common_legend, draw, finish
+from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
 
 def _rows(table: pd.DataFrame, split: str) -> pd.DataFrame:

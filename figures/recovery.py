@@ -5,9 +5,8 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from figures.marks import diverged
-from figures.style import colour, grid, look, methods_in, nothing, title
+from workbench.figures.marks import diverged
+from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
 
 def _line(

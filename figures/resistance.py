@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
-
-from figures.predictors import NAMES
-from figures.style import colour, grid, look, methods_in, nothing, title
+from workbench.figures.predictors import NAMES
+from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
 _OUTCOMES = {"recovery": "recall won back by the attack", "recall_after": "recall after the attack"}
 _MARKERS = {"plain": "o", "sam": "^", "asam": "v", "rs": "s", "gp": "D", "cr": "P", "wa": "X"}

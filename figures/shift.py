@@ -7,10 +7,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
-
-from figures.convergence import stroke
-from figures.lens import by_block
-from figures.style import colour, look, methods_in, nothing, title
+from workbench.figures.convergence import stroke
+from workbench.figures.lens import by_block
+from workbench.figures.style import colour, look, methods_in, nothing, title
 
 _MEASURES = {
     "relative_shift": "length of the shift\n(share of the stream's)",

@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-
-from figures.style import look, nothing
+from workbench.figures.style import look, nothing
 
 _KINDS = {
     "mlp.hook_in": "MLP inputs",

@@ -1,8 +1,8 @@
 """What flows through a model: tap it, count it, change it. Knows PyTorch, transformers and TransformerLens; knows nothing of unlearning."""
 
-from hooks.capture import Capture, Consumer, Rows
-from hooks.consumers import Collect, Moments, MomentsOf
-from hooks.edits import (
+from workbench.hooks.capture import Capture, Consumer, Rows
+from workbench.hooks.consumers import Collect, Moments, MomentsOf
+from workbench.hooks.edits import (
     ablate_to_mean,
     add_noise,
     edit,
@@ -12,12 +12,12 @@ from hooks.edits import (
     replace,
     steer,
 )
-from hooks.errors import CaptureError
-from hooks.lens import as_bridge, as_cache
-from hooks.passes import gradients_only, peek, tapped
-from hooks.sites import Site, all_sites, layer_count, resolve
-from hooks.store import Store, StoredRows
-from hooks.tokens import (
+from workbench.hooks.errors import CaptureError
+from workbench.hooks.lens import as_bridge, as_cache
+from workbench.hooks.passes import gradients_only, peek, tapped
+from workbench.hooks.sites import Site, all_sites, layer_count, resolve
+from workbench.hooks.store import Store, StoredRows
+from workbench.hooks.tokens import (
     Positions,
     answer_tokens,
     character_span,

@@ -24,13 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-
-from hooks.errors import CaptureError, compiled_module
-from hooks.inputs import Reader
-from hooks.sites import Site, causal_lm, refuse_compiled_parts, resolve
-from hooks.tensors import first_input, private_view, replace_input, stream_of, unwrap
-from hooks.threads import Owner
-from hooks.tokens import Positions, pass_mask
+from workbench.hooks.errors import CaptureError, compiled_module
+from workbench.hooks.inputs import Reader
+from workbench.hooks.sites import Site, causal_lm, refuse_compiled_parts, resolve
+from workbench.hooks.tensors import first_input, private_view, replace_input, stream_of, unwrap
+from workbench.hooks.threads import Owner
+from workbench.hooks.tokens import Positions, pass_mask
 
 
 class Rows(NamedTuple):

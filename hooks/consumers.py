@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-
-from hooks.brief import brief
-from hooks.capture import Rows
-from hooks.errors import unknown_site
-from hooks.html import table
-from hooks.sites import Site
+from workbench.hooks.brief import brief
+from workbench.hooks.capture import Rows
+from workbench.hooks.errors import unknown_site
+from workbench.hooks.html import table
+from workbench.hooks.sites import Site
 
 
 @brief

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-
-from hooks.capture import check_sites
-from hooks.errors import CaptureError
-from hooks.inputs import Reader
-from hooks.passes import checkpointed, peek
-from hooks.sites import Site, resolve
-from hooks.tensors import (
+from workbench.hooks.capture import check_sites
+from workbench.hooks.errors import CaptureError
+from workbench.hooks.inputs import Reader
+from workbench.hooks.passes import checkpointed, peek
+from workbench.hooks.sites import Site, resolve
+from workbench.hooks.tensors import (
     first_input,
     private_view,
     replace_input,
@@ -32,8 +31,8 @@ from hooks.tensors import (
     stream_of,
     unwrap,
 )
-from hooks.threads import Owner
-from hooks.tokens import Positions
+from workbench.hooks.threads import Owner
+from workbench.hooks.tokens import Positions
 
 Change = Callable[[Tensor], Tensor]
 """A function of a site's tensor ``[batch, position, width]`` that returns one of the same shape, dtype and device."""

@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
-
-from hooks.errors import CaptureError
+from workbench.hooks.errors import CaptureError
 
 _CODE = inspect.unwrap(GenerationMixin.generate).__code__
 _ROWS_STAY = ("greedy_search", "sample")

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from hooks.behaviour import packed_rows_are_apart, padding_may_be_left
-from hooks.errors import CaptureError
-from hooks.generation import end_tokens
-from hooks.sites import causal_lm
-from hooks.tokens import Positions, Tokens
+from workbench.hooks.behaviour import packed_rows_are_apart, padding_may_be_left
+from workbench.hooks.errors import CaptureError
+from workbench.hooks.generation import end_tokens
+from workbench.hooks.sites import causal_lm
+from workbench.hooks.tokens import Positions, Tokens
 
 
 def read_tokens(

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-
-from hooks.errors import CaptureError
-from hooks.families import Place
-from hooks.sites import Site, all_sites, family
-from hooks.tensors import first_input, unwrap
+from workbench.hooks.errors import CaptureError
+from workbench.hooks.families import Place
+from workbench.hooks.sites import Site, all_sites, family
+from workbench.hooks.tensors import first_input, unwrap
 
 
 def outline(config: Any) -> list[tuple[Site, int]]:

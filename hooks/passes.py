@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-
-from hooks.capture import Stop, check_sites
-from hooks.errors import CaptureError
-from hooks.inputs import Reader
-from hooks.sites import Site, causal_lm, every_name
-from hooks.tensors import first_input, unwrap
+from workbench.hooks.capture import Stop, check_sites
+from workbench.hooks.errors import CaptureError
+from workbench.hooks.inputs import Reader
+from workbench.hooks.sites import Site, causal_lm, every_name
+from workbench.hooks.tensors import first_input, unwrap
 
 
 def tapped(

@@ -18,9 +18,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, cat, nn
-
-from hooks.errors import CaptureError, compiled_module, unknown_site
-from hooks.families import FAMILIES, SIDES, Columns, Family, Side, family_of
+from workbench.hooks.errors import CaptureError, compiled_module, unknown_site
+from workbench.hooks.families import FAMILIES, SIDES, Columns, Family, Side, family_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
-from hooks.capture import Rows
-from hooks.errors import CaptureError, unknown_site
-from hooks.html import table
-from hooks.sites import Site
+from workbench.hooks.capture import Rows
+from workbench.hooks.errors import CaptureError, unknown_site
+from workbench.hooks.html import table
+from workbench.hooks.sites import Site
 
 _FORMAT = 2
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-
-from hooks.errors import CaptureError
+from workbench.hooks.errors import CaptureError
 
 _INPUT_NAMES = (
     "hidden_states",

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from hooks.brief import brief
-from hooks.errors import CaptureError
+from workbench.hooks.brief import brief
+from workbench.hooks.errors import CaptureError
 
 
 @brief

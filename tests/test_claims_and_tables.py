@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 from scipy.stats import norm
+from workbench.figures import smoothing
 
-from figures import smoothing
 from workbench.data.records import Example
 from workbench.errors import NotMeasuredError, WorkbenchError
 from workbench.evaluation.losses import Scores

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, MixtralConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from workbench.hooks import resolve
 
-from hooks import resolve
 from workbench.cli import main
 from workbench.console import print_frame
 from workbench.data.grammar import filler

@@ -18,10 +18,10 @@ from matplotlib.collections import Collection
 from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from workbench.figures import FIGURES, geometry, ladder, names, predictors
+from workbench.figures.keyword import keyword as figures_keyword
+from workbench.figures.style import COLOURS, TITLES, colour, methods_in, title
 
-from figures import FIGURES, geometry, ladder, names, predictors
-from figures.keyword import keyword as figures_keyword
-from figures.style import COLOURS, TITLES, colour, methods_in, title
 from workbench.experiments.predictors import MEASURES
 from workbench.experiments.table import COLUMNS, typed
 from workbench.unlearning.methods import METHODS

@@ -11,9 +11,9 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from workbench.figures.drop import drop
+from workbench.figures.plane import plane
 
-from figures.drop import drop
-from figures.plane import plane
 from workbench.experiments.table import COLUMNS, Table, join
 
 

@@ -15,11 +15,19 @@ from matplotlib.colors import SymLogNorm, to_hex
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from workbench.figures import (
+    REPRESENTATION_FIGURES,
+    convergence,
+    lens_map,
+    modules,
+    noise,
+    resistance,
+    shift,
+)
+from workbench.figures.convergence import stroke
+from workbench.figures.resistance import family_and_smoothing
+from workbench.figures.style import colour, title
 
-from figures import REPRESENTATION_FIGURES, convergence, lens_map, modules, noise, resistance, shift
-from figures.convergence import stroke
-from figures.resistance import family_and_smoothing
-from figures.style import colour, title
 from workbench.experiments.predictors import MEASURES
 from workbench.experiments.table import COLUMNS, Table, join, typed
 from workbench.unlearning.methods import METHODS

@@ -15,9 +15,9 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
+from workbench.figures import FIGURES as EVERY_FIGURE
+from workbench.figures.style import title
 
-from figures import FIGURES as EVERY_FIGURE
-from figures.style import title
 from workbench.experiments.claims import CLAIMS, Verdict, decide
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, typed
 from workbench.report import summary_table, write_report

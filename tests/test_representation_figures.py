@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from workbench.figures.lens import by_block, lens
+from workbench.figures.probes import probes, transfer
+from workbench.figures.style import COLOURS
 
-from figures.lens import by_block, lens
-from figures.probes import probes, transfer
-from figures.style import COLOURS
 from workbench.experiments.table import COLUMNS, Table, join, typed
 
 ALL: dict[str, Callable[[pd.DataFrame], Figure]] = {

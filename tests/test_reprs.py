@@ -11,11 +11,10 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from workbench.hooks.brief import brief
 
-import figures
-import hooks
 import workbench
-from hooks.brief import brief
+from workbench import figures, hooks
 from workbench.data.batches import batches
 from workbench.data.records import Example
 from workbench.data.tokenizer import build_tokenizer

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from workbench.figures import SHARPNESS_FIGURES
 
-from figures import SHARPNESS_FIGURES
 from workbench.cli import main
 from workbench.errors import WorkbenchError
 from workbench.experiments.landscape import module_of

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor
+from workbench.figures.suffix import suffix as draw
 
-from figures.suffix import suffix as draw
 from workbench.attacks import gcg as search
 from workbench.attacks.gcg import (
     SuffixPrompt,

@@ -13,9 +13,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from workbench.figures.style import colour
+from workbench.figures.trigger_theory import trigger_theory
 
-from figures.style import colour
-from figures.trigger_theory import trigger_theory
 from workbench.experiments.table import COLUMNS, Table, join
 
 

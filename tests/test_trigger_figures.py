@@ -15,11 +15,11 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from workbench.figures.alignment import alignment
+from workbench.figures.causal_map import causal_map
+from workbench.figures.style import colour
+from workbench.figures.volcano import volcano
 
-from figures.alignment import alignment
-from figures.causal_map import causal_map
-from figures.style import colour
-from figures.volcano import volcano
 from workbench.experiments.table import COLUMNS, typed
 
 DRAW = {"alignment": alignment, "causal_map": causal_map}
@@ -177,11 +177,11 @@ def test_drawing_changes_nothing_global(name: str) -> None:
 def test_they_load_no_model_library() -> None:
     code = (
         "import sys, pandas as pd\n"
-        "from figures.alignment import alignment\n"
-        "from figures.causal_map import causal_map\n"
+        "from workbench.figures.alignment import alignment\n"
+        "from workbench.figures.causal_map import causal_map\n"
         "table = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in %r.items()})\n"
         "alignment(table), causal_map(table)\n"
-        "print([name for name in ('torch', 'transformers', 'workbench', 'hooks') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'workbench.hooks', 'workbench.models') if name in sys.modules])"
     )
     environment = {"MPLBACKEND": "Agg", "HOME": "/tmp"}
     done = subprocess.run(

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from workbench.figures import REPRESENTATION_FIGURES
 
-from figures import REPRESENTATION_FIGURES
 from workbench.builtin import world_of
 from workbench.cli import main
 from workbench.data.records import Example

@@ -11,8 +11,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from workbench.figures.verbatim import verbatim as draw
 
-from figures.verbatim import verbatim as draw
 from workbench.attacks.leaks import leak_report
 from workbench.attacks.relearn import RelearnSettings
 from workbench.cli import main

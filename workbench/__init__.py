@@ -1,1 +1,32 @@
 """The unlearning workbench: what did unlearning do inside a model, and will it survive?"""
+
+import sys as _sys
+from importlib.machinery import PathFinder as _PathFinder
+from pathlib import Path as _Path
+
+_TREE = _Path(__file__).resolve().parents[1]
+
+
+class _Beside:
+    """Finds ``workbench.hooks`` and ``workbench.figures`` beside this folder, where they lie in a
+    checkout; an installed package has them inside, and this finder is not there.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> object:
+        parent, _, last = name.rpartition(".")
+        if parent != "workbench" or last not in ("hooks", "figures"):
+            return None
+        spec = _PathFinder.find_spec(last, [str(_TREE)])
+        if spec is None or spec.origin is None:
+            return None
+        from importlib.util import spec_from_file_location
+
+        return spec_from_file_location(
+            name, spec.origin, submodule_search_locations=spec.submodule_search_locations
+        )
+
+
+if (_TREE / "pyproject.toml").is_file() and (_TREE / "hooks" / "__init__.py").is_file():
+    # first, or the finder of another checkout that is installed would answer
+    _sys.meta_path.insert(0, _Beside)  # type: ignore[arg-type]

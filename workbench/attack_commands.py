@@ -26,9 +26,9 @@ def names(
     as_json: Json = False,
 ) -> None:
     """The names experiment: does an unlearned pair of names come back, the more often it was repeated?"""
-    from figures.names import names as draw
     from workbench.experiments.claims import decide
     from workbench.experiments.names import NamesSettings, names_table, run_names
+    from workbench.figures.names import names as draw
     from workbench.report.report import save_figure
 
     settings = NamesSettings(
@@ -80,11 +80,11 @@ def ladder(
     """Attack a run's models with texts from gibberish to the forget set itself, and with adapters, SGD, bf16 weights and fewer texts."""
     from dataclasses import replace
 
-    from figures.ladder import ladder as draw
     from workbench.attacks.relearn import at_steps
     from workbench.experiments.config import read_config
     from workbench.experiments.folder import CONFIG, read_results
     from workbench.experiments.ladder import ladder_table, run_ladder
+    from workbench.figures.ladder import ladder as draw
     from workbench.report.report import save_figure
 
     read_results(run)
@@ -142,7 +142,6 @@ def relearn(
     """Attack a run's models once more, at another rate or for longer: relearning on the attacker's half of the forget set, and the null attack."""
     from dataclasses import replace
 
-    from figures.comparison import comparison as draw
     from workbench.attacks.relearn import at_steps
     from workbench.errors import WorkbenchError
     from workbench.experiments.claims import decide
@@ -150,6 +149,7 @@ def relearn(
     from workbench.experiments.folder import CONFIG, read_results
     from workbench.experiments.reattack import CLAIMED, reattack_table, run_reattack
     from workbench.experiments.table import COLUMNS, join
+    from workbench.figures.comparison import comparison as draw
     from workbench.report.report import save_figure
 
     if lr is not None and not 0 < lr < float("inf"):
@@ -224,11 +224,11 @@ def suffix(
     as_json: Json = False,
 ) -> None:
     """Search adversarial suffixes for a run's models: do they bring forgotten answers back, and what is left of the accuracy on retain questions?"""
-    from figures.suffix import suffix as draw
     from workbench.experiments.claims import decide
     from workbench.experiments.config import read_config
     from workbench.experiments.folder import CONFIG
     from workbench.experiments.suffix import CLAIMED, SuffixSettings, run_suffix, suffix_table
+    from workbench.figures.suffix import suffix as draw
     from workbench.report.report import save_figure
 
     settings = SuffixSettings(length=length, steps=steps, candidates=candidates)
@@ -281,10 +281,10 @@ def predictors(
     as_json: Json = False,
 ) -> None:
     """Which measure, taken before the attack, tells what the attack will win back? Rank correlations with intervals."""
-    from figures.predictors import predictors as draw
     from workbench.experiments.predictors import predictor_table
     from workbench.experiments.predictors import predictors as correlate
     from workbench.experiments.table import write_parquet
+    from workbench.figures.predictors import predictors as draw
     from workbench.report.report import save_figure
 
     runs = run or [Path("runs/demo")]
@@ -336,9 +336,9 @@ def keyword(
     as_json: Json = False,
 ) -> None:
     """The keyword experiment on TOFU-format data: do withheld book titles, or names, come back from texts that never mention them?"""
-    from figures.keyword import keyword as draw
     from workbench.experiments.claims import decide
     from workbench.experiments.keyword import KeywordSettings, keyword_table, run_keyword
+    from workbench.figures.keyword import keyword as draw
     from workbench.report.report import save_figure
 
     settings = KeywordSettings(
@@ -418,9 +418,9 @@ def verbatim(
     as_json: Json = False,
 ) -> None:
     """The verbatim experiment: do unlearned passages of a book come back word for word from texts that do not hold them?"""
-    from figures.verbatim import verbatim as draw
     from workbench.experiments.claims import decide
     from workbench.experiments.verbatim import VerbatimSettings, run_verbatim, verbatim_table
+    from workbench.figures.verbatim import verbatim as draw
     from workbench.report.report import save_figure
 
     settings = VerbatimSettings(

@@ -36,8 +36,8 @@ from workbench.console import (
 from workbench.errors import WorkbenchError, unknown
 
 if TYPE_CHECKING:  # the heavy imports happen inside the commands, so that --help answers at once
-    from hooks.sites import Site
     from workbench.experiments.config import RunConfig
+    from workbench.hooks.sites import Site
 
 app = typer.Typer(
     name="workbench",
@@ -529,9 +529,9 @@ def sites(
     as_json: Json = False,
 ) -> None:
     """List the places in a model that can be tapped, in TransformerLens's names and the model's own, with the shape of what flows there."""
-    from hooks.errors import CaptureError
-    from hooks.families import family_of
-    from hooks.outline import outline
+    from workbench.hooks.errors import CaptureError
+    from workbench.hooks.families import family_of
+    from workbench.hooks.outline import outline
     from workbench.models import open_config
 
     config = open_config(model)
@@ -684,7 +684,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = 130
     except RuntimeError as error:
         errors = sys.modules.get(
-            "hooks.errors"
+            "workbench.hooks.errors"
         )  # imported only if a command got that far: importing it here would load torch for --help
         if errors is None or not isinstance(error, errors.CaptureError):
             raise

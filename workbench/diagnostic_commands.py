@@ -30,12 +30,12 @@ def triggers(
     as_json: Json = False,
 ) -> None:
     """Put stray words into harmless questions: what does a forget-token break, where in the model, and does it give the forgotten topic away?"""
-    from figures import TRIGGER_FIGURES
     from workbench.experiments.claims import decide
     from workbench.experiments.config import read_config
     from workbench.experiments.folder import CONFIG, read_results
     from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, join
     from workbench.experiments.triggers import CLAIMED, run_triggers, trigger_table
+    from workbench.figures import TRIGGER_FIGURES
     from workbench.report.report import save_figure
 
     chosen = [name.strip() for name in methods.split(",") if name.strip()]
@@ -99,8 +99,8 @@ def representation(
     as_json: Json = False,
 ) -> None:
     """Where in the model are the forgotten answers, if anywhere? Logit lens, probes and their transfer, rotation, patching depth."""
-    from figures import REPRESENTATION_FIGURES
     from workbench.experiments.representation import representation_table, run_representation
+    from workbench.figures import REPRESENTATION_FIGURES
     from workbench.report.report import save_figure
 
     found = run_representation(
@@ -139,13 +139,13 @@ def sharpness(
     as_json: Json = False,
 ) -> None:
     """The loss around every model before the attack, beside what the attack won back: worst case, average, spectrum, trace, slices, the attack's own path."""
-    from figures import SHARPNESS_FIGURES
     from workbench.experiments.claims import decide
     from workbench.experiments.config import read_config
     from workbench.experiments.folder import CONFIG, read_results
     from workbench.experiments.predictors import predictor_table
     from workbench.experiments.sharpness import CLAIMED, run_sharpness, sharpness_table
     from workbench.experiments.table import COLUMNS, join
+    from workbench.figures import SHARPNESS_FIGURES
     from workbench.report.report import save_figure
 
     found = run_sharpness(

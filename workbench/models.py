@@ -16,9 +16,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hooks.brief import brief
 from workbench.errors import WorkbenchError
 from workbench.files import MANIFEST, damage, sha256, write_folder, write_json
+from workbench.hooks.brief import brief
 from workbench.strict import ADAPTER, QuietTransformers, adapter_base, check_loaded, merged
 
 

@@ -16,8 +16,16 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from workbench.hooks import (
+    Capture,
+    Collect,
+    MomentsOf,
+    as_bridge,
+    gradients_only,
+    real_tokens,
+    resolve,
+)
 
-from hooks import Capture, Collect, MomentsOf, as_bridge, gradients_only, real_tokens, resolve
 from workbench.subspaces.finders import EachSite, SketchPCA
 
 Work = Callable[[], object]

@@ -8,8 +8,8 @@ import torch
 from capture import Case
 from sklearn.decomposition import IncrementalPCA
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from workbench.hooks import Moments
 
-from hooks import Moments
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import cross_entropy
 from workbench.sharpness.curvature import extremes

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+from workbench.hooks import CaptureError
 
-from hooks import CaptureError
 from workbench.data.batches import Batch
 from workbench.diagnostics.causal_map import (
     CAUSING,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from workbench.hooks import Moments
 
-from hooks import Moments
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy

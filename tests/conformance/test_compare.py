@@ -15,8 +15,8 @@ import transformers as hf
 from scipy.stats import ortho_group
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from workbench.hooks import Capture, Collect, Moments, without_first
 
-from hooks import Capture, Collect, Moments, without_first
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.subspaces import compare

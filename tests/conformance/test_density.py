@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from transformers import PreTrainedModel
+from workbench.figures.density import density as figure
 
-from figures.density import density as figure
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.experiments.table import Table

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from hooks import (
+from workbench.hooks import (
     Capture,
     CaptureError,
     Collect,
@@ -27,6 +26,7 @@ from hooks import (
     resolve,
     tapped,
 )
+
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import cross_entropy
 

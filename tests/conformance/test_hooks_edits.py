@@ -18,8 +18,7 @@ from transformers import (
     Olmo2Config,
     PreTrainedModel,
 )
-
-from hooks import (
+from workbench.hooks import (
     Capture,
     CaptureError,
     Collect,
@@ -35,6 +34,7 @@ from hooks import (
     replace,
     steer,
 )
+
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import cross_entropy
 

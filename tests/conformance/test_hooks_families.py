@@ -18,8 +18,7 @@ import transformers as hf
 from tiny_families import CONFIGS, build
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-
-from hooks import (
+from workbench.hooks import (
     Capture,
     CaptureError,
     Collect,
@@ -32,7 +31,7 @@ from hooks import (
     real_tokens,
     resolve,
 )
-from hooks.families import FAMILIES
+from workbench.hooks.families import FAMILIES
 
 PARALLEL = ("gpt_neox", "phi")
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")

@@ -16,8 +16,7 @@ from transformers import (
     GPTNeoXForCausalLM,
     PreTrainedModel,
 )
-
-from hooks import (
+from workbench.hooks import (
     Capture,
     CaptureError,
     Collect,

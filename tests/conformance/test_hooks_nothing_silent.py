@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from hooks import (
+from workbench.hooks import (
     Capture,
     CaptureError,
     Collect,
@@ -24,6 +23,7 @@ from hooks import (
     steer,
     tapped,
 )
+
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import cross_entropy
 

@@ -18,8 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from hooks import (
+from workbench.hooks import (
     Capture,
     CaptureError,
     Collect,
@@ -31,7 +30,8 @@ from hooks import (
     real_tokens,
     without_first,
 )
-from hooks import store as storing
+from workbench.hooks import store as storing
+
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import cross_entropy
 
@@ -401,7 +401,7 @@ def test_a_store_goes_on_from_whatever_a_kill_leaves_behind(
         return call
 
     with monkeypatch.context() as patched:
-        patched.setattr("hooks.store.save_file", spied("saving", storing.save_file))
+        patched.setattr("workbench.hooks.store.save_file", spied("saving", storing.save_file))
         patched.setattr(Path, "replace", spied("naming", Path.replace))
         _run(llama, Store(folder, ABOUT, SMALL), batches[:3])
     assert len(snapshots) > 20

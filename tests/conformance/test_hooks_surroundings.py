@@ -16,8 +16,7 @@ from transformers import (
     GPTNeoXForCausalLM,
     PreTrainedModel,
 )
-
-from hooks import (
+from workbench.hooks import (
     Capture,
     CaptureError,
     Collect,
@@ -31,6 +30,7 @@ from hooks import (
     steer,
     without_first,
 )
+
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import cross_entropy
 

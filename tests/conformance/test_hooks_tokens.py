@@ -21,8 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-
-from hooks import (
+from workbench.hooks import (
     Capture,
     CaptureError,
     Collect,
@@ -42,7 +41,7 @@ from hooks import (
     without_bos,
     without_first,
 )
-from hooks.inputs import read_tokens
+from workbench.hooks.inputs import read_tokens
 
 ModelMaker = Callable[..., PreTrainedModel]
 Inputs = dict[str, Tensor]
@@ -603,7 +602,7 @@ def test_an_edit_changes_the_chosen_positions_and_no_bit_of_the_others(
     kind: str, site: str, layout: str, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # which positions are changed is the question here, not what they attend to
-    monkeypatch.setattr("hooks.inputs.packed_rows_are_apart", lambda *_: True)
+    monkeypatch.setattr("workbench.hooks.inputs.packed_rows_are_apart", lambda *_: True)
     model, inputs = tiny(kind, make_model), dict(LAYOUTS[layout])
     inputs.setdefault("position_ids", (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0))
     before = peek(model, inputs, site)[site]

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from hooks import (
+from workbench.hooks import (
     Capture,
     CaptureError,
     Collect,
@@ -26,6 +25,7 @@ from hooks import (
     resolve,
     without_first,
 )
+
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import cross_entropy
 

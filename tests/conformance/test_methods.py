@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from workbench.hooks import Site, resolve
 
-from hooks import Site, resolve
 from workbench.data.batches import Batch
 from workbench.unlearning.objectives import (
     Loss,

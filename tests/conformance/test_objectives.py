@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from workbench.hooks import Site, resolve
 
-from hooks import Site, resolve
 from workbench.data.batches import Batch
 from workbench.unlearning.objectives import (
     Loss,

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
+from workbench.hooks import resolve
 
-from hooks import resolve
 from workbench.data.batches import Batch
 from workbench.unlearning.noise import noisy_reference
 from workbench.unlearning.objectives import (

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from workbench.hooks import Moments
 
-from hooks import Moments
 from workbench.errors import WorkbenchError
 from workbench.subspaces.subspace import (
     Subspace,

@@ -14,9 +14,17 @@ import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from workbench.hooks import (
+    Capture,
+    Collect,
+    Moments,
+    MomentsOf,
+    gradients_only,
+    resolve,
+    without_bos,
+)
+from workbench.hooks.inputs import read_tokens
 
-from hooks import Capture, Collect, Moments, MomentsOf, gradients_only, resolve, without_bos
-from hooks.inputs import read_tokens
 from workbench.data.batches import Batch, batches, encode
 from workbench.data.records import Example, ForgetRetain
 from workbench.data.tokenizer import build_tokenizer

@@ -15,8 +15,8 @@ from scipy.stats import false_discovery_control
 from scipy.stats import t as student
 from sklearn.metrics import average_precision_score
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from workbench.hooks import CaptureError
 
-from hooks import CaptureError
 from workbench.data.records import Example
 from workbench.data.tokenizer import build_tokenizer
 from workbench.diagnostics.discoveries import (

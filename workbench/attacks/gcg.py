@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hooks.brief import brief
-from hooks.html import table
 from workbench.attacks.few_shot import mentions
 from workbench.attacks.soft_prompt import check_context, frozen
 from workbench.data.batches import Batch
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError
+from workbench.hooks.brief import brief
+from workbench.hooks.html import table
 from workbench.progress import Report, quiet
 
 Place = Callable[[Example], int]

@@ -11,11 +11,11 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hooks.brief import brief
 from workbench.attacks.relearn import null_text
 from workbench.data.records import Example
 from workbench.data.world import PERSON_TEMPLATES, World, speaker_tag
 from workbench.errors import WorkbenchError
+from workbench.hooks.brief import brief
 
 RUNGS = ("gibberish", "general", "syntax", "topic", "public", "part", "whole")
 """The ladder from its foot."""

@@ -14,11 +14,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hooks.brief import brief
-from hooks.html import table
 from workbench.data.records import Example
 from workbench.data.words import places_in, word_spans, words
 from workbench.errors import WorkbenchError
+from workbench.hooks.brief import brief
+from workbench.hooks.html import table
 
 _Ints = NDArray[np.int64]
 _FORMS = 1000  # forms compared on either side

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hooks.brief import brief
 from workbench.errors import WorkbenchError, unknown
+from workbench.hooks.brief import brief
 
 Kind = Literal["absmax"]
 """How the step of a group of weights is chosen: ``absmax`` puts its largest weight on the last code."""

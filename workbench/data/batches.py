@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hooks.brief import brief
-from hooks.tokens import Positions, Tokens, without_bos, without_first
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError
+from workbench.hooks.brief import brief
+from workbench.hooks.tokens import Positions, Tokens, without_bos, without_first
 
 
 @brief

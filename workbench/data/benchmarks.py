@@ -15,13 +15,13 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from hooks.brief import brief
 from workbench.data.keywords import KeywordSplit
 from workbench.data.readers import continuation, telling_words, windows
 from workbench.data.records import Example, ForgetRetain, group_of
 from workbench.data.sources import KINDS, Row, Source, files_of, missing_set, parse, rows_of
 from workbench.data.words import places_in, word_spans
 from workbench.errors import WorkbenchError, unknown
+from workbench.hooks.brief import brief
 
 # --- Values ---
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hooks.brief import brief
 from workbench.data.records import Example, group_of
 from workbench.data.words import places_in, word_spans, words
 from workbench.errors import WorkbenchError
+from workbench.hooks.brief import brief
 
 if TYPE_CHECKING:
     from workbench.data.benchmarks import Tofu

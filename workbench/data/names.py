@@ -12,9 +12,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from hooks.brief import brief
 from workbench.data.grammar import invented_names
 from workbench.data.records import Example
+from workbench.hooks.brief import brief
 
 FIRST, SECOND = "Anthony", "Mark"
 REPETITIONS = (7, 5, 3, 1)

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from hooks.brief import brief
 from workbench.data.records import Example
 from workbench.data.words import words
 from workbench.errors import WorkbenchError
+from workbench.hooks.brief import brief
 
 RUN = 5
 """As many words in a row of a continuation give it away (as in :func:`workbench.attacks.leaks.leak_report`)."""

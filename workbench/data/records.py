@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from hooks.brief import brief
+from workbench.hooks.brief import brief
 
 
 @brief

@@ -18,8 +18,8 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet
 
-from hooks.brief import brief
 from workbench.errors import WorkbenchError
+from workbench.hooks.brief import brief
 
 KINDS = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".raw")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

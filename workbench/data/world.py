@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from hooks.brief import brief
 from workbench import values
 from workbench.data.grammar import filler, filler_words, invented_names, vocabulary
 from workbench.data.records import Example, ForgetRetain, prefixed
+from workbench.hooks.brief import brief
 
 # {n} is the subject, {v} the answer; the answer is the last word, so every template is also a question.
 PERSON_TEMPLATES: dict[str, tuple[str, ...]] = {

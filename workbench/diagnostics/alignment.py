@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import layer_count, peek
 from workbench.data.batches import Batch
 from workbench.diagnostics.positions import position_groups, shared_tail
 from workbench.diagnostics.triggers import ARMS
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import evaluating
 from workbench.evaluation.statistics import bootstrap, by_fact
+from workbench.hooks import layer_count, peek
 from workbench.progress import Report, quiet
 
 COLUMNS = ["layer", "arm", "group", "model", "metric", "value", "low", "high", "n", "floor"]

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import custom, edit, peek, replace, resolve
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import evaluating, score
 from workbench.evaluation.statistics import Estimate, bootstrap, ratio
+from workbench.hooks import custom, edit, peek, replace, resolve
 from workbench.progress import Report, quiet
 
 SITES = (

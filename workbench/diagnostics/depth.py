@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
-from hooks import edit, layer_count, peek, replace
 from workbench.data.batches import Batch
 from workbench.diagnostics.causal_map import answer_loss, answered, share
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import evaluating
+from workbench.hooks import edit, layer_count, peek, replace
 from workbench.progress import Report, quiet
 
 COLUMNS = ["layer", "direction", "nll", "recall", "erased", "low", "high", "n", "flag"]

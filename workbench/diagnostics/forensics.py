@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hooks import Capture, Collect, Moments, Site, last_token, layer_count, resolve
 from workbench.attacks.soft_prompt import frozen
 from workbench.data.batches import batches
 from workbench.data.records import Example
@@ -33,6 +32,7 @@ from workbench.diagnostics.scan import (
 )
 from workbench.diagnostics.shift import streams
 from workbench.errors import WorkbenchError
+from workbench.hooks import Capture, Collect, Moments, Site, last_token, layer_count, resolve
 from workbench.progress import Report, quiet
 from workbench.subspaces.compare import read_direction
 

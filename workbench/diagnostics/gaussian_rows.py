@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 from scipy.stats import rankdata
 from scipy.stats import t as student
 
-from hooks.brief import brief
+from workbench.hooks.brief import brief
 
 OF_ROWS = {
     "mean_share": "|E eps|^2 / E |eps|^2; pairs of tokens of one query are left out, so 0 without a mean",

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import Capture, Collect, layer_count, resolve
-from hooks.sites import causal_lm, family
-from hooks.tokens import custom
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.losses import evaluating, token_kl
 from workbench.evaluation.statistics import Estimate, bootstrap, by_fact, rate
+from workbench.hooks import Capture, Collect, layer_count, resolve
+from workbench.hooks.sites import causal_lm, family
+from workbench.hooks.tokens import custom
 from workbench.progress import Report, quiet
 
 if TYPE_CHECKING:

@@ -25,13 +25,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import Capture, Collect, layer_count, resolve
-from hooks.tokens import custom
 from workbench.data.batches import Batch
 from workbench.diagnostics.lens import predicting_answer
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.losses import evaluating
 from workbench.evaluation.statistics import bootstrap, by_fact, rate
+from workbench.hooks import Capture, Collect, layer_count, resolve
+from workbench.hooks.tokens import custom
 from workbench.progress import Report, quiet
 
 if TYPE_CHECKING:

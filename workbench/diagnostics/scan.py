@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hooks import edit, layer_count, resolve
-from hooks.sites import causal_lm, family
 from workbench.attacks.gcg import before_answer, in_front, suffix_prompts
 from workbench.attacks.soft_prompt import check_context, frozen
 from workbench.data.records import Example
 from workbench.diagnostics.discoveries import benjamini_hochberg, p_values
 from workbench.errors import WorkbenchError, unknown
+from workbench.hooks import edit, layer_count, resolve
+from workbench.hooks.sites import causal_lm, family
 from workbench.progress import Report, quiet
 
 Place = Literal["front", "end"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import Capture, Collect, layer_count, resolve
 from workbench.data.batches import Batch
+from workbench.hooks import Capture, Collect, layer_count, resolve
 from workbench.subspaces.compare import debiased_cka
 
 MEASURES = ("relative_shift", "cosine", "norm_ratio", "cka")

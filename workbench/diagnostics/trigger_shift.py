@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from hooks import edit, peek, resolve
 from workbench.attacks.soft_prompt import frozen
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import next_token_logits
+from workbench.hooks import edit, peek, resolve
 from workbench.progress import Report, quiet
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks.brief import brief
 from workbench.data.batches import Batch
+from workbench.hooks.brief import brief
 
 
 @contextmanager

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from scipy.stats import ks_2samp
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hooks.brief import brief
 from workbench.data.batches import encode
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import evaluating
 from workbench.evaluation.metrics import answer_logits
+from workbench.hooks.brief import brief
 
 
 def _answer_nll(

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hooks.brief import brief
 from workbench.data.batches import Batch, batches
 from workbench.data.records import Example, ForgetRetain, one_per_item
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.losses import kl_by_text, next_token_logits, nll_by_text
 from workbench.evaluation.statistics import Estimate, ratio
+from workbench.hooks.brief import brief
 
 ROWS = 128
 """Sequences per evaluation batch."""

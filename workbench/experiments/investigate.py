@@ -11,8 +11,6 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from hooks import layer_count
-from hooks.errors import CaptureError
 from workbench.attacks.relearn import RelearnSettings, at_steps
 from workbench.data.readers import neutral_words, record_from_files
 from workbench.data.records import Example, ForgetRetain, prefixed
@@ -32,6 +30,8 @@ from workbench.experiments.folder import (
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.table import COLUMNS, Table, join, summarise, write_parquet
 from workbench.files import key_of, plain, sha256, write_json
+from workbench.hooks import layer_count
+from workbench.hooks.errors import CaptureError
 from workbench.models import (
     Opened,
     check_same_tokenizer,

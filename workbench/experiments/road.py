@@ -13,7 +13,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from hooks import CaptureError
 from workbench.builtin import BuiltinConfig, builtin_folder, builtin_model, untrained, world_of
 from workbench.data.world import World, neutral_words
 from workbench.errors import WorkbenchError
@@ -37,6 +36,7 @@ from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.table import COLUMNS, Table, join, summarise, write_parquet
 from workbench.files import MANIFEST, damage, write_folder, write_json
+from workbench.hooks import CaptureError
 from workbench.models import Opened, open_model, save_model, weights_hash
 from workbench.progress import Report
 from workbench.report import write_report

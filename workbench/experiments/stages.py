@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import Capture, Collect, MomentsOf, gradients_only, layer_count, resolve
 from workbench.attacks.leaks import LeakReport, leak_report
 from workbench.attacks.relearn import (
     DivergedError,
@@ -33,6 +32,7 @@ from workbench.evaluation.losses import cross_entropy, score, target_tokens
 from workbench.experiments import landscape
 from workbench.experiments.bench import MEASURES, Bench, Disruption
 from workbench.experiments.table import Table
+from workbench.hooks import Capture, Collect, MomentsOf, gradients_only, layer_count, resolve
 from workbench.progress import Report, quiet
 from workbench.subspaces.compare import angle_null, tier_edges
 from workbench.subspaces.subspace import Subspace, energy_inside, overlap, principal_subspace

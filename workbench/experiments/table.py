@@ -13,11 +13,11 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 
-from hooks.brief import brief
 from workbench.errors import NotMeasuredError, WorkbenchError
 from workbench.evaluation.losses import Scores
 from workbench.evaluation.statistics import Estimate, bootstrap, by_fact, rate
 from workbench.files import write_file
+from workbench.hooks.brief import brief
 
 COLUMNS = {
     "run": "string", "stage": "string", "model": "string", "method": "string", "seed": "Int64", "site": "string", "split": "string", "arm": "string",

@@ -11,7 +11,6 @@ import pandas as pd
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import layer_count
 from workbench.data.batches import Batch
 from workbench.data.records import Example, ForgetRetain, one_per_item
 from workbench.data.world import neutral_words, speaker_tag
@@ -37,6 +36,7 @@ from workbench.experiments.claims import INSIDE
 from workbench.experiments.config import RunConfig
 from workbench.experiments.folder import Experiment, run_stage
 from workbench.experiments.table import Table
+from workbench.hooks import layer_count
 from workbench.models import open_model
 from workbench.progress import Report, quiet
 from workbench.unlearning.methods import innermost, settings_for

@@ -11,10 +11,10 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 
-from figures import FIGURES
-from figures.marks import diverged, marks
-from figures.style import look, methods_in, title
 from workbench.experiments.claims import CLAIMS, Verdict
+from workbench.figures import FIGURES
+from workbench.figures.marks import diverged, marks
+from workbench.figures.style import look, methods_in, title
 from workbench.files import write_file, write_text
 
 CONTROLS = ("base", "never-learned")

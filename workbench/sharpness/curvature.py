@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from hooks.brief import brief
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.losses import token_nll
+from workbench.hooks.brief import brief
 from workbench.sharpness.krylov import lanczos
 
 _BASIS = 16

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 
-from hooks.brief import brief
 from workbench.errors import WorkbenchError
+from workbench.hooks.brief import brief
 
 Vector = NDArray[np.float64]
 Product = Callable[[Vector], Vector]

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hooks import CaptureError, resolve
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import token_nll
+from workbench.hooks import CaptureError, resolve
 from workbench.unlearning.deltas import norm_of, snapshot
 
 Direction = Mapping[str, Tensor]

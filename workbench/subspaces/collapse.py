@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import Capture, Rows, Site, gradients_only, resolve
-from hooks.tensors import unwrap
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.losses import Weight, weight_of
+from workbench.hooks import Capture, Rows, Site, gradients_only, resolve
+from workbench.hooks.tensors import unwrap
 from workbench.subspaces.finders import SketchPCA, StreamingPCA
 from workbench.subspaces.subspace import Subspace
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hooks.sites import causal_lm, family
 from workbench.errors import WorkbenchError
+from workbench.hooks.sites import causal_lm, family
 from workbench.subspaces.finders import StreamingPCA
 from workbench.subspaces.subspace import Subspace, overlap, principal_angles
 

@@ -19,10 +19,10 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from hooks import Moments, Rows, Site
-from hooks.consumers import checked_rows
-from hooks.html import table
 from workbench.errors import WorkbenchError
+from workbench.hooks import Moments, Rows, Site
+from workbench.hooks.consumers import checked_rows
+from workbench.hooks.html import table
 from workbench.subspaces.subspace import Subspace, noise_floor, principal_subspace
 
 

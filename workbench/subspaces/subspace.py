@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooks import Moments
 from workbench.errors import WorkbenchError
 from workbench.files import write_file
+from workbench.hooks import Moments
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import Capture, Collect, Moments, Positions, resolve
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
+from workbench.hooks import Capture, Collect, Moments, Positions, resolve
 from workbench.subspaces.finders import SketchPCA, StreamingPCA
 from workbench.subspaces.subspace import Subspace, noise_floor
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from hooks.brief import brief
 from workbench import values
+from workbench.hooks.brief import brief
 
 LARGEST_ALPHA = 1000.0
 """A change scaled further than this is another change."""

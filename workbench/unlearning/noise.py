@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import Site, edit
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import mean_over, weight_of
+from workbench.hooks import Site, edit
 from workbench.unlearning.objectives import Loss
 
 

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks.brief import brief
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.losses import (
@@ -30,6 +29,7 @@ from workbench.evaluation.losses import (
     token_nll,
     weight_of,
 )
+from workbench.hooks.brief import brief
 
 Loss = Callable[[PreTrainedModel, Batch, PreTrainedModel], Tensor]
 

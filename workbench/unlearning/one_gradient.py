@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hooks.brief import brief
 from workbench.data.batches import Batch, batches
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy, weight_of
+from workbench.hooks.brief import brief
 from workbench.progress import Report
 from workbench.subspaces.collapse import Collapse, removed_shares
 from workbench.subspaces.collapsed_update import collapse_checked

@@ -8,10 +8,10 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
-from hooks import resolve
-from hooks.brief import brief
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError
+from workbench.hooks import resolve
+from workbench.hooks.brief import brief
 from workbench.subspaces.collapse import Kind
 from workbench.unlearning.objectives import Objective
 from workbench.unlearning.smoothing import StepRule, plain

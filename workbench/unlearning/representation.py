@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hooks import Site, tapped
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import content_tokens, mean_over, real_tokens
+from workbench.hooks import Site, tapped
 from workbench.unlearning.objectives import Loss
 
 

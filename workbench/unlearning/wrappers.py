@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel
 
-from hooks import resolve
+from workbench.hooks import resolve
 from workbench.unlearning.noise import noisy_reference
 from workbench.unlearning.objectives import retain_cross_entropy
 from workbench.unlearning.recipe import Averaging, Method, Recipe, Setting, middle_layer

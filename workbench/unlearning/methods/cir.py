@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from hooks import resolve
 from workbench.errors import unknown
+from workbench.hooks import resolve
 from workbench.unlearning.objectives import Objective, npo
 from workbench.unlearning.recipe import (
     CollapseSettings,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from hooks import resolve
+from workbench.hooks import resolve
 from workbench.unlearning.objectives import Objective
 from workbench.unlearning.recipe import (
     Method,

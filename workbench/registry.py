@@ -1,0 +1,200 @@
+"""The registries: methods, wrappers, attacks, probes, figures and claims by name.
+
+Each is filled in the same four ways: by the workbench's own modules, by a decorator in a notebook or a
+script, by the entry points of an installed package, and by a file given with ``--plugin``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import cloudpickle
+
+from workbench.errors import WorkbenchError, unknown
+
+
+class Named(Protocol):
+    """Anything with a name."""
+
+    @property
+    def name(self) -> str:
+        """The identifier."""
+
+
+Entry = TypeVar("Entry", bound=Named)
+
+
+@dataclass(eq=False)
+class Registry(Mapping[str, Entry], Generic[Entry]):
+    """Entries by name; a mapping that fills itself at the first look.
+
+    Attributes:
+        kind: what an entry is called in messages.
+        home: module that adds the workbench's own entries.
+        group: entry points of installed packages; importing one adds its entries.
+    """
+
+    kind: str
+    home: str
+    group: str
+    _entries: dict[str, Entry] = field(default_factory=dict, repr=False)
+    _added: dict[str, Entry] = field(default_factory=dict, repr=False)
+    _loaded: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        REGISTRIES[self.kind] = self
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True  # before the imports: they come back here
+        importlib.import_module(self.home)
+        for point in entry_points(group=self.group):
+            try:
+                found = point.load()
+            except Exception as error:
+                raise WorkbenchError(
+                    f"the {self.kind} {point.name!r} of the installed package {point.value} cannot be "
+                    f"loaded: {error!r}; mend or uninstall it"
+                ) from error
+            if hasattr(found, "name") and found.name not in self._entries:
+                self.add(found)
+
+    def __getitem__(self, name: str) -> Entry:
+        self._load()
+        if name not in self._entries:
+            raise unknown(self.kind, name, self._entries)
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._load()
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        self._load()
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        self._load()
+        return len(self._entries)
+
+    def own(self, entries: Sequence[Entry]) -> None:
+        """Add the workbench's own entries; called once, by :attr:`home`."""
+        self._entries = {entry.name: entry for entry in entries} | self._entries
+
+    def add(self, entry: Entry) -> None:
+        """Add a user's entry. One of the user's own that has its name is replaced, as a cell that
+        runs twice would have it.
+
+        Raises:
+            WorkbenchError: the workbench has an entry of this name.
+        """
+        self._load()
+        if entry.name in self._entries and entry.name not in self._added:
+            raise WorkbenchError(
+                f"there is a {self.kind} called {entry.name!r} already; give yours another name"
+            )
+        self._entries[entry.name] = self._added[entry.name] = entry
+
+    def added(self) -> dict[str, Entry]:
+        """What did not come with the workbench."""
+        return dict(self._added)
+
+
+REGISTRIES: dict[str, Registry[Any]] = {}
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A file whose entries a run uses.
+
+    Attributes:
+        file: its path.
+        sha256: of its content.
+    """
+
+    file: str
+    sha256: str
+
+
+_PLUGINS: dict[str, Plugin] = {}
+
+
+def load_plugin(path: str | Path, sha256: str = "") -> Plugin:
+    """Import a file that adds entries to the registries.
+
+    Args:
+        path: a Python file.
+        sha256: of the content that is expected, where a run remembers it.
+
+    Raises:
+        WorkbenchError: there is no such file, it cannot be imported, adds nothing, or is not the one
+            expected.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise WorkbenchError(f"there is no plug-in file {file}")
+    content = file.read_bytes()
+    plugin = Plugin(str(file.resolve()), hashlib.sha256(content).hexdigest())
+    if sha256 and plugin.sha256 != sha256:
+        raise WorkbenchError(
+            f"the plug-in {file} is not the one that the run was made with (its SHA-256 differs); give "
+            "back that version, or start a run in another folder"
+        )
+    if _PLUGINS.get(plugin.file) == plugin:
+        return plugin
+    name = f"workbench_plugin_{plugin.sha256[:12]}"
+    before = {kind: registry.added() for kind, registry in REGISTRIES.items()}
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise WorkbenchError(f"the plug-in {file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    # workers are sent what a plug-in adds; they have no module of this name
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        spec.loader.exec_module(module)
+    except WorkbenchError:
+        raise
+    except Exception as error:
+        raise WorkbenchError(f"the plug-in {file} cannot be imported: {error!r}") from error
+    if all(before[kind] == registry.added() for kind, registry in REGISTRIES.items()):
+        raise WorkbenchError(
+            f"the plug-in {file} adds nothing; decorate a function with one of "
+            f"{', '.join('@wb.' + kind for kind in REGISTRIES)}"
+        )
+    _PLUGINS[plugin.file] = plugin
+    return plugin
+
+
+def added() -> dict[str, dict[str, Any]]:
+    """What users added to every registry, to be given to other processes."""
+    return {kind: found for kind, registry in REGISTRIES.items() if (found := registry.added())}
+
+
+def take(entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add what another process had; see :func:`added`."""
+    for kind, found in entries.items():
+        for entry in found.values():
+            REGISTRIES[kind].add(entry)
+
+
+def source_of(entry: object) -> Plugin:
+    """Where a user's entry comes from: its plug-in, or the source of its functions (of a cell)."""
+    values = (getattr(entry, each.name) for each in fields(entry))  # type: ignore[arg-type]
+    functions = [value for value in values if inspect.isfunction(value)]
+    for plugin in _PLUGINS.values():
+        if any(f.__module__ == f"workbench_plugin_{plugin.sha256[:12]}" for f in functions):
+            return plugin
+    text = "".join(inspect.getsource(function) for function in functions)
+    file = functions[0].__module__ if functions else type(entry).__name__
+    return Plugin(file, hashlib.sha256(text.encode()).hexdigest())

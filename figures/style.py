@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import colorsys
+import hashlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import matplotlib as mpl
@@ -10,90 +12,49 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which people with any colour vision can tell apart; controls are grey and black.
-COLOURS = {
-    "base": "#000000",
-    "never-learned": "#7f7f7f",
-    "grad-diff": "#E69F00",
-    "npo": "#56B4E9",
-    "npo-sam": "#0072B2",
-    "rmu": "#D55E00",
-    "rmu-rna": "#CC79A7",
-    "cir": "#009E73",
-    "cir-uncollapsed": "#B8A500",
-    "unlearned": "#D55E00",
-    # Methods beyond the demo's: no palette has so many colours that all eyes can tell apart, so figures of many methods carry names as well.
-    "grad-ascent": "#8C564B",
-    "kl-min": "#393B79",
-    "simnpo": "#6B6ECF",
-    "idk-dpo": "#637939",
-    "idk-nll": "#B5CF6B",
-    "adaptive-rmu": "#E7969C",
-    "rsv": "#AD494A",
-    "circuit-breakers": "#7B4173",
-    "scrub": "#CE6DBD",
-    "undial": "#3182BD",
-    "task-vector": "#A55194",
-    "whp": "#31A354",
-    "mlp-breaking": "#74C476",
-    "repselect": "#843C39",
+from workbench.unlearning.methods import METHODS
+from workbench.unlearning.wrappers import WRAPPERS, Wrapper
+
+CONTROLS = {
+    "base": ("base", "#000000"),
+    "never-learned": ("never learned", "#7f7f7f"),
+    "unlearned": ("unlearned", "#D55E00"),
 }
-TITLES = {
-    "base": "base",
-    "never-learned": "never learned",
-    "grad-diff": "GradDiff",
-    "npo": "NPO",
-    "npo-sam": "NPO+SAM",
-    "rmu": "RMU",
-    "rmu-rna": "RMU+RNA",
-    "cir": "CIR",
-    "cir-uncollapsed": "CIR without collapse",
-    "unlearned": "unlearned",
-    "grad-ascent": "GradAscent",
-    "kl-min": "KL-min",
-    "simnpo": "SimNPO",
-    "idk-dpo": "IdkDPO",
-    "idk-nll": "IdkNLL",
-    "adaptive-rmu": "Adaptive RMU",
-    "rsv": "RSV",
-    "circuit-breakers": "Circuit breakers",
-    "scrub": "SCRUB",
-    "undial": "UNDIAL",
-    "task-vector": "Task vector",
-    "whp": "WHP targets",
-    "mlp-breaking": "MLP breaking",
-    "repselect": "RepSelect",
-}
-_SPARE = ("#882255", "#44AA99", "#332288", "#AA4499")
+"""Models that no method of the registry made: title and colour. Methods have theirs in their entries,
+the demo's from Okabe and Ito's palette, which people with any colour vision can tell apart.
+"""
 
 
-WRAPPED = {
-    "sam": "SAM",
-    "asam": "ASAM",
-    "rna": "RNA",
-    "rs": "RS",
-    "gp": "GP",
-    "cr": "CR",
-    "wa": "WA",
-}
-"""What the last part of a wrapped method's name is called."""
+def _wrapped(method: str) -> tuple[str, Wrapper] | None:
+    """The name inside and the last wrapper of a name that is not in the registry itself."""
+    inner, _, last = method.rpartition("-")
+    return (inner, WRAPPERS[last]) if inner and last in WRAPPERS else None
 
 
 def colour(method: str) -> str:
-    """The colour of a method; a wrapped method has a darker shade of its own method's, and one that the table does not know one of four spare colours, always the same."""
-    inner, _, last = method.rpartition("-")
-    if method not in COLOURS and last in WRAPPED and inner:
-        red, green, blue = mpl.colors.to_rgb(colour(inner))
+    """The colour of a method: that of its entry; a darker shade of its own method's where it is
+    wrapped; and for any other label one that follows from the label, so that no two share theirs.
+    """
+    if method in CONTROLS:
+        return CONTROLS[method][1]
+    if method in METHODS and METHODS[method].colour:
+        return METHODS[method].colour
+    if method not in METHODS and (inside := _wrapped(method)):
+        red, green, blue = mpl.colors.to_rgb(colour(inside[0]))
         return mpl.colors.to_hex((0.6 * red, 0.6 * green, 0.6 * blue))
-    return COLOURS.get(method) or _SPARE[sum(map(ord, method)) % len(_SPARE)]
+    drawn = hashlib.sha256(method.encode()).digest()
+    hue, saturation, value = (int.from_bytes(drawn[2 * i : 2 * i + 2]) / 65536 for i in range(3))
+    return mpl.colors.to_hex(colorsys.hsv_to_rgb(hue, 0.55 + 0.4 * saturation, 0.45 + 0.4 * value))
 
 
 def title(method: str) -> str:
-    """How figures and prose call a method."""
-    inner, _, last = method.rpartition("-")
-    if method not in TITLES and last in WRAPPED and inner:
-        return f"{title(inner)}+{WRAPPED[last]}"
-    return TITLES.get(method, method)
+    """How figures and prose call a method; a label of no method stands for itself."""
+    if method in CONTROLS:
+        return CONTROLS[method][0]
+    if method in METHODS:
+        return METHODS[method].title
+    inside = _wrapped(method)
+    return f"{title(inside[0])}+{inside[1].title}" if inside else method
 
 
 @contextmanager
@@ -148,14 +109,16 @@ def grid(
     return figure, flat[:count]
 
 
-def methods_in(names: list[str]) -> list[str]:
-    """``names`` in the order of the palette, wrapped methods behind their own, unknown ones last."""
-    order = {name: position for position, name in enumerate(COLOURS)}
+def methods_in(names: Iterable[str]) -> list[str]:
+    """``names`` in the order of the registry behind the controls, wrapped methods behind their own,
+    labels of no method last.
+    """
+    order = {name: position for position, name in enumerate([*CONTROLS, *METHODS])}
 
     def place(name: str) -> tuple[int, str]:
         inner = name
-        while inner not in order and inner.rpartition("-")[2] in WRAPPED:
-            inner = inner.rpartition("-")[0]
+        while inner not in order and (inside := _wrapped(inner)):
+            inner = inside[0]
         return order.get(inner, len(order)), "" if name in order else name
 
     return sorted(dict.fromkeys(names), key=place)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from workbench.figures.lens import by_block, lens
 from workbench.figures.probes import probes, transfer
-from workbench.figures.style import COLOURS
+from workbench.figures.style import colour
 
 from workbench.experiments.table import COLUMNS, Table, join, typed
 
@@ -197,14 +197,14 @@ def test_the_lens_has_a_panel_per_method_with_both_decoders_and_both_anchors() -
     own, base = _line(panel, "own decoder"), _line(panel, "the base's decoder")
     assert np.asarray(own.get_ydata(), dtype=float) == pytest.approx([0.16, 0.31, 0.46, 0.61])
     assert np.asarray(base.get_ydata(), dtype=float) == pytest.approx([0.08, 0.155, 0.23, 0.305])
-    assert to_hex(own.get_color()) == to_hex(base.get_color()) == COLOURS["rmu"].lower()
+    assert to_hex(own.get_color()) == to_hex(base.get_color()) == colour("rmu").lower()
     assert own.get_linestyle() != base.get_linestyle()
     for method, name in (
         ("base", "base, own decoder"),
         ("never-learned", "never learned, own decoder"),
     ):
         anchor = _line(panel, name)
-        assert to_hex(anchor.get_color()) == COLOURS[method].lower()
+        assert to_hex(anchor.get_color()) == colour(method).lower()
         assert np.asarray(anchor.get_ydata(), dtype=float)[-1] == pytest.approx(
             4 * LEVEL[method] + 0.01
         )
@@ -242,8 +242,8 @@ def test_transfer_tells_by_colour_who_trained_and_by_dash_who_is_read() -> None:
             "own probe on the base",
         )
     }
-    assert [to_hex(line.get_color()) for line in lines.values()] == [COLOURS["base"]] * 2 + [
-        COLOURS["rmu"].lower()
+    assert [to_hex(line.get_color()) for line in lines.values()] == [colour("base")] * 2 + [
+        colour("rmu").lower()
     ] * 2
     assert [line.get_linestyle() for line in lines.values()] == ["-", "--", "-", "--"]
     last = [float(np.asarray(line.get_ydata(), dtype=float)[-1]) for line in lines.values()]

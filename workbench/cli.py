@@ -5,6 +5,7 @@ Results go to standard output (one JSON object with ``--json``), progress and lo
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -45,6 +46,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="What did unlearning do inside this model, and will it survive?",
+    epilog="Every command takes --plugin FILE (repeatable): a Python file with methods, figures or claims of your own.",
 )
 
 
@@ -656,6 +658,24 @@ def _terminated(number: int, _frame: object) -> None:
     raise SystemExit(128 + number)
 
 
+def _without_plugins(arguments: Sequence[str]) -> list[str]:
+    """Load every file that follows ``--plugin``, wherever it stands, and give back the rest: names of
+    methods and figures must be known before a command looks at its options.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--plugin", action="append", default=[])
+    try:
+        found, rest = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise WorkbenchError("--plugin needs a file") from error
+    if found.plugin:
+        from workbench.registry import load_plugin
+
+        for file in found.plugin:
+            load_plugin(file)
+    return rest
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     warnings.filterwarnings("ignore", category=UserWarning, module="joblib")
@@ -666,7 +686,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 signal.signal(number, _terminated)
     try:
         result = app(
-            args=list(arguments) if arguments is not None else None,
+            args=_without_plugins(sys.argv[1:] if arguments is None else arguments),
             prog_name="workbench",
             standalone_mode=False,
         )

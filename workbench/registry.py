@@ -167,7 +167,7 @@ def load_plugin(path: str | Path, sha256: str = "") -> Plugin:
         raise
     except Exception as error:
         raise WorkbenchError(f"the plug-in {file} cannot be imported: {error!r}") from error
-    if all(before[kind] == registry.added() for kind, registry in REGISTRIES.items()):
+    if all(before.get(kind, {}) == registry.added() for kind, registry in REGISTRIES.items()):
         raise WorkbenchError(
             f"the plug-in {file} adds nothing; decorate a function with one of "
             f"{', '.join('@wb.' + kind for kind in REGISTRIES)}"
@@ -186,6 +186,28 @@ def take(entries: Mapping[str, Mapping[str, Any]]) -> None:
     for kind, found in entries.items():
         for entry in found.values():
             REGISTRIES[kind].add(entry)
+
+
+def plugins() -> tuple[Plugin, ...]:
+    """The plug-in files that were loaded."""
+    return tuple(_PLUGINS.values())
+
+
+def expect(source: Plugin) -> None:
+    """Bring back what a run was made with: load the plug-in, or see that the cell has run again.
+
+    Raises:
+        WorkbenchError: it is not there, or is not what it was.
+    """
+    if source.file.endswith(".py"):
+        load_plugin(source.file, source.sha256)
+        return
+    users = [entry for registry in REGISTRIES.values() for entry in registry.added().values()]
+    if source not in [source_of(entry) for entry in users]:
+        raise WorkbenchError(
+            f"the run was made with a function that was defined in {source.file} (SHA-256 of its source "
+            f"{source.sha256[:12]}...); define the same one again first, or put it in a file for --plugin"
+        )
 
 
 def source_of(entry: object) -> Plugin:

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated, Literal, get_args, get_origin
 
-from workbench.errors import WorkbenchError
+from workbench.errors import WorkbenchError, unknown
 
 MOST_STEPS = 10_000_000
 MOST_ROWS = 1_000_000
@@ -16,6 +18,29 @@ LARGEST_RATE = 1e18
 """Beyond it the product of two weights after one step leaves float32, whatever the gradient."""
 LARGEST = 1e12
 LARGEST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What an annotated setting may be: a whole number in ``[low, high]``."""
+
+    low: int = 0
+    high: int = MOST_STEPS
+
+
+@dataclass(frozen=True)
+class Number:
+    """What an annotated setting may be: a finite number in ``[low, high]``."""
+
+    low: float = 0.0
+    high: float = LARGEST
+
+
+@dataclass(frozen=True)
+class Word:
+    """What an annotated setting may be: one of some words."""
+
+    words: tuple[str, ...]
 
 
 class WrongValueError(WorkbenchError, ValueError):
@@ -46,6 +71,44 @@ def number(
             f"{name} is {value!r}; give a finite number {least}, at most {high:g}"
         )
     return found
+
+
+def allowed(kind: object) -> Whole | Number | Word | None:
+    """What the type of a setting allows: as its annotation says; else a whole number from 0 for
+    ``int``, a number from 0 for ``float``, the words of a ``Literal``; anything for the rest.
+
+    >>> allowed(int)
+    Whole(low=0, high=10000000)
+    """
+    for note in getattr(kind, "__metadata__", ()):
+        if isinstance(note, Whole | Number | Word):
+            return note
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        return Word(get_args(kind))
+    return Whole() if kind is int else Number() if kind is float else None
+
+
+def setting(key: str, owner: str, kind: object, value: object) -> float | str:
+    """``value`` as the setting ``key`` of ``owner``, of the annotated type ``kind``.
+
+    Raises:
+        WrongValueError: it is not what the type allows.
+    """
+    name, may = f"setting {key} of {owner}", allowed(kind)
+    wordy = isinstance(may, Word) or may is None
+    if isinstance(value, bool) or isinstance(value, str) != wordy:
+        raise WrongValueError(
+            f"{name} is {value!r}; it must be {'a word' if wordy else 'a number'}"
+        )
+    if isinstance(may, Whole):
+        return whole(name, value, low=may.low, high=may.high)
+    if isinstance(may, Number):
+        number(name, value, low=may.low, high=may.high)
+    elif isinstance(may, Word) and value not in may.words:
+        raise WrongValueError(str(unknown(f"{key} of {owner}", str(value), may.words)))
+    return value  # type: ignore[return-value]
 
 
 def rate(name: str, value: object) -> float:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from workbench.data.batches import Batch
 from workbench.data.records import Example, refuse
 from workbench.errors import WorkbenchError
-from workbench.unlearning.methods import METHODS, known_settings, method, recipe, settings_for
+from workbench.unlearning.methods import METHODS, find_method, known_settings, recipe, settings_for
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]
@@ -159,9 +159,9 @@ def test_at_the_depth_of_the_published_runs_the_published_layers_are_chosen(
 
 def test_an_unknown_method_is_answered_with_its_neighbours() -> None:
     with pytest.raises(WorkbenchError, match="circuit-breakers"):
-        method("circuit-breaker")
+        find_method("circuit-breaker")
     with pytest.raises(WorkbenchError, match="adaptive-rmu-rna"):
-        method("adaptive-rmu-rns")
+        find_method("adaptive-rmu-rns")
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -14,9 +14,9 @@ from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.unlearning.methods import (
     METHODS,
+    find_method,
     is_method,
     known_settings,
-    method,
     recipe,
     settings_for,
 )
@@ -37,7 +37,7 @@ def test_a_wrapped_method_has_the_settings_of_both(
     inner: str, wrapper: str, llama: PreTrainedModel
 ) -> None:
     name = f"{inner}-{wrapper}"
-    entry, own = method(name), settings_of(WRAPPERS[wrapper])
+    entry, own = find_method(name), settings_of(WRAPPERS[wrapper])
     assert own and is_method(name)
     assert set(known_settings(name)) == set(known_settings(inner)) | set(own)
     expected = {**known_settings(inner), **METHODS[inner].small, **own, **WRAPPERS[wrapper].small}
@@ -61,7 +61,7 @@ def test_wrappers_stack(llama: PreTrainedModel) -> None:
 def test_a_name_that_is_not_made_of_known_parts_is_refused(name: str) -> None:
     assert not is_method(name)
     with pytest.raises(WorkbenchError, match="method"):
-        method(name)
+        find_method(name)
 
 
 @pytest.mark.parametrize("name", ["grad-diff-rna", "grad-ascent-rna", "whp-rna"])

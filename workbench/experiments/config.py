@@ -10,14 +10,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from workbench import values
+from workbench import registry, values
 from workbench.attacks.relearn import RelearnSettings
 from workbench.builtin import BuiltinConfig
 from workbench.data.world import WorldConfig
 from workbench.errors import WorkbenchError, unknown
 from workbench.experiments.bench import Measure
 from workbench.files import key_of
-from workbench.unlearning.methods import METHODS, check_setting, is_method
+from workbench.unlearning.methods import METHODS, check_setting, innermost, is_method
 from workbench.unlearning.recipe import Setting
 
 CONTROLS = ("base", "never-learned")
@@ -77,6 +77,7 @@ class RunConfig(BaseModel):
         slice_reach: half-width of the random and gradient slices, as a share of the weights' norm.
         rank: directions kept of every subspace.
         curvature_tolerance: ARPACK's relative tolerance for the Hessian's extreme eigenvalues.
+        plugins: files (or cells of a notebook) with entries of the user's own, and the hash of each; reading the configuration loads them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -97,6 +98,17 @@ class RunConfig(BaseModel):
     slice_reach: float = Field(default=0.05, gt=0)
     rank: int = Field(default=32, ge=1)
     curvature_tolerance: float = Field(default=0.05, gt=0, lt=1)
+    plugins: tuple[registry.Plugin, ...] = ()
+
+    @field_validator("plugins")
+    @classmethod
+    def _loaded(cls, plugins: tuple[registry.Plugin, ...]) -> tuple[registry.Plugin, ...]:
+        for plugin in plugins:
+            try:
+                registry.expect(plugin)
+            except WorkbenchError as error:
+                raise ValueError(str(error)) from error
+        return plugins
 
     @field_validator("methods")
     @classmethod
@@ -149,7 +161,19 @@ class RunConfig(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """The configuration as plain values, ready for YAML or JSON."""
-        return self.model_dump(mode="json") | {"model": asdict(self.model)}
+        dumped = self.model_dump(mode="json") | {"model": asdict(self.model)}
+        return dumped if self.plugins else {k: v for k, v in dumped.items() if k != "plugins"}
+
+    def with_plugins(self) -> RunConfig:
+        """The same configuration with the sources of what users added: the plug-ins that were loaded,
+        and the functions defined elsewhere whose methods it runs.
+        """
+        own = METHODS.added()
+        used = {innermost(self.variant(name).method) for name in self.methods}
+        sources = [registry.source_of(own[name]) for name in sorted(used & set(own))]
+        return self.model_copy(
+            update={"plugins": tuple(dict.fromkeys([*registry.plugins(), *sources]))}
+        )
 
     @property
     def key(self) -> str:

@@ -16,7 +16,7 @@ import pandas as pd
 from workbench.errors import WorkbenchError
 from workbench.experiments.config import Variant
 from workbench.experiments.table import fact_table
-from workbench.unlearning.methods import known_settings, method
+from workbench.unlearning.methods import find_method, known_settings
 from workbench.unlearning.recipe import Setting
 
 RATES = {"r1": 1.0, "r3": 1 / 3, "r10": 1 / 10}
@@ -38,7 +38,7 @@ def settings_grid(methods: Sequence[str]) -> dict[str, Variant]:
     for name in methods:
         if "steps" not in known_settings(name):
             raise WorkbenchError(f"{name} takes no steps, so there is no grid of its settings")
-        rate = method(name).small.get("lr", known_settings(name)["lr"])
+        rate = find_method(name).small.get("lr", known_settings(name)["lr"])
         for label, factor in RATES.items():
             for ending, settings in ENDINGS.items():
                 # three digits, so that a configuration file shows what was meant

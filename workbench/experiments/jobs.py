@@ -28,7 +28,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from workbench import progress
+from workbench import progress, registry
 from workbench.files import sweep
 from workbench.progress import Report, to_file
 
@@ -67,11 +67,15 @@ def _watch(parent: int) -> None:
 _WATCHED: set[int] = set()
 
 
-def _run(name: str, job: Job, progress_file: Path, main: int) -> str:
+def _run(
+    name: str, job: Job, progress_file: Path, main: int, entries: Mapping[str, Mapping[str, object]]
+) -> str:
     if main == os.getppid() and main not in _WATCHED:
         _WATCHED.add(main)
         threading.Thread(target=_watch, args=(main,), daemon=True).start()
     # pandas, joblib and transformers are imported once per worker; warnings of a worker would only be repeated on the screen
+    if main != os.getpid():
+        registry.take(entries)
     with one_thread():
         job(to_file(progress_file))
     return name
@@ -151,8 +155,10 @@ def run_jobs(label: str, jobs: Mapping[str, Job], *, workers: int | None = None)
     display = _Display(label, list(jobs), folder)
     display.start()
     try:
-        main = os.getpid()
-        tasks = (delayed(_run)(name, job, folder / name, main) for name, job in jobs.items())
+        main, entries = os.getpid(), registry.added()
+        tasks = (
+            delayed(_run)(name, job, folder / name, main, entries) for name, job in jobs.items()
+        )
         for name in Parallel(
             n_jobs=count, return_as="generator_unordered", batch_size=1, pre_dispatch=count
         )(tasks):

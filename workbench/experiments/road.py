@@ -246,6 +246,7 @@ def run_road(
     Raises:
         WorkbenchError: the folder belongs to something else, the disk is full, or a part failed (the message names it).
     """
+    config = config.with_plugins()
     _check_methods(
         config, world_of(config.model)
     )  # what is wrong or missing is said before the folder is claimed

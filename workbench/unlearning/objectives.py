@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from workbench.evaluation.losses import (
     weight_of,
 )
 from workbench.hooks.brief import brief
+from workbench.values import Word
 
 Loss = Callable[[PreTrainedModel, Batch, PreTrainedModel], Tensor]
 
@@ -127,6 +129,8 @@ def retain_kl(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) 
 
 RETAIN_TERMS: dict[str, Loss] = {"cross-entropy": retain_cross_entropy, "kl": retain_kl}
 """Retain terms that a likelihood method can be given by name."""
+
+Retain = Annotated[str, Word(tuple(RETAIN_TERMS))]
 
 
 def retain_term(name: str) -> Loss:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from transformers import PreTrainedModel
 
@@ -15,6 +15,7 @@ from workbench.hooks.brief import brief
 from workbench.subspaces.collapse import Kind
 from workbench.unlearning.objectives import Objective
 from workbench.unlearning.smoothing import StepRule, plain
+from workbench.values import LARGEST_RATE, MOST_ROWS, Number, Whole
 
 Statistics = Literal["forget", "retain"]
 
@@ -140,6 +141,15 @@ class Recipe:
 Setting = int | float | str
 """The value of one setting of a method."""
 
+Steps = Annotated[int, Whole(1)]
+Rows = Annotated[int, Whole(1, MOST_ROWS)]
+Count = Annotated[int, Whole(1)]
+Layer = Annotated[int, Whole(-1)]
+"""A block; -1 leaves the choice to the method."""
+Rate = Annotated[float, Number(high=LARGEST_RATE)]
+Descent = Literal["adamw", "sgd"]
+"""Optimisers of a whole objective's gradient."""
+
 MethodBuilder = Callable[..., Recipe]
 """``builder(model, seed, **settings) -> Recipe``; the keyword defaults are the published ones."""
 
@@ -158,6 +168,7 @@ class Method:
         fixed: settings of that builder that make this method what it is, and cannot be changed.
         inner: the method inside a wrapper (:mod:`workbench.unlearning.wrappers`), whose settings come first.
         changed: defaults that this method has in the place of the inner one's.
+        colour: in every figure, ``#RRGGBB``; one that no other method has is chosen where none is given.
     """
 
     name: str
@@ -169,6 +180,7 @@ class Method:
     fixed: Mapping[str, Setting] = field(default_factory=dict)
     inner: Method | None = None
     changed: Mapping[str, Setting] = field(default_factory=dict)
+    colour: str = ""
 
 
 EVERYTHING = ("*",)

@@ -8,13 +8,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import get_type_hints
 
 from transformers import PreTrainedModel
 
 from workbench.hooks import resolve
 from workbench.unlearning.noise import noisy_reference
 from workbench.unlearning.objectives import retain_cross_entropy
-from workbench.unlearning.recipe import Averaging, Method, Recipe, Setting, middle_layer
+from workbench.unlearning.recipe import (
+    Averaging,
+    Count,
+    Layer,
+    Method,
+    Recipe,
+    Setting,
+    middle_layer,
+)
 from workbench.unlearning.smoothing import (
     StepRule,
     asam,
@@ -91,7 +100,7 @@ def _randomised(
     inner: Mapping[str, Setting],
     *,
     sigma: float = 1e-4,
-    samples: int = 3,
+    samples: Count = 3,
 ) -> Recipe:
     """Randomised smoothing of the forget term; see :func:`workbench.unlearning.smoothing.randomised_smoothing`. Its noise draws from ``seed + 2``."""
     return _smoothed(recipe, "randomised smoothing", randomised_smoothing(sigma, samples, seed + 2))
@@ -129,7 +138,7 @@ def _average(
     inner: Mapping[str, Setting],
     *,
     start: float = 0.8,
-    every: int = 5,
+    every: Count = 5,
 ) -> Recipe:
     """Weight averaging; published: every 5 steps from step 100 of 125 on. See :class:`Averaging`."""
     if not 0 <= start < 1:
@@ -150,7 +159,7 @@ def _noise(
     inner: Mapping[str, Setting],
     *,
     noise: float = 0.2,
-    noise_layer: int = -1,
+    noise_layer: Layer = -1,
 ) -> Recipe:
     """Random noise augmentation; see :func:`workbench.unlearning.noise.noisy_reference`.
 
@@ -172,7 +181,7 @@ def _noise(
         raise ValueError(
             "RNA needs a retain term that compares with the frozen reference (a representation or a KL divergence); this method has none"
         )
-    block = int(noise_layer) if noise_layer >= 0 else int(inner.get("layer", -1))
+    block = noise_layer if noise_layer >= 0 else int(inner.get("layer", -1))
     (site,) = resolve(
         model, f"blocks.{middle_layer(model) if block < 0 else block}.hook_resid_post"
     )
@@ -214,7 +223,7 @@ def wrapped(inner: Method, wrapper: Wrapper) -> Method:
     changed = {key: value for key, value in wrapper.needs.items() if key in known}
     return Method(
         f"{inner.name}-{wrapper.name}", f"{inner.title}+{wrapper.title}", f"{inner.source}; {wrapper.source}", build, {**inner.small, **wrapper.small},
-        fixed=inner.fixed, inner=inner, changed={**changed, **own},
+        wraps=wrapper.apply, fixed=inner.fixed, inner=inner, changed={**changed, **own},
     )  # fmt: skip
 
 
@@ -230,6 +239,15 @@ def all_settings(method: Method) -> dict[str, Setting]:
         if builder is not None:
             found |= _defaults(builder)
     return {**found, **method.changed, **method.fixed}
+
+
+def all_kinds(method: Method) -> dict[str, object]:
+    """The annotated types of :func:`all_settings`."""
+    found: dict[str, object] = {} if method.inner is None else all_kinds(method.inner)
+    for builder in (method.wraps, method.build):
+        if builder is not None:
+            found |= get_type_hints(builder, include_extras=True)
+    return found
 
 
 def _defaults(function: Callable[..., object]) -> dict[str, Setting]:

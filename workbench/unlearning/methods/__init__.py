@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
 from workbench import values
 from workbench.errors import WorkbenchError, unknown
+from workbench.registry import Registry
 from workbench.unlearning.methods import (
     cir,
     circuit_breakers,
@@ -25,23 +27,29 @@ from workbench.unlearning.methods import (
     undial,
     whp,
 )
-from workbench.unlearning.objectives import RETAIN_TERMS
-from workbench.unlearning.recipe import Method, Recipe, Setting, stopped_at_budget
-from workbench.unlearning.wrappers import WRAPPERS, all_settings, wrapped
+from workbench.unlearning.recipe import (
+    Method,
+    MethodBuilder,
+    Recipe,
+    Setting,
+    Stop,
+    stopped_at_budget,
+)
+from workbench.unlearning.wrappers import WRAPPERS, all_kinds, all_settings, wrapped
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
+METHODS: Registry[Method] = Registry("method", __name__, "workbench.methods")
+METHODS.own(
+    [
         grad_ascent.METHOD,
         grad_diff.METHOD,
         kl_min.METHOD,
         npo.METHOD,
-        wrapped(npo.METHOD, WRAPPERS["sam"]),
+        replace(wrapped(npo.METHOD, WRAPPERS["sam"]), colour="#0072B2"),
         simnpo.METHOD,
         idk.METHOD,
         idk.METHOD_NLL,
         rmu.METHOD,
-        wrapped(rmu.METHOD, WRAPPERS["rna"]),
+        replace(wrapped(rmu.METHOD, WRAPPERS["rna"]), colour="#CC79A7"),
         rmu.METHOD_ADAPTIVE,
         rmu.METHOD_RSV,
         circuit_breakers.METHOD,
@@ -53,25 +61,56 @@ METHODS: dict[str, Method] = {
         cir.METHOD,
         cir.METHOD_UNCOLLAPSED,
         repselect.METHOD,
-    )
-}
+    ]
+)
 SMALL_MODEL = 100_000_000
 """Below this many parameters a method starts from its ``small`` settings."""
-WHOLE = {"steps": 1, "batch_size": 1, "refresh": 1, "activation_components": 0, "gradient_components": 0, "layer": -1, "first_layer": -1, "last_layer": -1,
-    "noise_layer": -1, "every": 1, "samples": 1, "components": 1, "adversary_rank": 0, "horizon": 1, "turn": 1, "reinforce_steps": 1,
-}  # fmt: skip
-"""Settings that are whole numbers, with the smallest value allowed."""
-
-WORDS = {
-    "loss": ("mlp-breaking", "npo"), "kind": ("hard", "soft", "quadratic"), "statistics": ("forget", "retain"), "optimiser": ("adamw", "sgd"),
-    "retain": tuple(RETAIN_TERMS), "stop": ("steps", "budget"),
-}  # fmt: skip
-"""Settings that are words, with the words allowed."""
 STOP: dict[str, Setting] = {"stop": "steps"}
 """The setting that every method with steps has beside its own; see :class:`Recipe`."""
 
 
-def method(name: str) -> Method:
+def method(
+    name: str,
+    *,
+    title: str = "",
+    source: str = "",
+    small: Mapping[str, Setting] | None = None,
+    colour: str = "",
+) -> Callable[[MethodBuilder], MethodBuilder]:
+    """Decorate a function that makes a recipe: from then on it is a method like the workbench's own,
+    in sweeps, tables, figures, claims and the report.
+
+    Args:
+        name: in commands, tables and file names.
+        title: in figures and prose; default the name.
+        source: the paper.
+        small: settings for models below 100 million parameters.
+        colour: in every figure, ``#RRGGBB``.
+
+    The function is called as ``build(model, seed, **settings)``; its keyword arguments with their
+    defaults are the method's settings, checked by their annotations (see :func:`workbench.values.allowed`).
+
+    Raises:
+        WorkbenchError: the workbench has a method of this name.
+
+    >>> from workbench.unlearning.objectives import Objective, negative_cross_entropy
+    >>> from workbench.unlearning.recipe import EVERYTHING, Steps
+    >>> @method("short-ascent")
+    ... def short_ascent(model, seed, *, lr: float = 1e-5, steps: Steps = 5):
+    ...     return Recipe(Objective(negative_cross_entropy), EVERYTHING, steps, 16, lr)
+    >>> known_settings("short-ascent")
+    {'lr': 1e-05, 'steps': 5, 'stop': 'steps'}
+    """
+
+    def register(build: MethodBuilder) -> MethodBuilder:
+        values.labels("method", [name], taken=())
+        METHODS.add(Method(name, title or name, source, build, dict(small or {}), colour=colour))
+        return build
+
+    return register
+
+
+def find_method(name: str) -> Method:
     """The method called ``name``, or the method and wrappers that ``name`` is made of (``adaptive-rmu-rna``).
 
     Raises:
@@ -81,7 +120,7 @@ def method(name: str) -> Method:
         return METHODS[name]
     inner, _, last = name.rpartition("-")
     if last in WRAPPERS and is_method(inner):
-        return wrapped(method(inner), WRAPPERS[last])
+        return wrapped(find_method(inner), WRAPPERS[last])
     raise unknown(
         "method", name, [*METHODS, *(f"{one}-{wrapper}" for one in METHODS for wrapper in WRAPPERS)]
     )
@@ -97,7 +136,7 @@ def innermost(name: str) -> str:
     """The method inside all wrappers: ``npo`` of ``npo-rna-sam``. A name of no method (the label of a variant) stands for itself."""
     if not is_method(name):
         return name
-    found = method(name)
+    found = find_method(name)
     while found.inner is not None:
         found = found.inner
     return found.name
@@ -105,21 +144,26 @@ def innermost(name: str) -> str:
 
 def known_settings(name: str) -> dict[str, Setting]:
     """Every setting of a method with its published default (wrappers inherit those of the method they wrap)."""
-    own = all_settings(method(name))
+    own = all_settings(find_method(name))
     return own | STOP if "steps" in own else own
 
 
-def check_setting(name: str, key: str, value: Setting) -> None:
-    """Raise unless ``value`` can be what ``key`` of the method ``name`` is set to, as far as that can be said without a model.
+def _kinds(name: str) -> dict[str, object]:
+    """The annotated type of every setting."""
+    return all_kinds(find_method(name)) | {"stop": Stop}
+
+
+def check_setting(name: str, key: str, value: Setting) -> Setting:
+    """``value`` as the setting ``key`` of the method ``name``, as far as that can be said without a
+    model.
 
     Raises:
-        WorkbenchError: the method has no such setting, or a word is none of those allowed.
+        WorkbenchError: the method has no such setting, or it cannot have this value.
     """
     known = known_settings(name)
     if key not in known:
         raise unknown(f"setting of {name}", key, known)
-    if key in WORDS and isinstance(value, str) and value not in WORDS[key]:
-        raise unknown(f"{key} of {name}", value, WORDS[key])
+    return values.setting(key, name, _kinds(name).get(key), value)
 
 
 def settings_for(
@@ -132,29 +176,19 @@ def settings_for(
     """
     settings = known_settings(name)
     if model.num_parameters() < SMALL_MODEL:
-        settings = {**settings, **method(name).small, **method(name).fixed}
+        settings = {**settings, **find_method(name).small, **find_method(name).fixed}
     for key, value in (overrides or {}).items():
         if key not in settings:
             raise unknown(f"setting of {name}", key, settings)
-        if key in method(name).fixed and value != method(name).fixed[key]:
+        if key in find_method(name).fixed and value != find_method(name).fixed[key]:
             raise WorkbenchError(
-                f"setting {key} of {name} is fixed at {method(name).fixed[key]}: that is what makes it {name}; take the method it derives from instead"
+                f"setting {key} of {name} is fixed at {find_method(name).fixed[key]}: that is what makes it {name}; take the method it derives from instead"
             )
-        expected = "a word" if isinstance(settings[key], str) else "a number"
-        if isinstance(value, bool) or isinstance(value, str) != isinstance(settings[key], str):
-            raise WorkbenchError(f"setting {key} of {name} is {value!r}; it must be {expected}")
         settings[key] = value
-    for key, value in settings.items():
-        if key in WORDS and value not in WORDS[key]:
-            raise unknown(f"{key} of {name}", str(value), WORDS[key])
-        if key in WHOLE:
-            most = values.MOST_ROWS if key == "batch_size" else values.MOST_STEPS
-            what = f"setting {key} of {name}"
-            settings[key] = values.whole(what, value, low=WHOLE[key], high=most)
-        elif not isinstance(value, str):
-            most_of = values.LARGEST_RATE if key == "lr" else values.LARGEST
-            values.number(f"setting {key} of {name}", value, low=0, high=most_of)
-    return settings
+    kinds = _kinds(name)
+    return {
+        key: values.setting(key, name, kinds.get(key), value) for key, value in settings.items()
+    }
 
 
 def recipe(
@@ -164,7 +198,7 @@ def recipe(
     settings = settings_for(name, model, overrides)
     stop = settings.pop("stop", "steps")
     try:
-        made = method(name).build(model, seed, **settings)
+        made = find_method(name).build(model, seed, **settings)
         return stopped_at_budget(made) if stop == "budget" else made
     except ValueError as error:  # a number that the formula does not allow
         raise WorkbenchError(f"{name}: {error}") from error

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from transformers import PreTrainedModel
 
 from workbench.errors import unknown
 from workbench.hooks import resolve
+from workbench.subspaces.collapse import Kind
 from workbench.unlearning.objectives import Objective, npo
 from workbench.unlearning.recipe import (
     CollapseSettings,
+    Count,
+    Layer,
     Method,
+    Rate,
     Recipe,
+    Rows,
     Setting,
+    Statistics,
+    Steps,
     mlp_weights,
     refuse_experts,
 )
@@ -22,18 +31,18 @@ def build(
     model: PreTrainedModel,
     seed: int,
     *,
-    lr: float = 0.2,
-    steps: int = 160,
-    batch_size: int = 32,
+    lr: Rate = 0.2,
+    steps: Steps = 160,
+    batch_size: Rows = 32,
     activation_components: int = 24,
     gradient_components: int = 36,
-    refresh: int = 11,
+    refresh: Count = 11,
     retain_rate: float = 3e-4,
-    first_layer: int = -1,
-    last_layer: int = -1,
-    loss: str = "mlp-breaking",
-    kind: str = "hard",
-    statistics: str = "forget",
+    first_layer: Layer = -1,
+    last_layer: Layer = -1,
+    loss: Literal["mlp-breaking", "npo"] = "mlp-breaking",
+    kind: Kind = "hard",
+    statistics: Statistics = "forget",
 ) -> Recipe:
     """A forget gradient collapsed on both sides, in steps of fixed global length; a retain step on the hidden state after each.
 
@@ -63,11 +72,11 @@ def build(
         if value not in known:
             raise unknown(f"{what} of cir", value, known)
     depth = model.config.num_hidden_layers
-    first = round(depth * 6 / 32) if first_layer < 0 else int(first_layer)
+    first = round(depth * 6 / 32) if first_layer < 0 else first_layer
     last = (
         min(depth - 1, max(first, round(depth * 11 / 32)))
         if last_layer < 0
-        else min(int(last_layer), depth - 1)
+        else min(last_layer, depth - 1)
     )
     broken = resolve(model, f"blocks.{{{first}..{last}}}.mlp.hook_out")
     (kept,) = resolve(
@@ -76,8 +85,8 @@ def build(
         if last + 1 < depth
         else f"blocks.{last}.hook_resid_post",
     )
-    sizes = int(activation_components), int(gradient_components)
-    collapse = CollapseSettings(*sizes, int(refresh), kind, statistics) if any(sizes) else None  # type: ignore[arg-type]
+    sizes = activation_components, gradient_components
+    collapse = CollapseSettings(*sizes, refresh, kind, statistics) if any(sizes) else None
     if collapse is not None:
         refuse_experts(model, "a collapsed update")
     trainable = mlp_weights(model, 0, min(last, depth - 1))
@@ -87,8 +96,8 @@ def build(
     return Recipe(
         Objective(losses[loss], keep_hidden(kept)),
         trainable,
-        int(steps),
-        int(batch_size),
+        steps,
+        batch_size,
         lr,
         "normalised-sgd",
         collapse=collapse,
@@ -108,7 +117,7 @@ SMALL: dict[str, Setting] = {
     "first_layer": 0, "last_layer": 99,
 }  # fmt: skip
 _NOTHING: dict[str, Setting] = {"activation_components": 0, "gradient_components": 0}
-METHOD = Method("cir", "CIR", SOURCE, build, SMALL)
+METHOD = Method("cir", "CIR", SOURCE, build, SMALL, colour="#009E73")
 METHOD_UNCOLLAPSED = Method(
     "cir-uncollapsed",
     "CIR without collapse",
@@ -117,4 +126,5 @@ METHOD_UNCOLLAPSED = Method(
     SMALL,
     wraps=build,
     fixed=_NOTHING,
+    colour="#B8A500",
 )

@@ -6,7 +6,16 @@ from transformers import PreTrainedModel
 
 from workbench.hooks import resolve
 from workbench.unlearning.objectives import Objective
-from workbench.unlearning.recipe import Method, Recipe, mlp_weights
+from workbench.unlearning.recipe import (
+    Count,
+    Layer,
+    Method,
+    Rate,
+    Recipe,
+    Rows,
+    Steps,
+    mlp_weights,
+)
 from workbench.unlearning.representation import break_circuits, keep_distance
 
 
@@ -14,13 +23,13 @@ def build(
     model: PreTrainedModel,
     seed: int,
     *,
-    lr: float = 1e-4,
-    steps: int = 150,
-    batch_size: int = 16,
+    lr: Rate = 1e-4,
+    steps: Steps = 150,
+    batch_size: Rows = 16,
     strength: float = 10.0,
-    horizon: int = 300,
-    first_layer: int = -1,
-    last_layer: int = -1,
+    horizon: Count = 300,
+    first_layer: Layer = -1,
+    last_layer: Layer = -1,
     kick: float = 1e-3,
 ) -> Recipe:
     """``c_s ReLU(cos(h, h0))`` on the forget set and ``c_r ||h - h0||`` on the retain set, with ``c_s = a (1 - t / T)`` and ``c_r = a t / T``.
@@ -47,8 +56,8 @@ def build(
     """
     depth = model.config.num_hidden_layers
     # hidden_states[10] and [20] of the reference are what blocks 9 and 19 write
-    first = _block(depth, 10) if first_layer < 0 else min(int(first_layer), depth - 1)
-    last = max(first, _block(depth, 20)) if last_layer < 0 else min(int(last_layer), depth - 1)
+    first = _block(depth, 10) if first_layer < 0 else min(first_layer, depth - 1)
+    last = max(first, _block(depth, 20)) if last_layer < 0 else min(last_layer, depth - 1)
     rerouted = resolve(
         model, [f"blocks.{layer}.hook_resid_post" for layer in dict.fromkeys((first, last))]
     )
@@ -75,4 +84,5 @@ METHOD = Method(
     "Zou et al. 2024 (arXiv 2406.04313)",
     build,
     {"lr": 3e-3, "steps": 80, "batch_size": 16, "horizon": 1000, "kick": 0.03},
+    colour="#7B4173",
 )

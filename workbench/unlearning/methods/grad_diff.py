@@ -5,16 +5,16 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from workbench.unlearning.objectives import Objective, negative_cross_entropy, retain_cross_entropy
-from workbench.unlearning.recipe import EVERYTHING, Method, Recipe
+from workbench.unlearning.recipe import EVERYTHING, Method, Rate, Recipe, Rows, Steps
 
 
 def build(
     model: PreTrainedModel,
     seed: int,
     *,
-    lr: float = 1e-5,
-    steps: int = 100,
-    batch_size: int = 32,
+    lr: Rate = 1e-5,
+    steps: Steps = 100,
+    batch_size: Rows = 32,
     forget_weight: float = 1.0,
     retain_weight: float = 1.0,
 ) -> Recipe:
@@ -31,4 +31,5 @@ METHOD = Method(
     "Liu et al. 2022; Maini et al. 2024 (arXiv 2401.06121)",
     build,
     {"lr": 3e-4, "steps": 60, "batch_size": 16, "retain_weight": 3.0},
+    colour="#E69F00",
 )

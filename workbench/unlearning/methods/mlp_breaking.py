@@ -26,4 +26,5 @@ METHOD = Method(
     {**cir.SMALL, **_FIXED},
     wraps=cir.build,
     fixed=_FIXED,
+    colour="#74C476",
 )

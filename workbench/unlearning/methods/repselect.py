@@ -5,19 +5,29 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from workbench.errors import unknown
+from workbench.subspaces.collapse import Kind
 from workbench.unlearning.objectives import Objective, negative_cross_entropy
-from workbench.unlearning.recipe import Method, OneGradient, Recipe, mlp_weights
+from workbench.unlearning.recipe import (
+    Count,
+    Method,
+    OneGradient,
+    Rate,
+    Recipe,
+    Rows,
+    Statistics,
+    mlp_weights,
+)
 
 
 def build(
     model: PreTrainedModel,
     seed: int,
     *,
-    lr: float = 1.0,
-    batch_size: int = 32,
-    components: int = 512,
-    kind: str = "soft",
-    statistics: str = "forget",
+    lr: Rate = 1.0,
+    batch_size: Rows = 32,
+    components: Count = 512,
+    kind: Kind = "soft",
+    statistics: Statistics = "forget",
     adversary_rank: int = 8,
     adversary_rate: float = 0.05,
 ) -> Recipe:
@@ -43,13 +53,13 @@ def build(
     ):
         if value not in known:
             raise unknown(f"{what} of repselect", value, known)
-    one = OneGradient(int(components), kind, statistics, int(adversary_rank), adversary_rate)  # type: ignore[arg-type]
+    one = OneGradient(components, kind, statistics, adversary_rank, adversary_rate)
     trainable = mlp_weights(model, 0, model.config.num_hidden_layers - 1)
     return Recipe(
         Objective(negative_cross_entropy),
         trainable,
         1,
-        int(batch_size),
+        batch_size,
         lr,
         "one-gradient",
         one=one,
@@ -62,4 +72,5 @@ METHOD = Method(
     "Sondej, Yang and Mahdi 2026 (arXiv 2606.17168)",
     build,
     {"lr": 10.0, "batch_size": 16, "components": 16, "adversary_rate": 0.05},
+    colour="#843C39",
 )

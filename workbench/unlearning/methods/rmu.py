@@ -7,9 +7,14 @@ from transformers import PreTrainedModel
 from workbench.hooks import resolve
 from workbench.unlearning.objectives import Objective
 from workbench.unlearning.recipe import (
+    Descent,
+    Layer,
     Method,
+    Rate,
     Recipe,
+    Rows,
     Setting,
+    Steps,
     down_projections,
     gradient_optimiser,
     middle_layer,
@@ -27,13 +32,13 @@ def build(
     model: PreTrainedModel,
     seed: int,
     *,
-    lr: float = 5e-5,
-    steps: int = 150,
-    batch_size: int = 4,
+    lr: Rate = 5e-5,
+    steps: Steps = 150,
+    batch_size: Rows = 4,
     steering: float = 6.5,
     retain_weight: float = 1200.0,
-    layer: int = -1,
-    optimiser: str = "adamw",
+    layer: Layer = -1,
+    optimiser: Descent = "adamw",
 ) -> Recipe:
     """Steer forget representations of one block to ``steering * u``, keep retain representations (Li et al. 2024, arXiv 2403.03218).
 
@@ -50,7 +55,7 @@ def build(
         layer: block whose output is steered; -1 takes 7/32 of the depth.
         optimiser: ``adamw`` or ``sgd``; without Adam's second moment, noise on a squared-error target leaves the expected step as it is.
     """
-    block = middle_layer(model) if layer < 0 else int(layer)
+    block = middle_layer(model) if layer < 0 else layer
     (site,) = resolve(model, f"blocks.{block}.hook_resid_post")
     width = model.config.hidden_size
     objective = Objective(
@@ -73,16 +78,16 @@ def build_adaptive(
     model: PreTrainedModel,
     seed: int,
     *,
-    lr: float = 5e-5,
-    steps: int = 500,
-    batch_size: int = 4,
+    lr: Rate = 5e-5,
+    steps: Steps = 500,
+    batch_size: Rows = 4,
     scale: float = 5.0,
     retain_weight: float = 1200.0,
-    layer: int = -1,
-    optimiser: str = "adamw",
+    layer: Layer = -1,
+    optimiser: Descent = "adamw",
 ) -> Recipe:
     """Adaptive RMU (Dang et al. 2025): the target's length is ``scale`` times the mean length of the forget representations, so it fits any layer and model."""
-    block = middle_layer(model) if layer < 0 else int(layer)
+    block = middle_layer(model) if layer < 0 else layer
     (site,) = resolve(model, f"blocks.{block}.hook_resid_post")
     steer = adaptive_steer_to(site, control_vector(model.config.hidden_size, seed), scale)
     objective = Objective(steer, keep_representation(site), 1.0, retain_weight)
@@ -100,16 +105,16 @@ def build_rsv(
     model: PreTrainedModel,
     seed: int,
     *,
-    lr: float = 5e-5,
-    steps: int = 500,
-    batch_size: int = 4,
+    lr: Rate = 5e-5,
+    steps: Steps = 500,
+    batch_size: Rows = 4,
     steering: float = 10.0,
     retain_weight: float = 5000.0,
-    layer: int = -1,
-    optimiser: str = "adamw",
+    layer: Layer = -1,
+    optimiser: Descent = "adamw",
 ) -> Recipe:
     """Random steering vectors: ``h`` is moved to ``h_base + c s`` with one isotropic unit vector ``s``, not to a common point."""
-    block = middle_layer(model) if layer < 0 else int(layer)
+    block = middle_layer(model) if layer < 0 else layer
     (site,) = resolve(model, f"blocks.{block}.hook_resid_post")
     steer = steer_by(site, steering * control_vector(model.config.hidden_size, seed))
     objective = Objective(steer, keep_representation(site), 1.0, retain_weight)
@@ -131,12 +136,27 @@ _SMALL: dict[str, Setting] = {
     "retain_weight": 10.0,
     "layer": 2,
 }
-METHOD = Method("rmu", "RMU", "Li et al. 2024 (arXiv 2403.03218)", build, _SMALL)
+METHOD = Method("rmu", "RMU", "Li et al. 2024 (arXiv 2403.03218)", build, _SMALL, colour="#D55E00")
 METHOD_ADAPTIVE = Method(
-    "adaptive-rmu", "Adaptive RMU", "Dang et al. 2025 (arXiv 2408.06223)", build_adaptive,
+    "adaptive-rmu",
+    "Adaptive RMU",
+    "Dang et al. 2025 (arXiv 2408.06223)",
+    build_adaptive,
     {"lr": 3e-3, "steps": 80, "batch_size": 16, "scale": 5.0, "retain_weight": 10.0, "layer": 2},
-)  # fmt: skip
+    colour="#E7969C",
+)
 METHOD_RSV = Method(
-    "rsv", "RSV", "Huu-Tien et al. (arXiv 2501.19202)", build_rsv,
-    {"lr": 1e-2, "steps": 80, "batch_size": 16, "steering": 300.0, "retain_weight": 3.0, "layer": 2},
-)  # fmt: skip
+    "rsv",
+    "RSV",
+    "Huu-Tien et al. (arXiv 2501.19202)",
+    build_rsv,
+    {
+        "lr": 1e-2,
+        "steps": 80,
+        "batch_size": 16,
+        "steering": 300.0,
+        "retain_weight": 3.0,
+        "layer": 2,
+    },
+    colour="#AD494A",
+)

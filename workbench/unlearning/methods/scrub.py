@@ -5,20 +5,20 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from workbench.unlearning.objectives import Objective, retain_cross_entropy, teacher_kl, weighted
-from workbench.unlearning.recipe import EVERYTHING, Method, Recipe
+from workbench.unlearning.recipe import EVERYTHING, Count, Method, Rate, Recipe, Rows, Steps
 
 
 def build(
     model: PreTrainedModel,
     seed: int,
     *,
-    lr: float = 1e-5,
-    steps: int = 100,
-    batch_size: int = 32,
+    lr: Rate = 1e-5,
+    steps: Steps = 100,
+    batch_size: Rows = 32,
     temperature: float = 2.0,
     cross_entropy_weight: float = 1.0,
     teacher_weight: float = 0.5,
-    turn: int = 4,
+    turn: Count = 4,
     forget_share: float = 0.5,
 ) -> Recipe:
     """Turns of ``-KL_T(teacher || student)`` on the forget set and of ``g CE + a KL_T`` on the retain set; the last turns are retain only.
@@ -62,4 +62,5 @@ METHOD = Method(
     "Kurmanji et al. 2023 (arXiv 2302.09880)",
     build,
     {"lr": 1e-3, "steps": 80, "batch_size": 16, "turn": 2, "forget_share": 0.7},
+    colour="#CE6DBD",
 )

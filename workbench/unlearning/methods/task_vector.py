@@ -5,11 +5,11 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from workbench.unlearning.objectives import Objective, retain_cross_entropy
-from workbench.unlearning.recipe import EVERYTHING, Method, Recipe
+from workbench.unlearning.recipe import EVERYTHING, Method, Rate, Recipe, Rows, Steps
 
 
 def build(
-    model: PreTrainedModel, seed: int, *, lr: float = 1e-5, steps: int = 100, batch_size: int = 32
+    model: PreTrainedModel, seed: int, *, lr: Rate = 1e-5, steps: Steps = 100, batch_size: Rows = 32
 ) -> Recipe:
     """``theta0 - alpha (theta_reinforced - theta0)``; ``theta_reinforced`` is trained on the forget set's answers. alpha is the budget's business."""
     return Recipe(Objective(retain_cross_entropy), EVERYTHING, steps, batch_size, lr, sign=-1.0)
@@ -17,8 +17,9 @@ def build(
 
 METHOD = Method(
     "task-vector",
-    "Task-vector negation",
+    "Task vector",
     "Ilharco et al. 2023 (arXiv 2212.04089)",
     build,
     {"lr": 1e-3, "steps": 120, "batch_size": 16},
+    colour="#A55194",
 )

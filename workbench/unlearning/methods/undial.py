@@ -5,16 +5,16 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from workbench.unlearning.objectives import Objective, retain_cross_entropy, undial
-from workbench.unlearning.recipe import EVERYTHING, Method, Recipe
+from workbench.unlearning.recipe import EVERYTHING, Method, Rate, Recipe, Rows, Steps
 
 
 def build(
     model: PreTrainedModel,
     seed: int,
     *,
-    lr: float = 1e-4,
-    steps: int = 100,
-    batch_size: int = 32,
+    lr: Rate = 1e-4,
+    steps: Steps = 100,
+    batch_size: Rows = 32,
     beta: float = 10.0,
     retain_weight: float = 0.0,
 ) -> Recipe:
@@ -36,4 +36,5 @@ METHOD = Method(
     "Dong et al. 2024 (arXiv 2402.10052)",
     build,
     {"lr": 3e-4, "steps": 60, "batch_size": 16, "retain_weight": 3.0},
+    colour="#3182BD",
 )

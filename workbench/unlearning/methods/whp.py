@@ -5,19 +5,19 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from workbench.unlearning.objectives import Objective, generic_prediction, retain_cross_entropy
-from workbench.unlearning.recipe import EVERYTHING, Method, Recipe, Teach
+from workbench.unlearning.recipe import EVERYTHING, Method, Rate, Recipe, Rows, Steps, Teach
 
 
 def build(
     model: PreTrainedModel,
     seed: int,
     *,
-    lr: float = 1e-6,
-    steps: int = 100,
-    batch_size: int = 32,
+    lr: Rate = 1e-6,
+    steps: Steps = 100,
+    batch_size: Rows = 32,
     strength: float = 5.0,
-    reinforce_lr: float = 3e-6,
-    reinforce_steps: int = 150,
+    reinforce_lr: Rate = 3e-6,
+    reinforce_steps: Steps = 150,
     retain_weight: float = 1.0,
 ) -> Recipe:
     """Reinforce a copy on the forget set, then train on ``softmax(v_base - alpha ReLU(v_reinforced - v_base))``; cross-entropy on the retain set.
@@ -27,7 +27,7 @@ def build(
     """
     nothing = Objective(retain_cross_entropy)  # replaced once the teacher is there
     teacher = Recipe(
-        Objective(retain_cross_entropy), EVERYTHING, int(reinforce_steps), batch_size, reinforce_lr
+        Objective(retain_cross_entropy), EVERYTHING, reinforce_steps, batch_size, reinforce_lr
     )
     keep = retain_cross_entropy if retain_weight else None
     teach = Teach(
@@ -40,6 +40,17 @@ def build(
 
 
 METHOD = Method(
-    "whp", "WHP reinforced targets", "Eldan and Russinovich 2023 (arXiv 2310.02238)", build,
-    {"lr": 3e-4, "steps": 60, "batch_size": 16, "reinforce_lr": 3e-4, "reinforce_steps": 60, "retain_weight": 3.0},
-)  # fmt: skip
+    "whp",
+    "WHP targets",
+    "Eldan and Russinovich 2023 (arXiv 2310.02238)",
+    build,
+    {
+        "lr": 3e-4,
+        "steps": 60,
+        "batch_size": 16,
+        "reinforce_lr": 3e-4,
+        "reinforce_steps": 60,
+        "retain_weight": 3.0,
+    },
+    colour="#31A354",
+)

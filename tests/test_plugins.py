@@ -1,0 +1,158 @@
+"""Users' own entries: by decorator, by file, in other processes, and when a run is opened again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from workbench.figures.style import colour, title
+
+from workbench import registry
+from workbench.cli import main
+from workbench.errors import WorkbenchError
+from workbench.experiments.config import RunConfig, preset, write_config
+from workbench.unlearning.methods import METHODS, find_method, known_settings, method
+from workbench.unlearning.objectives import Objective, negative_cross_entropy
+from workbench.unlearning.recipe import EVERYTHING, Recipe
+
+FILE = """
+from workbench.unlearning.methods import method
+from workbench.unlearning.objectives import Objective, negative_cross_entropy, retain_cross_entropy
+from workbench.unlearning.recipe import EVERYTHING, Recipe, Rows, Steps
+
+
+@method("capped", title="Capped ascent", source="a file", colour="#123456", small={"lr": 3e-4})
+def capped(model, seed, *, lr: float = 1e-5, steps: Steps = 3, batch_size: Rows = 8):
+    terms = Objective(negative_cross_entropy, retain_cross_entropy)
+    return Recipe(terms, EVERYTHING, steps, batch_size, lr)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    """Registries as they were; what a test adds is its own."""
+    entries, added = dict(METHODS._entries), dict(METHODS._added)
+    files = dict(registry._PLUGINS)
+    list(METHODS)
+    yield
+    METHODS._entries, METHODS._added = entries, added
+    registry._PLUGINS.clear()
+    registry._PLUGINS.update(files)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(FILE, encoding="utf-8")
+    return path
+
+
+def _build(model: object, seed: int, *, lr: float = 1e-5, steps: int = 3) -> Recipe:
+    return Recipe(Objective(negative_cross_entropy), EVERYTHING, steps, 4, lr)
+
+
+def test_a_decorated_function_is_a_method_like_any_other() -> None:
+    method("mine", title="Mine", colour="#abcdef")(_build)
+    assert "mine" in METHODS and find_method("mine").build is _build
+    assert known_settings("mine") == {"lr": 1e-5, "steps": 3, "stop": "steps"}
+    assert (title("mine"), colour("mine")) == ("Mine", "#abcdef")
+    assert title("mine-sam") == "Mine+SAM"  # wrappers compose with it
+    method("mine", title="Mine again")(_build)  # a cell that runs twice
+    assert title("mine") == "Mine again"
+
+
+@pytest.mark.parametrize("name", ["npo", "rmu-rna"])
+def test_the_workbenchs_own_are_not_replaced(name: str) -> None:
+    with pytest.raises(WorkbenchError, match=f"called '{name}' already"):
+        method(name)(_build)
+
+
+def test_a_file_adds_its_methods_once_and_is_known_by_its_hash(file: Path) -> None:
+    plugin = registry.load_plugin(file)
+    assert registry.load_plugin(file) == plugin and registry.plugins() == (plugin,)
+    assert registry.source_of(METHODS["capped"]) == plugin
+    file.write_text(FILE + "\n# changed\n", encoding="utf-8")
+    with pytest.raises(WorkbenchError, match="not the one that the run was made with"):
+        registry.load_plugin(file, plugin.sha256)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "adds nothing"),
+        ("import nowhere_at_all", "cannot be imported: ModuleNotFoundError"),
+        ("def broken(:", "cannot be imported: SyntaxError"),
+        (FILE.replace('"capped"', '"npo"'), "already"),
+    ],
+)
+def test_a_file_that_is_none_is_an_error_that_names_it(
+    content: str, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "wrong.py"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(WorkbenchError, match=says):
+        registry.load_plugin(path)
+    with pytest.raises(WorkbenchError, match="no plug-in file"):
+        registry.load_plugin(tmp_path / "nowhere.py")
+
+
+def test_a_configuration_remembers_what_it_needs(file: Path) -> None:
+    assert "plugins" not in RunConfig().plain()
+    plugin = registry.load_plugin(file)
+    config = preset("quick").model_copy(update={"methods": ("capped",), "settings": {}})
+    text = write_config(config.with_plugins())
+    fields = yaml.safe_load(text)
+    assert fields["plugins"] == [{"file": plugin.file, "sha256": plugin.sha256}]
+    METHODS._entries.pop("capped"), METHODS._added.pop("capped"), registry._PLUGINS.clear()
+    again = RunConfig.model_validate(fields)  # another process
+    assert "capped" in METHODS and write_config(again) == text
+    file.write_text(FILE + "\n# changed\n", encoding="utf-8")
+    registry._PLUGINS.clear()
+    with pytest.raises(ValueError, match="SHA-256 differs"):
+        RunConfig.model_validate(fields)
+
+
+def test_a_function_of_a_notebook_is_remembered_by_its_source() -> None:
+    method("mine")(_build)
+    config = preset("quick").model_copy(update={"methods": ("mine",), "settings": {}})
+    (source,) = config.with_plugins().plugins
+    assert source.file == __name__ and len(source.sha256) == 64
+    fields = yaml.safe_load(write_config(config.with_plugins()))
+    assert RunConfig.model_validate(fields).methods == ("mine",)
+    METHODS._entries.pop("mine"), METHODS._added.pop("mine")
+    with pytest.raises(ValueError, match="define the same one again"):
+        RunConfig.model_validate(fields)
+
+
+@pytest.mark.slow
+def test_a_plug_in_is_swept_with_two_workers_and_appears_everywhere(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    command = ["sweep", "--quick", "--methods", "capped,npo", "--seeds", "1", "--relearning-only"]
+    options = ["--set", "npo.steps=3", "--out", str(out), "--workers", "2", "--json"]
+    assert main([*command, "--plugin", str(file), *options]) == 0
+    capsys.readouterr()
+    table = pd.read_parquet(out / "results.parquet")
+    assert {"capped", "npo"} <= set(table["method"].dropna())
+    assert "Capped ascent" in (out / "report.html").read_text(encoding="utf-8")
+    assert "Capped ascent" in (out / "figures" / "comparison.svg").read_text(encoding="utf-8")
+    METHODS._entries.pop("capped"), METHODS._added.pop("capped"), registry._PLUGINS.clear()
+    assert main(["relearn", "--run", str(out), "--out", str(tmp_path / "again"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["table"]
+    assert "capped" in METHODS  # the run brought it
+    assert main(["claims", "--run", str(out), "--plugin"]) == 2
+    assert "--plugin needs a file" in capsys.readouterr().err
+
+
+def test_workers_are_given_what_they_lack() -> None:
+    method("mine")(_build)
+    entries = registry.added()
+    METHODS._entries.pop("mine"), METHODS._added.pop("mine")
+    assert "mine" not in METHODS
+    registry.take(entries)
+    assert METHODS["mine"].build is _build

@@ -5,10 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from workbench import registry, values
 from workbench.attacks.relearn import RelearnSettings
@@ -38,6 +46,16 @@ another world brings least back from: ``workbench sweep --grid --world 100 --see
 """
 
 
+def _one_spelling(value: object) -> object:
+    """``20.0`` and ``20`` are one setting, and have one key; ``true`` is none."""
+    if isinstance(value, bool):
+        raise ValueError("a setting is a number or a word")
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Value = Annotated[Setting, BeforeValidator(_one_spelling)]
+
+
 class Variant(BaseModel):
     """A method under another name, with settings of its own: one row of an ablation.
 
@@ -50,7 +68,7 @@ class Variant(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     method: str
-    settings: dict[str, Setting] = Field(default_factory=dict)
+    settings: dict[str, Value] = Field(default_factory=dict)
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -87,7 +105,7 @@ class RunConfig(BaseModel):
     methods: tuple[str, ...] = DEMO_METHODS
     variants: dict[str, Variant] = Field(default_factory=dict)
     probes: tuple[Literal["triggers", "sharpness"], ...] = ("triggers", "sharpness")
-    settings: dict[str, dict[str, Setting]] = Field(default_factory=dict)
+    settings: dict[str, dict[str, Value]] = Field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: float | None = Field(default=0.05, gt=0)
     budget_measure: Measure = "kl"

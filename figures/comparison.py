@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from workbench.figures.marks import diverged
+from workbench.figures.marks import diverged, main_metric
 from workbench.figures.style import colour, look, nothing, title
 
 _BEFORE, _AFTER = "#0072B2", "#D55E00"
@@ -46,7 +46,7 @@ def _short_of_budget(table: pd.DataFrame) -> set[str]:
     return set(rows.loc[rows["value"] < 1, "method"])
 
 
-def comparison(table: pd.DataFrame, metric: str = "recall") -> Figure:
+def comparison(table: pd.DataFrame, metric: str | None = None) -> Figure:
     """A forest of methods, the least recalled after the attack on top; base and never-learned control as lines. A star marks methods that did
     not reach the budget, a dagger those whose attack diverged.
 
@@ -54,6 +54,7 @@ def comparison(table: pd.DataFrame, metric: str = "recall") -> Figure:
         table: tidy results; rows of stage ``relearn`` without a seed are drawn.
         metric: ``recall`` or ``answer_probability``.
     """
+    metric = metric or main_metric(table)
     ends = _ends(table, metric)
     methods = (
         ends.drop(index=["base", "never-learned"], errors="ignore").sort_values(
@@ -129,13 +130,14 @@ def comparison(table: pd.DataFrame, metric: str = "recall") -> Figure:
     return figure
 
 
-def ablation(table: pd.DataFrame, metric: str = "recall") -> Figure:
+def ablation(table: pd.DataFrame, metric: str | None = None) -> Figure:
     """The collapsed update by the number of components it leaves alone (variants ``cir-k<number>``), before and after the attack, with 95 % intervals.
 
     Args:
         table: tidy results of a run with the ablation.
         metric: ``recall`` or ``answer_probability``.
     """
+    metric = metric or main_metric(table)
     ends = _ends(table, metric)
     found = {
         int(match[1]): str(name)

@@ -87,3 +87,12 @@ def marks(table: pd.DataFrame) -> dict[str, list[str]]:
         for method, step in diverged(table, arm).items():
             say(method, f"{what} diverged at step {step:g}")
     return found
+
+
+def main_metric(table: pd.DataFrame) -> str:
+    """``recall`` where the base recalls anything; otherwise (long answers of running text)
+    ``answer_probability``.
+    """
+    recall = table[(table["metric"] == "recall") & (table["method"] == "base")]["value"]
+    known = not len(table) or (len(recall) and float(recall.max()) >= 0.2)
+    return "recall" if known else "answer_probability"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from workbench.figures.marks import diverged
+from workbench.figures.marks import diverged, main_metric
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
 
@@ -26,13 +26,14 @@ def _line(
     )
 
 
-def recovery(table: pd.DataFrame, metric: str = "recall") -> Figure:
+def recovery(table: pd.DataFrame, metric: str | None = None) -> Figure:
     """Recall (or ``answer_probability``) of held-out forget facts against attack steps, with 95 % intervals over seeds and facts.
 
     Args:
         table: tidy results; rows of stage ``relearn`` without a seed are drawn.
         metric: which metric.
     """
+    metric = metric or main_metric(table)
     rows = table[
         (table["stage"] == "relearn")
         & (table["metric"] == metric)

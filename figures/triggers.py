@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from workbench.figures.marks import main_metric
 from workbench.figures.style import colour, look, methods_in, nothing, title
 
 _ARMS = {
@@ -18,7 +19,7 @@ _ARMS = {
 _HATCH = {"clean": "", "neutral-token": "....", "retain-token": "////", "forget-token": ""}
 
 
-def triggers(table: pd.DataFrame, metric: str = "recall", split: str = "retain") -> Figure:
+def triggers(table: pd.DataFrame, metric: str | None = None, split: str = "retain") -> Figure:
     """Accuracy with 95 % intervals over seeds and questions; the solid bar is the forget-token.
 
     Args:
@@ -26,6 +27,7 @@ def triggers(table: pd.DataFrame, metric: str = "recall", split: str = "retain")
         metric: ``recall`` (accuracy) or ``answer_probability``.
         split: the questions, by the way the word was put into them.
     """
+    metric = metric or main_metric(table)
     rows = table[
         (table["stage"] == "triggers")
         & (table["metric"] == metric)

@@ -18,7 +18,7 @@ from matplotlib.collections import Collection
 from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
-from workbench.figures import FIGURES, geometry, ladder, names, predictors
+from workbench.figures import figures_of, geometry, ladder, names, predictors
 from workbench.figures.keyword import keyword as figures_keyword
 from workbench.figures.style import colour, methods_in, title
 
@@ -29,6 +29,9 @@ from workbench.unlearning.methods import METHODS
 Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]
 BY_METHOD = ("recovery", "disruption", "triggers", "slices", "curvature")
 UNLEARNED_ONLY = ("recovery", "disruption", "curvature")
+
+
+FIGURES = {name: entry.draw for name, entry in figures_of("run").items()}
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +186,7 @@ def test_figures_load_no_model() -> None:
         "import sys, pandas as pd\n"
         "from workbench import figures\n"
         "table = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in %r.items()})\n"
-        "for draw in figures.FIGURES.values(): draw(table)\n"
+        "for entry in figures.FIGURES.values(): entry.draw(table)\n"
         "print([name for name in ('workbench.models', 'workbench.builtin') if name in sys.modules])"
     )
     done = subprocess.run(

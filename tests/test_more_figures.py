@@ -16,7 +16,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from workbench.figures import (
-    REPRESENTATION_FIGURES,
+    FIGURES,
     convergence,
     lens_map,
     modules,
@@ -384,7 +384,7 @@ def test_of_many_methods_all_are_named_no_two_words_lie_on_each_other_and_nothin
 
 
 def test_the_lens_map_is_drawn_by_the_representation_experiment() -> None:
-    assert REPRESENTATION_FIGURES["lens_map"] is lens_map
+    assert FIGURES["lens_map"].draw is lens_map
 
 
 # --- Resistance ---

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from workbench.figures import FIGURES
 from workbench.figures.style import colour, title
 
 from workbench import registry
@@ -20,6 +21,7 @@ from workbench.unlearning.objectives import Objective, negative_cross_entropy
 from workbench.unlearning.recipe import EVERYTHING, Recipe
 
 FILE = """
+from workbench.figures import figure
 from workbench.unlearning.methods import method
 from workbench.unlearning.objectives import Objective, negative_cross_entropy, retain_cross_entropy
 from workbench.unlearning.recipe import EVERYTHING, Recipe, Rows, Steps
@@ -29,17 +31,29 @@ from workbench.unlearning.recipe import EVERYTHING, Recipe, Rows, Steps
 def capped(model, seed, *, lr: float = 1e-5, steps: Steps = 3, batch_size: Rows = 8):
     terms = Objective(negative_cross_entropy, retain_cross_entropy)
     return Recipe(terms, EVERYTHING, steps, batch_size, lr)
+
+
+@figure("price", caption="What every method of mine cost.")
+def price(table):
+    from matplotlib.figure import Figure
+
+    drawn = Figure()
+    rows = table[(table["metric"] == "displacement") & (table["stage"] == "unlearn")]
+    if len(rows):
+        drawn.add_subplot().bar(rows["method"], rows["value"])
+    return drawn
 """
 
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
     """Registries as they were; what a test adds is its own."""
-    entries, added = dict(METHODS._entries), dict(METHODS._added)
+    list(METHODS), list(FIGURES)
+    before = [(each, dict(each._entries), dict(each._added)) for each in (METHODS, FIGURES)]
     files = dict(registry._PLUGINS)
-    list(METHODS)
     yield
-    METHODS._entries, METHODS._added = entries, added
+    for each, entries, added in before:
+        each._entries, each._added = entries, added
     registry._PLUGINS.clear()
     registry._PLUGINS.update(files)
 
@@ -49,6 +63,14 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "mine.py"
     path.write_text(FILE, encoding="utf-8")
     return path
+
+
+def _forget() -> None:
+    """As in another process, which knows nothing of a user's file."""
+    for each in (METHODS, FIGURES):
+        for name in each.added():
+            each._entries.pop(name), each._added.pop(name)
+    registry._PLUGINS.clear()
 
 
 def _build(model: object, seed: int, *, lr: float = 1e-5, steps: int = 3) -> Recipe:
@@ -107,7 +129,7 @@ def test_a_configuration_remembers_what_it_needs(file: Path) -> None:
     text = write_config(config.with_plugins())
     fields = yaml.safe_load(text)
     assert fields["plugins"] == [{"file": plugin.file, "sha256": plugin.sha256}]
-    METHODS._entries.pop("capped"), METHODS._added.pop("capped"), registry._PLUGINS.clear()
+    _forget()
     again = RunConfig.model_validate(fields)  # another process
     assert "capped" in METHODS and write_config(again) == text
     file.write_text(FILE + "\n# changed\n", encoding="utf-8")
@@ -123,7 +145,7 @@ def test_a_function_of_a_notebook_is_remembered_by_its_source() -> None:
     assert source.file == __name__ and len(source.sha256) == 64
     fields = yaml.safe_load(write_config(config.with_plugins()))
     assert RunConfig.model_validate(fields).methods == ("mine",)
-    METHODS._entries.pop("mine"), METHODS._added.pop("mine")
+    _forget()
     with pytest.raises(ValueError, match="define the same one again"):
         RunConfig.model_validate(fields)
 
@@ -140,8 +162,10 @@ def test_a_plug_in_is_swept_with_two_workers_and_appears_everywhere(
     table = pd.read_parquet(out / "results.parquet")
     assert {"capped", "npo"} <= set(table["method"].dropna())
     assert "Capped ascent" in (out / "report.html").read_text(encoding="utf-8")
+    assert "What every method of mine cost." in (out / "report.html").read_text(encoding="utf-8")
+    assert (out / "figures" / "price.png").is_file()
     assert "Capped ascent" in (out / "figures" / "comparison.svg").read_text(encoding="utf-8")
-    METHODS._entries.pop("capped"), METHODS._added.pop("capped"), registry._PLUGINS.clear()
+    _forget()
     assert main(["relearn", "--run", str(out), "--out", str(tmp_path / "again"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["table"]
     assert "capped" in METHODS  # the run brought it
@@ -152,7 +176,7 @@ def test_a_plug_in_is_swept_with_two_workers_and_appears_everywhere(
 def test_workers_are_given_what_they_lack() -> None:
     method("mine")(_build)
     entries = registry.added()
-    METHODS._entries.pop("mine"), METHODS._added.pop("mine")
+    _forget()
     assert "mine" not in METHODS
     registry.take(entries)
     assert METHODS["mine"].build is _build

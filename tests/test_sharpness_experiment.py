@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from workbench.figures import SHARPNESS_FIGURES
+from workbench.figures import figures_of
 
 from workbench.cli import main
 from workbench.errors import WorkbenchError
@@ -181,7 +181,7 @@ def test_three_models_have_no_rank_correlation_and_the_figures_do_without(
     table = sharpness_table(found.results)
     assert list(table["model"]) == ["base", "never-learned", "npo"]
     assert "trace" in found._repr_html_()
-    for draw in SHARPNESS_FIGURES.values():
+    for draw in [entry.draw for entry in figures_of("sharpness").values()]:
         figure = draw(found.results)
         assert figure.axes or figure.texts  # what cannot be drawn says so
 
@@ -217,7 +217,9 @@ def test_by_command(
     )
     told = json.loads(capsys.readouterr().out)
     assert [row["model"] for row in told["table"]] == ["base", "never-learned", "npo"]
-    assert {path.stem for path in (found.folder / "figures").iterdir()} == set(SHARPNESS_FIGURES)
+    assert {path.stem for path in (found.folder / "figures").iterdir()} == set(
+        figures_of("sharpness")
+    )
     with pytest.raises(WorkbenchError, match="nop"):
         run_sharpness(quick_run.folder, tmp_path / "x", SMALL, methods=["nop"])
     assert not (tmp_path / "x").exists()

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from workbench.figures import REPRESENTATION_FIGURES
+from workbench.figures import figures_of
 
 from workbench.builtin import world_of
 from workbench.cli import main
@@ -267,4 +267,6 @@ def test_the_representations_of_a_run_are_read_beside_their_anchors(
     assert len(representation_table(rows)) == 3 and "own probe" in found._repr_html_()
     assert main(["representation", "--run", str(rmu_run), "--out", str(out), "--json"]) == 0
     assert '"own probe"' in capsys.readouterr().out
-    assert {path.stem for path in (out / "figures").glob("*.png")} == set(REPRESENTATION_FIGURES)
+    assert {path.stem for path in (out / "figures").glob("*.png")} == set(
+        figures_of("representation")
+    )

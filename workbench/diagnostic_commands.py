@@ -35,7 +35,7 @@ def triggers(
     from workbench.experiments.folder import CONFIG, read_results
     from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, join
     from workbench.experiments.triggers import CLAIMED, run_triggers, trigger_table
-    from workbench.figures import TRIGGER_FIGURES
+    from workbench.figures import FIGURES, figures_of
     from workbench.report.report import save_figure
 
     chosen = [name.strip() for name in methods.split(",") if name.strip()]
@@ -53,9 +53,9 @@ def triggers(
     everything = join(
         [own_results[own_results["stage"] != "triggers"], found.results], COLUMNS
     )  # the ablation of the noise shows forgetting beside the effect
-    pictures = {name: out / "figures" / f"{name}.png" for name in TRIGGER_FIGURES}
+    pictures = {name: out / "figures" / f"{name}.png" for name in figures_of("triggers")}
     for name, path in pictures.items():
-        save_figure(TRIGGER_FIGURES[name](everything), path)
+        save_figure(FIGURES[name].draw(everything), path)
     verdicts = decide(
         join([own_results, found.results], COLUMNS),
         join([own_items, found.items], ITEM_COLUMNS),
@@ -100,7 +100,7 @@ def representation(
 ) -> None:
     """Where in the model are the forgotten answers, if anywhere? Logit lens, probes and their transfer, rotation, patching depth."""
     from workbench.experiments.representation import representation_table, run_representation
-    from workbench.figures import REPRESENTATION_FIGURES
+    from workbench.figures import figures_of
     from workbench.report.report import save_figure
 
     found = run_representation(
@@ -111,8 +111,8 @@ def representation(
         workers=workers,
         announce=clock(),
     )
-    for name, draw in REPRESENTATION_FIGURES.items():
-        save_figure(draw(found.results), out / "figures" / f"{name}.png")
+    for name, entry in figures_of("representation").items():
+        save_figure(entry.draw(found.results), out / "figures" / f"{name}.png")
     table = representation_table(found.results)
 
     def show() -> None:
@@ -145,7 +145,7 @@ def sharpness(
     from workbench.experiments.predictors import predictor_table
     from workbench.experiments.sharpness import CLAIMED, run_sharpness, sharpness_table
     from workbench.experiments.table import COLUMNS, join
-    from workbench.figures import SHARPNESS_FIGURES
+    from workbench.figures import figures_of
     from workbench.report.report import save_figure
 
     found = run_sharpness(
@@ -156,8 +156,8 @@ def sharpness(
         workers=workers,
         announce=clock(),
     )
-    for name, draw in SHARPNESS_FIGURES.items():
-        save_figure(draw(found.results), out / "figures" / f"{name}.png")
+    for name, entry in figures_of("sharpness").items():
+        save_figure(entry.draw(found.results), out / "figures" / f"{name}.png")
     table = sharpness_table(found.results)
     correlations = (
         predictor_table(found.predictors.results) if found.predictors is not None else None

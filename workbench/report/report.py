@@ -12,38 +12,12 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 
 from workbench.experiments.claims import CLAIMS, Verdict
-from workbench.figures import FIGURES
-from workbench.figures.marks import diverged, marks
+from workbench.figures import FIGURES, figures_of
+from workbench.figures.marks import diverged, main_metric, marks
 from workbench.figures.style import look, methods_in, title
 from workbench.files import write_file, write_text
 
 CONTROLS = ("base", "never-learned")
-
-CAPTIONS = {
-    "comparison": "All models at one disruption budget: recall of held-out forgotten facts before the relearning attack and after it, with 95 % intervals over seeds and facts. "
-    "A star marks a model that stays below the budget however far its change is scaled: it is not at the same price. A dagger marks one whose attack diverged: its last point is from before that.",
-    "ablation": "The collapsed update by the number of directions it leaves alone, at one disruption budget.",
-    "recovery": "Recall of held-out forgotten facts while every model is fine-tuned on facts about the other half of the forgotten people. "
-    "Bands are 95 % intervals over seeds and facts. The dashed grey line is a model that never read the forget set, under the same attack; dotted is a null "
-    "attack with general text of the same length.",
-    "smoothing": "Recall of the plain method minus that of the smoothed one, paired by seed and fact: hollow before the attack (left of zero: the smoothed one had forgotten "
-    "less), filled after it (right of zero: it resists better).",
-    "disruption": "Every method's weight change, scaled from nothing upwards: what it costs on retain texts (right is worse) against what is still "
-    "remembered of the forget set (down is better). The dot is the model that all other figures use: the last one inside the budget.",
-    "triggers": "Accuracy on retained questions with a word in front. If only the solid bar falls, the forget-token acts as a trigger.",
-    "slices": "Loss along straight lines through every model. Along the attacker's direction the forget loss of an unlearned model falls: it sits on a hill, not in a bowl. "
-    "Bands are ranges over seeds.",
-    "curvature": "Does a measure taken before the attack tell how much the attack wins back? One point per method and seed.",
-    "spectra": "Principal directions of the base's activations and output gradients on forget and retain texts, and how much of them is shared.",
-    "angles": "Which sets of texts use the same directions of the base's residual stream. Above the diagonal the overlap of two sets' top subspaces, below it what comes out "
-    "when the texts of both are dealt anew (median); a star marks an overlap below 95 % of those.",
-    "geometry": "Which layer comes back first: the share of unlearning's shift of the residual stream that the attack has taken back after so many steps (0: as unlearned, "
-    "1: as the base along that way, negative: further away), on held-out forget texts.",
-    "shift": "How far unlearning has moved the residual stream from the base's after every block: on held-out forget texts, on neighbours that should stay as they were, and on "
-    "general text. Bands are ranges over seeds.",
-    "energy": "How much of every method's weight change acts on the directions that retain texts use most, against a random change. An update that leaves common directions "
-    "alone lies below the dashed line.",
-}
 
 
 def _interval(row: pd.Series | None) -> str:
@@ -83,12 +57,6 @@ def _mean(
         & place
     ]["value"].dropna()
     return format(float(rows.mean()), digits) if len(rows) else "–"
-
-
-def main_metric(table: pd.DataFrame) -> str:
-    """Recall where the base recalls anything; otherwise (long answers of running text) the answer probability."""
-    recall = table[(table["metric"] == "recall") & (table["method"] == "base")]["value"]
-    return "recall" if len(recall) and float(recall.max()) >= 0.2 else "answer_probability"
 
 
 def summary_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -186,15 +154,10 @@ def draw_figures(out: Path, results: pd.DataFrame) -> dict[str, str]:
     """Draw every figure of the table into ``figures/`` (PNG and SVG); returns name to data URI. A figure that has nothing to draw is left out."""
     drawn = {}
     unlearned = results.loc[~results["method"].isin(CONTROLS), "method"].nunique()
-    for name, figure_of in FIGURES.items():
-        # one model is no relation between a measure and recovery
-        if name == "curvature" and unlearned < 2:
+    for name, drawing in figures_of("run").items():
+        if drawing.least > unlearned:
             continue
-        figure = (
-            figure_of(results, metric=main_metric(results))  # type: ignore[call-arg]
-            if name in ("comparison", "ablation", "recovery", "triggers")
-            else figure_of(results)
-        )
+        figure = drawing.draw(results)
         if not figure.axes:  # nothing to draw in this table
             continue
         png = out / "figures" / f"{name}.png"
@@ -374,7 +337,7 @@ def write_report(
         done=list(done) or _road_steps(results, seeds, trained or _FROM_SCRATCH),
         findings=findings(results, claims),
         summary=summary_table(results),
-        pictures=[(name, uri, CAPTIONS[name]) for name, uri in pictures.items()],
+        pictures=[(name, uri, FIGURES[name].caption) for name, uri in pictures.items()],
         claims=[(CLAIMS[claim.id], claim, _effect(claim)) for claim in claims],
         notes=list(notes) or _limits(seeds, claims),
         metric="recall" if main_metric(results) == "recall" else "answer probability",

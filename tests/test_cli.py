@@ -318,7 +318,6 @@ def test_unknown_names_list_the_nearest(
         capsys, *_unlearn(quick_base, *texts, out, "--set", "lr=fast")
     )
     assert "whole number" in _fails(capsys, *_unlearn(quick_base, *texts, out, "--set", "steps=0"))
-    assert "sam-resists" in _fails(capsys, "claims", "sam-resist")
     assert "No such command" in _fails(capsys, "dmeo")
 
 
@@ -559,7 +558,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(
 
 
 def test_claims_from_a_finished_run(quick_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["claims", "--run", str(quick_run.folder), "common-subspaces", "--json"]) == 0
+    assert main(["claims", str(quick_run.folder), "--id", "common-subspaces", "--json"]) == 0
     (verdict,) = json.loads(capsys.readouterr().out)
     assert set(verdict) == {
         "id",
@@ -573,6 +572,8 @@ def test_claims_from_a_finished_run(quick_run: Run, capsys: pytest.CaptureFixtur
         "reason",
     }
     assert verdict["id"] == "common-subspaces"
+    assert "sam-resists" in _fails(capsys, "claims", quick_run.folder, "--id", "sam-resist")
+    assert "two runs" in _fails(capsys, "claims", quick_run.folder, quick_run.folder)
     assert verdict["seeds"] == 2
 
 

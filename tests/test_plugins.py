@@ -15,12 +15,16 @@ from workbench.figures.style import colour, title
 from workbench import registry
 from workbench.cli import main
 from workbench.errors import WorkbenchError
+from workbench.experiments.claims import CLAIMS
 from workbench.experiments.config import RunConfig, preset, write_config
 from workbench.unlearning.methods import METHODS, find_method, known_settings, method
 from workbench.unlearning.objectives import Objective, negative_cross_entropy
 from workbench.unlearning.recipe import EVERYTHING, Recipe
 
 FILE = """
+from workbench.evaluation.statistics import bootstrap
+from workbench.experiments.claims import claim
+from workbench.experiments.table import fact_table
 from workbench.figures import figure
 from workbench.unlearning.methods import method
 from workbench.unlearning.objectives import Objective, negative_cross_entropy, retain_cross_entropy
@@ -42,14 +46,20 @@ def price(table):
     if len(rows):
         drawn.add_subplot().bar(rows["method"], rows["value"])
     return drawn
+
+
+@claim("capped-forgets", statement="Mine forgets more than NPO.", statistic="recall after: NPO minus mine")
+def capped_forgets(results, items):
+    after = [fact_table(items, method=name, stage="relearn", arm="attack") for name in ("npo", "capped")]
+    return bootstrap((after[0] - after[1]).to_numpy())
 """
 
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
     """Registries as they were; what a test adds is its own."""
-    list(METHODS), list(FIGURES)
-    before = [(each, dict(each._entries), dict(each._added)) for each in (METHODS, FIGURES)]
+    list(METHODS), list(FIGURES), list(CLAIMS)
+    before = [(each, dict(each._entries), dict(each._added)) for each in (METHODS, FIGURES, CLAIMS)]
     files = dict(registry._PLUGINS)
     yield
     for each, entries, added in before:
@@ -67,7 +77,7 @@ def file(tmp_path: Path) -> Path:
 
 def _forget() -> None:
     """As in another process, which knows nothing of a user's file."""
-    for each in (METHODS, FIGURES):
+    for each in (METHODS, FIGURES, CLAIMS):
         for name in each.added():
             each._entries.pop(name), each._added.pop(name)
     registry._PLUGINS.clear()
@@ -162,6 +172,7 @@ def test_a_plug_in_is_swept_with_two_workers_and_appears_everywhere(
     table = pd.read_parquet(out / "results.parquet")
     assert {"capped", "npo"} <= set(table["method"].dropna())
     assert "Capped ascent" in (out / "report.html").read_text(encoding="utf-8")
+    assert "Mine forgets more than NPO." in (out / "report.html").read_text(encoding="utf-8")
     assert "What every method of mine cost." in (out / "report.html").read_text(encoding="utf-8")
     assert (out / "figures" / "price.png").is_file()
     assert "Capped ascent" in (out / "figures" / "comparison.svg").read_text(encoding="utf-8")
@@ -169,7 +180,13 @@ def test_a_plug_in_is_swept_with_two_workers_and_appears_everywhere(
     assert main(["relearn", "--run", str(out), "--out", str(tmp_path / "again"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["table"]
     assert "capped" in METHODS  # the run brought it
-    assert main(["claims", "--run", str(out), "--plugin"]) == 2
+    capsys.readouterr()
+    _forget()
+    folders = [str(out), str(tmp_path / "again")]
+    assert main(["claims", *folders, "--id", "capped-forgets", "--json"]) == 0
+    (verdict,) = json.loads(capsys.readouterr().out)
+    assert (verdict["id"], verdict["verdict"]) == ("capped-forgets", "inconclusive")  # one seed
+    assert main(["claims", str(out), "--plugin"]) == 2
     assert "--plugin needs a file" in capsys.readouterr().err
 
 

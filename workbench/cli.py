@@ -303,27 +303,29 @@ def sweep(
 
 @app.command()
 def claims(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="A finished run, and folders of what was asked of its models afterwards "
+            "(triggers, sharpness, relearn); their stages take the place of the run's.",
+        ),
+    ],
     ids: Annotated[
-        list[str] | None, typer.Argument(metavar="[ID]...", help="Claims to decide; default all.")
+        list[str] | None,
+        typer.Option("--id", metavar="ID", help="A claim to decide; repeatable; default all."),
     ] = None,
-    run: Annotated[
-        Path | None,
-        typer.Option(help="A finished run; default runs/demo (runs/demo-quick with --quick)."),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Decide on the quick run.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Decide the claims of the literature on a finished run; nothing is trained."""
+    """Decide the claims of the literature on finished runs; nothing is trained."""
+    from workbench.experiments.afterwards import read_runs
     from workbench.experiments.claims import CLAIMS, decide
-    from workbench.experiments.config import read_config
-    from workbench.experiments.folder import CONFIG, read_results
 
+    config, results, items = read_runs(runs)
     for name in ids or []:
         if name not in CLAIMS:
             raise unknown("claim", name, CLAIMS)
-    folder = run or Path("runs/demo-quick" if quick else "runs/demo")
-    results, items = read_results(folder)
-    verdicts = decide(results, items, scale=read_config(folder / CONFIG).scale, ids=ids or None)
+    verdicts = decide(results, items, scale=config.scale, ids=ids or None)
 
     def show() -> None:
         table = RichTable(

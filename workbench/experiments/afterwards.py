@@ -12,7 +12,7 @@ import yaml
 
 from workbench.builtin import world_of
 from workbench.data.world import World
-from workbench.errors import unknown
+from workbench.errors import WorkbenchError, unknown
 from workbench.experiments.bench import Bench
 from workbench.experiments.config import RunConfig, read_config
 from workbench.experiments.folder import (
@@ -27,13 +27,53 @@ from workbench.experiments.folder import (
 )
 from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
-from workbench.experiments.table import COLUMNS, join, summarise, write_parquet
+from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, join, summarise, write_parquet
 from workbench.files import key_of, plain, write_json
 from workbench.models import open_model, weights_hash
 from workbench.progress import Report
 
 BASE, NEVER = "base", "never-learned"
 CONTROLS = (BASE, NEVER)
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[RunConfig, pd.DataFrame, pd.DataFrame]:
+    """The tables of a finished run together with those of what was asked of its models afterwards.
+
+    Args:
+        folders: the run, and folders of ``relearn``, ``triggers``, ``sharpness`` and the like on it,
+            in any order. Stages of a later one take the place of the same stages of the run.
+
+    Returns:
+        The run's configuration, results and items.
+
+    Raises:
+        WorkbenchError: one of them is not finished, no run is among them, or they are not of one run.
+    """
+    config, parts = None, []
+    for folder in folders:
+        tables = read_results(folder)
+        values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        if "experiment" in values:
+            parts.append((folder, values.get("of"), tables))
+            continue
+        if config is not None:
+            raise WorkbenchError(
+                f"{folder} and {config[0]} are two runs; give one of them, and what was asked of its models"
+            )
+        config = (folder, read_config(folder / CONFIG), tables)
+    if config is None:
+        raise WorkbenchError(
+            f"{', '.join(map(str, folders))}: the run itself is not among them; give its folder as well"
+        )
+    run, found, (results, items) = config
+    for folder, of, (more, single) in parts:
+        if of != found.key:
+            raise WorkbenchError(f"{folder} was not asked of the models of {run}")
+        again = set(more["stage"].dropna())
+        results = join([results[~results["stage"].isin(again)], more], COLUMNS)
+        items = join([items[~items["stage"].isin(again)], single], ITEM_COLUMNS)
+    return found, results, items
+
 
 ModelJob = Callable[[Path, Path, str, RunConfig, str, int, Report], None]
 """``job(run, out, key, config, model, seed, progress)``: all stages of one model."""

@@ -17,6 +17,7 @@ import pandas as pd
 from workbench.errors import NotMeasuredError, WorkbenchError, unknown
 from workbench.evaluation.statistics import Estimate, bootstrap, spearman
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, fact_table, smoothing_pairs
+from workbench.registry import Registry
 
 Outcome = Literal["supported", "contradicted", "inconclusive", "not measured"]
 
@@ -65,6 +66,11 @@ class Claim:
     measure: Statistic
     margin: float = 0.0
     seeded: bool = True
+
+    @property
+    def name(self) -> str:
+        """The identifier."""
+        return self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,9 +453,9 @@ _SAM = "Fan et al. 2025 (arXiv 2502.05374)"
 _JOG = "Hu et al. 2025 (arXiv 2406.13356)"
 RIVALS = ("grad-diff", "npo", "rmu")
 
-CLAIMS: dict[str, Claim] = {
-    claim.id: claim
-    for claim in (
+CLAIMS: Registry[Claim] = Registry("claim", __name__, "workbench.claims")
+CLAIMS.own(
+    [
         Claim(
             "cir-robust", _CIR, "At the same disruption, relearning brings back less after a collapsed update than after other methods.",
             "held-out recall after the attack: mean of GradDiff, NPO and RMU minus CIR", "recall", _less_recall_than("cir", RIVALS),
@@ -543,8 +549,8 @@ CLAIMS: dict[str, Claim] = {
             "relearn-nonmonotone", _JOG, "More relearning is not always more recovery: beyond a point recall falls again.",
             "held-out recall (workbench ladder --steps 120 or more): at a third of the attack minus at its end, mean over methods", "recall", _nonmonotone,
         ),
-    )
-}  # fmt: skip
+    ]
+)  # fmt: skip
 
 
 FEW_SEEDS = 5
@@ -563,6 +569,32 @@ def _decided(claim: Claim, found: Measured, seeds: int) -> tuple[Outcome, str]:
     elif claim.seeded and seeds < FEW_SEEDS:
         notes.append(f"{seeds} seeds: the interval is too short where seeds scatter")
     return verdict, "; ".join(note for note in notes if note)
+
+
+def claim(
+    id: str,
+    *,
+    statement: str,
+    statistic: str,
+    unit: str = "recall",
+    source: str = "",
+    margin: float = 0.0,
+    seeded: bool = True,
+) -> Callable[[Statistic], Statistic]:
+    """Decorate a function ``(results, items) -> effect``: the claim is decided on every run from then
+    on, and stands in the report. See :class:`Claim` for the arguments.
+
+    The function raises :class:`~workbench.errors.NotMeasuredError` where the run lacks what it needs.
+
+    Raises:
+        WorkbenchError: the workbench has a claim of this id.
+    """
+
+    def register(measure: Statistic) -> Statistic:
+        CLAIMS.add(Claim(id, source, statement, statistic, unit, measure, margin, seeded))
+        return measure
+
+    return register
 
 
 def decide(
@@ -590,14 +622,14 @@ def decide(
     for name in CLAIMS if ids is None else ids:
         if name not in CLAIMS:
             raise unknown("claim", name, CLAIMS)
-        claim = CLAIMS[name]
+        asked = CLAIMS[name]
         try:
-            found = claim.measure(results, items)
+            found = asked.measure(results, items)
         except NotMeasuredError as error:
             nothing = (np.nan, np.nan, np.nan, 0)
             verdicts.append(Verdict(name, "not measured", *nothing, seeds, scale, str(error)))
             continue
         measured = found if isinstance(found, Measured) else Measured(found)
-        verdict, reason = _decided(claim, measured, seeds)
+        verdict, reason = _decided(asked, measured, seeds)
         verdicts.append(Verdict(name, verdict, *measured.effect, seeds, scale, reason))
     return tuple(verdicts)

@@ -150,7 +150,8 @@ def npo(beta: float) -> Loss:
     .. math:: -\frac{2}{\beta}\, E\Big[\log\sigma\big(-\beta \log\tfrac{\pi_\theta(x)}{\pi_{ref}(x)}\big)\Big]
 
     The log-ratio is the **sum** over the target tokens of one sequence, and the mean is over sequences; beta has no meaning without that statement. At the reference
-    its gradient is that of gradient ascent on the summed likelihood.
+    its gradient is that of gradient ascent on the summed likelihood. Where code takes the token mean of a batch inside the sigmoid (that of the smoothed-unlearning
+    study does), the same beta is a weaker pull on long answers; divide it by the answers' mean length to compare.
     """
     if beta <= 0:
         raise ValueError(f"beta is {beta}; NPO needs beta > 0 (its limit at 0 is gradient ascent)")

@@ -17,6 +17,7 @@ from workbench.cli import main
 from workbench.errors import WorkbenchError
 from workbench.experiments.claims import CLAIMS
 from workbench.experiments.config import RunConfig, preset, write_config
+from workbench.experiments.probing import PROBES
 from workbench.unlearning.methods import METHODS, find_method, known_settings, method
 from workbench.unlearning.objectives import Objective, negative_cross_entropy
 from workbench.unlearning.recipe import EVERYTHING, Recipe
@@ -24,6 +25,7 @@ from workbench.unlearning.recipe import EVERYTHING, Recipe
 FILE = """
 from workbench.evaluation.statistics import bootstrap
 from workbench.experiments.claims import claim
+from workbench.experiments.probing import probe
 from workbench.experiments.table import fact_table
 from workbench.figures import figure
 from workbench.unlearning.methods import method
@@ -48,6 +50,11 @@ def price(table):
     return drawn
 
 
+@probe("weights", title="size of the weights")
+def weights(model, bench, table, seed):
+    table.add("weight_norm", sum(float(p.square().sum()) for p in model.parameters()) ** 0.5)
+
+
 @claim("capped-forgets", statement="Mine forgets more than NPO.", statistic="recall after: NPO minus mine")
 def capped_forgets(results, items):
     after = [fact_table(items, method=name, stage="relearn", arm="attack") for name in ("npo", "capped")]
@@ -58,8 +65,11 @@ def capped_forgets(results, items):
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
     """Registries as they were; what a test adds is its own."""
-    list(METHODS), list(FIGURES), list(CLAIMS)
-    before = [(each, dict(each._entries), dict(each._added)) for each in (METHODS, FIGURES, CLAIMS)]
+    list(METHODS), list(FIGURES), list(CLAIMS), list(PROBES)
+    before = [
+        (each, dict(each._entries), dict(each._added))
+        for each in (METHODS, FIGURES, CLAIMS, PROBES)
+    ]
     files = dict(registry._PLUGINS)
     yield
     for each, entries, added in before:
@@ -77,7 +87,7 @@ def file(tmp_path: Path) -> Path:
 
 def _forget() -> None:
     """As in another process, which knows nothing of a user's file."""
-    for each in (METHODS, FIGURES, CLAIMS):
+    for each in (METHODS, FIGURES, CLAIMS, PROBES):
         for name in each.added():
             each._entries.pop(name), each._added.pop(name)
     registry._PLUGINS.clear()
@@ -165,12 +175,14 @@ def test_a_plug_in_is_swept_with_two_workers_and_appears_everywhere(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    command = ["sweep", "--quick", "--methods", "capped,npo", "--seeds", "1", "--relearning-only"]
+    command = ["sweep", "--quick", "--methods", "capped,npo", "--seeds", "1", "--probe", "weights"]
     options = ["--set", "npo.steps=3", "--out", str(out), "--workers", "2", "--json"]
     assert main([*command, "--plugin", str(file), *options]) == 0
     capsys.readouterr()
     table = pd.read_parquet(out / "results.parquet")
     assert {"capped", "npo"} <= set(table["method"].dropna())
+    asked = table[(table["metric"] == "weight_norm") & (table["stage"] == "weights")]
+    assert set(asked["method"]) == {"capped", "npo", "base", "never-learned"}
     assert "Capped ascent" in (out / "report.html").read_text(encoding="utf-8")
     assert "Mine forgets more than NPO." in (out / "report.html").read_text(encoding="utf-8")
     assert "What every method of mine cost." in (out / "report.html").read_text(encoding="utf-8")

@@ -30,3 +30,41 @@ class _Beside:
 if (_TREE / "pyproject.toml").is_file() and (_TREE / "hooks" / "__init__.py").is_file():
     # first, or the finder of another checkout that is installed would answer
     _sys.meta_path.insert(0, _Beside)  # type: ignore[arg-type]
+
+_HOMES = {
+    "CLAIMS": "workbench.experiments.claims",
+    "Capture": "workbench.hooks",
+    "Example": "workbench.data.records",
+    "FIGURES": "workbench.figures",
+    "METHODS": "workbench.unlearning.methods",
+    "Objective": "workbench.unlearning.objectives",
+    "PROBES": "workbench.experiments.probing",
+    "Recipe": "workbench.unlearning.recipe",
+    "Subspace": "workbench.subspaces.subspace",
+    "WorkbenchError": "workbench.errors",
+    "claim": "workbench.experiments.claims",
+    "figure": "workbench.figures",
+    "load_plugin": "workbench.registry",
+    "method": "workbench.unlearning.methods",
+    "open_model": "workbench.models",
+    "probe": "workbench.experiments.probing",
+    "read_examples": "workbench.data.readers",
+    "save_model": "workbench.models",
+}
+__version__ = "0.2.0.dev0"
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name where it is first asked for: ``import workbench`` loads no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'workbench' has no attribute {name!r}")
+    from importlib import import_module
+
+    found = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -153,6 +153,13 @@ def sweep(
             help="Whose names stand in the built-in world's speaker tags: surnames (default), or strangers."
         ),
     ] = None,
+    probe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Ask this of every model besides relearning; repeatable; default triggers and sharpness.",
+        ),
+    ] = None,
     relearning_only: Annotated[
         bool, typer.Option("--relearning-only", help="Leave the trigger and sharpness probes out.")
     ] = False,
@@ -288,6 +295,10 @@ def sweep(
         tried = settings_grid(changes.get("methods", start.methods))
         changes["variants"] = {name: variant.model_dump() for name, variant in tried.items()}
         changes["methods"] = list(tried)
+    if probe and relearning_only:
+        raise WorkbenchError("give --probe or --relearning-only, not both")
+    if probe:
+        changes["probes"] = probe
     if relearning_only:
         changes["probes"] = []
     for name, value in _settings(settings or []).items():

@@ -24,6 +24,7 @@ from workbench.builtin import BuiltinConfig
 from workbench.data.world import WorldConfig
 from workbench.errors import WorkbenchError, unknown
 from workbench.experiments.bench import Measure
+from workbench.experiments.probing import PROBES
 from workbench.files import key_of
 from workbench.unlearning.methods import METHODS, check_setting, innermost, is_method
 from workbench.unlearning.recipe import Setting
@@ -72,9 +73,6 @@ class Variant(BaseModel):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-PROBES = ("triggers", "sharpness")
-
-
 class RunConfig(BaseModel):
     """Everything that decides the numbers of a run on the built-in world.
 
@@ -100,11 +98,13 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    # first: the names in the other fields may be those of a plug-in
+    plugins: tuple[registry.Plugin, ...] = ()
     scale: str = "built-in world, 0.9M parameters"
     model: BuiltinConfig = Field(default_factory=BuiltinConfig)
     methods: tuple[str, ...] = DEMO_METHODS
     variants: dict[str, Variant] = Field(default_factory=dict)
-    probes: tuple[Literal["triggers", "sharpness"], ...] = ("triggers", "sharpness")
+    probes: tuple[str, ...] = ("triggers", "sharpness")
     settings: dict[str, dict[str, Value]] = Field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: float | None = Field(default=0.05, gt=0)
@@ -116,7 +116,6 @@ class RunConfig(BaseModel):
     slice_reach: float = Field(default=0.05, gt=0)
     rank: int = Field(default=32, ge=1)
     curvature_tolerance: float = Field(default=0.05, gt=0, lt=1)
-    plugins: tuple[registry.Plugin, ...] = ()
 
     @field_validator("plugins")
     @classmethod
@@ -133,6 +132,16 @@ class RunConfig(BaseModel):
     def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if not names or len(set(names)) != len(names):
             raise ValueError("name at least one method, each once")
+        return names
+
+    @field_validator("probes")
+    @classmethod
+    def _known_probes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in PROBES:
+                raise ValueError(str(unknown("probe", name, PROBES)))
+        if len(set(names)) != len(names):
+            raise ValueError("name every probe once")
         return names
 
     @field_validator("seeds")
@@ -186,9 +195,13 @@ class RunConfig(BaseModel):
         """The same configuration with the sources of what users added: the plug-ins that were loaded,
         and the functions defined elsewhere whose methods it runs.
         """
-        own = METHODS.added()
+        methods, probes = METHODS.added(), PROBES.added()
         used = {innermost(self.variant(name).method) for name in self.methods}
-        sources = [registry.source_of(own[name]) for name in sorted(used & set(own))]
+        entries = [
+            *(methods[name] for name in sorted(used & set(methods))),
+            *(probes[name] for name in self.probes if name in probes),
+        ]
+        sources = [registry.source_of(entry) for entry in entries]
         return self.model_copy(
             update={"plugins": tuple(dict.fromkeys([*registry.plugins(), *sources]))}
         )

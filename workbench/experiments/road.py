@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from transformers import PreTrainedModel
 
 from workbench.builtin import BuiltinConfig, builtin_folder, builtin_model, untrained, world_of
-from workbench.data.world import World, neutral_words
+from workbench.data.world import World
 from workbench.errors import WorkbenchError
 from workbench.experiments import stages
 from workbench.experiments.bench import Bench, Disruption
@@ -33,6 +34,7 @@ from workbench.experiments.folder import (
     stage_path,
 )
 from workbench.experiments.jobs import Job, run_jobs
+from workbench.experiments.probing import PROBES, Probe
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.table import COLUMNS, Table, join, summarise, write_parquet
 from workbench.files import MANIFEST, damage, write_folder, write_json
@@ -183,29 +185,29 @@ def _model_job(config: RunConfig, out: Path, method: str, seed: int, progress: R
             progress=progress,
         )
 
-    def triggers(table: Table) -> None:
-        stages.trigger_check(model, bench, neutral_words(), seed=seed, table=table)
-
-    def sharpness(table: Table) -> None:
-        stages.sharpness(
-            model,
-            bench,
-            points=config.slice_points,
-            reach=config.slice_reach,
-            tolerance=config.curvature_tolerance,
-            seed=seed,
-            table=table,
-        )
-
     run_stage(out, job, "relearn", common, relearn)
-    if "triggers" in config.probes:
-        run_stage(out, job, "triggers", common, triggers)
-    if "sharpness" not in config.probes:
-        return
-    if (
-        unlearned or seed == config.seeds[0]
-    ):  # base and control are one model each: their sharpness does not depend on the seed of the attack
-        run_stage(out, job, "sharpness", common, sharpness)
+    for name in config.probes:
+        probe = PROBES[name]
+        # base and control are one model each: what does not depend on the seed is asked once
+        if unlearned or probe.seeded or seed == config.seeds[0]:
+            run_stage(
+                out,
+                job,
+                name,
+                common | {"stage": name},
+                partial(_ask, probe, model, bench, seed, config),
+            )
+
+
+def _ask(
+    probe: Probe,
+    model: PreTrainedModel,
+    bench: Bench,
+    seed: int,
+    config: RunConfig,
+    table: Table,
+) -> None:
+    probe.ask(model, bench, table, seed, config)
 
 
 def _check_methods(config: RunConfig, world: World) -> None:

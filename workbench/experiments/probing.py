@@ -1,0 +1,95 @@
+"""The registry of what a run asks of every model besides forgetting, disruption and relearning."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
+
+from workbench.data.world import neutral_words
+from workbench.experiments import stages
+from workbench.experiments.bench import Bench
+from workbench.experiments.table import Table
+from workbench.registry import Registry
+
+if TYPE_CHECKING:
+    from workbench.experiments.config import RunConfig
+
+Ask = Callable[[PreTrainedModel, Bench, Table, int], None]
+"""``ask(model, bench, table, seed)``: measures something and adds rows to ``table``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """An entry of the registry.
+
+    Attributes:
+        name: of the stage, and after ``--probe``.
+        title: in prose.
+        ask: ``ask(model, bench, table, seed, config)``.
+        seeded: what it finds in the base and in the never-learned model depends on the seed.
+    """
+
+    name: str
+    title: str
+    ask: Callable[[PreTrainedModel, Bench, Table, int, RunConfig], None]
+    seeded: bool = True
+
+
+def _triggers(
+    model: PreTrainedModel, bench: Bench, table: Table, seed: int, config: RunConfig
+) -> None:
+    stages.trigger_check(model, bench, neutral_words(), seed=seed, table=table)
+
+
+def _sharpness(
+    model: PreTrainedModel, bench: Bench, table: Table, seed: int, config: RunConfig
+) -> None:
+    stages.sharpness(
+        model,
+        bench,
+        points=config.slice_points,
+        reach=config.slice_reach,
+        tolerance=config.curvature_tolerance,
+        seed=seed,
+        table=table,
+    )
+
+
+PROBES: Registry[Probe] = Registry("probe", __name__, "workbench.probes")
+PROBES.own(
+    [
+        Probe("triggers", "trigger check", _triggers),
+        Probe("sharpness", "sharpness", _sharpness, seeded=False),
+    ]
+)
+
+
+def probe(name: str, *, title: str = "", seeded: bool = True) -> Callable[[Ask], Ask]:
+    """Decorate a function ``ask(model, bench, table, seed)`` that measures something and adds it with
+    ``table.add(metric, value)``: a run with ``--probe NAME`` asks it of every model, resumes behind it
+    and keeps its rows in ``results.parquet``, with the name as their stage.
+
+    Args:
+        name: of the probe.
+        title: in prose; default the name.
+        seeded: what it finds in the base and in the never-learned model depends on the seed.
+
+    Raises:
+        WorkbenchError: the workbench has a probe of this name.
+    """
+
+    def register(ask: Ask) -> Ask:
+        @functools.wraps(ask)  # its source is the user's, for the configuration
+        def asked(
+            model: PreTrainedModel, bench: Bench, table: Table, seed: int, config: RunConfig
+        ) -> None:
+            ask(model, bench, table, seed)
+
+        PROBES.add(Probe(name, title or name, asked, seeded))
+        return ask
+
+    return register

@@ -295,7 +295,7 @@ def _swap_block(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("warm", [pytest.param(False, marks=pytest.mark.full), True])
 @pytest.mark.parametrize(
     "compiling", [_compile_whole, _compile_in_place, _compile_inner, _compile_block, _swap_block]
 )
@@ -357,7 +357,7 @@ EDGES = [
 ]
 
 
-@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("warm", [pytest.param(False, marks=pytest.mark.full), True])
 @pytest.mark.parametrize("site", EDGES)
 def test_a_site_at_the_edge_of_a_compiled_block_delivers_its_rows_or_an_error(
     site: str, warm: bool, llama: PreTrainedModel, make_batch: BatchMaker

@@ -76,6 +76,7 @@ FIGURES.own(
             " star marks a model that stays below the budget however far its change is "
             "scaled: it is not at the same price. A dagger marks one whose attack diverged: "
             "its last point is from before that.",
+            of=("run", "relearn"),
         ),
         Drawing(
             "ablation",
@@ -284,6 +285,36 @@ FIGURES.own(
             "Rank correlation of every measure taken before the attack with what the attack "
             "wins back.",
             of=("sharpness",),
+        ),
+        Drawing(
+            "names",
+            names,
+            "Success of the prompts by repetitions of the pair, before and after relearning, with controls.",
+            of=("names",),
+        ),
+        Drawing(
+            "keyword",
+            keyword,
+            "Withheld keywords in the answers along the relearning, with controls.",
+            of=("keyword",),
+        ),
+        Drawing(
+            "verbatim",
+            verbatim,
+            "Verbatim recovery of unlearned passages along the relearning, with controls.",
+            of=("verbatim",),
+        ),
+        Drawing(
+            "ladder",
+            ladder,
+            "Recall of held-out facts by attack text and way of attacking.",
+            of=("ladder",),
+        ),
+        Drawing(
+            "suffix",
+            suffix,
+            "Recall and accuracy behind searched and random suffixes.",
+            of=("suffix",),
         ),
     ]
 )

@@ -171,6 +171,7 @@ def test_texts_that_all_share_their_words_lose_the_trigger_check_alone(
     assert "trigger check was left out" in (run / "report.html").read_text()
 
 
+@pytest.mark.full
 def test_texts_that_all_end_alike_lose_the_random_facts_alone(
     quick_base: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -462,7 +463,7 @@ def test_the_same_configuration_gives_the_same_table_in_one_process_or_two(
     pd.testing.assert_frame_equal(again.items, quick_run.items)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_finished_run_is_not_run_again_and_a_lost_stage_is(
     quick_run: Run, quick_config: RunConfig, tmp_path: Path
 ) -> None:
@@ -693,3 +694,24 @@ def test_a_table_in_a_pipe_is_not_folded(capsys: pytest.CaptureFixture[str]) -> 
     )
     header, row = capsys.readouterr().out.splitlines()
     assert row.count("0.11 [0.00, 0.22]") == 9 and "a long column 8" in header
+
+
+def test_figures_and_report_are_drawn_again_from_tables_alone(
+    quick_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.yaml", "results.parquet", "items.parquet"):
+        shutil.copy(quick_run.folder / name, folder / name)  # no model, no stage
+    assert main(["figures", str(folder), "--name", "recovery", "--format", "pdf", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "recovery": [str(folder / "figures" / "recovery.pdf")]
+    }
+    assert (folder / "figures" / "recovery.pdf").read_bytes().startswith(b"%PDF")
+    assert "did you mean recovery" in _fails(capsys, "figures", folder, "--name", "recovry")
+    assert "choose one of" in _fails(capsys, "figures", folder, "--format", "xyz")
+    assert "nothing to draw for dose" in _fails(capsys, "figures", folder, "--name", "dose")
+    assert main(["report", str(folder), "--json"]) == 0
+    page = Path(json.loads(capsys.readouterr().out)["report"])
+    again = (quick_run.folder / "report.html").read_text(encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == again

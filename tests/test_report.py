@@ -41,6 +41,12 @@ FIGURES = {
 }  # the synthetic run has none of them
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentences of a page need none, and drawing all takes seconds."""
+    monkeypatch.setattr("workbench.report.report.draw_figures", lambda *args, **kwargs: {})
+
+
 class Page(HTMLParser):
     """Elements, text and what a page points to; refuses tags that do not close in order."""
 
@@ -316,6 +322,7 @@ def test_the_page_names_steps_seeds_and_limits(page: Page) -> None:
     assert "2 seed(s)" in page.text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_budget_is_named_in_its_own_measure_and_on_its_own_sets(
     make_tables: Tables, tmp_path: Path
 ) -> None:
@@ -332,6 +339,7 @@ def test_the_budget_is_named_in_its_own_measure_and_on_its_own_sets(
     assert "drifts from the base" not in text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_what_a_run_left_out_is_not_among_its_steps(make_tables: Tables, tmp_path: Path) -> None:
     table = make_tables()[0]
     assert "Hessian's spectrum were computed" in Page(_report(tmp_path / "whole", table)).text
@@ -342,6 +350,7 @@ def test_what_a_run_left_out_is_not_among_its_steps(make_tables: Tables, tmp_pat
     assert "Hessian's spectrum were computed" not in text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_pretrained_base_is_not_said_to_come_from_nothing(
     make_tables: Tables, tmp_path: Path
 ) -> None:

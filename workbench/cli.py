@@ -356,6 +356,76 @@ def claims(
     emit([verdict.plain() for verdict in verdicts], as_json, show)
 
 
+@app.command("figures")
+def draw(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="A folder of any command, or a run with such folders."
+        ),
+    ],
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--name", metavar="NAME", help="A figure; repeatable; default all there are."),
+    ] = None,
+    formats: Annotated[str, typer.Option("--format", help="svg, pdf, png, by commas.")] = "png,svg",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures; default figures/ in the last RUN.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw figures again, from tables alone."""
+    from workbench.experiments.afterwards import experiment_of, read_runs
+    from workbench.experiments.folder import read_results
+    from workbench.figures import FIGURES, figures_of
+    from workbench.report.report import draw_figures
+
+    kinds = [kind.strip() for kind in formats.split(",") if kind.strip()]
+    for kind in kinds or [formats]:
+        if kind not in ("svg", "pdf", "png"):
+            raise unknown("format", kind, ("svg", "pdf", "png"))
+    results = read_results(runs[0])[0] if len(runs) == 1 else read_runs(runs)[1]
+    there = {name: entry for run in runs for name, entry in figures_of(experiment_of(run)).items()}
+    chosen = {name: FIGURES[name] for name in names} if names else there
+    target = out or runs[-1] / "figures"
+    drawn = draw_figures(target, results, drawings=chosen, formats=kinds)
+    empty = [name for name in chosen if name not in drawn]
+    if names and empty:
+        raise WorkbenchError(
+            f"nothing to draw for {', '.join(empty)} in {', '.join(map(str, runs))}"
+        )
+
+    def show() -> None:
+        for files in drawn.values():
+            for path in files:
+                out_console.print(str(path))
+
+    emit({name: [str(path) for path in files] for name, files in drawn.items()}, as_json, show)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="A finished run, and folders of what was asked of its models afterwards.",
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Write the report of a run again, from tables alone, with what was asked of its models since."""
+    from workbench.experiments.afterwards import read_runs
+    from workbench.experiments.claims import decide
+    from workbench.experiments.road import trained_from
+    from workbench.report import write_report
+
+    config, results, items = read_runs(runs)
+    verdicts = decide(results, items, scale=config.scale)
+    page = write_report(runs[0], results, items, verdicts, trained=trained_from(config.model))
+    emit({"report": str(page)}, as_json, lambda: out_console.print(f"report: {page}"))
+
+
 @app.command()
 def unlearn(
     base: Annotated[str, typer.Option(help="Folder or hub id of the model.")],

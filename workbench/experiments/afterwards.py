@@ -36,6 +36,17 @@ BASE, NEVER = "base", "never-learned"
 CONTROLS = (BASE, NEVER)
 
 
+def experiment_of(folder: Path) -> str:
+    """Which command made a folder: ``run`` is the demo or a sweep.
+
+    Raises:
+        WorkbenchError: the folder holds no finished run.
+    """
+    read_results(folder)
+    values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    return str(values.get("experiment", "run"))
+
+
 def read_runs(folders: Sequence[Path]) -> tuple[RunConfig, pd.DataFrame, pd.DataFrame]:
     """The tables of a finished run together with those of what was asked of its models afterwards.
 

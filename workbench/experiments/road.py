@@ -285,7 +285,7 @@ def run_road(
     return _conclude(config, out)
 
 
-def _trained(model: BuiltinConfig) -> str:
+def trained_from(model: BuiltinConfig) -> str:
     """What the report says about a base that did not start from nothing."""
     if model.pretrained is None:
         return ""
@@ -324,5 +324,5 @@ def _conclude(config: RunConfig, out: Path) -> Run:
     )
     claims = decide(results, items, scale=config.scale)
     write_json(out / "claims.json", [claim.plain() for claim in claims])
-    write_report(out, results, items, claims, trained=_trained(config.model))
+    write_report(out, results, items, claims, trained=trained_from(config.model))
     return Run(out, config, results, items, claims)

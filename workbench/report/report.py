@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 
 from workbench.experiments.claims import CLAIMS, Verdict
-from workbench.figures import FIGURES, figures_of
+from workbench.figures import FIGURES, Drawing, figures_of
 from workbench.figures.marks import diverged, main_metric, marks
 from workbench.figures.style import look, methods_in, title
 from workbench.files import write_file, write_text
@@ -150,20 +150,34 @@ def _data_uri(png: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()
 
 
-def draw_figures(out: Path, results: pd.DataFrame) -> dict[str, str]:
-    """Draw every figure of the table into ``figures/`` (PNG and SVG); returns name to data URI. A figure that has nothing to draw is left out."""
+def draw_figures(
+    out: Path,
+    results: pd.DataFrame,
+    *,
+    drawings: Mapping[str, Drawing] | None = None,
+    formats: Sequence[str] = ("png", "svg"),
+) -> dict[str, list[Path]]:
+    """Draw the figures of a table; one that has nothing to draw is left out.
+
+    Args:
+        out: folder for the pictures.
+        results: tidy rows.
+        drawings: from the registry; default those of a run.
+        formats: endings of the files.
+
+    Returns:
+        Name -> its files, in the order of ``formats``.
+    """
     drawn = {}
     unlearned = results.loc[~results["method"].isin(CONTROLS), "method"].nunique()
-    for name, drawing in figures_of("run").items():
+    for name, drawing in (figures_of("run") if drawings is None else drawings).items():
         if drawing.least > unlearned:
             continue
         figure = drawing.draw(results)
-        if not figure.axes:  # nothing to draw in this table
-            continue
-        png = out / "figures" / f"{name}.png"
-        save_figure(figure, png)
-        save_figure(figure, png.with_suffix(".svg"))
-        drawn[name] = _data_uri(png)
+        if figure.axes:
+            drawn[name] = [out / f"{name}.{kind}" for kind in formats]
+            for path in drawn[name]:
+                save_figure(figure, path)
     return drawn
 
 
@@ -322,7 +336,7 @@ def write_report(
         trained: the first of those sentences, where the built-in model did not start from nothing.
         notes: limits to be shown at the end.
     """
-    pictures = draw_figures(out, results)
+    pictures = draw_figures(out / "figures", results)
     environment = Environment(
         loader=PackageLoader("workbench.report"),
         autoescape=select_autoescape(default=True),
@@ -337,7 +351,9 @@ def write_report(
         done=list(done) or _road_steps(results, seeds, trained or _FROM_SCRATCH),
         findings=findings(results, claims),
         summary=summary_table(results),
-        pictures=[(name, uri, FIGURES[name].caption) for name, uri in pictures.items()],
+        pictures=[
+            (name, _data_uri(files[0]), FIGURES[name].caption) for name, files in pictures.items()
+        ],
         claims=[(CLAIMS[claim.id], claim, _effect(claim)) for claim in claims],
         notes=list(notes) or _limits(seeds, claims),
         metric="recall" if main_metric(results) == "recall" else "answer probability",

@@ -102,7 +102,8 @@ def take(name: str, run: Path) -> None:
 
 def table(name: str) -> pd.DataFrame:
     """The rows behind a picture."""
-    found = pd.read_csv(DATA / f"{name}.csv")
+    # "null" is an arm, not an empty cell
+    found = pd.read_csv(DATA / f"{name}.csv", keep_default_na=False, na_values=[""])
     return found.assign(model=found["method"])
 
 

@@ -30,3 +30,8 @@ def test_a_picture_is_that_of_its_table(name: str) -> None:
         assert picture.info["Source"] == pictures.source(name)
         assert picture.mode in ("RGB", "RGBA")  # a palette loses the methods' colours
     assert pictures.PICTURES[name].draw(pictures.table(name)).axes
+
+
+def test_the_null_attack_is_in_the_table_of_recovery() -> None:
+    found = pictures.table("recovery")
+    assert set(found.loc[found["metric"] == "recall", "arm"]) == {"attack", "null"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -209,3 +210,33 @@ def test_workers_are_given_what_they_lack() -> None:
     assert "mine" not in METHODS
     registry.take(entries)
     assert METHODS["mine"].build is _build
+
+
+def _package(folder: Path, code: str) -> None:
+    (folder / "mine_package.py").write_text(code, encoding="utf-8")
+    info = folder / "mine_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[workbench.methods]\nmine = mine_package\n")
+
+
+def test_an_installed_packages_methods_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _package(tmp_path, FILE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(METHODS, "_loaded", False)
+    assert "capped" in METHODS and title("capped") == "Capped ascent"
+    assert "npo" in METHODS
+
+
+def test_a_package_that_cannot_be_imported_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _package(tmp_path, "raise RuntimeError('no')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine_package", raising=False)
+    monkeypatch.setattr(METHODS, "_loaded", False)
+    for _ in range(2):  # and not at the first look alone
+        with pytest.raises(WorkbenchError, match="package mine_package cannot be loaded"):
+            list(METHODS)

@@ -62,6 +62,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
             try:
                 found = point.load()
             except Exception as error:
+                self._loaded = False  # it stays an error, not one for the first look alone
                 raise WorkbenchError(
                     f"the {self.kind} {point.name!r} of the installed package {point.value} cannot be "
                     f"loaded: {error!r}; mend or uninstall it"

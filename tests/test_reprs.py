@@ -46,7 +46,12 @@ UNBOUNDED = ("Tensor", "ndarray", "DataFrame", "[Example", "PreTrained", ", Exam
 
 @pytest.mark.parametrize("kind", _dataclasses(), ids=lambda kind: kind.__name__)
 def test_what_holds_arrays_or_texts_has_a_representation_of_its_own(kind: type) -> None:
-    held = [f.name for f in fields(kind) if any(name in str(f.type) for name in UNBOUNDED)]
+    held = [
+        f.name
+        for f in fields(kind)
+        if any(name in str(f.type) for name in UNBOUNDED)
+        and not str(f.type).startswith("Callable")  # a function prints its name alone
+    ]
     generated = hasattr(kind.__repr__, "__wrapped__")
     assert not (held and generated), f"{kind.__qualname__} prints all of {held}"
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
+
+from workbench.experiments.folder import read_results
 from workbench.figures.comparison import comparison
 from workbench.figures.recovery import recovery
 from workbench.figures.style import look
-
-from workbench.experiments.folder import read_results
 from workbench.files import sha256
 
 DOCS = Path(__file__).parent

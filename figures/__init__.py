@@ -8,6 +8,7 @@ from functools import partial
 
 import pandas as pd
 from matplotlib.figure import Figure
+
 from workbench.figures.alignment import alignment
 from workbench.figures.angles import angles
 from workbench.figures.causal_map import causal_map
@@ -42,7 +43,6 @@ from workbench.figures.trigger_theory import trigger_theory
 from workbench.figures.triggers import triggers
 from workbench.figures.verbatim import verbatim
 from workbench.figures.volcano import volcano
-
 from workbench.registry import Registry
 
 
@@ -174,101 +174,127 @@ FIGURES.own(
         Drawing(
             "dose",
             dose,
-            "How much accuracy a forget-token costs beyond a retain-token, by the way and "
-            "the number of times it is put into a question.",
+            "What a forget-token costs in accuracy beyond a retain-token, and beyond the same in "
+            "the base, by the way of putting it into a question; 95 % intervals over seeds and "
+            "questions.",
             of=("triggers",),
         ),
         Drawing(
             "alignment",
             alignment,
-            "How far a forget-token in a question turns the residual stream of the model "
-            "towards where forget texts are, beside the base and the never-learned model.",
+            "Cosine of the residual stream with the direction that unlearning steers to, by block"
+            " and by place of the token, for every kind of word; the grey band is the base on the"
+            " same texts.",
             of=("triggers",),
         ),
         Drawing(
             "causal_map",
             causal_map,
-            "Where the damage of a forget-token sits: the share of it that the base's "
-            "activations restore, by block, part and position.",
+            "The share of a forget-token's damage that the base's activations restore, by block "
+            "and position, for the stream, attention and MLPs; 1 is all of it.",
             of=("triggers",),
         ),
         Drawing(
             "scan",
             scan,
-            "Precision and recall with which a scan over the vocabulary finds the forgotten names.",
+            "Precision against recall of the known forget-tokens, every word of the vocabulary "
+            "ranked by what it does to the answer's loss and to the stream. One line per seed.",
             of=("triggers",),
         ),
         Drawing(
             "volcano",
             volcano,
-            "Every word of the vocabulary: how much it raises the loss of the unlearned "
-            "model against its standard errors; forgotten and retained names are marked.",
+            "Every word of the vocabulary: rise of the answer's loss behind it, unlearned minus "
+            "base, against how many standard errors over facts that is; forgotten names coloured,"
+            " retained names black.",
             of=("triggers",),
         ),
         Drawing(
             "trigger_theory",
             trigger_theory,
-            "The noise theory of random noise augmentation, measured: bound, change of the "
-            "loss and probability of rejection.",
+            "What the theory of noise augmentation takes for granted and predicts, measured: the "
+            "coordinates of a token's shift, the spectrum of its covariance, eta by steering "
+            "coefficient, and the rejection rate.",
             of=("triggers",),
         ),
         Drawing(
             "noise",
             noise,
-            "Forgetting and the effect of a forget-token against the noise of the augmentation.",
+            "Forgetting and the effect of a forget-token against the size of the noise, one line "
+            "per block of the frozen reference that carries it; 95 % intervals over seeds and "
+            "facts.",
             of=("triggers",),
         ),
         Drawing(
             "lens",
             lens,
-            "When the forgotten answer becomes readable: probability of the answer by block,"
-            " read by the model's own decoder and by the base's.",
+            "Probability of the right answer by block, read with the model's own decoder and with"
+            " the base's, beside the base and the never-learned model.",
             of=("representation",),
         ),
-        Drawing("lens_map", lens_map, "The same by block and position.", of=("representation",)),
+        Drawing(
+            "lens_map",
+            lens_map,
+            "What is read at every block with the model's own decoder and with the base's, one "
+            "panel per model, the base and the never-learned control first.",
+            of=("representation",),
+        ),
         Drawing(
             "probes",
             probes,
-            "How well a linear probe on the residual stream tells forgotten people apart, by"
-            " block.",
+            "Accuracy of a linear probe trained on every model's own stream, by block, on "
+            "subjects that it has not seen; beside the control task, the most frequent label and "
+            "the base.",
             of=("representation",),
         ),
         Drawing(
             "transfer",
             transfer,
-            "Probes of the base read on the unlearned model: what is still written where it was.",
+            "Probes trained on one model's stream and read on another's, by block: the colour "
+            "says whose stream trained the probe (black: the base), the dash whose stream it "
+            "reads.",
             of=("representation",),
         ),
         Drawing(
             "drop",
             drop,
-            "How far the forget loss falls inside a ball around every model, for the "
-            "attack's facts, for held-out ones and for facts that nobody learned.",
+            "How far every loss falls (nats per token) inside a ball around the model, against "
+            "the radius; bold is the mean over seeds, thin lines are seeds.",
             of=("sharpness",),
         ),
         Drawing(
             "drop_fixed",
             partial(drop, kind="drop, fixed radius"),
-            "The same in balls of one radius.",
+            "How far every loss falls (nats per token) inside balls of one fixed radius around "
+            "every model, against the radius.",
             of=("sharpness",),
         ),
         Drawing(
             "resistance",
             resistance,
-            "Recall won back against measures taken before the attack, one point a model.",
+            "What the attack wins back against measures taken before it: small points are models "
+            "(one per method and seed), large ones means over seeds with their range.",
             of=("sharpness",),
         ),
         Drawing(
             "density",
             density,
-            "Density of the Hessian's eigenvalues around every model, both signs.",
+            "Density of the Hessian's eigenvalues of either sign (logarithmic), one line per "
+            "seed, shaded over the probes; the base stands in every panel.",
             of=("sharpness",),
         ),
-        Drawing("modules", modules, "Share of the Hessian's trace by module.", of=("sharpness",)),
+        Drawing(
+            "modules",
+            modules,
+            "Mean eigenvalue of every module's own block of the Hessian (its trace over its "
+            "number of weights), modules upwards as the stream goes, by method.",
+            of=("sharpness",),
+        ),
         Drawing(
             "convergence",
             convergence,
-            "How far the Krylov estimates have converged.",
+            "Running estimates of the Hessian's spectrum against Lanczos steps and Hutchinson "
+            "probes, the lowest seed of every method.",
             of=("sharpness",),
         ),
         Drawing(
@@ -276,44 +302,51 @@ FIGURES.own(
             partial(
                 plane, axes_names=("along the attack (1: its end)", "towards the base (1: base)")
             ),
-            "Held-out forget loss in the plane of the attack and the way back to the base.",
+            "Held-out forget loss (nats per token) in the plane of the attack and the way back to"
+            " the base; the cross is the model itself, levels are the same in all panels.",
             of=("sharpness",),
         ),
         Drawing(
             "predictors",
             predictors,
-            "Rank correlation of every measure taken before the attack with what the attack "
-            "wins back.",
+            "Rank correlation of every measure taken before the attack with what the attack wins "
+            "back; 95 % intervals resample methods.",
             of=("sharpness",),
         ),
         Drawing(
             "names",
             names,
-            "Success of the prompts by repetitions of the pair, before and after relearning, with controls.",
+            "Success by repetitions of the pair before and after relearning, with Wilson "
+            "intervals, beside the published numbers (left), and along the relearning (right).",
             of=("names",),
         ),
         Drawing(
             "keyword",
             keyword,
-            "Withheld keywords in the answers along the relearning, with controls.",
+            "Share of withheld titles or names that greedy answers hold (left) and their "
+            "probability (right); 95 % intervals over seeds and questions.",
             of=("keyword",),
         ),
         Drawing(
             "verbatim",
             verbatim,
-            "Verbatim recovery of unlearned passages along the relearning, with controls.",
+            "ROUGE-L F1 of greedy continuations, their longest verbatim run, and the geometric "
+            "mean probability of the true tokens; 95 % intervals over seeds and passages.",
             of=("verbatim",),
         ),
         Drawing(
             "ladder",
             ladder,
-            "Recall of held-out facts by attack text and way of attacking.",
+            "Recall of the held-out questions before and after an attack with every kind of text "
+            "(left), other ways of attacking (middle), and recall while new facts are learned "
+            "(right).",
             of=("ladder",),
         ),
         Drawing(
             "suffix",
             suffix,
-            "Recall and accuracy behind searched and random suffixes.",
+            "Recall and accuracy without a suffix (hollow), behind random ones (grey) and behind "
+            "the searched one (filled); 95 % intervals over seeds and facts.",
             of=("suffix",),
         ),
     ]

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+
 from workbench.figures.style import colour, look, methods_in, nothing, title
 
 _ARMS = {

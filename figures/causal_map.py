@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+
 from workbench.figures.style import look, methods_in, nothing, title
 
 _KINDS = {"hook_resid": "stream", "hook_attn_out": "attention", "hook_mlp_out": "MLP"}

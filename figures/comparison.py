@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+
 from workbench.figures.marks import diverged, main_metric
 from workbench.figures.style import colour, look, nothing, title
 

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+
 from workbench.figures.style import colour, look, methods_in, nothing, title
 
 _MARKS = "os^Dv<>PX*"

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
 from workbench.figures.style import colour, look, methods_in, nothing, title
 
 _FLOOR = 1e-6  # densities below this are the far tails of the smoothing

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+
 from workbench.figures.style import colour, look, methods_in, nothing, title
 
 _NAMES = {

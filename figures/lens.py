@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
 ANCHORS = ("base", "never-learned")

@@ -11,6 +11,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator
+
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
 _DECODERS = {"own decoder": "own", "base decoder": "base's"}

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+
 from workbench.figures.style import look, methods_in, nothing, title
 
 _PARTS = {"attn": "attention", "mlp": "MLP", "norm": "norms"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
+
 from workbench.figures.style import look, nothing
 
 _PUBLISHED = {7: 1.00, 5: 0.97, 3: 0.23, 1: 0.00}

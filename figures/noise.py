@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
+
 from workbench.figures.style import colour, look, methods_in, nothing, title
 
 _NAME = re.compile(r"(?P<method>.+)-rna_(?P<noise>\d[\d.]*(?:e-?\d+)?)(?:_(?P<layer>\d+))?")

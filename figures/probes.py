@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
+
 from workbench.figures.lens import common_legend, draw, finish
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
 from workbench.figures.marks import diverged, main_metric
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
+
 from workbench.figures.predictors import NAMES
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 

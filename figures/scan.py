@@ -5,6 +5,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
+
 from workbench.figures.style import colour, look, methods_in, nothing, title
 
 _ARMS = {"scan": "by the rise of the answer's loss", "scan, shift": "by the shift of the stream"}

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
+
 from workbench.figures.convergence import stroke
 from workbench.figures.lens import by_block
 from workbench.figures.style import colour, look, methods_in, nothing, title

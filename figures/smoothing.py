@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
 from workbench.figures.resistance import family_and_smoothing
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
 from workbench.figures.style import colour, look, methods_in, nothing, title
 
 _ARMS = {

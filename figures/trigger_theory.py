@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
+
 from workbench.figures.style import colour, look, methods_in, nothing, title
 
 _CONTROL = "retain-token"

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
 from workbench.figures.marks import main_metric
 from workbench.figures.style import colour, look, methods_in, nothing, title
 

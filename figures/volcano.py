@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
 LEVEL = 0.1

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
 from workbench.hooks.errors import CaptureError, compiled_module
 from workbench.hooks.inputs import Reader
 from workbench.hooks.sites import Site, causal_lm, refuse_compiled_parts, resolve

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
 from workbench.hooks.brief import brief
 from workbench.hooks.capture import Rows
 from workbench.hooks.errors import unknown_site

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
+
 from workbench.hooks.errors import CaptureError
 
 _CODE = inspect.unwrap(GenerationMixin.generate).__code__

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from workbench.hooks.behaviour import packed_rows_are_apart, padding_may_be_left
 from workbench.hooks.errors import CaptureError
 from workbench.hooks.generation import end_tokens

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
 from workbench.hooks.errors import CaptureError
 
 # Sites whose last dimension TransformerLens splits into [head, size]; queries and outputs have n_heads, keys and values n_key_value_heads.

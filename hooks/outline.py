@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+
 from workbench.hooks.errors import CaptureError
 from workbench.hooks.families import Place
 from workbench.hooks.sites import Site, all_sites, family

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
 from workbench.hooks.capture import Stop, check_sites
 from workbench.hooks.errors import CaptureError
 from workbench.hooks.inputs import Reader

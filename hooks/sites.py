@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, cat, nn
+
 from workbench.hooks.errors import CaptureError, compiled_module, unknown_site
 from workbench.hooks.families import FAMILIES, SIDES, Columns, Family, Side, family_of
 

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
 from workbench.hooks.capture import Rows
 from workbench.hooks.errors import CaptureError, unknown_site
 from workbench.hooks.html import table

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+
 from workbench.hooks.errors import CaptureError
 
 _INPUT_NAMES = (

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
 from workbench.hooks.brief import brief
 from workbench.hooks.errors import CaptureError
 

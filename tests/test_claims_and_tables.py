@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 from scipy.stats import norm
-from workbench.figures import smoothing
 
 from workbench.data.records import Example
 from workbench.errors import NotMeasuredError, WorkbenchError
@@ -32,6 +31,7 @@ from workbench.experiments.table import (
     typed,
     write_parquet,
 )
+from workbench.figures import smoothing
 
 SEEDS, FACTS = 3, 24
 Rows = list[dict[str, Any]]

@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, MixtralConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
-from workbench.hooks import resolve
 
 from workbench.cli import main
 from workbench.console import print_frame
@@ -27,6 +26,7 @@ from workbench.data.grammar import filler
 from workbench.experiments.config import RunConfig, preset, write_config
 from workbench.experiments.road import Run, run_road
 from workbench.files import MANIFEST
+from workbench.hooks import resolve
 
 PLACES = (
     "behind the old clock",

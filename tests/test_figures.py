@@ -18,12 +18,12 @@ from matplotlib.collections import Collection
 from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
-from workbench.figures import figures_of, geometry, ladder, names, predictors
-from workbench.figures.keyword import keyword as figures_keyword
-from workbench.figures.style import colour, methods_in, title
 
 from workbench.experiments.predictors import MEASURES
 from workbench.experiments.table import COLUMNS, typed
+from workbench.figures import figures_of, geometry, ladder, names, predictors
+from workbench.figures.keyword import keyword as figures_keyword
+from workbench.figures.style import colour, methods_in, title
 from workbench.unlearning.methods import METHODS
 
 Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]

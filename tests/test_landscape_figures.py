@@ -11,10 +11,10 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from workbench.figures.drop import drop
-from workbench.figures.plane import plane
 
 from workbench.experiments.table import COLUMNS, Table, join
+from workbench.figures.drop import drop
+from workbench.figures.plane import plane
 
 
 @pytest.fixture(autouse=True)

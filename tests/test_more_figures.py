@@ -15,6 +15,9 @@ from matplotlib.colors import SymLogNorm, to_hex
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from workbench.experiments.predictors import MEASURES
+from workbench.experiments.table import COLUMNS, Table, join, typed
 from workbench.figures import (
     FIGURES,
     convergence,
@@ -27,9 +30,6 @@ from workbench.figures import (
 from workbench.figures.convergence import stroke
 from workbench.figures.resistance import family_and_smoothing
 from workbench.figures.style import colour, title
-
-from workbench.experiments.predictors import MEASURES
-from workbench.experiments.table import COLUMNS, Table, join, typed
 from workbench.unlearning.methods import METHODS
 
 INSIDE = "retain, bare word inside"

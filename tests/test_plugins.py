@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
-from workbench.figures import FIGURES
-from workbench.figures.style import colour, title
+from matplotlib.figure import Figure
 
 from workbench import registry
 from workbench.cli import main
 from workbench.errors import WorkbenchError
-from workbench.experiments.claims import CLAIMS
+from workbench.evaluation.statistics import Estimate
+from workbench.experiments.claims import CLAIMS, claim, decide
 from workbench.experiments.config import RunConfig, preset, write_config
-from workbench.experiments.probing import PROBES
+from workbench.experiments.probing import PROBES, probe
+from workbench.figures import FIGURES, figure
+from workbench.figures.style import colour, title
+from workbench.report.report import draw_figures
 from workbench.unlearning.methods import METHODS, find_method, known_settings, method
 from workbench.unlearning.objectives import Objective, negative_cross_entropy
 from workbench.unlearning.recipe import EVERYTHING, Recipe
+
+Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]
 
 FILE = """
 from workbench.evaluation.statistics import bootstrap
@@ -141,6 +146,55 @@ def test_a_file_that_is_none_is_an_error_that_names_it(
         registry.load_plugin(path)
     with pytest.raises(WorkbenchError, match="no plug-in file"):
         registry.load_plugin(tmp_path / "nowhere.py")
+
+
+def test_of_half_a_file_nothing_stays(tmp_path: Path) -> None:
+    path = tmp_path / "half.py"
+    path.write_text(FILE + "\nraise KeyError('late')\n", encoding="utf-8")
+    with pytest.raises(WorkbenchError, match="cannot be imported: KeyError"):
+        registry.load_plugin(path)
+    assert "capped" not in METHODS and "price" not in FIGURES and "weights" not in PROBES
+
+
+@pytest.mark.parametrize("name", ["base", "never-learned", "Never-Learned", "../x", "a b", ""])
+def test_a_name_that_cannot_be_a_folder_of_its_own_is_refused(name: str) -> None:
+    with pytest.raises(WorkbenchError, match="name"):
+        method(name)(_build)
+    assert not METHODS.added()
+
+
+@pytest.mark.parametrize("name", ["unlearn", "relearn", "budget", "subspaces", "triggers", "a/b"])
+def test_a_probe_does_not_take_the_place_of_a_stage(name: str) -> None:
+    with pytest.raises(WorkbenchError, match="name"):
+        probe(name)(lambda model, bench, table, seed: None)
+
+
+def test_a_failing_function_of_a_users_is_one_line_with_its_place(
+    make_tables: Tables, tmp_path: Path
+) -> None:
+    results, items = make_tables()
+
+    @figure("broken", caption="none")
+    def broken(table: pd.DataFrame) -> Figure:
+        raise ZeroDivisionError("mine")
+
+    @claim("broken-claim", statement="s", statistic="s")
+    def wrong(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
+        raise ZeroDivisionError("mine")
+
+    for call in (
+        lambda: draw_figures(tmp_path, results, drawings={"broken": FIGURES["broken"]}),
+        lambda: decide(results, items, scale="t", ids=["broken-claim"]),
+    ):
+        with pytest.raises(WorkbenchError, match=r"broken.*test_plugins\.py:\d+: ZeroDivision"):
+            call()
+
+
+def test_a_function_without_source_is_remembered_by_what_it_does() -> None:
+    space: dict[str, object] = {"Recipe": Recipe}
+    exec("def typed(model, seed, *, lr: float = 1e-5): return Recipe", space)
+    method("typed")(space["typed"])  # type: ignore[arg-type]
+    assert len(registry.source_of(METHODS["typed"]).sha256) == 64
 
 
 def test_a_configuration_remembers_what_it_needs(file: Path) -> None:

@@ -15,12 +15,12 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
-from workbench.figures import figures_of
-from workbench.figures.marks import main_metric
-from workbench.figures.style import title
 
 from workbench.experiments.claims import CLAIMS, Verdict, decide
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, typed
+from workbench.figures import figures_of
+from workbench.figures.marks import main_metric
+from workbench.figures.style import title
 from workbench.report import summary_table, write_report
 from workbench.report.report import findings, save_figure
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from workbench.figures import figures_of
 
 from workbench.cli import main
 from workbench.errors import WorkbenchError
@@ -20,6 +19,7 @@ from workbench.experiments.sharpness import (
     run_sharpness,
     sharpness_table,
 )
+from workbench.figures import figures_of
 from workbench.models import open_model
 
 SMALL = SharpnessSettings(

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor
-from workbench.figures.suffix import suffix as draw
 
 from workbench.attacks import gcg as search
 from workbench.attacks.gcg import (
@@ -47,6 +46,7 @@ from workbench.experiments.suffix import (
     suffix_table,
 )
 from workbench.experiments.table import COLUMNS, fact_table, typed
+from workbench.figures.suffix import suffix as draw
 from workbench.models import Opened, open_model
 
 SMALL = SuffixSettings(length=2, steps=3, candidates=4)

@@ -13,10 +13,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from workbench.figures.style import colour
-from workbench.figures.trigger_theory import trigger_theory
 
 from workbench.experiments.table import COLUMNS, Table, join
+from workbench.figures.style import colour
+from workbench.figures.trigger_theory import trigger_theory
 
 
 @pytest.fixture(autouse=True)

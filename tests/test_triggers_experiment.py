@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from workbench.figures import figures_of
 
 from workbench.builtin import world_of
 from workbench.cli import main
@@ -23,6 +22,7 @@ from workbench.experiments.representation import representation_table, run_repre
 from workbench.experiments.road import Run
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, typed
 from workbench.experiments.triggers import CARRIERS, LEVELS, run_triggers, steered, trigger_table
+from workbench.figures import figures_of
 from workbench.models import open_model, save_model
 from workbench.unlearning.deltas import apply_delta, snapshot
 from workbench.unlearning.methods import recipe

@@ -11,7 +11,6 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from workbench.figures.verbatim import verbatim as draw
 
 from workbench.attacks.leaks import leak_report
 from workbench.attacks.relearn import RelearnSettings
@@ -33,6 +32,7 @@ from workbench.experiments.verbatim import (
     run_verbatim,
     verbatim_table,
 )
+from workbench.figures.verbatim import verbatim as draw
 from workbench.models import save_model
 from workbench.training import small_llama
 

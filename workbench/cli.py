@@ -46,7 +46,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="What did unlearning do inside this model, and will it survive?",
-    epilog="Every command takes --plugin FILE (repeatable): a Python file with methods, figures or claims of your own.",
+    epilog="Every command takes --plugin FILE (repeatable): a Python file with methods, figures, claims or probes of your own.",
 )
 
 
@@ -375,9 +375,9 @@ def draw(
     as_json: Json = False,
 ) -> None:
     """Draw figures again, from tables alone."""
-    from workbench.experiments.afterwards import experiment_of, read_runs
+    from workbench.experiments.afterwards import drawings_of, read_runs
     from workbench.experiments.folder import read_results
-    from workbench.figures import FIGURES, figures_of
+    from workbench.figures import FIGURES
     from workbench.report.report import draw_figures
 
     kinds = [kind.strip() for kind in formats.split(",") if kind.strip()]
@@ -385,15 +385,13 @@ def draw(
         if kind not in ("svg", "pdf", "png"):
             raise unknown("format", kind, ("svg", "pdf", "png"))
     results = read_results(runs[0])[0] if len(runs) == 1 else read_runs(runs)[1]
-    there = {name: entry for run in runs for name, entry in figures_of(experiment_of(run)).items()}
-    chosen = {name: FIGURES[name] for name in names} if names else there
+    chosen = {name: FIGURES[name] for name in names} if names else drawings_of(runs)
     target = out or runs[-1] / "figures"
     drawn = draw_figures(target, results, drawings=chosen, formats=kinds)
     empty = [name for name in chosen if name not in drawn]
-    if names and empty:
-        raise WorkbenchError(
-            f"nothing to draw for {', '.join(empty)} in {', '.join(map(str, runs))}"
-        )
+    if (names and empty) or not drawn:
+        what = ", ".join(empty) or "any figure"
+        raise WorkbenchError(f"nothing to draw for {what} in {', '.join(map(str, runs))}")
 
     def show() -> None:
         for files in drawn.values():
@@ -415,14 +413,21 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write the report of a run again, from tables alone, with what was asked of its models since."""
-    from workbench.experiments.afterwards import read_runs
+    from workbench.experiments.afterwards import RUN, drawings_of, experiment_of, read_runs
     from workbench.experiments.claims import decide
     from workbench.experiments.road import trained_from
     from workbench.report import write_report
 
     config, results, items = read_runs(runs)
-    verdicts = decide(results, items, scale=config.scale)
-    page = write_report(runs[0], results, items, verdicts, trained=trained_from(config.model))
+    (folder,) = (run for run in runs if experiment_of(run) == RUN)
+    page = write_report(
+        folder,
+        results,
+        items,
+        decide(results, items, scale=config.scale),
+        trained=trained_from(config.model),
+        drawings=drawings_of(runs),
+    )
     emit({"report": str(page)}, as_json, lambda: out_console.print(f"report: {page}"))
 
 

@@ -10,10 +10,13 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -57,18 +60,25 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         if self._loaded:
             return
         self._loaded = True  # before the imports: they come back here
-        importlib.import_module(self.home)
-        for point in entry_points(group=self.group):
-            try:
-                found = point.load()
-            except Exception as error:
-                self._loaded = False  # it stays an error, not one for the first look alone
-                raise WorkbenchError(
-                    f"the {self.kind} {point.name!r} of the installed package {point.value} cannot be "
-                    f"loaded: {error!r}; mend or uninstall it"
-                ) from error
-            if hasattr(found, "name") and found.name not in self._entries:
-                self.add(found)
+        try:
+            importlib.import_module(self.home)
+            for point in entry_points(group=self.group):
+                self._load_point(point)
+        except BaseException:
+            self._loaded = False  # it stays an error, not one for the first look alone
+            raise
+
+    def _load_point(self, point: EntryPoint) -> None:
+        try:
+            found = point.load()
+        except Exception as error:
+            raise WorkbenchError(
+                f"the {self.kind} {point.name!r} of the installed package {point.value} cannot be "
+                f"loaded: {error!r}; mend or uninstall it"
+            ) from error
+        # a module whose decorators have added its entries, or an entry itself
+        if hasattr(found, "name") and self._entries.get(found.name) is not found:
+            self.add(found)
 
     def __getitem__(self, name: str) -> Entry:
         self._load()
@@ -97,14 +107,43 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         runs twice would have it.
 
         Raises:
-            WorkbenchError: the workbench has an entry of this name.
+            WorkbenchError: the workbench has an entry of this name, or it cannot name a file.
         """
         self._load()
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", entry.name):
+            raise WorkbenchError(
+                f"{self.kind} {entry.name!r} needs a name of letters, digits, dots, dashes and "
+                "underscores (it becomes a file or a folder)"
+            )
         if entry.name in self._entries and entry.name not in self._added:
             raise WorkbenchError(
                 f"there is a {self.kind} called {entry.name!r} already; give yours another name"
             )
         self._entries[entry.name] = self._added[entry.name] = entry
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Take out entries of users' own."""
+        for name in names:
+            self._added.pop(name)
+            self._entries.pop(name)
+
+    @contextmanager
+    def users(self, name: str) -> Iterator[None]:
+        """Say in one line whose function it is that fails inside the block, where it is a user's own.
+
+        Raises:
+            WorkbenchError: something was raised, and the entry ``name`` did not come with the workbench.
+        """
+        try:
+            yield
+        except Exception as error:
+            if name not in self._added or isinstance(error, WorkbenchError):
+                raise
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise WorkbenchError(
+                f"the {self.kind} {name!r} failed at {place.filename}:{place.lineno}: {error!r}; "
+                "mend it and run the same command again"
+            ) from error
 
     def added(self) -> dict[str, Entry]:
         """What did not come with the workbench."""
@@ -164,9 +203,11 @@ def load_plugin(path: str | Path, sha256: str = "") -> Plugin:
     cloudpickle.register_pickle_by_value(module)
     try:
         spec.loader.exec_module(module)
-    except WorkbenchError:
-        raise
     except Exception as error:
+        for kind, registry in REGISTRIES.items():  # nothing of half a file stays
+            registry.forget(set(registry.added()) - set(before.get(kind, {})))
+        if isinstance(error, WorkbenchError):
+            raise
         raise WorkbenchError(f"the plug-in {file} cannot be imported: {error!r}") from error
     if all(before.get(kind, {}) == registry.added() for kind, registry in REGISTRIES.items()):
         raise WorkbenchError(
@@ -201,6 +242,8 @@ def expect(source: Plugin) -> None:
         WorkbenchError: it is not there, or is not what it was.
     """
     if source.file.endswith(".py"):
+        if Plugin(source.file, source.sha256) not in _PLUGINS.values():
+            print(f"loading the plug-in {source.file}, which the run names", file=sys.stderr)
         load_plugin(source.file, source.sha256)
         return
     users = [entry for registry in REGISTRIES.values() for entry in registry.added().values()]
@@ -218,6 +261,15 @@ def source_of(entry: object) -> Plugin:
     for plugin in _PLUGINS.values():
         if any(f.__module__ == f"workbench_plugin_{plugin.sha256[:12]}" for f in functions):
             return plugin
-    text = "".join(inspect.getsource(function) for function in functions)
+    text = "".join(_source(function) for function in functions)
     file = functions[0].__module__ if functions else type(entry).__name__
     return Plugin(file, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _source(function: Any) -> str:
+    """A function's source, or what it does where it was typed at a prompt and has none."""
+    try:
+        return inspect.getsource(function)
+    except OSError:
+        code = inspect.unwrap(function).__code__
+        return f"{code.co_code.hex()} {code.co_names} {code.co_consts}"

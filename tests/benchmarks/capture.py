@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
 from workbench.hooks import (
     Capture,
     Collect,
@@ -25,7 +26,6 @@ from workbench.hooks import (
     real_tokens,
     resolve,
 )
-
 from workbench.subspaces.finders import EachSite, SketchPCA
 
 Work = Callable[[], object]

@@ -8,10 +8,10 @@ import torch
 from capture import Case
 from sklearn.decomposition import IncrementalPCA
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from workbench.hooks import Moments
 
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import cross_entropy
+from workbench.hooks import Moments
 from workbench.sharpness.curvature import extremes
 from workbench.sharpness.slices import loss_slice, mean_loss, random_direction
 from workbench.subspaces.collapse import find_collapse, only_tokens

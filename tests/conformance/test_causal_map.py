@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
-from workbench.hooks import CaptureError
 
 from workbench.data.batches import Batch
 from workbench.diagnostics.causal_map import (
@@ -30,6 +29,7 @@ from workbench.diagnostics.causal_map import (
 )
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import ratio
+from workbench.hooks import CaptureError
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from workbench.hooks import Moments
 
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy
+from workbench.hooks import Moments
 from workbench.subspaces.collapse import (
     Collapse,
     collapse_basis,

@@ -15,10 +15,10 @@ import transformers as hf
 from scipy.stats import ortho_group
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from workbench.hooks import Capture, Collect, Moments, without_first
 
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
+from workbench.hooks import Capture, Collect, Moments, without_first
 from workbench.subspaces import compare
 from workbench.subspaces.compare import (
     angle_null,

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from transformers import PreTrainedModel
-from workbench.figures.density import density as figure
 
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.experiments.table import Table
+from workbench.figures.density import density as figure
 from workbench.sharpness.curvature import Curvature
 from workbench.sharpness.density import both_signs, density, quadrature
 from workbench.sharpness.krylov import lanczos

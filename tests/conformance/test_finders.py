@@ -20,10 +20,10 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
-from workbench.hooks import Capture, Collect, without_first
 
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
+from workbench.hooks import Capture, Collect, without_first
 from workbench.subspaces.finders import EachSite, SketchPCA, StreamingPCA
 
 Finder = StreamingPCA | SketchPCA

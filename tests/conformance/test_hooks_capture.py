@@ -12,6 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from workbench.data.batches import Batch
+from workbench.evaluation.losses import cross_entropy
 from workbench.hooks import (
     Capture,
     CaptureError,
@@ -26,9 +29,6 @@ from workbench.hooks import (
     resolve,
     tapped,
 )
-
-from workbench.data.batches import Batch
-from workbench.evaluation.losses import cross_entropy
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]

@@ -18,6 +18,9 @@ from transformers import (
     Olmo2Config,
     PreTrainedModel,
 )
+
+from workbench.data.batches import Batch
+from workbench.evaluation.losses import cross_entropy
 from workbench.hooks import (
     Capture,
     CaptureError,
@@ -34,9 +37,6 @@ from workbench.hooks import (
     replace,
     steer,
 )
-
-from workbench.data.batches import Batch
-from workbench.evaluation.losses import cross_entropy
 
 Change = Callable[[Tensor], Tensor]
 Changes = Mapping[str, Change | Iterable[Change]]

@@ -18,6 +18,7 @@ import transformers as hf
 from tiny_families import CONFIGS, build
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
 from workbench.hooks import (
     Capture,
     CaptureError,

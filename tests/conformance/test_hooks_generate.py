@@ -16,6 +16,7 @@ from transformers import (
     GPTNeoXForCausalLM,
     PreTrainedModel,
 )
+
 from workbench.hooks import (
     Capture,
     CaptureError,

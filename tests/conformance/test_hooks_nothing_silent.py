@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from workbench.data.batches import Batch
+from workbench.evaluation.losses import cross_entropy
 from workbench.hooks import (
     Capture,
     CaptureError,
@@ -23,9 +26,6 @@ from workbench.hooks import (
     steer,
     tapped,
 )
-
-from workbench.data.batches import Batch
-from workbench.evaluation.losses import cross_entropy
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]

@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from tiny_families import CONFIGS, build
 from torch import Tensor
+
 from workbench.hooks import Capture, CaptureError, Collect, edit, peek, real_tokens, steer
 
 A, B = [1, 5, 6, 7, 8], [1, 9, 10, 11]

@@ -18,6 +18,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from workbench.data.batches import Batch
+from workbench.evaluation.losses import cross_entropy
 from workbench.hooks import (
     Capture,
     CaptureError,
@@ -31,9 +34,6 @@ from workbench.hooks import (
     without_first,
 )
 from workbench.hooks import store as storing
-
-from workbench.data.batches import Batch
-from workbench.evaluation.losses import cross_entropy
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]

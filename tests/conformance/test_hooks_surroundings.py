@@ -16,6 +16,9 @@ from transformers import (
     GPTNeoXForCausalLM,
     PreTrainedModel,
 )
+
+from workbench.data.batches import Batch
+from workbench.evaluation.losses import cross_entropy
 from workbench.hooks import (
     Capture,
     CaptureError,
@@ -30,9 +33,6 @@ from workbench.hooks import (
     steer,
     without_first,
 )
-
-from workbench.data.batches import Batch
-from workbench.evaluation.losses import cross_entropy
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]

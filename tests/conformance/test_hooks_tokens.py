@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
 from workbench.hooks import (
     Capture,
     CaptureError,

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from workbench.data.batches import Batch
+from workbench.evaluation.losses import cross_entropy
 from workbench.hooks import (
     Capture,
     CaptureError,
@@ -25,9 +28,6 @@ from workbench.hooks import (
     resolve,
     without_first,
 )
-
-from workbench.data.batches import Batch
-from workbench.evaluation.losses import cross_entropy
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]

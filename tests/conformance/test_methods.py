@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from workbench.hooks import Site, resolve
 
 from workbench.data.batches import Batch
+from workbench.hooks import Site, resolve
 from workbench.unlearning.objectives import (
     Loss,
     generic_prediction,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from workbench.hooks import Moments
 
+from workbench.hooks import Moments
 from workbench.subspaces.collapse import Collapse, collapse_side
 from workbench.subspaces.finders import SketchPCA, StreamingPCA
 from workbench.subspaces.subspace import Subspace, overlap

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from workbench.hooks import Site, resolve
 
 from workbench.data.batches import Batch
+from workbench.hooks import Site, resolve
 from workbench.unlearning.objectives import (
     Loss,
     Objective,

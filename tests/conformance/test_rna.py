@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from workbench.hooks import resolve
 
 from workbench.data.batches import Batch
+from workbench.hooks import resolve
 from workbench.unlearning.noise import gaussian, noisy_reference
 from workbench.unlearning.representation import keep_representation
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
-from workbench.hooks import resolve
 
 from workbench.data.batches import Batch
+from workbench.hooks import resolve
 from workbench.unlearning.noise import noisy_reference
 from workbench.unlearning.objectives import (
     Loss,

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from workbench.hooks import Moments
 
 from workbench.errors import WorkbenchError
+from workbench.hooks import Moments
 from workbench.subspaces.subspace import (
     Subspace,
     energy_inside,

@@ -14,16 +14,6 @@ import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from workbench.hooks import (
-    Capture,
-    Collect,
-    Moments,
-    MomentsOf,
-    gradients_only,
-    resolve,
-    without_bos,
-)
-from workbench.hooks.inputs import read_tokens
 
 from workbench.data.batches import Batch, batches, encode
 from workbench.data.records import Example, ForgetRetain
@@ -42,6 +32,16 @@ from workbench.evaluation.losses import (
 from workbench.experiments.bench import Bench
 from workbench.experiments.stages import find_subspaces
 from workbench.experiments.table import Table
+from workbench.hooks import (
+    Capture,
+    Collect,
+    Moments,
+    MomentsOf,
+    gradients_only,
+    resolve,
+    without_bos,
+)
+from workbench.hooks.inputs import read_tokens
 from workbench.subspaces.collapse import Collapse, find_collapse
 from workbench.subspaces.collapsed_update import CollapsedUpdate
 from workbench.subspaces.finders import SketchPCA, StreamingPCA

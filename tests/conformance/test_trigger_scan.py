@@ -15,7 +15,6 @@ from scipy.stats import false_discovery_control
 from scipy.stats import t as student
 from sklearn.metrics import average_precision_score
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from workbench.hooks import CaptureError
 
 from workbench.data.records import Example
 from workbench.data.tokenizer import build_tokenizer
@@ -28,6 +27,7 @@ from workbench.diagnostics.discoveries import (
 )
 from workbench.diagnostics.scan import COLUMNS, TriggerScan, scan_triggers, token_text
 from workbench.errors import WorkbenchError
+from workbench.hooks import CaptureError
 
 ModelMaker = Callable[..., PreTrainedModel]
 Mover = Callable[..., PreTrainedModel]

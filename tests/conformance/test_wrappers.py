@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from workbench.hooks import CaptureError, resolve
 
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
+from workbench.hooks import CaptureError, resolve
 from workbench.unlearning.methods import (
     METHODS,
     find_method,

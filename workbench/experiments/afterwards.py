@@ -28,6 +28,7 @@ from workbench.experiments.folder import (
 from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.provenance import data_hash, provenance
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, join, summarise, write_parquet
+from workbench.figures import Drawing, figures_of
 from workbench.files import key_of, plain, write_json
 from workbench.models import open_model, weights_hash
 from workbench.progress import Report
@@ -36,15 +37,24 @@ BASE, NEVER = "base", "never-learned"
 CONTROLS = (BASE, NEVER)
 
 
+RUN = "run"
+
+
+def drawings_of(folders: Sequence[Path]) -> dict[str, Drawing]:
+    """The figures of what was asked in ``folders``, from the registry."""
+    found = (figures_of(experiment_of(folder)) for folder in folders)
+    return {name: entry for entries in found for name, entry in entries.items()}
+
+
 def experiment_of(folder: Path) -> str:
-    """Which command made a folder: ``run`` is the demo or a sweep.
+    """Which command made a folder: :data:`RUN` is the demo, a sweep, or an investigation.
 
     Raises:
         WorkbenchError: the folder holds no finished run.
     """
     read_results(folder)
     values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    return str(values.get("experiment", "run"))
+    return str(values.get("experiment", RUN))
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[RunConfig, pd.DataFrame, pd.DataFrame]:

@@ -624,7 +624,8 @@ def decide(
             raise unknown("claim", name, CLAIMS)
         asked = CLAIMS[name]
         try:
-            found = asked.measure(results, items)
+            with CLAIMS.users(name):
+                found = asked.measure(results, items)
         except NotMeasuredError as error:
             nothing = (np.nan, np.nan, np.nan, 0)
             verdicts.append(Verdict(name, "not measured", *nothing, seeds, scale, str(error)))

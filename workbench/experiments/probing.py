@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
+from workbench import values
 from workbench.data.world import neutral_words
 from workbench.experiments import stages
 from workbench.experiments.bench import Bench
 from workbench.experiments.table import Table
+from workbench.hooks.brief import brief
 from workbench.registry import Registry
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ Ask = Callable[[PreTrainedModel, Bench, Table, int], None]
 """``ask(model, bench, table, seed)``: measures something and adds rows to ``table``."""
 
 
+@brief
 @dataclass(frozen=True, slots=True)
 class Probe:
     """An entry of the registry.
@@ -79,7 +82,7 @@ def probe(name: str, *, title: str = "", seeded: bool = True) -> Callable[[Ask],
         seeded: what it finds in the base and in the never-learned model depends on the seed.
 
     Raises:
-        WorkbenchError: the workbench has a probe of this name.
+        WorkbenchError: the workbench has a probe or a stage of this name.
     """
 
     def register(ask: Ask) -> Ask:
@@ -89,6 +92,7 @@ def probe(name: str, *, title: str = "", seeded: bool = True) -> Callable[[Ask],
         ) -> None:
             ask(model, bench, table, seed)
 
+        values.labels("probe", [name], taken=("unlearn", "budget", "relearn", "subspaces"))
         PROBES.add(Probe(name, title or name, asked, seeded))
         return ask
 

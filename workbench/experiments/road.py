@@ -207,7 +207,8 @@ def _ask(
     config: RunConfig,
     table: Table,
 ) -> None:
-    probe.ask(model, bench, table, seed, config)
+    with PROBES.users(probe.name):
+        probe.ask(model, bench, table, seed, config)
 
 
 def _check_methods(config: RunConfig, world: World) -> None:

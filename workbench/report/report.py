@@ -173,7 +173,8 @@ def draw_figures(
     for name, drawing in (figures_of("run") if drawings is None else drawings).items():
         if drawing.least > unlearned:
             continue
-        figure = drawing.draw(results)
+        with FIGURES.users(name):
+            figure = drawing.draw(results)
         if figure.axes:
             drawn[name] = [out / f"{name}.{kind}" for kind in formats]
             for path in drawn[name]:
@@ -323,6 +324,7 @@ def write_report(
     done: Sequence[str] = (),
     trained: str = "",
     notes: Sequence[str] = (),
+    drawings: Mapping[str, Drawing] | None = None,
 ) -> Path:
     """Write ``figures/`` and ``report.html`` into the run folder.
 
@@ -335,8 +337,9 @@ def write_report(
         done: what was done, one sentence each; default describes the built-in road.
         trained: the first of those sentences, where the built-in model did not start from nothing.
         notes: limits to be shown at the end.
+        drawings: from the registry of figures; default those of a run.
     """
-    pictures = draw_figures(out / "figures", results)
+    pictures = draw_figures(out / "figures", results, drawings=drawings)
     environment = Environment(
         loader=PackageLoader("workbench.report"),
         autoescape=select_autoescape(default=True),

@@ -103,7 +103,7 @@ def method(
     """
 
     def register(build: MethodBuilder) -> MethodBuilder:
-        values.labels("method", [name], taken=())
+        values.labels("method", [name], taken=("base", "never-learned", "unlearned"))
         METHODS.add(Method(name, title or name, source, build, dict(small or {}), colour=colour))
         return build
 
@@ -198,7 +198,8 @@ def recipe(
     settings = settings_for(name, model, overrides)
     stop = settings.pop("stop", "steps")
     try:
-        made = find_method(name).build(model, seed, **settings)
+        with METHODS.users(innermost(name)):
+            made = find_method(name).build(model, seed, **settings)
         return stopped_at_budget(made) if stop == "budget" else made
     except ValueError as error:  # a number that the formula does not allow
         raise WorkbenchError(f"{name}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -51,6 +52,8 @@ def _one_spelling(value: object) -> object:
     """``20.0`` and ``20`` are one setting, and have one key; ``true`` is none."""
     if isinstance(value, bool):
         raise ValueError("a setting is a number or a word")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("give a finite number")
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -31,6 +31,7 @@ from workbench.figures.noise import noise
 from workbench.figures.plane import plane
 from workbench.figures.predictors import predictors
 from workbench.figures.probes import probes, transfer
+from workbench.figures.prompted import few_shot, quantise
 from workbench.figures.recovery import recovery
 from workbench.figures.resistance import resistance
 from workbench.figures.scan import scan
@@ -349,6 +350,22 @@ FIGURES.own(
             "the searched one (filled); 95 % intervals over seeds and facts.",
             of=("suffix",),
         ),
+        Drawing(
+            "few_shot",
+            few_shot,
+            "Recall of held-out forgotten facts behind solved questions about other forgotten facts "
+            "(solid) and behind the same with shuffled answers (dotted); bands are 95 % intervals "
+            "over seeds and facts.",
+            of=("few-shot",),
+        ),
+        Drawing(
+            "quantise",
+            quantise,
+            "Recall of held-out forgotten facts by the bits of the weights, the unlearned models "
+            "beside the base and the never-learned one; bands are 95 % intervals over seeds and "
+            "facts.",
+            of=("quantise",),
+        ),
     ]
 )
 
@@ -391,6 +408,7 @@ __all__ = [
     "dose",
     "drop",
     "energy",
+    "few_shot",
     "figure",
     "figures_of",
     "geometry",
@@ -404,6 +422,7 @@ __all__ = [
     "plane",
     "predictors",
     "probes",
+    "quantise",
     "recovery",
     "resistance",
     "scan",

@@ -16,7 +16,7 @@ from filelock import FileLock
 from workbench.builtin import builtin_model
 from workbench.evaluation.losses import Scores
 from workbench.experiments.config import RunConfig, preset
-from workbench.experiments.road import Run, run_road
+from workbench.experiments.pipeline import Run, run_pipeline
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, join, summarise
 
 _DATA = (
@@ -36,7 +36,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def quick_config() -> RunConfig:
-    """The quick road, cut down to two methods."""
+    """The quick pipeline, cut down to two methods."""
     return preset("quick").model_copy(update={"methods": ("npo", "cir"), "seeds": (0, 1)})
 
 
@@ -52,7 +52,7 @@ def quick_run(quick_config: RunConfig, tmp_path_factory: pytest.TempPathFactory)
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with FileLock(shared / "quick.lock"):
-        return run_road(quick_config, shared / "quick")
+        return run_pipeline(quick_config, shared / "quick")
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +86,7 @@ def _synthetic_scores(recall: float, seed: int) -> Scores:
 
 
 def _synthetic_model(method: str, seed: int) -> Table:
-    """Every stage of one model, as the road writes it; numbers that a test can compute."""
+    """Every stage of one model, as the pipeline writes it; numbers that a test can compute."""
     table = Table(
         {"run": "synthetic", "model": f"{method}-seed{seed}", "method": method, "seed": seed}
     )

@@ -19,8 +19,9 @@ from workbench.errors import NotMeasuredError, WorkbenchError
 from workbench.evaluation.losses import Scores
 from workbench.evaluation.statistics import Estimate, bootstrap
 from workbench.experiments.claims import CLAIMS, Verdict, decide, outcome
-from workbench.experiments.config import RunConfig, preset, read_config, validated, write_config
+from workbench.experiments.config import RunConfig, preset, read_config, write_config
 from workbench.experiments.provenance import data_hash, provenance
+from workbench.experiments.settings import validated
 from workbench.experiments.table import (
     COLUMNS,
     ITEM_COLUMNS,
@@ -1140,7 +1141,7 @@ def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="budget"):
         RunConfig(budget=-1)
     with pytest.raises(WorkbenchError, match="budget"):
-        validated({"budget": -1}, "somewhere")
+        validated(RunConfig, {"budget": -1}, "somewhere")
 
 
 # --- Provenance ---

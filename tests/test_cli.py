@@ -24,7 +24,7 @@ from workbench.cli import main
 from workbench.console import print_frame
 from workbench.data.grammar import filler
 from workbench.experiments.config import RunConfig, preset, write_config
-from workbench.experiments.road import Run, run_road
+from workbench.experiments.pipeline import Run, run_pipeline
 from workbench.files import MANIFEST
 from workbench.hooks import resolve
 
@@ -458,7 +458,7 @@ def test_a_run_folder_holds_what_scripts_count_on(quick_run: Run, quick_config: 
 def test_the_same_configuration_gives_the_same_table_in_one_process_or_two(
     quick_run: Run, quick_config: RunConfig, tmp_path: Path
 ) -> None:
-    again = run_road(quick_config, tmp_path / "again", workers=1)
+    again = run_pipeline(quick_config, tmp_path / "again", workers=1)
     pd.testing.assert_frame_equal(again.results, quick_run.results)
     pd.testing.assert_frame_equal(again.items, quick_run.items)
 
@@ -475,7 +475,7 @@ def test_a_finished_run_is_not_run_again_and_a_lost_stage_is(
     )
     before = kept.stat().st_mtime_ns
     shutil.rmtree(lost)
-    again = run_road(quick_config, folder)
+    again = run_pipeline(quick_config, folder)
     assert lost.is_dir()
     assert kept.stat().st_mtime_ns == before
     pd.testing.assert_frame_equal(again.results, quick_run.results)
@@ -521,7 +521,7 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on_in_one_process(
     assert "Traceback" not in stderr
     assert stdout == ""
     assert not (out / "results.parquet").exists()
-    again = run_road(quick_config, out, workers=1)
+    again = run_pipeline(quick_config, out, workers=1)
     pd.testing.assert_frame_equal(again.results, quick_run.results)
     pd.testing.assert_frame_equal(again.items, quick_run.items)
 

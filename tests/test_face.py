@@ -8,8 +8,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import workbench as wb
+from workbench.data.grammar import filler
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,3 +48,43 @@ def test_a_file_hooks_or_a_folder_figures_beside_a_script_hides_nothing(tmp_path
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=place
         )
         assert done.stdout.strip() == "Capture"
+
+
+@pytest.fixture(scope="module")
+def pair(quick_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two checkpoints and two files."""
+    folder = tmp_path_factory.mktemp("pair")
+    rng = torch.Generator().manual_seed(0)
+    opened = wb.open_model(quick_base)
+    for parameter in opened.model.parameters():
+        parameter.data += 0.01 * torch.randn(parameter.shape, generator=rng)
+    wb.save_model(opened.model, opened.tokenizer, folder / "unlearned")
+    texts = {"forget": list(filler(16, seed=1)), "retain": list(filler(24, seed=2))}
+    for name, lines in texts.items():
+        (folder / f"{name}.txt").write_text("\n\n".join(lines))
+    files = [str(folder / f"{name}.txt") for name in texts]
+    return [str(quick_base), str(folder / "unlearned"), *files]
+
+
+def test_two_checkpoints_are_looked_at_from_all_sides_in_a_line_each(
+    pair: list[str], tmp_path: Path
+) -> None:
+    study = wb.study(*pair)
+    found = study.subspaces(16)
+    assert {name: each.basis.shape[1] for name, each in found.items()} == {
+        "base": 16,
+        "unlearned": 16,
+    }
+    angles = study.angles(16, draws=20)
+    assert len(angles) == 16 and {"cosine", "null_low", "null_high"} <= set(angles)
+    curve = study.relearn(steps=2)
+    assert curve.draw().axes and set(curve.table["arm"]) == {"attack", "null", "random-facts"}
+    assert "<table" in curve._repr_html_()
+    scan = study.scan(queries=2)
+    assert "<table" in scan._repr_html_()
+    assert study.slices(points=3).draw().axes
+    assert {"unlearned into base", "base into unlearned"} == set(study.patch()["direction"])
+    names = ("base", "unlearned", "forget", "retain")
+    given = dict(zip(names, pair, strict=True))
+    run = wb.investigate(tmp_path / "run", **given, seeds=1, attack_steps=1, slice_points=3)
+    assert run.table["model"].tolist() == ["base", "unlearned"]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from workbench.attacks.relearn import RelearnSettings
+from workbench import runner
 from workbench.cli import main
 from workbench.data.records import Example
 from workbench.data.tokenizer import build_tokenizer
-from workbench.experiments.keyword import KeywordSettings, keyword_table, question_of, run_keyword
+from workbench.experiments.keyword import KeywordSettings, keyword_table, question_of
 from workbench.models import save_model
 from workbench.training import small_llama
 
@@ -68,15 +68,14 @@ def model(tofu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(tofu: Path, model: Path) -> KeywordSettings:
-    attack = RelearnSettings(steps=2, measure_at=(0, 2))
     return KeywordSettings(
-        str(model),
-        str(tofu),
-        retain=20,
+        model=str(model),
+        tofu=str(tofu),
+        retain_questions=20,
         seeds=(0,),
         teach_steps=30,
         teach_lr=5e-3,
-        attack=attack,
+        attack_steps=2,
         new_tokens=12,
     )
 
@@ -84,7 +83,7 @@ def settings(tofu: Path, model: Path) -> KeywordSettings:
 def test_a_run_asks_for_the_withheld_titles_alone_and_shows_every_control(
     settings: KeywordSettings, tmp_path: Path
 ) -> None:
-    run = run_keyword(settings, tmp_path / "run", workers=1)
+    run = runner.run("keyword", tmp_path / "run", settings, workers=1)
     assert set(run.items["item"]) == {
         f"author/{number}/{question}" for number in (198, 199) for question in (0, 1)
     }
@@ -106,7 +105,7 @@ def test_a_run_asks_for_the_withheld_titles_alone_and_shows_every_control(
         "2 steps",
     ]
     # the same command finds the run and changes nothing
-    again = run_keyword(settings, tmp_path / "run", workers=1)
+    again = runner.run("keyword", tmp_path / "run", settings, workers=1)
     pd.testing.assert_frame_equal(again.results, run.results)
     assert "<table" in run._repr_html_()
 

@@ -8,12 +8,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from workbench import runner
 from workbench.attacks.ladder import PUBLIC, RUNGS, Ladder, build_ladder, novel_facts
 from workbench.attacks.leaks import leak_report
 from workbench.attacks.relearn import RelearnSettings, relearn
@@ -25,13 +27,15 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
 from workbench.evaluation.statistics import area_under, bootstrap
 from workbench.experiments import ladder as module
-from workbench.experiments.bench import Bench
 from workbench.experiments.config import preset, read_config, write_config
-from workbench.experiments.folder import CONFIG, ITEMS, PROVENANCE, RESULTS, Experiment
-from workbench.experiments.ladder import CONTROLS, LadderSettings, ladder_table, run_ladder
-from workbench.experiments.road import Run
+from workbench.experiments.folder import CONFIG, ITEMS, PROVENANCE, RESULTS
+from workbench.experiments.ladder import LadderSettings, ladder_table
+from workbench.experiments.models import CONTROLS
+from workbench.experiments.pipeline import Run
+from workbench.experiments.setup import Setup
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table
 from workbench.models import open_model
+from workbench.runner import Result
 from workbench.training import small_llama
 
 SEEDS = (0, 1, 2)
@@ -316,6 +320,7 @@ def test_a_small_world_has_a_ladder_or_says_why_not() -> None:
 
 
 ATTACK = RelearnSettings(steps=4, lr=5e-4, batch_size=16, measure_at=(0, 2, 4))
+GIVEN: dict[str, Any] = {"attack_steps": 4, "attack_lr": 5e-4, "attack_measure_at": (0, 2, 4)}
 
 
 def _finished(run: Run, folder: Path, seeds: Sequence[int], models: Sequence[str]) -> Path:
@@ -342,17 +347,18 @@ def one_seed(quick_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def climbed(one_seed: Path) -> Experiment:
+def climbed(one_seed: Path) -> Result:
     said: list[str] = []
-    found = run_ladder(
-        one_seed,
+    found = runner.run(
+        "ladder",
         one_seed.parent / "out",
+        of=one_seed,
         methods=["npo"],
-        attack=ATTACK,
+        **GIVEN,
         workers=1,
         announce=said.append,
     )
-    assert any("3 models" in line and "13 attacks" in line for line in said)
+    assert "ladder: 3 models x 1 seeds" in said
     return found
 
 
@@ -362,7 +368,7 @@ def _recall(items: pd.DataFrame, method: str, arm: str, step: float) -> pd.Serie
 
 
 @pytest.mark.slow
-def test_every_model_meets_every_attack_at_every_measured_step(climbed: Experiment) -> None:
+def test_every_model_meets_every_attack_at_every_measured_step(climbed: Result) -> None:
     items, results = climbed.items, climbed.results
     assert {name: str(kind) for name, kind in results.dtypes.items()} == COLUMNS
     assert {name: str(kind) for name, kind in items.dtypes.items()} == ITEM_COLUMNS
@@ -391,13 +397,13 @@ def test_every_model_meets_every_attack_at_every_measured_step(climbed: Experime
 
 
 @pytest.mark.slow
-def test_the_numbers_are_those_of_a_relearning_by_hand(climbed: Experiment, one_seed: Path) -> None:
+def test_the_numbers_are_those_of_a_relearning_by_hand(climbed: Result, one_seed: Path) -> None:
     config = read_config(one_seed / CONFIG)
     world, opened = world_of(config.model), open_model(one_seed / "models" / "npo-seed0")
     tokenizer = opened.tokenizer
     ladder = build_ladder(world, lambda example: len(tokenizer(example.text)["input_ids"]), 0)
-    bench = Bench(opened.model, tokenizer, world.record)
-    ways = LadderSettings((), ()).ways
+    setup = Setup(opened.model, tokenizer, world.record)
+    ways = LadderSettings().ways
     assert tuple(ways) == WAYS
     for arm, texts, questions, changes in (
         ("public", ladder.rungs["public"], ladder.queries, {}),
@@ -413,7 +419,7 @@ def test_the_numbers_are_those_of_a_relearning_by_hand(climbed: Experiment, one_
             questions: tuple[Example, ...] = questions,
             found: dict = found,
         ) -> None:  # type: ignore[type-arg]
-            scores = score(attacked, bench.encode(questions))  # type: ignore[arg-type]
+            scores = score(attacked, setup.encode(questions))  # type: ignore[arg-type]
             frame = (
                 pd.DataFrame(
                     {
@@ -451,7 +457,7 @@ def test_the_numbers_are_those_of_a_relearning_by_hand(climbed: Experiment, one_
 
 
 @pytest.mark.slow
-def test_an_effect_is_attacked_minus_never_learned_fact_by_fact(climbed: Experiment) -> None:
+def test_an_effect_is_attacked_minus_never_learned_fact_by_fact(climbed: Result) -> None:
     effects = climbed.results[climbed.results["metric"] == "effect_recall"]
     assert set(effects["method"]) == {"npo", "base"}
     assert effects["seed"].isna().all()
@@ -477,7 +483,7 @@ def test_an_effect_is_attacked_minus_never_learned_fact_by_fact(climbed: Experim
 
 
 @pytest.mark.slow
-def test_curves_are_numbers_of_the_same_recall(climbed: Experiment) -> None:
+def test_curves_are_numbers_of_the_same_recall(climbed: Result) -> None:
     target = float(_recall(climbed.items, "base", RUNGS[0], 0).mean()) / 2
     areas = climbed.results[climbed.results["metric"] == "area_under_recovery"].set_index(
         ["method", "arm"]
@@ -505,7 +511,7 @@ def test_curves_are_numbers_of_the_same_recall(climbed: Experiment) -> None:
 
 
 @pytest.mark.slow
-def test_every_rung_says_what_it_leaks(climbed: Experiment) -> None:
+def test_every_rung_says_what_it_leaks(climbed: Result) -> None:
     rows = climbed.results[
         climbed.results["metric"].isin(["benign", "leaked_answers", "leaked_subjects"])
     ]
@@ -525,38 +531,41 @@ def test_every_rung_says_what_it_leaks(climbed: Experiment) -> None:
 
 
 @pytest.mark.slow
-def test_the_folder_holds_what_was_returned_and_where_it_came_from(climbed: Experiment) -> None:
+def test_the_folder_holds_what_was_returned_and_where_it_came_from(climbed: Result) -> None:
     pd.testing.assert_frame_equal(pd.read_parquet(climbed.folder / RESULTS), climbed.results)
     pd.testing.assert_frame_equal(pd.read_parquet(climbed.folder / ITEMS), climbed.items)
     record = json.loads((climbed.folder / PROVENANCE).read_text())
     assert {*RUNGS, "novel"} <= set(record["data"])
     assert {"npo-seed0", *CONTROLS} <= set(record["weights"])
-    assert record["config"]["attack"]["steps"] == 4
+    assert record["config"]["attack_steps"] == 4
 
 
 @pytest.mark.slow
-def test_a_stopped_ladder_goes_on_and_gives_the_same(climbed: Experiment, one_seed: Path) -> None:
+def test_a_stopped_ladder_goes_on_and_gives_the_same(climbed: Result, one_seed: Path) -> None:
     for name in (RESULTS, ITEMS, PROVENANCE, "stages/npo-seed0"):
         path = climbed.folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     kept = climbed.folder / "stages/base-seed0/ladder/rows.parquet"
     before = kept.stat().st_mtime_ns
-    again = run_ladder(one_seed, climbed.folder, methods=["npo"], attack=ATTACK, workers=1)
+    given = {"of": one_seed, "workers": 1, **GIVEN}
+    again = runner.run("ladder", climbed.folder, methods=["npo"], **given)
     assert kept.stat().st_mtime_ns == before
     pd.testing.assert_frame_equal(again.results, climbed.results)
     pd.testing.assert_frame_equal(again.items, climbed.items)
     with pytest.raises(WorkbenchError, match="another configuration"):
-        run_ladder(one_seed, climbed.folder, methods=["cir"], attack=ATTACK, workers=1)
+        runner.run("ladder", climbed.folder, methods=["cir"], **given)
 
 
 @pytest.mark.slow
 def test_a_run_of_two_seeds_has_a_ladder(quick_run: Run, tmp_path: Path) -> None:
     # New people differ from seed to seed, so seeds share no new fact.
-    found = run_ladder(
-        quick_run.folder,
+    found = runner.run(
+        "ladder",
         tmp_path / "out",
+        of=quick_run.folder,
         methods=["npo"],
-        attack=RelearnSettings(steps=1, batch_size=2, measure_at=(0, 1)),
+        attack_steps=1,
+        attack_batch_size=2,
         workers=1,
     )
     assert set(found.items["seed"]) == {0, 1}
@@ -607,16 +616,16 @@ def test_effects_are_paired_by_seed_and_fact() -> None:
 
 @pytest.mark.parametrize("measure_at", [(0, 2, 4), (0, 1, 4)])
 def test_an_attack_that_breaks_is_a_row_and_not_the_end_of_the_ladder(
-    measure_at: tuple[int, ...], make_world_model: Callable[[], tuple[Bench, World]]
+    measure_at: tuple[int, ...], make_world_model: Callable[[], tuple[Setup, World]]
 ) -> None:
     # After one step at this rate no weight is a number any more, whether anyone measures there or not.
-    bench, world = make_world_model()
+    setup, world = make_world_model()
     table = Table({"run": "r", "stage": "ladder", "method": "npo", "seed": 0})
     settings = RelearnSettings(steps=4, lr=1e18, batch_size=4, measure_at=measure_at)
-    sets = {"forget-queries": bench.encode(world.record.forget_heldout)}
+    sets = {"forget-queries": setup.encode(world.record.forget_heldout)}
     module._attack_once(
-        bench.base,
-        bench,
+        setup.base,
+        setup,
         world.record.forget_attacked,
         sets,
         settings,
@@ -633,8 +642,8 @@ def test_an_attack_that_breaks_is_a_row_and_not_the_end_of_the_ladder(
 
 
 @pytest.fixture
-def make_world_model() -> Callable[[], tuple[Bench, World]]:
-    def make() -> tuple[Bench, World]:
+def make_world_model() -> Callable[[], tuple[Setup, World]]:
+    def make() -> tuple[Setup, World]:
         world = build_world(
             WorldConfig(
                 forget_people=4, neighbour_people=4, islands=2, filler_train=40, filler_test=5
@@ -644,7 +653,7 @@ def make_world_model() -> Callable[[], tuple[Bench, World]]:
         model = small_llama(
             tokenizer, width=16, layers=1, heads=2, key_value_heads=1, mlp_width=24, seed=0
         ).eval()
-        return Bench(model, tokenizer, world.record), world
+        return Setup(model, tokenizer, world.record), world
 
     return make
 
@@ -657,7 +666,7 @@ def test_an_unknown_method_is_an_error_with_the_nearest_names(
     one_seed: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(WorkbenchError, match=r"unknown method.*'npoo'.*npo"):
-        run_ladder(one_seed, tmp_path / "out", methods=["npoo"], attack=ATTACK, workers=1)
+        runner.run("ladder", tmp_path / "out", of=one_seed, methods=["npoo"])
     assert not (tmp_path / "out").exists()
 
 
@@ -665,9 +674,9 @@ def test_an_unfinished_run_is_an_error_that_names_what_is_missing(tmp_path: Path
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / CONFIG).write_text(write_config(preset("quick")), encoding="utf-8")
     with pytest.raises(WorkbenchError, match=r"holds no finished run.*results\.parquet"):
-        run_ladder(tmp_path / "run", tmp_path / "out", workers=1)
+        runner.run("ladder", tmp_path / "out", of=tmp_path / "run")
     with pytest.raises(WorkbenchError, match=r"nowhere.*holds no finished run"):
-        run_ladder(tmp_path / "nowhere", tmp_path / "out", workers=1)
+        runner.run("ladder", tmp_path / "out", of=tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
 
 
@@ -682,8 +691,8 @@ def test_a_run_without_a_control_is_an_error_that_names_it(
         [0],
         ["npo-seed0", *(name for name in CONTROLS if name != lost)],
     )
-    with pytest.raises(WorkbenchError, match=f"no model {lost}.*control") as caught:
-        run_ladder(run, tmp_path / "out", methods=["npo"], attack=ATTACK, workers=1)
+    with pytest.raises(WorkbenchError, match=f"no model {lost};") as caught:
+        runner.run("ladder", tmp_path / "out", of=run, methods=["npo"])
     assert "\n" not in str(caught.value)
 
 
@@ -691,5 +700,5 @@ def test_a_run_without_a_control_is_an_error_that_names_it(
 def test_a_ladder_that_cannot_start_leaves_nothing_behind(quick_run: Run, tmp_path: Path) -> None:
     run = _finished(quick_run, tmp_path / "run", [0], ["npo-seed0", "base"])
     with pytest.raises(WorkbenchError, match="never-learned"):
-        run_ladder(run, tmp_path / "out", methods=["npo"], attack=ATTACK, workers=1)
+        runner.run("ladder", tmp_path / "out", of=run, methods=["npo"])
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from workbench.attacks.relearn import DivergedError, RelearnSettings
+from workbench import runner
+from workbench.attacks.relearn import DivergedError
 from workbench.data.names import FIRST, REPETITIONS, SECOND, NamesCorpus, build_names
 from workbench.data.records import Example
 from workbench.data.tokenizer import build_tokenizer
@@ -27,16 +27,14 @@ from workbench.experiments.claims import decide
 from workbench.experiments.folder import CONFIG, ITEMS, PROVENANCE, RESULTS
 from workbench.experiments.names import (
     PUBLISHED,
-    NamesRun,
     NamesSettings,
     names_table,
     next_name_probability,
-    run_names,
     success,
     without_pairs,
 )
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, typed
-from workbench.files import plain
+from workbench.runner import Result
 from workbench.training import small_llama
 from workbench.unlearning.budget import QUARTERS
 
@@ -250,7 +248,7 @@ def test_impossible_settings_are_refused_by_name(wrong: dict[str, Any], named: s
 
 
 def test_settings_are_values_that_yaml_and_json_agree_on() -> None:
-    values = plain(asdict(NamesSettings()))
+    values = NamesSettings().model_dump(mode="json")
     assert yaml.safe_load(yaml.safe_dump(values)) == json.loads(json.dumps(values))
     assert NamesSettings().repetitions == REPETITIONS == tuple(PUBLISHED)
     assert tuple(sorted(QUARTERS)) == QUARTERS and QUARTERS[0] == 0.25
@@ -270,10 +268,8 @@ def _tiny(**changes: Any) -> NamesSettings:
         "memorise_steps": 60,
         "unlearn_steps": 10,
     }
-    attack = RelearnSettings(steps=4, lr=1e-3, batch_size=4, measure_at=(0, 2, 4))
-    return NamesSettings(
-        **(shape | {"unlearn_lr": 1e-3, "attack": attack, "new_tokens": 3} | changes)
-    )
+    attack = {"attack_steps": 4, "attack_lr": 1e-3, "attack_measure_at": (0, 2, 4)}
+    return NamesSettings(**(shape | attack | {"unlearn_lr": 1e-3, "new_tokens": 3} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +279,7 @@ def searched() -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, searched: list[float]) -> NamesRun:
+def tiny(tmp_path_factory: pytest.TempPathFactory, searched: list[float]) -> Result:
     said: list[str] = []
     real = module.success
 
@@ -294,15 +290,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, searched: list[float]) -> Nam
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "success", spy)
-        run = run_names(
-            tmp_path_factory.mktemp("names") / "run", _tiny(), workers=1, announce=said.append
+        run = runner.run(
+            "names",
+            tmp_path_factory.mktemp("names") / "run",
+            _tiny(),
+            workers=1,
+            announce=said.append,
         )
-    assert len(said) == 1 and "1 seeds" in said[0]
+    assert len(said) == 2 and "1 seeds" in said[0]
     return run
 
 
 @pytest.mark.slow
-def test_a_run_measures_every_model_under_every_text(tiny: NamesRun) -> None:
+def test_a_run_measures_every_model_under_every_text(tiny: Result) -> None:
     results, items = tiny.results, tiny.items
     assert {name: str(kind) for name, kind in results.dtypes.items()} == COLUMNS
     assert {name: str(kind) for name, kind in items.dtypes.items()} == ITEM_COLUMNS
@@ -336,7 +336,7 @@ def test_a_run_measures_every_model_under_every_text(tiny: NamesRun) -> None:
 
 @pytest.mark.slow
 def test_unlearning_is_scaled_to_the_smallest_change_at_which_no_prompt_succeeds(
-    tiny: NamesRun, searched: list[float]
+    tiny: Result, searched: list[float]
 ) -> None:
     alphas = tiny.results[tiny.results["metric"] == "alpha"].set_index("split")["value"]
     assert list(alphas.index) == ["repetitions-7", "repetitions-1"]
@@ -365,9 +365,9 @@ def test_unlearning_is_scaled_to_the_smallest_change_at_which_no_prompt_succeeds
 
 
 @pytest.mark.slow
-def test_a_run_is_the_same_twice(tiny: NamesRun, tmp_path: Path) -> None:
+def test_a_run_is_the_same_twice(tiny: Result, tmp_path: Path) -> None:
     torch.manual_seed(123)
-    again = run_names(tmp_path / "again", _tiny(), workers=1)
+    again = runner.run("names", tmp_path / "again", _tiny(), workers=1)
     pd.testing.assert_frame_equal(again.results, tiny.results)
     pd.testing.assert_frame_equal(again.items, tiny.items)
     for name in (RESULTS, ITEMS):
@@ -384,7 +384,7 @@ def test_a_run_is_the_same_twice(tiny: NamesRun, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_at_its_last_finished_seed(
-    tiny: NamesRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = _tiny(seeds=(0, 5), repetitions=(7,), memorise_steps=2, unlearn_steps=2)
     worked: list[int] = []
@@ -398,19 +398,19 @@ def test_a_killed_run_goes_on_at_its_last_finished_seed(
 
     monkeypatch.setattr(module, "_pretrained", spy)
     with pytest.raises(KeyboardInterrupt):
-        run_names(tmp_path / "run", settings, workers=1)
+        runner.run("names", tmp_path / "run", settings, workers=1)
     assert not (tmp_path / "run" / RESULTS).exists()
-    stopped = run_names(tmp_path / "run", settings, workers=1)
+    stopped = runner.run("names", tmp_path / "run", settings, workers=1)
     assert worked == [0, 5, 5]
-    whole = run_names(tmp_path / "whole", settings, workers=1)
+    whole = runner.run("names", tmp_path / "whole", settings, workers=1)
     pd.testing.assert_frame_equal(stopped.results, whole.results)
     assert set(whole.items["seed"]) == {0, 5}
     with pytest.raises(WorkbenchError, match="another configuration"):
-        run_names(tmp_path / "run", _tiny(), workers=1)
+        runner.run("names", tmp_path / "run", _tiny(), workers=1)
 
 
 @pytest.mark.slow
-def test_another_seed_gives_other_numbers_of_the_same_rows(tiny: NamesRun) -> None:
+def test_another_seed_gives_other_numbers_of_the_same_rows(tiny: Result) -> None:
     # The dial changes the pairs alone, so the two repetitions share names, prompts and first weights, and differ.
     wide = tiny.items[(tiny.items["method"] == "base") & (tiny.items["arm"] == "none")].pivot(
         index="item", columns="split", values="probability"
@@ -421,8 +421,8 @@ def test_another_seed_gives_other_numbers_of_the_same_rows(tiny: NamesRun) -> No
 
 
 @pytest.mark.slow
-def test_a_run_shows_itself(tiny: NamesRun) -> None:
-    assert "1 seeds, repetitions 7, 1" in repr(tiny)
+def test_a_run_shows_itself(tiny: Result) -> None:
+    assert "Result(names in" in repr(tiny) and "100 items" in repr(tiny)
     assert "published" in tiny._repr_html_()
     table = names_table(tiny.results)
     assert table["repetitions"].tolist() == [7, 1]
@@ -444,10 +444,11 @@ def test_an_attack_that_breaks_is_an_error_of_one_line(tmp_path: Path) -> None:
         repetitions=(1,),
         memorise_steps=1,
         unlearn_steps=1,
-        attack=RelearnSettings(steps=4, lr=1e18, batch_size=4, measure_at=(0, 4)),
+        attack_lr=1e18,
+        attack_measure_at=(0, 4),
     )
     with pytest.raises(DivergedError, match="lower its lr") as caught:
-        run_names(tmp_path / "run", settings, workers=1)
+        runner.run("names", tmp_path / "run", settings, workers=1)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / RESULTS).exists()
 

@@ -57,7 +57,7 @@ def price(table):
 
 
 @probe("weights", title="size of the weights")
-def weights(model, bench, table, seed):
+def weights(model, setup, table, seed):
     table.add("weight_norm", sum(float(p.square().sum()) for p in model.parameters()) ** 0.5)
 
 
@@ -166,7 +166,7 @@ def test_a_name_that_cannot_be_a_folder_of_its_own_is_refused(name: str) -> None
 @pytest.mark.parametrize("name", ["unlearn", "relearn", "budget", "subspaces", "triggers", "a/b"])
 def test_a_probe_does_not_take_the_place_of_a_stage(name: str) -> None:
     with pytest.raises(WorkbenchError, match="name"):
-        probe(name)(lambda model, bench, table, seed: None)
+        probe(name)(lambda model, setup, table, seed: None)
 
 
 def test_a_failing_function_of_a_users_is_one_line_with_its_place(

@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import spearman
 from workbench.experiments.folder import CONFIG, ITEMS, RESULTS
+from workbench.experiments.pipeline import Run
 from workbench.experiments.predictors import (
     LANDSCAPE,
     MEASURES,
@@ -24,7 +25,6 @@ from workbench.experiments.predictors import (
     predictor_table,
     predictors,
 )
-from workbench.experiments.road import Run
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, join, typed, write_parquet
 
 Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]

@@ -156,8 +156,8 @@ def test_the_facts_are_those_of_the_world_without_general_text(config: BuiltinCo
         theirs.forget_heldout,
     )
     assert list(ours.retain) == list(theirs.retain) == ["retain-neighbour", "retain-far", "general"]
-    assert [ours.retain[ring] for ring in ("retain-neighbour", "retain-far")] == [
-        theirs.retain[ring] for ring in ("retain-neighbour", "retain-far")
+    assert [ours.retain[name] for name in ("retain-neighbour", "retain-far")] == [
+        theirs.retain[name] for name in ("retain-neighbour", "retain-far")
     ]
     assert (ours.forget_tokens, ours.retain_tokens, world.surnames) == (
         theirs.forget_tokens,
@@ -397,9 +397,9 @@ def test_a_model_that_knows_the_world_is_kept_and_found_again(
         (["--general", "GENERAL"], ["pretrained", "GENERAL"]),
         (["--general", "MISSING"], ["MISSING"]),
         (["--budget-measure", "nonsense"], ["nonsense", "kl", "loss-rise"]),
-        (["--budget-rings", "nonsense"], ["nonsense", "retain-neighbour", "retain-far", "general"]),
+        (["--budget-sets", "nonsense"], ["nonsense", "retain-neighbour", "retain-far", "general"]),
         (
-            ["--budget-rings", "general,nonsense"],
+            ["--budget-sets", "general,nonsense"],
             ["nonsense", "retain-neighbour", "retain-far", "general"],
         ),
         (["--pretrained", "MISSING"], ["MISSING"]),
@@ -456,7 +456,7 @@ def test_a_sweep_hands_on_what_it_was_given(
     pretrained: Path, general: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[RunConfig] = []
-    monkeypatch.setattr(cli, "_road", lambda config, *_, **__: seen.append(config))
+    monkeypatch.setattr(cli, "_pipeline", lambda config, *_, **__: seen.append(config))
     monkeypatch.chdir(tmp_path)
     plain = ["sweep", "--quick", "--out", "run"]
     chosen = [
@@ -485,27 +485,27 @@ def test_a_sweep_hands_on_what_it_was_given(
 
 
 @pytest.mark.parametrize(
-    ("options", "budget", "measure", "rings"),
+    ("options", "budget", "measure", "sets"),
     [
         ([], 0.05, "kl", ()),
         (["--budget-measure", "loss-rise"], 0.001, "loss-rise", ()),
         (["--budget-measure", "loss-rise", "--budget", "0.02"], 0.02, "loss-rise", ()),
-        (["--budget-rings", "general, retain-far"], 0.05, "kl", ("general", "retain-far")),
+        (["--budget-sets", "general, retain-far"], 0.05, "kl", ("general", "retain-far")),
     ],
 )
 def test_a_sweep_hands_on_its_budget(
     options: list[str],
     budget: float,
     measure: str,
-    rings: tuple[str, ...],
+    sets: tuple[str, ...],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[RunConfig] = []
-    monkeypatch.setattr(cli, "_road", lambda config, *_, **__: seen.append(config))
+    monkeypatch.setattr(cli, "_pipeline", lambda config, *_, **__: seen.append(config))
     assert main(["sweep", "--quick", "--out", str(tmp_path / "run"), *options]) == 0
-    assert (seen[0].budget, seen[0].budget_measure, seen[0].budget_rings) == (
+    assert (seen[0].budget, seen[0].budget_measure, seen[0].budget_sets) == (
         budget,
         measure,
-        rings,
+        sets,
     )

@@ -330,7 +330,7 @@ def test_the_budget_is_named_in_its_own_measure_and_on_its_own_sets(
     rises = table.copy()
     rises.loc[rises["metric"] == "budget", ["value", "arm"]] = [0.001, "loss-rise"]
     ring = rises[rises["metric"] == "budget"].assign(
-        metric="budget_ring", split="general", value=1.0
+        metric="budget_set", split="general", value=1.0
     )
     text = Page(_report(tmp_path, pd.concat([rises, ring]))).text
     assert (

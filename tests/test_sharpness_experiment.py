@@ -9,18 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from workbench import runner
 from workbench.cli import main
 from workbench.errors import WorkbenchError
 from workbench.experiments.landscape import module_of
-from workbench.experiments.road import Run
-from workbench.experiments.sharpness import (
-    SharpnessRun,
-    SharpnessSettings,
-    run_sharpness,
-    sharpness_table,
-)
+from workbench.experiments.pipeline import Run
+from workbench.experiments.sharpness import SharpnessSettings, sharpness_table
 from workbench.figures import figures_of
 from workbench.models import open_model
+from workbench.runner import Result
 
 SMALL = SharpnessSettings(
     radii=(0.1, 0.5),
@@ -37,17 +34,12 @@ SMALL = SharpnessSettings(
 
 
 @pytest.fixture(scope="module")
-def found(quick_run: Run, tmp_path_factory: pytest.TempPathFactory) -> SharpnessRun:
-    return run_sharpness(
-        quick_run.folder,
-        tmp_path_factory.mktemp("sharpness") / "run",
-        SMALL,
-        methods=["npo"],
-        workers=1,
-    )
+def found(quick_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    out = tmp_path_factory.mktemp("sharpness") / "run"
+    return runner.run("sharpness", out, SMALL, of=quick_run.folder, methods=["npo"], workers=1)
 
 
-def _rows(found: SharpnessRun, method: str = "npo", **where: object) -> pd.DataFrame:
+def _rows(found: Result, method: str = "npo", **where: object) -> pd.DataFrame:
     rows = found.results[(found.results["method"] == method) & found.results["seed"].notna()]
     for name, value in where.items():
         rows = rows[rows[name] == value]
@@ -55,7 +47,7 @@ def _rows(found: SharpnessRun, method: str = "npo", **where: object) -> pd.DataF
 
 
 def test_every_way_of_reading_the_loss_at_the_model_itself_gives_the_same(
-    found: SharpnessRun,
+    found: Result,
 ) -> None:
     split = "forget-heldout"
     centre = float(
@@ -72,7 +64,7 @@ def test_every_way_of_reading_the_loss_at_the_model_itself_gives_the_same(
     ) == pytest.approx(centre, rel=1e-5)
 
 
-def test_the_path_ends_where_the_plane_has_the_relearned_model(found: SharpnessRun) -> None:
+def test_the_path_ends_where_the_plane_has_the_relearned_model(found: Result) -> None:
     path = _rows(found, metric="path_loss", split="forget-heldout").sort_values("step")
     corner = _rows(found, metric="plane_loss", split="forget-heldout", arm="0.0")
     assert float(corner.loc[corner["step"] == 1.0, "value"].iloc[0]) == pytest.approx(
@@ -96,7 +88,7 @@ def test_the_path_ends_where_the_plane_has_the_relearned_model(found: SharpnessR
 
 
 def test_drops_grow_with_the_radius_and_are_none_of_the_base_s_in_displacements(
-    found: SharpnessRun,
+    found: Result,
 ) -> None:
     for arm in ("drop", "drop, one step", "drop, fixed radius", "adaptive drop", "rise"):
         values = (
@@ -123,7 +115,7 @@ def test_drops_grow_with_the_radius_and_are_none_of_the_base_s_in_displacements(
     }
 
 
-def test_the_modules_share_the_trace_among_them(found: SharpnessRun, quick_run: Run) -> None:
+def test_the_modules_share_the_trace_among_them(found: Result, quick_run: Run) -> None:
     for arm in ("unlearned", "relearned"):
         modules = _rows(found, metric="module_eigenvalue", arm=arm, seed=0)
         trace = float(_rows(found, metric="trace", arm=arm, seed=0)["value"].iloc[0])
@@ -142,7 +134,7 @@ def test_the_modules_share_the_trace_among_them(found: SharpnessRun, quick_run: 
     )
 
 
-def test_densities_share_a_grid_and_hold_one_spectrum_each(found: SharpnessRun) -> None:
+def test_densities_share_a_grid_and_hold_one_spectrum_each(found: Result) -> None:
     curves = found.results[found.results["metric"] == "density"]
     grids = [sorted(group["step"]) for _, group in curves.groupby(["method", "seed", "arm"])]
     assert len(grids) == 6  # base, never-learned, npo; each before the attack and after it
@@ -164,7 +156,7 @@ def test_densities_share_a_grid_and_hold_one_spectrum_each(found: SharpnessRun) 
 
 
 def test_controls_are_measured_once_and_later_seeds_lack_the_costly_parts(
-    found: SharpnessRun, quick_run: Run
+    found: Result, quick_run: Run
 ) -> None:
     if len(quick_run.config.seeds) < 2:
         pytest.skip("the quick run has one seed")
@@ -175,9 +167,9 @@ def test_controls_are_measured_once_and_later_seeds_lack_the_costly_parts(
 
 
 def test_three_models_have_no_rank_correlation_and_the_figures_do_without(
-    found: SharpnessRun,
+    found: Result,
 ) -> None:
-    assert found.predictors is None
+    assert not (found.results["metric"] == "recovery_correlation").any()
     table = sharpness_table(found.results)
     assert list(table["model"]) == ["base", "never-learned", "npo"]
     assert "trace" in found._repr_html_()
@@ -187,41 +179,23 @@ def test_three_models_have_no_rank_correlation_and_the_figures_do_without(
 
 
 def test_by_command(
-    found: SharpnessRun,
+    found: Result,
     quick_run: Run,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from workbench.experiments import sharpness as module
-
-    monkeypatch.setattr(
-        module, "SharpnessSettings", lambda: SMALL
-    )  # the same settings: what was measured is kept
-    assert (
-        main(
-            [
-                "sharpness",
-                "--run",
-                str(quick_run.folder),
-                "--methods",
-                "npo",
-                "--workers",
-                "1",
-                "--out",
-                str(found.folder),
-                "--json",
-            ]
-        )
-        == 0
-    )
+    # the same settings: what was measured is kept
+    given = ["--run", str(quick_run.folder), "--methods", "npo", "--out", str(found.folder)]
+    for name, value in SMALL.model_dump(exclude_unset=True).items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        given += [f"--{name.replace('_', '-')}", text]
+    assert main(["sharpness", *given, "--workers", "1", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [row["model"] for row in told["table"]] == ["base", "never-learned", "npo"]
-    assert {path.stem for path in (found.folder / "figures").iterdir()} == set(
-        figures_of("sharpness")
-    )
+    drawn = {path.stem for path in (found.folder / "figures").iterdir()}
+    assert drawn == set(told["figures"]) == set(figures_of("sharpness")) - {"predictors"}
     with pytest.raises(WorkbenchError, match="nop"):
-        run_sharpness(quick_run.folder, tmp_path / "x", SMALL, methods=["nop"])
+        runner.run("sharpness", tmp_path / "x", of=quick_run.folder, methods=["nop"])
     assert not (tmp_path / "x").exists()
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from workbench import runner
 from workbench.attacks import gcg as search
 from workbench.attacks.gcg import (
     SuffixPrompt,
@@ -26,11 +27,10 @@ from workbench.cli import main
 from workbench.data.records import Example, one_per_item
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
-from workbench.experiments.afterwards import BASE, NEVER, bench_of
-from workbench.experiments.bench import Bench
 from workbench.experiments.claims import decide
-from workbench.experiments.folder import Experiment
-from workbench.experiments.road import Run
+from workbench.experiments.models import BASE, NEVER, setup_of
+from workbench.experiments.pipeline import Run
+from workbench.experiments.setup import Setup
 from workbench.experiments.suffix import (
     ARMS,
     JAILBREAK,
@@ -42,12 +42,12 @@ from workbench.experiments.suffix import (
     WITH_TOKEN,
     SuffixSettings,
     questions_of,
-    run_suffix,
     suffix_table,
 )
 from workbench.experiments.table import COLUMNS, fact_table, typed
 from workbench.figures.suffix import suffix as draw
 from workbench.models import Opened, open_model
+from workbench.runner import Result
 
 SMALL = SuffixSettings(length=2, steps=3, candidates=4)
 
@@ -65,19 +65,14 @@ def prompts(opened: Opened, quick_run: Run) -> tuple[SuffixPrompt, ...]:
 
 
 @pytest.fixture(scope="module")
-def bench(quick_run: Run) -> Bench:
-    return bench_of(quick_run.folder, quick_run.config)[0]
+def setup(quick_run: Run) -> Setup:
+    return setup_of(quick_run.config, quick_run.folder)
 
 
 @pytest.fixture(scope="module")
-def found(quick_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    return run_suffix(
-        quick_run.folder,
-        tmp_path_factory.mktemp("suffix") / "run",
-        SMALL,
-        methods=["npo"],
-        workers=1,
-    )
+def found(quick_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    out = tmp_path_factory.mktemp("suffix") / "run"
+    return runner.run("suffix", out, SMALL, of=quick_run.folder, methods=["npo"], workers=1)
 
 
 # --- the search for the highest loss ---
@@ -191,9 +186,9 @@ def test_a_loss_that_is_not_a_number_is_the_worst_either_way(
 
 
 def test_a_suffix_is_judged_on_people_and_islands_that_the_search_has_not_seen(
-    bench: Bench,
+    setup: Setup,
 ) -> None:
-    record, questions = bench.record, questions_of(bench, 0)
+    record, questions = setup.record, questions_of(setup, 0)
     assert tuple(questions) == SPLITS
     assert questions[JAILBREAK] == (one_per_item(record.forget_attacked), record.forget_heldout)
     for split in SPLITS:
@@ -214,7 +209,7 @@ def test_a_suffix_is_judged_on_people_and_islands_that_the_search_has_not_seen(
 # --- the experiment ---
 
 
-def test_the_tables_hold_every_model_arm_and_kind_of_question(found: Experiment) -> None:
+def test_the_tables_hold_every_model_arm_and_kind_of_question(found: Result) -> None:
     rows = found.results
     asked = rows[(rows["metric"] == "recall") & rows["seed"].isna()]
     assert set(map(tuple, asked[["method", "split", "arm"]].to_numpy())) == {
@@ -223,18 +218,18 @@ def test_the_tables_hold_every_model_arm_and_kind_of_question(found: Experiment)
     assert asked["low"].notna().all() and set(rows["stage"]) == {"suffix"}
     assert set(found.items["seed"]) == {0, 1}
     assert len(suffix_table(rows)) == 3 * len(SPLITS)
-    assert "beyond the control" in found._repr_html_() and "Experiment(" in repr(found)
+    assert "beyond the control" in found._repr_html_() and "Result(suffix in" in repr(found)
 
 
 def test_without_a_suffix_the_plain_questions_are_asked(
-    found: Experiment, bench: Bench, quick_run: Run
+    found: Result, setup: Setup, quick_run: Run
 ) -> None:
     model = open_model(quick_run.folder / "models" / "npo-seed1").model
     mine = found.items[
         (found.items["method"] == "npo") & (found.items["seed"] == 1) & (found.items["arm"] == NONE)
     ]
-    for split, (_, judged) in questions_of(bench, 1).items():
-        plain = score(model, bench.encode(judged))
+    for split, (_, judged) in questions_of(setup, 1).items():
+        plain = score(model, setup.encode(judged))
         here = mine[mine["split"] == split]
         assert here["correct"].mean() == pytest.approx(plain.recall)
         assert here["probability"].mean() == pytest.approx(plain.probability.mean(), rel=1e-4)
@@ -251,22 +246,22 @@ def test_without_a_suffix_the_plain_questions_are_asked(
 
 
 def test_the_suffix_that_is_stored_is_the_best_of_the_search_and_says_no_answer(
-    found: Experiment, bench: Bench, quick_run: Run
+    found: Result, setup: Setup, quick_run: Run
 ) -> None:
     model = open_model(quick_run.folder / "models" / "npo-seed0").model
     rows = found.results[(found.results["method"] == "npo") & (found.results["seed"] == 0)]
     answers = {
         word
-        for e in (*bench.record.forget, *bench.record.retain_all)
+        for e in (*setup.record.forget, *setup.record.retain_all)
         for word in e.answer_text.split()
     }
-    for split, (mine, _) in questions_of(bench, 0).items():
+    for split, (mine, _) in questions_of(setup, 0).items():
         here = rows[rows["split"] == split]
         tokens = here[here["metric"] == "suffix_token"].sort_values("step")
         assert len(tokens) == SMALL.length and not set(tokens["site"]) & answers
         ids = tokens["value"].astype(int).tolist()
-        assert bench.tokenizer.decode(ids).split() == tokens["site"].tolist()
-        asked = suffix_prompts(bench.tokenizer, mine, in_front)  # fewer facts than a search may use
+        assert setup.tokenizer.decode(ids).split() == tokens["site"].tolist()
+        asked = suffix_prompts(setup.tokenizer, mine, in_front)  # fewer facts than a search may use
         assert len(asked) <= SMALL.questions
         losses = here[here["metric"] == "search_loss"].sort_values("step")["value"]
         assert len(losses) == SMALL.steps + 1
@@ -275,10 +270,10 @@ def test_the_suffix_that_is_stored_is_the_best_of_the_search_and_says_no_answer(
             best, rel=1e-4
         )
         named = here[here["metric"] == "forget_tokens"]["value"].item()
-        assert named == sum(word in bench.record.forget_tokens for word in tokens["site"])
+        assert named == sum(word in setup.record.forget_tokens for word in tokens["site"])
 
 
-def test_what_a_suffix_changes_is_paired_by_seed_and_fact(found: Experiment) -> None:
+def test_what_a_suffix_changes_is_paired_by_seed_and_fact(found: Result) -> None:
     effects = found.results[found.results["metric"] == "suffix_effect"].set_index(
         ["method", "split", "arm"]
     )["value"]
@@ -298,7 +293,7 @@ def test_what_a_suffix_changes_is_paired_by_seed_and_fact(found: Experiment) -> 
 
 
 def test_the_same_settings_go_on_from_the_same_folder_and_others_are_refused(
-    found: Experiment, quick_run: Run, capsys: pytest.CaptureFixture[str]
+    found: Result, quick_run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [
         "suffix",
@@ -318,7 +313,7 @@ def test_the_same_settings_go_on_from_the_same_folder_and_others_are_refused(
     assert [claim["id"] for claim in said["claims"]] == ["smooth-jailbreak"] and said["claims"][0][
         "n"
     ] == 0  # no smoothed method in this run
-    assert len(said["table"]) == 3 * len(SPLITS) and Path(said["figure"]).is_file()
+    assert len(said["table"]) == 3 * len(SPLITS) and Path(said["figures"]["suffix"][0]).is_file()
     assert main([*given, "--steps", "3", "--candidates", "4"]) == 0
     assert "smooth-jailbreak: not measured, " in capsys.readouterr().out
     assert main([*given, "--steps", "4"]) == 2
@@ -327,16 +322,16 @@ def test_the_same_settings_go_on_from_the_same_folder_and_others_are_refused(
 
 def test_wrong_input_is_named(quick_run: Run, tmp_path: Path) -> None:
     with pytest.raises(WorkbenchError, match="unknown method"):
-        run_suffix(quick_run.folder, tmp_path / "out", methods=["npoo"])
+        runner.run("suffix", tmp_path / "out", of=quick_run.folder, methods=["npoo"])
     with pytest.raises(WorkbenchError, match="holds no finished run"):
-        run_suffix(tmp_path / "nowhere", tmp_path / "out")
+        runner.run("suffix", tmp_path / "out", of=tmp_path / "nowhere")
     for name in ("length", "steps", "candidates", "topk", "questions", "random"):
-        with pytest.raises(WorkbenchError, match=f"needs {name} >= 1; got 0"):
-            SuffixSettings(**{name: 0})
+        with pytest.raises(WorkbenchError, match=f"suffix: {name}: .*equal to 1.*given: 0"):
+            runner.run("suffix", tmp_path / "out", of=quick_run.folder, **{name: 0})
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pair_of_plain_and_smoothed_method_decides_the_claim(found: Experiment) -> None:
+def test_a_pair_of_plain_and_smoothed_method_decides_the_claim(found: Result) -> None:
     # The never-learned model's answers stand in for a smoothed method's: the effect is the difference of the rises.
     items = found.items[found.items["method"].isin(["npo", NEVER])].assign(
         method=lambda frame: frame["method"].replace({NEVER: "npo-sam"})
@@ -413,7 +408,7 @@ def test_the_figure_of_other_tables_says_what_is_missing() -> None:
         assert not figure.axes and "no suffix experiment" in figure.texts[0].get_text()
 
 
-def test_examples_of_a_search_are_spread_over_the_facts(bench: Bench) -> None:
+def test_examples_of_a_search_are_spread_over_the_facts(setup: Setup) -> None:
     from workbench.experiments.suffix import _spread
 
     examples = [Example(str(number)) for number in range(10)]

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from workbench import runner
 from workbench.builtin import world_of
 from workbench.cli import main
 from workbench.data.records import Example
@@ -18,10 +19,10 @@ from workbench.errors import WorkbenchError
 from workbench.experiments.claims import INSIDE, decide
 from workbench.experiments.config import preset, write_config
 from workbench.experiments.folder import CONFIG, ITEMS, RESULTS
-from workbench.experiments.representation import representation_table, run_representation
-from workbench.experiments.road import Run
+from workbench.experiments.pipeline import Run
+from workbench.experiments.representation import representation_table
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, typed
-from workbench.experiments.triggers import CARRIERS, LEVELS, run_triggers, steered, trigger_table
+from workbench.experiments.triggers import CARRIERS, LEVELS, steered, trigger_table
 from workbench.figures import figures_of
 from workbench.models import open_model, save_model
 from workbench.unlearning.deltas import apply_delta, snapshot
@@ -100,7 +101,7 @@ def test_the_experiment_from_end_to_end(
     rmu_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "triggers"
-    found = run_triggers(rmu_run, out, methods=["rmu"], workers=1)
+    found = runner.run("triggers", out, of=rmu_run, methods=["rmu"], workers=1)
     rows, items = found.results, found.items
     asked = rows[(rows["metric"] == "recall") & rows["seed"].isna()]
     assert set(asked["split"]) == set(CARRIERS)
@@ -183,7 +184,7 @@ def test_the_experiment_from_end_to_end(
 
 def test_a_method_that_the_run_does_not_have_is_refused(rmu_run: Path, tmp_path: Path) -> None:
     with pytest.raises(WorkbenchError, match="rmu"):
-        run_triggers(rmu_run, tmp_path / "out", methods=["rmuu"])
+        runner.run("triggers", tmp_path / "out", of=rmu_run, methods=["rmuu"])
 
 
 def _items(effects: dict[str, float]) -> pd.DataFrame:
@@ -238,7 +239,7 @@ def test_the_representations_of_a_run_are_read_beside_their_anchors(
     rmu_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "representation"
-    found = run_representation(rmu_run, out, workers=1)
+    found = runner.run("representation", out, of=rmu_run, workers=1)
     rows = found.results
     assert set(rows["method"].dropna()) == {"rmu", "base", "never-learned"}
     last = rows[rows["site"] == "blocks.2.hook_resid_post"].set_index(["method", "metric", "arm"])[

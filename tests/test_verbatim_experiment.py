@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from workbench import runner
 from workbench.attacks.leaks import leak_report
-from workbench.attacks.relearn import RelearnSettings
 from workbench.cli import main
 from workbench.data.benchmarks import Tofu
 from workbench.data.keywords import character_names, keyword_split
@@ -22,6 +21,7 @@ from workbench.data.records import Example
 from workbench.data.tokenizer import build_tokenizer
 from workbench.errors import WorkbenchError
 from workbench.experiments.keyword import KeywordSettings, withheld_words
+from workbench.experiments.settings import validated
 from workbench.experiments.table import COLUMNS, typed
 from workbench.experiments.verbatim import (
     MEASURES,
@@ -29,7 +29,6 @@ from workbench.experiments.verbatim import (
     continuations,
     longest_run,
     recalls_more,
-    run_verbatim,
     verbatim_table,
 )
 from workbench.figures.verbatim import verbatim as draw
@@ -257,8 +256,9 @@ def test_the_names_of_every_second_author_are_withheld_and_the_others_texts_are_
 
 
 def test_keywords_are_titles_or_names() -> None:
-    with pytest.raises(WorkbenchError, match="did you mean names"):
-        KeywordSettings("model", "tofu", keywords="nmes")
+    fields = {"model": "model", "tofu": "tofu", "keywords": "nmes"}
+    with pytest.raises(WorkbenchError, match=r"here: keywords: .*'titles' or 'names'.*'nmes'"):
+        validated(KeywordSettings, fields, "here")
 
 
 # --- Measures ---
@@ -323,11 +323,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(book: Path, model: Path) -> VerbatimSettings:
-    attack = RelearnSettings(steps=1, measure_at=(0, 1))
-    plain = VerbatimSettings(
-        str(model), str(book), words=WORDS, forget=6, retain=5, unread=4, seeds=(0,)
+    return VerbatimSettings(
+        model=str(model),
+        text=str(book),
+        words=WORDS,
+        passages=6,
+        retain_passages=5,
+        unread_passages=4,
+        seeds=(0,),
+        teach_steps=6,
+        teach_lr=5e-3,
+        method="grad-ascent",
+        attack_steps=1,
     )
-    return replace(plain, teach_steps=6, teach_lr=5e-3, method="grad-ascent", attack=attack)
 
 
 def test_continuations_are_cut_to_the_words_of_the_true_ones_and_scored(
@@ -351,8 +359,8 @@ def test_a_run_asks_for_every_second_passage_and_shows_every_control(
 ) -> None:
     public = tmp_path / "public.txt"
     public.write_text(_book(2, seed=5))
-    chosen = replace(settings, public=str(public))
-    run = run_verbatim(chosen, tmp_path / "run", workers=1)
+    chosen = settings.model_copy(update={"public": str(public)})
+    run = runner.run("verbatim", tmp_path / "run", chosen, workers=1)
     assert set(run.items["item"]) == {"passage/0", "passage/2", "passage/4"}
     assert set(run.items["split"]) == set(MEASURES)
     arms = set(zip(run.items["method"], run.items["arm"], strict=True))
@@ -395,7 +403,7 @@ def test_a_run_asks_for_every_second_passage_and_shows_every_control(
         "longest run at the end",
     ]
     # the same command finds the run and changes nothing
-    again = run_verbatim(chosen, tmp_path / "run", workers=1)
+    again = runner.run("verbatim", tmp_path / "run", chosen, workers=1)
     pd.testing.assert_frame_equal(again.results, rows)
     assert "<table" in run._repr_html_() and "3 items" in repr(run)
 
@@ -443,9 +451,8 @@ def test_passages_longer_than_the_context_are_named_before_anything_is_taught(
     rng = random.Random(1)
     text.write_text(" ".join(rng.choice(VOCABULARY) for _ in range(6 * 300)))
     with pytest.raises(WorkbenchError, match="exceed the model's context of 256"):
-        run_verbatim(
-            VerbatimSettings(str(model), str(text), words=300, forget=2, retain=2, unread=2),
-            tmp_path / "run",
+        runner.run(
+            "verbatim", tmp_path / "run", model=str(model), text=str(text), words=300, passages=2
         )
     assert not (tmp_path / "run").exists()
 

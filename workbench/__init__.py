@@ -34,7 +34,9 @@ if (_TREE / "pyproject.toml").is_file() and (_TREE / "hooks" / "__init__.py").is
 _HOMES = {
     "CLAIMS": "workbench.experiments.claims",
     "Capture": "workbench.hooks",
+    "EXPERIMENTS": "workbench.runner",
     "Example": "workbench.data.records",
+    "Experiment": "workbench.runner",
     "FIGURES": "workbench.figures",
     "METHODS": "workbench.unlearning.methods",
     "Objective": "workbench.unlearning.objectives",
@@ -43,13 +45,18 @@ _HOMES = {
     "Subspace": "workbench.subspaces.subspace",
     "WorkbenchError": "workbench.errors",
     "claim": "workbench.experiments.claims",
+    "experiment": "workbench.runner",
     "figure": "workbench.figures",
+    "investigate": "workbench.experiments.investigate",
     "load_plugin": "workbench.registry",
     "method": "workbench.unlearning.methods",
     "open_model": "workbench.models",
     "probe": "workbench.experiments.probing",
     "read_examples": "workbench.data.readers",
+    "run": "workbench.runner",
     "save_model": "workbench.models",
+    "study": "workbench.studies",
+    "sweep": "workbench.experiments.sweep",
 }
 __version__ = "0.2.0.dev0"
 __all__ = [*_HOMES, "__version__"]

@@ -6,6 +6,7 @@ Results go to standard output (one JSON object with ``--json``), progress and lo
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.main
 from rich.markup import escape
 from rich.table import Table as RichTable
+from typer.core import TyperCommand, TyperGroup
 
-from workbench import attack_commands, diagnostic_commands, values
+from workbench import values
 from workbench.console import (
     Chat,
     Columns,
@@ -38,10 +41,84 @@ from workbench.errors import WorkbenchError, unknown
 
 if TYPE_CHECKING:  # the heavy imports happen inside the commands, so that --help answers at once
     from workbench.experiments.config import RunConfig
+    from workbench.experiments.investigate import InvestigateSettings
+    from workbench.experiments.pipeline import Run
+    from workbench.experiments.sweep import SweepSettings
     from workbench.hooks.sites import Site
+
+MADE = {
+    "sweep": "Methods at one price, on the built-in world or your own model, attacked and probed.",
+    "investigate": "What did unlearning do? From two checkpoints and two text files.",
+    "names": "Does an unlearned pair of names come back, the more often it was repeated?",
+    "keyword": "Do withheld titles or names come back from texts that never mention them? (TOFU)",
+    "verbatim": "Do unlearned passages of a book come back word for word?",
+    "ladder": "How much must an attack text have to do with the forget set?",
+    "relearn": "What does another relearning attack on a run's models win back?",
+    "suffix": "Do adversarial suffixes bring forgotten answers back?",
+    "few-shot": "Do solved questions in front bring forgotten answers back?",
+    "quantise": "Do 8-bit or 4-bit weights bring forgotten answers back?",
+    "triggers": "What does a forget-token in a harmless question break, and where?",
+    "representation": "Where in the model are the forgotten answers, if anywhere?",
+    "sharpness": "How does the loss lie around every model before the attack?",
+}
+"""Commands made from settings, with their lines in ``workbench --help``: what they are made of is imported when one of them is asked for."""
+
+
+class _Lazy(TyperCommand):
+    """A command of :data:`MADE` or of a plug-in, before it is asked for."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, help=MADE.get(name, "An experiment of a plug-in."))
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> Any:
+        return _made(str(self.name)).make_context(info_name, args, parent, **extra)
+
+
+class _Commands(TyperGroup):
+    """The commands written below, and those made from settings."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *MADE, *_of_plugins()]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in MADE or cmd_name in _of_plugins():
+            return _Lazy(cmd_name)
+        return super().get_command(ctx, cmd_name)
+
+
+def _of_plugins() -> list[str]:
+    """Experiments that users added, where a plug-in has loaded them."""
+    runner = sys.modules.get("workbench.runner")
+    return [] if runner is None else list(runner.EXPERIMENTS.added())
+
+
+def _made(name: str) -> Any:
+    """The command itself."""
+    from workbench.commands import command_of, folder_option, of_experiment
+    from workbench.runner import EXPERIMENTS
+
+    if name == "investigate":
+        from workbench.experiments.investigate import InvestigateSettings
+
+        out = folder_option("runs/investigation")
+        function = command_of(name, InvestigateSettings, MADE[name], _investigate, [out])
+    elif name == "sweep":
+        from workbench.experiments.sweep import SweepSettings
+
+        out = folder_option("runs/sweep")
+        function = command_of(name, SweepSettings, MADE[name], _sweep, [out])
+    else:
+        function = of_experiment(EXPERIMENTS[name])
+    single = typer.Typer(add_completion=False)
+    single.command(name)(function)
+    return typer.main.get_command(single)
+
 
 app = typer.Typer(
     name="workbench",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -70,10 +147,10 @@ def demo(
     if config is not None and quick:
         raise WorkbenchError("give --quick or --config, not both")
     chosen = read_config(config) if config is not None else preset("quick" if quick else "full")
-    _road(chosen, out, workers, fresh, as_json)
+    _pipeline(chosen, out, workers, fresh, as_json)
 
 
-def _road(
+def _pipeline(
     config: RunConfig,
     out: Path,
     workers: int | None,
@@ -84,27 +161,43 @@ def _road(
 ) -> None:
     """Run a configuration and print what came of it."""
     from workbench.experiments.grid import preferred
-    from workbench.experiments.road import run_road
-    from workbench.report import summary_table
+    from workbench.experiments.pipeline import run_pipeline
 
     start = time.monotonic()
-    run = run_road(config, out, fresh=fresh, workers=workers, announce=clock())
-    seconds = time.monotonic() - start
+    found = run_pipeline(config, out, fresh=fresh, workers=workers, announce=clock())
+    choice = preferred(config.variants, found.results, found.items) if grid else None
+    _tell(found, time.monotonic() - start, as_json, choice)
 
-    choice = preferred(config.variants, run.results, run.items) if grid else None
+
+def _investigate(
+    chosen: InvestigateSettings, out: Path, workers: int | None, fresh: bool, as_json: bool
+) -> None:
+    from workbench.experiments.investigate import investigate
+
+    start = time.monotonic()
+    found = investigate(out, chosen, fresh=fresh, workers=workers, announce=clock())
+    _tell(found, time.monotonic() - start, as_json)
+
+
+def _tell(found: Run, seconds: float, as_json: bool, choice: Any = None) -> None:
+    """Print what came of a run."""
+    from workbench.report import summary_table
+
+    summary, page = summary_table(found.results), found.folder / "report.html"
 
     def show() -> None:
-        _print_summary(summary_table(run.results))
+        _print_summary(summary)
         if choice is not None:
             print_frame(choice)
-        out_console.print(f"report: {run.folder / 'report.html'}  ({seconds:.0f} s)")
+        out_console.print(f"report: {page}  ({seconds:.0f} s)")
 
     emit(
         {
-            "folder": str(run.folder),
-            "report": str(run.folder / "report.html"),
+            "folder": str(found.folder),
+            "report": str(page),
             "seconds": round(seconds, 1),
-            "claims": [claim.plain() for claim in run.claims],
+            "summary": summary.to_dict(orient="records"),
+            "claims": [claim.plain() for claim in found.claims],
             **({} if choice is None else {"grid": choice.to_dict("records")}),
         },
         as_json,
@@ -112,204 +205,12 @@ def _road(
     )
 
 
-@app.command()
-def sweep(
-    out: Annotated[Path, typer.Option(help="Run folder.")],
-    methods: Annotated[
-        str,
-        typer.Option(
-            help="Methods, separated by commas, or 'all', with the settings of the registry; default those of the demo with its own."
-        ),
-    ] = "",
-    variants: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--variant",
-            metavar="LABEL=METHOD:NAME=VALUE,...",
-            help="A method under another name, dtype=bfloat16 for its steps; repeatable.",
-        ),
-    ] = None,
-    ablation: Annotated[
-        bool,
-        typer.Option(
-            "--ablation",
-            help="Add the ablation of the collapsed update: components, side, statistics, kind, precision.",
-        ),
-    ] = False,
-    grid: Annotated[
-        bool,
-        typer.Option(
-            "--grid",
-            help="Six settings of every method (three rates, scaled back to the budget or stopped "
-            "at it) in the place of the methods, and which one the attack prefers.",
-        ),
-    ] = False,
-    world: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the built-in world; default the demo's.")
-    ] = None,
-    tagged: Annotated[
-        str | None,
-        typer.Option(
-            help="Whose names stand in the built-in world's speaker tags: surnames (default), or strangers."
-        ),
-    ] = None,
-    probe: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Ask this of every model besides relearning; repeatable; default triggers and sharpness.",
-        ),
-    ] = None,
-    relearning_only: Annotated[
-        bool, typer.Option("--relearning-only", help="Leave the trigger and sharpness probes out.")
-    ] = False,
-    seeds: Annotated[
-        int, typer.Option(min=1, help="Number of seeds of unlearning and attack.")
-    ] = 3,
-    pretrained: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder or hub id of a language model into which the world is fine-tuned; default is one from scratch."
-        ),
-    ] = None,
-    general: Annotated[
-        Path | None, typer.Option(help="Text file that stands for general text; with --pretrained.")
-    ] = None,
-    training_steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Steps that teach the world to the base and the never-learned control."
-        ),
-    ] = None,
-    budget: Annotated[
-        float | None, typer.Option(help="Disruption budget, in the unit of --budget-measure.")
-    ] = None,
-    budget_measure: Annotated[
-        str,
-        typer.Option(
-            help="kl: mean KL to the base, nats per token; loss-rise: as a share of the base's loss."
-        ),
-    ] = "kl",
-    budget_rings: Annotated[
-        str,
-        typer.Option(
-            help="Retain sets that count, separated by commas: retain-neighbour, retain-far, general; default all."
-        ),
-    ] = "",
-    as_trained: Annotated[
-        bool,
-        typer.Option(
-            "--as-trained", help="Match no budget: every model is what its method made of it."
-        ),
-    ] = False,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="METHOD.NAME=VALUE", help="Change a setting of a method; repeatable."
-        ),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="On the quick world.")] = False,
-    workers: Workers = None,
-    fresh: Fresh = False,
-    as_json: Json = False,
+def _sweep(
+    chosen: SweepSettings, out: Path, workers: int | None, fresh: bool, as_json: bool
 ) -> None:
-    """Run chosen methods, seeds, settings and budget down the demo's road."""
-    from workbench.experiments.ablation import collapse_ablation
-    from workbench.experiments.config import preset, validated
-    from workbench.experiments.grid import settings_grid
-    from workbench.models import open_config
-    from workbench.unlearning.methods import METHODS
+    from workbench.experiments.sweep import sweep_config
 
-    start = preset("quick" if quick else "full")
-    model = start.plain()["model"]
-    changes: dict[str, Any] = {
-        "seeds": list(range(seeds)),
-        "settings": {name: dict(values) for name, values in start.settings.items()},
-    }
-    if methods:
-        changes["methods"] = (
-            list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",")]
-        )
-        # the demo's settings were chosen for its methods: beside methods whose settings were not,
-        # they would have an advantage
-        kept = changes["settings"] if quick else {}
-        changes["settings"] = {n: v for n, v in kept.items() if n in changes["methods"]}
-    if pretrained is not None:
-        shown = Path(pretrained).name
-        changes["scale"] = f"{shown}, {'small ' if quick else ''}built-in world fine-tuned in"
-        model |= {
-            "pretrained": str(Path(pretrained).resolve())
-            if Path(pretrained).is_dir()
-            else pretrained
-        }
-    if general is not None:
-        model |= {"general": str(general.resolve())}
-    if training_steps is not None:
-        model |= {"steps": training_steps}
-    if world is not None:
-        model |= {"world": model["world"] | {"seed": world}}
-    if tagged is not None:
-        model |= {"world": model["world"] | {"tagged": tagged}}
-    changes["model"] = model
-    if budget is not None:
-        changes["budget"] = budget
-    elif budget_measure == "loss-rise":
-        changes["budget"] = 0.001
-    if as_trained:
-        if budget is not None:
-            raise WorkbenchError("--as-trained matches no budget; give it or --budget")
-        changes["budget"] = None
-    changes |= {
-        "budget_measure": budget_measure,
-        "budget_rings": [name.strip() for name in budget_rings.split(",") if name.strip()],
-    }
-    width = (
-        int(open_config(pretrained).hidden_size) if pretrained is not None else start.model.width
-    )
-    named = (
-        {label: variant.model_dump() for label, variant in collapse_ablation(width).items()}
-        if ablation
-        else {}
-    )
-    for text in variants or []:
-        label, equals, rest = text.partition("=")
-        if label in named:
-            raise WorkbenchError(
-                f"--variant {label} was given twice; every label names one variant"
-            )
-        method, _, overrides = rest.partition(":")
-        if not equals or not label or not method:
-            raise WorkbenchError(
-                f"--variant {text!r} must read LABEL=METHOD:NAME=VALUE,..., e.g. soft-cir=cir:kind=soft"
-            )
-        own: dict[str, Any] = _settings(overrides.split(",") if overrides else [])
-        named[label] = {
-            "method": method,
-            **({"dtype": own.pop("dtype")} if "dtype" in own else {}),
-            "settings": own,
-        }
-    if named:
-        changes["variants"] = named
-        changes["methods"] = [*changes.get("methods", start.methods), *named]
-    if grid:
-        tried = settings_grid(changes.get("methods", start.methods))
-        changes["variants"] = {name: variant.model_dump() for name, variant in tried.items()}
-        changes["methods"] = list(tried)
-    if probe and relearning_only:
-        raise WorkbenchError("give --probe or --relearning-only, not both")
-    if probe:
-        changes["probes"] = probe
-    if relearning_only:
-        changes["probes"] = []
-    for name, value in _settings(settings or []).items():
-        method, dot, setting = name.partition(".")
-        if not dot:
-            raise WorkbenchError(
-                f"--set {name}={value} must read METHOD.NAME=VALUE, e.g. --set npo.lr=1e-4"
-            )
-        changes["settings"].setdefault(method, {})[setting] = value
-    config = validated(start.plain() | changes, "workbench sweep")
-    _road(config, out, workers, fresh, as_json, grid=grid)
+    _pipeline(sweep_config(chosen), out, workers, fresh, as_json, grid=chosen.grid)
 
 
 @app.command()
@@ -415,17 +316,20 @@ def report(
     """Write the report of a run again, from tables alone, with what was asked of its models since."""
     from workbench.experiments.afterwards import RUN, drawings_of, experiment_of, read_runs
     from workbench.experiments.claims import decide
-    from workbench.experiments.road import trained_from
+    from workbench.experiments.folder import PROVENANCE
     from workbench.report import write_report
 
     config, results, items = read_runs(runs)
     (folder,) = (run for run in runs if experiment_of(run) == RUN)
+    record, said = folder / PROVENANCE, {}
+    if record.is_file():
+        said = json.loads(record.read_text(encoding="utf-8")).get("report", {})
     page = write_report(
         folder,
         results,
         items,
         decide(results, items, scale=config.scale),
-        trained=trained_from(config.model),
+        **said,
         drawings=drawings_of(runs),
     )
     emit({"report": str(page)}, as_json, lambda: out_console.print(f"report: {page}"))
@@ -464,6 +368,7 @@ def unlearn(
 ) -> None:
     """Unlearn a file from a model and save an ordinary Hugging Face folder."""
     from workbench.experiments.investigate import unlearn_checkpoint
+    from workbench.experiments.sweep import settings_given
 
     values.number("--budget", budget, low=0)
     values.seed("--seed", seed)
@@ -475,7 +380,7 @@ def unlearn(
         out,
         seed=seed,
         budget=budget or None,
-        overrides=_settings(settings or []),
+        overrides=settings_given(settings or [], "set"),
         max_tokens=max_tokens,
         limit=limit,
         columns=named_columns(columns),
@@ -492,77 +397,6 @@ def unlearn(
             )
 
     emit({"folder": str(out), **note}, as_json, show)
-
-
-@app.command()
-def investigate(
-    base: Annotated[str, typer.Option(help="Folder or hub id of the model before unlearning.")],
-    unlearned: Annotated[str, typer.Option(help="Folder or hub id of the model after unlearning.")],
-    forget: Annotated[
-        Path,
-        typer.Option(
-            help="Texts that were to be forgotten: .txt, or .jsonl with 'text' or 'question'/'answer'."
-        ),
-    ],
-    retain: Annotated[Path, typer.Option(help="Texts that were to be kept.")],
-    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/investigation"),
-    never_learned: Annotated[
-        str | None, typer.Option(help="A model trained without the forget set, if there is one.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of attack seeds.")] = 3,
-    attack_steps: Annotated[int, typer.Option(min=1, help="Steps of the relearning attack.")] = 30,
-    attack_lr: Annotated[
-        float | None,
-        typer.Option(
-            min=0, help="Its AdamW rate; default 2e-4 below 100 million parameters, 1e-5 above."
-        ),
-    ] = None,
-    columns: Columns = "",
-    chat: Chat = False,
-    fresh: Fresh = False,
-    as_json: Json = False,
-) -> None:
-    """Investigate what unlearning did, from two checkpoints and two text files."""
-    from workbench.attacks.relearn import at_steps
-    from workbench.experiments.investigate import InvestigateSettings
-    from workbench.experiments.investigate import investigate as run_investigation
-    from workbench.report import summary_table
-
-    if attack_lr is not None:
-        values.rate("--attack-lr", attack_lr)
-    attack = None if attack_lr is None else at_steps(attack_steps, attack_lr)
-    settings = InvestigateSettings(
-        seeds=tuple(range(seeds)),
-        attack=attack,
-        attack_steps=attack_steps,
-        columns=named_columns(columns),
-        chat=chat,
-    )
-    found = run_investigation(
-        base,
-        unlearned,
-        forget,
-        retain,
-        out,
-        never_learned=never_learned,
-        settings=settings,
-        fresh=fresh,
-        announce=clock(),
-    )
-
-    def show() -> None:
-        _print_summary(summary_table(found.results))
-        out_console.print(f"report: {out / 'report.html'}")
-
-    emit(
-        {
-            "folder": str(out),
-            "report": str(out / "report.html"),
-            "summary": summary_table(found.results).to_dict(orient="records"),
-        },
-        as_json,
-        show,
-    )
 
 
 @app.command()
@@ -699,19 +533,6 @@ def _alike(found: Sequence[tuple[Site, int]]) -> Iterator[tuple[str, str, str, i
                 yield site.name, site.path, side, width
 
 
-def _settings(pairs: Sequence[str]) -> dict[str, float | str]:
-    found: dict[str, float | str] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name or not value:
-            raise WorkbenchError(f"--set {pair!r} must read NAME=VALUE, e.g. --set lr=1e-4")
-        try:
-            found[name] = float(value)
-        except ValueError:
-            found[name] = value
-    return found
-
-
 _SHORT = (
     "model",
     "disruption",
@@ -726,19 +547,47 @@ def _print_summary(frame: Any) -> None:
     print_frame(frame[[name for name in _SHORT if name in frame.columns]])
 
 
-for command in (
-    attack_commands.names,
-    attack_commands.keyword,
-    attack_commands.verbatim,
-    attack_commands.ladder,
-    attack_commands.suffix,
-    attack_commands.relearn,
-    diagnostic_commands.triggers,
-    diagnostic_commands.representation,
-    diagnostic_commands.sharpness,
-    attack_commands.predictors,
-):
-    app.command()(command)
+@app.command()
+def predictors(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option("--run", help="A finished run; repeatable. Default runs/demo."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the figure and the table; default the first run's."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Which measure, taken before the attack, tells what the attack will win back? Rank correlations with intervals."""
+    from workbench.experiments.predictors import predictor_table
+    from workbench.experiments.predictors import predictors as correlate
+    from workbench.experiments.table import write_parquet
+    from workbench.figures.predictors import predictors as draw
+    from workbench.report.report import save_figure
+
+    chosen = runs or [Path("runs/demo")]
+    found = correlate(chosen)
+    folder = out or chosen[0]
+    figure = folder / "figures" / "predictors.png"
+    save_figure(draw(found.results), figure)
+    write_parquet(found.results, folder / "predictors.parquet")
+    write_parquet(found.points, folder / "predictor_points.parquet")
+    table = predictor_table(found.results)
+
+    def show() -> None:
+        print_frame(table)
+        out_console.print(f"{len(found.points)} models of {len(chosen)} run(s); {figure}")
+
+    emit(
+        {
+            "figure": str(figure),
+            "models": len(found.points),
+            "table": table.to_dict(orient="records"),
+        },
+        as_json,
+        show,
+    )
 
 
 def _terminated(number: int, _frame: object) -> None:

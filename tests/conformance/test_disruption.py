@@ -28,7 +28,7 @@ from workbench.evaluation.losses import (
     nll_by_text,
 )
 from workbench.evaluation.statistics import ratio
-from workbench.experiments.bench import MEASURES, Bench, Disruption, Measure
+from workbench.experiments.setup import MEASURES, Disruption, Measure, Setup
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]
@@ -350,10 +350,10 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture
-def bench(tokenizer: PreTrainedTokenizerBase, make_model: ModelMaker) -> Bench:
+def setup(tokenizer: PreTrainedTokenizerBase, make_model: ModelMaker) -> Setup:
     """A random model with three rings of retain texts, unequal in size and in the length of their texts."""
     forget = (Example("the old fish ."),)
-    return Bench(
+    return Setup(
         make_model(vocab_size=len(tokenizer)),
         tokenizer,
         ForgetRetain("rings", forget, forget, RINGS),
@@ -361,31 +361,31 @@ def bench(tokenizer: PreTrainedTokenizerBase, make_model: ModelMaker) -> Bench:
 
 
 @pytest.fixture
-def changed(bench: Bench, nearby: Mover) -> PreTrainedModel:
+def changed(setup: Setup, nearby: Mover) -> PreTrainedModel:
     """A model away from the base, further than rounding."""
-    return nearby(bench.base, size=0.1)
+    return nearby(setup.base, size=0.1)
 
 
 def _by_hand(
-    bench: Bench, model: PreTrainedModel, ring: str, measure: Measure
+    setup: Setup, model: PreTrainedModel, ring: str, measure: Measure
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cost and what it is divided by, of every test text of a ring: each text alone, in float64."""
-    ids = [torch.tensor(bench.tokenizer(text)["input_ids"]) for text in TESTED[ring]]
+    ids = [torch.tensor(setup.tokenizer(text)["input_ids"]) for text in TESTED[ring]]
     if measure == "kl":
-        return np.array([_kl_by_hand(bench.base, model, text) for text in ids]), np.array(
+        return np.array([_kl_by_hand(setup.base, model, text) for text in ids]), np.array(
             [len(text) - 1 for text in ids]
         )
     before, after = (
-        np.array([_nll_by_hand(one, text) for text in ids]) for one in (bench.base, model)
+        np.array([_nll_by_hand(one, text) for text in ids]) for one in (setup.base, model)
     )
     return after - before, before
 
 
 def _expected(
-    bench: Bench, model: PreTrainedModel, ring: str, measure: Measure
+    setup: Setup, model: PreTrainedModel, ring: str, measure: Measure
 ) -> tuple[float, float]:
     """Value and standard error of one ring."""
-    cost, size = _by_hand(bench, model, ring, measure)
+    cost, size = _by_hand(setup, model, ring, measure)
     value, n = cost.sum() / size.sum(), len(cost)
     return float(value), float(
         np.sqrt(n / (n - 1) * ((cost - value * size) ** 2).sum()) / size.sum()
@@ -394,12 +394,12 @@ def _expected(
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_disruption_by_ring_is_that_of_the_tested_half_by_a_direct_sum(
-    measure: Measure, bench: Bench, changed: PreTrainedModel
+    measure: Measure, setup: Setup, changed: PreTrainedModel
 ) -> None:
-    found = Disruption(bench, measure).by_set(changed)
+    found = Disruption(setup, measure).by_set(changed)
     assert list(found) == list(RINGS)
     for ring, one in found.items():
-        value, error = _expected(bench, changed, ring, measure)
+        value, error = _expected(setup, changed, ring, measure)
         assert one.value == pytest.approx(value, rel=1e-4) and abs(value) > 1e-3
         assert (one.high - one.low) / 2 == pytest.approx(Z * error, rel=1e-3)
         assert one.high + one.low == pytest.approx(2 * one.value, rel=1e-9)
@@ -407,22 +407,22 @@ def test_disruption_by_ring_is_that_of_the_tested_half_by_a_direct_sum(
 
 
 def test_the_rise_of_the_loss_is_a_share_of_the_bases_loss(
-    bench: Bench, changed: PreTrainedModel
+    setup: Setup, changed: PreTrainedModel
 ) -> None:
-    found = Disruption(bench, "loss-rise").by_set(changed)
+    found = Disruption(setup, "loss-rise").by_set(changed)
     for ring, texts in TESTED.items():
-        ids = [torch.tensor(bench.tokenizer(text)["input_ids"]) for text in texts]
+        ids = [torch.tensor(setup.tokenizer(text)["input_ids"]) for text in texts]
         tokens = sum(len(text) - 1 for text in ids)
         before, after = (
             sum(_nll_by_hand(model, text) for text in ids) / tokens
-            for model in (bench.base, changed)
+            for model in (setup.base, changed)
         )
         assert found[ring].value == pytest.approx((after - before) / before, rel=1e-4)
 
 
-def test_a_change_that_helps_lowers_the_loss_and_not_the_divergence(bench: Bench) -> None:
-    model = copy.deepcopy(bench.base)
-    batch = bench.encode([Example(text) for texts in TESTED.values() for text in texts], rows=200)[
+def test_a_change_that_helps_lowers_the_loss_and_not_the_divergence(setup: Setup) -> None:
+    model = copy.deepcopy(setup.base)
+    batch = setup.encode([Example(text) for texts in TESTED.values() for text in texts], rows=200)[
         0
     ]
     for _ in range(3):
@@ -431,38 +431,38 @@ def test_a_change_that_helps_lowers_the_loss_and_not_the_divergence(bench: Bench
             for parameter in model.parameters():
                 parameter -= 0.05 * parameter.grad
                 parameter.grad = None
-    assert Disruption(bench, "loss-rise")(model) < 0 < Disruption(bench, "kl")(model)
+    assert Disruption(setup, "loss-rise")(model) < 0 < Disruption(setup, "kl")(model)
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_the_base_itself_costs_nothing(measure: Measure, bench: Bench) -> None:
-    disruption = Disruption(bench, measure)
-    assert disruption(bench.base) == 0.0
+def test_the_base_itself_costs_nothing(measure: Measure, setup: Setup) -> None:
+    disruption = Disruption(setup, measure)
+    assert disruption(setup.base) == 0.0
     for one in (
-        *disruption.by_set(bench.base).values(),
-        disruption.estimate(copy.deepcopy(bench.base)),
+        *disruption.by_set(setup.base).values(),
+        disruption.estimate(copy.deepcopy(setup.base)),
     ):
         assert (one.value, one.low, one.high) == (0.0, 0.0, 0.0)
 
 
 def test_the_base_of_record_is_the_base_at_the_start(
-    bench: Bench, changed: PreTrainedModel
+    setup: Setup, changed: PreTrainedModel
 ) -> None:
-    disruption = Disruption(bench)
+    disruption = Disruption(setup)
     before = disruption(changed)
-    bench.base.load_state_dict(changed.state_dict())
+    setup.base.load_state_dict(changed.state_dict())
     assert disruption(changed) == before > 0
 
 
 @pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("rings", [(), ("general",), ("retain-far", "retain-neighbour")])
 def test_every_chosen_ring_counts_the_same_whatever_its_size(
-    measure: Measure, rings: tuple[str, ...], bench: Bench, changed: PreTrainedModel
+    measure: Measure, rings: tuple[str, ...], setup: Setup, changed: PreTrainedModel
 ) -> None:
-    disruption = Disruption(bench, measure, rings)
+    disruption = Disruption(setup, measure, rings)
     chosen = rings or tuple(RINGS)
-    assert disruption.rings == chosen
-    parts = [_expected(bench, changed, ring, measure) for ring in chosen]
+    assert disruption.counted == chosen
+    parts = [_expected(setup, changed, ring, measure) for ring in chosen]
     value = sum(value for value, _ in parts) / len(parts)
     error = math.sqrt(sum(error**2 for _, error in parts)) / len(
         parts
@@ -479,9 +479,9 @@ def test_every_chosen_ring_counts_the_same_whatever_its_size(
 
 
 def test_either_measure_can_be_asked_of_either_disruption(
-    bench: Bench, changed: PreTrainedModel
+    setup: Setup, changed: PreTrainedModel
 ) -> None:
-    both = {measure: Disruption(bench, measure) for measure in MEASURES}
+    both = {measure: Disruption(setup, measure) for measure in MEASURES}
     for asked in MEASURES:
         for disruption in both.values():
             assert disruption.by_set(changed, asked) == both[asked].by_set(changed)
@@ -489,40 +489,40 @@ def test_either_measure_can_be_asked_of_either_disruption(
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_disruption_is_the_same_number_every_time(
-    measure: Measure, bench: Bench, changed: PreTrainedModel
+    measure: Measure, setup: Setup, changed: PreTrainedModel
 ) -> None:
     weights = {name: value.clone() for name, value in changed.state_dict().items()}
-    disruption = Disruption(bench, measure)
+    disruption = Disruption(setup, measure)
     torch.manual_seed(1)
     first, rings = disruption.estimate(changed), disruption.by_set(changed)
     torch.manual_seed(2)
     assert disruption.estimate(changed) == first and disruption.by_set(changed) == rings
-    assert Disruption(bench, measure).estimate(changed) == first
+    assert Disruption(setup, measure).estimate(changed) == first
     assert all(torch.equal(value, weights[name]) for name, value in changed.state_dict().items())
     assert all(
-        parameter.grad is None for parameter in (*changed.parameters(), *bench.base.parameters())
+        parameter.grad is None for parameter in (*changed.parameters(), *setup.base.parameters())
     )
 
 
-def test_an_unknown_ring_names_the_nearest(bench: Bench) -> None:
+def test_an_unknown_ring_names_the_nearest(setup: Setup) -> None:
     with pytest.raises(
-        WorkbenchError, match="unknown retain ring 'retain-fra': did you mean retain-far"
+        WorkbenchError, match="unknown retain set 'retain-fra': did you mean retain-far"
     ):
-        Disruption(bench, "kl", ("general", "retain-fra"))
+        Disruption(setup, "kl", ("general", "retain-fra"))
     with pytest.raises(
         WorkbenchError,
-        match="unknown retain ring 'x': choose one of general, retain-far, retain-neighbour",
+        match="unknown retain set 'x': choose one of general, retain-far, retain-neighbour",
     ):
-        Disruption(bench, "kl", ("x",))
+        Disruption(setup, "kl", ("x",))
 
 
-def test_a_ring_named_twice_counts_once(bench: Bench, changed: PreTrainedModel) -> None:
+def test_a_ring_named_twice_counts_once(setup: Setup, changed: PreTrainedModel) -> None:
     # "Every ring counts the same", and a ring is not independent of itself.
-    once = Disruption(bench, "kl", ("general", "retain-far")).estimate(changed)
-    alone = Disruption(bench, "kl", ("general",)).estimate(changed)
+    once = Disruption(setup, "kl", ("general", "retain-far")).estimate(changed)
+    alone = Disruption(setup, "kl", ("general",)).estimate(changed)
     try:
-        twice = Disruption(bench, "kl", ("general", "retain-far", "general"))
-        same = Disruption(bench, "kl", ("general", "general"))
+        twice = Disruption(setup, "kl", ("general", "retain-far", "general"))
+        same = Disruption(setup, "kl", ("general", "general"))
     except (WorkbenchError, ValueError):
         return  # to refuse it is as good
     assert tuple(twice.estimate(changed)) == pytest.approx(tuple(once))
@@ -530,17 +530,17 @@ def test_a_ring_named_twice_counts_once(bench: Bench, changed: PreTrainedModel) 
 
 
 def test_a_ring_without_a_test_text_is_left_out_and_nothing_at_all_is_an_error(
-    bench: Bench, changed: PreTrainedModel
+    setup: Setup, changed: PreTrainedModel
 ) -> None:
     lonely = {
         "retain-far": RINGS["retain-far"],
         "general": RINGS["general"][:1],
     }  # one text: its only half may be trained on
-    partly = replace(bench, record=replace(bench.record, retain=lonely))
+    partly = replace(setup, record=replace(setup.record, retain=lonely))
     found = Disruption(partly)
     assert list(found.by_set(changed)) == ["retain-far"]
     assert tuple(found.estimate(changed)) == pytest.approx(
-        tuple(Disruption(bench, "kl", ("retain-far",)).estimate(changed))
+        tuple(Disruption(setup, "kl", ("retain-far",)).estimate(changed))
     )
     for rings, retain in (
         ((), {"general": RINGS["general"][:1]}),
@@ -548,12 +548,12 @@ def test_a_ring_without_a_test_text_is_left_out_and_nothing_at_all_is_an_error(
         (("general",), lonely),
     ):
         with pytest.raises(WorkbenchError, match="no retain text"):
-            Disruption(replace(bench, record=replace(bench.record, retain=retain)), "kl", rings)
+            Disruption(replace(setup, record=replace(setup.record, retain=retain)), "kl", rings)
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_a_ruined_model_costs_nan_and_not_nothing(measure: Measure, bench: Bench) -> None:
-    ruined = copy.deepcopy(bench.base)
+def test_a_ruined_model_costs_nan_and_not_nothing(measure: Measure, setup: Setup) -> None:
+    ruined = copy.deepcopy(setup.base)
     with torch.no_grad():
         ruined.get_submodule("model.norm").weight[0] = float("nan")
-    assert math.isnan(Disruption(bench, measure)(ruined))
+    assert math.isnan(Disruption(setup, measure)(ruined))

@@ -54,15 +54,15 @@ RETAIN = (
 
 
 @dataclass(frozen=True)
-class Bench:
+class Setup:
     base: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
 
 @pytest.fixture
-def bench(make_model: Callable[..., PreTrainedModel]) -> Bench:
+def setup(make_model: Callable[..., PreTrainedModel]) -> Setup:
     tokenizer = build_tokenizer(" ".join(example.text for example in FORGET + RETAIN).split())
-    return Bench(make_model(vocab_size=len(tokenizer)), tokenizer)
+    return Setup(make_model(vocab_size=len(tokenizer)), tokenizer)
 
 
 def _recipe(
@@ -84,8 +84,8 @@ def _recipe(
     )
 
 
-def _run(bench: Bench, made: Recipe, forget: tuple[Example, ...] = FORGET) -> dict[str, Tensor]:
-    return unlearn(bench.base, bench.tokenizer, made, forget, RETAIN, seed=0).delta
+def _run(setup: Setup, made: Recipe, forget: tuple[Example, ...] = FORGET) -> dict[str, Tensor]:
+    return unlearn(setup.base, setup.tokenizer, made, forget, RETAIN, seed=0).delta
 
 
 def _hand_gradient(model: PreTrainedModel, texts: list[Batch]) -> dict[str, Tensor]:
@@ -111,8 +111,8 @@ def _hand_gradient(model: PreTrainedModel, texts: list[Batch]) -> dict[str, Tens
     return total
 
 
-def _forget_texts(bench: Bench, size: int = 2) -> list[Batch]:
-    return batches(bench.tokenizer, FORGET, size, targets="answer")
+def _forget_texts(setup: Setup, size: int = 2) -> list[Batch]:
+    return batches(setup.tokenizer, FORGET, size, targets="answer")
 
 
 def _soft(matrix: Tensor, source: Tensor, components: int) -> Tensor:
@@ -144,9 +144,9 @@ def _close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("size", [2, 5])
 def test_the_change_is_minus_the_forget_gradient_with_its_leading_directions_brought_down(
-    size: int, bench: Bench
+    size: int, setup: Setup
 ) -> None:
-    gradient = _hand_gradient(bench.base, _forget_texts(bench, size))
+    gradient = _hand_gradient(setup.base, _forget_texts(setup, size))
     expected = {}
     for name, matrix in gradient.items():
         expected[name] = _soft(matrix, matrix, COMPONENTS)
@@ -158,26 +158,26 @@ def test_the_change_is_minus_the_forget_gradient_with_its_leading_directions_bro
         torch.testing.assert_close(
             torch.linalg.svdvals(expected[name]), law.sort(descending=True).values
         )
-    delta = _run(bench, _recipe(size=size))
+    delta = _run(setup, _recipe(size=size))
     _close(delta, expected)
     assert norm_of(delta) == pytest.approx(LR, rel=1e-5)
     assert all(change.dtype == torch.float32 for change in delta.values())
 
 
-def test_the_directions_can_be_those_of_the_retain_gradient(bench: Bench) -> None:
-    gradient = _hand_gradient(bench.base, _forget_texts(bench))
+def test_the_directions_can_be_those_of_the_retain_gradient(setup: Setup) -> None:
+    gradient = _hand_gradient(setup.base, _forget_texts(setup))
     # The sign of the retain loss does not matter to its singular directions.
-    source = _hand_gradient(bench.base, batches(bench.tokenizer, RETAIN, 2))
+    source = _hand_gradient(setup.base, batches(setup.tokenizer, RETAIN, 2))
     expected = {name: _soft(matrix, source[name], COMPONENTS) for name, matrix in gradient.items()}
-    delta = _run(bench, _recipe(statistics="retain"))
+    delta = _run(setup, _recipe(statistics="retain"))
     _close(delta, expected)
-    own = _run(bench, _recipe())
+    own = _run(setup, _recipe())
     assert norm_of({name: delta[name] - own[name] for name in delta}) > 0.01 * LR
 
 
-def test_hard_collapse_leaves_nothing_of_the_leading_directions(bench: Bench) -> None:
-    delta = _run(bench, _recipe(kind="hard"))
-    for name, matrix in _hand_gradient(bench.base, _forget_texts(bench)).items():
+def test_hard_collapse_leaves_nothing_of_the_leading_directions(setup: Setup) -> None:
+    delta = _run(setup, _recipe(kind="hard"))
+    for name, matrix in _hand_gradient(setup.base, _forget_texts(setup)).items():
         left, _, right = torch.linalg.svd(matrix, full_matrices=False)
         assert float((left[:, :COMPONENTS].T @ delta[name].double()).norm()) < 1e-4 * float(
             delta[name].norm()
@@ -187,15 +187,15 @@ def test_hard_collapse_leaves_nothing_of_the_leading_directions(bench: Bench) ->
         )
 
 
-def test_the_first_component_alone_changes_nothing_under_soft_collapse(bench: Bench) -> None:
+def test_the_first_component_alone_changes_nothing_under_soft_collapse(setup: Setup) -> None:
     # The smallest of one direction is that direction itself: the change is the plain gradient.
-    _close(_run(bench, _recipe(components=1)), _hand_gradient(bench.base, _forget_texts(bench)))
+    _close(_run(setup, _recipe(components=1)), _hand_gradient(setup.base, _forget_texts(setup)))
 
 
 # --- the adversary ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _at_the_gradient(bench: Bench, **settings: Any) -> tuple[float, dict[str, Tensor]]:
+def _at_the_gradient(setup: Setup, **settings: Any) -> tuple[float, dict[str, Tensor]]:
     """Forget cross-entropy and weights at which the gradient is taken."""
     losses, weights = [], {}
 
@@ -206,23 +206,23 @@ def _at_the_gradient(bench: Bench, **settings: Any) -> tuple[float, dict[str, Te
         losses.append(float(cross_entropy(model, batch).detach()))
         return negative_cross_entropy(model, batch, reference)
 
-    _run(bench, _recipe(Objective(watch), **settings))
+    _run(setup, _recipe(Objective(watch), **settings))
     return sum(losses) / len(losses), weights
 
 
-def test_the_adversary_lowers_the_forget_loss_before_the_gradient_is_taken(bench: Bench) -> None:
-    plain, at_base = _at_the_gradient(bench)
-    lower, at_adversary = _at_the_gradient(bench, adversary_rank=8, adversary_rate=0.05)
+def test_the_adversary_lowers_the_forget_loss_before_the_gradient_is_taken(setup: Setup) -> None:
+    plain, at_base = _at_the_gradient(setup)
+    lower, at_adversary = _at_the_gradient(setup, adversary_rank=8, adversary_rate=0.05)
     assert lower < plain - 0.01
-    for name, weight in bench.base.named_parameters():
+    for name, weight in setup.base.named_parameters():
         assert torch.equal(at_base[name], weight)
         assert torch.equal(at_adversary[name], weight) is (name not in MATRICES)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-def test_the_adversary_has_the_rank_asked_for(rank: int, bench: Bench) -> None:
-    _, weights = _at_the_gradient(bench, adversary_rank=rank, adversary_rate=0.05)
-    for name, weight in bench.base.named_parameters():
+def test_the_adversary_has_the_rank_asked_for(rank: int, setup: Setup) -> None:
+    _, weights = _at_the_gradient(setup, adversary_rank=rank, adversary_rate=0.05)
+    for name, weight in setup.base.named_parameters():
         if name in MATRICES:
             singular = torch.linalg.svdvals((weights[name] - weight.detach()).double())
             assert (
@@ -231,19 +231,19 @@ def test_the_adversary_has_the_rank_asked_for(rank: int, bench: Bench) -> None:
             )
 
 
-def test_an_adversary_that_does_not_learn_changes_nothing(bench: Bench) -> None:
-    still, none = _run(bench, _recipe(adversary_rank=4, adversary_rate=0.0)), _run(bench, _recipe())
+def test_an_adversary_that_does_not_learn_changes_nothing(setup: Setup) -> None:
+    still, none = _run(setup, _recipe(adversary_rank=4, adversary_rate=0.0)), _run(setup, _recipe())
     for name, change in none.items():
         torch.testing.assert_close(still[name], change, rtol=1e-4, atol=1e-6)
 
 
-def test_with_an_adversary_the_gradient_is_that_at_its_weights(bench: Bench) -> None:
-    _, weights = _at_the_gradient(bench, adversary_rank=4, adversary_rate=0.05)
-    adversary = copy.deepcopy(bench.base)
+def test_with_an_adversary_the_gradient_is_that_at_its_weights(setup: Setup) -> None:
+    _, weights = _at_the_gradient(setup, adversary_rank=4, adversary_rate=0.05)
+    adversary = copy.deepcopy(setup.base)
     adversary.load_state_dict(weights)
-    gradient = _hand_gradient(adversary, _forget_texts(bench))
+    gradient = _hand_gradient(adversary, _forget_texts(setup))
     _close(
-        _run(bench, _recipe(adversary_rank=4, adversary_rate=0.05)),
+        _run(setup, _recipe(adversary_rank=4, adversary_rate=0.05)),
         {name: _soft(matrix, matrix, COMPONENTS) for name, matrix in gradient.items()},
     )
 
@@ -253,8 +253,8 @@ def test_with_an_adversary_the_gradient_is_that_at_its_weights(bench: Bench) -> 
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_weights_come_back_bit_for_bit(dtype: torch.dtype, fails: bool, bench: Bench) -> None:
-    model = copy.deepcopy(bench.base).to(dtype)
+def test_the_weights_come_back_bit_for_bit(dtype: torch.dtype, fails: bool, setup: Setup) -> None:
+    model = copy.deepcopy(setup.base).to(dtype)
     state = copy.deepcopy(model.state_dict())
 
     def raises(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
@@ -264,7 +264,7 @@ def test_the_weights_come_back_bit_for_bit(dtype: torch.dtype, fails: bool, benc
 
     made = _recipe(Objective(raises), adversary_rank=4, adversary_rate=0.05)
     with only_trainable(model, MATRICES) as chosen:
-        arguments = (model, bench.base, made, bench.tokenizer, FORGET, RETAIN, chosen)
+        arguments = (model, setup.base, made, setup.tokenizer, FORGET, RETAIN, chosen)
         if fails:
             with pytest.raises(ZeroDivisionError):
                 one_gradient(*arguments, max_length=None, progress=lambda done, total: None)
@@ -277,42 +277,42 @@ def test_the_weights_come_back_bit_for_bit(dtype: torch.dtype, fails: bool, benc
 @pytest.mark.parametrize("statistics", ["forget", "retain"])
 @pytest.mark.parametrize(("factor", "words"), [(0.0, "length 0"), (float("nan"), r"nan|NaN")])
 def test_a_gradient_of_zero_or_nan_is_no_change(
-    factor: float, words: str, statistics: str, bench: Bench
+    factor: float, words: str, statistics: str, setup: Setup
 ) -> None:
     def broken(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         return factor * cross_entropy(model, batch)
 
     with pytest.raises(WorkbenchError, match=words):
-        _run(bench, _recipe(Objective(broken), statistics=statistics))
+        _run(setup, _recipe(Objective(broken), statistics=statistics))
 
 
-def test_parameters_that_are_no_matrices_are_refused(bench: Bench) -> None:
+def test_parameters_that_are_no_matrices_are_refused(setup: Setup) -> None:
     with pytest.raises(WorkbenchError, match=r"input_layernorm.*matrices"):
-        _run(bench, _recipe(trainable=("model.layers.0.*",)))
+        _run(setup, _recipe(trainable=("model.layers.0.*",)))
 
 
 def test_a_gradient_of_low_rank_survives_soft_collapse_and_hard_collapse_of_all_of_it_is_reported(
-    bench: Bench,
+    setup: Setup,
 ) -> None:
     # One target token in one text: the gradient of the last block's output matrix is a single outer product.
     (short,) = (replace(FORGET[2], text="Mia Holm lives in Oslo", answer=(18, 22)),)
     target = "model.layers.1.mlp.down_proj.weight"
-    (batch,) = batches(bench.tokenizer, [short], 1, targets="answer")
+    (batch,) = batches(setup.tokenizer, [short], 1, targets="answer")
     assert int(batch.target_mask.sum()) == 1
-    gradient = _hand_gradient(bench.base, [batch])[target]
+    gradient = _hand_gradient(setup.base, [batch])[target]
     singular = torch.linalg.svdvals(gradient)
     assert float(singular[1]) < 1e-6 * float(singular[0])
     for kind in ("soft", "quadratic"):
-        delta = _run(bench, _recipe(trainable=(target,), components=16, kind=kind), (short,))
+        delta = _run(setup, _recipe(trainable=(target,), components=16, kind=kind), (short,))
         _close(
             delta, {target: gradient}
         )  # one direction is its own smallest: nothing is taken away
     with pytest.raises(WorkbenchError, match=r"down_proj\.weight leaves nothing"):
-        _run(bench, _recipe(trainable=(target,), components=16, kind="hard"), (short,))
+        _run(setup, _recipe(trainable=(target,), components=16, kind="hard"), (short,))
 
 
-def test_the_sign_of_a_recipe_is_kept(bench: Bench) -> None:
-    delta, turned = _run(bench, _recipe()), _run(bench, replace(_recipe(), sign=-1.0))
+def test_the_sign_of_a_recipe_is_kept(setup: Setup) -> None:
+    delta, turned = _run(setup, _recipe()), _run(setup, replace(_recipe(), sign=-1.0))
     assert all(torch.equal(turned[name], -change) for name, change in delta.items())
 
 
@@ -324,12 +324,12 @@ def test_the_sign_of_a_recipe_is_kept(bench: Bench) -> None:
         ({"statistics": "retain", "adversary_rank": 2, "adversary_rate": 0.1}, 4),
     ],
 )
-def test_progress_ends_at_its_total(settings: dict[str, Any], passes: int, bench: Bench) -> None:
+def test_progress_ends_at_its_total(settings: dict[str, Any], passes: int, setup: Setup) -> None:
     seen: list[tuple[int, int]] = []
     made = _recipe(**settings)
     run = unlearn(
-        bench.base,
-        bench.tokenizer,
+        setup.base,
+        setup.tokenizer,
         made,
         FORGET,
         RETAIN,

@@ -29,7 +29,7 @@ from workbench.evaluation.losses import (
     token_nll,
     weight_of,
 )
-from workbench.experiments.bench import Bench
+from workbench.experiments.setup import Setup
 from workbench.experiments.stages import find_subspaces
 from workbench.experiments.table import Table
 from workbench.hooks import (
@@ -431,7 +431,7 @@ def test_a_capture_by_the_rule_of_a_batch_delivers_its_content(model: PreTrained
 # --- the stage -------------------------------------------------------------------------------------------------------------------------------
 
 
-class _InBatches(Bench):
+class _InBatches(Setup):
     """The texts in batches of two, whatever is asked."""
 
     def encode(self, examples: Sequence[Example], **asked: Any) -> list[Batch]:
@@ -440,7 +440,7 @@ class _InBatches(Bench):
 
 def test_the_subspaces_of_a_run_are_those_of_its_sets(model: PreTrainedModel) -> None:
     found = []
-    for kind, order in ((Bench, TEXTS), (_InBatches, SHUFFLED)):
+    for kind, order in ((Setup, TEXTS), (_InBatches, SHUFFLED)):
         record = ForgetRetain("r", tuple(order[:6]), tuple(order[6:]), {"far": tuple(order)})
         found.append(find_subspaces(kind(model, TOKENIZER, record), 4, Table({}), seed=0))
     for name in ("forget", "retain"):

@@ -66,7 +66,7 @@ SHORT = {
 
 
 @dataclass(frozen=True)
-class Bench:
+class Setup:
     base: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
@@ -79,12 +79,12 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture
-def bench(make_model: ModelMaker, tokenizer: PreTrainedTokenizerBase) -> Bench:
-    return Bench(make_model(vocab_size=len(tokenizer), scale=0.1), tokenizer)
+def setup(make_model: ModelMaker, tokenizer: PreTrainedTokenizerBase) -> Setup:
+    return Setup(make_model(vocab_size=len(tokenizer), scale=0.1), tokenizer)
 
 
-def _run(bench: Bench, made: Recipe, seed: int = 0, **options: Any) -> dict[str, Tensor]:
-    return unlearn(bench.base, bench.tokenizer, made, FORGET, RETAIN, seed=seed, **options).delta
+def _run(setup: Setup, made: Recipe, seed: int = 0, **options: Any) -> dict[str, Tensor]:
+    return unlearn(setup.base, setup.tokenizer, made, FORGET, RETAIN, seed=seed, **options).delta
 
 
 def _of(name: str, model: PreTrainedModel, **overrides: Any) -> Recipe:
@@ -164,34 +164,34 @@ def _check(base: PreTrainedModel, made: Recipe, delta: dict[str, Tensor]) -> Non
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_gives_a_finite_delta_on_its_trainable_weights_and_leaves_the_base_alone(
-    name: str, bench: Bench
+    name: str, setup: Setup
 ) -> None:
-    for key, parameter in bench.base.named_parameters():  # flags of the caller's own
+    for key, parameter in setup.base.named_parameters():  # flags of the caller's own
         parameter.requires_grad_("norm" not in key)
-    state = copy.deepcopy(bench.base.state_dict())
+    state = copy.deepcopy(setup.base.state_dict())
     random_state = torch.random.get_rng_state()
-    made = _of(name, bench.base)
-    delta = _run(bench, made)
-    _check(bench.base, made, delta)
-    assert all(torch.equal(value, state[key]) for key, value in bench.base.state_dict().items())
-    assert {key: parameter.requires_grad for key, parameter in bench.base.named_parameters()} == {
-        key: "norm" not in key for key, _ in bench.base.named_parameters()
+    made = _of(name, setup.base)
+    delta = _run(setup, made)
+    _check(setup.base, made, delta)
+    assert all(torch.equal(value, state[key]) for key, value in setup.base.state_dict().items())
+    assert {key: parameter.requires_grad for key, parameter in setup.base.named_parameters()} == {
+        key: "norm" not in key for key, _ in setup.base.named_parameters()
     }
-    assert all(parameter.grad is None for parameter in bench.base.parameters())
+    assert all(parameter.grad is None for parameter in setup.base.parameters())
     assert torch.equal(torch.random.get_rng_state(), random_state)
     # The same again gives the same again; the recipe is built anew, since that is how a seed is given.
-    assert _same(_run(bench, _of(name, bench.base)), delta)
+    assert _same(_run(setup, _of(name, setup.base)), delta)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_recipe_is_a_value_and_can_be_run_twice(
-    name: str, bench: Bench, nearby: Callable[..., PreTrainedModel]
+    name: str, setup: Setup, nearby: Callable[..., PreTrainedModel]
 ) -> None:
-    made = _of(name, bench.base)
+    made = _of(name, setup.base)
     unlearn(
-        nearby(bench.base, 0.3), bench.tokenizer, made, FORGET[1:], RETAIN, seed=1
+        nearby(setup.base, 0.3), setup.tokenizer, made, FORGET[1:], RETAIN, seed=1
     )  # an earlier run, on other weights and texts
-    assert _same(_run(bench, made), _run(bench, _of(name, bench.base)))
+    assert _same(_run(setup, made), _run(setup, _of(name, setup.base)))
 
 
 @pytest.mark.parametrize(
@@ -201,29 +201,29 @@ def test_a_recipe_is_a_value_and_can_be_run_twice(
 def test_every_kind_of_method_runs_on_every_family(
     family: str, name: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    bench = Bench(_tiny(family, len(tokenizer)), tokenizer)
-    made = _of(name, bench.base)
-    _check(bench.base, made, _run(bench, made))
+    setup = Setup(_tiny(family, len(tokenizer)), tokenizer)
+    made = _of(name, setup.base)
+    _check(setup.base, made, _run(setup, made))
 
 
 @pytest.mark.parametrize("name", ["npo", "cir", "repselect"])
-def test_texts_are_drawn_from_the_seed(name: str, bench: Bench) -> None:
+def test_texts_are_drawn_from_the_seed(name: str, setup: Setup) -> None:
     different = not _same(
-        _run(bench, _of(name, bench.base), seed=0), _run(bench, _of(name, bench.base), seed=1)
+        _run(setup, _of(name, setup.base), seed=0), _run(setup, _of(name, setup.base), seed=1)
     )
     assert different or name == "repselect"  # which takes all texts at once
 
 
-def test_the_base_keeps_its_mode(bench: Bench) -> None:
-    bench.base.train()
-    _run(bench, _ascent())
-    assert bench.base.training
+def test_the_base_keeps_its_mode(setup: Setup) -> None:
+    setup.base.train()
+    _run(setup, _ascent())
+    assert setup.base.training
 
 
 # --- schedules and signs ---------------------------------------------------------------------------------------------------------------------
 
 
-def _factors(bench: Bench, made: Recipe) -> list[tuple[float, float]]:
+def _factors(setup: Setup, made: Recipe) -> list[tuple[float, float]]:
     """The weights of the two terms at every step, as the step rule meets them."""
     seen = []
 
@@ -233,17 +233,17 @@ def _factors(bench: Bench, made: Recipe) -> list[tuple[float, float]]:
         seen.append((objective.forget_weight, objective.retain_weight))
         return plain(model, objective, pair, reference)
 
-    _run(bench, replace(made, step=record))
+    _run(setup, replace(made, step=record))
     return seen
 
 
-def test_circuit_breakers_move_their_weight_from_rerouting_to_retaining(bench: Bench) -> None:
-    seen = _factors(bench, _of("circuit-breakers", bench.base, steps=6, strength=10.0, horizon=8))
+def test_circuit_breakers_move_their_weight_from_rerouting_to_retaining(setup: Setup) -> None:
+    seen = _factors(setup, _of("circuit-breakers", setup.base, steps=6, strength=10.0, horizon=8))
     assert seen == [(10 * (1 - t / 8), 10 * t / 8) for t in range(6)]  # eighths are exact
     assert all(forget + retain == pytest.approx(10) for forget, retain in seen)
     assert all(later[0] < earlier[0] for earlier, later in pairwise(seen))
     # Past the horizon nothing turns negative.
-    assert _factors(bench, _of("circuit-breakers", bench.base, steps=4, horizon=2))[-2:] == [
+    assert _factors(setup, _of("circuit-breakers", setup.base, steps=4, horizon=2))[-2:] == [
         (0.0, 10.0),
         (0.0, 10.0),
     ]
@@ -254,25 +254,25 @@ def test_circuit_breakers_move_their_weight_from_rerouting_to_retaining(bench: B
     [(1, 0.5, "rfrfrrrr"), (2, 0.75, "rrffrrrr"), (3, 1.0, "rrrfffrr"), (1, 0.0, "rrrrrrrr")],
 )
 def test_scrub_takes_turns_and_the_retain_set_has_the_first_one(
-    turn: int, share: float, expected: str, bench: Bench
+    turn: int, share: float, expected: str, setup: Setup
 ) -> None:
-    seen = _factors(bench, _of("scrub", bench.base, steps=8, turn=turn, forget_share=share))
+    seen = _factors(setup, _of("scrub", setup.base, steps=8, turn=turn, forget_share=share))
     assert seen == [{"f": (1.0, 0.0), "r": (0.0, 1.0)}[letter] for letter in expected]
 
 
-def test_a_schedule_multiplies_the_weights_of_the_objective(bench: Bench) -> None:
+def test_a_schedule_multiplies_the_weights_of_the_objective(setup: Setup) -> None:
     made = _ascent(
         objective=Objective(negative_cross_entropy, retain_cross_entropy, 3.0, 5.0),
         schedule=lambda step, steps: (step / 2, 2.0),
     )
-    assert _factors(bench, made) == [(0.0, 10.0), (1.5, 10.0), (3.0, 10.0)]
+    assert _factors(setup, made) == [(0.0, 10.0), (1.5, 10.0), (3.0, 10.0)]
     # A schedule of ones is none.
     assert _same(
-        _run(bench, _ascent(schedule=lambda step, steps: (1.0, 1.0))), _run(bench, _ascent())
+        _run(setup, _ascent(schedule=lambda step, steps: (1.0, 1.0))), _run(setup, _ascent())
     )
 
 
-def test_a_scheduled_factor_reaches_the_collapsed_step(bench: Bench) -> None:
+def test_a_scheduled_factor_reaches_the_collapsed_step(setup: Setup) -> None:
     made = Recipe(
         Objective(negative_cross_entropy, retain_cross_entropy),
         (DOWN,),
@@ -282,48 +282,48 @@ def test_a_scheduled_factor_reaches_the_collapsed_step(bench: Bench) -> None:
         "normalised-sgd",
         retain_rate=0.1,
     )
-    alone = _run(bench, replace(made, objective=Objective(negative_cross_entropy)))
-    assert _same(_run(bench, replace(made, schedule=lambda step, steps: (1.0, 0.0))), alone)
+    alone = _run(setup, replace(made, objective=Objective(negative_cross_entropy)))
+    assert _same(_run(setup, replace(made, schedule=lambda step, steps: (1.0, 0.0))), alone)
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"optimiser": "normalised-sgd", "trainable": (DOWN,), "retain_rate": 0.1}]
 )
 def test_a_negative_sign_gives_exactly_minus_the_delta(
-    changes: dict[str, Any], bench: Bench
+    changes: dict[str, Any], setup: Setup
 ) -> None:
-    delta, turned = (_run(bench, _ascent(sign=sign, **changes)) for sign in (1.0, -1.0))
+    delta, turned = (_run(setup, _ascent(sign=sign, **changes)) for sign in (1.0, -1.0))
     assert _same({name: -change for name, change in delta.items()}, turned)
 
 
-def test_task_vector_negation_lowers_the_likelihood_of_the_forget_answers(bench: Bench) -> None:
-    made = _of("task-vector", bench.base, steps=20, batch_size=5, lr=1e-3)
-    delta, texts = _run(bench, made), batches(bench.tokenizer, FORGET, 8, targets="answer")
-    moved = copy.deepcopy(bench.base)
+def test_task_vector_negation_lowers_the_likelihood_of_the_forget_answers(setup: Setup) -> None:
+    made = _of("task-vector", setup.base, steps=20, batch_size=5, lr=1e-3)
+    delta, texts = _run(setup, made), batches(setup.tokenizer, FORGET, 8, targets="answer")
+    moved = copy.deepcopy(setup.base)
     with torch.no_grad():
         for name, parameter in moved.named_parameters():
             parameter.add_(delta[name])
-    assert score(moved, texts).loss > score(bench.base, texts).loss + 0.1
+    assert score(moved, texts).loss > score(setup.base, texts).loss + 0.1
 
 
-def test_a_kick_starts_the_trainable_weights_a_relative_distance_away(bench: Bench) -> None:
-    weights = dict(bench.base.named_parameters())
+def test_a_kick_starts_the_trainable_weights_a_relative_distance_away(setup: Setup) -> None:
+    weights = dict(setup.base.named_parameters())
     made = _ascent(trainable=("model.layers.*.mlp.*",), steps=0, kick=0.03)
-    kicked = _run(bench, made)
+    kicked = _run(setup, made)
     assert set(kicked) == {name for name in weights if ".mlp." in name}
     for name, change in kicked.items():
         assert float(change.norm() / weights[name].detach().norm()) == pytest.approx(
             0.03, rel=0.15
         )  # 384 draws
-    assert _same(kicked, _run(bench, made)) and not _same(kicked, _run(bench, made, seed=1))
-    assert _run(bench, replace(made, kick=0.0)) == {}
+    assert _same(kicked, _run(setup, made)) and not _same(kicked, _run(setup, made, seed=1))
+    assert _run(setup, replace(made, kick=0.0)) == {}
 
 
 # --- the step --------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_normalised_step_has_its_length_and_the_direction_of_the_content_tokens_gradient(
-    bench: Bench,
+    setup: Setup,
 ) -> None:
     made = Recipe(
         Objective(negative_cross_entropy),
@@ -333,10 +333,10 @@ def test_a_normalised_step_has_its_length_and_the_direction_of_the_content_token
         0.37,
         "normalised-sgd",
     )
-    delta = _run(bench, made)
+    delta = _run(setup, made)
     assert norm_of(delta) == pytest.approx(0.37, rel=1e-4)
     # By hand: one batch of all forget texts, outer products of inputs and output gradients, without BOS and padding.
-    model, batch = copy.deepcopy(bench.base), encode(bench.tokenizer, FORGET, targets="answer")
+    model, batch = copy.deepcopy(setup.base), encode(setup.tokenizer, FORGET, targets="answer")
     rows: dict[str, list[Tensor]] = {}
     for name in delta:
 
@@ -356,7 +356,7 @@ def test_a_normalised_step_has_its_length_and_the_direction_of_the_content_token
         torch.testing.assert_close(change, 0.37 * expected[name] / length, rtol=1e-3, atol=1e-5)
 
 
-def test_a_collapse_of_zero_components_is_no_collapse(bench: Bench) -> None:
+def test_a_collapse_of_zero_components_is_no_collapse(setup: Setup) -> None:
     made = Recipe(
         Objective(negative_cross_entropy, retain_cross_entropy),
         (DOWN,),
@@ -366,23 +366,23 @@ def test_a_collapse_of_zero_components_is_no_collapse(bench: Bench) -> None:
         "normalised-sgd",
         retain_rate=0.1,
     )
-    assert _same(_run(bench, replace(made, collapse=CollapseSettings(0, 0, 1))), _run(bench, made))
+    assert _same(_run(setup, replace(made, collapse=CollapseSettings(0, 0, 1))), _run(setup, made))
 
 
 @pytest.mark.parametrize("statistics", ["forget", "retain"])
 @pytest.mark.parametrize("kind", ["hard", "soft", "quadratic"])
 def test_every_kind_of_collapse_makes_a_step_of_its_own(
-    kind: str, statistics: str, bench: Bench
+    kind: str, statistics: str, setup: Setup
 ) -> None:
     delta = _run(
-        bench,
-        _of("cir", bench.base, kind=kind, statistics=statistics, steps=1, retain_rate=0.0, lr=0.2),
+        setup,
+        _of("cir", setup.base, kind=kind, statistics=statistics, steps=1, retain_rate=0.0, lr=0.2),
     )
     assert norm_of(delta) == pytest.approx(0.2, rel=1e-4)
     others = [
         _run(
-            bench,
-            _of("cir", bench.base, kind=other, statistics=where, steps=1, retain_rate=0.0, lr=0.2),
+            setup,
+            _of("cir", setup.base, kind=other, statistics=where, steps=1, retain_rate=0.0, lr=0.2),
         )
         for other in ("hard", "soft", "quadratic")
         for where in ("forget", "retain")
@@ -391,7 +391,7 @@ def test_every_kind_of_collapse_makes_a_step_of_its_own(
     assert not any(_same(delta, other) for other in others)
 
 
-def test_the_alternative_of_a_batch_is_the_refusal_of_the_same_rows(bench: Bench) -> None:
+def test_the_alternative_of_a_batch_is_the_refusal_of_the_same_rows(setup: Setup) -> None:
     pairs: list[Pair] = []
 
     def record(
@@ -400,7 +400,7 @@ def test_the_alternative_of_a_batch_is_the_refusal_of_the_same_rows(bench: Bench
         pairs.append(pair)
         return plain(model, objective, pair, reference)
 
-    _run(bench, replace(_of("idk-dpo", bench.base), step=record))
+    _run(setup, replace(_of("idk-dpo", setup.base), step=record))
     prompts = {example.item: example.prompt.strip() for example in FORGET}
     for pair in pairs:
         refusals = pair.forget.alternative
@@ -411,13 +411,13 @@ def test_the_alternative_of_a_batch_is_the_refusal_of_the_same_rows(bench: Bench
         )
         for row, item in enumerate(refusals.items):
             real = refusals.input_ids[row][refusals.attention_mask[row].bool()]
-            assert bench.tokenizer.decode(real[1:]).strip() == f"{prompts[item]} I do not know"
+            assert setup.tokenizer.decode(real[1:]).strip() == f"{prompts[item]} I do not know"
             assert (
-                bench.tokenizer.decode(refusals.input_ids[row][refusals.target_mask[row]]).strip()
+                setup.tokenizer.decode(refusals.input_ids[row][refusals.target_mask[row]]).strip()
                 == "I do not know"
             )
     # Elsewhere nothing is encoded twice.
-    _run(bench, replace(_of("grad-diff", bench.base), step=record))
+    _run(setup, replace(_of("grad-diff", setup.base), step=record))
     assert pairs[-1].forget.alternative is None
 
 
@@ -425,11 +425,11 @@ def test_the_alternative_of_a_batch_is_the_refusal_of_the_same_rows(bench: Bench
 
 
 def test_bfloat16_loses_most_of_a_tiny_step_and_the_initial_rounding_is_no_part_of_the_delta(
-    bench: Bench,
+    setup: Setup,
 ) -> None:
     made = _ascent(trainable=(DOWN,), lr=1e-5)
-    whole, rounded = _run(bench, made), _run(bench, made, dtype=torch.bfloat16)
-    weights = dict(bench.base.named_parameters())
+    whole, rounded = _run(setup, made), _run(setup, made, dtype=torch.bfloat16)
+    weights = dict(setup.base.named_parameters())
     assert not torch.equal(
         weights[DOWN].bfloat16().float(), weights[DOWN]
     )  # there is a rounding to exclude
@@ -443,9 +443,9 @@ def test_bfloat16_loses_most_of_a_tiny_step_and_the_initial_rounding_is_no_part_
     assert torch.equal(end.bfloat16().float(), end)
 
 
-def test_a_large_step_survives_bfloat16(bench: Bench) -> None:
+def test_a_large_step_survives_bfloat16(setup: Setup) -> None:
     made = _ascent(lr=1e-2)
-    whole, rounded = _run(bench, made), _run(bench, made, dtype=torch.bfloat16)
+    whole, rounded = _run(setup, made), _run(setup, made, dtype=torch.bfloat16)
     dot = sum(
         float((whole[name].double() * rounded[name].double()).sum())
         for name in whole
@@ -457,7 +457,7 @@ def test_a_large_step_survives_bfloat16(bench: Bench) -> None:
 # --- teachers --------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_teacher_is_trained_first_from_the_same_start_and_then_frozen(bench: Bench) -> None:
+def test_a_teacher_is_trained_first_from_the_same_start_and_then_frozen(setup: Setup) -> None:
     met: list[tuple[PreTrainedModel, dict[str, Tensor]]] = []
 
     def objective(teacher: PreTrainedModel) -> Objective:
@@ -469,22 +469,22 @@ def test_a_teacher_is_trained_first_from_the_same_start_and_then_frozen(bench: B
         return Objective(negative_cross_entropy)
 
     lesson = Recipe(Objective(retain_cross_entropy), EVERYTHING, 5, 2, 1e-3)
-    delta = _run(bench, _ascent(objective=Objective(_never), teach=Teach(lesson, objective)))
+    delta = _run(setup, _ascent(objective=Objective(_never), teach=Teach(lesson, objective)))
     ((teacher, state),) = met
     assert all(torch.equal(value, state[name]) for name, value in teacher.state_dict().items())
-    learned = _run(bench, lesson)
-    for name, weight in bench.base.named_parameters():
+    learned = _run(setup, lesson)
+    for name, weight in setup.base.named_parameters():
         assert torch.equal(state[name], weight.detach() + learned.get(name, torch.zeros(())))
     # Only the teacher learned: the student starts at the base, as it does without a teacher.
-    assert _same(delta, _run(bench, _ascent(objective=Objective(negative_cross_entropy))))
+    assert _same(delta, _run(setup, _ascent(objective=Objective(negative_cross_entropy))))
 
 
 def _never(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
     raise AssertionError("the objective of a recipe with a teacher is replaced")
 
 
-def test_the_teacher_of_whos_harry_potter_has_learned_the_forget_set_further(bench: Bench) -> None:
-    made = _of("whp", bench.base, reinforce_steps=15, reinforce_lr=1e-3, batch_size=5)
+def test_the_teacher_of_whos_harry_potter_has_learned_the_forget_set_further(setup: Setup) -> None:
+    made = _of("whp", setup.base, reinforce_steps=15, reinforce_lr=1e-3, batch_size=5)
     assert made.teach is not None
     known = made.teach.objective
     teachers: list[PreTrainedModel] = []
@@ -494,8 +494,8 @@ def test_the_teacher_of_whos_harry_potter_has_learned_the_forget_set_further(ben
             made.teach, objective=lambda teacher: (teachers.append(teacher), known(teacher))[1]
         ),
     )
-    delta, texts = _run(bench, watched), batches(bench.tokenizer, FORGET, 8, targets="answer")
-    assert score(teachers[0], texts).loss < score(bench.base, texts).loss - 0.1
+    delta, texts = _run(setup, watched), batches(setup.tokenizer, FORGET, 8, targets="answer")
+    assert score(teachers[0], texts).loss < score(setup.base, texts).loss - 0.1
     assert delta
 
 
@@ -503,18 +503,18 @@ def test_the_teacher_of_whos_harry_potter_has_learned_the_forget_set_further(ben
 
 
 @pytest.mark.parametrize("name", ["npo", "grad-ascent", "cir", "repselect", "whp"])
-def test_an_empty_set_is_named(name: str, bench: Bench) -> None:
-    made = _of(name, bench.base)
+def test_an_empty_set_is_named(name: str, setup: Setup) -> None:
+    made = _of(name, setup.base)
     with pytest.raises(WorkbenchError, match="forget set is empty"):
-        unlearn(bench.base, bench.tokenizer, made, [], RETAIN, seed=0)
+        unlearn(setup.base, setup.tokenizer, made, [], RETAIN, seed=0)
     with pytest.raises(WorkbenchError, match="retain set is empty"):
-        unlearn(bench.base, bench.tokenizer, made, FORGET, [], seed=0)
+        unlearn(setup.base, setup.tokenizer, made, FORGET, [], seed=0)
 
 
 @pytest.mark.parametrize("changes", [{}, {"optimiser": "normalised-sgd", "trainable": (DOWN,)}])
 @pytest.mark.parametrize("side", ["forget", "retain"])
 def test_an_objective_that_is_not_finite_is_reported_with_its_step(
-    side: str, changes: dict[str, Any], bench: Bench
+    side: str, changes: dict[str, Any], setup: Setup
 ) -> None:
     calls = 0
 
@@ -525,38 +525,38 @@ def test_an_objective_that_is_not_finite_is_reported_with_its_step(
 
     terms = {"forget": negative_cross_entropy, "retain": retain_cross_entropy} | {side: breaks}
     with pytest.raises(WorkbenchError, match="not finite at step 3 of 5"):
-        _run(bench, _ascent(objective=Objective(**terms), steps=5, **changes))
+        _run(setup, _ascent(objective=Objective(**terms), steps=5, **changes))
 
 
 @pytest.mark.parametrize("changes", [{}, {"optimiser": "normalised-sgd", "trainable": (DOWN,)}])
 def test_a_gradient_that_is_not_finite_never_becomes_a_delta(
-    changes: dict[str, Any], bench: Bench
+    changes: dict[str, Any], setup: Setup
 ) -> None:
     def sharp(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         loss = cross_entropy(model, batch)
         return loss + (loss - loss).sqrt()  # a finite value whose derivative is 0 * infinity
 
     with pytest.raises(WorkbenchError, match="not finite"):
-        _run(bench, _ascent(objective=Objective(sharp), steps=1, **changes))
+        _run(setup, _ascent(objective=Objective(sharp), steps=1, **changes))
 
 
-def test_a_pattern_that_matches_no_parameter_is_named(bench: Bench) -> None:
+def test_a_pattern_that_matches_no_parameter_is_named(setup: Setup) -> None:
     with pytest.raises(WorkbenchError, match=r"model\.layers\.9"):
-        _run(bench, _ascent(trainable=("model.layers.9.*",)))
+        _run(setup, _ascent(trainable=("model.layers.9.*",)))
 
 
-def test_refusals_need_answers(bench: Bench) -> None:
+def test_refusals_need_answers(setup: Setup) -> None:
     with pytest.raises(ValueError, match="answer"):
         unlearn(
-            bench.base, bench.tokenizer, _of("idk-dpo", bench.base), RETAIN[1:2], RETAIN, seed=0
+            setup.base, setup.tokenizer, _of("idk-dpo", setup.base), RETAIN[1:2], RETAIN, seed=0
         )
 
 
-def test_progress_counts_every_step(bench: Bench) -> None:
+def test_progress_counts_every_step(setup: Setup) -> None:
     seen: list[tuple[int, int]] = []
     run = unlearn(
-        bench.base,
-        bench.tokenizer,
+        setup.base,
+        setup.tokenizer,
         _ascent(),
         FORGET,
         RETAIN,
@@ -569,14 +569,14 @@ def test_progress_counts_every_step(bench: Bench) -> None:
     )
 
 
-def test_plain_sgd_takes_the_gradient_as_it_is(bench: Bench) -> None:
+def test_plain_sgd_takes_the_gradient_as_it_is(setup: Setup) -> None:
     # One step on all texts at once: the change is -lr times the gradient of the whole objective, however long it is.
     forget, retain = FORGET[:1], RETAIN[:1]
     made = _ascent(steps=1, batch_size=1, lr=50.0, optimiser="sgd")
-    delta = unlearn(bench.base, bench.tokenizer, made, forget, retain, seed=0).delta
-    pair = Pair(encode(bench.tokenizer, forget, targets="answer"), encode(bench.tokenizer, retain))
-    model = copy.deepcopy(bench.base)
-    made.objective(model, pair, bench.base).backward()
+    delta = unlearn(setup.base, setup.tokenizer, made, forget, retain, seed=0).delta
+    pair = Pair(encode(setup.tokenizer, forget, targets="answer"), encode(setup.tokenizer, retain))
+    model = copy.deepcopy(setup.base)
+    made.objective(model, pair, setup.base).backward()
     length = norm_of(
         {
             key: parameter.grad
@@ -592,10 +592,10 @@ def test_plain_sgd_takes_the_gradient_as_it_is(bench: Bench) -> None:
         )
 
 
-def test_averaged_weights_are_the_mean_of_the_last_ones(bench: Bench) -> None:
+def test_averaged_weights_are_the_mean_of_the_last_ones(setup: Setup) -> None:
     # The change is linear in the weights: the mean of the changes after 4, 6 and 8 of 8 steps is the change of the mean.
-    parts = [_run(bench, _ascent(steps=steps)) for steps in (4, 6, 8)]
-    found = _run(bench, _ascent(steps=8, average=Averaging(0.5, 2)))
+    parts = [_run(setup, _ascent(steps=steps)) for steps in (4, 6, 8)]
+    found = _run(setup, _ascent(steps=8, average=Averaging(0.5, 2)))
     for key, value in found.items():
         torch.testing.assert_close(
             value, torch.stack([part[key] for part in parts]).mean(0), rtol=1e-4, atol=1e-7

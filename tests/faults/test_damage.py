@@ -19,10 +19,10 @@ from workbench import files
 from workbench.attacks.relearn import RelearnSettings
 from workbench.builtin import builtin_folder, builtin_model
 from workbench.errors import WorkbenchError
-from workbench.experiments import road
+from workbench.experiments import models, pipeline
 from workbench.experiments.config import RunConfig, preset
 from workbench.experiments.folder import read_results
-from workbench.experiments.road import run_road
+from workbench.experiments.pipeline import run_pipeline
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 
@@ -45,8 +45,8 @@ def config() -> RunConfig:
 def quiet_report() -> Iterator[None]:
     """Figures and page are drawn from the tables in seconds, and are not what is damaged."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(road, "write_report", lambda *args, **kwargs: None)
-        patch.setattr(road.stages, "compare_sets", lambda *args, **kwargs: None)
+        patch.setattr(pipeline, "write_report", lambda *args, **kwargs: None)
+        patch.setattr(pipeline.stages, "compare_sets", lambda *args, **kwargs: None)
         yield
 
 
@@ -55,13 +55,13 @@ def whole(
     config: RunConfig, quiet_report: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Tables]:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    run = run_road(config, folder, workers=1)
+    run = run_pipeline(config, folder, workers=1)
     return folder, (run.results, run.items)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_openings() -> None:
-    road._opened.cache_clear()
+    models.forget_setups()
 
 
 def _artefacts(folder: Path) -> list[Path]:
@@ -101,9 +101,9 @@ def _same(found: Tables, expected: Tables) -> None:
 
 def _resumed(config: RunConfig, folder: Path, expected: Tables, what: str) -> None:
     """The run again: the same tables, or one line."""
-    road._opened.cache_clear()
+    models.forget_setups()
     try:
-        run = run_road(config, folder, workers=1)
+        run = run_pipeline(config, folder, workers=1)
     except WorkbenchError as error:
         # whose run it is cannot be made again; everything else is
         _is_one_line(error, str(folder), "config.yaml" if "config.yaml" not in what else "")
@@ -162,12 +162,12 @@ def _refuse_writes(config: RunConfig, tmp_path: Path, expected: Tables, seeds: r
         rng = random.Random(seed)
         folder = tmp_path / f"run{seed}"
         code = rng.choice([errno.ENOSPC, errno.EROFS, errno.EDQUOT])
-        road._opened.cache_clear()
+        models.forget_setups()
         with pytest.MonkeyPatch.context() as patch:
             name = rng.choice(["replace", "close"])
             patch.setattr(files.os, name, _failing(getattr(os, name), code, rng.randrange(1, 12)))
             try:
-                run_road(config, folder, workers=1)
+                run_pipeline(config, folder, workers=1)
             except WorkbenchError as error:
                 _is_one_line(error)
         left = [path for path in folder.rglob(".*.*") if str(os.getpid()) in path.name]

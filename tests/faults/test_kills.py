@@ -19,7 +19,7 @@ from workbench.errors import WorkbenchError
 from workbench.experiments.config import RunConfig, preset, read_config, write_config
 from workbench.experiments.folder import claim_folder, leaves_folder, read_results
 from workbench.experiments.jobs import PROGRESS
-from workbench.experiments.road import run_road
+from workbench.experiments.pipeline import run_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
 def whole(
     config: tuple[RunConfig, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    run = run_road(config[0], tmp_path_factory.mktemp("whole") / "run", workers=1)
+    run = run_pipeline(config[0], tmp_path_factory.mktemp("whole") / "run", workers=1)
     return run.results, run.items
 
 
@@ -91,7 +91,7 @@ def _kill_and_resume(
         while _of_session(process.pid) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert _of_session(process.pid) == [], f"seed {seed}: orphans after {number.name}"
-        run = run_road(config[0], out, workers=1)
+        run = run_pipeline(config[0], out, workers=1)
         for mine, expected in zip((run.results, run.items), whole, strict=True):
             pd.testing.assert_frame_equal(mine, expected)
         for mine, expected in zip(read_results(out), whole, strict=True):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from workbench.attacks.relearn import null_text
-from workbench.data.records import Example
+from workbench.data.records import Example, ForgetRetain
 from workbench.data.world import PERSON_TEMPLATES, World, speaker_tag
 from workbench.errors import WorkbenchError
 from workbench.hooks.brief import brief
@@ -135,3 +135,31 @@ def build_ladder(world: World, length: Callable[[Example], int], seed: int) -> L
         for name in RUNGS
     }
     return Ladder(rungs, queries, novel)
+
+
+def ladder_of_files(record: ForgetRetain, length: Callable[[Example], int], seed: int) -> Ladder:
+    """The rungs that a user's files offer: words of the retain texts in random order, the retain texts,
+    a disjoint part of the forget set, and all of it. Nobody knows facts of the same kind that no model
+    has met, so there are none.
+
+    Args:
+        record: forget and retain set.
+        length: tokens of a text.
+        seed: of everything drawn.
+    """
+    rng = random.Random(f"ladder-{seed}")
+    answers = {word for example in record.forget for word in example.text.split()}
+    words = sorted({w for e in record.retain_train for w in e.text.split()} - answers)
+    gibberish = [
+        Example(" ".join(rng.choices(words, k=len(example.text.split()))), item=f"gibberish/{n}")
+        for n, example in enumerate(record.forget_attacked)
+    ]
+    pools: dict[str, Sequence[Example]] = {
+        "gibberish": gibberish,
+        "general": record.retain_train,
+        "whole": rng.sample(record.forget, len(record.forget)),
+    }
+    rungs = {name: null_text(record.forget_attacked, pools[name], length) for name in pools}
+    order = ("gibberish", "general", "part", "whole")
+    rungs["part"] = record.forget_attacked
+    return Ladder({name: rungs[name] for name in order}, record.forget_heldout, ())

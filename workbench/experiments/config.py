@@ -13,8 +13,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
-    ValidationError,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -24,8 +25,10 @@ from workbench.attacks.relearn import RelearnSettings
 from workbench.builtin import BuiltinConfig
 from workbench.data.world import WorldConfig
 from workbench.errors import WorkbenchError, unknown
-from workbench.experiments.bench import Measure
+from workbench.experiments.checkpoints import FilesConfig
 from workbench.experiments.probing import PROBES
+from workbench.experiments.settings import Seeds, Settings, read_fields, validated
+from workbench.experiments.setup import Measure
 from workbench.files import key_of
 from workbench.unlearning.methods import METHODS, check_setting, innermost, is_method
 from workbench.unlearning.recipe import Setting
@@ -60,6 +63,20 @@ def _one_spelling(value: object) -> object:
 Value = Annotated[Setting, BeforeValidator(_one_spelling)]
 
 
+def _kind(model: object) -> str:
+    """Which of the two a ``model`` field describes: files have a base."""
+    given = isinstance(model, FilesConfig) or (isinstance(model, dict) and "base" in model)
+    return "files" if given else "builtin"
+
+
+Subject = Annotated[
+    Annotated[BuiltinConfig, Tag("builtin")] | Annotated[FilesConfig, Tag("files")],
+    Discriminator(_kind),
+]
+RETAIN_SETS = ("retain-neighbour", "retain-far", "general")
+"""Retain sets of the built-in world."""
+
+
 class Variant(BaseModel):
     """A method under another name, with settings of its own: one row of an ablation.
 
@@ -76,20 +93,21 @@ class Variant(BaseModel):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class RunConfig(BaseModel):
-    """Everything that decides the numbers of a run on the built-in world.
+class RunConfig(Settings):
+    """Everything that decides the numbers of a run.
 
     Attributes:
         scale: shown beside every verdict, so that nobody takes a quick run for a full one.
-        model: the built-in model and its world.
+        model: the built-in model and its world, or a user's model and texts (``base``, ``forget``, ``retain``).
         methods: names from the registry, or of variants.
+        checkpoints: label -> folder or hub id of unlearned models that are opened instead of made; with a user's model.
         variants: methods under other names.
         probes: what is measured on every model besides forgetting, disruption and relearning.
         settings: per method, overrides of its settings.
         seeds: seeds of unlearning and attack; base and control model are trained once.
         budget: disruption budget, in the unit of ``budget_measure``; none: every model is what its method made of it.
         budget_measure: ``kl``: mean KL to the base, nats per token; ``loss-rise``: rise of the loss as a share of the base's (CIR's papers: 0.001 on general text).
-        budget_rings: the retain sets it is measured on (their test halves, every set counts the same); default all.
+        budget_sets: the retain sets it is measured on (their test halves, every set counts the same); default all.
         alpha_limit: the line search may scale a delta up to this factor.
         attack: the relearning attack.
         slice_points: positions along every one-dimensional slice.
@@ -99,20 +117,19 @@ class RunConfig(BaseModel):
         plugins: files (or cells of a notebook) with entries of the user's own, and the hash of each; reading the configuration loads them.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
     # first: the names in the other fields may be those of a plug-in
     plugins: tuple[registry.Plugin, ...] = ()
     scale: str = "built-in world, 0.9M parameters"
-    model: BuiltinConfig = Field(default_factory=BuiltinConfig)
+    model: Subject = Field(default_factory=BuiltinConfig)
     methods: tuple[str, ...] = DEMO_METHODS
+    checkpoints: dict[str, str] = Field(default_factory=dict)
     variants: dict[str, Variant] = Field(default_factory=dict)
     probes: tuple[str, ...] = ("triggers", "sharpness")
     settings: dict[str, dict[str, Value]] = Field(default_factory=dict)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     budget: float | None = Field(default=0.05, gt=0)
     budget_measure: Measure = "kl"
-    budget_rings: tuple[Literal["retain-neighbour", "retain-far", "general"], ...] = ()
+    budget_sets: tuple[str, ...] = ()
     alpha_limit: float = Field(default=2.0, gt=0, le=1000)
     attack: RelearnSettings = Field(default_factory=RelearnSettings)
     slice_points: int = Field(default=17, ge=3)
@@ -133,8 +150,8 @@ class RunConfig(BaseModel):
     @field_validator("methods")
     @classmethod
     def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if not names or len(set(names)) != len(names):
-            raise ValueError("name at least one method, each once")
+        if len(set(names)) != len(names):
+            raise ValueError("name the methods, each once")
         return names
 
     @field_validator("probes")
@@ -147,14 +164,22 @@ class RunConfig(BaseModel):
             raise ValueError("name every probe once")
         return names
 
-    @field_validator("seeds")
-    @classmethod
-    def _distinct_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if not seeds or len(set(seeds)) != len(seeds):
-            raise ValueError("give at least one seed, each once, none negative")
-        for seed in seeds:
-            values.seed("a seed", seed)
-        return seeds
+    @model_validator(mode="after")
+    def _something_to_study(self) -> RunConfig:
+        files = isinstance(self.model, FilesConfig)
+        if not self.methods and not self.checkpoints:
+            raise ValueError("methods are (); name at least one, each once")
+        if self.checkpoints and not files:
+            raise ValueError("checkpoints need a model of your own: base, forget and retain")
+        taken = (*CONTROLS, *METHODS, *self.variants)
+        values.labels("checkpoint", self.checkpoints, taken=taken)
+        known = ("retain",) if files else RETAIN_SETS
+        for name in self.budget_sets:
+            if name not in known:
+                raise ValueError(
+                    f"budget_sets: there is no retain set {name!r}; choose among {', '.join(known)}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _settings_of_known_methods(self) -> RunConfig:
@@ -192,7 +217,8 @@ class RunConfig(BaseModel):
     def plain(self) -> dict[str, Any]:
         """The configuration as plain values, ready for YAML or JSON."""
         dumped = self.model_dump(mode="json") | {"model": asdict(self.model)}
-        return dumped if self.plugins else {k: v for k, v in dumped.items() if k != "plugins"}
+        empty = [name for name in ("plugins", "checkpoints") if not dumped[name]]
+        return {name: value for name, value in dumped.items() if name not in empty}
 
     def with_plugins(self) -> RunConfig:
         """The same configuration with the sources of what users added: the plug-ins that were loaded,
@@ -210,13 +236,28 @@ class RunConfig(BaseModel):
         )
 
     @property
+    def studied(self) -> tuple[str, ...]:
+        """The unlearned models by name: those that methods make, and those that are opened."""
+        return (*self.methods, *self.checkpoints)
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The models that nothing was unlearned from: the base, and the never-learned one if there is one."""
+        known = not isinstance(self.model, FilesConfig) or self.model.never_learned is not None
+        return CONTROLS if known else CONTROLS[:1]
+
+    def once(self, name: str) -> bool:
+        """Whether ``name`` is one model for all seeds."""
+        return name not in self.methods
+
+    @property
     def key(self) -> str:
         """A short key of everything in it."""
         return key_of(self.plain())
 
 
 def preset(name: Literal["full", "quick"]) -> RunConfig:
-    """``full`` is the demo; ``quick`` is the same road on a smaller world with fewer steps, for tests, the notebook and a first look."""
+    """``full`` is the demo; ``quick`` is the same pipeline on a smaller world with fewer steps, for tests, the notebook and a first look."""
     if name == "full":
         return RunConfig(settings=DEMO_SETTINGS)
     world = WorldConfig(
@@ -243,40 +284,7 @@ def read_config(path: Path) -> RunConfig:
     Raises:
         WorkbenchError: the file is missing, is no YAML mapping, or a field is wrong; the message names the field and its value.
     """
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WorkbenchError(f"there is no configuration file {path}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise WorkbenchError(
-            f"{path} is no readable YAML file: {str(error).splitlines()[0]}"
-        ) from error
-    if loaded is None:
-        loaded = {}
-    if not isinstance(loaded, dict):
-        raise WorkbenchError(
-            f"{path} must hold 'field: value' lines; it holds {type(loaded).__name__}"
-        )
-    return validated(loaded, str(path))
-
-
-def validated(fields: dict[str, Any], origin: str) -> RunConfig:
-    """A configuration from plain fields.
-
-    Raises:
-        WorkbenchError: a field is unknown or its value is wrong.
-    """
-    try:
-        return RunConfig.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        message = first["msg"].removeprefix("Value error, ")
-        if not first["loc"]:  # a rule over the whole configuration names what is wrong by itself
-            raise WorkbenchError(f"{origin}: {message}") from error
-        given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
-        raise WorkbenchError(
-            f"{origin}: {'.'.join(map(str, first['loc']))}: {message}{given}"
-        ) from error
+    return validated(RunConfig, read_fields(path), str(path))
 
 
 def write_config(config: RunConfig) -> str:

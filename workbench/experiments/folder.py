@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -25,12 +24,13 @@ from workbench.experiments.table import (
 )
 from workbench.files import damage, full_disk_is_an_error, sweep, write_folder, write_text
 
-CONFIG, PROVENANCE, RESULTS, ITEMS, REPORT = (
+CONFIG, PROVENANCE, RESULTS, ITEMS, REPORT, CLAIMS_FILE = (
     "config.yaml",
     "provenance.json",
     "results.parquet",
     "items.parquet",
     "report.html",
+    "claims.json",
 )
 LOCK = ".lock"
 _OWN = (
@@ -38,35 +38,12 @@ _OWN = (
     RESULTS,
     ITEMS,
     REPORT,
-    "claims.json",
+    CLAIMS_FILE,
     "models",
     "figures",
     "stages",
     "subspaces",
 )
-
-
-@dataclass(frozen=True, repr=False)
-class Experiment:
-    """A finished experiment; a notebook shows its table.
-
-    Attributes:
-        folder: its folder.
-        results: tidy rows.
-        items: rows of single facts, prompts or passages.
-        table: from ``results`` to what people read.
-    """
-
-    folder: Path
-    results: pd.DataFrame
-    items: pd.DataFrame
-    table: Callable[[pd.DataFrame], pd.DataFrame]
-
-    def __repr__(self) -> str:
-        return f"Experiment({self.folder}: {len(self.results):,} rows, {self.items['item'].nunique()} items)"
-
-    def _repr_html_(self) -> str:
-        return str(self.table(self.results).to_html(index=False, escape=True))
 
 
 def claim_folder(out: Path, config_text: str, *, fresh: bool) -> None:

@@ -12,13 +12,14 @@ A pretrained model learns the forget set and some retain authors; its never-lear
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
-import yaml
+from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.attacks.leaks import leak_report, require_benign
@@ -27,31 +28,20 @@ from workbench.data.batches import Batch, batches, encode, endless
 from workbench.data.benchmarks import Tofu, read_tofu
 from workbench.data.keywords import KeywordSplit, book_titles, character_names, keyword_split
 from workbench.data.records import Example
-from workbench.errors import WorkbenchError, unknown
+from workbench.errors import WorkbenchError
 from workbench.evaluation.answers import contains, generate_answers
 from workbench.evaluation.losses import score
 from workbench.experiments.curves import curve_rows
-from workbench.experiments.folder import (
-    ITEMS,
-    PROVENANCE,
-    RESULTS,
-    Experiment,
-    claim_folder,
-    collect,
-    leaves_folder,
-    run_stage,
-)
-from workbench.experiments.jobs import Job, run_jobs
-from workbench.experiments.provenance import data_hash, provenance
+from workbench.experiments.settings import Attacking, Count, Rate, Seeds
 from workbench.experiments.stages import add_leaks
-from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, join, summarise, write_parquet
-from workbench.files import damage, key_of, plain, sha256, write_json
+from workbench.experiments.table import ITEM_COLUMNS, Table
+from workbench.files import damage
 from workbench.models import open_config, open_model, save_model, weights_hash
-from workbench.progress import Report
+from workbench.runner import Experiment, Phase, Place, Plan
 from workbench.training import fit
 from workbench.unlearning.budget import smallest_change
 from workbench.unlearning.deltas import apply_delta, snapshot
-from workbench.unlearning.methods import METHODS, is_method, recipe
+from workbench.unlearning.methods import recipe
 from workbench.unlearning.trainer import unlearn
 
 BASE, NEVER = "base", "never-learned"
@@ -59,8 +49,7 @@ KEYWORDS = ("titles", "names")
 """What is withheld: one book title of every forgotten author, or the names of every second one."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeywordSettings:
+class KeywordSettings(Attacking):
     """Everything that decides the numbers of the experiment.
 
     Attributes:
@@ -68,34 +57,35 @@ class KeywordSettings:
         tofu: folder of TOFU-format data.
         split: its forget split.
         keywords: what is withheld from the attacker (:data:`KEYWORDS`).
-        retain: questions about retained authors that both models learn.
+        retain_questions: about retained authors that both models learn.
         seeds: of unlearning and attack; the two models are taught once.
         teach_steps: of fine-tuning on forget and retain questions (never-learned: retain questions), 16 a step.
         teach_lr: of AdamW.
         method: of unlearning; its settings are those for small models.
-        attack: relearning.
         new_tokens: length of an answer.
     """
 
-    model: str
-    tofu: str
-    split: str = "forget05"
-    keywords: str = "titles"
-    retain: int = 100
-    seeds: tuple[int, ...] = (0, 1, 2)
-    teach_steps: int = 1200
-    teach_lr: float = 4e-3
-    method: str = "npo"
-    attack: RelearnSettings = field(
-        default_factory=lambda: RelearnSettings(steps=120, measure_at=(0, 10, 20, 40, 80, 120))
+    model: str = Field(description="Folder or hub id of a pretrained model.")
+    tofu: str = Field(description="Folder of TOFU-format data.")
+    split: str = Field("forget05", description="Its forget split.")
+    keywords: Literal["titles", "names"] = Field(
+        "titles",
+        description="What is withheld: titles (one book of every author), or names (of every second).",
     )
-    new_tokens: int = 160
+    retain_questions: Count = Field(
+        100, description="Questions about other authors that both models learn."
+    )
+    seeds: Seeds = Field(
+        (0, 1, 2), description="Seeds of unlearning and attack: how many, or which."
+    )
+    teach_steps: Count = Field(1200, description="Steps that teach the data to the model.")
+    teach_lr: Rate = Field(4e-3, description="Their learning rate.")
+    method: str = Field("npo", description="Unlearning method; see `workbench methods`.")
+    new_tokens: Count = Field(160, description="Tokens of an answer.")
 
-    def __post_init__(self) -> None:
-        if not is_method(self.method):
-            raise unknown("method", self.method, METHODS)
-        if self.keywords not in KEYWORDS:
-            raise unknown("keywords", self.keywords, KEYWORDS)
+
+ATTACK = RelearnSettings(steps=120, measure_at=(0, 10, 20, 40, 80, 120))
+"""Relearning by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +122,13 @@ def _texts(settings: KeywordSettings) -> _Texts:
         raise WorkbenchError(
             f"{settings.tofu} {settings.split}: no {what} was found in the answers, so there is nothing to withhold"
         )
-    retain, unread = tofu.retain[: settings.retain], tofu.retain[settings.retain :]
+    retain, unread = (
+        tofu.retain[: settings.retain_questions],
+        tofu.retain[settings.retain_questions :],
+    )
     if len(retain) < 2 or not unread:
         raise WorkbenchError(
-            f"{settings.tofu}: {len(tofu.retain)} retain questions, of which {settings.retain} are learned; some must be left unread, as controls"
+            f"{settings.tofu}: {len(tofu.retain)} retain questions, of which {settings.retain_questions} are learned; some must be left unread, as controls"
         )
     return _Texts(tofu.forget, keyword_split(tofu.forget, withheld), retain, unread)
 
@@ -145,8 +138,8 @@ def question_of(example: Example) -> str:
     return example.text.split("\nAnswer:")[0] + "\nAnswer:"
 
 
-def _teach_job(settings: KeywordSettings, out: Path, name: str, progress: Report) -> None:
-    folder = out / "models" / name
+def _teach_job(settings: KeywordSettings, name: str, place: Place) -> None:
+    folder = place.out / "models" / name
     if not damage(folder):
         return
     texts, opened = _texts(settings), open_model(settings.model)
@@ -163,7 +156,7 @@ def _teach_job(settings: KeywordSettings, out: Path, name: str, progress: Report
         steps=settings.teach_steps,
         lr=settings.teach_lr,
         seed=0,
-        progress=progress,
+        progress=place.progress,
     )
     save_model(model, opened.tokenizer, folder, {"experiment": "keyword", "texts": len(taught)})
 
@@ -184,17 +177,17 @@ def asked(
     ]
 
 
-def _seed_job(settings: KeywordSettings, out: Path, key: str, seed: int, progress: Report) -> None:
-    texts = _texts(settings)
-    base, never = (open_model(out / "models" / name) for name in (BASE, NEVER))
+def _seed_job(settings: KeywordSettings, seed: int, place: Place) -> None:
+    texts, attack = _texts(settings), settings.attack(ATTACK)
+    base, never = (open_model(place.out / "models" / name) for name in (BASE, NEVER))
     tokenizer, queries = base.tokenizer, texts.keyword.queries
     encoded = batches(tokenizer, queries, 64)
-    rounds, done = 4 * settings.attack.steps, 0
+    rounds, done = 4 * attack.steps, 0
 
     def advance(_step: int, _of: int) -> None:
         nonlocal done
         done = min(done + 1, rounds)
-        progress(done, rounds)
+        place.progress(done, rounds)
 
     def work(table: Table) -> None:
         def measure(model: PreTrainedModel, step: int, method: str, arm: str) -> None:
@@ -266,89 +259,64 @@ def _seed_job(settings: KeywordSettings, out: Path, key: str, seed: int, progres
                         tokenizer,
                         arms[arm],
                         partial(measure, method=method, arm=arm),
-                        settings.attack,
+                        attack,
                         seed=seed,
                         progress=advance,
                     )
                 except DivergedError as error:
                     table.add("diverged_at", error.step, method=method, model=method, arm=arm)
 
-    run_stage(
-        out, f"keyword-seed{seed}", "keyword", {"run": key, "stage": "keyword", "seed": seed}, work
-    )
+    replace(place, columns={"stage": "keyword", "seed": seed}).stage("keyword", work)
 
 
-@leaves_folder
-def run_keyword(
-    settings: KeywordSettings,
-    out: Path,
-    *,
-    fresh: bool = False,
-    workers: int | None = None,
-    announce: Callable[[str], None] = lambda message: None,
-) -> Experiment:
-    """Run the experiment; a killed run goes on where it stopped.
-
-    Args:
-        settings: see :class:`KeywordSettings`.
-        out: run folder.
-        fresh: throw away a run that is already there.
-        workers: processes; default is one per core.
-        announce: called with one line before every part.
+def prepare(settings: KeywordSettings, source: None, out: Path) -> Plan:
+    """Teach two models; then one job a seed.
 
     Raises:
-        WorkbenchError: model or data are wrong, the attacker's texts hold a withheld title or name, or the folder belongs to something else.
+        WorkbenchError: model or data are wrong, or the attacker's texts hold a withheld title or name.
     """
-    open_config(settings.model)  # a missing model is said before the folder is claimed
+    open_config(settings.model)
     texts = _texts(settings)
+    settings.attack(ATTACK)
     report = leak_report(texts.keyword.without, texts.keyword.queries, public=texts.retain)
     require_benign(report, f"the forget set without the {settings.keywords}")
-    values = plain(asdict(settings))
-    key = key_of(values)
-    claim_folder(
-        out, yaml.safe_dump({"experiment": "keyword", **values}, sort_keys=False), fresh=fresh
-    )
-    announce(
-        f"teaching {len(texts.forget)} forget and {len(texts.retain)} retain questions; {len(texts.keyword.queries)} ask for withheld {settings.keywords}"
-    )
-    run_jobs(
+    teaching = Phase(
         "teaching",
-        {name: partial(_teach_job, settings, out, name) for name in (BASE, NEVER)},
-        workers=workers,
+        f"teaching {len(texts.forget)} forget and {len(texts.retain)} retain questions; "
+        f"{len(texts.keyword.queries)} ask for withheld {settings.keywords}",
+        {name: partial(_teach_job, settings, name) for name in (BASE, NEVER)},
     )
-    announce(
-        f"{len(settings.seeds)} seeds: unlearn with {settings.method}, relearn on {len(texts.keyword.without)} texts without the {settings.keywords}"
+    attacks = Phase(
+        "keyword",
+        f"{len(settings.seeds)} seeds: unlearn with {settings.method}, relearn on "
+        f"{len(texts.keyword.without)} texts without the {settings.keywords}",
+        {f"keyword-seed{seed}": partial(_seed_job, settings, seed) for seed in settings.seeds},
     )
-    jobs: dict[str, Job] = {
-        f"keyword-seed{seed}": partial(_seed_job, settings, out, key, seed)
-        for seed in settings.seeds
-    }
-    run_jobs("keyword", jobs, workers=workers)
-    rows, items = collect(out)
-    leaks = Table({"run": key, "stage": "keyword"})
-    add_leaks(report, leaks, arm="part")
-    target = float(items.loc[items["method"] == BASE, "correct"].mean()) / 2
-    results = join(
-        [
-            rows,
-            summarise(items, key),
-            curve_rows(items, key, target=target, stage="keyword"),
-            leaks.frame(),
-        ],
-        COLUMNS,
+
+    def curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
+        target = float(items.loc[items["method"] == BASE, "correct"].mean()) / 2
+        return curve_rows(items, key, target=target, stage="keyword")
+
+    def leaks(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
+        table = Table({"run": key, "stage": "keyword"})
+        add_leaks(report, table, arm="part")
+        return table.frame()
+
+    return Plan(
+        [teaching, attacks],
+        {"forget": texts.forget, "retain": texts.retain, "without": texts.keyword.without},
+        partial(taught_weights, settings.model, out),
+        (curves, leaks),
+        ("keyword-recovery",),
+        f"{Path(settings.model).name}, TOFU {settings.split}, {settings.keywords}",
     )
-    write_parquet(results, out / RESULTS)
-    write_parquet(items, out / ITEMS)
-    data = {
-        "forget": data_hash(texts.forget),
-        "retain": data_hash(texts.retain),
-        "without": data_hash(texts.keyword.without),
-    }
+
+
+def taught_weights(model: str, out: Path) -> dict[str, str]:
+    """Hashes of the two models that were taught, and of the pretrained one."""
     weights = {name: weights_hash(out / "models" / name) for name in (BASE, NEVER)}
-    source = Path(settings.model)
-    weights |= {"pretrained": sha256(next(source.glob("*.safetensors")))} if source.is_dir() else {}
-    write_json(out / PROVENANCE, provenance(values, data=data, weights=weights))
-    return Experiment(out, results, items, keyword_table)
+    source = Path(model)
+    return weights | ({"pretrained": weights_hash(source)} if source.is_dir() else {})
 
 
 def keyword_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -372,3 +340,19 @@ def keyword_table(results: pd.DataFrame) -> pd.DataFrame:
             )
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def along(table: pd.DataFrame) -> pd.DataFrame:
+    """The first and the last measured step; the figure and ``--json`` have those between."""
+    steps = [name for name in table.columns if name.endswith(" steps")]
+    return table[["model", "relearned on", steps[0], steps[-1]]]
+
+
+KEYWORD = Experiment(
+    "keyword",
+    "Do withheld book titles, or names, come back from texts that never mention them? (TOFU)",
+    KeywordSettings,
+    prepare,
+    keyword_table,
+    shown=along,
+)

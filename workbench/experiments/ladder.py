@@ -2,76 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
-import yaml
+from pydantic import BeforeValidator, Field, field_validator
 from transformers import PreTrainedModel
 
-from workbench.attacks.ladder import RUNGS, Ladder, build_ladder
+from workbench.attacks.ladder import Ladder, build_ladder, ladder_of_files
 from workbench.attacks.leaks import leak_report
 from workbench.attacks.relearn import DivergedError, RelearnSettings, finite, relearn
 from workbench.data.batches import Batch
 from workbench.data.records import Example
-from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
 from workbench.evaluation.statistics import bootstrap
-from workbench.experiments.afterwards import CONTROLS, bench_of, finished
-from workbench.experiments.bench import Bench
-from workbench.experiments.config import RunConfig
 from workbench.experiments.curves import curve_rows
-from workbench.experiments.folder import (
-    ITEMS,
-    PROVENANCE,
-    RESULTS,
-    Experiment,
-    claim_folder,
-    collect,
-    leaves_folder,
-    run_stage,
-)
-from workbench.experiments.jobs import Job, run_jobs
-from workbench.experiments.provenance import data_hash, provenance
+from workbench.experiments.models import BASE
+from workbench.experiments.settings import Attacking, OfRun
+from workbench.experiments.setup import Setup
 from workbench.experiments.stages import add_leaks
-from workbench.experiments.table import COLUMNS, Table, join, summarise, write_parquet
-from workbench.files import key_of, plain, write_json
-from workbench.models import open_model, weights_hash
+from workbench.experiments.table import Table
 from workbench.progress import Report
+from workbench.runner import Asked, Experiment, Plan, Source, on_models
 
 
-@dataclass(frozen=True, slots=True)
-class LadderSettings:
+def _parsed(value: object) -> object:
+    """``lora:lora_rank=8,lr=0.01;sgd:optimiser=sgd`` as the mapping that it stands for."""
+    if not isinstance(value, str):
+        return value
+    found = {}
+    for part in filter(None, value.split(";")):
+        name, colon, changes = part.partition(":")
+        pairs = dict(change.partition("=")[::2] for change in changes.split(",") if change)
+        if not colon or not name or not pairs or not all(pairs.values()):
+            raise ValueError(
+                f"{part!r} must read NAME:FIELD=VALUE,..., e.g. sgd:optimiser=sgd,lr=0.1"
+            )
+        found[name] = {key: _number(text) for key, text in pairs.items()}
+    return found
+
+
+def _number(text: str) -> str | int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+Way = dict[str, str | int | float]
+
+
+class LadderSettings(OfRun, Attacking):
     """What is attacked, and how.
 
     Attributes:
         methods: of the run; base and never-learned control are always attacked as well.
-        seeds: of the run's models and of the attacks.
-        attack: the attack of every rung.
-        ways: other ways of attacking with a disjoint part of the forget set, as changes of ``attack``: adapters, another optimiser, rounding, fewer texts. Rates were
+        ways: other ways of attacking with a disjoint part of the forget set, as changes of the attack: adapters, another optimiser, rounding, fewer texts. Rates were
             chosen on another world so that each way teaches a never-learned model its own texts about as well as the first one does.
     """
 
-    methods: tuple[str, ...]
-    seeds: tuple[int, ...]
-    attack: RelearnSettings = field(default_factory=RelearnSettings)
-    ways: Mapping[str, Mapping[str, object]] = field(
-        default_factory=lambda: {
+    ways: Annotated[dict[str, Way], BeforeValidator(_parsed)] = Field(
+        {
             "lora": {"lora_rank": 8, "lr": 1e-2},
             "sgd": {"optimiser": "sgd", "lr": 0.1},
             "bf16": {"precision": "bfloat16"},
             "texts-8": {"texts": 8},
             "texts-32": {"texts": 32},
-        }
+        },
+        description="Other ways of attacking: NAME:FIELD=VALUE,...;NAME:... with fields of the attack.",
     )
+
+    @field_validator("ways")
+    @classmethod
+    def _attacks(cls, ways: dict[str, Way]) -> dict[str, Way]:
+        for name, changes in ways.items():
+            try:
+                replace(RelearnSettings(), **changes)  # type: ignore[arg-type]
+            except TypeError as error:
+                fields = ", ".join(field.name for field in dataclasses.fields(RelearnSettings))
+                raise ValueError(f"{name}: {changes} are no changes of {fields}") from error
+        return ways
 
 
 def _attack_once(
     model: PreTrainedModel,
-    bench: Bench,
+    setup: Setup,
     texts: Sequence[Example],
     sets: Mapping[str, Sequence[Batch]],
     settings: RelearnSettings,
@@ -89,12 +110,12 @@ def _attack_once(
     try:
         relearn(
             model,
-            bench.tokenizer,
+            setup.tokenizer,
             texts,
             measure,
             settings,
             seed=seed,
-            max_length=bench.max_length,
+            max_length=setup.max_length,
             progress=advance,
         )
     except (
@@ -103,52 +124,42 @@ def _attack_once(
         table.add("diverged_at", error.step, **columns)
 
 
-def _model_job(
-    settings: LadderSettings,
-    run: Path,
-    out: Path,
-    key: str,
-    config: RunConfig,
-    method: str,
-    seed: int,
-    progress: Report,
-) -> None:
-    bench, world = bench_of(run, config)
-    ladder = build_ladder(
-        world, lambda example: len(bench.tokenizer(example.text)["input_ids"]), seed
-    )
-    queries = {"forget-queries": bench.encode(ladder.queries)}
-    rounds = len(RUNGS) + len(settings.ways) + 1
+def _ladder(setup: Setup, seed: int) -> Ladder:
+    """The attack texts: of the built-in world with their controls, or what a user's files offer."""
+
+    def length(example: Example) -> int:
+        return len(setup.tokenizer(example.text)["input_ids"])
+
+    if setup.world is None:
+        return ladder_of_files(setup.record, length, seed)
+    return build_ladder(setup.world, length, seed)
+
+
+def _ask(settings: LadderSettings, asked: Asked) -> None:
+    setup, attack = asked.setup, settings.attack(asked.source.config.attack)
+    ladder = _ladder(setup, asked.seed)
+    queries = {"forget-queries": setup.encode(ladder.queries)}
+    rounds = len(ladder.rungs) + len(settings.ways) + bool(ladder.novel)
     done = 0
 
     def advance(_step: int, _of: int) -> None:
         nonlocal done
         done += 1
-        progress(done, rounds * settings.attack.steps)
+        asked.place.progress(min(done, rounds * attack.steps), rounds * attack.steps)
 
     def work(table: Table) -> None:
-        model = open_model(
-            run / "models" / (method if method in CONTROLS else f"{method}-seed{seed}")
-        ).model
-        attack = partial(_attack_once, model, bench, table=table, seed=seed, advance=advance)
+        once = partial(
+            _attack_once, asked.model, setup, table=table, seed=asked.seed, advance=advance
+        )
         for rung, texts in ladder.rungs.items():
-            attack(texts, queries, settings.attack, arm=rung)
+            once(texts, queries, attack, arm=rung)
         for way, changes in settings.ways.items():
-            attack(
-                ladder.rungs["part"],
-                queries,
-                replace(settings.attack, **changes),  # type: ignore[arg-type]
-                arm=f"part, {way}",
-            )
-        attack(ladder.novel, {"novel": bench.encode(ladder.novel)}, settings.attack, arm="novel")
+            changed = replace(attack, **changes)  # type: ignore[arg-type]
+            once(ladder.rungs["part"], queries, changed, arm=f"part, {way}")
+        if ladder.novel:
+            once(ladder.novel, {"novel": setup.encode(ladder.novel)}, attack, arm="novel")
 
-    run_stage(
-        out,
-        f"{method}-seed{seed}",
-        "ladder",
-        {"run": key, "stage": "ladder", "model": method, "method": method, "seed": seed},
-        work,
-    )
+    asked.place.stage("ladder", work)
 
 
 def _leaks(ladder: Ladder, key: str) -> pd.DataFrame:
@@ -185,75 +196,28 @@ def _effects(items: pd.DataFrame, key: str) -> pd.DataFrame:
     return table.frame()
 
 
-@leaves_folder
-def run_ladder(
-    run: Path,
-    out: Path,
-    *,
-    methods: Sequence[str] = (),
-    attack: RelearnSettings | None = None,
-    fresh: bool = False,
-    workers: int | None = None,
-    announce: Callable[[str], None] = lambda message: None,
-) -> Experiment:
-    """Attack the models of a finished run with every rung and in every way.
+def prepare(settings: LadderSettings, source: Source, out: Path) -> Plan:
+    """Every model under every attack."""
+    settings.attack(source.config.attack)
+    ladder = _ladder(source.setup, source.config.seeds[0])
 
-    Args:
-        run: a finished run folder on the built-in world.
-        out: folder of the ladder.
-        methods: of the run; default all of them.
-        attack: default is the run's own.
-        fresh: throw away a ladder that is already there.
-        workers: processes; default is one per core.
-        announce: called with one line before every part.
+    def curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
+        first = (items["method"] == BASE) & (items["arm"] == next(iter(ladder.rungs)))
+        target = float(items.loc[first & (items["step"] == 0), "correct"].mean()) / 2
+        return curve_rows(items, key, target=target, stage="ladder")
 
-    Raises:
-        WorkbenchError: the run is not finished, or has no such method.
-    """
-    config, chosen = finished(run, methods)
-    settings = LadderSettings(chosen, config.seeds, attack or config.attack)
-    values = yaml.safe_load(
-        yaml.safe_dump({"experiment": "ladder", "of": config.key} | plain(asdict(settings)))
+    return on_models(
+        "ladder",
+        source,
+        partial(_ask, settings),
+        texts={**ladder.rungs, "novel": ladder.novel},
+        summaries=(
+            lambda rows, items, key: _effects(items, key),
+            curves,
+            lambda rows, items, key: _leaks(ladder, key),
+        ),
+        claims=("public-recovery", "relearn-nonmonotone"),
     )
-    key = key_of(values)
-    names = (*settings.methods, *CONTROLS)
-    missing = [name for name in CONTROLS if not (run / "models" / name).is_dir()]
-    if missing:
-        raise WorkbenchError(
-            f"{run} holds no model {' and '.join(missing)}; the ladder reads every attack against these controls"
-        )
-    claim_folder(out, yaml.safe_dump(values, sort_keys=False), fresh=fresh)
-    announce(
-        f"{len(names)} models x {len(settings.seeds)} seeds x {len(RUNGS) + len(settings.ways) + 1} attacks"
-    )
-    jobs: dict[str, Job] = {
-        f"{name}-seed{seed}": partial(_model_job, settings, run, out, key, config, name, seed)
-        for seed in settings.seeds
-        for name in names
-    }
-    run_jobs("ladder", jobs, workers=workers)
-    rows, items = collect(out)
-    bench, world = bench_of(run, config)
-    ladder = build_ladder(
-        world, lambda example: len(bench.tokenizer(example.text)["input_ids"]), settings.seeds[0]
-    )
-    start = items[(items["method"] == "base") & (items["arm"] == RUNGS[0]) & (items["step"] == 0)]
-    curves = curve_rows(items, key, target=float(start["correct"].mean()) / 2, stage="ladder")
-    results = join(
-        [rows, summarise(items, key), _effects(items, key), curves, _leaks(ladder, key)], COLUMNS
-    )
-    write_parquet(results, out / RESULTS)
-    write_parquet(items, out / ITEMS)
-    texts = {rung: data_hash(examples) for rung, examples in ladder.rungs.items()} | {
-        "novel": data_hash(ladder.novel)
-    }
-    weights = {
-        folder.name: weights_hash(folder)
-        for folder in sorted((run / "models").iterdir())
-        if folder.is_dir()
-    }
-    write_json(out / PROVENANCE, provenance(values, data=texts, weights=weights))
-    return Experiment(out, results, items, ladder_table)
 
 
 def ladder_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -275,3 +239,14 @@ def ladder_table(results: pd.DataFrame) -> pd.DataFrame:
             )
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+LADDER = Experiment(
+    "ladder",
+    "How much must an attack text have to do with the forget set? Texts from gibberish to the forget "
+    "set itself, adapters, SGD, bf16 weights, fewer texts.",
+    LadderSettings,
+    prepare,
+    ladder_table,
+    by="model",
+)

@@ -18,7 +18,7 @@ from workbench.attacks.relearn import RelearnSettings, relearn
 from workbench.data.batches import Batch
 from workbench.data.records import Example, one_per_item
 from workbench.errors import WorkbenchError
-from workbench.experiments.bench import Bench
+from workbench.experiments.setup import Setup
 from workbench.experiments.table import Table
 from workbench.sharpness.average import mean_changes, noise_changes
 from workbench.sharpness.curvature import Curvature, extremes
@@ -43,9 +43,9 @@ FOLLOWED, WATCHED, NOVEL = "forget-attacked", "forget-heldout", "novel"
 Losses = Mapping[str, Sequence[Batch]]
 
 
-def losses_of(bench: Bench, novel: Sequence[Example] = ()) -> dict[str, list[Batch]]:
-    """Answer losses by name: both halves of the forget set, the retain rings that have answers, novel facts."""
-    record = bench.record
+def losses_of(setup: Setup, novel: Sequence[Example] = ()) -> dict[str, list[Batch]]:
+    """Answer losses by name: both halves of the forget set, the retain sets that have answers, novel facts."""
+    record = setup.record
     sets = {
         FOLLOWED: record.forget_attacked,
         WATCHED: record.forget_heldout,
@@ -53,7 +53,7 @@ def losses_of(bench: Bench, novel: Sequence[Example] = ()) -> dict[str, list[Bat
         NOVEL: novel,
     }
     return {
-        name: bench.encode(one_per_item(texts), answers=True)
+        name: setup.encode(one_per_item(texts), answers=True)
         for name, texts in sets.items()
         if texts and name != record.general
     }
@@ -69,7 +69,7 @@ def towards(model: PreTrainedModel, other: PreTrainedModel) -> dict[str, Tensor]
 
 def add_slices(
     model: PreTrainedModel,
-    bench: Bench,
+    setup: Setup,
     losses: Losses,
     table: Table,
     *,
@@ -90,7 +90,7 @@ def add_slices(
         ),
         "random": (scaled(random_direction(model, seed), size), np.linspace(-reach, reach, points)),
     }
-    back = towards(model, bench.base)
+    back = towards(model, setup.base)
     if norm_of(back) > 0:
         walks["to-base"] = (back, np.linspace(-0.5, 1.5, points))
     for arm, (direction, positions) in walks.items():
@@ -102,12 +102,12 @@ def add_slices(
     table.add("weight_norm", size, stage="sharpness")
 
 
-def whole_batch(bench: Bench) -> list[Batch]:
+def whole_batch(setup: Setup) -> list[Batch]:
     """The held-out forget answers in one batch: a Hessian-vector product then costs two gradients instead of three."""
-    return bench.encode(
-        one_per_item(bench.record.forget_heldout),
+    return setup.encode(
+        one_per_item(setup.record.forget_heldout),
         answers=True,
-        rows=len(bench.record.forget_heldout),
+        rows=len(setup.record.forget_heldout),
     )
 
 
@@ -231,11 +231,11 @@ def add_average(
 
 
 def add_line(
-    model: PreTrainedModel, bench: Bench, losses: Losses, table: Table, *, points: int
+    model: PreTrainedModel, setup: Setup, losses: Losses, table: Table, *, points: int
 ) -> None:
     """Barriers on the straight line to the base, and where the loss has come down to half."""
     line = line_losses(
-        model, towards(model, bench.base), np.linspace(0, 1, points).tolist(), losses
+        model, towards(model, setup.base), np.linspace(0, 1, points).tolist(), losses
     )
     for row in barriers(line).to_dict("records"):
         for metric in ("barrier", "midpoint", "half_at"):
@@ -374,7 +374,7 @@ def density_curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.Data
 
 def add_attack_path(
     model: PreTrainedModel,
-    bench: Bench,
+    setup: Setup,
     losses: Losses,
     texts: Sequence[Example],
     settings: RelearnSettings,
@@ -412,12 +412,12 @@ def add_attack_path(
     )
     relearned = relearn(
         model,
-        bench.tokenizer,
+        setup.tokenizer,
         texts,
         keep,
         replace(settings, measure_at=tuple(often)),
         seed=seed,
-        max_length=bench.max_length,
+        max_length=setup.max_length,
     )
     for row in path_losses(model, deltas, losses).to_dict("records"):
         step = [0, *steps][int(row["checkpoint"])]
@@ -460,7 +460,7 @@ def add_attack_path(
                 arm="random walk",
                 step=float(share["component"]),
             )
-    back = towards(model, bench.base)
+    back = towards(model, setup.base)
     if not norm_of(back) or not norm_of(deltas[-1]):
         return relearned
     shown = {name: losses[name] for name in (WATCHED, "retain-neighbour") if name in losses}

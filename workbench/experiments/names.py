@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-import yaml
+from pydantic import Field, field_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.attacks.leaks import leak_report
@@ -28,35 +28,24 @@ from workbench.data.batches import Batch, encode
 from workbench.data.names import FIRST, REPETITIONS, SECOND, NamesCorpus, build_names
 from workbench.data.records import Example
 from workbench.data.tokenizer import build_tokenizer
-from workbench.errors import WorkbenchError, unknown
+from workbench.errors import WorkbenchError
 from workbench.evaluation.answers import generate_answers
 from workbench.evaluation.statistics import wilson
-from workbench.experiments.folder import (
-    ITEMS,
-    PROVENANCE,
-    RESULTS,
-    claim_folder,
-    collect,
-    leaves_folder,
-    run_stage,
-)
-from workbench.experiments.jobs import Job, run_jobs
-from workbench.experiments.provenance import data_hash, provenance
-from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, join, summarise, write_parquet
-from workbench.files import key_of, plain, write_json
+from workbench.experiments.settings import Attacking, Count, Rate, Seeds, Wholes
+from workbench.experiments.table import ITEM_COLUMNS, Table
 from workbench.progress import Report
+from workbench.runner import Experiment, Phase, Place, Plan
 from workbench.training import fit, small_llama
 from workbench.unlearning.budget import smallest_change
 from workbench.unlearning.deltas import apply_delta, snapshot
-from workbench.unlearning.methods import METHODS, is_method, recipe
+from workbench.unlearning.methods import recipe
 from workbench.unlearning.trainer import unlearn
 
 PUBLISHED = {7: 1.00, 5: 0.97, 3: 0.23, 1: 0.00}
 """Success after relearning by repetitions, Table 4 of the paper."""
 
 
-@dataclass(frozen=True, slots=True)
-class NamesSettings:
+class NamesSettings(Attacking):
     """Everything that decides the numbers of the experiment. Chosen on seed 100, which is none of those reported.
 
     Attributes:
@@ -70,59 +59,33 @@ class NamesSettings:
         unlearn_steps: on the four forget rows (and the other eight as retain set, where the method has a retain term); the same for every number of repetitions, as published. The change is then scaled to the smallest
             of :data:`workbench.unlearning.budget.QUARTERS` at which no prompt succeeds: before relearning success is 0 %, as published, and no model is unlearned further than that.
         unlearn_lr: of AdamW.
-        attack: relearning; every step sees all fragments.
         new_tokens: length of the continuation in which the pair may occur.
     """
 
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    repetitions: tuple[int, ...] = REPETITIONS
-    width: int = 96
-    layers: int = 3
-    pretrain_steps: int = 300
-    memorise_steps: int = 150
-    method: str = "npo"
-    unlearn_steps: int = 60
-    unlearn_lr: float = 6e-4
-    attack: RelearnSettings = field(
-        default_factory=lambda: RelearnSettings(
-            steps=30, lr=2e-4, batch_size=4, measure_at=(0, 5, 10, 17, 30)
-        )
+    seeds: Seeds = Field(
+        (0, 1, 2, 3, 4), description="Seeds, each with a model of its own: how many, or which."
     )
-    new_tokens: int = 60
+    repetitions: Wholes = Field(REPETITIONS, description="How often the pair occurs.")
+    width: int = Field(96, ge=8, le=100_000, description="Of the residual stream.")
+    layers: int = Field(3, ge=1, le=1000, description="Blocks of the model.")
+    pretrain_steps: Count = Field(300, description="Steps on rows of names in random order.")
+    memorise_steps: Count = Field(150, description="Steps in which the rows are memorised.")
+    method: str = Field("npo", description="Unlearning method; see `workbench methods`.")
+    unlearn_steps: Count = Field(60, description="Its steps.")
+    unlearn_lr: Rate = Field(6e-4, description="Its learning rate.")
+    new_tokens: Count = Field(60, description="Tokens in which the pair may be written.")
 
-    def __post_init__(self) -> None:
-        if not is_method(self.method):
-            raise unknown("method", self.method, METHODS)
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds are {self.seeds}; give at least one, each once, none negative")
-        wrong = [count for count in self.repetitions if count not in REPETITIONS]
-        if wrong or not self.repetitions:
-            raise ValueError(
-                f"repetitions are {self.repetitions}; choose among {', '.join(map(str, REPETITIONS))}"
-            )
+    @field_validator("repetitions")
+    @classmethod
+    def _of_the_corpus(cls, repetitions: tuple[int, ...]) -> tuple[int, ...]:
+        if not repetitions or set(repetitions) - set(REPETITIONS):
+            known = ", ".join(map(str, REPETITIONS))
+            raise ValueError(f"repetitions are {repetitions}; choose among {known}")
+        return repetitions
 
 
-@dataclass(frozen=True, repr=False)
-class NamesRun:
-    """A finished names experiment.
-
-    Attributes:
-        folder: its run folder.
-        settings: what was run.
-        results: tidy rows.
-        items: one row per prompt.
-    """
-
-    folder: Path
-    settings: NamesSettings
-    results: pd.DataFrame
-    items: pd.DataFrame
-
-    def __repr__(self) -> str:
-        return f"NamesRun({self.folder}: {len(self.settings.seeds)} seeds, repetitions {', '.join(map(str, self.settings.repetitions))})"
-
-    def _repr_html_(self) -> str:
-        return names_table(self.results).to_html(index=False, escape=True)
+ATTACK = RelearnSettings(steps=30, lr=2e-4, batch_size=4, measure_at=(0, 5, 10, 17, 30))
+"""Relearning by default; every step sees all fragments."""
 
 
 def success(
@@ -188,25 +151,26 @@ def _pretrained(
     )
 
 
-def _seed_job(settings: NamesSettings, out: Path, key: str, seed: int, progress: Report) -> None:
+def _seed_job(settings: NamesSettings, seed: int, place: Place) -> None:
     """All of one seed: the random rows are learned once, then every number of repetitions starts from there."""
+    attack = settings.attack(ATTACK)
     total = (
         settings.pretrain_steps
-        + len(settings.repetitions) * (2 * settings.memorise_steps + settings.unlearn_steps + 3 * settings.attack.steps)
+        + len(settings.repetitions) * (2 * settings.memorise_steps + settings.unlearn_steps + 3 * attack.steps)
     )  # fmt: skip
     done = 0
 
     def advance(_step: int, _of: int) -> None:
         nonlocal done
         done += 1
-        progress(done, total)
+        place.progress(done, total)
 
     def work(table: Table) -> None:
         base, tokenizer, words = _pretrained(settings, build_names(seed=seed), seed, advance)
         for repetitions in settings.repetitions:
             _one_dial(settings, base, tokenizer, words, repetitions, seed, table, advance)
 
-    run_stage(out, f"names-seed{seed}", "names", {"run": key, "stage": "names", "seed": seed}, work)
+    replace(place, columns={"stage": "names", "seed": seed}).stage("names", work)
 
 
 def _one_dial(
@@ -299,57 +263,35 @@ def _one_dial(
             tokenizer,
             texts,
             partial(measure, method=method, arm=arm),
-            settings.attack,
+            settings.attack(ATTACK),
             seed=seed,
             progress=advance,
         )
 
 
-@leaves_folder
-def run_names(
-    out: Path,
-    settings: NamesSettings | None = None,
-    *,
-    fresh: bool = False,
-    workers: int | None = None,
-    announce: Callable[[str], None] = lambda message: None,
-) -> NamesRun:
-    """Run the experiment; a killed run goes on at its last finished seed.
-
-    Args:
-        out: run folder.
-        settings: see :class:`NamesSettings`.
-        fresh: throw away a run that is already there.
-        workers: processes; default is one per core.
-        announce: called with one line before every part.
-
-    Raises:
-        WorkbenchError: the folder belongs to something else, the disk is full, or an attack's loss is not finite.
-    """
-    settings = settings or NamesSettings()
-    values = plain(asdict(settings))
-    key = key_of(values)
-    claim_folder(
-        out, yaml.safe_dump({"experiment": "names", **values}, sort_keys=False), fresh=fresh
+def prepare(settings: NamesSettings, source: None, out: Path) -> Plan:
+    """One job a seed."""
+    shown = ", ".join(map(str, settings.repetitions))
+    seeds = settings.seeds
+    settings.attack(ATTACK)
+    return Plan(
+        [
+            Phase(
+                "names",
+                f"{len(seeds)} seeds x repetitions {shown}: memorise, unlearn, relearn",
+                {f"names-seed{seed}": partial(_seed_job, settings, seed) for seed in seeds},
+            )
+        ],
+        {
+            f"repetitions-{count}-seed{seed}": build_names(count, seed).rows
+            for count in settings.repetitions
+            for seed in seeds
+        },
+        dict,
+        (lambda rows, items, key: _pooled(items, key),),
+        ("names-repetitions",),
+        "names corpus, 0.3M parameters",
     )
-    announce(
-        f"{len(settings.seeds)} seeds x repetitions {', '.join(map(str, settings.repetitions))}: memorise, unlearn, relearn"
-    )
-    jobs: dict[str, Job] = {
-        f"names-seed{seed}": partial(_seed_job, settings, out, key, seed) for seed in settings.seeds
-    }
-    run_jobs("names", jobs, workers=workers)
-    rows, items = collect(out)
-    results = join([rows, summarise(items, key), _pooled(items, key)], COLUMNS)
-    write_parquet(results, out / RESULTS)
-    write_parquet(items, out / ITEMS)
-    texts = {
-        f"repetitions-{count}-seed{seed}": data_hash(build_names(count, seed).rows)
-        for count in settings.repetitions
-        for seed in settings.seeds
-    }
-    write_json(out / PROVENANCE, provenance(values, data=texts, weights={}))
-    return NamesRun(out, settings, results, items)
 
 
 def _pooled(items: pd.DataFrame, key: str) -> pd.DataFrame:
@@ -404,3 +346,15 @@ def names_table(results: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(lines)
+
+
+NAMES = Experiment(
+    "names",
+    "Does an unlearned pair of names come back, the more often it was repeated?",
+    NamesSettings,
+    prepare,
+    names_table,
+    shown=lambda table: table[
+        ["repetitions", "base", "unlearned", "relearned", "null text", "published"]
+    ],
+)

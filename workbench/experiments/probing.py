@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from workbench import values
-from workbench.data.world import neutral_words
+from workbench.diagnostics.triggers import NothingToAsk
 from workbench.experiments import stages
-from workbench.experiments.bench import Bench
+from workbench.experiments.setup import Setup
 from workbench.experiments.table import Table
 from workbench.hooks.brief import brief
 from workbench.registry import Registry
@@ -20,8 +20,8 @@ from workbench.registry import Registry
 if TYPE_CHECKING:
     from workbench.experiments.config import RunConfig
 
-Ask = Callable[[PreTrainedModel, Bench, Table, int], None]
-"""``ask(model, bench, table, seed)``: measures something and adds rows to ``table``."""
+Ask = Callable[[PreTrainedModel, Setup, Table, int], None]
+"""``ask(model, setup, table, seed)``: measures something and adds rows to ``table``."""
 
 
 @brief
@@ -32,28 +32,33 @@ class Probe:
     Attributes:
         name: of the stage, and after ``--probe``.
         title: in prose.
-        ask: ``ask(model, bench, table, seed, config)``.
+        ask: ``ask(model, setup, table, seed, config)``.
         seeded: what it finds in the base and in the never-learned model depends on the seed.
     """
 
     name: str
     title: str
-    ask: Callable[[PreTrainedModel, Bench, Table, int, RunConfig], None]
+    ask: Callable[[PreTrainedModel, Setup, Table, int, RunConfig], None]
     seeded: bool = True
 
 
 def _triggers(
-    model: PreTrainedModel, bench: Bench, table: Table, seed: int, config: RunConfig
+    model: PreTrainedModel, setup: Setup, table: Table, seed: int, config: RunConfig
 ) -> None:
-    stages.trigger_check(model, bench, neutral_words(), seed=seed, table=table)
+    try:
+        stages.trigger_check(
+            model, setup, setup.neutral, seed=seed, table=table, carrier=setup.carrier
+        )
+    except NothingToAsk:  # a user's texts that all share the same words
+        table.add("trigger_check_possible", 0.0)
 
 
 def _sharpness(
-    model: PreTrainedModel, bench: Bench, table: Table, seed: int, config: RunConfig
+    model: PreTrainedModel, setup: Setup, table: Table, seed: int, config: RunConfig
 ) -> None:
     stages.sharpness(
         model,
-        bench,
+        setup,
         points=config.slice_points,
         reach=config.slice_reach,
         tolerance=config.curvature_tolerance,
@@ -72,7 +77,7 @@ PROBES.own(
 
 
 def probe(name: str, *, title: str = "", seeded: bool = True) -> Callable[[Ask], Ask]:
-    """Decorate a function ``ask(model, bench, table, seed)`` that measures something and adds it with
+    """Decorate a function ``ask(model, setup, table, seed)`` that measures something and adds it with
     ``table.add(metric, value)``: a run with ``--probe NAME`` asks it of every model, resumes behind it
     and keeps its rows in ``results.parquet``, with the name as their stage.
 
@@ -88,9 +93,9 @@ def probe(name: str, *, title: str = "", seeded: bool = True) -> Callable[[Ask],
     def register(ask: Ask) -> Ask:
         @functools.wraps(ask)  # its source is the user's, for the configuration
         def asked(
-            model: PreTrainedModel, bench: Bench, table: Table, seed: int, config: RunConfig
+            model: PreTrainedModel, setup: Setup, table: Table, seed: int, config: RunConfig
         ) -> None:
-            ask(model, bench, table, seed)
+            ask(model, setup, table, seed)
 
         values.labels("probe", [name], taken=("unlearn", "budget", "relearn", "subspaces"))
         PROBES.add(Probe(name, title or name, asked, seeded))

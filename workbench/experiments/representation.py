@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,12 @@ from workbench.diagnostics.lens import add_lens, logit_lens
 from workbench.diagnostics.probes import add_probes, probe_by_layer, probe_transfer, prompt_streams
 from workbench.diagnostics.rotation import add_rotation, rotation_by_layer, shuffled
 from workbench.diagnostics.shift import streams
-from workbench.experiments.afterwards import BASE, NEVER, ask_models, bench_of
-from workbench.experiments.bench import Bench
-from workbench.experiments.config import RunConfig
-from workbench.experiments.folder import Experiment, run_stage
+from workbench.experiments.models import BASE, NEVER, model_of
+from workbench.experiments.settings import OfRun
+from workbench.experiments.setup import Setup
 from workbench.experiments.table import Table
-from workbench.models import open_model
 from workbench.progress import Report
+from workbench.runner import Asked, Experiment, Plan, Source, on_models
 
 SPLIT = "forget-heldout"
 
@@ -31,28 +29,37 @@ def _kind(example: Example) -> str:
     return example.item.rpartition("/")[2]
 
 
-def _lens(bench: Bench, model: PreTrainedModel, questions: Sequence[Example], table: Table) -> None:
-    encoded, kinds = bench.encode(questions), [_kind(question) for question in questions]
-    for arm, decoder in (("own decoder", None), ("base decoder", bench.base)):
+def _lens(setup: Setup, model: PreTrainedModel, questions: Sequence[Example], table: Table) -> None:
+    encoded, kinds = setup.encode(questions), [_kind(question) for question in questions]
+    for arm, decoder in (("own decoder", None), ("base decoder", setup.base)):
         add_lens(table, logit_lens(model, encoded, decoder, kinds=kinds), arm=arm, split=SPLIT)
 
 
 def _probes(
-    bench: Bench, model: PreTrainedModel, name: str, table: Table, progress: Report, seed: int
+    setup: Setup, model: PreTrainedModel, name: str, table: Table, progress: Report, seed: int
 ) -> None:
     """Probes learn from all people, forgotten and kept, and are judged on held-out forgotten ones: few labels occur among these alone."""
-    heldout = one_per_item(bench.record.forget_heldout)
+    heldout = one_per_item(setup.record.forget_heldout)
     people = [
         *heldout,
-        *one_per_item(bench.record.forget_attacked),
-        *one_per_item(bench.record.retain.get("retain-neighbour", ())),
+        *one_per_item(setup.record.forget_attacked),
+        *one_per_item(setup.record.retain.get("retain-neighbour", ())),
     ]
     labels, groups, kinds = (
         [read(example) for example in people]
         for read in (lambda e: e.answer_text, lambda e: e.subject_text, _kind)
     )
+    shared = {
+        label
+        for label in labels
+        if len({group for one, group in zip(labels, groups, strict=True) if one == label}) > 1
+    }
+    if len(shared) < 2:
+        # e.g. running text, whose continuations are all different: nothing for a classifier to learn
+        table.add("probes_possible", 0.0, split=SPLIT)
+        return
     scored = np.arange(len(people)) < len(heldout)
-    encoded = bench.encode(people)
+    encoded = setup.encode(people)
     own = prompt_streams(model, encoded)
     add_probes(
         table,
@@ -65,22 +72,22 @@ def _probes(
         add_probes(
             table,
             probe_transfer(
-                prompt_streams(bench.base, encoded), own, labels, groups, scored=scored, seed=seed
+                prompt_streams(setup.base, encoded), own, labels, groups, scored=scored, seed=seed
             ),
             split=SPLIT,
         )
 
 
 def _moved(
-    bench: Bench,
+    setup: Setup,
     model: PreTrainedModel,
     questions: Sequence[Example],
     name: str,
     table: Table,
     seed: int,
 ) -> None:
-    encoded = bench.encode(questions)
-    before = streams(bench.base, encoded)
+    encoded = setup.encode(questions)
+    before = streams(setup.base, encoded)
     add_rotation(table, rotation_by_layer(before, streams(model, encoded)), split=SPLIT)
     if name == BASE:
         add_rotation(
@@ -89,13 +96,13 @@ def _moved(
 
 
 def _depth(
-    bench: Bench,
+    setup: Setup,
     model: PreTrainedModel,
     never: PreTrainedModel | None,
     questions: Sequence[Example],
     table: Table,
 ) -> None:
-    for row in patching_depth(bench.base, model, bench.encode(questions), never).to_dict("records"):
+    for row in patching_depth(setup.base, model, setup.encode(questions), never).to_dict("records"):
         if row["direction"].startswith("never-learned"):
             continue  # trained apart from the base: neither can read the other's stream
         site = "embed" if row["layer"] < 0 else f"blocks.{row['layer']}.hook_resid_post"
@@ -112,68 +119,22 @@ def _depth(
         )
 
 
-def _model_job(
-    run: Path, out: Path, key: str, config: RunConfig, name: str, seed: int, progress: Report
-) -> None:
-    if name in (BASE, NEVER) and seed != config.seeds[0]:
-        return  # one model each
-    bench, _ = bench_of(run, config)
-    model = (
-        bench.base
-        if name == BASE
-        else open_model(run / "models" / (name if name == NEVER else f"{name}-seed{seed}")).model
-    )
-    never = open_model(run / "models" / NEVER).model if (run / "models" / NEVER).is_dir() else None
-    questions = one_per_item(bench.record.forget_heldout)
-    stage = partial(run_stage, out, f"{name}-seed{seed}")
-    common: dict[str, object] = {
-        "run": key,
-        "stage": "representation",
-        "model": name,
-        "method": name,
-        "seed": seed,
-    }
-    stage("lens", common, lambda table: _lens(bench, model, questions, table))
-    stage("rotation", common, lambda table: _moved(bench, model, questions, name, table, seed))
-    stage("probes", common, lambda table: _probes(bench, model, name, table, progress, seed))
-    if name not in (BASE, NEVER):
-        stage("depth", common, lambda table: _depth(bench, model, never, questions, table))
+def _ask(asked: Asked) -> None:
+    setup, name, seed = asked.setup, asked.name, asked.seed
+    config, folder = asked.source.config, asked.source.folder
+    model, stage = asked.model, asked.place.stage
+    never = model_of(config, folder, NEVER, seed) if NEVER in config.controls else None
+    questions = one_per_item(setup.record.forget_heldout)
+    stage("lens", lambda table: _lens(setup, model, questions, table))
+    stage("rotation", lambda table: _moved(setup, model, questions, name, table, seed))
+    stage("probes", lambda table: _probes(setup, model, name, table, asked.place.progress, seed))
+    if not asked.is_control:
+        stage("depth", lambda table: _depth(setup, model, never, questions, table))
 
 
-def run_representation(
-    run: Path,
-    out: Path,
-    *,
-    methods: Sequence[str] = (),
-    fresh: bool = False,
-    workers: int | None = None,
-    announce: Callable[[str], None] = lambda message: None,
-) -> Experiment:
-    """Lens, probes with transfer, rotation and patching depth of the models of a finished run, on held-out forgotten facts.
-
-    Args:
-        run: a finished run folder on the built-in world.
-        out: folder of the diagnostics.
-        methods: of the run; default all of them.
-        fresh: throw away what is already there.
-        workers: processes; default is one per core.
-        announce: called with one line before every part.
-
-    Raises:
-        WorkbenchError: the run is not finished, or has no such method.
-    """
-    found = ask_models(
-        "representation",
-        run,
-        out,
-        _model_job,
-        (),
-        methods=methods,
-        fresh=fresh,
-        workers=workers,
-        announce=announce,
-    )
-    return Experiment(out, *found, representation_table)
+def prepare(settings: OfRun, source: Source, out: Path) -> Plan:
+    """Lens, probes with transfer, rotation and patching depth of every model, on held-out forgotten facts."""
+    return on_models("representation", source, _ask, seeded=False)
 
 
 def representation_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -209,3 +170,21 @@ def representation_table(results: pd.DataFrame) -> pd.DataFrame:
             for method in methods
         ]
     )
+
+
+class RepresentationSettings(OfRun):
+    """Which models are read.
+
+    Attributes:
+        methods: of the run.
+    """
+
+
+REPRESENTATION = Experiment(
+    "representation",
+    "Where in the model are the forgotten answers, if anywhere? Logit lens, probes and their transfer, "
+    "rotation, patching depth.",
+    RepresentationSettings,
+    prepare,
+    representation_table,
+)

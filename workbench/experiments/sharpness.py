@@ -6,35 +6,32 @@ are those of the weights as they are, in which the attacker moves; they do chang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import sys
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from pydantic import Field, field_validator
 from transformers import PreTrainedModel
 
+from workbench import values
 from workbench.attacks.ladder import novel_facts
 from workbench.errors import WorkbenchError
 from workbench.experiments import landscape
-from workbench.experiments.afterwards import BASE, CONTROLS, ask_models, bench_of
-from workbench.experiments.config import RunConfig
-from workbench.experiments.folder import read_results, run_stage
-from workbench.experiments.predictors import Predictors, correlate, point_rows, points_of
+from workbench.experiments.models import BASE, CONTROLS
+from workbench.experiments.predictors import correlate, point_rows, points_of
+from workbench.experiments.settings import Count, Numbers, OfRun
 from workbench.experiments.table import COLUMNS, Table, join
-from workbench.models import open_model
-from workbench.progress import Report
+from workbench.runner import Asked, Experiment, Plan, Source, on_models
 from workbench.sharpness.canonical import FAMILIES, canonicalise
 from workbench.unlearning.deltas import norm_of, snapshot
 
-CLAIMED = ("sam-resists", "smoothing-resists", "flat-resists", "distance-resists")
 
-
-@dataclass(frozen=True, slots=True)
-class SharpnessSettings:
+class SharpnessSettings(OfRun):
     """What is measured around every model.
 
     Attributes:
+        methods: of the run.
         radii: of the worst case, in lengths of the displacement by unlearning.
         fixed: of the worst case, in shares of the length of the base's weights; for the adaptive ball relative to every weight.
         steps: gradient steps of the search in every ball.
@@ -48,40 +45,36 @@ class SharpnessSettings:
         tolerance: ARPACK's, for the ends of the spectrum.
     """
 
-    radii: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.25)
-    fixed: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01)
-    steps: int = 5
-    noise: tuple[float, ...] = (0.01, 0.03)
-    draws: int = 8
-    probes: int = 16
-    density_probes: int = 2
-    density_steps: int = 30
-    points: int = 9
-    reach: float = 0.05
-    tolerance: float = 0.05
+    radii: Numbers = Field(
+        (0.01, 0.02, 0.05, 0.1, 0.25),
+        description="Of the worst case, in lengths of the displacement by unlearning.",
+    )
+    fixed: Numbers = Field(
+        (0.0003, 0.001, 0.003, 0.01),
+        description="Of the worst case, in shares of the length of the base's weights.",
+    )
+    steps: Count = Field(5, description="Gradient steps of the search in every ball.")
+    noise: Numbers = Field(
+        (0.01, 0.03), description="Length of Gaussian noise, in shares of the base's weights."
+    )
+    draws: Count = Field(8, description="Draws of the noise.")
+    probes: Count = Field(16, description="Random signs for the trace.")
+    density_probes: Count = Field(2, description="Starting vectors of the spectral density.")
+    density_steps: Count = Field(30, description="Lanczos steps of each.")
+    points: int = Field(9, ge=3, le=10_001, description="Along every line and side of the plane.")
+    reach: float = Field(
+        0.05, gt=0, le=1e6, description="Half-width of slices, as a share of the weights' norm."
+    )
+    tolerance: float = Field(0.05, gt=0, lt=1, description="Relative, of the ends of the spectrum.")
 
-
-@dataclass(frozen=True, repr=False)
-class SharpnessRun:
-    """The landscapes of a run's models.
-
-    Attributes:
-        folder: their folder.
-        results: tidy rows.
-        items: the run's own, per fact: what the attack won back.
-        predictors: rank correlations of every measure with recovery; none where the run has too few models.
-    """
-
-    folder: Path
-    results: pd.DataFrame
-    items: pd.DataFrame
-    predictors: Predictors | None
-
-    def __repr__(self) -> str:
-        return f"SharpnessRun({self.folder}: {len(self.results):,} rows)"
-
-    def _repr_html_(self) -> str:
-        return sharpness_table(self.results).to_html(index=False, escape=True)
+    @field_validator("radii", "fixed", "noise")
+    @classmethod
+    def _rising(cls, sizes: tuple[float, ...]) -> tuple[float, ...]:
+        for size in sizes:
+            values.number("a radius", size, above=0, high=1e6)
+        if not sizes or list(sizes) != sorted(set(sizes)):
+            raise ValueError(f"they are {sizes}; give at least one, each larger than the last")
+        return sizes
 
 
 def _canonical(model: PreTrainedModel) -> PreTrainedModel:
@@ -89,38 +82,20 @@ def _canonical(model: PreTrainedModel) -> PreTrainedModel:
     return canonicalise(model) if model.config.model_type in FAMILIES else model
 
 
-def _job(
-    settings: SharpnessSettings,
-    run: Path,
-    out: Path,
-    key: str,
-    config: RunConfig,
-    method: str,
-    seed: int,
-    progress: Report,
-) -> None:
-    first = seed == config.seeds[0]
-    if (
-        method in CONTROLS and not first
-    ):  # one model each: what surrounds it does not depend on the seed of an attack
-        return
-    bench, world = bench_of(run, config)
+def _ask(settings: SharpnessSettings, asked: Asked) -> None:
+    setup, seed, first = asked.setup, asked.seed, asked.first
+    config, progress = asked.source.config, asked.place.progress
     parts = 9 if first else 6
 
     def work(table: Table) -> None:
-        model = open_model(
-            run / "models" / (method if method in CONTROLS else f"{method}-seed{seed}")
-        ).model
-        losses = landscape.losses_of(
-            bench,
-            novel_facts(
-                world, len({example.subject_text for example in bench.record.forget_attacked})
-            ),
-        )
-        texts = landscape.whole_batch(bench)
+        model = asked.model
+        people = len({example.subject_text for example in setup.record.forget_attacked})
+        novel = () if setup.world is None else novel_facts(setup.world, people)
+        losses = landscape.losses_of(setup, novel)
+        texts = landscape.whole_batch(setup)
         size, displacement = (
-            norm_of(snapshot(bench.base)),
-            landscape.distance_between(model, bench.base),
+            norm_of(snapshot(setup.base)),
+            landscape.distance_between(model, setup.base),
         )
         done = 0
 
@@ -130,7 +105,7 @@ def _job(
             progress(done, parts)
 
         landscape.add_slices(
-            model, bench, losses, table, points=settings.points, reach=settings.reach, seed=seed
+            model, setup, losses, table, points=settings.points, reach=settings.reach, seed=seed
         )
         after()
         landscape.add_worst_cases(
@@ -150,7 +125,7 @@ def _job(
         )
         after()
         if displacement:
-            landscape.add_line(model, bench, losses, table, points=settings.points)
+            landscape.add_line(model, setup, losses, table, points=settings.points)
         after()
         plain = _canonical(model)
         landscape.add_ends(
@@ -174,9 +149,9 @@ def _job(
         relearned = _canonical(
             landscape.add_attack_path(
                 model,
-                bench,
+                setup,
                 losses,
-                bench.record.forget_attacked,
+                setup.record.forget_attacked,
                 config.attack,
                 table,
                 seed=seed,
@@ -201,56 +176,32 @@ def _job(
         )
         after()
 
-    run_stage(
-        out,
-        f"{method}-seed{seed}",
+    asked.place.stage("sharpness", work)
+
+
+def prepare(settings: SharpnessSettings, source: Source, out: Path) -> Plan:
+    """The landscape around every model, and every measure's correlation with what the run's attack won back."""
+
+    def predictors(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
+        own, attacked = source.tables
+        everything = join([own[own["stage"] != "sharpness"], rows], COLUMNS)
+        measured = everything[everything["method"].isin(set(rows["method"]))]
+        points = points_of(measured, attacked, source.folder.name)
+        try:
+            found = [correlate(points).results]
+        except WorkbenchError as error:  # too few models
+            print(f"no correlations: {error}", file=sys.stderr)
+            found = []
+        return join([point_rows(points, key), *found], COLUMNS) if len(points) else rows.iloc[:0]
+
+    return on_models(
         "sharpness",
-        {"run": key, "stage": "sharpness", "model": method, "method": method, "seed": seed},
-        work,
+        source,
+        partial(_ask, settings),
+        seeded=False,
+        summaries=(landscape.density_curves, predictors),
+        claims=("sam-resists", "smoothing-resists", "flat-resists", "distance-resists"),
     )
-
-
-def run_sharpness(
-    run: Path,
-    out: Path,
-    settings: SharpnessSettings | None = None,
-    *,
-    methods: Sequence[str] = (),
-    fresh: bool = False,
-    workers: int | None = None,
-    announce: Callable[[str], None] = lambda message: None,
-) -> SharpnessRun:
-    """Measure the landscape around the models of a finished run, and correlate every measure with what the run's attack won back.
-
-    Args:
-        run: a finished run on the built-in world.
-        out: folder of the measurements.
-        settings: default :class:`SharpnessSettings`.
-        methods: of the run; default all.
-        fresh: throw away measurements that are already there.
-        workers: processes; default is one per core.
-        announce: called with one line.
-
-    Raises:
-        WorkbenchError: the run is not finished, or has no such method.
-    """
-    chosen = settings or SharpnessSettings()
-    results, _ = ask_models(
-        "sharpness", run, out, partial(_job, chosen), (landscape.density_curves,), methods=methods, fresh=fresh, workers=workers, announce=announce,
-        settings=asdict(chosen),
-    )  # fmt: skip
-    own_results, items = read_results(run)
-    everything = join([own_results[own_results["stage"] != "sharpness"], results], COLUMNS)
-    points = points_of(
-        everything[everything["method"].isin(set(results["method"]))], items, run.name
-    )
-    try:
-        found = correlate(points)
-    except WorkbenchError as error:
-        announce(f"no correlations: {error}")
-        found = None
-    parts = [results, point_rows(points, run.name), *([found.results] if found else [])]
-    return SharpnessRun(out, join(parts, COLUMNS), items, found)
 
 
 def sharpness_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -301,3 +252,13 @@ def sharpness_table(results: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(lines)
+
+
+SHARPNESS = Experiment(
+    "sharpness",
+    "How does the loss lie around every model before the attack, beside what the attack won back? "
+    "Worst case, average, spectrum, trace, slices, the attack's own path.",
+    SharpnessSettings,
+    prepare,
+    sharpness_table,
+)

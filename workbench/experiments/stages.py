@@ -30,14 +30,14 @@ from workbench.diagnostics.triggers import Carrier, trigger_queries, trigger_sco
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy, score, target_tokens
 from workbench.experiments import landscape
-from workbench.experiments.bench import MEASURES, Bench, Disruption
+from workbench.experiments.setup import MEASURES, Disruption, Setup
 from workbench.experiments.table import Table
 from workbench.hooks import Capture, Collect, MomentsOf, gradients_only, layer_count, resolve
 from workbench.progress import Report, quiet
 from workbench.subspaces.compare import angle_null, tier_edges
 from workbench.subspaces.subspace import Subspace, energy_inside, overlap, principal_subspace
 from workbench.unlearning.budget import Match, match_budget
-from workbench.unlearning.deltas import apply_delta, norm_of, snapshot
+from workbench.unlearning.deltas import apply_delta, delta_between, norm_of, snapshot
 from workbench.unlearning.recipe import Recipe
 from workbench.unlearning.trainer import unlearn
 
@@ -59,7 +59,7 @@ def measure_sets(
 
 
 def find_subspaces(
-    bench: Bench, rank: int, table: Table, *, seed: int
+    setup: Setup, rank: int, table: Table, *, seed: int
 ) -> dict[str, dict[str, Subspace]]:
     """Capture activations and output gradients of every MLP projection on forget and retain texts in one pass each; PCA; overlap with its null.
 
@@ -77,22 +77,22 @@ def find_subspaces(
             "blocks.*.mlp.out.hook_in",
             "blocks.*.mlp.hook_out_grad",
         )
-        for site in resolve(bench.base, pattern)
+        for site in resolve(setup.base, pattern)
     ]
-    halves = alternate(bench.record.retain_all)
+    halves = alternate(setup.record.retain_all)
     texts = {
-        "forget": bench.record.forget,
-        "retain": bench.record.retain_all,
+        "forget": setup.record.forget,
+        "retain": setup.record.retain_all,
         "retain-half-0": halves[0],
         "retain-half-1": halves[1],
     }
     found: dict[str, dict[str, Subspace]] = {}
     for name, examples in texts.items():
-        moments, encoded = MomentsOf(), bench.encode(examples)
-        with gradients_only(bench.base), Capture(bench.base, sites, moments) as capture:
+        moments, encoded = MomentsOf(), setup.encode(examples)
+        with gradients_only(setup.base), Capture(setup.base, sites, moments) as capture:
             for batch in encoded:
                 capture.at(batch.content)
-                (cross_entropy(bench.base, batch) * target_tokens(batch)).backward()
+                (cross_entropy(setup.base, batch) * target_tokens(batch)).backward()
         found[name] = {
             site.name: principal_subspace(
                 moments[site.name],
@@ -164,11 +164,11 @@ WIDE = 1024
 """Width of a residual stream above which text sets are compared on a sample of their tokens."""
 
 
-def _within(bench: Bench, examples: Sequence[Example]) -> Sequence[Example]:
+def _within(setup: Setup, examples: Sequence[Example]) -> Sequence[Example]:
     """All examples, or in a wide model as many of them, taken evenly, as hold about ``WIDE / 2`` tokens."""
-    if bench.base.config.get_text_config().hidden_size <= WIDE:
+    if setup.base.config.get_text_config().hidden_size <= WIDE:
         return examples
-    tokens = sum(len(bench.tokenizer(example.text)["input_ids"]) for example in examples)
+    tokens = sum(len(setup.tokenizer(example.text)["input_ids"]) for example in examples)
     count = max(2, min(len(examples), len(examples) * WIDE // (2 * tokens)))
     return (
         [examples[number * len(examples) // count] for number in range(count)]
@@ -178,24 +178,24 @@ def _within(bench: Bench, examples: Sequence[Example]) -> Sequence[Example]:
 
 
 def compare_sets(
-    bench: Bench, table: Table, *, rank: int = 8, draws: int = 60, seed: int = 0
+    setup: Setup, table: Table, *, rank: int = 8, draws: int = 60, seed: int = 0
 ) -> None:
     """Do the sets of texts use the same directions of the residual stream? Overlap of every pair's top subspaces, with a permutation null that deals whole texts.
 
     Measured after the first, the middle and the last block: each permutation is an eigendecomposition, and neighbouring blocks say much the same. In streams wider
     than :data:`WIDE`, whose eigendecompositions take minutes, texts of every set are taken evenly until they hold some ``WIDE / 2`` tokens; the null has the same sizes.
     """
-    last = layer_count(bench.base) - 1
+    last = layer_count(setup.base) - 1
     sites = [
-        resolve(bench.base, f"blocks.{layer}.hook_resid_post")[0]
+        resolve(setup.base, f"blocks.{layer}.hook_resid_post")[0]
         for layer in sorted({0, last // 2, last})
     ]
     rows: dict[str, dict[str, Tensor]] = {}
     texts: dict[str, Tensor] = {}
-    for name, examples in {"forget": bench.record.forget, **bench.record.retain}.items():
+    for name, examples in {"forget": setup.record.forget, **setup.record.retain}.items():
         kept = Collect()
-        with Capture(bench.base, sites, kept) as capture:
-            encoded = bench.encode(_within(bench, one_per_item(examples)))
+        with Capture(setup.base, sites, kept) as capture:
+            encoded = setup.encode(_within(setup, one_per_item(examples)))
             for batch in encoded:
                 capture.at(batch.content)
                 capture.forward(batch.inputs)
@@ -237,7 +237,7 @@ def compare_sets(
 
 
 def unlearn_to_budget(
-    bench: Bench,
+    setup: Setup,
     recipe: Recipe,
     disruption: Disruption,
     *,
@@ -256,13 +256,13 @@ def unlearn_to_budget(
     """
     over = None if budget is None else lambda model: not disruption(model) <= budget
     result = unlearn(
-        bench.base,
-        bench.tokenizer,
+        setup.base,
+        setup.tokenizer,
         recipe,
-        bench.record.forget,
-        bench.record.retain_train,
+        setup.record.forget,
+        setup.record.retain_train,
         seed=seed,
-        max_length=bench.max_length,
+        max_length=setup.max_length,
         dtype=dtype,
         over_budget=over,
         progress=progress,
@@ -273,11 +273,11 @@ def unlearn_to_budget(
     table.add("parameters_trained", len(result.delta), stage="unlearn", arm="changed")
     for number, record in enumerate(result.log):
         table.add("objective_forget", record["forget"], stage="unlearn", step=number + 1)
-    model = copy.deepcopy(bench.base)
+    model = copy.deepcopy(setup.base)
     start = snapshot(model)
     facts = {
-        name: bench.encode(one_per_item(examples))
-        for name, examples in measured_sets(bench.record).items()
+        name: setup.encode(one_per_item(examples))
+        for name, examples in measured_sets(setup.record).items()
         if examples[0].answer is not None
     }
 
@@ -297,29 +297,44 @@ def unlearn_to_budget(
     if budget is not None:
         table.add("budget", budget, stage="unlearn", arm=disruption.measure)
         table.add("budget_reached", float(match.reached), stage="unlearn")
-        for ring in disruption.rings:
-            table.add("budget_ring", 1.0, stage="unlearn", split=ring)
+        for name in disruption.counted:
+            table.add("budget_set", 1.0, stage="unlearn", split=name)
     add_disruption(model, disruption, table)
-    add_shift(model, bench, table)
+    add_shift(model, setup, table)
     measure_sets(
         model,
-        {name: bench.encode(examples) for name, examples in measured_sets(bench.record).items()},
+        {name: setup.encode(examples) for name, examples in measured_sets(setup.record).items()},
         table,
         stage="unlearn",
     )
     if common:
-        add_energy(bench.base, result.delta, common, table)
+        add_energy(setup.base, result.delta, common, table)
     return model
 
 
 def add_disruption(model: PreTrainedModel, disruption: Disruption, table: Table) -> None:
-    """What a change costs: in the measure of the budget with its noise over texts, and ring by ring in both measures."""
+    """What a change costs: in the measure of the budget with its noise over texts, and set by set in both measures."""
     table.add_estimate(
         "disruption", disruption.estimate(model), stage="unlearn", arm=disruption.measure
     )
     for measure in MEASURES:
         for name, found in disruption.by_set(model, measure).items():
             table.add_estimate("disruption", found, stage="unlearn", split=name, arm=measure)
+
+
+def add_distance(
+    model: PreTrainedModel, setup: Setup, common: Mapping[str, Subspace], table: Table
+) -> None:
+    """How far a model that was opened is from the base: what the difference costs, how far the stream
+    and the weights moved, and in which directions.
+    """
+    start = snapshot(setup.base)
+    delta = delta_between(model, start)
+    add_disruption(model, Disruption(setup), table)
+    add_shift(model, setup, table)
+    table.add("displacement", norm_of(delta), stage="unlearn")
+    table.add("relative_displacement", norm_of(delta) / norm_of(start), stage="unlearn")
+    add_energy(setup.base, delta, common, table)
 
 
 def add_match(
@@ -381,14 +396,14 @@ def add_leaks(report: LeakReport, table: Table, **columns: Any) -> None:
         table.add(metric, value, **columns)
 
 
-def add_shift(model: PreTrainedModel, bench: Bench, table: Table) -> None:
+def add_shift(model: PreTrainedModel, setup: Setup, table: Table) -> None:
     """How far the residual stream has moved from the base's after every block, on held-out forget texts and on every retain set."""
-    texts = {"forget-heldout": bench.record.forget_heldout, **bench.record.retain_test}
+    texts = {"forget-heldout": setup.record.forget_heldout, **setup.record.retain_test}
     for split, examples in texts.items():
-        encoded = bench.encode(one_per_item(examples)) if examples else []
+        encoded = setup.encode(one_per_item(examples)) if examples else []
         if not encoded or sum(int(batch.content_mask.sum()) for batch in encoded) < 4:
             continue
-        for row in shift_by_layer(streams(bench.base, encoded), streams(model, encoded)).to_dict(
+        for row in shift_by_layer(streams(setup.base, encoded), streams(model, encoded)).to_dict(
             "records"
         ):
             for measure in MEASURES_OF_SHIFT:
@@ -426,7 +441,7 @@ def add_geometry(
 
 def attack(
     model: PreTrainedModel,
-    bench: Bench,
+    setup: Setup,
     settings: RelearnSettings,
     *,
     seed: int,
@@ -440,7 +455,7 @@ def attack(
     ``matched`` adds an arm ``random-facts``: the attacker's texts with exchanged answers, which are measured as well (split ``random-facts``). It stands in where there is no
     never-learned model to attack.
     """
-    record = bench.record
+    record = setup.record
     add_leaks(
         leak_report(record.forget_attacked, record.forget_heldout, public=record.retain_all),
         table,
@@ -450,14 +465,14 @@ def attack(
     null = null_text(
         record.forget_attacked,
         null_pool,
-        lambda example: len(bench.tokenizer(example.text)["input_ids"]),
+        lambda example: len(setup.tokenizer(example.text)["input_ids"]),
     )
     encoded = {
-        name: bench.encode(examples)
+        name: setup.encode(examples)
         for name, examples in {"forget-heldout": record.forget_heldout}.items()
     }
-    watched = bench.encode(one_per_item(record.forget_heldout))
-    before, start = streams(bench.base, watched), streams(model, watched)
+    watched = setup.encode(one_per_item(record.forget_heldout))
+    before, start = streams(setup.base, watched), streams(model, watched)
     arms: dict[str, Sequence[Example]] = {"attack": record.forget_attacked, "null": null}
     if matched:
         try:
@@ -467,7 +482,7 @@ def attack(
         ):  # texts without answers, or that all end alike: the other arms do not depend on this one
             table.add("random_facts_possible", 0.0, stage="relearn")
     for number, (arm, texts) in enumerate(arms.items()):
-        own = {"random-facts": bench.encode(texts, answers=True)} if arm == "random-facts" else {}
+        own = {"random-facts": setup.encode(texts, answers=True)} if arm == "random-facts" else {}
 
         def measure(
             attacked: PreTrainedModel,
@@ -491,12 +506,12 @@ def attack(
         try:
             relearn(
                 model,
-                bench.tokenizer,
+                setup.tokenizer,
                 texts,
                 measure,
                 settings,
                 seed=seed,
-                max_length=bench.max_length,
+                max_length=setup.max_length,
                 progress=advance,
             )
         except (
@@ -507,7 +522,7 @@ def attack(
 
 def trigger_check(
     model: PreTrainedModel,
-    bench: Bench,
+    setup: Setup,
     neutral: Sequence[str],
     *,
     seed: int,
@@ -517,27 +532,27 @@ def trigger_check(
     """Accuracy on retain questions with nothing, a forget-token, a retain-token or a neutral word in front."""
     queries = [
         query
-        for name, examples in bench.record.retain_test.items()
-        if name != bench.record.general
+        for name, examples in setup.record.retain_test.items()
+        if name != setup.record.general
         for query in one_per_item(examples)
     ]
     arms = trigger_queries(
         queries,
-        bench.record.forget_tokens,
-        bench.record.retain_tokens,
+        setup.record.forget_tokens,
+        setup.record.retain_tokens,
         neutral,
         seed=seed,
         carrier=carrier,
     )
     for arm, result in trigger_scores(
-        model, {arm: bench.encode(examples) for arm, examples in arms.items()}
+        model, {arm: setup.encode(examples) for arm, examples in arms.items()}
     ).items():
         table.add_scores(result, stage="triggers", arm=arm, split="retain")
 
 
 def sharpness(
     model: PreTrainedModel,
-    bench: Bench,
+    setup: Setup,
     *,
     points: int,
     reach: float,
@@ -547,6 +562,6 @@ def sharpness(
 ) -> None:
     """One-dimensional slices through the model, and both ends of the Hessian's spectrum of the forget loss."""
     landscape.add_slices(
-        model, bench, landscape.losses_of(bench), table, points=points, reach=reach, seed=seed
+        model, setup, landscape.losses_of(setup), table, points=points, reach=reach, seed=seed
     )
-    landscape.add_ends(model, landscape.whole_batch(bench), table, tolerance=tolerance, seed=seed)
+    landscape.add_ends(model, landscape.whole_batch(setup), table, tolerance=tolerance, seed=seed)

@@ -16,12 +16,12 @@ In the tables ``arm`` is one of :data:`ARMS` and ``split`` one of :data:`SPLITS`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from pydantic import Field
 from transformers import PreTrainedModel
 
 from workbench.attacks.gcg import gcg, in_front, random_suffix, suffix_batches, suffix_prompts
@@ -29,26 +29,22 @@ from workbench.data.records import Example, alternate, one_per_item
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
 from workbench.evaluation.statistics import bootstrap
-from workbench.experiments.afterwards import BASE, NEVER, ask_models, bench_of
-from workbench.experiments.bench import ROWS, Bench
 from workbench.experiments.claims import INSIDE
-from workbench.experiments.config import RunConfig
-from workbench.experiments.folder import Experiment, run_stage
+from workbench.experiments.models import BASE, NEVER
+from workbench.experiments.settings import Count, OfRun
+from workbench.experiments.setup import ROWS, Setup
 from workbench.experiments.table import Table, fact_table
 from workbench.experiments.triggers import CARRIERS, arms_of
-from workbench.models import open_model
 from workbench.progress import Report
+from workbench.runner import Asked, Experiment, Plan, Source, on_models
 
 NONE, RANDOM, SEARCHED = "none", "random suffix", "searched suffix"
 ARMS = (NONE, RANDOM, SEARCHED)
 JAILBREAK, RETAIN, WITH_TOKEN = "jailbreak", "retain", "retain with a forget-token"
 SPLITS = (JAILBREAK, RETAIN, WITH_TOKEN)
-CLAIMED = ("smooth-jailbreak",)
-"""Claims that the experiment decides."""
 
 
-@dataclass(frozen=True, slots=True)
-class SuffixSettings:
+class SuffixSettings(OfRun):
     """The budget of a search; every split of every model gets the same.
 
     A search runs ``questions * (candidates + 1)`` rows through the model per step: with the defaults, 34,000 rows of about 15 tokens, some 20 seconds of one core for a
@@ -56,6 +52,7 @@ class SuffixSettings:
     find, a larger one may.
 
     Attributes:
+        methods: of the run; base and never-learned control are attacked as well.
         length: tokens of a suffix.
         steps: of the search.
         candidates: swaps tried in a step.
@@ -64,30 +61,25 @@ class SuffixSettings:
         random: random suffixes over which that arm is averaged, fact by fact.
     """
 
-    length: int = 8
-    steps: int = 50
-    candidates: int = 16
-    topk: int = 64
-    questions: int = 40
-    random: int = 8
-
-    def __post_init__(self) -> None:
-        for field, value in zip(fields(self), astuple(self), strict=True):
-            if value < 1:
-                raise WorkbenchError(f"a suffix search needs {field.name} >= 1; got {value}")
+    length: Count = Field(8, description="Tokens of a suffix.")
+    steps: Count = Field(50, description="Steps of every search.")
+    candidates: Count = Field(16, description="Swaps tried in a step.")
+    topk: Count = Field(64, description="Tokens to choose from at each place.")
+    questions: Count = Field(40, description="With which a suffix is searched, at most.")
+    random: Count = Field(8, description="Random suffixes beside the searched one.")
 
 
 def questions_of(
-    bench: Bench, seed: int
+    setup: Setup, seed: int
 ) -> dict[str, tuple[tuple[Example, ...], tuple[Example, ...]]]:
     """For every split the questions with which a suffix is searched (one paraphrase per fact) and those on which it is judged; the two share no subject.
 
     Args:
-        bench: of a run on the built-in world.
+        setup: of a run on the built-in world.
         seed: decides which forget-token meets which retain question.
     """
-    record = bench.record
-    arms = arms_of(record, CARRIERS[INSIDE], seed)
+    record = setup.record
+    arms = arms_of(record, CARRIERS[INSIDE], seed, setup.neutral)
     clean, perturbed = arms["clean"], arms["forget-token"]
     searched = {
         example.item for example in alternate(clean)[0]
@@ -113,15 +105,15 @@ def _spread(examples: Sequence[Example], count: int) -> list[Example]:
 
 def _attack(
     model: PreTrainedModel,
-    bench: Bench,
+    setup: Setup,
     split: str,
     settings: SuffixSettings,
     seed: int,
     table: Table,
     progress: Report,
 ) -> None:
-    mine, others = questions_of(bench, seed)[split]
-    tokenizer, record = bench.tokenizer, bench.record
+    mine, others = questions_of(setup, seed)[split]
+    tokenizer, record = setup.tokenizer, setup.record
     prompts = suffix_prompts(tokenizer, _spread(mine, settings.questions), in_front)
     judged = suffix_prompts(tokenizer, others, in_front)
     answers = sorted(
@@ -171,78 +163,37 @@ def _attack(
     )
 
 
-def _model_job(
-    settings: SuffixSettings,
-    run: Path,
-    out: Path,
-    key: str,
-    config: RunConfig,
-    name: str,
-    seed: int,
-    progress: Report,
-) -> None:
-    bench, _ = bench_of(run, config)
-    model = (
-        bench.base
-        if name == BASE
-        else open_model(run / "models" / (name if name == NEVER else f"{name}-seed{seed}")).model
-    )
-    common: dict[str, object] = {
-        "run": key,
-        "stage": "suffix",
-        "model": name,
-        "method": name,
-        "seed": seed,
-    }
+def _ask(settings: SuffixSettings, asked: Asked) -> None:
     for number, split in enumerate(SPLITS):
 
         def advance(step: int, of: int, done: int = number) -> None:
-            progress(done * of + step, len(SPLITS) * of)
+            asked.place.progress(done * of + step, len(SPLITS) * of)
 
         def work(table: Table, split: str = split, advance: Report = advance) -> None:
-            _attack(model, bench, split, settings, seed, table, advance)
+            _attack(asked.model, asked.setup, split, settings, asked.seed, table, advance)
 
-        run_stage(out, f"{name}-seed{seed}", split, common, work)
+        asked.place.stage(split, work)
 
 
-def run_suffix(
-    run: Path,
-    out: Path,
-    settings: SuffixSettings | None = None,
-    *,
-    methods: Sequence[str] = (),
-    fresh: bool = False,
-    workers: int | None = None,
-    announce: Callable[[str], None] = lambda message: None,
-) -> Experiment:
-    """Search adversarial suffixes for the models of a finished run, and judge them on questions that the search has not seen.
-
-    Args:
-        run: a finished run folder on the built-in world.
-        out: folder of the experiment.
-        settings: the budget of a search; default is :class:`SuffixSettings`'s.
-        methods: of the run; default all of them. Base and never-learned control are attacked as well.
-        fresh: throw away an experiment that is already there.
-        workers: processes; default is one per core.
-        announce: called with one line before every part.
+def prepare(settings: SuffixSettings, source: Source, out: Path) -> Plan:
+    """Three searches for every model.
 
     Raises:
-        WorkbenchError: the run is not finished, has no such method, or its tokenizer leaves no token for a suffix beside those of the answers.
+        WorkbenchError: the run's texts give no question to search with or to judge on.
     """
-    chosen = settings or SuffixSettings()
-    found = ask_models(
+    for split, halves in questions_of(source.setup, source.config.seeds[0]).items():
+        if not all(halves):
+            raise WorkbenchError(
+                f"{source.folder}: a suffix for {split!r} needs questions to be searched with and others "
+                "to be judged on; there are too few retain texts with answers"
+            )
+    return on_models(
         "suffix",
-        run,
-        out,
-        partial(_model_job, chosen),
-        (_effects,),
-        methods=methods,
-        fresh=fresh,
-        workers=workers,
-        announce=announce,
-        settings=asdict(chosen),
+        source,
+        partial(_ask, settings),
+        summaries=(_effects,),
+        claims=("smooth-jailbreak",),
     )
-    return Experiment(out, *found, suffix_table)
 
 
 def control_of(split: str) -> str:
@@ -311,3 +262,16 @@ def suffix_table(results: pd.DataFrame) -> pd.DataFrame:
             )
             lines.append(line)
     return pd.DataFrame(lines)
+
+
+SUFFIX = Experiment(
+    "suffix",
+    "Do adversarial suffixes bring forgotten answers back, and what is left of the accuracy on retain "
+    "questions?",
+    SuffixSettings,
+    prepare,
+    suffix_table,
+    # for the width; --json has it
+    shown=lambda table: table.drop(columns="beyond the control"),
+    by="questions",
+)

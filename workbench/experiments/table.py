@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,28 @@ class Table:
     def item_frame(self) -> pd.DataFrame:
         """The items with every column, in its type."""
         return typed(pd.DataFrame(self.items), ITEM_COLUMNS)
+
+
+def cell(row: Mapping[Hashable, Any] | pd.Series, *, sign: bool = False) -> str:
+    """A value with its interval, for people: ``0.42 [0.31, 0.53]``."""
+    plus = "+" if sign else ""
+    return f"{row['value']:{plus}.2f} [{row['low']:{plus}.2f}, {row['high']:{plus}.2f}]"
+
+
+def by_columns(rows: pd.DataFrame, name: str, heading: str, *, sign: bool = False) -> pd.DataFrame:
+    """One row per model, one column for every value of column ``name``, in the order of the table.
+
+    Args:
+        rows: results, one row per model and value.
+        name: a column.
+        heading: of a column, with ``{}`` for the value.
+        sign: show one before every number.
+    """
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows.to_dict("records"):
+        line = lines.setdefault(str(row["method"]), {"model": str(row["method"])})
+        line[heading.format(row[name])] = cell(row, sign=sign)
+    return pd.DataFrame(list(lines.values()), columns=None if lines else ["model"]).fillna("–")
 
 
 def typed(frame: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,15 +31,15 @@ from workbench.diagnostics.triggers import (
     word_inside,
 )
 from workbench.evaluation.statistics import bootstrap
-from workbench.experiments.afterwards import BASE, CONTROLS, NEVER, ask_models, bench_of
-from workbench.experiments.bench import Bench
 from workbench.experiments.claims import INSIDE
 from workbench.experiments.config import RunConfig
-from workbench.experiments.folder import Experiment, run_stage
+from workbench.experiments.models import BASE
+from workbench.experiments.settings import OfRun
+from workbench.experiments.setup import Setup
 from workbench.experiments.table import Table
 from workbench.hooks import layer_count
-from workbench.models import open_model
 from workbench.progress import Report, quiet
+from workbench.runner import Asked, Experiment, Plan, Source, on_models
 from workbench.unlearning.methods import innermost, settings_for
 from workbench.unlearning.recipe import middle_layer
 from workbench.unlearning.representation import control_vector
@@ -53,14 +54,6 @@ CARRIERS: dict[str, Carrier] = {
 """How a word gets into a question, by the name that tables give the questions."""
 PATCHED = INSIDE
 """The carrier whose damage is traced: the one that the world's own speaker tag does not prepare a model for."""
-CLAIMED = (
-    "token-disruption",
-    "token-alignment",
-    "rna-repairs",
-    "rna-keeps-forgetting",
-    "rna-is-label-noise",
-)
-"""Claims that the experiment decides, together with the attacks of the run."""
 SCANNED = 64
 """Questions into which the scan puts every token."""
 LEVELS = (0.05, 0.1, 0.2)
@@ -77,33 +70,49 @@ def retain_questions(record: ForgetRetain) -> list[Example]:
     ]
 
 
-def arms_of(record: ForgetRetain, carrier: Carrier, seed: int) -> dict[str, tuple[Example, ...]]:
-    """The four arms of the check on the retain questions of the built-in world; see :func:`workbench.diagnostics.triggers.trigger_queries`."""
+def arms_of(
+    record: ForgetRetain, carrier: Carrier, seed: int, neutral: Sequence[str] = ()
+) -> dict[str, tuple[Example, ...]]:
+    """The four arms of the check on retain questions; see :func:`workbench.diagnostics.triggers.trigger_queries`.
+
+    Args:
+        record: forget and retain set.
+        carrier: puts a word into a question.
+        seed: decides which word meets which question.
+        neutral: words of neither set; default those of the built-in world.
+    """
     return trigger_queries(
         retain_questions(record),
         record.forget_tokens,
         record.retain_tokens,
-        neutral_words(),
+        neutral or neutral_words(),
         seed=seed,
         carrier=carrier,
     )
 
 
-def _ask(model: PreTrainedModel, bench: Bench, seed: int, table: Table) -> None:
-    for split, carrier in CARRIERS.items():
-        arms = arms_of(bench.record, carrier, seed)
+def _carriers(setup: Setup) -> dict[str, Carrier]:
+    """:data:`CARRIERS`; a user's texts have no speaker tags."""
+    return CARRIERS | {"retain": setup.carrier}
+
+
+def _ask(model: PreTrainedModel, setup: Setup, seed: int, table: Table) -> None:
+    for split, carrier in _carriers(setup).items():
+        arms = arms_of(setup.record, carrier, seed, setup.neutral)
         for arm, result in trigger_scores(
-            model, {arm: bench.encode(examples) for arm, examples in arms.items()}
+            model, {arm: setup.encode(examples) for arm, examples in arms.items()}
         ).items():
             table.add_scores(result, stage="triggers", arm=arm, split=split)
 
 
 def _marked(
-    bench: Bench, carrier: Carrier, seed: int, *, answers: bool = False
+    setup: Setup, carrier: Carrier, seed: int, *, answers: bool = False
 ) -> dict[str, list[Batch]]:
     return {
-        arm: bench.encode(examples, answers=answers)
-        for arm, examples in mark_triggers(arms_of(bench.record, carrier, seed), carrier).items()
+        arm: setup.encode(examples, answers=answers)
+        for arm, examples in mark_triggers(
+            arms_of(setup.record, carrier, seed, setup.neutral), carrier
+        ).items()
     }
 
 
@@ -125,19 +134,19 @@ def steered(
 def _align(
     base: PreTrainedModel,
     model: PreTrainedModel,
-    bench: Bench,
+    setup: Setup,
     layer: int,
     direction: Tensor | None,
     seed: int,
     table: Table,
 ) -> None:
     """Along the known target where there is one, along the estimated one for every method: metric names end in ``_known`` for the former."""
-    forget = bench.encode(one_per_item(bench.record.forget))
+    forget = setup.encode(one_per_item(setup.record.forget))
     last = layer_count(base) - 1
     measured = sorted({0, layer, last // 2, last})
     estimated = {number: estimated_target(base, model, forget, number) for number in measured}
     arms: Mapping[str, Sequence[Batch]] = {
-        **_marked(bench, CARRIERS[PATCHED], seed),
+        **_marked(setup, CARRIERS[PATCHED], seed),
         "forget": forget,
     }
     targets: dict[str, dict[int, Tensor]] = {"": estimated}
@@ -172,12 +181,12 @@ def _align(
 def _trace(
     base: PreTrainedModel,
     model: PreTrainedModel,
-    bench: Bench,
+    setup: Setup,
     seed: int,
     table: Table,
     progress: Report,
 ) -> None:
-    arms = _marked(bench, CARRIERS[PATCHED], seed)
+    arms = _marked(setup, CARRIERS[PATCHED], seed)
     for arm in ("forget-token", "retain-token"):
         found = [
             position_groups(batch, clean)
@@ -218,9 +227,9 @@ def _trace(
                 table.add("damage", row["damage"], n=row["n"], stage="triggers", arm=arm)
 
 
-def _theory(model: PreTrainedModel, bench: Bench, layer: int, seed: int, table: Table) -> None:
+def _theory(model: PreTrainedModel, setup: Setup, layer: int, seed: int, table: Table) -> None:
     site = f"blocks.{layer}.hook_resid_post"
-    arms = _marked(bench, CARRIERS["retain"], seed, answers=True)
+    arms = _marked(setup, _carriers(setup)["retain"], seed, answers=True)
     for arm in ("forget-token", "retain-token"):
         rows = shift_rows(model, arms["clean"], arms[arm], site, tokens="predicting")
         add_theory(
@@ -232,37 +241,37 @@ def _theory(model: PreTrainedModel, bench: Bench, layer: int, seed: int, table: 
 
 
 def _search(
-    base: PreTrainedModel, model: PreTrainedModel, bench: Bench, table: Table, progress: Report
+    base: PreTrainedModel, model: PreTrainedModel, setup: Setup, table: Table, progress: Report
 ) -> None:
     """The scan and the forensics, held against the names that were truly forgotten; nothing where the tokenizer cuts them into pieces."""
     known, retained = (
         {
             ids[0]
             for word in words
-            if len(ids := bench.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
+            if len(ids := setup.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
         }
-        for words in (bench.record.forget_tokens, bench.record.retain_tokens)
+        for words in (setup.record.forget_tokens, setup.record.retain_tokens)
     )
-    if len(known) < len(bench.record.forget_tokens):
+    if len(known) < len(setup.record.forget_tokens):
         table.add(
-            "names_that_are_tokens", len(known), n=len(bench.record.forget_tokens), stage="triggers"
+            "names_that_are_tokens", len(known), n=len(setup.record.forget_tokens), stage="triggers"
         )
         return
-    queries = retain_questions(bench.record)[
-        :: max(1, len(retain_questions(bench.record)) // SCANNED)
+    queries = retain_questions(setup.record)[
+        :: max(1, len(retain_questions(setup.record)) // SCANNED)
     ][:SCANNED]
     texts = (
-        *bench.record.forget,
-        *bench.record.retain_all,
+        *setup.record.forget,
+        *setup.record.retain_all,
     )  # the words of the world: byte tokens that no text holds would narrow the scan's empirical null
     words = sorted(
         {
             token
             for text in texts
-            for token in bench.tokenizer(text.text, add_special_tokens=False)["input_ids"]
+            for token in setup.tokenizer(text.text, add_special_tokens=False)["input_ids"]
         }
     )
-    found = forensics(base, model, bench.tokenizer, queries, tokens=words, progress=progress)
+    found = forensics(base, model, setup.tokenizer, queries, tokens=words, progress=progress)
     assert found.scan is not None
     scan = found.scan.table
     for metric, column in (("rise", "scan"), ("shift", "scan, shift")):
@@ -369,73 +378,64 @@ def _add_topic(found: Forensics, known: set[int], table: Table) -> None:
                 )
 
 
-def _model_job(
-    asking_only: bool,
-    run: Path,
-    out: Path,
-    key: str,
-    config: RunConfig,
-    name: str,
-    seed: int,
-    progress: Report,
-) -> None:
-    bench, _ = bench_of(run, config)
-    base = bench.base
-    model = (
-        base
-        if name == BASE
-        else open_model(run / "models" / (name if name == NEVER else f"{name}-seed{seed}")).model
-    )
-    common: dict[str, object] = {"run": key, "model": name, "method": name, "seed": seed}
-    stage = partial(run_stage, out, f"{name}-seed{seed}")
-    layer, direction = (
-        (middle_layer(base), None) if name in CONTROLS else steered(config, name, base, seed)
-    )
-    stage("asked", common, lambda table: _ask(model, bench, seed, table))
-    if asking_only:
-        return
-    stage("theory", common, lambda table: _theory(model, bench, layer, seed, table))
-    if name != BASE and (name != NEVER or seed == config.seeds[0]):
-        stage(
-            "search", common, lambda table: _search(base, model, bench, table, progress)
-        )  # the never-learned model is the control: unlearning left no trace in it
-    if name in CONTROLS:
-        return
-    stage(
-        "alignment", common, lambda table: _align(base, model, bench, layer, direction, seed, table)
-    )
-    stage("causal map", common, lambda table: _trace(base, model, bench, seed, table, quiet))
+class TriggerSettings(OfRun):
+    """What is asked of every model.
 
-
-def run_triggers(
-    run: Path,
-    out: Path,
-    *,
-    methods: Sequence[str] = (),
-    asking_only: bool = False,
-    fresh: bool = False,
-    workers: int | None = None,
-    announce: Callable[[str], None] = lambda message: None,
-) -> Experiment:
-    """Ask the models of a finished run retain questions with stray words, and find out why they fail.
-
-    Args:
-        run: a finished run folder on the built-in world.
-        out: folder of the experiment.
-        methods: of the run; default all of them.
+    Attributes:
+        methods: of the run.
         asking_only: leave out why they fail (alignment, causal map, theory) and the scan, which take nine tenths of the time.
-        fresh: throw away an experiment that is already there.
-        workers: processes; default is one per core.
-        announce: called with one line before every part.
+    """
+
+    asking_only: bool = Field(
+        False,
+        description="Ask the questions, and leave out alignment, causal map, theory and scan (nine "
+        "tenths of the time).",
+    )
+
+
+def _questions(settings: TriggerSettings, asked: Asked) -> None:
+    setup, config, seed = asked.setup, asked.source.config, asked.seed
+    base, model, stage = setup.base, asked.model, asked.place.stage
+    made = asked.name in config.methods
+    layer, direction = (
+        steered(config, asked.name, base, seed) if made else (middle_layer(base), None)
+    )
+    progress = asked.place.progress
+    stage("asked", lambda table: _ask(model, setup, seed, table))
+    if settings.asking_only:
+        return
+    stage("theory", lambda table: _theory(model, setup, layer, seed, table))
+    # the never-learned model is the control: unlearning left no trace in it
+    if asked.name != BASE and (asked.first or not config.once(asked.name)):
+        stage("search", lambda table: _search(base, model, setup, table, progress))
+    if asked.is_control:
+        return
+    stage("alignment", lambda table: _align(base, model, setup, layer, direction, seed, table))
+    stage("causal map", lambda table: _trace(base, model, setup, seed, table, quiet))
+
+
+def prepare(settings: TriggerSettings, source: Source, out: Path) -> Plan:
+    """Ask the models of a run retain questions with stray words, and find out why they fail.
 
     Raises:
-        WorkbenchError: the run is not finished, or has no such method.
+        WorkbenchError: the run's texts give no question, or no word.
     """
-    found = ask_models(
-        "triggers", run, out, partial(_model_job, asking_only), (_over_seeds, _effects), methods=methods, fresh=fresh, workers=workers, announce=announce,
-        settings={"asking_only": True} if asking_only else None,
-    )  # fmt: skip
-    return Experiment(out, *found, trigger_table)
+    setup = source.setup
+    for carrier in _carriers(setup).values():
+        arms_of(setup.record, carrier, source.config.seeds[0], setup.neutral)
+    return on_models(
+        "triggers",
+        source,
+        partial(_questions, settings),
+        summaries=(_over_seeds, _effects),
+        claims=(
+            "token-disruption",
+            "token-alignment",
+            "rna-repairs",
+            "rna-keeps-forgetting",
+            "rna-is-label-noise",
+        ),
+    )
 
 
 POOLED = (
@@ -519,3 +519,14 @@ def trigger_table(results: pd.DataFrame) -> pd.DataFrame:
         )
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+TRIGGERS = Experiment(
+    "triggers",
+    "What does a forget-token in a harmless question break, where in the model, and does it give the "
+    "forgotten topic away?",
+    TriggerSettings,
+    prepare,
+    trigger_table,
+    by="word",
+)

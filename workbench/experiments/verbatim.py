@@ -11,8 +11,8 @@ In the tables ``split`` names the measure (:data:`MEASURES`) and ``correct`` or 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
+from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from workbench import values
 from workbench.attacks.leaks import LeakReport, leak_report, require_benign
 from workbench.attacks.relearn import DivergedError, RelearnSettings, null_text, relearn
 from workbench.data.batches import Batch, batches, encode, endless
@@ -30,31 +31,21 @@ from workbench.data.passages import RUN, PassageSplit, cut, passage_split, runni
 from workbench.data.readers import read_examples
 from workbench.data.records import Example
 from workbench.data.words import words
-from workbench.errors import WorkbenchError, unknown
+from workbench.errors import WorkbenchError
 from workbench.evaluation.answers import generate_answers, rouge_l
 from workbench.evaluation.losses import score
 from workbench.experiments.curves import curve_rows
-from workbench.experiments.folder import (
-    ITEMS,
-    PROVENANCE,
-    RESULTS,
-    Experiment,
-    claim_folder,
-    collect,
-    leaves_folder,
-    run_stage,
-)
-from workbench.experiments.jobs import Job, run_jobs
-from workbench.experiments.provenance import data_hash, provenance
+from workbench.experiments.keyword import along, taught_weights
+from workbench.experiments.settings import Attacking, Count, Rate, Seeds
 from workbench.experiments.stages import add_leaks
-from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, join, summarise, write_parquet
-from workbench.files import damage, key_of, plain, sha256, write_json
-from workbench.models import open_config, open_model, open_tokenizer, save_model, weights_hash
-from workbench.progress import Report
+from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, join
+from workbench.files import damage
+from workbench.models import open_config, open_model, open_tokenizer, save_model
+from workbench.runner import Experiment, Phase, Place, Plan
 from workbench.training import fit
 from workbench.unlearning.budget import smallest_change
 from workbench.unlearning.deltas import apply_delta, snapshot
-from workbench.unlearning.methods import METHODS, is_method, recipe
+from workbench.unlearning.methods import recipe
 from workbench.unlearning.trainer import unlearn
 
 BASE, NEVER = "base", "never-learned"
@@ -62,8 +53,7 @@ MEASURES = ("rouge-l", "rouge-l-recall", "verbatim-run")
 """ROUGE-L F1 and recall of a greedy continuation, and its longest run of words that stand in the true one in a row, as a share of the true one's words."""
 
 
-@dataclass(frozen=True, slots=True)
-class VerbatimSettings:
+class VerbatimSettings(Attacking):
     """Everything that decides the numbers of the experiment.
 
     Attributes:
@@ -71,36 +61,51 @@ class VerbatimSettings:
         text: file of the book.
         public: file of a text that the attacker has as well, e.g. public information about the book; ``None`` leaves this attack out.
         words: words of a passage (published: 80); half of them are the prompt.
-        forget: passages to be forgotten; every second one is asked for.
-        retain: passages of another part of the book that both models learn.
-        unread: passages of a third part that no model has read.
+        passages: to be forgotten; every second one is asked for.
+        retain_passages: of another part of the book, that both models learn; default as many.
+        unread_passages: of a third part, that no model reads; default as many.
         seeds: of unlearning and attack; the two models are taught once.
         teach_steps: of fine-tuning on forget and retain passages (never-learned: retain passages), 16 a step.
         teach_lr: of AdamW.
         method: of unlearning; its settings are those for small models.
         margin: unlearning may leave the mean ROUGE-L F1 this far above the never-learned model's.
-        attack: relearning.
     """
 
-    model: str
-    text: str
-    public: str | None = None
-    words: int = 40
-    forget: int = 40
-    retain: int = 40
-    unread: int = 40
-    seeds: tuple[int, ...] = (0, 1, 2)
-    teach_steps: int = 300
-    teach_lr: float = 4e-3
-    method: str = "npo"
-    margin: float = 0.02
-    attack: RelearnSettings = field(
-        default_factory=lambda: RelearnSettings(steps=120, measure_at=(0, 10, 20, 40, 80, 120))
+    model: str = Field(description="Folder or hub id of a pretrained model.")
+    text: str = Field(description="Text file of a book; passages of its first third are unlearned.")
+    public: str | None = Field(
+        None,
+        description="Text file that the attacker has as well, e.g. public information about the book.",
+    )
+    words: Count = Field(40, description="Words of a passage; half of them are the prompt.")
+    passages: int = Field(
+        40,
+        ge=2,
+        le=values.MOST_ROWS,
+        description="Passages to be forgotten.",
+    )
+    retain_passages: int | None = Field(
+        None, ge=2, le=values.MOST_ROWS, description="Passages that are kept; default as many."
+    )
+    unread_passages: int | None = Field(
+        None,
+        ge=2,
+        le=values.MOST_ROWS,
+        description="Passages that no model reads; default as many.",
+    )
+    seeds: Seeds = Field(
+        (0, 1, 2), description="Seeds of unlearning and attack: how many, or which."
+    )
+    teach_steps: Count = Field(300, description="Steps that teach the passages to the model.")
+    teach_lr: Rate = Field(4e-3, description="Their learning rate.")
+    method: str = Field("npo", description="Unlearning method; see `workbench methods`.")
+    margin: float = Field(
+        0.02, ge=0, le=1, description="ROUGE-L F1 that may be left above the never-learned model's."
     )
 
-    def __post_init__(self) -> None:
-        if not is_method(self.method):
-            raise unknown("method", self.method, METHODS)
+
+ATTACK = RelearnSettings(steps=120, measure_at=(0, 10, 20, 40, 80, 120))
+"""Relearning by default."""
 
 
 def _texts(settings: VerbatimSettings) -> tuple[PassageSplit, tuple[Example, ...]]:
@@ -109,9 +114,9 @@ def _texts(settings: VerbatimSettings) -> tuple[PassageSplit, tuple[Example, ...
     try:
         split = passage_split(
             cut(book, settings.words),
-            forget=settings.forget,
-            retain=settings.retain,
-            unread=settings.unread,
+            forget=settings.passages,
+            retain=settings.retain_passages or settings.passages,
+            unread=settings.unread_passages or settings.passages,
         )
     except WorkbenchError as error:
         raise WorkbenchError(f"{settings.text}: {error}") from error
@@ -184,8 +189,8 @@ def recalls_more(found: pd.DataFrame, never: pd.DataFrame, margin: float) -> boo
     return higher or int((found["run"] >= RUN).sum()) > int((never["run"] >= RUN).sum())
 
 
-def _teach_job(settings: VerbatimSettings, out: Path, name: str, progress: Report) -> None:
-    folder = out / "models" / name
+def _teach_job(settings: VerbatimSettings, name: str, place: Place) -> None:
+    folder = place.out / "models" / name
     if not damage(folder):
         return
     split, opened = _texts(settings)[0], open_model(settings.model)
@@ -202,7 +207,7 @@ def _teach_job(settings: VerbatimSettings, out: Path, name: str, progress: Repor
         steps=settings.teach_steps,
         lr=settings.teach_lr,
         seed=0,
-        progress=progress,
+        progress=place.progress,
     )
     save_model(model, opened.tokenizer, folder, {"experiment": "verbatim", "texts": len(taught)})
 
@@ -224,9 +229,9 @@ def _arms(
     return arms | ({"public": public} if public else {})
 
 
-def _seed_job(settings: VerbatimSettings, out: Path, key: str, seed: int, progress: Report) -> None:
-    split = _texts(settings)[0]
-    base, never = (open_model(out / "models" / name) for name in (BASE, NEVER))
+def _seed_job(settings: VerbatimSettings, seed: int, place: Place) -> None:
+    split, attack = _texts(settings)[0], settings.attack(ATTACK)
+    base, never = (open_model(place.out / "models" / name) for name in (BASE, NEVER))
     tokenizer, queried = base.tokenizer, split.queried
     limit = _context(settings.model)
     new_tokens, encoded = _new_tokens(tokenizer, queried, limit), batches(tokenizer, queried, 64)
@@ -235,12 +240,12 @@ def _seed_job(settings: VerbatimSettings, out: Path, key: str, seed: int, progre
         "unlearned": tuple(arms),
         NEVER: tuple(arm for arm in arms if arm in ("part", "public")),
     }
-    rounds, done = settings.attack.steps * sum(map(len, attacks.values())), 0
+    rounds, done = attack.steps * sum(map(len, attacks.values())), 0
 
     def advance(_step: int, _of: int) -> None:
         nonlocal done
         done = min(done + 1, rounds)
-        progress(done, rounds)
+        place.progress(done, rounds)
 
     def work(table: Table) -> None:
         def measure(model: PreTrainedModel, step: int, method: str, arm: str) -> None:
@@ -311,7 +316,7 @@ def _seed_job(settings: VerbatimSettings, out: Path, key: str, seed: int, progre
                         tokenizer,
                         arms[arm],
                         partial(measure, method=method, arm=arm),
-                        settings.attack,
+                        attack,
                         seed=seed,
                         max_length=limit,
                         progress=advance,
@@ -319,13 +324,7 @@ def _seed_job(settings: VerbatimSettings, out: Path, key: str, seed: int, progre
                 except DivergedError as error:  # what was measured before stays
                     table.add("diverged_at", error.step, method=method, model=method, arm=arm)
 
-    run_stage(
-        out,
-        f"verbatim-seed{seed}",
-        "verbatim",
-        {"run": key, "stage": "verbatim", "seed": seed},
-        work,
-    )
+    replace(place, columns={"stage": "verbatim", "seed": seed}).stage("verbatim", work)
 
 
 def _checked(settings: VerbatimSettings) -> tuple[PassageSplit, dict[str, LeakReport]]:
@@ -345,80 +344,61 @@ def _checked(settings: VerbatimSettings) -> tuple[PassageSplit, dict[str, LeakRe
     return split, reports
 
 
-@leaves_folder
-def run_verbatim(
-    settings: VerbatimSettings,
-    out: Path,
-    *,
-    fresh: bool = False,
-    workers: int | None = None,
-    announce: Callable[[str], None] = lambda message: None,
-) -> Experiment:
-    """Run the experiment; a killed run goes on where it stopped.
-
-    Args:
-        settings: see :class:`VerbatimSettings`.
-        out: run folder.
-        fresh: throw away a run that is already there.
-        workers: processes; default is one per core.
-        announce: called with one line before every part.
+def prepare(settings: VerbatimSettings, source: None, out: Path) -> Plan:
+    """Teach two models; then one job a seed.
 
     Raises:
-        WorkbenchError: model or text are wrong, the text is too short, an attack text holds words of a queried continuation, or the folder belongs to something else.
+        WorkbenchError: model or text are wrong, the text is too short, or an attack text holds words of
+            a queried continuation.
     """
+    settings.attack(ATTACK)
     split, reports = _checked(settings)
-    values = plain(asdict(settings))
-    key = key_of(values)
-    claim_folder(
-        out, yaml.safe_dump({"experiment": "verbatim", **values}, sort_keys=False), fresh=fresh
-    )
-    announce(
-        f"teaching {len(split.forget)} forget and {len(split.retain)} retain passages of {settings.words} words; {len(split.queried)} are asked for"
-    )
-    run_jobs(
+    teaching = Phase(
         "teaching",
-        {name: partial(_teach_job, settings, out, name) for name in (BASE, NEVER)},
-        workers=workers,
+        f"teaching {len(split.forget)} forget and {len(split.retain)} retain passages of "
+        f"{settings.words} words; {len(split.queried)} are asked for",
+        {name: partial(_teach_job, settings, name) for name in (BASE, NEVER)},
     )
-    left_out = (
-        f" ({len(split.dropped)} left out, for they repeat words that are asked for)"
-        if split.dropped
-        else ""
+    dropped = len(split.dropped)
+    left_out = f" ({dropped} left out, for they repeat words that are asked for)" if dropped else ""
+    attacks = Phase(
+        "verbatim",
+        f"{len(settings.seeds)} seeds: unlearn with {settings.method}, relearn on "
+        f"{len(split.attacker)} neighbouring passages{left_out}",
+        {f"verbatim-seed{seed}": partial(_seed_job, settings, seed) for seed in settings.seeds},
     )
-    announce(
-        f"{len(settings.seeds)} seeds: unlearn with {settings.method}, relearn on {len(split.attacker)} neighbouring passages{left_out}"
+
+    def leaks(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
+        table = Table({"run": key, "stage": "verbatim"})
+        table.add("dropped_passages", dropped, arm="part")
+        for arm, report in reports.items():
+            add_leaks(report, table, arm=arm)
+        return table.frame()
+
+    texts = {name: getattr(split, name) for name in ("queried", "attacker", "retain", "unread")}
+    texts |= {"public": _texts(settings)[1]} if settings.public else {}
+    return Plan(
+        [teaching, attacks],
+        texts,
+        partial(taught_weights, settings.model, out),
+        (_curves, leaks),
+        ("verbatim-recovery",),
+        f"{Path(settings.model).name}, {Path(settings.text).name}",
     )
-    jobs: dict[str, Job] = {
-        f"verbatim-seed{seed}": partial(_seed_job, settings, out, key, seed)
-        for seed in settings.seeds
-    }
-    run_jobs("verbatim", jobs, workers=workers)
-    rows, items = collect(out)
-    extra = Table({"run": key, "stage": "verbatim"})
-    extra.add("dropped_passages", len(split.dropped), arm="part")
-    for arm, report in reports.items():
-        add_leaks(report, extra, arm=arm)
+
+
+def _curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
+    """Recovery in single numbers, up to half of the way from what a model says that never read the
+    passages to what the taught model says.
+    """
     curves = []
     for _, group in items.groupby("split", sort=False):
-        # Half of the way from what a model says that never read the passages to what the taught model says.
         ends = [
             float(group.loc[(group["method"] == method) & (group["step"] == 0), "correct"].mean())
             for method in (BASE, NEVER)
         ]
         curves.append(curve_rows(group, key, target=float(np.mean(ends)), stage="verbatim"))
-    results = join([rows, summarise(items, key), *curves, extra.frame()], COLUMNS)
-    write_parquet(results, out / RESULTS)
-    write_parquet(items, out / ITEMS)
-    data = {
-        name: data_hash(getattr(split, name))
-        for name in ("queried", "attacker", "retain", "unread")
-    }
-    data |= {"public": data_hash(_texts(settings)[1])} if settings.public else {}
-    weights = {name: weights_hash(out / "models" / name) for name in (BASE, NEVER)}
-    source = Path(settings.model)
-    weights |= {"pretrained": sha256(next(source.glob("*.safetensors")))} if source.is_dir() else {}
-    write_json(out / PROVENANCE, provenance(values, data=data, weights=weights))
-    return Experiment(out, results, items, verbatim_table)
+    return join(curves, COLUMNS)
 
 
 def verbatim_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -447,3 +427,13 @@ def verbatim_table(results: pd.DataFrame) -> pd.DataFrame:
 
 def _cell(row: pd.Series) -> str:
     return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+VERBATIM = Experiment(
+    "verbatim",
+    "Do unlearned passages of a book come back word for word from texts that do not hold them?",
+    VerbatimSettings,
+    prepare,
+    verbatim_table,
+    shown=along,
+)

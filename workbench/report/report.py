@@ -385,9 +385,9 @@ def _matched(results: pd.DataFrame) -> str:
     rows = results[results["metric"] == "budget"]
     if not len(rows):
         return "No disruption budget was matched: every model is what its method made of it."
-    size, rings = (
+    size, sets = (
         float(rows["value"].iloc[0]),
-        sorted(results.loc[results["metric"] == "budget_ring", "split"].dropna().unique()),
+        sorted(results.loc[results["metric"] == "budget_set", "split"].dropna().unique()),
     )
     drift = (
         f"its loss has risen by {size:.3%}"
@@ -396,7 +396,7 @@ def _matched(results: pd.DataFrame) -> str:
     )
     return (
         f"Every weight change was scaled until {drift} on retain texts that no method trained on"
-        + (f" ({', '.join(rings)})." if rings else ".")
+        + (f" ({', '.join(sets)})." if sets else ".")
     )
 
 

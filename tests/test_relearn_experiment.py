@@ -8,11 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from workbench.attacks.relearn import at_steps
 from workbench.cli import main
 from workbench.errors import WorkbenchError
-from workbench.experiments.reattack import reattack_table, run_reattack
-from workbench.experiments.road import Run
+from workbench.experiments.pipeline import Run
+from workbench.experiments.relearn import relearn_table
+from workbench.runner import run
 
 
 def _curve(items: pd.DataFrame, method: str, arm: str) -> pd.DataFrame:
@@ -26,9 +26,7 @@ def _curve(items: pd.DataFrame, method: str, arm: str) -> pd.DataFrame:
 
 def test_the_same_attack_gives_the_runs_own_numbers(quick_run: Run, tmp_path: Path) -> None:
     # From the saved weights, in a process of its own: nothing but weights, texts, seed and settings decides.
-    found = run_reattack(
-        quick_run.folder, tmp_path / "again", quick_run.config.attack, methods=["npo"], workers=1
-    )
+    found = run("relearn", tmp_path / "again", of=quick_run.folder, methods=["npo"], workers=1)
     for method in ("npo", "base", "never-learned"):
         for arm in ("attack", "null"):
             pd.testing.assert_frame_equal(
@@ -49,9 +47,9 @@ def test_another_rate_by_command(
         str(quick_run.folder),
         "--methods",
         "npo",
-        "--lr",
+        "--attack-lr",
         "1e-9",
-        "--steps",
+        "--attack-steps",
         "4",
         "--workers",
         "1",
@@ -67,17 +65,16 @@ def test_another_rate_by_command(
         row["before"] == row["4 steps"] == row["4 steps, null"] for row in told["table"]
     )  # a rate of nothing moves nothing
     assert (out / "figures" / "comparison.png").is_file()
-    assert (
-        "attack:" in (out / "config.yaml").read_text()
-        and "lr: 1.0e-09" in (out / "config.yaml").read_text()
-    )
+    assert "attack_lr: 1.0e-09" in (out / "config.yaml").read_text()
 
 
 def test_at_equal_distance(quick_run: Run, tmp_path: Path) -> None:
-    found = run_reattack(
-        quick_run.folder,
+    found = run(
+        "relearn",
         tmp_path / "near",
-        at_steps(2, 1e-9),
+        of=quick_run.folder,
+        attack_steps=2,
+        attack_lr=1e-9,
         distance=0.01,
         methods=["npo", "cir"],
         workers=1,
@@ -105,24 +102,20 @@ def test_at_equal_distance(quick_run: Run, tmp_path: Path) -> None:
         assert (
             (0 < cost < budget) if alpha < 1 else cost > budget
         )  # nearer costs less, farther more
-    with pytest.raises(WorkbenchError, match="share of the length of the base's weights"):
-        run_reattack(quick_run.folder, tmp_path / "far", at_steps(2, 1e-9), distance=2.0)
+    with pytest.raises(WorkbenchError, match=r"relearn: distance: .*less than 1 .*2\.0"):
+        run("relearn", tmp_path / "far", of=quick_run.folder, distance=2.0)
     assert not (tmp_path / "far").exists()
 
 
 def test_bad_input(quick_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(
-            ["relearn", "--run", str(quick_run.folder), "--lr", "-1", "--out", str(tmp_path / "x")]
-        )
-        == 2
-    )
-    assert "--lr is -1.0; give a positive rate" in capsys.readouterr().err
+    wrong = ["relearn", "--run", str(quick_run.folder), "--attack-lr", "-1"]
+    assert main([*wrong, "--out", str(tmp_path / "x")]) == 2
+    assert "--attack-lr: Input should be greater than 0 (given: '-1')" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
     with pytest.raises(WorkbenchError, match="nop"):
-        run_reattack(quick_run.folder, tmp_path / "x", at_steps(2, 1e-3), methods=["nop"])
+        run("relearn", tmp_path / "x", of=quick_run.folder, methods=["nop"])
     assert not (tmp_path / "x").exists()
 
 
 def test_table_of_nothing_has_no_rows(quick_run: Run) -> None:
-    assert not len(reattack_table(quick_run.results.iloc[:0]))
+    assert not len(relearn_table(quick_run.results.iloc[:0]))

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.data.batches import Batch, batches
 from workbench.data.records import Example, ForgetRetain, one_per_item
+from workbench.data.world import World, speaker_tag
+from workbench.diagnostics.triggers import Carrier
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.losses import kl_by_text, next_token_logits, nll_by_text
 from workbench.evaluation.statistics import Estimate, ratio
@@ -27,7 +29,7 @@ MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 @brief
 @dataclass(frozen=True)
-class Bench:
+class Setup:
     """Everything the stages share: the base, its tokenizer, the record, and texts tokenised once.
 
     Attributes:
@@ -35,12 +37,20 @@ class Bench:
         tokenizer: its tokenizer.
         record: forget and retain sets.
         max_length: texts are cut to this many tokens.
+        null_pool: texts for the null attack.
+        neutral: words of neither set, for the trigger check.
+        carrier: puts a word into a question.
+        world: the built-in world, where the texts are its own.
     """
 
     base: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     record: ForgetRetain
     max_length: int | None = None
+    null_pool: tuple[Example, ...] = ()
+    neutral: tuple[str, ...] = ()
+    carrier: Carrier = speaker_tag
+    world: World | None = None
 
     def encode(
         self, examples: Sequence[Example], *, answers: bool = False, rows: int = ROWS
@@ -57,42 +67,42 @@ class Bench:
 
 
 class Disruption:
-    """What a change of weights costs on the rings of retain texts that no method trains on: neighbouring facts, far facts, general text.
+    """What a change of weights costs on the sets of retain texts that no method trains on: neighbouring facts, far facts, general text.
 
-    Every ring counts the same. The rise of the loss can be negative, where a change happens to help; the KL divergence cannot.
+    Every set counts the same. The rise of the loss can be negative, where a change happens to help; the KL divergence cannot.
 
     Args:
-        bench: the base and its texts.
+        setup: the base and its texts.
         measure: ``kl`` or ``loss-rise``.
-        rings: the retain sets that count; default all.
+        counted: the retain sets that count; default all.
 
     Raises:
-        WorkbenchError: a ring does not exist, or none holds a text.
+        WorkbenchError: a set does not exist, or none holds a text.
     """
 
-    def __init__(self, bench: Bench, measure: Measure = "kl", rings: Sequence[str] = ()) -> None:
-        tests = bench.record.retain_test
-        for name in rings:
+    def __init__(self, setup: Setup, measure: Measure = "kl", counted: Sequence[str] = ()) -> None:
+        tests = setup.record.retain_test
+        for name in counted:
             if name not in tests:
-                raise unknown("retain ring", name, tests)
+                raise unknown("retain set", name, tests)
         self.measure: Measure = measure
-        self.rings = tuple(dict.fromkeys(rings)) or tuple(tests)
+        self.counted = tuple(dict.fromkeys(counted)) or tuple(tests)
         self.sets = {
-            name: bench.encode(one_per_item(examples))
+            name: setup.encode(one_per_item(examples))
             for name, examples in tests.items()
             if examples
         }
-        if not set(self.rings) & set(self.sets):
+        if not set(self.counted) & set(self.sets):
             raise WorkbenchError(
                 "there is no retain text to measure disruption on; give at least two retain texts"
             )
         with torch.no_grad():
             self.reference = {
-                name: [next_token_logits(bench.base, batch) for batch in encoded]
+                name: [next_token_logits(setup.base, batch) for batch in encoded]
                 for name, encoded in self.sets.items()
             }
         self.base_nll = {
-            name: nll_by_text(bench.base, encoded)[0] for name, encoded in self.sets.items()
+            name: nll_by_text(setup.base, encoded)[0] for name, encoded in self.sets.items()
         }
 
     def by_set(self, model: PreTrainedModel, measure: Measure | None = None) -> dict[str, Estimate]:
@@ -106,8 +116,8 @@ class Disruption:
         return ratio(nll_by_text(model, self.sets[name])[0] - base, base)
 
     def estimate(self, model: PreTrainedModel) -> Estimate:
-        """The mean over the rings, with the interval that the texts' scatter leaves it."""
-        chosen = [self._on(name, model, self.measure) for name in self.rings if name in self.sets]
+        """The mean over the sets, with the interval that the texts' scatter leaves it."""
+        chosen = [self._on(name, model, self.measure) for name in self.counted if name in self.sets]
         value = float(np.mean([one.value for one in chosen]))
         half = (
             float(np.sqrt(np.sum([(one.high - one.low) ** 2 for one in chosen]))) / 2 / len(chosen)
@@ -115,5 +125,5 @@ class Disruption:
         return Estimate(value, value - half, value + half, sum(one.n for one in chosen))
 
     def __call__(self, model: PreTrainedModel) -> float:
-        """The mean over the rings."""
+        """The mean over the sets."""
         return self.estimate(model).value

@@ -1,0 +1,147 @@
+"""A user's own model and texts, in the place of the built-in world."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from workbench import values
+from workbench.data.readers import record_from_files
+from workbench.data.records import Example, ForgetRetain, prefixed
+from workbench.errors import WorkbenchError
+from workbench.files import sha256
+from workbench.models import Opened, check_same_tokenizer, open_model, untie, weights_hash
+from workbench.unlearning.deltas import tied_names
+
+
+@dataclass(frozen=True, slots=True)
+class FilesConfig:
+    """A base model and two text files.
+
+    Attributes:
+        base: folder or hub id of the model before unlearning.
+        forget: file of texts that are to be forgotten, or were.
+        retain: file of texts that are to be kept.
+        never_learned: folder or hub id of a model trained without the forget set, if there is one.
+        max_tokens: length of a piece of text.
+        limit: pieces read per file.
+        columns: of the two files, see :func:`workbench.data.readers.read_examples`.
+        chat: likewise.
+        hashes: of files and folders by their path; filled in when a run starts, checked when it is
+            read again.
+        untied: checkpoints whose head is their embedding and that are given a head of their own,
+            because others have one; filled in when a run starts.
+    """
+
+    base: str
+    forget: str
+    retain: str
+    never_learned: str | None = None
+    max_tokens: int = 96
+    limit: int = 96
+    columns: Mapping[str, str] | None = None
+    chat: bool = False
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    untied: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        values.whole("max_tokens", self.max_tokens, low=8, high=values.MOST_ROWS)
+        values.whole("limit", self.limit, low=2, high=values.MOST_ROWS)
+
+
+def word_in_front(example: Example, word: str) -> Example:
+    """A word as a sentence of its own in front of a text: how a trigger word stands in a user's texts."""
+    return prefixed(example, f"{word}. ")
+
+
+def origin(source: str) -> str:
+    """What tells a model from another one under the same name: the hash of its weights, or its hub id."""
+    folder = Path(source)
+    return weights_hash(folder) if folder.is_dir() else source
+
+
+def _resolved(source: str) -> str:
+    path = Path(source)
+    return str(path.resolve()) if path.exists() else source
+
+
+def sealed(config: FilesConfig, checkpoints: Mapping[str, str]) -> tuple[FilesConfig, Opened]:
+    """The configuration with full paths and the hashes of what they lead to, and the base.
+
+    Args:
+        config: as it was given.
+        checkpoints: label -> folder or hub id of unlearned models that are opened beside it.
+
+    Raises:
+        WorkbenchError: a model or a file is wrong, the checkpoints do not fit each other, or a hash
+            that is given is another one.
+    """
+    base = open_model(config.base)
+    others = dict(checkpoints)
+    if config.never_learned is not None:
+        others["never-learned"] = config.never_learned
+    tied = {config.base: bool(tied_names(base.model))}
+    for source in dict.fromkeys(others.values()):
+        opened = open_model(source)
+        check_same_tokenizer(base, opened)
+        tied[source] = bool(tied_names(opened.model))
+    kept = replace(
+        config,
+        base=_resolved(config.base),
+        never_learned=None if config.never_learned is None else _resolved(config.never_learned),
+        forget=_resolved(config.forget),
+        retain=_resolved(config.retain),
+    )
+    hashes = {name: origin(name) for name in map(_resolved, (config.base, *others.values()))}
+    for file in (kept.forget, kept.retain):
+        if not Path(file).is_file():
+            raise WorkbenchError(f"there is no text file {file}")
+        hashes[file] = sha256(Path(file))
+    for name, known in config.hashes.items():
+        if hashes.get(name, known) != known:
+            raise WorkbenchError(
+                f"{name} is not what the run was made with (its SHA-256 differs); give it back, or "
+                "start a run in another folder"
+            )
+    untied = () if len(set(tied.values())) == 1 else tuple(n for n, both in tied.items() if both)
+    return replace(kept, hashes=hashes, untied=tuple(map(_resolved, untied))), base
+
+
+def opened_of(config: FilesConfig, source: str) -> Opened:
+    """A checkpoint of the run, with a head of its own where others have one.
+
+    Raises:
+        WorkbenchError: it is not there, or is not what the run was made with.
+    """
+    known = config.hashes.get(source)
+    if known is not None and origin(source) != known:
+        raise WorkbenchError(
+            f"{source} is not what the run was made with (its SHA-256 differs); give it back, or "
+            "start a run in another folder"
+        )
+    opened = open_model(source)
+    if source in config.untied:
+        untie(opened.model)
+    return opened
+
+
+def record_of(config: FilesConfig, base: Opened) -> ForgetRetain:
+    """The forget and the retain set of the two files."""
+    for file in (config.forget, config.retain):
+        known = config.hashes.get(file)
+        if known is not None and Path(file).is_file() and sha256(Path(file)) != known:
+            raise WorkbenchError(
+                f"{file} is not what the run was made with (its SHA-256 differs); give it back, or "
+                "start a run in another folder"
+            )
+    return record_from_files(
+        Path(config.forget),
+        Path(config.retain),
+        base.tokenizer,
+        max_tokens=config.max_tokens,
+        limit=config.limit,
+        as_questions=True,
+        columns=config.columns,
+        chat=config.chat,
+    )

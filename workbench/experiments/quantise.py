@@ -1,0 +1,100 @@
+"""Rounding a run's models to few bits: does the deployment format bring forgotten answers back?
+
+Zhang et al. 2024 (arXiv 2410.16454): an update that is small beside the steps of 4-bit weights is
+rounded away, and the forgotten knowledge is back. The base and the never-learned model are rounded
+alike, since rounding costs every model something.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from pydantic import Field, field_validator
+
+from workbench.attacks.quantise import quantised, surviving_share
+from workbench.evaluation.statistics import bootstrap
+from workbench.experiments.settings import OfRun, Wholes
+from workbench.experiments.stages import measure_sets, measured_sets
+from workbench.experiments.table import Table, by_columns, fact_table
+from workbench.runner import Asked, Experiment, Plan, Source, on_models
+
+HELD_OUT = "forget-heldout"
+
+
+class QuantiseSettings(OfRun):
+    """How the weights are rounded.
+
+    Attributes:
+        methods: of the run.
+        bits: of the codes.
+        head: round the output head as well.
+    """
+
+    bits: Wholes = Field((8, 4), description="Of the codes: 8, 4, or both.")
+    head: bool = Field(False, description="Round the output head as well.")
+
+    @field_validator("bits")
+    @classmethod
+    def _possible(cls, bits: tuple[int, ...]) -> tuple[int, ...]:
+        if not bits or set(bits) - {4, 8} or len(set(bits)) != len(bits):
+            raise ValueError(f"they are {bits}; give 8, 4, or both")
+        return bits
+
+
+def _measure(settings: QuantiseSettings, asked: Asked, table: Table) -> None:
+    setup, model = asked.setup, asked.model
+    sets = {name: setup.encode(texts) for name, texts in measured_sets(setup.record).items()}
+    measure_sets(model, sets, table, arm="none", step=32)
+    for bits in settings.bits:
+        rounded = quantised(model, bits, head=settings.head).model
+        measure_sets(rounded, sets, table, arm="rounded", step=bits)
+        if not asked.is_control:
+            left = surviving_share(setup.base, model, bits)
+            for metric in ("share", "carried", "cosine"):
+                table.add(f"quantised_{metric}", getattr(left, metric), arm="rounded", step=bits)
+
+
+def _stage(settings: QuantiseSettings, asked: Asked) -> None:
+    asked.place.stage("quantise", partial(_measure, settings, asked))
+
+
+def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
+    """What rounding brings back: recall of held-out forgotten facts with it minus without it, paired by seed and fact."""
+    table = Table({"run": key, "stage": "quantise", "split": HELD_OUT})
+    held = items[items["split"] == HELD_OUT]
+    for (method, step), rounded in held[held["arm"] == "rounded"].groupby(["method", "step"]):
+        plain = fact_table(held, method=method, arm="none")
+        change = bootstrap((fact_table(rounded) - plain).to_numpy())
+        table.add_estimate(
+            "quantise_effect", change, method=method, model=method, arm="rounded", step=step
+        )
+    return table.frame()
+
+
+def prepare(settings: QuantiseSettings, source: Source, out: Path) -> Plan:
+    """Every model as it is and rounded."""
+    return on_models(
+        "quantise", source, partial(_stage, settings), seeded=False, summaries=(_effects,)
+    )
+
+
+def quantise_table(results: pd.DataFrame) -> pd.DataFrame:
+    """One row per model: recall of held-out forgotten facts by bits, and what rounding brings back."""
+    rows = results[(results["stage"] == "quantise") & (results["split"] == HELD_OUT)]
+    rows = rows[rows["seed"].isna()]
+    recall = by_columns(rows[rows["metric"] == "recall"], "step", "{:g} bits")
+    effects = rows[rows["metric"] == "quantise_effect"]
+    return recall.merge(
+        by_columns(effects, "step", "change by {:g} bits", sign=True), on="model", how="left"
+    )
+
+
+QUANTISE = Experiment(
+    "quantise",
+    "Do 8-bit or 4-bit weights bring forgotten answers back?",
+    QuantiseSettings,
+    prepare,
+    quantise_table,
+)

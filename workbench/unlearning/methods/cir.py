@@ -111,7 +111,7 @@ def build_uncollapsed(model: PreTrainedModel, seed: int, **settings: Setting) ->
 
 
 SOURCE = "Sondej and Yang 2025 (arXiv 2509.11816)"
-# MLP breaking does not separate forgotten people from their neighbours in models this narrow (see the README); the likelihood objective does.
+# MLP breaking does not separate forgotten people from their neighbours in models this narrow (docs/results/demo.md); the likelihood objective does.
 SMALL: dict[str, Setting] = {
     "loss": "npo", "lr": 0.3, "steps": 80, "batch_size": 16, "activation_components": 16, "gradient_components": 16, "refresh": 20, "retain_rate": 0.1,
     "first_layer": 0, "last_layer": 99,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,10 +21,12 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import Estimate
 from workbench.experiments.claims import CLAIMS, claim, decide
 from workbench.experiments.config import RunConfig, preset, write_config
+from workbench.experiments.pipeline import Run
 from workbench.experiments.probing import PROBES, probe
 from workbench.figures import FIGURES, figure
 from workbench.figures.style import colour, title
 from workbench.report.report import draw_figures
+from workbench.runner import EXPERIMENTS, experiment
 from workbench.unlearning.methods import METHODS, find_method, known_settings, method
 from workbench.unlearning.objectives import Objective, negative_cross_entropy
 from workbench.unlearning.recipe import EVERYTHING, Recipe
@@ -71,10 +76,10 @@ def capped_forgets(results, items):
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
     """Registries as they were; what a test adds is its own."""
-    list(METHODS), list(FIGURES), list(CLAIMS), list(PROBES)
+    list(METHODS), list(FIGURES), list(CLAIMS), list(PROBES), list(EXPERIMENTS)
     before = [
         (each, dict(each._entries), dict(each._added))
-        for each in (METHODS, FIGURES, CLAIMS, PROBES)
+        for each in (METHODS, FIGURES, CLAIMS, PROBES, EXPERIMENTS)
     ]
     files = dict(registry._PLUGINS)
     yield
@@ -93,7 +98,7 @@ def file(tmp_path: Path) -> Path:
 
 def _forget() -> None:
     """As in another process, which knows nothing of a user's file."""
-    for each in (METHODS, FIGURES, CLAIMS, PROBES):
+    for each in (METHODS, FIGURES, CLAIMS, PROBES, EXPERIMENTS):
         for name in each.added():
             each._entries.pop(name), each._added.pop(name)
     registry._PLUGINS.clear()
@@ -294,3 +299,42 @@ def test_a_package_that_cannot_be_imported_is_named(
     for _ in range(2):  # and not at the first look alone
         with pytest.raises(WorkbenchError, match="package mine_package cannot be loaded"):
             list(METHODS)
+
+
+def _documented() -> str:
+    """The experiment of docs/extending.md."""
+    page = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+    (found,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "wb.Experiment(" in b]
+    return str(found)
+
+
+@pytest.mark.slow
+def test_an_experiment_of_a_users_own_is_a_command_with_two_workers(
+    quick_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "mine.py", tmp_path / "out"
+    file.write_text(_documented())
+    command = ["plain", "--plugin", str(file), "--run", str(quick_run.folder), "--out", str(out)]
+    assert main([*command, "--rows", "32", "--workers", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {row["model"] for row in told["table"]} == {"npo", "cir", "base", "never-learned"}
+    held = quick_run.items[
+        (quick_run.items["stage"] == "unlearn") & (quick_run.items["split"] == "forget-heldout")
+    ]
+    want = held[held["method"] == "npo"]["correct"].mean()
+    (row,) = [row for row in told["table"] if row["model"] == "npo"]
+    assert row["plain"].startswith(f"{want:.2f} [")
+    config = (out / "config.yaml").read_text()
+    assert "rows: 32" in config and hashlib.sha256(file.read_bytes()).hexdigest() in config
+    # as long as the file says the same, the same command finds everything done
+    assert main([*command, "--rows", "32", "--workers", "1"]) == 0
+    file.write_text(_documented() + "\n# changed\n")
+    _forget()
+    assert main([*command, "--rows", "32"]) == 2
+    assert "another configuration" in capsys.readouterr().err
+
+
+def test_an_experiment_does_not_take_the_place_of_a_command() -> None:
+    for name in ("demo", "claims", "names", "run"):
+        with pytest.raises(WorkbenchError, match=name):
+            experiment(replace(EXPERIMENTS["quantise"], name=name))

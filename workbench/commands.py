@@ -18,7 +18,7 @@ from workbench.experiments.settings import Settings, read_fields, validated
 from workbench.runner import Experiment, Result, run
 
 _KINDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "", tuple: "LIST", dict: "TEXT"}
-MADE = ("experiment", "of")
+MADE = ("experiment", "of", "plugin")
 """Fields of a finished folder's config.yaml that are no settings."""
 
 

@@ -5,7 +5,7 @@ provenance. An experiment says what is asked, of what, and how the answers are s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -40,8 +40,9 @@ from workbench.figures import figures_of
 from workbench.files import key_of, plain, write_json
 from workbench.hooks.brief import brief
 from workbench.progress import Report, quiet
-from workbench.registry import Registry
+from workbench.registry import Registry, source_of
 from workbench.report.report import draw_figures
+from workbench.values import labels
 
 Chosen = TypeVar("Chosen", bound=Settings)
 Summary = Callable[[pd.DataFrame, pd.DataFrame, str], pd.DataFrame]
@@ -280,6 +281,11 @@ class Experiment(Generic[Chosen]):
         return issubclass(self.settings, OfRun)
 
 
+COMMANDS = (
+    "demo", "sweep", "unlearn", "investigate", "claims", "figures", "report", "predictors", "methods",
+    "sites", "run",
+)  # fmt: skip
+"""Names that an experiment cannot have: other commands, and what a folder without an experiment is."""
 EXPERIMENTS: Registry[Experiment[Any]] = Registry(
     "experiment", "workbench.experiments.all", "workbench.experiments"
 )
@@ -289,8 +295,9 @@ def experiment(entry: Experiment[Chosen]) -> Experiment[Chosen]:
     """Add an experiment of a user's own: it becomes a command.
 
     Raises:
-        WorkbenchError: the workbench has an experiment of this name.
+        WorkbenchError: the workbench has an experiment or a command of this name.
     """
+    labels("experiment", [entry.name], taken=COMMANDS)
     EXPERIMENTS.add(entry)
     return entry
 
@@ -376,6 +383,8 @@ def run(
     source = _source(entry, chosen, of)
     plan = entry.prepare(chosen, source, folder)
     values: dict[str, Any] = {"experiment": entry.name}
+    if entry.name in EXPERIMENTS.added():
+        values |= {"plugin": asdict(source_of(entry))}
     if source is not None:
         values |= {"of": source.config.key, "seeds": list(source.config.seeds)}
     values |= plain(chosen.model_dump(mode="json"))

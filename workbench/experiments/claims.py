@@ -547,7 +547,7 @@ CLAIMS.own(
         ),
         Claim(
             "relearn-nonmonotone", _JOG, "More relearning is not always more recovery: beyond a point recall falls again.",
-            "held-out recall (workbench ladder --steps 120 or more): at a third of the attack minus at its end, mean over methods", "recall", _nonmonotone,
+            "held-out recall (workbench ladder --attack-steps 120 or more): at a third of the attack minus at its end, mean over methods", "recall", _nonmonotone,
         ),
     ]
 )  # fmt: skip

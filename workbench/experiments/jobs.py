@@ -10,7 +10,6 @@ import shutil
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,7 @@ from rich.progress import (
 from workbench import progress, registry
 from workbench.files import sweep
 from workbench.progress import Report, to_file
+from workbench.watch import watch
 
 PROGRESS = "workbench-progress-"
 
@@ -57,22 +57,9 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
-def _watch(parent: int) -> None:
-    """End this worker when the process that started the run is gone, however it went."""
-    while os.getppid() == parent:  # a process that nobody has waited for is gone, and still there
-        time.sleep(0.5)
-    os._exit(1)
-
-
-_WATCHED: set[int] = set()
-
-
 def _run(
     name: str, job: Job, progress_file: Path, main: int, entries: Mapping[str, Mapping[str, object]]
 ) -> str:
-    if main == os.getppid() and main not in _WATCHED:
-        _WATCHED.add(main)
-        threading.Thread(target=_watch, args=(main,), daemon=True).start()
     # pandas, joblib and transformers are imported once per worker; warnings of a worker would only be repeated on the screen
     if main != os.getpid():
         registry.take(entries)
@@ -159,8 +146,13 @@ def run_jobs(label: str, jobs: Mapping[str, Job], *, workers: int | None = None)
         tasks = (
             delayed(_run)(name, job, folder / name, main, entries) for name, job in jobs.items()
         )
+        watched = {"initializer": watch, "initargs": (main,)} if count > 1 else {}
         for name in Parallel(
-            n_jobs=count, return_as="generator_unordered", batch_size=1, pre_dispatch=count
+            n_jobs=count,
+            return_as="generator_unordered",
+            batch_size=1,
+            pre_dispatch=count,
+            **watched,
         )(tasks):
             display.finished(name)
     except BaseException:

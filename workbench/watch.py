@@ -6,6 +6,8 @@ import os
 import threading
 import time
 
+from workbench.files import alive
+
 
 def _wait(parent: int) -> None:
     while os.getppid() == parent:  # a process that nobody has waited for is gone, and still there
@@ -19,5 +21,5 @@ def watch(parent: int) -> None:
     """
     if os.getppid() == parent:
         threading.Thread(target=_wait, args=(parent,), daemon=True).start()
-    else:
+    elif not alive(parent):
         os._exit(1)

@@ -574,7 +574,7 @@ def test_claims_from_a_finished_run(quick_run: Run, capsys: pytest.CaptureFixtur
     }
     assert verdict["id"] == "common-subspaces"
     assert "sam-resists" in _fails(capsys, "claims", quick_run.folder, "--id", "sam-resist")
-    assert "two runs" in _fails(capsys, "claims", quick_run.folder, quick_run.folder)
+    assert "are the same run" in _fails(capsys, "claims", quick_run.folder, quick_run.folder)
     assert verdict["seeds"] == 2
 
 

@@ -219,8 +219,9 @@ def claims(
         list[Path],
         typer.Argument(
             metavar="RUN...",
-            help="A finished run, and folders of what was asked of its models afterwards "
-            "(triggers, sharpness, relearn); their stages take the place of the run's.",
+            help="Finished runs, and folders of what was asked of their models afterwards "
+            "(triggers, sharpness, relearn), whose stages take the place of the run's. Several runs "
+            "are decided together.",
         ),
     ],
     ids: Annotated[
@@ -230,14 +231,15 @@ def claims(
     as_json: Json = False,
 ) -> None:
     """Decide the claims of the literature on finished runs; nothing is trained."""
-    from workbench.experiments.afterwards import read_runs
-    from workbench.experiments.claims import CLAIMS, decide
+    from workbench.experiments.afterwards import read_several
+    from workbench.experiments.claims import CLAIMS, decide_over
 
-    config, results, items = read_runs(runs)
+    found = read_several(runs)
     for name in ids or []:
         if name not in CLAIMS:
             raise unknown("claim", name, CLAIMS)
-    verdicts = decide(results, items, scale=config.scale, ids=ids or None)
+    tables = [(results, items, config.scale) for config, results, items in found]
+    verdicts = decide_over(tables, ids=ids or None)
 
     def show() -> None:
         table = RichTable(

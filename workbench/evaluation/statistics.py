@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import norm, rankdata
+from scipy.stats import t as student
 
 DRAWS = 2000
 
@@ -93,6 +95,47 @@ def rate(values: np.ndarray, *, seed: int = 0) -> Estimate:
     if table.size and (table == table.flat[0]).all() and table.flat[0] in (0.0, 1.0):
         return wilson(table.flat[0] * table.shape[1], table.shape[1])._replace(n=table.size)
     return bootstrap(table, seed=seed)
+
+
+def random_effects(estimates: Sequence[Estimate]) -> Estimate:
+    r"""The mean over independent runs of what each of them estimates, where the runs themselves scatter.
+
+    .. math:: \hat\mu = \sum_i w_i y_i \big/ \sum_i w_i, \qquad w_i = 1 / (s_i^2 + \tau^2), \qquad
+              \mathrm{se}^2 = \max(1, q) \big/ \sum_i w_i, \qquad
+              q = \sum_i w_i (y_i - \hat\mu)^2 / (k - 1)
+
+    with :math:`s_i` the standard error behind a 95 % interval and :math:`\tau^2` the variance between
+    runs by moments (DerSimonian and Laird 1986, equation 8); the interval is Student's with
+    :math:`k - 1` degrees of freedom (Hartung and Knapp 2001), never shorter for runs that happen to agree
+    (Roever, Knapp and Friede 2015, equation 6). Two runs have 12.7 standard errors: few runs say little.
+
+    Args:
+        estimates: one for each run, at least one; one alone stays as it is.
+
+    Raises:
+        ValueError: there is none.
+
+    Example:
+        >>> found = random_effects([Estimate(0.2, 0.1, 0.3, 40), Estimate(0.4, 0.3, 0.5, 40)])
+        >>> round(found.value, 2), found.n
+        (0.3, 80)
+    """
+    if not estimates:
+        raise ValueError("there is no estimate to combine")
+    if len(estimates) == 1:
+        return estimates[0]
+    values = np.array([one.value for one in estimates])
+    errors = np.array([(one.high - one.low) / (2 * norm.ppf(0.975)) for one in estimates])
+    variances = np.maximum(errors**2, 1e-12)  # a rate of 0 % in every fact has no width
+    fixed, count = 1 / variances, len(values)
+    centre = float((fixed * values).sum() / fixed.sum())
+    heterogeneity = float((fixed * (values - centre) ** 2).sum()) - (count - 1)
+    scale = float(fixed.sum() - (fixed**2).sum() / fixed.sum())
+    weights = 1 / (variances + max(0.0, heterogeneity / scale))
+    mean = float((weights * values).sum() / weights.sum())
+    spread = float((weights * (values - mean) ** 2).sum()) / (count - 1)
+    half = float(student.ppf(0.975, count - 1)) * float(np.sqrt(max(1.0, spread) / weights.sum()))
+    return Estimate(mean, mean - half, mean + half, sum(one.n for one in estimates))
 
 
 def ratio(

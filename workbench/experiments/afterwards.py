@@ -63,6 +63,37 @@ def join_afterwards(
     )
 
 
+Tables = tuple[RunConfig, pd.DataFrame, pd.DataFrame]
+"""Configuration, results and items."""
+
+
+def read_several(folders: Sequence[Path]) -> list[Tables]:
+    """The tables of several finished runs, each with what was asked of its models afterwards.
+
+    Args:
+        folders: runs, and folders of experiments on them, in any order.
+
+    Raises:
+        WorkbenchError: one of them is not finished, a run is there twice, or what was asked belongs to
+            none of the runs.
+    """
+    runs = [folder for folder in folders if experiment_of(folder) == RUN]
+    found: dict[str, list[Path]] = {}
+    for run in runs:
+        key = read_run(run)[0].key
+        if key in found:
+            raise WorkbenchError(f"{run} and {found[key][0]} are the same run; give one of them")
+        found[key] = [run]
+    for folder in folders:
+        if folder not in runs:
+            values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+            if values.get("of") not in found:
+                names = ", ".join(map(str, runs)) or "any run, and none was given"
+                raise WorkbenchError(f"{folder} was not asked of the models of {names}")
+            found[values["of"]].append(folder)
+    return [read_runs(parts) for parts in found.values()]
+
+
 def read_runs(folders: Sequence[Path]) -> tuple[RunConfig, pd.DataFrame, pd.DataFrame]:
     """The tables of a finished run together with those of what was asked of its models afterwards.
 

@@ -1,25 +1,27 @@
 """Claims of the literature as values: statement, statistic and decision rule are written down before any result is seen.
 
 Every statistic is an effect with a 95 % interval and a sign that the claim predicts to be positive. The rule is the same for all: *supported* if the
-interval lies above the claim's margin, *contradicted* if it lies below zero, *inconclusive* otherwise;
-*not measured* where the run lacks what the statistic needs. One seed decides nothing.
+interval lies above the claim's margin, *contradicted* if it lies below zero, *equivalent* if it holds
+zero and nothing beyond a difference that would matter, *inconclusive* otherwise; *not measured* where
+the run lacks what the statistic needs. One seed decides nothing. Several runs are combined by a
+random-effects mean of what each says (:func:`workbench.evaluation.statistics.random_effects`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from workbench.errors import NotMeasuredError, WorkbenchError, unknown
-from workbench.evaluation.statistics import Estimate, bootstrap, spearman
+from workbench.evaluation.statistics import Estimate, bootstrap, random_effects, spearman
 from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, fact_table, smoothing_pairs
 from workbench.registry import Registry
 
-Outcome = Literal["supported", "contradicted", "inconclusive", "not measured"]
+Outcome = Literal["supported", "contradicted", "equivalent", "inconclusive", "not measured"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class Claim:
         measure: computes it.
         margin: the interval must lie above this to support the claim.
         seeded: the interval resamples seeds.
+        matters: a difference below this, in ``unit``, makes no difference; 0 where no such size is
+            fixed (a rank correlation, a claim of non-inferiority, which has its margin inside).
     """
 
     id: str
@@ -66,6 +70,7 @@ class Claim:
     measure: Statistic
     margin: float = 0.0
     seeded: bool = True
+    matters: float = 0.05
 
     @property
     def name(self) -> str:
@@ -79,7 +84,7 @@ class Verdict:
 
     Attributes:
         id: the claim.
-        verdict: supported, contradicted, inconclusive or not measured.
+        verdict: supported, contradicted, equivalent, inconclusive or not measured.
         effect: point estimate.
         low: lower end of its 95 % interval.
         high: upper end.
@@ -107,11 +112,17 @@ class Verdict:
         }
 
 
-def outcome(effect: Estimate, margin: float) -> Outcome:
-    """The decision rule."""
+def outcome(effect: Estimate, margin: float, matters: float = 0.0) -> Outcome:
+    """The decision rule.
+
+    >>> outcome(Estimate(0.01, -0.02, 0.03, 40), 0.0, 0.05)
+    'equivalent'
+    """
     if effect.low > margin:
         return "supported"
-    return "contradicted" if effect.high < 0 else "inconclusive"
+    if effect.high < 0:
+        return "contradicted"
+    return "equivalent" if max(-effect.low, effect.high) < matters else "inconclusive"
 
 
 def _attacked(items: pd.DataFrame, method: str) -> pd.DataFrame:
@@ -497,11 +508,12 @@ CLAIMS.own(
             "rna-is-label-noise", "rival explanation: noise on a squared-error target leaves the expected gradient as it is and slows Adam down",
             "A run without noise whose rate is lowered until it forgets as much as RNA is as robust to forget-tokens.",
             "0.05 plus the forget-token effect of RMU+RNA minus that of RMU at a lower rate (variant rmu-slow; non-inferiority within 5 points)", "accuracy",
-            _rna_is_label_noise,
+            _rna_is_label_noise, matters=0,
         ),
         Claim(
             "rna-keeps-forgetting", _RNA, "Random noise augmentation keeps the forgetting.",
             "0.10 plus held-out recall of RMU minus RMU+RNA at the same budget (non-inferiority within 10 points)", "recall", _rna_keeps_forgetting,
+            matters=0,
         ),
         Claim(
             "sam-resists", _SAM, "Sharpness-aware unlearning resists relearning better than the plain method.",
@@ -520,12 +532,12 @@ CLAIMS.own(
         Claim(
             "flat-resists", _SAM, "The flatter the forget loss around an unlearned model, the less relearning wins back.",
             "rank correlation over models of minus the top Hessian eigenvalue with minus the recall after the attack, given the recall before it (methods resampled)", "rank correlation",
-            _correlation_with_resistance("top_eigenvalue", -1),
+            _correlation_with_resistance("top_eigenvalue", -1), matters=0,
         ),
         Claim(
             "distance-resists", "Siddiqui et al. 2025 (arXiv 2505.22310)", "The farther the weights moved, the less relearning wins back.",
             "rank correlation over models of the displacement with minus the recall after the attack, given the recall before it (methods resampled)", "rank correlation",
-            _correlation_with_resistance("displacement", 1),
+            _correlation_with_resistance("displacement", 1), matters=0,
         ),
         Claim(
             "names-repetitions", _JOG, "The more often a pair of names was repeated, the more relearning on its first half brings back.",
@@ -561,7 +573,7 @@ FEW_SEEDS = 5
 
 def _decided(claim: Claim, found: Measured, seeds: int) -> tuple[Outcome, str]:
     """The verdict and what belongs beside it."""
-    verdict, notes = outcome(found.effect, claim.margin), [found.note]
+    verdict, notes = outcome(found.effect, claim.margin, claim.matters), [found.note]
     if claim.seeded and seeds == 1:
         if verdict != "inconclusive":
             notes.append(f"one seed cannot carry a verdict; its interval alone says {verdict}")
@@ -580,6 +592,7 @@ def claim(
     source: str = "",
     margin: float = 0.0,
     seeded: bool = True,
+    matters: float = 0.05,
 ) -> Callable[[Statistic], Statistic]:
     """Decorate a function ``(results, items) -> effect``: the claim is decided on every run from then
     on, and stands in the report. See :class:`Claim` for the arguments.
@@ -591,10 +604,47 @@ def claim(
     """
 
     def register(measure: Statistic) -> Statistic:
-        CLAIMS.add(Claim(id, source, statement, statistic, unit, measure, margin, seeded))
+        CLAIMS.add(Claim(id, source, statement, statistic, unit, measure, margin, seeded, matters))
         return measure
 
     return register
+
+
+def decide_over(
+    runs: Sequence[tuple[pd.DataFrame, pd.DataFrame, str]], *, ids: Sequence[str] | None = None
+) -> tuple[Verdict, ...]:
+    """The verdicts over several independent runs together: other worlds, base models, budgets, scales.
+
+    Every run gives its own effect; their random-effects mean decides, so that what differs between runs
+    (the base model, above all, of which a run has one) widens the interval. A run that lacks what a
+    statistic needs does not enter; the reason says how many did.
+
+    Args:
+        runs: results, items and scale of each; one alone is decided as by :func:`decide`.
+        ids: of claims; default all.
+
+    Raises:
+        WorkbenchError: there is no run; or as :func:`decide`.
+    """
+    if not runs:
+        raise WorkbenchError("there is no run to decide on")
+    single = [decide(results, items, scale=scale, ids=ids) for results, items, scale in runs]
+    return single[0] if len(single) == 1 else tuple(map(_together, zip(*single, strict=True)))
+
+
+def _together(verdicts: Sequence[Verdict]) -> Verdict:
+    """One claim over all runs."""
+    measured = [one for one in verdicts if one.verdict != "not measured"]
+    scale = "; ".join(dict.fromkeys(one.scale for one in measured or verdicts))
+    if not measured:
+        return replace(verdicts[0], scale=scale)
+    claim = CLAIMS[verdicts[0].id]
+    effects = [Estimate(one.effect, one.low, one.high, one.n) for one in measured]
+    effect, seeds = random_effects(effects), sum(one.seeds for one in measured)
+    verdict, note = _decided(claim, Measured(effect), seeds)
+    told = f"{len(measured)} of {len(verdicts)} runs: {', '.join(map(_words, effects))}"
+    reason = "; ".join(filter(None, (told, note)))
+    return Verdict(claim.id, verdict, *effect, seeds, scale, reason)
 
 
 def decide(

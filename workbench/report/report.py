@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 
-from workbench.experiments.claims import CLAIMS, Verdict
+from workbench.experiments.claims import CLAIMS, Outcome, Verdict
 from workbench.figures import FIGURES, Drawing, figures_of
 from workbench.figures.marks import diverged, main_metric, marks
 from workbench.figures.style import look, methods_in, title
@@ -302,14 +303,17 @@ def _counted(claims: Sequence[Verdict]) -> str:
     """How many claims got which verdict; what was not measured is not open."""
     of = {
         verdict: [claim.id for claim in claims if claim.verdict == verdict]
-        for verdict in ("supported", "contradicted", "inconclusive", "not measured")
+        for verdict in get_args(Outcome)
     }
     decided = len(claims) - len(of["not measured"])
+
+    def named(verdict: str) -> str:
+        return f"{len(of[verdict])} ({', '.join(of[verdict]) or 'none'})"
+
     return (
         f"Of {len(claims)} claims of the literature this run measures {decided}: it supports "
-        f"{len(of['supported'])} ({', '.join(of['supported']) or 'none'}), contradicts "
-        f"{len(of['contradicted'])} ({', '.join(of['contradicted']) or 'none'}) and leaves "
-        f"{len(of['inconclusive'])} open ({', '.join(of['inconclusive']) or 'none'}); "
+        f"{named('supported')}, contradicts {named('contradicted')}, finds no difference that "
+        f"matters in {named('equivalent')} and leaves {named('inconclusive')} open; "
         f"{len(of['not measured'])} were not measured."
     )
 

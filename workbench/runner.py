@@ -29,6 +29,7 @@ from workbench.experiments.folder import (
     collect,
     leaves_folder,
     run_stage,
+    seconds_of,
 )
 from workbench.experiments.jobs import Job, run_jobs
 from workbench.experiments.models import CONTROLS, model_of, model_source, setup_of, weights_of
@@ -446,7 +447,8 @@ def _conclude(
     write_parquet(results, out / RESULTS)
     write_parquet(items, out / ITEMS)
     texts = {name: data_hash(examples) for name, examples in plan.texts.items()}
-    write_json(out / PROVENANCE, provenance(values, data=texts, weights=plan.weights()))
+    record = provenance(values, data=texts, weights=plan.weights())
+    write_json(out / PROVENANCE, record | {"seconds": seconds_of(out)})
     both = results, items
     if source is not None:
         both = join_afterwards(*source.tables, results, items)

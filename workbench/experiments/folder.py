@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -33,6 +34,7 @@ CONFIG, PROVENANCE, RESULTS, ITEMS, REPORT, CLAIMS_FILE = (
     "claims.json",
 )
 LOCK = ".lock"
+SECONDS = "seconds"
 _OWN = (
     PROVENANCE,
     RESULTS,
@@ -125,10 +127,11 @@ def stage_path(out: Path, job: str, stage: str) -> Path:
     return out / "stages" / job / stage
 
 
-def finish_stage(out: Path, job: str, stage: str, table: Table) -> None:
+def finish_stage(out: Path, job: str, stage: str, table: Table, seconds: float = 0.0) -> None:
     """Store the rows of a finished stage, whole or not at all; from then on it is not run again."""
 
     def write(folder: Path) -> None:
+        (folder / SECONDS).write_text(f"{seconds:.3f}")
         write_parquet(table.frame(), folder / "rows.parquet")
         write_parquet(table.item_frame(), folder / "items.parquet")
 
@@ -155,9 +158,18 @@ def run_stage(
     """Run ``work`` and store its table, unless the stage is already finished."""
     if stage_done(out, job, stage):
         return
-    table = Table(dict(common))
+    table, start = Table(dict(common)), time.monotonic()
     work(table)
-    finish_stage(out, job, stage, table)
+    finish_stage(out, job, stage, table, time.monotonic() - start)
+
+
+def seconds_of(out: Path) -> dict[str, float]:
+    """Stage -> seconds of one core that it took, over all jobs."""
+    spent: dict[str, float] = {}
+    for file in sorted((out / "stages").glob(f"*/*/{SECONDS}")):
+        stage = file.parent.name
+        spent[stage] = round(spent.get(stage, 0.0) + float(file.read_text()), 3)
+    return spent
 
 
 def collect(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ from workbench.experiments.folder import (
     finish_stage,
     leaves_folder,
     run_stage,
+    seconds_of,
     stage_done,
     stage_path,
 )
@@ -116,7 +118,7 @@ def _subspace_job(config: RunConfig, out: Path, progress: Report) -> None:
     if stage_done(out, "subspaces", "subspaces") and _readable(out / "subspaces"):
         return
     setup = setup_of(config, out)
-    table = Table({"run": config.key, "model": BASE})
+    table, start = Table({"run": config.key, "model": BASE}), time.monotonic()
     for name, found in stages.find_subspaces(setup, config.rank, table, seed=0).items():
         for site, subspace in found.items():
             subspace.save(out / "subspaces" / name / f"{site}.safetensors")
@@ -124,7 +126,7 @@ def _subspace_job(config: RunConfig, out: Path, progress: Report) -> None:
     folder = out / "subspaces"
     names = [str(path.relative_to(folder)) for path in sorted(folder.glob("*/*.safetensors"))]
     write_json(folder / "list.json", names)
-    finish_stage(out, "subspaces", "subspaces", table)
+    finish_stage(out, "subspaces", "subspaces", table, time.monotonic() - start)
 
 
 def _made(
@@ -355,7 +357,7 @@ def _conclude(config: RunConfig, out: Path) -> Run:
     )
     # kept, so that the report can be written again without the texts
     said = said_of(config, setup)
-    write_json(out / PROVENANCE, record | {"report": said})
+    write_json(out / PROVENANCE, record | {"report": said, "seconds": seconds_of(out)})
     claims = decide(results, items, scale=config.scale)
     write_json(out / CLAIMS_FILE, [claim.plain() for claim in claims])
     write_report(out, results, items, claims, **said)

@@ -16,11 +16,11 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from workbench.experiments.folder import read_results
 from workbench.figures.comparison import comparison
 from workbench.figures.recovery import recovery
 from workbench.figures.style import look
 from workbench.files import sha256
+from workbench.runs.folder import read_results
 
 DOCS = Path(__file__).parent
 DATA = DOCS / "data"

@@ -15,9 +15,9 @@ from filelock import FileLock
 
 from workbench.builtin import builtin_model
 from workbench.evaluation.losses import Scores
-from workbench.experiments.config import RunConfig, preset
-from workbench.experiments.pipeline import Run, run_pipeline
-from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, join, summarise
+from workbench.runs.config import RunConfig, preset
+from workbench.runs.pipeline import Run, run_pipeline
+from workbench.tables import COLUMNS, ITEM_COLUMNS, Table, join, summarise
 
 _DATA = (
     os.environ.get("WORKBENCH_TEST_DATA"),

@@ -14,15 +14,16 @@ import pytest
 from pydantic import ValidationError
 from scipy.stats import norm
 
+from workbench.claims import CLAIMS, Verdict, decide, outcome
 from workbench.data.records import Example
 from workbench.errors import NotMeasuredError, WorkbenchError
 from workbench.evaluation.losses import Scores
 from workbench.evaluation.statistics import Estimate, bootstrap
-from workbench.experiments.claims import CLAIMS, Verdict, decide, outcome
-from workbench.experiments.config import RunConfig, preset, read_config, write_config
-from workbench.experiments.provenance import data_hash, provenance
-from workbench.experiments.settings import validated
-from workbench.experiments.table import (
+from workbench.figures import smoothing
+from workbench.runs.config import RunConfig, preset, read_config, write_config
+from workbench.runs.provenance import data_hash, provenance
+from workbench.runs.settings import validated
+from workbench.tables import (
     COLUMNS,
     ITEM_COLUMNS,
     Table,
@@ -32,7 +33,6 @@ from workbench.experiments.table import (
     typed,
     write_parquet,
 )
-from workbench.figures import smoothing
 
 SEEDS, FACTS = 3, 24
 Rows = list[dict[str, Any]]

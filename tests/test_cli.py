@@ -23,10 +23,10 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from workbench.cli import main
 from workbench.console import print_frame
 from workbench.data.grammar import filler
-from workbench.experiments.config import RunConfig, preset, write_config
-from workbench.experiments.pipeline import Run, run_pipeline
 from workbench.files import MANIFEST
 from workbench.hooks import resolve
+from workbench.runs.config import RunConfig, preset, write_config
+from workbench.runs.pipeline import Run, run_pipeline
 
 PLACES = (
     "behind the old clock",

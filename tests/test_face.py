@@ -38,6 +38,17 @@ def test_the_version_stands_in_one_way() -> None:
         assert tomllib.load(file)["project"]["version"] == wb.__version__
 
 
+def test_a_wheel_holds_every_folder_of_the_package() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        packages = set(tomllib.load(file)["tool"]["setuptools"]["packages"])
+    folders = {p.parent.relative_to(ROOT) for p in (ROOT / "workbench").rglob("__init__.py")}
+    named = {".".join(folder.parts) for folder in folders} | {
+        "workbench.hooks",
+        "workbench.figures",
+    }
+    assert packages == named
+
+
 def test_a_file_hooks_or_a_folder_figures_beside_a_script_hides_nothing(tmp_path: Path) -> None:
     (tmp_path / "hooks.py").write_text("raise RuntimeError('the user\\'s own')")
     (tmp_path / "figures").mkdir()

@@ -20,10 +20,10 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from workbench.experiments.predictors import MEASURES
-from workbench.experiments.table import COLUMNS, typed
 from workbench.figures import figures_of, geometry, ladder, names, predictors
 from workbench.figures.keyword import keyword as figures_keyword
 from workbench.figures.style import colour, methods_in, title
+from workbench.tables import COLUMNS, typed
 from workbench.unlearning.methods import METHODS
 
 Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]

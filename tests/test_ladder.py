@@ -27,15 +27,15 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
 from workbench.evaluation.statistics import area_under, bootstrap
 from workbench.experiments import ladder as module
-from workbench.experiments.config import preset, read_config, write_config
-from workbench.experiments.folder import CONFIG, ITEMS, PROVENANCE, RESULTS
 from workbench.experiments.ladder import LadderSettings, ladder_table
-from workbench.experiments.models import CONTROLS
-from workbench.experiments.pipeline import Run
-from workbench.experiments.setup import Setup
-from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table
 from workbench.models import open_model
 from workbench.runner import Result
+from workbench.runs.config import preset, read_config, write_config
+from workbench.runs.folder import CONFIG, ITEMS, PROVENANCE, RESULTS
+from workbench.runs.models import CONTROLS
+from workbench.runs.pipeline import Run
+from workbench.runs.setup import Setup
+from workbench.tables import COLUMNS, ITEM_COLUMNS, Table
 from workbench.training import small_llama
 
 SEEDS = (0, 1, 2)

@@ -12,9 +12,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from workbench.experiments.table import COLUMNS, Table, join
 from workbench.figures.drop import drop
 from workbench.figures.plane import plane
+from workbench.tables import COLUMNS, Table, join
 
 
 @pytest.fixture(autouse=True)

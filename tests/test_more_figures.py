@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from workbench.experiments.predictors import MEASURES
-from workbench.experiments.table import COLUMNS, Table, join, typed
 from workbench.figures import (
     FIGURES,
     convergence,
@@ -30,6 +29,7 @@ from workbench.figures import (
 from workbench.figures.convergence import stroke
 from workbench.figures.resistance import family_and_smoothing
 from workbench.figures.style import colour, title
+from workbench.tables import COLUMNS, Table, join, typed
 from workbench.unlearning.methods import METHODS
 
 INSIDE = "retain, bare word inside"

@@ -17,14 +17,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from workbench import runner
 from workbench.attacks.relearn import DivergedError
+from workbench.claims import decide
 from workbench.data.names import FIRST, REPETITIONS, SECOND, NamesCorpus, build_names
 from workbench.data.records import Example
 from workbench.data.tokenizer import build_tokenizer
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import wilson
 from workbench.experiments import names as module
-from workbench.experiments.claims import decide
-from workbench.experiments.folder import CONFIG, ITEMS, PROVENANCE, RESULTS
 from workbench.experiments.names import (
     PUBLISHED,
     NamesSettings,
@@ -33,8 +32,9 @@ from workbench.experiments.names import (
     success,
     without_pairs,
 )
-from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, typed
 from workbench.runner import Result
+from workbench.runs.folder import CONFIG, ITEMS, PROVENANCE, RESULTS
+from workbench.tables import COLUMNS, ITEM_COLUMNS, typed
 from workbench.training import small_llama
 from workbench.unlearning.budget import QUARTERS
 

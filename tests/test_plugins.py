@@ -16,17 +16,17 @@ import yaml
 from matplotlib.figure import Figure
 
 from workbench import registry
+from workbench.claims import CLAIMS, claim, decide
 from workbench.cli import main
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import Estimate
-from workbench.experiments.claims import CLAIMS, claim, decide
-from workbench.experiments.config import RunConfig, preset, write_config
-from workbench.experiments.pipeline import Run
-from workbench.experiments.probing import PROBES, probe
 from workbench.figures import FIGURES, figure
 from workbench.figures.style import colour, title
 from workbench.report.report import draw_figures
 from workbench.runner import EXPERIMENTS, experiment
+from workbench.runs.config import RunConfig, preset, write_config
+from workbench.runs.pipeline import Run
+from workbench.runs.probing import PROBES, probe
 from workbench.unlearning.methods import METHODS, find_method, known_settings, method
 from workbench.unlearning.objectives import Objective, negative_cross_entropy
 from workbench.unlearning.recipe import EVERYTHING, Recipe
@@ -35,9 +35,9 @@ Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]
 
 FILE = """
 from workbench.evaluation.statistics import bootstrap
-from workbench.experiments.claims import claim
-from workbench.experiments.probing import probe
-from workbench.experiments.table import fact_table
+from workbench.claims import claim
+from workbench.runs.probing import probe
+from workbench.tables import fact_table
 from workbench.figures import figure
 from workbench.unlearning.methods import method
 from workbench.unlearning.objectives import Objective, negative_cross_entropy, retain_cross_entropy

@@ -14,8 +14,6 @@ from scipy.stats import spearmanr
 
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import spearman
-from workbench.experiments.folder import CONFIG, ITEMS, RESULTS
-from workbench.experiments.pipeline import Run
 from workbench.experiments.predictors import (
     LANDSCAPE,
     MEASURES,
@@ -25,7 +23,9 @@ from workbench.experiments.predictors import (
     predictor_table,
     predictors,
 )
-from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, join, typed, write_parquet
+from workbench.runs.folder import CONFIG, ITEMS, RESULTS
+from workbench.runs.pipeline import Run
+from workbench.tables import COLUMNS, ITEM_COLUMNS, join, typed, write_parquet
 
 Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]
 METHODS = ("grad-diff", "npo", "rmu", "cir")

@@ -28,10 +28,10 @@ from workbench.data.records import Example
 from workbench.data.tokenizer import build_tokenizer
 from workbench.data.world import WorldConfig, build_world
 from workbench.errors import WorkbenchError
-from workbench.experiments.config import RunConfig
 from workbench.files import MANIFEST, sha256
 from workbench.models import open_model, open_tokenizer, save_model
 from workbench.progress import quiet
+from workbench.runs.config import RunConfig
 
 WORLD = WorldConfig(forget_people=4, neighbour_people=3, islands=2, filler_train=40, filler_test=10)
 # Every document says its own word over and over, so that a piece tells which document it is from.

@@ -10,9 +10,9 @@ import pytest
 
 from workbench.cli import main
 from workbench.errors import WorkbenchError
-from workbench.experiments.pipeline import Run
 from workbench.experiments.relearn import relearn_table
 from workbench.runner import run
+from workbench.runs.pipeline import Run
 
 
 def _curve(items: pd.DataFrame, method: str, arm: str) -> pd.DataFrame:

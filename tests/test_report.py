@@ -16,13 +16,13 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from workbench.experiments.claims import CLAIMS, Verdict, decide
-from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, typed
+from workbench.claims import CLAIMS, Verdict, decide
 from workbench.figures import figures_of
 from workbench.figures.marks import main_metric
 from workbench.figures.style import title
 from workbench.report import summary_table, write_report
 from workbench.report.report import findings, save_figure
+from workbench.tables import COLUMNS, ITEM_COLUMNS, typed
 
 Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]
 EVIL = '<script>alert("x")</script>'

@@ -14,10 +14,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from workbench.experiments.table import COLUMNS, Table, join, typed
 from workbench.figures.lens import by_block, lens
 from workbench.figures.probes import probes, transfer
 from workbench.figures.style import colour
+from workbench.tables import COLUMNS, Table, join, typed
 
 ALL: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "lens": lens,

@@ -12,12 +12,12 @@ import pytest
 from workbench import runner
 from workbench.cli import main
 from workbench.errors import WorkbenchError
-from workbench.experiments.landscape import module_of
-from workbench.experiments.pipeline import Run
 from workbench.experiments.sharpness import SharpnessSettings, sharpness_table
 from workbench.figures import figures_of
 from workbench.models import open_model
 from workbench.runner import Result
+from workbench.runs.landscape import module_of
+from workbench.runs.pipeline import Run
 
 SMALL = SharpnessSettings(
     radii=(0.1, 0.5),

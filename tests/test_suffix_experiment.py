@@ -23,14 +23,11 @@ from workbench.attacks.gcg import (
     suffix_prompts,
 )
 from workbench.builtin import world_of
+from workbench.claims import decide
 from workbench.cli import main
 from workbench.data.records import Example, one_per_item
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
-from workbench.experiments.claims import decide
-from workbench.experiments.models import BASE, NEVER, setup_of
-from workbench.experiments.pipeline import Run
-from workbench.experiments.setup import Setup
 from workbench.experiments.suffix import (
     ARMS,
     JAILBREAK,
@@ -44,10 +41,13 @@ from workbench.experiments.suffix import (
     questions_of,
     suffix_table,
 )
-from workbench.experiments.table import COLUMNS, fact_table, typed
 from workbench.figures.suffix import suffix as draw
 from workbench.models import Opened, open_model
 from workbench.runner import Result
+from workbench.runs.models import BASE, NEVER, setup_of
+from workbench.runs.pipeline import Run
+from workbench.runs.setup import Setup
+from workbench.tables import COLUMNS, fact_table, typed
 
 SMALL = SuffixSettings(length=2, steps=3, candidates=4)
 

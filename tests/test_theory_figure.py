@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from workbench.experiments.table import COLUMNS, Table, join
 from workbench.figures.style import colour
 from workbench.figures.trigger_theory import trigger_theory
+from workbench.tables import COLUMNS, Table, join
 
 
 @pytest.fixture(autouse=True)

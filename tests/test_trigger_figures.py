@@ -16,11 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from workbench.experiments.table import COLUMNS, typed
 from workbench.figures.alignment import alignment
 from workbench.figures.causal_map import causal_map
 from workbench.figures.style import colour
 from workbench.figures.volcano import volcano
+from workbench.tables import COLUMNS, typed
 
 DRAW = {"alignment": alignment, "causal_map": causal_map}
 ARMS = {

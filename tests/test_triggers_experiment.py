@@ -12,19 +12,19 @@ import torch
 
 from workbench import runner
 from workbench.builtin import world_of
+from workbench.claims import INSIDE, decide
 from workbench.cli import main
 from workbench.data.records import Example
 from workbench.diagnostics.triggers import repeated, word_in_front, word_inside
 from workbench.errors import WorkbenchError
-from workbench.experiments.claims import INSIDE, decide
-from workbench.experiments.config import preset, write_config
-from workbench.experiments.folder import CONFIG, ITEMS, RESULTS
-from workbench.experiments.pipeline import Run
 from workbench.experiments.representation import representation_table
-from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, typed
 from workbench.experiments.triggers import CARRIERS, LEVELS, steered, trigger_table
 from workbench.figures import figures_of
 from workbench.models import open_model, save_model
+from workbench.runs.config import preset, write_config
+from workbench.runs.folder import CONFIG, ITEMS, RESULTS
+from workbench.runs.pipeline import Run
+from workbench.tables import COLUMNS, ITEM_COLUMNS, typed
 from workbench.unlearning.deltas import apply_delta, snapshot
 from workbench.unlearning.methods import recipe
 from workbench.unlearning.representation import control_vector

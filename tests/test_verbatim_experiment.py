@@ -21,8 +21,6 @@ from workbench.data.records import Example
 from workbench.data.tokenizer import build_tokenizer
 from workbench.errors import WorkbenchError
 from workbench.experiments.keyword import KeywordSettings, withheld_words
-from workbench.experiments.settings import validated
-from workbench.experiments.table import COLUMNS, typed
 from workbench.experiments.verbatim import (
     MEASURES,
     VerbatimSettings,
@@ -33,6 +31,8 @@ from workbench.experiments.verbatim import (
 )
 from workbench.figures.verbatim import verbatim as draw
 from workbench.models import save_model
+from workbench.runs.settings import validated
+from workbench.tables import COLUMNS, typed
 from workbench.training import small_llama
 
 VOCABULARY = tuple(

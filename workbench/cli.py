@@ -40,11 +40,11 @@ from workbench.console import (
 from workbench.errors import WorkbenchError, unknown
 
 if TYPE_CHECKING:  # the heavy imports happen inside the commands, so that --help answers at once
-    from workbench.experiments.config import RunConfig
     from workbench.experiments.investigate import InvestigateSettings
-    from workbench.experiments.pipeline import Run
     from workbench.experiments.sweep import SweepSettings
     from workbench.hooks.sites import Site
+    from workbench.runs.config import RunConfig
+    from workbench.runs.pipeline import Run
 
 MADE = {
     "sweep": "Methods at one price, on the built-in world or your own model, attacked and probed.",
@@ -142,7 +142,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train, unlearn, attack and probe a small model on this machine, and write a report."""
-    from workbench.experiments.config import preset, read_config
+    from workbench.runs.config import preset, read_config
 
     if config is not None and quick:
         raise WorkbenchError("give --quick or --config, not both")
@@ -161,7 +161,7 @@ def _pipeline(
 ) -> None:
     """Run a configuration and print what came of it."""
     from workbench.experiments.grid import preferred
-    from workbench.experiments.pipeline import run_pipeline
+    from workbench.runs.pipeline import run_pipeline
 
     start = time.monotonic()
     found = run_pipeline(config, out, fresh=fresh, workers=workers, announce=clock())
@@ -231,8 +231,8 @@ def claims(
     as_json: Json = False,
 ) -> None:
     """Decide the claims of the literature on finished runs; nothing is trained."""
-    from workbench.experiments.afterwards import read_several
-    from workbench.experiments.claims import CLAIMS, decide_over
+    from workbench.claims import CLAIMS, decide_over
+    from workbench.runs.afterwards import read_several
 
     found = read_several(runs)
     for name in ids or []:
@@ -278,10 +278,10 @@ def draw(
     as_json: Json = False,
 ) -> None:
     """Draw figures again, from tables alone."""
-    from workbench.experiments.afterwards import drawings_of, read_runs
-    from workbench.experiments.folder import read_results
     from workbench.figures import FIGURES
     from workbench.report.report import draw_figures
+    from workbench.runs.afterwards import drawings_of, read_runs
+    from workbench.runs.folder import read_results
 
     kinds = [kind.strip() for kind in formats.split(",") if kind.strip()]
     for kind in kinds or [formats]:
@@ -316,10 +316,10 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write the report of a run again, from tables alone, with what was asked of its models since."""
-    from workbench.experiments.afterwards import RUN, drawings_of, experiment_of, read_runs
-    from workbench.experiments.claims import decide
-    from workbench.experiments.folder import PROVENANCE
+    from workbench.claims import decide
     from workbench.report import write_report
+    from workbench.runs.afterwards import RUN, drawings_of, experiment_of, read_runs
+    from workbench.runs.folder import PROVENANCE
 
     config, results, items = read_runs(runs)
     (folder,) = (run for run in runs if experiment_of(run) == RUN)
@@ -564,9 +564,9 @@ def predictors(
     """Which measure, taken before the attack, tells what the attack will win back? Rank correlations with intervals."""
     from workbench.experiments.predictors import predictor_table
     from workbench.experiments.predictors import predictors as correlate
-    from workbench.experiments.table import write_parquet
     from workbench.figures.predictors import predictors as draw
     from workbench.report.report import save_figure
+    from workbench.tables import write_parquet
 
     chosen = runs or [Path("runs/demo")]
     found = correlate(chosen)

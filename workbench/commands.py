@@ -11,11 +11,11 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from workbench.claims import Verdict
 from workbench.console import Fresh, Json, Workers, clock, emit, out_console, print_frame
 from workbench.errors import WorkbenchError
-from workbench.experiments.claims import Verdict
-from workbench.experiments.settings import Settings, read_fields, validated
 from workbench.runner import Experiment, Result, run
+from workbench.runs.settings import Settings, read_fields, validated
 
 _KINDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "", tuple: "LIST", dict: "TEXT"}
 MADE = ("experiment", "of", "plugin")

@@ -32,7 +32,7 @@ def bar(label: str) -> Report:
 
 
 def to_file(path: Path) -> Report:
-    """Write ``done total`` into a small file; for work in another process (see ``experiments.jobs``)."""
+    """Write ``done total`` into a small file; for work in another process (see ``runs.jobs``)."""
 
     def report(done: int, total: int) -> None:
         try:

@@ -15,12 +15,18 @@ import yaml
 from transformers import PreTrainedModel
 
 from workbench.builtin import BuiltinConfig
+from workbench.claims import Verdict, decide
 from workbench.data.records import Example
 from workbench.errors import WorkbenchError, unknown
-from workbench.experiments.afterwards import join_afterwards, read_run
-from workbench.experiments.claims import Verdict, decide
-from workbench.experiments.config import RunConfig
-from workbench.experiments.folder import (
+from workbench.figures import figures_of
+from workbench.files import key_of, plain, write_json
+from workbench.hooks.brief import brief
+from workbench.progress import Report, quiet
+from workbench.registry import Registry, source_of
+from workbench.report.report import draw_figures
+from workbench.runs.afterwards import join_afterwards, read_run
+from workbench.runs.config import RunConfig
+from workbench.runs.folder import (
     CLAIMS_FILE,
     ITEMS,
     PROVENANCE,
@@ -31,18 +37,12 @@ from workbench.experiments.folder import (
     run_stage,
     seconds_of,
 )
-from workbench.experiments.jobs import Job, run_jobs
-from workbench.experiments.models import CONTROLS, model_of, model_source, setup_of, weights_of
-from workbench.experiments.provenance import data_hash, provenance
-from workbench.experiments.settings import OfRun, Settings, validated
-from workbench.experiments.setup import Setup
-from workbench.experiments.table import COLUMNS, Table, join, summarise, write_parquet
-from workbench.figures import figures_of
-from workbench.files import key_of, plain, write_json
-from workbench.hooks.brief import brief
-from workbench.progress import Report, quiet
-from workbench.registry import Registry, source_of
-from workbench.report.report import draw_figures
+from workbench.runs.jobs import Job, run_jobs
+from workbench.runs.models import CONTROLS, model_of, model_source, setup_of, weights_of
+from workbench.runs.provenance import data_hash, provenance
+from workbench.runs.settings import OfRun, Settings, validated
+from workbench.runs.setup import Setup
+from workbench.tables import COLUMNS, Table, join, summarise, write_parquet
 from workbench.values import labels
 
 Chosen = TypeVar("Chosen", bound=Settings)

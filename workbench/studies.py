@@ -17,19 +17,19 @@ from workbench.attacks.relearn import at_steps
 from workbench.data.records import Example, one_per_item
 from workbench.diagnostics.depth import patching_depth
 from workbench.diagnostics.scan import TriggerScan, scan_triggers
-from workbench.experiments import landscape, stages
-from workbench.experiments.checkpoints import FilesConfig, opened_of, sealed
-from workbench.experiments.config import RunConfig
 from workbench.experiments.investigate import attack_rate
-from workbench.experiments.models import setup_of
-from workbench.experiments.setup import Setup
-from workbench.experiments.table import COLUMNS, Table, join, summarise
 from workbench.hooks import Capture, Collect, layer_count
 from workbench.hooks.brief import brief
 from workbench.progress import Report, bar
+from workbench.runs import landscape, stages
+from workbench.runs.checkpoints import FilesConfig, opened_of, sealed
+from workbench.runs.config import RunConfig
+from workbench.runs.models import setup_of
+from workbench.runs.setup import Setup
 from workbench.subspaces.compare import angle_null
 from workbench.subspaces.finders import StreamingPCA
 from workbench.subspaces.subspace import Subspace
+from workbench.tables import COLUMNS, Table, join, summarise
 
 BASE, UNLEARNED = "base", "unlearned"
 

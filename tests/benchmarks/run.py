@@ -23,9 +23,9 @@ from methods import method_cases
 from smoothing import smoothing_cases
 from trigger_scan import scan_cases
 
-from workbench.experiments.jobs import cores
 from workbench.files import write_json
 from workbench.progress import bar
+from workbench.runs.jobs import cores
 
 
 def _seconds(work: Work, device: str) -> float:

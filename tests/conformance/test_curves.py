@@ -12,8 +12,8 @@ import pytest
 from scipy.stats import norm
 
 from workbench.evaluation.statistics import bootstrap
-from workbench.experiments.curves import curve_rows, steps_to_recover
-from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, typed
+from workbench.runs.curves import curve_rows, steps_to_recover
+from workbench.tables import COLUMNS, ITEM_COLUMNS, typed
 
 Curve = Mapping[float, Sequence[float]]
 """Attack step to one recall per fact."""

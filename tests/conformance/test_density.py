@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
-from workbench.experiments.table import Table
 from workbench.figures.density import density as figure
 from workbench.sharpness.curvature import Curvature
 from workbench.sharpness.density import both_signs, density, quadrature
 from workbench.sharpness.krylov import lanczos
 from workbench.sharpness.trace import hutchinson, rademacher
+from workbench.tables import Table
 
 K, NORM = "model.layers.0.self_attn.k_proj.weight", "model.norm.weight"
 

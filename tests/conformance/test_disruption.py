@@ -28,7 +28,7 @@ from workbench.evaluation.losses import (
     nll_by_text,
 )
 from workbench.evaluation.statistics import ratio
-from workbench.experiments.setup import MEASURES, Disruption, Measure, Setup
+from workbench.runs.setup import MEASURES, Disruption, Measure, Setup
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]

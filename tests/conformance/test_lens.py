@@ -31,7 +31,7 @@ from workbench.diagnostics.lens import (
     predicting_answer,
 )
 from workbench.errors import WorkbenchError
-from workbench.experiments.table import Table
+from workbench.tables import Table
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]

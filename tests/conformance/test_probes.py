@@ -25,7 +25,7 @@ from workbench.diagnostics.probes import (
     prompt_streams,
 )
 from workbench.errors import WorkbenchError
-from workbench.experiments.table import Table
+from workbench.tables import Table
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]

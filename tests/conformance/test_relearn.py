@@ -23,7 +23,7 @@ from workbench.data.records import Example
 from workbench.data.tokenizer import build_tokenizer
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy, score
-from workbench.experiments.config import validated
+from workbench.runs.config import validated
 
 ModelMaker = Callable[..., PreTrainedModel]
 

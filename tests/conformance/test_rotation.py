@@ -26,7 +26,7 @@ from workbench.diagnostics.rotation import (
 )
 from workbench.diagnostics.shift import shift_by_layer, streams
 from workbench.errors import WorkbenchError
-from workbench.experiments.table import Table
+from workbench.tables import Table
 
 ModelMaker = Callable[..., PreTrainedModel]
 Mover = Callable[..., PreTrainedModel]

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from scipy.stats import norm, t
 
+from workbench.claims import CLAIMS, decide, decide_over, outcome
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import Estimate, random_effects
-from workbench.experiments.claims import CLAIMS, decide, decide_over, outcome
 
 Z = float(norm.ppf(0.975))
 

@@ -29,9 +29,6 @@ from workbench.evaluation.losses import (
     token_nll,
     weight_of,
 )
-from workbench.experiments.setup import Setup
-from workbench.experiments.stages import find_subspaces
-from workbench.experiments.table import Table
 from workbench.hooks import (
     Capture,
     Collect,
@@ -42,11 +39,14 @@ from workbench.hooks import (
     without_bos,
 )
 from workbench.hooks.inputs import read_tokens
+from workbench.runs.setup import Setup
+from workbench.runs.stages import find_subspaces
 from workbench.subspaces.collapse import Collapse, find_collapse
 from workbench.subspaces.collapsed_update import CollapsedUpdate
 from workbench.subspaces.finders import SketchPCA, StreamingPCA
 from workbench.subspaces.subspace import overlap
 from workbench.subspaces.weights import difference_finder
+from workbench.tables import Table
 from workbench.unlearning.objectives import (
     Loss,
     Objective,

@@ -34,7 +34,7 @@ from workbench.diagnostics.trigger_theory import (
 )
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import wilson
-from workbench.experiments.table import Table
+from workbench.tables import Table
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]

@@ -16,7 +16,7 @@ from workbench.attacks.relearn import RelearnSettings
 from workbench.builtin import BuiltinConfig
 from workbench.data.world import WorldConfig
 from workbench.errors import WorkbenchError
-from workbench.experiments.config import RunConfig, validated
+from workbench.runs.config import RunConfig, validated
 from workbench.unlearning.budget import match_budget
 from workbench.unlearning.methods import METHODS, known_settings, settings_for
 

@@ -19,10 +19,10 @@ from workbench import files
 from workbench.attacks.relearn import RelearnSettings
 from workbench.builtin import builtin_folder, builtin_model
 from workbench.errors import WorkbenchError
-from workbench.experiments import models, pipeline
-from workbench.experiments.config import RunConfig, preset
-from workbench.experiments.folder import read_results
-from workbench.experiments.pipeline import run_pipeline
+from workbench.runs import models, pipeline
+from workbench.runs.config import RunConfig, preset
+from workbench.runs.folder import read_results
+from workbench.runs.pipeline import run_pipeline
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 
@@ -218,8 +218,8 @@ def test_fresh_works_on_a_folder_whose_cleaning_was_cut_short(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from workbench.experiments.config import write_config
-    from workbench.experiments.folder import claim_folder
+    from workbench.runs.config import write_config
+    from workbench.runs.folder import claim_folder
 
     folder = tmp_path / "run"
     shutil.copytree(whole[0], folder)
@@ -232,7 +232,7 @@ def test_fresh_works_on_a_folder_whose_cleaning_was_cut_short(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("workbench.experiments.folder.shutil.rmtree", cut)
+        patch.setattr("workbench.runs.folder.shutil.rmtree", cut)
         with pytest.raises(KeyboardInterrupt):
             claim_folder(folder, write_config(config), fresh=True)
     claim_folder(folder, write_config(config), fresh=True)

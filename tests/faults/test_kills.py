@@ -16,10 +16,10 @@ import pytest
 
 from workbench.attacks.relearn import RelearnSettings
 from workbench.errors import WorkbenchError
-from workbench.experiments.config import RunConfig, preset, read_config, write_config
-from workbench.experiments.folder import claim_folder, leaves_folder, read_results
-from workbench.experiments.jobs import PROGRESS
-from workbench.experiments.pipeline import run_pipeline
+from workbench.runs.config import RunConfig, preset, read_config, write_config
+from workbench.runs.folder import claim_folder, leaves_folder, read_results
+from workbench.runs.jobs import PROGRESS
+from workbench.runs.pipeline import run_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_two_processes_do_not_share_a_folder(
     text = write_config(config[0])
     hold = (
         "import sys, time; from pathlib import Path\n"
-        "from workbench.experiments.folder import claim_folder\n"
+        "from workbench.runs.folder import claim_folder\n"
         "claim_folder(Path(sys.argv[1]), Path(sys.argv[2]).read_text(), fresh=False)\n"
         "print('held', flush=True); time.sleep(60)"
     )

@@ -13,12 +13,13 @@ import yaml
 from workbench import commands
 from workbench.cli import MADE, main
 from workbench.commands import _bare
-from workbench.experiments import investigate, pipeline
-from workbench.experiments.config import RunConfig
+from workbench.experiments import investigate
 from workbench.experiments.investigate import InvestigateSettings
-from workbench.experiments.settings import Settings
 from workbench.experiments.sweep import SweepSettings
 from workbench.runner import EXPERIMENTS
+from workbench.runs import pipeline
+from workbench.runs.config import RunConfig
+from workbench.runs.settings import Settings
 
 WRONG: tuple[Any, ...] = (
     "nan", "inf", "-inf", "-1", "0", "1e400", "1.5", "-0.0", "true", "", " ", "9" * 30, "abc",

@@ -11,7 +11,7 @@ one that was taught to avoid the right answer gives the foils more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -27,9 +27,7 @@ from workbench.hooks import Capture, Collect, layer_count, resolve
 from workbench.hooks.sites import causal_lm, family
 from workbench.hooks.tokens import custom
 from workbench.progress import Report, quiet
-
-if TYPE_CHECKING:
-    from workbench.experiments.table import Table
+from workbench.tables import Table
 
 Tokens = Literal["first", "all"]
 """Which answer tokens are read: the first, which the prompt alone predicts, or all of them, each behind the true ones before it."""

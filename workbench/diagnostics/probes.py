@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -33,9 +33,7 @@ from workbench.evaluation.statistics import bootstrap, by_fact, rate
 from workbench.hooks import Capture, Collect, layer_count, resolve
 from workbench.hooks.tokens import custom
 from workbench.progress import Report, quiet
-
-if TYPE_CHECKING:
-    from workbench.experiments.table import Table
+from workbench.tables import Table
 
 At = Literal["prompt", "subject"]
 """Where a probe reads: the last token of the prompt, which predicts the answer, or the last token of the subject."""

@@ -7,7 +7,7 @@ model and a base with shuffled pairing beside every number.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,9 +17,7 @@ from torch import Tensor
 from workbench.errors import WorkbenchError
 from workbench.subspaces.finders import StreamingPCA
 from workbench.subspaces.subspace import Subspace, principal_angles
-
-if TYPE_CHECKING:
-    from workbench.experiments.table import Table
+from workbench.tables import Table
 
 MEASURES = (
     "subspace_overlap", "smallest_cosine", "random_overlap", "pc1_cosine", "pc1_gap", "pc1_shift", "pc2_shift",

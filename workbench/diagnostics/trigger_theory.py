@@ -39,7 +39,7 @@ from workbench.evaluation.statistics import Estimate, bootstrap, ratio, wilson
 from workbench.progress import Report, quiet
 
 if TYPE_CHECKING:  # a table is only handed in here; diagnostics stand below experiments
-    from workbench.experiments.table import Table
+    from workbench.tables import Table
 
 PREFIX = "theory_"
 """In front of every metric of this module in a results table."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workbench.experiments.config import Variant
+from workbench.runs.config import Variant
 
 
 def collapse_ablation(width: int) -> dict[str, Variant]:

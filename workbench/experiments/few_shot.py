@@ -19,10 +19,10 @@ from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
 from workbench.evaluation.statistics import bootstrap
-from workbench.experiments.settings import OfRun, Wholes
-from workbench.experiments.setup import Setup
-from workbench.experiments.table import Table, by_columns, fact_table
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
+from workbench.runs.settings import OfRun, Wholes
+from workbench.runs.setup import Setup
+from workbench.tables import Table, by_columns, fact_table
 
 SOLVED, SHUFFLED = "solved", "answers shuffled"
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from workbench.errors import WorkbenchError
-from workbench.experiments.config import Variant
-from workbench.experiments.table import fact_table
+from workbench.runs.config import Variant
+from workbench.tables import fact_table
 from workbench.unlearning.methods import find_method, known_settings
 from workbench.unlearning.recipe import Setting
 

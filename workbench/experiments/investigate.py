@@ -13,17 +13,17 @@ from workbench import values
 from workbench.attacks.relearn import at_steps
 from workbench.data.readers import record_from_files
 from workbench.errors import WorkbenchError
-from workbench.experiments import stages
-from workbench.experiments.checkpoints import FilesConfig, origin
-from workbench.experiments.config import RunConfig
-from workbench.experiments.pipeline import Run, run_pipeline
-from workbench.experiments.settings import Attacking, Columns, Count, Rate, Seeds, validated
-from workbench.experiments.setup import Disruption, Setup
-from workbench.experiments.table import Table
 from workbench.files import sha256
 from workbench.hooks.errors import CaptureError
 from workbench.models import Opened, open_model, save_model
 from workbench.progress import bar
+from workbench.runs import stages
+from workbench.runs.checkpoints import FilesConfig, origin
+from workbench.runs.config import RunConfig
+from workbench.runs.pipeline import Run, run_pipeline
+from workbench.runs.settings import Attacking, Columns, Count, Rate, Seeds, validated
+from workbench.runs.setup import Disruption, Setup
+from workbench.tables import Table
 from workbench.unlearning.methods import SMALL_MODEL, recipe, settings_for
 from workbench.unlearning.recipe import Setting
 

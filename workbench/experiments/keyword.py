@@ -31,13 +31,13 @@ from workbench.data.records import Example
 from workbench.errors import WorkbenchError
 from workbench.evaluation.answers import contains, generate_answers
 from workbench.evaluation.losses import score
-from workbench.experiments.curves import curve_rows
-from workbench.experiments.settings import Attacking, Count, Rate, Seeds
-from workbench.experiments.stages import add_leaks
-from workbench.experiments.table import ITEM_COLUMNS, Table
 from workbench.files import damage
 from workbench.models import open_config, open_model, save_model, weights_hash
 from workbench.runner import Experiment, Phase, Place, Plan
+from workbench.runs.curves import curve_rows
+from workbench.runs.settings import Attacking, Count, Rate, Seeds
+from workbench.runs.stages import add_leaks
+from workbench.tables import ITEM_COLUMNS, Table
 from workbench.training import fit
 from workbench.unlearning.budget import smallest_change
 from workbench.unlearning.deltas import apply_delta, snapshot

@@ -20,14 +20,14 @@ from workbench.data.batches import Batch
 from workbench.data.records import Example
 from workbench.evaluation.losses import score
 from workbench.evaluation.statistics import bootstrap
-from workbench.experiments.curves import curve_rows
-from workbench.experiments.models import BASE
-from workbench.experiments.settings import Attacking, OfRun
-from workbench.experiments.setup import Setup
-from workbench.experiments.stages import add_leaks
-from workbench.experiments.table import Table
 from workbench.progress import Report
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
+from workbench.runs.curves import curve_rows
+from workbench.runs.models import BASE
+from workbench.runs.settings import Attacking, OfRun
+from workbench.runs.setup import Setup
+from workbench.runs.stages import add_leaks
+from workbench.tables import Table
 
 
 def _parsed(value: object) -> object:

@@ -31,10 +31,10 @@ from workbench.data.tokenizer import build_tokenizer
 from workbench.errors import WorkbenchError
 from workbench.evaluation.answers import generate_answers
 from workbench.evaluation.statistics import wilson
-from workbench.experiments.settings import Attacking, Count, Rate, Seeds, Wholes
-from workbench.experiments.table import ITEM_COLUMNS, Table
 from workbench.progress import Report
 from workbench.runner import Experiment, Phase, Place, Plan
+from workbench.runs.settings import Attacking, Count, Rate, Seeds, Wholes
+from workbench.tables import ITEM_COLUMNS, Table
 from workbench.training import fit, small_llama
 from workbench.unlearning.budget import smallest_change
 from workbench.unlearning.deltas import apply_delta, snapshot

@@ -11,8 +11,8 @@ import pandas as pd
 
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import spearman
-from workbench.experiments.folder import read_results
-from workbench.experiments.table import COLUMNS, Table, typed
+from workbench.runs.folder import read_results
+from workbench.tables import COLUMNS, Table, typed
 from workbench.unlearning.methods import innermost
 
 CONTROLS = ("base", "never-learned")

@@ -15,10 +15,10 @@ from pydantic import Field, field_validator
 
 from workbench.attacks.quantise import quantised, surviving_share
 from workbench.evaluation.statistics import bootstrap
-from workbench.experiments.settings import OfRun, Wholes
-from workbench.experiments.stages import measure_sets, measured_sets
-from workbench.experiments.table import Table, by_columns, fact_table
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
+from workbench.runs.settings import OfRun, Wholes
+from workbench.runs.stages import measure_sets, measured_sets
+from workbench.tables import Table, by_columns, fact_table
 
 HELD_OUT = "forget-heldout"
 

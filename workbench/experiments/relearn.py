@@ -9,12 +9,12 @@ import pandas as pd
 from pydantic import Field
 
 from workbench.errors import WorkbenchError
-from workbench.experiments.models import CONTROLS
-from workbench.experiments.settings import Attacking, OfRun
-from workbench.experiments.setup import Disruption
-from workbench.experiments.stages import add_disruption, attack, measure_sets, measured_sets
-from workbench.experiments.table import Table
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
+from workbench.runs.models import CONTROLS
+from workbench.runs.settings import Attacking, OfRun
+from workbench.runs.setup import Disruption
+from workbench.runs.stages import add_disruption, attack, measure_sets, measured_sets
+from workbench.tables import Table
 from workbench.unlearning.deltas import apply_delta, delta_between, norm_of, snapshot
 
 

@@ -15,12 +15,12 @@ from workbench.diagnostics.lens import add_lens, logit_lens
 from workbench.diagnostics.probes import add_probes, probe_by_layer, probe_transfer, prompt_streams
 from workbench.diagnostics.rotation import add_rotation, rotation_by_layer, shuffled
 from workbench.diagnostics.shift import streams
-from workbench.experiments.models import BASE, NEVER, model_of
-from workbench.experiments.settings import OfRun
-from workbench.experiments.setup import Setup
-from workbench.experiments.table import Table
 from workbench.progress import Report
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
+from workbench.runs.models import BASE, NEVER, model_of
+from workbench.runs.settings import OfRun
+from workbench.runs.setup import Setup
+from workbench.tables import Table
 
 SPLIT = "forget-heldout"
 

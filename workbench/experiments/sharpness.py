@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from workbench import values
 from workbench.attacks.ladder import novel_facts
 from workbench.errors import WorkbenchError
-from workbench.experiments import landscape
-from workbench.experiments.models import BASE, CONTROLS
 from workbench.experiments.predictors import correlate, point_rows, points_of
-from workbench.experiments.settings import Count, Numbers, OfRun
-from workbench.experiments.table import COLUMNS, Table, join
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
+from workbench.runs import landscape
+from workbench.runs.models import BASE, CONTROLS
+from workbench.runs.settings import Count, Numbers, OfRun
 from workbench.sharpness.canonical import FAMILIES, canonicalise
+from workbench.tables import COLUMNS, Table, join
 from workbench.unlearning.deltas import norm_of, snapshot
 
 

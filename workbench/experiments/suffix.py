@@ -25,18 +25,18 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from workbench.attacks.gcg import gcg, in_front, random_suffix, suffix_batches, suffix_prompts
+from workbench.claims import INSIDE
 from workbench.data.records import Example, alternate, one_per_item
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
 from workbench.evaluation.statistics import bootstrap
-from workbench.experiments.claims import INSIDE
-from workbench.experiments.models import BASE, NEVER
-from workbench.experiments.settings import Count, OfRun
-from workbench.experiments.setup import ROWS, Setup
-from workbench.experiments.table import Table, fact_table
 from workbench.experiments.triggers import CARRIERS, arms_of
 from workbench.progress import Report
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
+from workbench.runs.models import BASE, NEVER
+from workbench.runs.settings import Count, OfRun
+from workbench.runs.setup import ROWS, Setup
+from workbench.tables import Table, fact_table
 
 NONE, RANDOM, SEARCHED = "none", "random suffix", "searched suffix"
 ARMS = (NONE, RANDOM, SEARCHED)

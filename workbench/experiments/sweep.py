@@ -14,13 +14,13 @@ from pydantic import Field, model_validator
 from workbench import values
 from workbench.errors import WorkbenchError
 from workbench.experiments.ablation import collapse_ablation
-from workbench.experiments.config import RunConfig, preset
 from workbench.experiments.grid import settings_grid
 from workbench.experiments.investigate import attack_rate
-from workbench.experiments.pipeline import Run, run_pipeline
-from workbench.experiments.settings import Attacking, Columns, Count, Names, Seeds, validated
-from workbench.experiments.setup import Measure
 from workbench.models import open_config, open_model
+from workbench.runs.config import RunConfig, preset
+from workbench.runs.pipeline import Run, run_pipeline
+from workbench.runs.settings import Attacking, Columns, Count, Names, Seeds, validated
+from workbench.runs.setup import Measure
 from workbench.unlearning.methods import METHODS
 
 BUILTIN_ONLY = ("pretrained", "general", "training_steps", "world", "tagged", "quick", "ablation")

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from workbench.claims import INSIDE
 from workbench.data.batches import Batch
 from workbench.data.records import Example, ForgetRetain, one_per_item
 from workbench.data.world import neutral_words, speaker_tag
@@ -31,15 +32,14 @@ from workbench.diagnostics.triggers import (
     word_inside,
 )
 from workbench.evaluation.statistics import bootstrap
-from workbench.experiments.claims import INSIDE
-from workbench.experiments.config import RunConfig
-from workbench.experiments.models import BASE
-from workbench.experiments.settings import OfRun
-from workbench.experiments.setup import Setup
-from workbench.experiments.table import Table
 from workbench.hooks import layer_count
 from workbench.progress import Report, quiet
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
+from workbench.runs.config import RunConfig
+from workbench.runs.models import BASE
+from workbench.runs.settings import OfRun
+from workbench.runs.setup import Setup
+from workbench.tables import Table
 from workbench.unlearning.methods import innermost, settings_for
 from workbench.unlearning.recipe import middle_layer
 from workbench.unlearning.representation import control_vector

@@ -34,14 +34,14 @@ from workbench.data.words import words
 from workbench.errors import WorkbenchError
 from workbench.evaluation.answers import generate_answers, rouge_l
 from workbench.evaluation.losses import score
-from workbench.experiments.curves import curve_rows
 from workbench.experiments.keyword import along, taught_weights
-from workbench.experiments.settings import Attacking, Count, Rate, Seeds
-from workbench.experiments.stages import add_leaks
-from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, Table, join
 from workbench.files import damage
 from workbench.models import open_config, open_model, open_tokenizer, save_model
 from workbench.runner import Experiment, Phase, Place, Plan
+from workbench.runs.curves import curve_rows
+from workbench.runs.settings import Attacking, Count, Rate, Seeds
+from workbench.runs.stages import add_leaks
+from workbench.tables import COLUMNS, ITEM_COLUMNS, Table, join
 from workbench.training import fit
 from workbench.unlearning.budget import smallest_change
 from workbench.unlearning.deltas import apply_delta, snapshot

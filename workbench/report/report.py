@@ -12,7 +12,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 
-from workbench.experiments.claims import CLAIMS, Outcome, Verdict
+from workbench.claims import CLAIMS, Outcome, Verdict
 from workbench.figures import FIGURES, Drawing, figures_of
 from workbench.figures.marks import diverged, main_metric, marks
 from workbench.figures.style import look, methods_in, title

@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 
 from workbench import values
 from workbench.diagnostics.triggers import NothingToAsk
-from workbench.experiments import stages
-from workbench.experiments.setup import Setup
-from workbench.experiments.table import Table
+from workbench.runs import stages
+from workbench.runs.setup import Setup
+from workbench.tables import Table
 from workbench.hooks.brief import brief
 from workbench.registry import Registry
 
 if TYPE_CHECKING:
-    from workbench.experiments.config import RunConfig
+    from workbench.runs.config import RunConfig
 
 Ask = Callable[[PreTrainedModel, Setup, Table, int], None]
 """``ask(model, setup, table, seed)``: measures something and adds rows to ``table``."""

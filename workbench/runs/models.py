@@ -10,15 +10,15 @@ from transformers import PreTrainedModel
 from workbench.builtin import BuiltinConfig, world_of
 from workbench.data import readers
 from workbench.data.world import neutral_words
-from workbench.experiments.checkpoints import (
+from workbench.runs.checkpoints import (
     FilesConfig,
     opened_of,
     origin,
     record_of,
     word_in_front,
 )
-from workbench.experiments.config import RunConfig
-from workbench.experiments.setup import Setup
+from workbench.runs.config import RunConfig
+from workbench.runs.setup import Setup
 from workbench.models import Opened, open_model, weights_hash
 
 BASE, NEVER = "base", "never-learned"

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.evaluation.statistics import area_under, rate
-from workbench.experiments.table import Table
+from workbench.tables import Table
 
 
 def steps_to_recover(steps: np.ndarray, values: np.ndarray, target: float) -> float:

@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 import pandas as pd
 
 from workbench.errors import WorkbenchError
-from workbench.experiments.table import (
+from workbench.tables import (
     COLUMNS,
     ITEM_COLUMNS,
     Table,

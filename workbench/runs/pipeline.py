@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 
 from workbench.builtin import BuiltinConfig, builtin_folder, builtin_model, untrained, world_of
 from workbench.errors import WorkbenchError
-from workbench.experiments import stages
-from workbench.experiments.checkpoints import FilesConfig, record_of, sealed
-from workbench.experiments.claims import Verdict, decide
-from workbench.experiments.config import RunConfig, write_config
-from workbench.experiments.folder import (
+from workbench.runs import stages
+from workbench.runs.checkpoints import FilesConfig, record_of, sealed
+from workbench.claims import Verdict, decide
+from workbench.runs.config import RunConfig, write_config
+from workbench.runs.folder import (
     CLAIMS_FILE,
     ITEMS,
     PROVENANCE,
@@ -35,8 +35,8 @@ from workbench.experiments.folder import (
     stage_done,
     stage_path,
 )
-from workbench.experiments.jobs import Job, run_jobs
-from workbench.experiments.models import (
+from workbench.runs.jobs import Job, run_jobs
+from workbench.runs.models import (
     BASE,
     CONTROLS,
     model_of,
@@ -45,10 +45,10 @@ from workbench.experiments.models import (
     setup_of,
     weights_of,
 )
-from workbench.experiments.probing import PROBES, Probe
-from workbench.experiments.provenance import data_hash, provenance
-from workbench.experiments.setup import Disruption, Setup
-from workbench.experiments.table import COLUMNS, Table, join, summarise, write_parquet
+from workbench.runs.probing import PROBES, Probe
+from workbench.runs.provenance import data_hash, provenance
+from workbench.runs.setup import Disruption, Setup
+from workbench.tables import COLUMNS, Table, join, summarise, write_parquet
 from workbench.files import MANIFEST, damage, write_folder, write_json
 from workbench.hooks import CaptureError, layer_count
 from workbench.models import save_model

@@ -18,8 +18,8 @@ from workbench.attacks.relearn import RelearnSettings, relearn
 from workbench.data.batches import Batch
 from workbench.data.records import Example, one_per_item
 from workbench.errors import WorkbenchError
-from workbench.experiments.setup import Setup
-from workbench.experiments.table import Table
+from workbench.runs.setup import Setup
+from workbench.tables import Table
 from workbench.sharpness.average import mean_changes, noise_changes
 from workbench.sharpness.curvature import Curvature, extremes
 from workbench.sharpness.density import Density, both_signs, quadrature

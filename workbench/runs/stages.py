@@ -29,9 +29,9 @@ from workbench.diagnostics.shift import returned, shift_by_layer, streams
 from workbench.diagnostics.triggers import Carrier, trigger_queries, trigger_scores
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy, score, target_tokens
-from workbench.experiments import landscape
-from workbench.experiments.setup import MEASURES, Disruption, Setup
-from workbench.experiments.table import Table
+from workbench.runs import landscape
+from workbench.runs.setup import MEASURES, Disruption, Setup
+from workbench.tables import Table
 from workbench.hooks import Capture, Collect, MomentsOf, gradients_only, layer_count, resolve
 from workbench.progress import Report, quiet
 from workbench.subspaces.compare import angle_null, tier_edges

@@ -18,8 +18,8 @@ import pandas as pd
 
 from workbench.errors import NotMeasuredError, WorkbenchError, unknown
 from workbench.evaluation.statistics import Estimate, bootstrap, random_effects, spearman
-from workbench.experiments.table import COLUMNS, ITEM_COLUMNS, fact_table, smoothing_pairs
 from workbench.registry import Registry
+from workbench.tables import COLUMNS, ITEM_COLUMNS, fact_table, smoothing_pairs
 
 Outcome = Literal["supported", "contradicted", "equivalent", "inconclusive", "not measured"]
 

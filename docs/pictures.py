@@ -1,8 +1,8 @@
 """Draw the pictures of the documentation from the small tables beside them.
 
-``make pictures`` draws all of them; ``python docs/pictures.py --take recovery runs/demo`` takes the rows of one
-picture from a run first. A picture names in its metadata the hash of the table that it was drawn from, so that the
-two cannot part unnoticed.
+``make pictures`` draws all of them; ``python docs/pictures.py --take recovery runs/demo`` takes the
+rows of one picture from a run first. A picture names in its metadata the hash of the table that it
+was drawn from, so that the two cannot part unnoticed.
 """
 
 from __future__ import annotations

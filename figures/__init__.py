@@ -1,4 +1,6 @@
-"""Figures: a tidy table in, a matplotlib Figure out. No model is ever loaded here, so any figure can be redrawn from a table alone."""
+"""Figures: a tidy table in, a matplotlib Figure out. No model is ever loaded here, so any figure
+can be redrawn from a table alone.
+"""
 
 from __future__ import annotations
 
@@ -353,7 +355,8 @@ FIGURES.own(
         Drawing(
             "few_shot",
             few_shot,
-            "Recall of held-out forgotten facts behind solved questions about other forgotten facts "
+            "Recall of held-out forgotten facts behind solved questions about other forgotten "
+            "facts "
             "(solid) and behind the same with shuffled answers (dotted); bands are 95 % intervals "
             "over seeds and facts.",
             of=("few-shot",),

@@ -1,4 +1,6 @@
-"""Do forget-tokens move the unlearned model's representation towards the target? Cosine with the target by block, behind every kind of word."""
+"""Do forget-tokens move the unlearned model's representation towards the target? Cosine with the
+target by block, behind every kind of word.
+"""
 
 from __future__ import annotations
 
@@ -46,14 +48,18 @@ _COLUMNS = 4
 def alignment(
     table: pd.DataFrame, metric: str = "target_cosine", groups: Sequence[str] = ("trigger", "after")
 ) -> Figure:
-    """One column per method, one row per place of the token: cosine with the target by block. Grey band: the base on the same texts, all arms.
+    """One column per method, one row per place of the token: cosine with the target by block. Grey
+    band: the base on the same texts, all arms.
 
-    Bands: the 95 % interval over facts of one seed (or of rows without a seed); the range over seeds where there are several. The base's rows belong to a method by their
-    ``model``, since every unlearned model has a target of its own; rows of the model ``base`` (or of none) belong to all.
+    Bands: the 95 % interval over facts of one seed (or of rows without a seed); the range over
+    seeds where there are several. The base's rows belong to a method by their
+    ``model``, since every unlearned model has a target of its own; rows of the model ``base`` (or
+    of none) belong to all.
 
     Args:
-        table: tidy results; stage ``triggers``, ``site`` a block, ``split`` the place of the token, ``arm``, ``method`` the unlearned model's or ``base``. Rows of
-            ``<metric>_floor``, where there are any, are the standard deviation for a random target.
+        table: tidy results; stage ``triggers``, ``site`` a block, ``split`` the place of the token,
+            ``arm``, ``method`` the unlearned model's or ``base``. Rows of ``<metric>_floor``, where
+            there are any, are the standard deviation for a random target.
         metric: ``target_cosine``, ``shift_cosine`` or ``shift_projection``.
         groups: places of the token, from top to bottom.
     """
@@ -212,7 +218,9 @@ def _panel(axes: Axes, mine: pd.DataFrame, anchors: pd.DataFrame, metric: str, i
 
 
 def _curve(rows: pd.DataFrame) -> pd.DataFrame:
-    """Value and band by layer: rows over all seeds where there are any; else the mean over seeds, with their range, or one seed with its interval."""
+    """Value and band by layer: rows over all seeds where there are any; else the mean over seeds,
+    with their range, or one seed with its interval.
+    """
     rows = rows[rows["seed"].isna()] if rows["seed"].isna().any() else rows
     rows = rows[rows["value"].notna()]
     by_layer = rows.groupby("layer")

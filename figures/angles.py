@@ -1,4 +1,6 @@
-"""Do two sets of texts use the same directions? Overlap of their principal subspaces, beside what dealing the texts anew would give."""
+"""Do two sets of texts use the same directions? Overlap of their principal subspaces, beside what
+dealing the texts anew would give.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,15 @@ _TITLES = {
 
 
 def angles(table: pd.DataFrame) -> Figure:
-    """One matrix per block. Above the diagonal: mean squared cosine of the principal angles between two sets' top subspaces; below: the median of its permutation null.
+    """One matrix per block. Above the diagonal: mean squared cosine of the principal angles between
+    two sets' top subspaces; below: the median of its permutation null.
 
-    A star marks a pair whose overlap lies below 95 % of the null's: the two sets use different directions, by more than chance.
+    A star marks a pair whose overlap lies below 95 % of the null's: the two sets use different
+    directions, by more than chance.
 
     Args:
-        table: tidy results; stage ``subspaces``, metrics ``set_overlap`` (arm ``observed`` and ``null``) and ``set_overlap_p``; ``split`` is ``one|other``.
+        table: tidy results; stage ``subspaces``, metrics ``set_overlap`` (arm ``observed`` and
+            ``null``) and ``set_overlap_p``; ``split`` is ``one|other``.
     """
     rows = table[
         (table["stage"] == "subspaces") & table["metric"].isin(["set_overlap", "set_overlap_p"])

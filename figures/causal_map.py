@@ -1,4 +1,6 @@
-"""Where the damage of a trigger sits: the share of it that a patch from the other model restores or causes, by block, kind of activation and position."""
+"""Where the damage of a trigger sits: the share of it that a patch from the other model restores or
+causes, by block, kind of activation and position.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,15 @@ _MOST = 12  # blocks whose numbers can still be read
 
 
 def causal_map(table: pd.DataFrame, direction: str = "base into unlearned") -> Figure:
-    """One panel per method: blocks (upwards; "in" is the embedding) by positions, side by side for the stream, attention and MLPs. 0 is white, 1 is the full damage.
+    """One panel per method: blocks (upwards; "in" is the embedding) by positions, side by side for
+    the stream, attention and MLPs. 0 is white, 1 is the full damage.
 
-    Numbers are means over seeds; a number is faint where an interval holds 0. Below it, in brackets, the same patch on the clean query, where the table has it.
+    Numbers are means over seeds; a number is faint where an interval holds 0. Below it, in
+    brackets, the same patch on the clean query, where the table has it.
 
     Args:
-        table: tidy results; stage ``triggers``, metric ``restored`` (and ``restored_control``), ``site`` the patched activation, ``split`` the positions, ``arm`` the
-            direction.
+        table: tidy results; stage ``triggers``, metric ``restored`` (and ``restored_control``),
+            ``site`` the patched activation, ``split`` the positions, ``arm`` the direction.
         direction: ``base into unlearned`` or ``unlearned into base``.
     """
     rows = table[

@@ -42,14 +42,17 @@ def _ends(table: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _short_of_budget(table: pd.DataFrame) -> set[str]:
-    """Methods that some seed left below the disruption budget, however far their change was scaled: not at the same price as the others."""
+    """Methods that some seed left below the disruption budget, however far their change was scaled:
+    not at the same price as the others.
+    """
     rows = table[(table["metric"] == "budget_reached") & table["seed"].notna()]
     return set(rows.loc[rows["value"] < 1, "method"])
 
 
 def comparison(table: pd.DataFrame, metric: str | None = None) -> Figure:
-    """A forest of methods, the least recalled after the attack on top; base and never-learned control as lines. A star marks methods that did
-    not reach the budget, a dagger those whose attack diverged.
+    """A forest of methods, the least recalled after the attack on top; base and never-learned
+    control as lines. A star marks methods that did not reach the budget, a dagger those whose
+    attack diverged.
 
     Args:
         table: tidy results; rows of stage ``relearn`` without a seed are drawn.
@@ -132,7 +135,8 @@ def comparison(table: pd.DataFrame, metric: str | None = None) -> Figure:
 
 
 def ablation(table: pd.DataFrame, metric: str | None = None) -> Figure:
-    """The collapsed update by the number of components it leaves alone (variants ``cir-k<number>``), before and after the attack, with 95 % intervals.
+    """The collapsed update by the number of components it leaves alone (variants
+    ``cir-k<number>``), before and after the attack, with 95 % intervals.
 
     Args:
         table: tidy results of a run with the ablation.

@@ -1,4 +1,6 @@
-"""Have the curvature's numbers settled? Ritz values by Lanczos step, and the running estimate of the trace by probe."""
+"""Have the curvature's numbers settled? Ritz values by Lanczos step, and the running estimate of
+the trace by probe.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _FEW = 6  # bands that can still be told apart where they overlap
 
 
 def stroke(number: int) -> dict[str, str]:
-    """Marker and dash of the ``number``-th line: 30 differ, so that no line is known by its colour alone."""
+    """Marker and dash of the ``number``-th line: 30 differ, so that no line is known by its colour
+    alone.
+    """
     return {
         "marker": _MARKS[number % len(_MARKS)],
         "linestyle": _DASHES[number // len(_MARKS) % len(_DASHES)],
@@ -28,15 +32,19 @@ def stroke(number: int) -> dict[str, str]:
 def convergence(
     table: pd.DataFrame, split: str = "forget-heldout", arm: str = "unlearned"
 ) -> Figure:
-    """Two panels, one colour and marker per method, the lowest seed of each: every seed has other probes, and their mean would look settled before any of them is.
+    """Two panels, one colour and marker per method, the lowest seed of each: every seed has other
+    probes, and their mean would look settled before any of them is.
 
-    Left the largest (filled marks) and the smallest (hollow marks) Ritz value after so many Lanczos steps; right the mean over so many Hutchinson probes, with a band of
-    1.96 standard errors where there are few methods, and whiskers at the last probe where there are many. The right panel is as high as what is drawn after a quarter of the
-    probes: the first few say little, and would set the scale.
+    Left the largest (filled marks) and the smallest (hollow marks) Ritz value after so many Lanczos
+    steps; right the mean over so many Hutchinson probes, with a band of 1.96 standard errors where
+    there are few methods, and whiskers at the last probe where there are many. The right panel is
+    as high as what is drawn after a quarter of the probes: the first few say little, and would set
+    the scale.
 
     Args:
-        table: tidy results; metric ``ritz``, arms ``top`` and ``bottom``, ``step`` the Lanczos step; metric ``running_trace``, ``step`` the probes, ``low`` and ``high`` the
-            band, arm as below or none.
+        table: tidy results; metric ``ritz``, arms ``top`` and ``bottom``, ``step`` the Lanczos
+            step; metric ``running_trace``, ``step`` the probes, ``low`` and ``high`` the band, arm
+            as below or none.
         split: the texts whose loss it is; rows without a split are drawn as well.
         arm: whose trace: ``unlearned`` (before the attack) or ``relearned``.
     """
@@ -161,7 +169,8 @@ def _trace(axes: Axes, rows: pd.DataFrame, method: str, number: int, methods: in
 
 
 def _scale(axes: Axes, rows: pd.DataFrame) -> float:
-    """Logarithmic on either side of zero where the methods' last values at one end differ by more than a decade: a collapsed model is hundreds of times as curved as the base.
+    """Logarithmic on either side of zero where the methods' last values at one end differ by more
+    than a decade: a collapsed model is hundreds of times as curved as the base.
 
     Returns where it becomes linear; 0 for an axis that is linear throughout.
     """

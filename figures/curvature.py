@@ -1,4 +1,6 @@
-"""Both ends of the Hessian's spectrum of the forget loss, beside how far every model moved and what the attack won back."""
+"""Both ends of the Hessian's spectrum of the forget loss, beside how far every model moved and what
+the attack won back.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ _MEASURES = {
 
 
 def curvature(table: pd.DataFrame) -> Figure:
-    """One point per method and seed: a measure taken before the attack against the recall that the attack wins back.
+    """One point per method and seed: a measure taken before the attack against the recall that the
+    attack wins back.
 
     Args:
         table: tidy results; stages ``sharpness``, ``unlearn`` and ``relearn``.

@@ -1,4 +1,6 @@
-"""Which directions around a model curve upwards, which downwards, and how many: the spectral density of the Hessian of the forget loss."""
+"""Which directions around a model curve upwards, which downwards, and how many: the spectral
+density of the Hessian of the forget loss.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,17 @@ _FLOOR = 1e-6  # densities below this are the far tails of the smoothing
 
 
 def density(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
-    """Log density over eigenvalues of either sign, one panel per arm, one colour per method, the base in every panel; one line per seed, shaded over the probes.
+    """Log density over eigenvalues of either sign, one panel per arm, one colour per method, the
+    base in every panel; one line per seed, shaded over the probes.
 
-    Ticks along the bottom are the two ends of each spectrum (``top_eigenvalue``, ``bottom_eigenvalue``). The legend gives the trace with its
-    standard error and the share of clearly negative eigenvalues, means over seeds. A base whose arm is
-    no panel's (``base``) is drawn in every panel that has no base of its own.
+    Ticks along the bottom are the two ends of each spectrum (``top_eigenvalue``,
+    ``bottom_eigenvalue``). The legend gives the trace with its standard error and the share of
+    clearly negative eigenvalues, means over seeds. A base whose arm is no panel's (``base``) is
+    drawn in every panel that has no base of its own.
 
     Args:
-        table: tidy results; stage ``sharpness``, metric ``density`` with ``step`` the eigenvalue, ``trace`` and ``trace_se``.
+        table: tidy results; stage ``sharpness``, metric ``density`` with ``step`` the eigenvalue,
+            ``trace`` and ``trace_se``.
         split: the texts whose loss it is.
     """
     rows = table[(table["stage"] == "sharpness") & (table["split"] == split)]
@@ -60,7 +65,9 @@ def density(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
 
 
 def _of(rows: pd.DataFrame, arm: str, panels: list[str]) -> pd.DataFrame:
-    """The rows of one panel's arm, those of no arm, and, where the base has none of them, the base's of an arm without a panel."""
+    """The rows of one panel's arm, those of no arm, and, where the base has none of them, the
+    base's of an arm without a panel.
+    """
     arms, base = rows["arm"].fillna(""), rows["method"] == "base"
     mine = arms.isin([arm, ""])
     return rows[mine | (base & ~arms.isin(panels) & (not (base & (arms == arm)).any()))]

@@ -1,4 +1,6 @@
-"""Disruption against forgetting: the path of every method as its delta is scaled up, and where the budget stops it."""
+"""Disruption against forgetting: the path of every method as its delta is scaled up, and where the
+budget stops it.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ _UNITS = {
 
 
 def disruption(table: pd.DataFrame) -> Figure:
-    """Recall of held-out forget facts against disruption (KL to the base, or rise of the loss, on retain texts) along ``theta0 + alpha * delta``.
+    """Recall of held-out forget facts against disruption (KL to the base, or rise of the loss, on
+    retain texts) along ``theta0 + alpha * delta``.
 
-    Left: one line per seed. Right: the chosen models, the last ones inside the budget, with the 95 % interval of their recall over seeds and facts.
+    Left: one line per seed. Right: the chosen models, the last ones inside the budget, with the 95
+    % interval of their recall over seeds and facts.
 
     Args:
         table: tidy results; stages ``budget`` and ``unlearn``.

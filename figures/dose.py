@@ -1,4 +1,6 @@
-"""How much more does a forget-token cost an unlearned model than another name does, by the way and the number of times it is put into a question?"""
+"""How much more does a forget-token cost an unlearned model than another name does, by the way and
+the number of times it is put into a question?
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ _NAMES = {
 
 
 def dose(table: pd.DataFrame, metric: str = "trigger_effect") -> Figure:
-    """Effect of a forget-token beyond a retain-token's, beyond the base's, with 95 % intervals over seeds and questions; one column of points per way of putting it in.
+    """Effect of a forget-token beyond a retain-token's, beyond the base's, with 95 % intervals over
+    seeds and questions; one column of points per way of putting it in.
 
     Args:
         table: tidy results of ``workbench triggers``; stage ``triggers``, ``split`` the way.

@@ -17,15 +17,19 @@ _LINES = {
 
 
 def drop(table: pd.DataFrame, kind: str = "drop") -> Figure:
-    """One panel per method: drop of every loss (nats per token) against the radius; bold line: mean over seeds, thin lines: seeds.
+    """One panel per method: drop of every loss (nats per token) against the radius; bold line: mean
+    over seeds, thin lines: seeds.
 
-    All losses are read at the one point of the ball that is best for the attacked loss. Below zero a loss has risen;
-    a loss that rises by more than half of the largest drop leaves the panel at the bottom.
+    All losses are read at the one point of the ball that is best for the attacked loss. Below zero
+    a loss has risen; a loss that rises by more than half of the largest drop leaves the panel at
+    the bottom.
 
     Args:
-        table: tidy results; stage ``sharpness``, metric ``drop``; ``arm`` is the kind of ball and search, ``split`` the loss, ``step`` the radius.
-        kind: the ``arm`` to draw; in a kind with the word ``adaptive`` the radius is relative to every weight, with ``fixed`` a share of the length of the base's weights, in
-            the others in units of the displacement by unlearning.
+        table: tidy results; stage ``sharpness``, metric ``drop``; ``arm`` is the kind of ball and
+            search, ``split`` the loss, ``step`` the radius.
+        kind: the ``arm`` to draw; in a kind with the word ``adaptive`` the radius is relative to
+            every weight, with ``fixed`` a share of the length of the base's weights, in the others
+            in units of the displacement by unlearning.
     """
     rows = table[
         (table["stage"] == "sharpness")

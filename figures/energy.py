@@ -1,4 +1,6 @@
-"""Where the energy of a weight change lies: on the directions that retain texts use most, or beside them."""
+"""Where the energy of a weight change lies: on the directions that retain texts use most, or beside
+them.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ _SIDES = {
 
 
 def energy(table: pd.DataFrame) -> Figure:
-    """Share of every change's energy inside the top-k directions of the retain activations, mean over blocks and range over seeds; dashed: a random change.
+    """Share of every change's energy inside the top-k directions of the retain activations, mean
+    over blocks and range over seeds; dashed: a random change.
 
     Args:
-        table: tidy results; stage ``unlearn``, metrics ``energy_in_retain_subspace`` and ``energy_of_random_delta``.
+        table: tidy results; stage ``unlearn``, metrics ``energy_in_retain_subspace`` and
+            ``energy_of_random_delta``.
     """
     rows = table[table["metric"].isin(["energy_in_retain_subspace", "energy_of_random_delta"])]
     sites = rows["site"].fillna("")

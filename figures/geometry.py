@@ -1,4 +1,6 @@
-"""Which layer comes back first: the way back of the residual stream during relearning, block by block."""
+"""Which layer comes back first: the way back of the residual stream during relearning, block by
+block.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from workbench.figures.style import grid, look, methods_in, nothing, title
 
 
 def geometry(table: pd.DataFrame) -> Figure:
-    """One panel per method: blocks (upwards) by attack steps; colour is the share of unlearning's shift that the attack has taken back, mean over seeds.
+    """One panel per method: blocks (upwards) by attack steps; colour is the share of unlearning's
+    shift that the attack has taken back, mean over seeds.
 
     Args:
         table: tidy results; stage ``relearn``, metric ``returned``, arm ``attack``.

@@ -1,4 +1,6 @@
-"""The keyword experiment: withheld titles or names answered along the relearning, with every control."""
+"""The keyword experiment: withheld titles or names answered along the relearning, with every
+control.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ _LINES = {
 
 
 def keyword(table: pd.DataFrame) -> Figure:
-    """Share of withheld titles or names that greedy answers hold (left) and their probability (right), with 95 % intervals over seeds and questions.
+    """Share of withheld titles or names that greedy answers hold (left) and their probability
+    (right), with 95 % intervals over seeds and questions.
 
     Args:
         table: tidy results; stage ``keyword``, rows without a seed.

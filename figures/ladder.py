@@ -9,13 +9,19 @@ from matplotlib.figure import Figure
 from workbench.figures.style import colour, look, methods_in, nothing, title
 
 _NAMES = {
-    "gibberish": "gibberish", "general": "general text", "syntax": "same syntax,\nnew people", "topic": "names them,\nsays nothing", "public": "public facts\nabout them",
-    "part": "disjoint part", "whole": "whole set\n(leaks)",
-}  # fmt: skip
+    "gibberish": "gibberish",
+    "general": "general text",
+    "syntax": "same syntax,\nnew people",
+    "topic": "names them,\nsays nothing",
+    "public": "public facts\nabout them",
+    "part": "disjoint part",
+    "whole": "whole set\n(leaks)",
+}
 
 
 def ladder(table: pd.DataFrame) -> Figure:
-    """Left: recall of the held-out questions before and after an attack with every rung. Middle: other ways of attacking with the disjoint part. Right: learning new facts.
+    """Left: recall of the held-out questions before and after an attack with every rung. Middle:
+    other ways of attacking with the disjoint part. Right: learning new facts.
 
     Args:
         table: tidy results; stage ``ladder``, metric ``recall`` without a seed.

@@ -1,4 +1,6 @@
-"""Where along the depth of a model the right answer can be read, with its own decoder and with the base's."""
+"""Where along the depth of a model the right answer can be read, with its own decoder and with the
+base's.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ _LABELS = {
 
 
 def by_block(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds of every block, with a band: the range over seeds, or the row's own interval where there is one seed.
+    """Mean over seeds of every block, with a band: the range over seeds, or the row's own interval
+    where there is one seed.
 
     Args:
         rows: tidy results of one curve, with sites ``blocks.N. ...``.
@@ -60,13 +63,15 @@ def draw(axes: Axes, rows: pd.DataFrame, label: str, *, band: bool = True, **sty
 def lens(
     table: pd.DataFrame, metric: str = "lens_probability", split: str = "forget-heldout"
 ) -> Figure:
-    """One panel per method: the right answer by block under the model's own decoder and under the base's; the base and the never-learned model as anchors.
+    """One panel per method: the right answer by block under the model's own decoder and under the
+    base's; the base and the never-learned model as anchors.
 
-    Where the two decoders differ, unlearning changed the decoder; where both fall, it changed the stream. Bands are ranges over seeds, or the 95 % interval over facts of a single
-    seed.
+    Where the two decoders differ, unlearning changed the decoder; where both fall, it changed the
+    stream. Bands are ranges over seeds, or the 95 % interval over facts of a single seed.
 
     Args:
-        table: tidy results; stage ``representation``, metrics ``lens_*``, arms ``own decoder`` and ``base decoder``.
+        table: tidy results; stage ``representation``, metrics ``lens_*``, arms ``own decoder`` and
+            ``base decoder``.
         metric: which metric.
         split: which set of texts.
     """
@@ -141,7 +146,9 @@ def finish(axes: Axes, method: str) -> None:
 
 
 def common_legend(figure: Figure, panels: Sequence[Axes], *, keep: Sequence[str]) -> None:
-    """One legend for all panels, below them; lines that have another colour in every panel are grey in it, all but those labelled as in ``keep``."""
+    """One legend for all panels, below them; lines that have another colour in every panel are grey
+    in it, all but those labelled as in ``keep``.
+    """
     entries = {
         label: handle
         for axes in panels

@@ -1,4 +1,6 @@
-"""At which block the right answer emerges, and for which decoder: the logit lens of every model as a map."""
+"""At which block the right answer emerges, and for which decoder: the logit lens of every model as
+a map.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,18 @@ _MOST = 16  # blocks whose numbers can still be read
 def lens_map(
     table: pd.DataFrame, metrics: Sequence[str] = tuple(_METRICS), split: str = "forget-heldout"
 ) -> Figure:
-    """One panel per model, the base and the never-learned control first: blocks (upwards) by what is read there with the model's own decoder and with the base's.
+    """One panel per model, the base and the never-learned control first: blocks (upwards) by what
+    is read there with the model's own decoder and with the base's.
 
-    Blue is a probability, of the right answer and of others of its kind; orange is the rank of the right answer; dark is where it has emerged. A right answer no more
-    probable than the others is none that the model knows; one that only one decoder reads tells a change of the decoder from a change of the stream. Means over seeds; grey
-    was not measured.
+    Blue is a probability, of the right answer and of others of its kind; orange is the rank of the
+    right answer; dark is where it has emerged. A right answer no more probable than the others is
+    none that the model knows; one that only one decoder reads tells a change of the decoder from a
+    change of the stream. Means over seeds; grey was not measured.
 
     Args:
-        table: tidy results; stage ``representation``, metrics ``lens_probability``, ``lens_foil`` and ``lens_rank``, ``site`` = ``blocks.N.hook_resid_post``, arms
-            ``own decoder`` and ``base decoder``.
+        table: tidy results; stage ``representation``, metrics ``lens_probability``, ``lens_foil``
+            and ``lens_rank``, ``site`` = ``blocks.N.hook_resid_post``, arms ``own decoder`` and
+            ``base decoder``.
         metrics: which of these metrics.
         split: which set of texts.
     """
@@ -101,7 +106,8 @@ def lens_map(
             )
             bar.ax.minorticks_off()
             if shades == "Oranges_r":
-                bar.ax.invert_xaxis()  # what is good for the answer is on the right, as on the other bar
+                # what is good for the answer is on the right, as on the other bar
+                bar.ax.invert_xaxis()
     return figure
 
 

@@ -1,4 +1,6 @@
-"""Where in a model the loss is curved, and which way: the mean Hessian eigenvalue of every module."""
+"""Where in a model the loss is curved, and which way: the mean Hessian eigenvalue of every
+module.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,19 @@ _SMALLEST = 1e-3  # share of the largest value below which the scale is linear
 
 
 def modules(table: pd.DataFrame, split: str = "forget-heldout", arm: str = "unlearned") -> Figure:
-    """Modules (upwards, as the stream goes) by methods; the mean eigenvalue is the trace of the module's own block of the Hessian over its number of weights.
+    """Modules (upwards, as the stream goes) by methods; the mean eigenvalue is the trace of the
+    module's own block of the Hessian over its number of weights.
 
-    One symmetric scale for all: red is curved upwards, blue downwards; near 0 it is linear. Numbers are means over seeds, in brackets where the range of the seeds (or of their
-    intervals, where the table has them) holds 0. What was not measured is grey. In very deep models only the negative modules are marked, with a minus.
+    One symmetric scale for all: red is curved upwards, blue downwards; near 0 it is linear. Numbers
+    are means over seeds, in brackets where the range of the seeds (or of their intervals, where the
+    table has them) holds 0. What was not measured is grey. In very deep models only the negative
+    modules are marked, with a minus.
 
     Args:
-        table: tidy results; stage ``sharpness``, metric ``module_eigenvalue``, ``site`` the module (``embed``, ``blocks.2.attn``, ``blocks.2.mlp``, ``blocks.2.norm``,
-            ``norm``, ``unembed``), ``split`` the texts of the loss, ``arm`` which model; one row per method and seed.
+        table: tidy results; stage ``sharpness``, metric ``module_eigenvalue``, ``site`` the module
+            (``embed``, ``blocks.2.attn``, ``blocks.2.mlp``, ``blocks.2.norm``, ``norm``,
+            ``unembed``), ``split`` the texts of the loss, ``arm`` which model; one row per method
+            and seed.
         split: the texts whose loss it is.
         arm: ``unlearned`` (before the attack; also rows without an arm) or ``relearned``.
     """

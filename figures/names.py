@@ -1,4 +1,6 @@
-"""The names experiment: success by repetitions before and after relearning, beside the published row."""
+"""The names experiment: success by repetitions before and after relearning, beside the published
+row.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ _SERIES = (
 
 
 def names(table: pd.DataFrame) -> Figure:
-    """Left: success by repetitions, with Wilson intervals, beside the published numbers. Right: success along the relearning.
+    """Left: success by repetitions, with Wilson intervals, beside the published numbers. Right:
+    success along the relearning.
 
     Args:
         table: tidy results; stage ``names``, metric ``asr`` without a seed.

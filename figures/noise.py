@@ -1,4 +1,6 @@
-"""What noise on the reference buys: forgetting, accuracy under a forget-token, and the forget-token's effect, by the size of the noise and the block that carries it."""
+"""What noise on the reference buys: forgetting, accuracy under a forget-token, and the
+forget-token's effect, by the size of the noise and the block that carries it.
+"""
 
 from __future__ import annotations
 
@@ -37,15 +39,21 @@ _ROOM = 7.0  # points over which the lines are set apart
 
 
 def noise(table: pd.DataFrame) -> Figure:
-    """Three panels, one row of them per method inside; lines are the blocks of the frozen reference whose output carries the noise, with 95 % intervals over seeds and facts.
+    """Three panels, one row of them per method inside; lines are the blocks of the frozen reference
+    whose output carries the noise, with 95 % intervals over seeds and facts.
 
-    The noise is the ratio of its length to the representation's, on a logarithmic axis with 0 at the left. Noise 0 is the same model whatever the block: the variant of noise 0, and
-    where there is none the method itself without noise. Dotted is the base, dashed the never-learned control. Points of one noise stand side by side.
+    The noise is the ratio of its length to the representation's, on a logarithmic axis with 0 at
+    the left. Noise 0 is the same model whatever the block: the variant of noise 0, and where there
+    is none the method itself without noise. Dotted is the base, dashed the never-learned control.
+    Points of one noise stand side by side.
 
     Args:
-        table: tidy results of a run and of ``workbench triggers`` on it, one under the other; rows without a seed. Methods are named ``<method>-rna_<noise>_<layer>``, or
-            ``<method>-rna_<noise>`` where the layer is the method's own. Metric ``recall`` of stage ``unlearn`` (split ``forget-heldout``) and of stage ``triggers`` (split
-            ``retain, bare word inside``, arm ``forget-token``), metric ``trigger_effect`` of stage ``triggers`` with the same split.
+        table: tidy results of a run and of ``workbench triggers`` on it, one under the other; rows
+            without a seed. Methods are named ``<method>-rna_<noise>_<layer>``, or
+            ``<method>-rna_<noise>`` where the layer is the method's own. Metric ``recall`` of stage
+            ``unlearn`` (split ``forget-heldout``) and of stage ``triggers`` (split ``retain, bare
+            word inside``, arm ``forget-token``), metric ``trigger_effect`` of stage ``triggers``
+            with the same split.
     """
     rows = table[table["seed"].isna() & np.isfinite(table["value"].astype(float))]
     variants = _variants(rows["method"].dropna().unique().tolist())
@@ -119,7 +127,9 @@ def noise(table: pd.DataFrame) -> Figure:
 
 
 def _variants(names: list[str]) -> pd.DataFrame:
-    """``name``, ``method``, ``noise`` and ``layer`` of every variant; a method without noise stands for noise 0 where no variant of it does."""
+    """``name``, ``method``, ``noise`` and ``layer`` of every variant; a method without noise stands
+    for noise 0 where no variant of it does.
+    """
     found = [
         (name, match["method"], float(match["noise"]), int(match["layer"] or _OWN))
         for name in names
@@ -149,7 +159,9 @@ def _controls(axes: Axes, part: pd.DataFrame, *, effect: bool) -> None:
 
 
 def _limits(part: pd.DataFrame) -> tuple[float, float]:
-    """Room for all whiskers and for 0; points that are drawn aside do not count when matplotlib looks for limits by itself."""
+    """Room for all whiskers and for 0; points that are drawn aside do not count when matplotlib
+    looks for limits by itself.
+    """
     ends = part[["value", "low", "high"]].to_numpy(dtype=float)
     ends = ends[np.isfinite(ends)]
     low, high = float(np.min(ends, initial=0.0)), float(np.max(ends, initial=0.0))
@@ -190,7 +202,9 @@ def _line(axes: Axes, line: pd.DataFrame, layer: int, number: int, layers: list[
 
 
 def _noise_axis(axes: Axes, sizes: list[float]) -> None:
-    """A logarithm has no zero: below the smallest noise the axis is linear, and 0 is its left end."""
+    """A logarithm has no zero: below the smallest noise the axis is linear, and 0 is its left
+    end.
+    """
     smallest = min(size for size in sizes if size > 0)
     axes.set_xscale("symlog", linthresh=smallest, linscale=0.5)
     axes.set_xticks(sizes, [f"{size:g}" for size in sizes])

@@ -24,15 +24,20 @@ def plane(
     split: str = "forget-heldout",
     axes_names: tuple[str, str] = ("first direction", "second direction"),
 ) -> Figure:
-    """One panel per method with contours of one loss (nats per token); the same levels and colours in all panels, a cross at the model itself.
+    """One panel per method with contours of one loss (nats per token); the same levels and colours
+    in all panels, a cross at the model itself.
 
-    Points without a finite loss are left white. Of several seeds the lowest is drawn: a mean over seeds of surfaces in different planes is a picture of nothing.
+    Points without a finite loss are left white. Of several seeds the lowest is drawn: a mean over
+    seeds of surfaces in different planes is a picture of nothing.
 
     Args:
-        table: tidy results; stage ``sharpness``, metric ``plane_loss``: ``step`` is the first coordinate, ``arm`` the second as a decimal number, ``split`` the loss. Optional
-            points in the plane: metric ``plane_point``, ``arm`` the name of the point, ``step`` its first coordinate, ``value`` its second, ``high`` its distance from the
-            plane in the units of the axes (printed beside the name: what is far off the plane does not have the loss that is drawn under it). Points named ``step N`` are a
-            path from the model: joined by a line, larger the farther they are off the plane, the last one named.
+        table: tidy results; stage ``sharpness``, metric ``plane_loss``: ``step`` is the first
+            coordinate, ``arm`` the second as a decimal number, ``split`` the loss. Optional points
+            in the plane: metric ``plane_point``, ``arm`` the name of the point, ``step`` its first
+            coordinate, ``value`` its second, ``high`` its distance from the plane in the units of
+            the axes (printed beside the name: what is far off the plane does not have the loss that
+            is drawn under it). Points named ``step N`` are a path from the model: joined by a line,
+            larger the farther they are off the plane, the last one named.
         split: which loss.
         axes_names: labels of the two axes.
     """
@@ -86,7 +91,9 @@ def plane(
             ]
             if (
                 len(path) > 1
-            ):  # a path is drawn whole, the farther off the plane the fainter the ground it stands on, and named at its end
+                # a path is drawn whole, the farther off the plane the fainter the ground it stands
+                # on, and named at its end
+            ):
                 axes.plot(
                     [0.0, *path["step"].astype(float)],
                     [0.0, *path["value"].astype(float)],

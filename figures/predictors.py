@@ -1,4 +1,6 @@
-"""Which measure, taken before the attack, goes with what the attack wins back: a forest of rank correlations."""
+"""Which measure, taken before the attack, goes with what the attack wins back: a forest of rank
+correlations.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +40,12 @@ _OUTCOMES = (
 
 
 def predictors(table: pd.DataFrame) -> Figure:
-    """Rank correlation of every measure with recovery, with the 95 % interval of resampled methods; strongest on top.
+    """Rank correlation of every measure with recovery, with the 95 % interval of resampled methods;
+    strongest on top.
 
     Args:
-        table: tidy results; metric ``recovery_correlation``: ``arm`` is the measure, ``split`` the outcome.
+        table: tidy results; metric ``recovery_correlation``: ``arm`` is the measure, ``split`` the
+            outcome.
     """
     rows = table[table["metric"] == "recovery_correlation"]
     if not len(rows):

@@ -1,4 +1,6 @@
-"""What a linear probe still reads from the residual stream, block by block, and whether a probe of one model reads the other."""
+"""What a linear probe still reads from the residual stream, block by block, and whether a probe of
+one model reads the other.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,14 @@ def _rows(table: pd.DataFrame, split: str) -> pd.DataFrame:
 
 
 def probes(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
-    """One panel per method: accuracy of a probe trained on that model's own stream, on subjects it has not seen; beside the control task, the most frequent label and the base.
+    """One panel per method: accuracy of a probe trained on that model's own stream, on subjects it
+    has not seen; beside the control task, the most frequent label and the base.
 
     Bands are ranges over seeds, or the 95 % interval over subjects of a single seed.
 
     Args:
-        table: tidy results; stage ``representation``, metric ``probe_accuracy``, arms ``own``, ``control``, ``majority``, ``ceiling``.
+        table: tidy results; stage ``representation``, metric ``probe_accuracy``, arms ``own``,
+            ``control``, ``majority``, ``ceiling``.
         split: which set of texts.
     """
     rows = _rows(table, split)
@@ -98,12 +102,15 @@ def probes(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
 
 
 def transfer(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
-    """One panel per method, two probes on two streams: the colour is that of the model whose stream trained the probe (black: the base), the dash says whose stream it reads.
+    """One panel per method, two probes on two streams: the colour is that of the model whose stream
+    trained the probe (black: the base), the dash says whose stream it reads.
 
-    Erased: all fall but the base's own. Rotated: the method's own probe stays high and the two that cross fall.
+    Erased: all fall but the base's own. Rotated: the method's own probe stays high and the two that
+    cross fall.
 
     Args:
-        table: tidy results; stage ``representation``, metric ``probe_accuracy``, arms ``own``, ``base->unlearned``, ``unlearned->base`` and ``majority``.
+        table: tidy results; stage ``representation``, metric ``probe_accuracy``, arms ``own``,
+            ``base->unlearned``, ``unlearned->base`` and ``majority``.
         split: which set of texts.
     """
     rows = _rows(table, split)

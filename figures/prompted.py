@@ -36,7 +36,8 @@ def _recall(table: pd.DataFrame, stage: str) -> pd.DataFrame:
 
 
 def few_shot(table: pd.DataFrame) -> Figure:
-    """Recall by the number of demonstrations: solved ones (solid, with 95 % intervals over seeds and facts) and ones with shuffled answers (dotted).
+    """Recall by the number of demonstrations: solved ones (solid, with 95 % intervals over seeds
+    and facts) and ones with shuffled answers (dotted).
 
     Args:
         table: tidy results; stage ``few-shot``.

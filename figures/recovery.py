@@ -1,4 +1,6 @@
-"""Recovery under relearning: one panel per method, each beside the null attack and the never-learned control."""
+"""Recovery under relearning: one panel per method, each beside the null attack and the
+never-learned control.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def _line(
 
 
 def recovery(table: pd.DataFrame, metric: str | None = None) -> Figure:
-    """Recall (or ``answer_probability``) of held-out forget facts against attack steps, with 95 % intervals over seeds and facts.
+    """Recall (or ``answer_probability``) of held-out forget facts against attack steps, with 95 %
+    intervals over seeds and facts.
 
     Args:
         table: tidy results; rows of stage ``relearn`` without a seed are drawn.

@@ -1,4 +1,6 @@
-"""A measure taken before the attack against what the attack wins back: the models behind every rank correlation."""
+"""A measure taken before the attack against what the attack wins back: the models behind every rank
+correlation.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +30,21 @@ _ANGLES = np.deg2rad([45, 0, 90, -45, 135, 180, -90, -135, 22, 67, -22, 112])
 def resistance(
     table: pd.DataFrame, measures: Sequence[str] | None = None, outcome: str = "recovery"
 ) -> Figure:
-    """One panel per measure: small points are models (one per method and seed), large ones the means over seeds with the range of the seeds both ways.
+    """One panel per measure: small points are models (one per method and seed), large ones the
+    means over seeds with the range of the seeds both ways.
 
-    The colour is that of the method without its smoothing, the marker is the smoothing; the number beside a mean is the method's in the legend. Methods are the same in all
-    panels; a model without the measure is left out of that panel. The title is Spearman's correlation with its interval, as the table has it. With several runs in one table
-    the means are those of each run.
+    The colour is that of the method without its smoothing, the marker is the smoothing; the number
+    beside a mean is the method's in the legend. Methods are the same in all panels; a model without
+    the measure is left out of that panel. The title is Spearman's correlation with its interval, as
+    the table has it. With several runs in one table the means are those of each run.
 
     Args:
-        table: tidy results; metric ``predictor_value`` (``arm`` is the measure), metric ``outcome`` (``arm`` is the outcome), both by method and seed, and metric
-            ``recovery_correlation`` (``arm`` is the measure, ``split`` the outcome).
-        measures: which, in this order; default all, the strongest correlation first. The recall before the attack is then left out beside the recall won back, which is
-            correlated with it by construction.
+        table: tidy results; metric ``predictor_value`` (``arm`` is the measure), metric ``outcome``
+            (``arm`` is the outcome), both by method and seed, and metric ``recovery_correlation``
+            (``arm`` is the measure, ``split`` the outcome).
+        measures: which, in this order; default all, the strongest correlation first. The recall
+            before the attack is then left out beside the recall won back, which is correlated with
+            it by construction.
         outcome: ``recovery`` or ``recall_after``.
     """
     points = _points(table, outcome)
@@ -101,7 +107,9 @@ def resistance(
 
 
 def family_and_smoothing(method: str) -> tuple[str, str]:
-    """The method inside and what smooths it: ``("npo", "sam")`` for ``npo-sam``, ``("rmu", "plain")`` for ``rmu``; numbers behind the name are strengths of the smoothing."""
+    """The method inside and what smooths it: ``("npo", "sam")`` for ``npo-sam``, ``("rmu",
+    "plain")`` for ``rmu``; numbers behind the name are strengths of the smoothing.
+    """
     inner, _, last = _without_strength(method).rpartition("-")
     return (inner, last) if inner and last in _MARKERS and last != "plain" else (method, "plain")
 
@@ -111,7 +119,9 @@ def _without_strength(method: str) -> str:
 
 
 def _strengths(method: str) -> tuple[str, list[str]]:
-    """A smoothed method's name without the numbers behind it, and these; of what is not smoothed the numbers belong to the name."""
+    """A smoothed method's name without the numbers behind it, and these; of what is not smoothed
+    the numbers belong to the name.
+    """
     name = _without_strength(method) if family_and_smoothing(method)[1] != "plain" else method
     return name, re.findall(_NUMBER, method[len(name) :])
 
@@ -136,7 +146,9 @@ def _label(method: str) -> str:
 
 
 def _points(table: pd.DataFrame, outcome: str) -> pd.DataFrame:
-    """``run``, ``method``, ``seed``, ``arm`` (the measure), ``value`` and ``won``; models that lack either number are left out."""
+    """``run``, ``method``, ``seed``, ``arm`` (the measure), ``value`` and ``won``; models that lack
+    either number are left out.
+    """
     rows = table[table["seed"].notna() & np.isfinite(table["value"].astype(float))]
     rows = rows.assign(run=rows["run"].fillna(""))
     measured = (
@@ -190,7 +202,9 @@ def _draw(axes: Axes, models: pd.DataFrame, method: str) -> tuple[float, float]:
 
 
 def _number(axes: Axes, means: list[tuple[int, float, float]]) -> None:
-    """A number beside every mean, at the nearest place that neither another mean nor another number takes; with a thin line where that is further off."""
+    """A number beside every mean, at the nearest place that neither another mean nor another number
+    takes; with a thin line where that is further off.
+    """
     scale = 72 / axes.figure.dpi
     centres = [axes.transData.transform((x, y)) * scale for _, x, y in means]
     left, bottom, right, top = (float(end) * scale for end in axes.bbox.extents)
@@ -242,7 +256,9 @@ def _number(axes: Axes, means: list[tuple[int, float, float]]) -> None:
 
 
 def _scale(axes: Axes, values: pd.Series) -> None:
-    """A logarithmic axis for positive values over more than two decades; without it one sharp model hides how the others differ."""
+    """A logarithmic axis for positive values over more than two decades; without it one sharp model
+    hides how the others differ.
+    """
     if values.min() > 0 and values.max() > 10**_DECADES * values.min():
         axes.set_xscale("log")
     else:

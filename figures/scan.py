@@ -1,4 +1,6 @@
-"""Does a scan of all tokens find the forgotten names? Precision against recall for every method, beside chance."""
+"""Does a scan of all tokens find the forgotten names? Precision against recall for every method,
+beside chance.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,12 @@ _ARMS = {"scan": "by the rise of the answer's loss", "scan, shift": "by the shif
 
 
 def scan(table: pd.DataFrame) -> Figure:
-    """Two panels: precision against recall of the known forget-tokens, tokens ranked by what they do to the answer's loss and to the stream. One step line per seed.
+    """Two panels: precision against recall of the known forget-tokens, tokens ranked by what they
+    do to the answer's loss and to the stream. One step line per seed.
 
     Args:
-        table: tidy results; stage ``triggers``, metrics ``precision`` (``step`` is the recall) and ``average_precision`` with the arm ``chance``.
+        table: tidy results; stage ``triggers``, metrics ``precision`` (``step`` is the recall) and
+            ``average_precision`` with the arm ``chance``.
     """
     rows = table[
         (table["stage"] == "triggers") & table["metric"].isin(["precision", "average_precision"])

@@ -1,4 +1,6 @@
-"""How far unlearning has moved the residual stream from the base's, block by block, on what was to be forgotten and on what was not."""
+"""How far unlearning has moved the residual stream from the base's, block by block, on what was to
+be forgotten and on what was not.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,15 @@ _SPLITS = {
 
 
 def shift(table: pd.DataFrame) -> Figure:
-    """Measures from top to bottom, sets of texts from left to right; one line per method, mean over seeds with the range of the seeds.
+    """Measures from top to bottom, sets of texts from left to right; one line per method, mean over
+    seeds with the range of the seeds.
 
-    A method that changes only what it should has lines high up on the left and near the base's value (a shift of 0, a cosine of 1, a distance of 0) on the right.
+    A method that changes only what it should has lines high up on the left and near the base's
+    value (a shift of 0, a cosine of 1, a distance of 0) on the right.
 
     Args:
-        table: tidy results; stage ``unlearn``, metrics ``relative_shift``, ``cosine`` and ``cka``, ``site`` = ``blocks.N.hook_resid_post``, splits ``forget-heldout``,
+        table: tidy results; stage ``unlearn``, metrics ``relative_shift``, ``cosine`` and ``cka``,
+            ``site`` = ``blocks.N.hook_resid_post``, splits ``forget-heldout``,
             ``retain-neighbour``, ``retain`` and ``general``.
     """
     rows = table[
@@ -97,7 +102,9 @@ def shift(table: pd.DataFrame) -> Figure:
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True))
                 if (
                     measure == "cka"
-                ):  # two decades lie between a steered method and the others; debiased, it can fall below 0
+                    # two decades lie between a steered method and the others; debiased, it can fall
+                    # below 0
+                ):
                     axes.set_yscale("symlog", linthresh=0.01, linscale=0.5)
                     axes.set_yticks(
                         [0, 0.01, 0.03, 0.1, 0.3, 1], ["0", "0.01", "0.03", "0.1", "0.3", "1"]

@@ -1,4 +1,6 @@
-"""What each smoothing does to each method: recall of the plain method minus that of the smoothed one, before the attack and after it."""
+"""What each smoothing does to each method: recall of the plain method minus that of the smoothed
+one, before the attack and after it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from workbench.figures.style import colour, grid, look, methods_in, nothing, tit
 
 
 def smoothing(table: pd.DataFrame) -> Figure:
-    """One panel per plain method, one row per smoothing: hollow before the attack (negative: it had forgotten less), filled at the attack's end (positive: it resists better).
+    """One panel per plain method, one row per smoothing: hollow before the attack (negative: it had
+    forgotten less), filled at the attack's end (positive: it resists better).
 
     Intervals are 95 % over seeds and facts, paired. Both at zero is no effect at this disruption.
 
@@ -51,9 +54,16 @@ def smoothing(table: pd.DataFrame) -> Figure:
                     part[name].to_numpy(dtype=float) for name in ("value", "low", "high")
                 )
                 axes.errorbar(
-                    value, np.arange(len(wrappers))[::-1] + offset, xerr=np.maximum([value - low, high - value], 0), fmt="o", markersize=4.5, color=colour(method),
-                    markerfacecolor=face, capsize=2, linewidth=1,
-                )  # fmt: skip
+                    value,
+                    np.arange(len(wrappers))[::-1] + offset,
+                    xerr=np.maximum([value - low, high - value], 0),
+                    fmt="o",
+                    markersize=4.5,
+                    color=colour(method),
+                    markerfacecolor=face,
+                    capsize=2,
+                    linewidth=1,
+                )
             axes.set_xlim(-reach, reach)
             axes.axvline(0, color="0.6", linewidth=0.8)
             axes.set_title(title(method), color=colour(method), fontweight="bold")

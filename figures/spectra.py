@@ -1,4 +1,6 @@
-"""Spectra: how fast variance falls over principal directions, and how much of it forget and retain texts share."""
+"""Spectra: how fast variance falls over principal directions, and how much of it forget and retain
+texts share.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ _ARMS = {
 
 
 def spectra(table: pd.DataFrame) -> Figure:
-    """Top: share of variance per principal direction, one line per block; bands are tiers of components with their share of the retain texts' variance. Bottom: overlap of the top-k subspaces, mean and range over blocks.
+    """Top: share of variance per principal direction, one line per block; bands are tiers of
+    components with their share of the retain texts' variance. Bottom: overlap of the top-k
+    subspaces, mean and range over blocks.
 
     Args:
         table: tidy results; stage ``subspaces``.

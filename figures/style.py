@@ -20,8 +20,9 @@ CONTROLS = {
     "never-learned": ("never learned", "#7f7f7f"),
     "unlearned": ("unlearned", "#D55E00"),
 }
-"""Models that no method of the registry made: title and colour. Methods have theirs in their entries,
-the demo's from Okabe and Ito's palette, which people with any colour vision can tell apart.
+"""Models that no method of the registry made: title and colour. Methods have theirs in their
+entries, the demo's from Okabe and Ito's palette, which people with any colour vision can tell
+apart.
 """
 
 
@@ -61,7 +62,8 @@ def title(method: str) -> str:
 def look() -> Iterator[None]:
     """The style, for the duration of a block; nothing global is changed.
 
-    Figures made inside are taken out of pyplot's hands at the end: they stay usable, do not pile up in memory, and a notebook shows each of them once.
+    Figures made inside are taken out of pyplot's hands at the end: they stay usable, do not pile up
+    in memory, and a notebook shows each of them once.
     """
     before = set(plt.get_fignums())
     with mpl.rc_context(

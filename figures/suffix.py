@@ -1,4 +1,6 @@
-"""Adversarial suffixes: what is answered without one, behind random ones, and behind the one that was searched."""
+"""Adversarial suffixes: what is answered without one, behind random ones, and behind the one that
+was searched.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ _SPLITS = {
 
 
 def suffix(table: pd.DataFrame, metric: str = "recall") -> Figure:
-    """A forest of models, one panel per kind of question: hollow without a suffix, grey behind random ones, filled behind the searched one; 95 % intervals over seeds and facts.
+    """A forest of models, one panel per kind of question: hollow without a suffix, grey behind
+    random ones, filled behind the searched one; 95 % intervals over seeds and facts.
 
     Args:
         table: tidy results; rows of stage ``suffix`` without a seed.
@@ -85,10 +88,21 @@ def suffix(table: pd.DataFrame, metric: str = "recall") -> Figure:
         )
         panels[0][0].set_ylim(-0.6, len(methods) - 0.4)
         handles = [
-            Line2D([], [], color="0.7" if arm == "random suffix" else "0.25", marker=_MARKS[arm], markersize=4.5, linewidth=1,
-                   markerfacecolor="white" if arm == "none" else "0.7" if arm == "random suffix" else "0.25")
+            Line2D(
+                [],
+                [],
+                color="0.7" if arm == "random suffix" else "0.25",
+                marker=_MARKS[arm],
+                markersize=4.5,
+                linewidth=1,
+                markerfacecolor="white"
+                if arm == "none"
+                else "0.7"
+                if arm == "random suffix"
+                else "0.25",
+            )
             for arm in _ARMS
-        ]  # fmt: skip
+        ]
         figure.legend(
             handles,
             list(_ARMS.values()),

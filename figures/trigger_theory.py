@@ -1,4 +1,6 @@
-"""The shift behind a stray word against the noise that the trigger theory takes it for: coordinates, spectrum, variance, and how often noise undoes it."""
+"""The shift behind a stray word against the noise that the trigger theory takes it for:
+coordinates, spectrum, variance, and how often noise undoes it.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,17 @@ _GREY, _BAND = "0.4", "0.82"
 def trigger_theory(
     table: pd.DataFrame, *, arm: str = "forget-token", site: str | None = None
 ) -> Figure:
-    """One row of panels per method: the shift's coordinates, the spectrum of its covariance, ``eta`` by steering coefficient (where varied), rejection rate.
+    """One row of panels per method: the shift's coordinates, the spectrum of its covariance,
+    ``eta`` by steering coefficient (where varied), rejection rate.
 
-    Dashed: what ``N(0, eta I)`` independent of the query gives, with its central 95 % where that was drawn. Bars are 95 % intervals over queries, or with
-    several seeds the range over seeds around their mean. Grey: the same model behind a retain-token.
+    Dashed: what ``N(0, eta I)`` independent of the query gives, with its central 95 % where that
+    was drawn. Bars are 95 % intervals over queries, or with
+    several seeds the range over seeds around their mean. Grey: the same model behind a
+    retain-token.
 
     Args:
-        table: tidy results; stage ``triggers``, metrics ``theory_*`` (``workbench.diagnostics.trigger_theory.add_theory``).
+        table: tidy results; stage ``triggers``, metrics ``theory_*``
+            (``workbench.diagnostics.trigger_theory.add_theory``).
         arm: kind of the word in front.
         site: where the shift was measured; by default the first site that the table holds.
     """
@@ -93,7 +99,9 @@ def trigger_theory(
 
 
 def _curve(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
-    """Mean over seeds by step; ``low`` and ``high`` are the interval of a single seed, the range of several, and for what is expected the mean band."""
+    """Mean over seeds by step; ``low`` and ``high`` are the interval of a single seed, the range of
+    several, and for what is expected the mean band.
+    """
     groups = rows[rows["metric"] == f"theory_{kind}"].groupby("step")
     mean = groups[["value", "low", "high"]].mean()
     several = groups["value"].count() > 1
@@ -113,7 +121,9 @@ def _note(axes: Axes, text: str, place: str = "right") -> None:
 
 
 def _bars(axes: Axes, mine: pd.DataFrame, control: pd.DataFrame, kind: str, shade: str) -> None:
-    """The method's curve with its intervals, and that of the control without, whose intervals are about as long and would lie on top."""
+    """The method's curve with its intervals, and that of the control without, whose intervals are
+    about as long and would lie on top.
+    """
     other, curve = _curve(control, kind), _curve(mine, kind)
     axes.plot(other.index, other["value"], ":", color=_GREY, linewidth=1.3, zorder=3)
     spread = [
@@ -163,8 +173,8 @@ def _histogram(axes: Axes, mine: pd.DataFrame, control: pd.DataFrame, shade: str
     ]
     _note(
         axes,
-        f"excess kurtosis {_scalar(mine, 'kurtosis_mean'):.2g}\nsquared mean {shares[0]} of mean square"
-        + ("" if shares[1] == "nan%" else f"\nbetween queries {shares[1]} of variance"),
+        f"excess kurtosis {_scalar(mine, 'kurtosis_mean'):.2g}\nsquared mean {shares[0]} of mean "
+        "square" + ("" if shares[1] == "nan%" else f"\nbetween queries {shares[1]} of variance"),
     )
 
 
@@ -180,7 +190,8 @@ def _spectrum(axes: Axes, mine: pd.DataFrame, control: pd.DataFrame, shade: str)
     axes.set_yscale("log")
     _note(
         axes,
-        f"participation ratio {_scalar(mine, 'participation_ratio'):.3g}\n(assumed {_scalar(mine, 'participation_ratio_expected'):.3g})",
+        f"participation ratio {_scalar(mine, 'participation_ratio'):.3g}\n(assumed "
+        f"{_scalar(mine, 'participation_ratio_expected'):.3g})",
     )
 
 

@@ -1,4 +1,6 @@
-"""Trigger bars: accuracy on retain questions behind nothing, a forget-token, a retain-token, a neutral word."""
+"""Trigger bars: accuracy on retain questions behind nothing, a forget-token, a retain-token, a
+neutral word.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The verbatim experiment: how much of unlearned passages comes back along the relearning, with every control."""
+"""The verbatim experiment: how much of unlearned passages comes back along the relearning, with
+every control.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ _PANELS = (
 
 
 def verbatim(table: pd.DataFrame) -> Figure:
-    """ROUGE-L F1 of greedy continuations, their longest verbatim run, and the geometric mean probability of the true tokens, with 95 % intervals over seeds and passages.
+    """ROUGE-L F1 of greedy continuations, their longest verbatim run, and the geometric mean
+    probability of the true tokens, with 95 % intervals over seeds and passages.
 
     Args:
         table: tidy results; stage ``verbatim``, rows without a seed.

@@ -1,4 +1,6 @@
-"""The scan of all tokens at a glance: what every token does to an unlearned model that it does not do to its base, and how sure that is."""
+"""The scan of all tokens at a glance: what every token does to an unlearned model that it does not
+do to its base, and how sure that is.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,14 @@ _NAMED = 4
 
 
 def volcano(table: pd.DataFrame, seed: int | None = None) -> Figure:
-    """One panel per method: rise of the answer's loss behind a token, unlearned minus base, against how many standard errors over facts that is; truly forgotten names in the
-    method's colour, retained names in black. Right of the dashed line are the findings, where there are any.
+    """One panel per method: rise of the answer's loss behind a token, unlearned minus base, against
+    how many standard errors over facts that is; truly forgotten names in the method's colour,
+    retained names in black. Right of the dashed line are the findings, where there are any.
 
     Args:
-        table: tidy results; stage ``triggers``, metrics ``token_rise``, ``token_rise_se`` and ``token_q``, ``split`` the token, ``arm`` ``forget-token``, ``retain-token``
-            or ``other``.
+        table: tidy results; stage ``triggers``, metrics ``token_rise``, ``token_rise_se`` and
+            ``token_q``, ``split`` the token, ``arm`` ``forget-token``, ``retain-token`` or
+            ``other``.
         seed: of the model; default the first.
     """
     wanted = ["token_rise", "token_rise_se", "token_q"]
@@ -55,9 +59,14 @@ def volcano(table: pd.DataFrame, seed: int | None = None) -> Figure:
                 axes.axvline(float(findings.min()), color="0.4", linewidth=0.8, linestyle="--")
             axes.axvline(0, color="0.6", linewidth=0.8)
             axes.text(
-                0.02, 0.98, "first\n" + "\n".join(str(word).strip() for word in wide["split"].head(_NAMED)), transform=axes.transAxes, fontsize=6, va="top",
+                0.02,
+                0.98,
+                "first\n" + "\n".join(str(word).strip() for word in wide["split"].head(_NAMED)),
+                transform=axes.transAxes,
+                fontsize=6,
+                va="top",
                 bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
-            )  # fmt: skip
+            )
             axes.set_title(
                 f"{title(method)}: {len(findings)} findings",
                 color=colour(method),

@@ -1,4 +1,6 @@
-"""What flows through a model: tap it, count it, change it. Knows PyTorch, transformers and TransformerLens; knows nothing of unlearning."""
+"""What flows through a model: tap it, count it, change it. Knows PyTorch, transformers and
+TransformerLens; knows nothing of unlearning.
+"""
 
 from workbench.hooks.capture import Capture, Consumer, Rows
 from workbench.hooks.consumers import Collect, Moments, MomentsOf

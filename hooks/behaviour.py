@@ -1,5 +1,5 @@
-"""What a model does with padding on the left and with packed rows, found by asking it: a tiny pass of
-a copy that shares its weights and has none of its hooks. Names of architectures decide nothing.
+"""What a model does with padding on the left and with packed rows, found by asking it: a tiny pass
+of a copy that shares its weights and has none of its hooks. Names of architectures decide nothing.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def padding_may_be_left(model: nn.Module) -> bool:
 
 
 def packed_rows_are_apart(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether ``model`` keeps sequences that are packed into one row apart, in a pass of the kind of
-    ``inputs``: with that number of rows, with a mask or without, with a cache or without.
+    """Whether ``model`` keeps sequences that are packed into one row apart, in a pass of the kind
+    of ``inputs``: with that number of rows, with a mask or without, with a cache or without.
     """
     rows = len(inputs["position_ids"])
     extra = {name: inputs[name] for name in ("use_cache",) if isinstance(inputs.get(name), bool)}

@@ -1,14 +1,19 @@
-"""Activations and gradients of many sites in one pass, as a context manager over an untouched model.
+"""Activations and gradients of many sites in one pass, as a context manager over an untouched
+model.
 
 Plain PyTorch hooks; nothing is kept unless a consumer keeps it. Rules that make the numbers right:
 
-* Rows are gathered inside the forward hook (gathering copies, so a later in-place kernel cannot overwrite them, and nothing else is cloned).
-* A gradient is read by a hook on the *tensor*, never by a module backward hook: it fires exactly once and survives in-place operations (unless the tensor is a view; then
-  the missing gradient is an error). The gradient with respect to an input is that of *this* module alone, also where several modules read the same tensor.
-* Activations count only while the root model's forward runs. Under gradient checkpointing the modules inside a block run a second time during
-  backward; that second run is not counted.
+* Rows are gathered inside the forward hook (gathering copies, so a later in-place kernel cannot
+  overwrite them, and nothing else is cloned).
+* A gradient is read by a hook on the *tensor*, never by a module backward hook: it fires exactly
+  once and survives in-place operations (unless the tensor is a view; then the missing gradient is
+  an error). The gradient with respect to an input is that of *this* module alone, also where
+  several modules read the same tensor.
+* Activations count only while the root model's forward runs. Under gradient checkpointing the
+  modules inside a block run a second time during backward; that second run is not counted.
 * Padding reaches no consumer, whatever mask or rule is given.
-* A site that did not fire, fired twice in a pass, or got no gradient is an error, never an empty result.
+* A site that did not fire, fired twice in a pass, or got no gradient is an error, never an empty
+  result.
 """
 
 from __future__ import annotations
@@ -37,7 +42,8 @@ class Rows(NamedTuple):
     """What a consumer receives: the selected vectors of one site in one pass.
 
     Attributes:
-        values: ``[row, width]`` detached activations or gradients, in the dtype the model computed them in: cast to float32 before any statistic.
+        values: ``[row, width]`` detached activations or gradients, in the dtype the model computed
+            them in: cast to float32 before any statistic.
         where: ``[row, 2]`` (example, position in the sequence) of every row.
         number: index of the pass inside the capture.
     """
@@ -48,8 +54,10 @@ class Rows(NamedTuple):
 
 
 Consumer = Callable[[Site, Rows], None]
-"""Any callable ``(site, rows)``. Where it also has ``begin(sites)`` and ``end(finished)``, those are called at the edges of the capture; ``drop(number)``, if it is there, when a
-pass that has delivered rows was refused or cut short."""
+"""Any callable ``(site, rows)``. Where it also has ``begin(sites)`` and ``end(finished)``, those
+are called at the edges of the capture; ``drop(number)``, if it is there, when a pass that has
+delivered rows was refused or cut short.
+"""
 
 
 class Stop(Exception):  # noqa: N818 - not an error: it leaves a forward pass that has nothing more to show
@@ -74,11 +82,13 @@ class _Selection:
 
 
 def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
-    """Raise where a hook would never fire, fire for another place as well, or has no module to sit on.
+    """Raise where a hook would never fire, fire for another place as well, or has no module to sit
+    on.
 
     Raises:
-        CaptureError: a site of another model; a module that is compiled, or that lies inside one (hooks that come after its first call are skipped in silence); a module that
-            stands at two paths of the model.
+        CaptureError: a site of another model; a module that is compiled, or that lies inside one
+            (hooks that come after its first call are skipped in silence); a module that stands at
+            two paths of the model.
     """
     paths: dict[int, list[str]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -88,12 +98,14 @@ def check_sites(model: nn.Module, sites: Iterable[Site]) -> None:
         if site.path not in modules:
             refuse_compiled_parts(model)
             raise CaptureError(
-                f"{site.name} lies at {site.path}, and this model has no such module; were the sites resolved on another model?"
+                f"{site.name} lies at {site.path}, and this model has no such module; were the "
+                "sites resolved on another model?"
             )
         same = paths[id(modules[site.path])]
         if len(same) > 1:
             raise CaptureError(
-                f"{site.name} cannot be told apart: one module stands at {' and at '.join(same[:3])}, so its hook fires for each of them"
+                f"{site.name} cannot be told apart: one module stands at "
+                f"{' and at '.join(same[:3])}, so its hook fires for each of them"
             )
         steps = site.path.split(".")
         for depth in range(len(steps)):
@@ -112,24 +124,27 @@ class Capture:
     ...     for batch in batches:
     ...         capture.forward(batch.inputs)          # no graph, no cache, stops after the last site
 
-    Instead of :meth:`forward`, the caller may run any pass of the model, as part of any loss; gradient sites (``..._grad``, ``:grad_out``) deliver their rows during
-    the caller's own ``backward``, and carry that loss's normalisation. Inside ``generate``, each step
-    delivers its new positions, up to the end tokens that this ``generate`` was given. Where rows do
-    not stay rows (beam search, assisted decoding) the pass is refused: run the finished sequences
-    once instead. Parameters, ``requires_grad`` flags and train/eval mode are left alone.
+    Instead of :meth:`forward`, the caller may run any pass of the model, as part of any loss;
+    gradient sites (``..._grad``, ``:grad_out``) deliver their rows during the caller's own
+    ``backward``, and carry that loss's normalisation. Inside ``generate``, each step delivers its
+    new positions, up to the end tokens that this ``generate`` was given. Where rows do not stay
+    rows (beam search, assisted decoding) the pass is refused: run the finished sequences once
+    instead. Parameters, ``requires_grad`` flags and train/eval mode are left alone.
 
     A capture sees the passes of the thread that entered it, and no others: two threads may capture
     one model at a time, each its own passes. Gradients of one model are not kept apart by PyTorch.
 
     Args:
-        model: the root model whose forward is called inside the ``with``. A PEFT or ``DistributedDataParallel`` wrapper will do.
+        model: the root model whose forward is called inside the ``with``. A PEFT or
+            ``DistributedDataParallel`` wrapper will do.
         sites: patterns (see :func:`hooks.sites.resolve`) or resolved sites.
         consumers: called as ``consumer(site, rows)`` as soon as the rows of a site are known.
         at: position rule of every pass; or call :meth:`at` before each pass.
 
     Raises:
-        CaptureError: an unknown site, a compiled model; on leaving, a site that never fired or got no gradient.
-    """
+        CaptureError: an unknown site, a compiled model; on leaving, a site that never fired or got
+            no gradient.
+    """  # noqa: E501
 
     def __init__(
         self,
@@ -140,7 +155,8 @@ class Capture:
     ) -> None:
         if not consumers:
             raise CaptureError(
-                "no consumer was given; e.g. Collect() keeps the rows in memory, MomentsOf() their mean and covariance"
+                "no consumer was given; e.g. Collect() keeps the rows in memory, MomentsOf() their "
+                "mean and covariance"
             )
         given = [sites] if isinstance(sites, str) else list(sites)
         named = [site for site in given if isinstance(site, str)]
@@ -168,7 +184,8 @@ class Capture:
         """Select the positions of the next pass.
 
         Args:
-            positions: a rule, or a boolean ``[batch, position]`` mask; true rows reach the consumers, unless they are padding.
+            positions: a rule, or a boolean ``[batch, position]`` mask; true rows reach the
+                consumers, unless they are padding.
 
         Raises:
             CaptureError: a mask that is not boolean or not two-dimensional.
@@ -176,7 +193,8 @@ class Capture:
         self._next = positions if isinstance(positions, Positions) else pass_mask(positions)
 
     def forward(self, inputs: Mapping[str, Any]) -> None:
-        """One forward pass for the activations alone: no graph is built, no cache kept, and everything above the deepest site is skipped.
+        """One forward pass for the activations alone: no graph is built, no cache kept, and
+        everything above the deepest site is skipped.
 
         Args:
             inputs: keyword arguments of the model's forward.
@@ -187,7 +205,8 @@ class Capture:
         gradients = [site.name for site in self.sites if site.is_gradient]
         if gradients:
             raise CaptureError(
-                f"{gradients[0]} is a gradient: run model(...) and backward() yourself inside the capture; forward() is for activations"
+                f"{gradients[0]} is a gradient: run model(...) and backward() yourself inside the "
+                "capture; forward() is for activations"
             )
         extra = {"use_cache": False} if hasattr(causal_lm(self.model)[1], "config") else {}
         self._stop = True
@@ -242,20 +261,27 @@ class Capture:
             return None  # a store that was complete already
         if self._cut and not all(hasattr(consumer, "drop") for consumer in self.consumers):
             return CaptureError(
-                f"{', '.join(site.name for site in self._missed[:3])} never ran in {self._cut} of {self._cut + self._passes} passes, which were cut short after other sites had delivered their rows (an error "
-                "that was caught, or another capture's forward() inside this one); run those batches again in a new capture"
+                f"{', '.join(site.name for site in self._missed[:3])} never ran in {self._cut} of "
+                f"{self._cut + self._passes} passes, which were cut short after other sites had "
+                "delivered their rows (an error "
+                "that was caught, or another capture's forward() inside this one); run those "
+                "batches again in a new capture"
             )
         silent = [site for site in self.sites if self._delivered[site] < max(self._passes, 1)]
         gradients = [site.name for site in silent if site.is_gradient]
         if gradients and self._passes:
             count = max(self._passes - self._delivered[site] for site in silent if site.is_gradient)
             return CaptureError(
-                f"no gradient reached {len(gradients)} of {len(self.sites)} sites ({', '.join(gradients[:3])}) in {count} of {self._passes} passes: no backward ran, the loss "
-                "does not depend on them, the parameters are frozen (use hooks.gradients_only), or an in-place kernel overwrote a view there (tap the next module's output)"
+                f"no gradient reached {len(gradients)} of {len(self.sites)} sites "
+                f"({', '.join(gradients[:3])}) in {count} of {self._passes} passes: no backward "
+                "ran, the loss "
+                "does not depend on them, the parameters are frozen (use hooks.gradients_only), or "
+                "an in-place kernel overwrote a view there (tap the next module's output)"
             )
         if silent:
             return CaptureError(
-                f"{len(silent)} of {len(self.sites)} sites never ran inside a forward pass of the model that was given ({', '.join(site.name for site in silent[:3])}); call "
+                f"{len(silent)} of {len(self.sites)} sites never ran inside a forward pass of the "
+                f"model that was given ({', '.join(site.name for site in silent[:3])}); call "
                 "that model itself, not one of its parts nor a compiled version of it"
             )
         return None
@@ -266,7 +292,8 @@ class Capture:
         rule, self._next = self._next or self._always, None
         if rule is None:
             raise CaptureError(
-                "which tokens count has no default: call capture.at(mask) before every forward pass, or give Capture a rule, e.g. at=hooks.real_tokens"
+                "which tokens count has no default: call capture.at(mask) before every forward "
+                "pass, or give Capture a rule, e.g. at=hooks.real_tokens"
             )
         mask, offset = self._reader.choose(rule, args, kwargs)
         where = mask.nonzero()
@@ -295,7 +322,8 @@ class Capture:
             if site not in self._fired:
                 self._drop()
                 raise CaptureError(
-                    f"{site.name} never ran in one forward pass; was {site.path} replaced by a fused kernel, or skipped?"
+                    f"{site.name} never ran in one forward pass; was {site.path} replaced by a "
+                    "fused kernel, or skipped?"
                 )
 
     def _drop(self) -> None:
@@ -317,7 +345,8 @@ class Capture:
             )  # position embeddings are the same for every example
         else:
             raise CaptureError(
-                f"{site.name} produced a tensor of shape {list(tensor.shape)} but the mask selects from {[batch, length]} (batch, position); "
+                f"{site.name} produced a tensor of shape {list(tensor.shape)} but the mask selects "
+                f"from {[batch, length]} (batch, position); "
                 "only [batch, position, width] can be captured, and a mask belongs to one pass"
             )
         return Rows(flat.index_select(0, index), selection.where, selection.number)
@@ -325,7 +354,8 @@ class Capture:
     def _give(self, site: Site, tensor: Tensor, selection: _Selection) -> None:
         if site in selection.delivered:
             raise CaptureError(
-                f"{site.name}: a second gradient arrived for pass {selection.number}, so backward ran twice through it; add the losses up and run it once"
+                f"{site.name}: a second gradient arrived for pass {selection.number}, so backward "
+                "ran twice through it; add the losses up and run it once"
             )
         selection.delivered.add(site)
         self._delivered[site] += 1
@@ -336,13 +366,16 @@ class Capture:
     def _take(self, site: Site, tensor: Tensor) -> None:
         selection = self._selection
         if selection is None or not self._owner.works():
-            return  # another thread's pass, or outside every pass of the root model: a call of one of its parts does not count
+            # another thread's pass, or outside every pass of the root model: a call of one of its
+            # parts does not count
+            return
         if self._inside:
             self._fired[site] += 1
             if self._fired[site] > 1:
                 self._drop()
                 raise CaptureError(
-                    f"{site.name} ran {self._fired[site]} times in one forward pass; is {site.path} shared between layers?"
+                    f"{site.name} ran {self._fired[site]} times in one forward pass; is "
+                    f"{site.path} shared between layers?"
                 )
             if not site.is_gradient:
                 self._give(site, tensor, selection)
@@ -356,15 +389,18 @@ class Capture:
             self._deferred = True
             return  # reentrant checkpointing's first pass; the recomputation carries the gradient
         if not self._inside and not self._deferred:
-            return  # the recomputation of non-reentrant checkpointing; the first pass carries the gradient
+            # the recomputation of non-reentrant checkpointing; the first pass carries the gradient
+            return
         if not self._inside and self._pending > 1:
             raise CaptureError(
-                f"{site.name}: {self._pending} forward passes ran before one backward under gradient checkpointing, so a recomputed row cannot be told from "
+                f"{site.name}: {self._pending} forward passes ran before one backward under "
+                "gradient checkpointing, so a recomputed row cannot be told from "
                 "another pass's; run backward after every forward, or switch checkpointing off"
             )
         if not tensor.requires_grad:
             raise CaptureError(
-                f"{site.name}: the tensor carries no gradient, since nothing before it is trainable; use hooks.gradients_only(model)"
+                f"{site.name}: the tensor carries no gradient, since nothing before it is "
+                "trainable; use hooks.gradients_only(model)"
             )
         capture = weakref.ref(self)  # a graph that outlives the capture must not keep it
 

@@ -18,12 +18,13 @@ from workbench.hooks.sites import Site
 @brief
 @dataclass
 class Moments:
-    """Running weight, mean and scatter matrix of the rows of one site; memory does not grow with the number of rows.
+    """Running weight, mean and scatter matrix of the rows of one site; memory does not grow with
+    the number of rows.
 
-    Every chunk is centred on its own mean before the product, and merged by the update of Chan, Golub
-    and LeVeque (1983), all in float64: next to one coordinate a thousand times larger than the
-    others, float32 products lose what the others do. Merging is exact, so several processes that
-    each see a part of the rows give what one would have given.
+    Every chunk is centred on its own mean before the product, and merged by the update of Chan,
+    Golub and LeVeque (1983), all in float64: next to one coordinate a thousand times larger than
+    the others, float32 products lose what the others do. Merging is exact, so several processes
+    that each see a part of the rows give what one would have given.
 
     Attributes:
         count: rows seen, those of weight zero left out.
@@ -38,7 +39,8 @@ class Moments:
     scatter: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
 
     def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Add ``rows`` ``[row, width]`` (any float dtype), each counted ``weights`` ``[row]`` times (once by default). No rows, no change.
+        """Add ``rows`` ``[row, width]`` (any float dtype), each counted ``weights`` ``[row]`` times
+        (once by default). No rows, no change.
 
         Raises:
             ValueError: a weight is negative or not finite, or there are not as many as rows.
@@ -74,7 +76,8 @@ class Moments:
             return
         if len(other.mean) != len(self.mean):
             raise ValueError(
-                f"rows of width {len(other.mean)} cannot be merged into moments of width {len(self.mean)}"
+                f"rows of width {len(other.mean)} cannot be merged into moments of width "
+                f"{len(self.mean)}"
             )
         total = self.weight + other.weight
         shift = other.mean.to(self.mean) - self.mean
@@ -93,7 +96,8 @@ class Moments:
         """
         if self.count == 0:
             raise ValueError(
-                "no row was seen, so there is no covariance; does the position mask select anything?"
+                "no row was seen, so there is no covariance; does the position mask select "
+                "anything?"
             )
         return self.scatter / self.weight
 
@@ -139,7 +143,7 @@ class MomentsOf:
         return self.by_site[name]
 
     def __repr__(self) -> str:
-        return f"MomentsOf({', '.join(f'{name} {moments.count} rows' for name, moments in self.by_site.items()) or 'no rows'})"
+        return f"MomentsOf({', '.join(f'{name} {moments.count} rows' for name, moments in self.by_site.items()) or 'no rows'})"  # noqa: E501
 
     def _repr_html_(self) -> str:
         lines = (
@@ -164,7 +168,8 @@ class Collect:
     """A consumer that keeps every row in memory: ``Collect()[site_name]`` is ``[row, width]``.
 
     Args:
-        device: where the rows are kept. On a GPU, rows that stay there cost no transfer, but memory.
+        device: where the rows are kept. On a GPU, rows that stay there cost no transfer, but
+            memory.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
@@ -186,7 +191,7 @@ class Collect:
         return torch.cat(self._parts[name])
 
     def __repr__(self) -> str:
-        return f"Collect({', '.join(f'{name} {list(self[name].shape)}' for name in self._parts) or 'no rows'})"
+        return f"Collect({', '.join(f'{name} {list(self[name].shape)}' for name in self._parts) or 'no rows'})"  # noqa: E501
 
     def _repr_html_(self) -> str:
         return table(

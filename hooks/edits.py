@@ -1,11 +1,14 @@
-"""Change what flows through a model, as a context manager: steer, add noise, project out or keep a subspace, ablate to a mean, patch from another run or model.
+"""Change what flows through a model, as a context manager: steer, add noise, project out or keep a
+subspace, ablate to a mean, patch from another run or model.
 
 >>> with edit(base, patch(unlearned, inputs, "blocks.5.hook_resid_post")):      # doctest: +SKIP
 ...     logits = base(**inputs).logits                                          # the base model, with the unlearned model's stream after block 5
 
-Edits are ordinary differentiable functions of a site's tensor, so gradients pass through them. Several functions at one site run in the order given; nested
-edits and captures see the tensor in the order in which their ``with`` blocks were entered (a capture inside an edit sees what the edit left). Everything is removed on exit.
-"""
+Edits are ordinary differentiable functions of a site's tensor, so gradients pass through them.
+Several functions at one site run in the order given; nested edits and captures see the tensor in
+the order in which their ``with`` blocks were entered (a capture inside an edit sees what the edit
+left). Everything is removed on exit.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -36,7 +39,9 @@ from workbench.hooks.threads import Owner
 from workbench.hooks.tokens import Positions
 
 Change = Callable[[Tensor], Tensor]
-"""A function of a site's tensor ``[batch, position, width]`` that returns one of the same shape, dtype and device."""
+"""A function of a site's tensor ``[batch, position, width]`` that returns one of the same shape,
+dtype and device.
+"""
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -50,7 +55,9 @@ def steer(vector: Tensor, scale: float = 1.0) -> Change:
 
 
 def ablate_to_mean(mean: Tensor) -> Change:
-    """Put ``mean`` (``[width]``, for example :attr:`hooks.Moments.mean`) in the place of every vector."""
+    """Put ``mean`` (``[width]``, for example :attr:`hooks.Moments.mean`) in the place of every
+    vector.
+    """
     return lambda tensor: mean.to(tensor).expand_as(tensor)
 
 
@@ -63,7 +70,8 @@ def _orthonormal(basis: Tensor) -> Tensor:
     )
     if basis.ndim != 2 or not error <= 1e-3:
         raise CaptureError(
-            f"a basis must be [width, rank] with orthonormal columns; got shape {list(basis.shape)}, largest deviation of Q^T Q from the identity {error:.2g}"
+            "a basis must be [width, rank] with orthonormal columns; got shape "
+            f"{list(basis.shape)}, largest deviation of Q^T Q from the identity {error:.2g}"
         )
     return basis
 
@@ -93,7 +101,9 @@ def project_out(basis: Tensor, mean: Tensor | None = None) -> Change:
 
 
 def keep_only(basis: Tensor, mean: Tensor | None = None) -> Change:
-    """``mean + Q Q^T (x - mean)``: keep a subspace and remove everything else. Arguments and errors as for :func:`project_out`."""
+    """``mean + Q Q^T (x - mean)``: keep a subspace and remove everything else. Arguments and errors
+    as for :func:`project_out`.
+    """
     basis = _orthonormal(basis)
 
     def change(tensor: Tensor) -> Tensor:
@@ -110,7 +120,9 @@ def keep_only(basis: Tensor, mean: Tensor | None = None) -> Change:
 
 @dataclass(frozen=True, slots=True)
 class _Noise:
-    """Gaussian noise that depends on the seed, the site and the pass alone, so that a recomputed block (gradient checkpointing) sees the same noise."""
+    """Gaussian noise that depends on the seed, the site and the pass alone, so that a recomputed
+    block (gradient checkpointing) sees the same noise.
+    """
 
     std: float
     seed: int
@@ -126,7 +138,8 @@ class _Noise:
 
 
 def add_noise(std: float, seed: int = 0) -> Change:
-    """Add independent Gaussian noise of standard deviation ``std`` to every coordinate; the same seed gives the same noise, and every pass its own.
+    """Add independent Gaussian noise of standard deviation ``std`` to every coordinate; the same
+    seed gives the same noise, and every pass its own.
 
     Raises:
         CaptureError: ``std`` is negative.
@@ -137,12 +150,15 @@ def add_noise(std: float, seed: int = 0) -> Change:
 
 
 def replace(values: Tensor) -> Change:
-    """Put ``values`` ``[batch, position, width]`` in the place of the site's tensor, for example from :func:`hooks.peek`."""
+    """Put ``values`` ``[batch, position, width]`` in the place of the site's tensor, for example
+    from :func:`hooks.peek`.
+    """
 
     def change(tensor: Tensor) -> Tensor:
         if values.shape != tensor.shape:
             raise CaptureError(
-                f"the patch has shape {list(values.shape)}, but the tensor there has {list(tensor.shape)}"
+                f"the patch has shape {list(values.shape)}, but the tensor there has "
+                f"{list(tensor.shape)}"
             )
         return values.to(tensor)
 
@@ -152,10 +168,12 @@ def replace(values: Tensor) -> Change:
 def patch(
     source: nn.Module, inputs: Mapping[str, Any], sites: str | Iterable[str]
 ) -> dict[str, Change]:
-    """Edits that put the activations of ``source`` on ``inputs`` into another model: the argument of :func:`edit`.
+    """Edits that put the activations of ``source`` on ``inputs`` into another model: the argument
+    of :func:`edit`.
 
     Args:
-        source: the model to take the activations from (the same model with other inputs is an ordinary activation patch).
+        source: the model to take the activations from (the same model with other inputs is an
+            ordinary activation patch).
         inputs: keyword arguments of its forward.
         sites: patterns of activation sites; both models must have them, with the same width.
     """
@@ -168,17 +186,21 @@ def edit(
 ) -> Iterator[None]:
     """Apply ``changes`` to the activations of ``model`` while the ``with`` block lasts.
 
-    An edit at ``hook_resid_mid`` changes the residual stream itself, so the skip connection carries it on (in TransformerLens 4 only the MLP would see it).
+    An edit at ``hook_resid_mid`` changes the residual stream itself, so the skip connection carries
+    it on (in TransformerLens 4 only the MLP would see it).
 
     Passes of the thread that entered the block are edited, and no others.
 
     Args:
         model: the root model whose forward is called inside the ``with``.
-        changes: pattern of activation sites -> a function ``[batch, position, width] -> the same``, or several in their order.
-        at: change only the positions of this rule; all of them by default. Padding is never changed under a rule.
+        changes: pattern of activation sites -> a function ``[batch, position, width] -> the same``,
+            or several in their order.
+        at: change only the positions of this rule; all of them by default. Padding is never changed
+            under a rule.
 
     Raises:
-        CaptureError: a site that does not exist, is a gradient, lies in a compiled module, never ran, or whose function failed or returned another shape, dtype or device.
+        CaptureError: a site that does not exist, is a gradient, lies in a compiled module, never
+            ran, or whose function failed or returned another shape, dtype or device.
     """
     planned: list[tuple[Site, tuple[Change, ...]]] = []
     for pattern, given in changes.items():
@@ -216,18 +238,22 @@ def edit(
             handle.remove()
     if state.awaiting and not state.recomputed:
         raise CaptureError(
-            "under gradient checkpointing the blocks run again during backward, and outside the edit they would run unedited: call backward inside the with block, or run the "
+            "under gradient checkpointing the blocks run again during backward, and outside the "
+            "edit they would run unedited: call backward inside the with block, or run the "
             "forward under torch.no_grad()"
         )
     silent = [site.name for site, _ in planned if site.name not in state.seen]
     if silent:
         raise CaptureError(
-            f"{', '.join(silent)} never ran while the edit was in place, so nothing was changed there; call the model inside the with block"
+            f"{', '.join(silent)} never ran while the edit was in place, so nothing was changed "
+            "there; call the model inside the with block"
         )
 
 
 class _State:
-    """What the hooks of one ``edit`` share: the number of the pass, its chosen positions, the sites that ran, and the passes whose blocks backward will run again."""
+    """What the hooks of one ``edit`` share: the number of the pass, its chosen positions, the sites
+    that ran, and the passes whose blocks backward will run again.
+    """
 
     def __init__(self, reader: Reader, at: Positions | None, sites: list[Site]) -> None:
         self.reader, self.at = reader, at
@@ -262,7 +288,8 @@ class _State:
             return
         if self.awaiting > 1:
             raise CaptureError(
-                f"{site.name}: {self.awaiting} edited passes ran before one backward under gradient checkpointing, so a recomputed block cannot tell which pass it "
+                f"{site.name}: {self.awaiting} edited passes ran before one backward under "
+                "gradient checkpointing, so a recomputed block cannot tell which pass it "
                 "belongs to; run backward after every forward, or switch checkpointing off"
             )
         self.recomputed = True
@@ -280,7 +307,8 @@ def _apply(site: Site, functions: tuple[Change, ...], tensor: Tensor, state: _St
             )
         except (RuntimeError, ValueError, IndexError) as error:
             raise CaptureError(
-                f"the edit at {site.name} failed on a tensor of shape {list(part.shape)}, {part.dtype}, {part.device}: {error}"
+                f"the edit at {site.name} failed on a tensor of shape {list(part.shape)}, "
+                f"{part.dtype}, {part.device}: {error}"
             ) from error
         if not isinstance(after, Tensor) or (after.shape, after.dtype, after.device) != (
             part.shape,
@@ -293,13 +321,15 @@ def _apply(site: Site, functions: tuple[Change, ...], tensor: Tensor, state: _St
                 else type(after).__name__
             )
             raise CaptureError(
-                f"the edit at {site.name} must return shape {list(part.shape)}, {part.dtype}, {part.device}; it returned {got}"
+                f"the edit at {site.name} must return shape {list(part.shape)}, {part.dtype}, "
+                f"{part.device}; it returned {got}"
             )
         part = after
     if state.mask is not None:
         if before.shape[:2] != state.mask.shape:
             raise CaptureError(
-                f"the edit at {site.name} is limited to {state.at.name if state.at else ''}, but the tensor there has shape {list(before.shape)}"
+                f"the edit at {site.name} is limited to {state.at.name if state.at else ''}, but "
+                f"the tensor there has shape {list(before.shape)}"
             )
         part = torch.where(state.mask.to(before.device)[..., None], part, before)
     if not site.columns:
@@ -322,7 +352,8 @@ def _input_hook(site: Site, functions: tuple[Change, ...], state: _State) -> Cal
             return replace_input(
                 args, kwargs, private_view(_apply(site, functions, tensor, state), tensor)
             )
-        # In place, since the skip connection holds the same tensor; from a copy, since the functions may have kept what they read for the backward pass.
+        # In place, since the skip connection holds the same tensor; from a copy, since the
+        # functions may have kept what they read for the backward pass.
         stream = stream_of(tensor)
         stream.copy_(_apply(site, functions, stream.clone(), state))
         return None

@@ -1,14 +1,20 @@
-"""Where TransformerLens's site names live in each family of architectures. A table of data; ``hooks.sites`` reads it.
+"""Where TransformerLens's site names live in each family of architectures. A table of data;
+``hooks.sites`` reads it.
 
-The names agree with TransformerLens's adapters (``tests/conformance/test_hooks_families.py`` compares names and values). What this table leaves out on purpose, and :func:`hooks.as_bridge` has:
+The names agree with TransformerLens's adapters (``tests/conformance/test_hooks_families.py``
+compares names and values). What this table leaves out on purpose, and :func:`hooks.as_bridge` has:
 
-* ``attn.hook_pattern`` and ``hook_attn_scores`` are per pair of positions and exist only under eager attention; rotated queries and keys and the insides of norms
-  (``hook_rot_q``, ``hook_scale``, ``hook_normalized``) pass through no module of their own.
-* ``q_norm`` and ``k_norm`` are per head and laid out differently from family to family: use ``attn.hook_q``, ``attn.hook_k``.
-* Where q, k and v (or gate and up) are one fused matrix, ``attn.hook_q`` is a slice of its output. The *input* has one name, that of the whole (``attn.hook_in``,
-  ``mlp.hook_in``), because its gradient cannot be told apart.
-* The experts of a mixture-of-experts layer are one module with three-dimensional parameters: no row of a single expert passes through a module. The layer's input and output
-  and the router are there, the insides of an expert are not.
+* ``attn.hook_pattern`` and ``hook_attn_scores`` are per pair of positions and exist only under
+  eager attention; rotated queries and keys and the insides of norms (``hook_rot_q``,
+  ``hook_scale``, ``hook_normalized``) pass through no module of their own.
+* ``q_norm`` and ``k_norm`` are per head and laid out differently from family to family: use
+  ``attn.hook_q``, ``attn.hook_k``.
+* Where q, k and v (or gate and up) are one fused matrix, ``attn.hook_q`` is a slice of its output.
+  The *input* has one name, that of the whole (``attn.hook_in``, ``mlp.hook_in``), because its
+  gradient cannot be told apart.
+* The experts of a mixture-of-experts layer are one module with three-dimensional parameters: no row
+  of a single expert passes through a module. The layer's input and output and the router are there,
+  the insides of an expert are not.
 """
 
 from __future__ import annotations
@@ -23,7 +29,9 @@ Columns = tuple[tuple[int, int], ...]  # half-open intervals of the last dimensi
 
 
 class Place(NamedTuple):
-    """A module (path inside its block, empty for the block itself), a side of it, and which part of a fused output."""
+    """A module (path inside its block, empty for the block itself), a side of it, and which part of
+    a fused output.
+    """
 
     path: str
     side: Side
@@ -72,7 +80,9 @@ def _attention(
     fused: str = "",
     returned: str = "",
 ) -> Names:
-    """Names of an attention layer; ``returned`` is the module whose output enters the residual stream, where that is not the layer itself."""
+    """Names of an attention layer; ``returned`` is the module whose output enters the residual
+    stream, where that is not the layer itself.
+    """
     names = {
         **_both("attn", path),
         **_both("attn.o", f"{path}.{out}"),
@@ -91,7 +101,9 @@ def _attention(
 
 
 def _gated(path: str = "mlp", *, fused: str = "", returned: str = "") -> Names:
-    """Names of a gated MLP (SwiGLU, GeGLU): TransformerLens's ``pre`` is the gate, ``pre_linear`` the up projection."""
+    """Names of a gated MLP (SwiGLU, GeGLU): TransformerLens's ``pre`` is the gate, ``pre_linear``
+    the up projection.
+    """
     names = {
         **_both("mlp", path),
         **_both("mlp.out", f"{path}.down_proj"),
@@ -129,7 +141,9 @@ def _plain(path: str, up: str, down: str) -> Names:
 
 
 def _experts(router: str) -> Names:
-    """Names of a mixture-of-experts layer: its input, its output and the router (its output is the router's logits)."""
+    """Names of a mixture-of-experts layer: its input, its output and the router (its output is the
+    router's logits).
+    """
     return {
         **_both("mlp", "mlp"),
         **_both(f"mlp.{router}", f"mlp.{router}"),
@@ -160,7 +174,8 @@ _LLAMA = Family(
     _outside("model.embed_tokens", "model.norm"),
 )
 
-# Norms before and after each sublayer: what enters the residual stream is the output of the second norm.
+# Norms before and after each sublayer: what enters the residual stream is the output of the second
+# norm.
 _SANDWICH: Names = {
     **_STREAM,
     **_both("ln1", "input_layernorm"),
@@ -227,7 +242,8 @@ def _phi3_parts(config: Any) -> dict[str, Columns]:
     }
 
 
-# Attention and MLP read the same stream in parallel, so there is no point between them (Pythia's setting; GPT-NeoX can also be sequential, see `families`).
+# Attention and MLP read the same stream in parallel, so there is no point between them (Pythia's
+# setting; GPT-NeoX can also be sequential, see `families`).
 _NEOX = Family(
     "gpt_neox.layers",
     {

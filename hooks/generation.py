@@ -1,4 +1,6 @@
-"""What the ``generate`` that runs a pass was asked for: its end tokens, and whether rows stay rows."""
+"""What the ``generate`` that runs a pass was asked for: its end tokens, and whether rows stay
+rows.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ _ROWS_STAY = ("greedy_search", "sample")
 
 
 def end_tokens(rows: int, model_ends: Any) -> list[int]:
-    """The end-of-sequence ids of the generation that runs this pass, those of ``model_ends`` outside
-    of one.
+    """The end-of-sequence ids of the generation that runs this pass, those of ``model_ends``
+    outside of one.
 
     Args:
         rows: of the batch.
@@ -42,7 +44,8 @@ def _refuse_reordering(config: GenerationConfig, given: dict[str, Any], rows: in
     mode = config.get_generation_mode(given.get("assistant_model"))
     if mode.value not in _ROWS_STAY:
         raise CaptureError(
-            f"generate runs {mode.value.replace('_', ' ')}, which reorders the rows of its cache or "
+            f"generate runs {mode.value.replace('_', ' ')}, which reorders the rows of its cache "
+            "or "
             "feeds guesses that it takes back; run the finished sequences once instead"
         )
     own = config.stop_strings or given.get("stopping_criteria")

@@ -1,4 +1,6 @@
-"""How the results of this package show themselves in a notebook: one small table, every text escaped."""
+"""How the results of this package show themselves in a notebook: one small table, every text
+escaped.
+"""
 
 from __future__ import annotations
 
@@ -23,4 +25,7 @@ def table(
         else ""
     )
     head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in header)
-    return f"<table><caption style='text-align:left'>{escape(title)}</caption><tr>{head}</tr>{body}{more}</table>"
+    return (
+        "<table><caption "
+        f"style='text-align:left'>{escape(title)}</caption><tr>{head}</tr>{body}{more}</table>"
+    )

@@ -1,4 +1,6 @@
-"""The tokens of a forward pass, read from its arguments: what is padding, what the cache holds, which positions a rule chooses."""
+"""The tokens of a forward pass, read from its arguments: what is padding, what the cache holds,
+which positions a rule chooses.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,15 @@ def read_tokens(
     """The tokens of a forward pass, from its keyword arguments.
 
     Args:
-        inputs: ``input_ids`` or ``inputs_embeds``, and where given ``attention_mask`` (two-dimensional), ``position_ids``, ``past_key_values``.
+        inputs: ``input_ids`` or ``inputs_embeds``, and where given ``attention_mask``
+            (two-dimensional), ``position_ids``, ``past_key_values``.
         earlier: what the previous pass returned here, to go on from where the cache is.
-        ends: end-of-sequence ids. ``generate`` feeds finished rows with padding and marks it as real; what follows an end token in the steps of one generation is
-            taken out.
+        ends: end-of-sequence ids. ``generate`` feeds finished rows with padding and marks it as
+            real; what follows an end token in the steps of one generation is taken out.
 
     Returns:
-        The tokens, or ``None`` where the arguments do not tell (a module that is no language model, a four-dimensional mask).
+        The tokens, or ``None`` where the arguments do not tell (a module that is no language model,
+        a four-dimensional mask).
 
     Raises:
         CaptureError: the cache holds tokens that no pass here has seen.
@@ -52,11 +56,13 @@ def read_tokens(
     )
     if mask is not None and (mask.shape[0] != batch or mask.shape[1] < held + new):
         raise CaptureError(
-            f"attention_mask has shape {list(mask.shape)}, but the pass reads {new} new tokens after {held} cached ones, in {batch} rows"
+            f"attention_mask has shape {list(mask.shape)}, but the pass reads {new} new tokens "
+            f"after {held} cached ones, in {batch} rows"
         )
     if mask is not None and mask.shape[1] > held + new and not held:
         raise CaptureError(
-            f"attention_mask has shape {list(mask.shape)}, but the pass reads tokens of shape {[batch, new]}"
+            f"attention_mask has shape {list(mask.shape)}, but the pass reads tokens of shape "
+            f"{[batch, new]}"
         )
     real = (
         mask.bool()[:, : held + new]
@@ -74,7 +80,8 @@ def read_tokens(
     if earlier is None or earlier.real.shape != (batch, held):
         have = "none" if earlier is None else str(list(earlier.real.shape))
         raise CaptureError(
-            f"the key-value cache holds {held} tokens of {batch} rows, but the passes seen here were of {have}; begin the capture before the first pass, or run the whole "
+            f"the key-value cache holds {held} tokens of {batch} rows, but the passes seen here "
+            f"were of {have}; begin the capture before the first pass, or run the whole "
             "sequence once without a cache"
         )
     real = real.clone()
@@ -101,7 +108,9 @@ def read_tokens(
 
 
 class Reader:
-    """Follows the passes of one model and says which positions a rule chooses in each; keeps what a key-value cache has seen."""
+    """Follows the passes of one model and says which positions a rule chooses in each; keeps what a
+    key-value cache has seen.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         _, inner = causal_lm(model)
@@ -123,10 +132,12 @@ class Reader:
             kwargs: its keyword arguments.
 
         Returns:
-            A boolean ``[batch, new position]``, and the position in the sequence at which its first column stands.
+            A boolean ``[batch, new position]``, and the position in the sequence at which its first
+            column stands.
 
         Raises:
-            CaptureError: the rule does not fit the pass, or the pass is padded in a way that makes its activations wrong.
+            CaptureError: the rule does not fit the pass, or the pass is padded in a way that makes
+                its activations wrong.
         """
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         ids = inputs.get("input_ids")
@@ -135,8 +146,10 @@ class Reader:
         if tokens is None:
             if rule.mask is None:
                 raise CaptureError(
-                    f"the position rule {rule.name!r} needs input_ids (or inputs_embeds) and a two-dimensional attention_mask; the pass was given "
-                    f"{', '.join(kwargs) or f'{len(args)} positional arguments'}. Give a mask instead"
+                    f"the position rule {rule.name!r} needs input_ids (or inputs_embeds) and a "
+                    "two-dimensional attention_mask; the pass was given "
+                    f"{', '.join(kwargs) or f'{len(args)} positional arguments'}. Give a mask "
+                    "instead"
                 )
             return rule.mask, 0
         offset = tokens.real.shape[1] - tokens.new
@@ -147,8 +160,8 @@ class Reader:
         """Raise where the padding or the packing of a pass makes its activations wrong.
 
         Raises:
-            CaptureError: left padding without position ids in a model that counts positions from the
-                left edge; packed rows in a pass that lets a sequence read the one before it.
+            CaptureError: left padding without position ids in a model that counts positions from
+                the left edge; packed rows in a pass that lets a sequence read the one before it.
         """
         if not inputs.get("past_key_values"):
             tokens = read_tokens(inputs, None)
@@ -161,15 +174,19 @@ class Reader:
         if tokens.positions is None:
             if not bool(tokens.real[:, 0].all()) and not padding_may_be_left(self._model):
                 raise CaptureError(
-                    "the rows are padded on the left, and this architecture counts positions from the left edge: without position_ids every activation is wrong. Pad on the right, "
+                    "the rows are padded on the left, and this architecture counts positions from "
+                    "the left edge: without position_ids every activation is wrong. Pad on the "
+                    "right, "
                     "or pass position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)"
                 )
         elif bool((tokens.starts.sum(1) > 1).any()) and not packed_rows_are_apart(
             self._model, inputs
         ):
             raise CaptureError(
-                "several sequences are packed into one row (position_ids start again), and in a pass "
-                "like this one the model lets each read those before it: pass no attention_mask and "
+                "several sequences are packed into one row (position_ids start again), and in a "
+                "pass "
+                "like this one the model lets each read those before it: pass no attention_mask "
+                "and "
                 "use_cache=False where the model tells sequences apart by their positions, give a "
                 "four-dimensional mask, or run the sequences as rows of their own"
             )

@@ -1,4 +1,6 @@
-"""TransformerLens at the edge: a bridge around a copy of a model, and our activations in its cache. Imported lazily; the import takes some seconds."""
+"""TransformerLens at the edge: a bridge around a copy of a model, and our activations in its cache.
+Imported lazily; the import takes some seconds.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 from workbench.hooks.errors import CaptureError
 
-# Sites whose last dimension TransformerLens splits into [head, size]; queries and outputs have n_heads, keys and values n_key_value_heads.
+# Sites whose last dimension TransformerLens splits into [head, size]; queries and outputs have
+# n_heads, keys and values n_key_value_heads.
 _PER_HEAD = {
     f"attn.{name}": heads
     for name, heads in (
@@ -25,10 +28,13 @@ _PER_HEAD = {
 
 
 def as_bridge(model: nn.Module, tokenizer: Any = None) -> Any:
-    """A TransformerLens ``TransformerBridge`` around a *copy* of ``model``, with eager attention so that patterns and scores can be read.
+    """A TransformerLens ``TransformerBridge`` around a *copy* of ``model``, with eager attention so
+    that patterns and scores can be read.
 
-    Never around the model itself: the bridge rewrites the module tree of what it wraps (parameters change their names, ``save_pretrained`` fails, and where q, k and v are
-    fused, an optimiser made earlier trains weights that nothing reads). The copy costs the model's memory once more, and does not follow later training.
+    Never around the model itself: the bridge rewrites the module tree of what it wraps (parameters
+    change their names, ``save_pretrained`` fails, and where q, k and v are fused, an optimiser made
+    earlier trains weights that nothing reads). The copy costs the model's memory once more, and
+    does not follow later training.
 
     Args:
         model: a Hugging Face causal LM.
@@ -64,7 +70,9 @@ def as_bridge(model: nn.Module, tokenizer: Any = None) -> Any:
 
 
 def _reloaded(tokenizer: Any) -> Any:
-    """The tokenizer as if loaded from a folder: the bridge asks where it came from, which one made in memory cannot say."""
+    """The tokenizer as if loaded from a folder: the bridge asks where it came from, which one made
+    in memory cannot say.
+    """
     if tokenizer is None or "name_or_path" in getattr(tokenizer, "init_kwargs", {}):
         return tokenizer
     with tempfile.TemporaryDirectory() as folder:
@@ -73,24 +81,27 @@ def _reloaded(tokenizer: Any) -> Any:
 
 
 def as_cache(values: Mapping[str, Tensor], bridge: Any) -> Any:
-    """Our activations as a TransformerLens ``ActivationCache``, with its shapes: queries, keys, values and ``z`` are split by head.
+    """Our activations as a TransformerLens ``ActivationCache``, with its shapes: queries, keys,
+    values and ``z`` are split by head.
 
     >>> cache = as_cache(peek(unlearned, inputs, "blocks.*.hook_*"), as_bridge(unlearned))      # doctest: +SKIP
     >>> cache["resid_post", 3].shape                                                            # doctest: +SKIP
 
     Args:
-        values: name in TransformerLens's spelling -> ``[batch, position, width]`` (:func:`hooks.peek`), or ``[row, width]`` collected rows of one text.
+        values: name in TransformerLens's spelling -> ``[batch, position, width]``
+            (:func:`hooks.peek`), or ``[row, width]`` collected rows of one text.
         bridge: the bridge whose weights the cache's methods use (:func:`as_bridge`).
 
     Raises:
         CaptureError: a name that is a module path, or a mixture of both shapes.
-    """
+    """  # noqa: E501
     from transformer_lens import ActivationCache
 
     paths = [name for name in values if ":" in name]
     if paths:
         raise CaptureError(
-            f"{paths[0]!r} is a module path; an ActivationCache has TransformerLens's names. workbench sites MODEL lists both"
+            f"{paths[0]!r} is a module path; an ActivationCache has TransformerLens's names. "
+            "workbench sites MODEL lists both"
         )
     dimensions = {
         tensor.ndim

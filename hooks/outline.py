@@ -17,13 +17,15 @@ from workbench.hooks.tensors import first_input, unwrap
 def outline(config: Any) -> list[tuple[Site, int]]:
     """Every site of the architecture that ``config`` describes, with its width.
 
-    A model without storage (PyTorch's ``meta`` device) is run once on two tokens, so the widths are those of real tensors, not of a formula per family.
+    A model without storage (PyTorch's ``meta`` device) is run once on two tokens, so the widths are
+    those of real tensors, not of a formula per family.
 
     Args:
         config: a Hugging Face configuration of a causal LM.
 
     Returns:
-        ``(site, width)`` in the order of :func:`hooks.all_sites`; by module path where the family has no TransformerLens names here.
+        ``(site, width)`` in the order of :func:`hooks.all_sites`; by module path where the family
+        has no TransformerLens names here.
 
     Raises:
         CaptureError: the architecture cannot be run without weights.
@@ -35,13 +37,16 @@ def outline(config: Any) -> list[tuple[Site, int]]:
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     except (ValueError, TypeError, AttributeError) as error:
         raise CaptureError(
-            f"{getattr(config, 'model_type', config)} is no causal LM that transformers can build: {str(error).splitlines()[0][:200]}"
+            f"{getattr(config, 'model_type', config)} is no causal LM that transformers can build: "
+            f"{str(error).splitlines()[0][:200]}"
         ) from error
     known = family(model)
     if known is not None and known.experts:
         for path, module in model.named_modules():
             if path.endswith(f".{known.experts}"):
-                module.forward = _same  # which rows go to which expert depends on values, and there are none; what comes back has the shape of what went in
+                # which rows go to which expert depends on values, and there are none; what comes
+                # back has the shape of what went in
+                module.forward = _same
     sites = (
         all_sites(model)
         if known is not None
@@ -89,7 +94,8 @@ def _widths(model: nn.Module, sites: list[Site]) -> dict[str, int]:
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     try:
         with torch.no_grad():
-            # A four-dimensional mask is taken as it is; any other would be looked at, and there are no values to see.
+            # A four-dimensional mask is taken as it is; any other would be looked at, and there are
+            # no values to see.
             model(
                 input_ids=ids,
                 attention_mask=torch.zeros(1, 1, 2, 2, device="meta"),
@@ -98,6 +104,7 @@ def _widths(model: nn.Module, sites: list[Site]) -> dict[str, int]:
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise CaptureError(
-            f"the widths of {kind!r} cannot be found without its weights: {str(error).splitlines()[0][:200]}"
+            f"the widths of {kind!r} cannot be found without its weights: "
+            f"{str(error).splitlines()[0][:200]}"
         ) from error
     return found

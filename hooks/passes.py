@@ -87,12 +87,14 @@ def tapped(
         and any(p.requires_grad for p in model.parameters())
     ):
         raise CaptureError(
-            f"{frozen[0]} carries no graph: reentrant gradient checkpointing hides it; use gradient_checkpointing_kwargs={{'use_reentrant': False}}"
+            f"{frozen[0]} carries no graph: reentrant gradient checkpointing hides it; use "
+            f"gradient_checkpointing_kwargs={{'use_reentrant': False}}"
         )
     missing = [site.name for site in wanted if site.name not in found]
     if missing:
         raise CaptureError(
-            f"{', '.join(missing)} never ran in the forward pass; was the module replaced by a fused kernel?"
+            f"{', '.join(missing)} never ran in the forward pass; was the module replaced by a "
+            "fused kernel?"
         )
     return found
 
@@ -106,9 +108,11 @@ def checkpointed(model: nn.Module) -> bool:
 def peek(
     model: nn.Module, inputs: Mapping[str, Any], sites: str | Iterable[str]
 ) -> dict[str, Tensor]:
-    """A look at some activations: one forward pass without a graph, whole tensors, padding included.
+    """A look at some activations: one forward pass without a graph, whole tensors, padding
+    included.
 
-    For notebooks, for :func:`hooks.patch`, and for TransformerLens's ``ActivationCache`` (:func:`hooks.as_cache`). Statistics use :class:`hooks.Capture`, which leaves padding out.
+    For notebooks, for :func:`hooks.patch`, and for TransformerLens's ``ActivationCache``
+    (:func:`hooks.as_cache`). Statistics use :class:`hooks.Capture`, which leaves padding out.
 
     Args:
         model: any module.
@@ -116,7 +120,8 @@ def peek(
         sites: patterns of activation sites.
 
     Returns:
-        ``{site name: [batch, position, width]}``, copies on the model's device, under every name that the patterns match.
+        ``{site name: [batch, position, width]}``, copies on the model's device, under every name
+        that the patterns match.
     """
     extra = {"use_cache": False} if hasattr(causal_lm(model)[1], "config") else {}
     names = every_name(model, sites)
@@ -128,9 +133,11 @@ def peek(
 
 @contextmanager
 def gradients_only(model: nn.Module) -> Iterator[None]:
-    """Freeze every parameter and root the graph at the embedding output, so that a pass yields output gradients and no weight gradients.
+    """Freeze every parameter and root the graph at the embedding output, so that a pass yields
+    output gradients and no weight gradients.
 
-    Measured at about 0.7 of a training step (``make bench``, ``gradients-only``). The ``requires_grad`` flags are put back as they were found.
+    Measured at about 0.7 of a training step (``make bench``, ``gradients-only``). The
+    ``requires_grad`` flags are put back as they were found.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     embedding = causal_lm(model)[1].get_input_embeddings()  # type: ignore[operator]

@@ -1,13 +1,16 @@
 """Names of the places in a model that can be tapped.
 
-A site is one stream of vectors: the input or the output of one module, or the gradient of the loss with respect to either. It can be named
-in two ways, which mean the same:
+A site is one stream of vectors: the input or the output of one module, or the gradient of the loss
+with respect to either. It can be named in two ways, which mean the same:
 
-* in TransformerLens's vocabulary: ``blocks.3.hook_resid_post``, ``blocks.*.mlp.hook_out``, ``blocks.{2..5}.mlp.out.hook_in``;
-  a gradient takes the suffix ``_grad``, as in TransformerLens's cache;
-* by the model's own module path and a side: ``model.layers.3.mlp.down_proj:in`` (``:out``, ``:grad_in``, ``:grad_out``).
+* in TransformerLens's vocabulary: ``blocks.3.hook_resid_post``, ``blocks.*.mlp.hook_out``,
+  ``blocks.{2..5}.mlp.out.hook_in``; a gradient takes the suffix ``_grad``, as in TransformerLens's
+  cache;
+* by the model's own module path and a side: ``model.layers.3.mlp.down_proj:in`` (``:out``,
+  ``:grad_in``, ``:grad_out``).
 
-Wrappers that hold a Hugging Face model somewhere inside (PEFT, ``DistributedDataParallel``) keep both spellings: the wrapper's prefix may be left out.
+Wrappers that hold a Hugging Face model somewhere inside (PEFT, ``DistributedDataParallel``) keep
+both spellings: the wrapper's prefix may be left out.
 """
 
 from __future__ import annotations
@@ -32,9 +35,12 @@ class Site:
         path: path of the module inside the model.
         side: input, output, or the gradient with respect to the input or output.
         layer: index of the block, or -1 outside the blocks.
-        stream: the tensor is a point of the residual stream that other modules read as well: its gradient is that of the whole stream, not that of the module at
-            ``path`` alone (TransformerLens's bridge gives the latter at ``hook_resid_mid``, where it stands for the input of ``ln2``).
-        columns: where the site is one part of a fused output (GPT-2's q, k and v), the half-open column intervals of that part; empty for the whole.
+        stream: the tensor is a point of the residual stream that other modules read as well: its
+            gradient is that of the whole stream, not that of the module at ``path`` alone
+            (TransformerLens's bridge gives the latter at ``hook_resid_mid``, where it stands for
+            the input of ``ln2``).
+        columns: where the site is one part of a fused output (GPT-2's q, k and v), the half-open
+            column intervals of that part; empty for the whole.
     """
 
     name: str
@@ -65,7 +71,9 @@ class Site:
         return self.side in ("in", "grad_in")
 
     def part(self, tensor: Tensor) -> Tensor:
-        """The columns of this site in the module's tensor ``[..., width]``: a view where they are contiguous."""
+        """The columns of this site in the module's tensor ``[..., width]``: a view where they are
+        contiguous.
+        """
         if not self.columns:
             return tensor
         pieces = [tensor[..., start:stop] for start, stop in self.columns]
@@ -73,9 +81,11 @@ class Site:
 
 
 def causal_lm(model: nn.Module) -> tuple[str, nn.Module]:
-    """The model of a known family inside ``model`` and its path with a trailing dot (``""`` where it is ``model`` itself).
+    """The model of a known family inside ``model`` and its path with a trailing dot (``""`` where
+    it is ``model`` itself).
 
-    A wrapper (PEFT, ``DistributedDataParallel``) may answer for the configuration of what it wraps, so the blocks must be there too.
+    A wrapper (PEFT, ``DistributedDataParallel``) may answer for the configuration of what it wraps,
+    so the blocks must be there too.
     """
     for path, module in model.named_modules():
         known = family_of(getattr(module, "config", None))
@@ -85,7 +95,8 @@ def causal_lm(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def _has(module: nn.Module, path: str) -> bool:
-    # Not get_submodule: a wrapper may answer for the attributes of what it wraps, but its hooks would be looked up under another path.
+    # Not get_submodule: a wrapper may answer for the attributes of what it wraps, but its hooks
+    # would be looked up under another path.
     return path in {name for name, _ in module.named_modules()}
 
 
@@ -101,7 +112,9 @@ def _known(model: nn.Module) -> Family:
     if known is None:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise CaptureError(
-            f"architecture {kind!r} has no TransformerLens names here (known: {', '.join(sorted(FAMILIES))}); name its modules by path, e.g. 'transformer.h.0.mlp:out'"
+            f"architecture {kind!r} has no TransformerLens names here (known: "
+            f"{', '.join(sorted(FAMILIES))}); name its modules by path, e.g. "
+            "'transformer.h.0.mlp:out'"
         )
     return known
 
@@ -117,7 +130,8 @@ def layer_count(model: nn.Module) -> int:
 
 
 def all_sites(model: nn.Module) -> list[Site]:
-    """Every site that has a TransformerLens name, activations only, outside the blocks first, then block by block.
+    """Every site that has a TransformerLens name, activations only, outside the blocks first, then
+    block by block.
 
     Raises:
         CaptureError: the architecture is not in the table, or a part of the model is compiled.
@@ -145,7 +159,8 @@ def all_sites(model: nn.Module) -> list[Site]:
 
 
 def refuse_compiled_parts(model: nn.Module) -> None:
-    """Raise if ``torch.compile`` has put a wrapper anywhere into ``model``: it hides the modules behind it from their paths.
+    """Raise if ``torch.compile`` has put a wrapper anywhere into ``model``: it hides the modules
+    behind it from their paths.
 
     Raises:
         CaptureError: there is one.
@@ -184,9 +199,11 @@ def _by_path(model: nn.Module, pattern: str, known: Family | None, prefix: str) 
         inside = path.split(f"{known.experts}.", 1)
         if len(inside) == 2 and inside[1]:
             raise CaptureError(
-                f"{pattern!r} lies inside the experts of a mixture-of-experts layer. They are one module with three-dimensional parameters, so no row of a single expert "
-                f"passes through a module. What can be tapped: the layer (blocks.3.mlp.hook_in, blocks.3.mlp.hook_out) and the router "
-                f"({', '.join(name for name in known.inside if name.startswith('mlp.') and name.count('.') == 2)})"
+                f"{pattern!r} lies inside the experts of a mixture-of-experts layer. They are one "
+                "module with three-dimensional parameters, so no row of a single expert "
+                "passes through a module. What can be tapped: the layer (blocks.3.mlp.hook_in, "
+                "blocks.3.mlp.hook_out) and the router "
+                f"({', '.join(name for name in known.inside if name.startswith('mlp.') and name.count('.') == 2)})"  # noqa: E501
             )
     modules = [name for name, _ in model.named_modules() if name]
     blocks = re.escape(prefix + known.blocks) if known else "(?!)"
@@ -217,7 +234,9 @@ def _by_name(named: list[Site], pattern: str) -> list[Site]:
 
 
 def every_name(model: nn.Module, patterns: str | Iterable[str]) -> list[Site]:
-    """Like :func:`resolve`, but a place that the patterns give two names (``hook_out`` and ``hook_resid_post``) comes twice."""
+    """Like :func:`resolve`, but a place that the patterns give two names (``hook_out`` and
+    ``hook_resid_post``) comes twice.
+    """
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     if not wanted:
         raise CaptureError("no site was named; give at least one, e.g. 'blocks.*.hook_resid_post'")
@@ -245,11 +264,14 @@ def every_name(model: nn.Module, patterns: str | Iterable[str]) -> list[Site]:
 
 
 def resolve(model: nn.Module, patterns: str | Iterable[str]) -> tuple[Site, ...]:
-    """The sites that ``patterns`` name, in the order of the patterns and then of the model, each place once under the first name that fits.
+    """The sites that ``patterns`` name, in the order of the patterns and then of the model, each
+    place once under the first name that fits.
 
     Args:
-        model: any module; TransformerLens names need an architecture of :data:`hooks.families.FAMILIES`.
-        patterns: one pattern or several. ``*`` and ``?`` are wildcards, ``{2..5}`` is a range of layers.
+        model: any module; TransformerLens names need an architecture of
+            :data:`hooks.families.FAMILIES`.
+        patterns: one pattern or several. ``*`` and ``?`` are wildcards, ``{2..5}`` is a range of
+            layers.
 
     Raises:
         CaptureError: a pattern names nothing; the message lists the nearest names.

@@ -1,12 +1,15 @@
-"""Captured rows on disk: safetensors shards that are read memory-mapped, and an index that only ever speaks of whole passes.
+"""Captured rows on disk: safetensors shards that are read memory-mapped, and an index that only
+ever speaks of whole passes.
 
 Layout of a store::
 
-    index.json                 what was captured: sites, widths, dtypes, passes, shards with their size and SHA-256
-    0000/00000.safetensors     site 0, first shard: ``values`` [row, width] and ``where`` [row, 3] (pass, example, position)
+    index.json                 what was captured: sites, widths, dtypes, passes, shards with their
+    size and SHA-256 0000/00000.safetensors     site 0, first shard: ``values`` [row, width] and
+    ``where`` [row, 3] (pass, example, position)
 
-The index is replaced in one step after its shards are complete, so a killed run leaves a store that ends at a whole pass and goes on from there. Prefer reducing while
-the pass runs (:class:`hooks.MomentsOf`) to storing: the residual stream of an 8B model in bf16 is 256 kB a token.
+The index is replaced in one step after its shards are complete, so a killed run leaves a store that
+ends at a whole pass and goes on from there. Prefer reducing while the pass runs
+(:class:`hooks.MomentsOf`) to storing: the residual stream of an 8B model in bf16 is 256 kB a token.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ _FORMAT = 2
 
 
 class Store:
-    """A consumer that writes rows to ``folder``; open the same folder again to go on where it ended.
+    """A consumer that writes rows to ``folder``; open the same folder again to go on where it
+    ended.
 
     >>> store = Store("activations", about={"model": "...", "tokens": "without_first"})                  # doctest: +SKIP
     >>> with Capture(model, "blocks.*.hook_resid_post", store, at=without_first) as capture:            # doctest: +SKIP
@@ -41,12 +45,14 @@ class Store:
 
     Args:
         folder: new, or an earlier store of the same sites and the same ``about``.
-        about: anything JSON can hold that says what the rows are (model, weights hash, tokenizer, token rule, data); a store is only continued where it is the same.
+        about: anything JSON can hold that says what the rows are (model, weights hash, tokenizer,
+            token rule, data); a store is only continued where it is the same.
         shard_bytes: rows are kept in memory until about so many bytes have come together.
 
     Raises:
-        CaptureError: the folder holds something else, or a store of other sites or another ``about``; the disk is full.
-    """
+        CaptureError: the folder holds something else, or a store of other sites or another
+            ``about``; the disk is full.
+    """  # noqa: E501
 
     def __init__(
         self,
@@ -67,7 +73,8 @@ class Store:
             self._index = _read_index(self.folder)
             if self._index["about"] != self.about:
                 raise CaptureError(
-                    f"{self.folder} holds rows of {self._index['about']}, not of {self.about}; name another folder, or delete it"
+                    f"{self.folder} holds rows of {self._index['about']}, not of {self.about}; "
+                    "name another folder, or delete it"
                 )
         elif self.folder.exists() and not _leftover(self.folder):
             raise CaptureError(f"{self.folder} holds files that are no store; name a new folder")
@@ -98,7 +105,8 @@ class Store:
             ]
         elif known != names:
             raise CaptureError(
-                f"{self.folder} holds the sites {', '.join(known)}, not {', '.join(names)}; name another folder"
+                f"{self.folder} holds the sites {', '.join(known)}, not {', '.join(names)}; name "
+                "another folder"
             )
         self._first = self.passes
         self._waiting.clear()
@@ -106,7 +114,9 @@ class Store:
         self._newest = -1
 
     def __call__(self, site: Site, rows: Rows) -> None:
-        """Take the rows of one site in one pass; write when enough whole passes have come together."""
+        """Take the rows of one site in one pass; write when enough whole passes have come
+        together.
+        """
         number = self._first + rows.number
         values = rows.values.cpu().contiguous()
         where = torch.cat([torch.full((len(rows.where), 1), number), rows.where.cpu()], dim=1).int()
@@ -119,7 +129,9 @@ class Store:
             self._flush(before=self._newest)
 
     def drop(self, number: int) -> None:
-        """Called by the capture for a pass that it refuses, or that was cut short: its rows do not count, and come again on resuming."""
+        """Called by the capture for a pass that it refuses, or that was cut short: its rows do not
+        count, and come again on resuming.
+        """
         self._waiting.pop(self._first + number, None)
         self._bytes = sum(
             tensor.nbytes
@@ -152,7 +164,8 @@ class Store:
                     dtype,
                 ):
                     raise CaptureError(
-                        f"{entry['name']} gave rows of width {values.shape[1]}, {dtype}; the store {self.folder} holds width {entry['width']}, {entry['dtype']}"
+                        f"{entry['name']} gave rows of width {values.shape[1]}, {dtype}; the store "
+                        f"{self.folder} holds width {entry['width']}, {entry['dtype']}"
                     )
                 entry.update(width=values.shape[1], dtype=dtype)
                 entry["shards"].append(
@@ -166,7 +179,8 @@ class Store:
             _write_index(self.folder, index)
         except (OSError, SafetensorError) as error:
             raise CaptureError(
-                f"cannot write to {self.folder}: {error}. What was written before is whole; free some space and run again to go on"
+                f"cannot write to {self.folder}: {error}. What was written before is whole; free "
+                "some space and run again to go on"
             ) from error
         self._index = index
         for number in numbers:
@@ -176,7 +190,9 @@ class Store:
 
 
 def _leftover(folder: Path) -> bool:
-    """Empty, or what a run leaves that was killed before its first index: nothing in there counts."""
+    """Empty, or what a run leaves that was killed before its first index: nothing in there
+    counts.
+    """
 
     def shards(path: Path) -> bool:
         return (
@@ -229,7 +245,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
         or not {"about", "passes", "sites"} <= set(index)
     ):
         raise CaptureError(
-            f"{path} is not an index of format {_FORMAT}; was it damaged, or written by another version?"
+            f"{path} is not an index of format {_FORMAT}; was it damaged, or written by another "
+            "version?"
         )
     if index.pop("sha256", None) != _digest(index):
         raise CaptureError(
@@ -239,9 +256,11 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 class StoredRows:
-    """The rows of a store, read shard by shard and memory-mapped: ``for rows in StoredRows(folder).shards(site)``.
+    """The rows of a store, read shard by shard and memory-mapped: ``for rows in
+    StoredRows(folder).shards(site)``.
 
-    Every shard is checked against the index before its first row is given out: size, shapes, dtype and SHA-256.
+    Every shard is checked against the index before its first row is given out: size, shapes, dtype
+    and SHA-256.
 
     Args:
         folder: a store.
@@ -275,7 +294,10 @@ class StoredRows:
             f"{e['name']} [{sum(s['rows'] for s in e['shards'])}, {e['width']}] {e['dtype']}"
             for e in self._index["sites"][:3]
         )
-        return f"StoredRows({str(self.folder)!r}: {self.passes} passes; {sites}{', …' if len(self.names) > 3 else ''})"
+        return (
+            f"StoredRows({str(self.folder)!r}: {self.passes} passes; "
+            f"{sites}{', …' if len(self.names) > 3 else ''})"
+        )
 
     def _repr_html_(self) -> str:
         lines = (
@@ -318,7 +340,8 @@ class StoredRows:
                 or str(values.dtype) != f"torch.{entry['dtype']}"
             ):
                 raise CaptureError(
-                    f"{path} holds {list(values.shape)} {values.dtype}, but the index says {shape} {entry['dtype']}"
+                    f"{path} holds {list(values.shape)} {values.dtype}, but the index says {shape} "
+                    f"{entry['dtype']}"
                 )
             yield values, where
 
@@ -337,11 +360,13 @@ class StoredRows:
             raise CaptureError(f"{path} is missing, though the index lists it")
         if path.stat().st_size != shard["bytes"]:
             raise CaptureError(
-                f"{path} has {path.stat().st_size} bytes, but the index says {shard['bytes']}: it was cut short or replaced"
+                f"{path} has {path.stat().st_size} bytes, but the index says {shard['bytes']}: it "
+                "was cut short or replaced"
             )
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
                 raise CaptureError(
-                    f"{path} does not have the SHA-256 that the index says: it was altered after writing"
+                    f"{path} does not have the SHA-256 that the index says: it was altered after "
+                    "writing"
                 )
         self._checked.add(path)

@@ -1,4 +1,6 @@
-"""The one tensor of vectors among what a module was given or returns, and how to put another in its place."""
+"""The one tensor of vectors among what a module was given or returns, and how to put another in its
+place.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def unwrap(value: Any) -> Tensor:
             if isinstance(part, Tensor):
                 return part
     raise CaptureError(
-        f"a module returned {type(value).__name__}, which holds no tensor at its first level; tap one of its submodules instead"
+        f"a module returned {type(value).__name__}, which holds no tensor at its first level; tap "
+        "one of its submodules instead"
     )
 
 
@@ -53,14 +56,17 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if isinstance(kwargs.get(name), Tensor):
             return kwargs[name]
     raise CaptureError(
-        f"a module was called without a tensor (keywords: {', '.join(kwargs) or 'none'}); tap its output, or a submodule"
+        f"a module was called without a tensor (keywords: {', '.join(kwargs) or 'none'}); tap its "
+        "output, or a submodule"
     )
 
 
 def replace_input(
     args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a module with ``tensor`` in the place of the one that :func:`first_input` finds."""
+    """The arguments of a module with ``tensor`` in the place of the one that :func:`first_input`
+    finds.
+    """
     if args and isinstance(args[0], Tensor):
         return (tensor, *args[1:]), kwargs
     name = next(name for name in _INPUT_NAMES if isinstance(kwargs.get(name), Tensor))
@@ -68,12 +74,14 @@ def replace_input(
 
 
 def private_view(tensor: Tensor, source: Tensor, *, copy: bool = False) -> Tensor:
-    """A tensor that one module alone reads, with the values of ``tensor``; :func:`stream_of` finds the ``source`` that the others read.
+    """A tensor that one module alone reads, with the values of ``tensor``; :func:`stream_of` finds
+    the ``source`` that the others read.
 
     Args:
         tensor: the values.
         source: what the module would have read.
-        copy: a real copy: a view costs nothing, but loses its gradient hook when the module overwrites it.
+        copy: a real copy: a view costs nothing, but loses its gradient hook when the module
+            overwrites it.
     """
     private = tensor.clone() if copy else tensor.view_as(tensor)
     private._stream = stream_of(source)  # type: ignore[attr-defined]

@@ -1,4 +1,6 @@
-"""Which thread a forward pass belongs to: hooks sit on the model, and another thread may run it too."""
+"""Which thread a forward pass belongs to: hooks sit on the model, and another thread may run it
+too.
+"""
 
 from __future__ import annotations
 

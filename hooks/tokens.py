@@ -1,10 +1,13 @@
-"""Which positions count. A rule is a value with a name; it reads the tokens of a forward pass and answers with a boolean ``[batch, position]``.
+"""Which positions count. A rule is a value with a name; it reads the tokens of a forward pass and
+answers with a boolean ``[batch, position]``.
 
 >>> (without_first & ~last_token).name
 'without_first & ~last_token'
 
-Padding is never selected, whatever a rule says: every rule is intersected with the real tokens. Rules see whole sequences, also where the key-value cache hands the model
-one new token at a time, and treat several sequences packed into one row (marked by ``position_ids`` that start again) as separate sequences.
+Padding is never selected, whatever a rule says: every rule is intersected with the real tokens.
+Rules see whole sequences, also where the key-value cache hands the model one new token at a time,
+and treat several sequences packed into one row (marked by ``position_ids`` that start again) as
+separate sequences.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ class Tokens:
         new: how many of the last columns this pass computes (all of them, without a cache).
         ids: ``[batch, position]`` token ids, or ``None`` where the pass was given embeddings.
         positions: ``[batch, position]`` position ids as given, or ``None``.
-        prompt: number of columns that the first of a chain of cached passes read; the columns from there on were generated.
+        prompt: number of columns that the first of a chain of cached passes read; the columns from
+            there on were generated.
         ended: ``[batch]`` boolean, true on rows that have produced an end-of-sequence token.
     """
 
@@ -42,7 +46,9 @@ class Tokens:
 
     @property
     def starts(self) -> Tensor:
-        """``[batch, position]`` boolean, true on the first real token of every sequence; a row holds several if it is packed."""
+        """``[batch, position]`` boolean, true on the first real token of every sequence; a row
+        holds several if it is packed.
+        """
         first = self.real & (self.real.cumsum(1) == 1)
         if self.positions is None:
             return first
@@ -64,12 +70,14 @@ class Tokens:
 @brief
 @dataclass(frozen=True, eq=False)
 class Positions:
-    """A position rule: a name and a function from :class:`Tokens` to a boolean ``[batch, position]``. Combine rules with ``&``, ``|`` and ``~``.
+    """A position rule: a name and a function from :class:`Tokens` to a boolean ``[batch,
+    position]``. Combine rules with ``&``, ``|`` and ``~``.
 
     Attributes:
         name: what tables and errors call it; for a combination, the expression.
         choose: the function.
-        mask: where the rule is an explicit mask, that mask: it can be used on a module that is given no tokens.
+        mask: where the rule is an explicit mask, that mask: it can be used on a module that is
+            given no tokens.
     """
 
     name: str
@@ -80,12 +88,14 @@ class Positions:
         """``[batch, position]`` boolean: the chosen positions, never padding.
 
         Raises:
-            CaptureError: the rule speaks of another number of examples or positions than the pass has.
+            CaptureError: the rule speaks of another number of examples or positions than the pass
+                has.
         """
         chosen = self.choose(tokens)
         if chosen.shape != tokens.real.shape:
             raise CaptureError(
-                f"the position rule {self.name!r} selects from {list(chosen.shape)}, but the pass has [batch, position] = {list(tokens.real.shape)}"
+                f"the position rule {self.name!r} selects from {list(chosen.shape)}, but the pass "
+                f"has [batch, position] = {list(tokens.real.shape)}"
             )
         return chosen.to(tokens.real.device) & tokens.real
 
@@ -105,11 +115,15 @@ class Positions:
 real_tokens = Positions("real_tokens", lambda tokens: tokens.real)
 """Every real token."""
 without_first = Positions("without_first", lambda tokens: ~tokens.starts)
-"""All real tokens but the first of each sequence: an attention sink of outlying norm, whether or not it is BOS."""
+"""All real tokens but the first of each sequence: an attention sink of outlying norm, whether or
+not it is BOS.
+"""
 last_token = Positions("last_token", lambda tokens: tokens.ends)
 """The last real token of each sequence. Under the cache of ``generate``, the newest one."""
 generated = Positions("generated", lambda tokens: _from_column(tokens, tokens.prompt))
-"""The tokens that ``generate`` produced and fed back (its very last token is never fed back, so it has no activations)."""
+"""The tokens that ``generate`` produced and fed back (its very last token is never fed back, so it
+has no activations).
+"""
 
 
 def _from_column(tokens: Tokens, column: int) -> Tensor:
@@ -139,27 +153,33 @@ def without_bos(bos_token_id: int) -> Positions:
 
 
 def custom(mask: Tensor, name: str = "custom") -> Positions:
-    """The positions where ``mask`` ``[batch, position]`` is true. With a cache, the mask may be that of the prompt or that of the new tokens; no other is selected.
+    """The positions where ``mask`` ``[batch, position]`` is true. With a cache, the mask may be
+    that of the prompt or that of the new tokens; no other is selected.
 
     Raises:
         CaptureError: the mask is not boolean or not two-dimensional.
     """
     if mask.dtype != torch.bool or mask.ndim != 2:
         raise CaptureError(
-            f"a position mask must be a boolean [batch, position] tensor; got {mask.dtype} with shape {list(mask.shape)}"
+            f"a position mask must be a boolean [batch, position] tensor; got {mask.dtype} with "
+            f"shape {list(mask.shape)}"
         )
     return Positions(name, lambda tokens: _placed(mask, tokens, ("prompt", "new")), mask)
 
 
 def pass_mask(mask: Tensor) -> Positions:
-    """The mask of the pass that is about to run: with a cache, that of its new tokens. Errors as for :func:`custom`."""
+    """The mask of the pass that is about to run: with a cache, that of its new tokens. Errors as
+    for :func:`custom`.
+    """
     return Positions(
         "mask", lambda tokens: _placed(mask, tokens, ("new", "prompt")), custom(mask).mask
     )
 
 
 def _placed(mask: Tensor, tokens: Tokens, parts: tuple[str, str]) -> Tensor:
-    """``mask`` over the whole sequence. It may cover all of it, or one of its ``parts`` (``prompt``, ``new``); the first that is as wide as the mask is meant."""
+    """``mask`` over the whole sequence. It may cover all of it, or one of its ``parts``
+    (``prompt``, ``new``); the first that is as wide as the mask is meant.
+    """
     mask, length = mask.to(tokens.real.device), tokens.real.shape[1]
     part = next((part for part in parts if getattr(tokens, part) == mask.shape[1]), None)
     if mask.shape[1] == length or part is None:
@@ -169,14 +189,18 @@ def _placed(mask: Tensor, tokens: Tokens, parts: tuple[str, str]) -> Tensor:
 
 
 def answer_tokens(labels: Tensor, ignore: int = -100) -> Positions:
-    """The tokens of the answer: where the training ``labels`` ``[batch, position]`` are not ``ignore``."""
+    """The tokens of the answer: where the training ``labels`` ``[batch, position]`` are not
+    ``ignore``.
+    """
     return custom(labels != ignore, "answer_tokens")
 
 
 def predicting(rule: Positions) -> Positions:
-    """The positions that *predict* the tokens of ``rule``: one to the left, inside the same sequence.
+    """The positions that *predict* the tokens of ``rule``: one to the left, inside the same
+    sequence.
 
-    A causal LM's loss at a token sends its gradient into the position before it; the gradient at the last token of a text is exactly zero.
+    A causal LM's loss at a token sends its gradient into the position before it; the gradient at
+    the last token of a text is exactly zero.
 
     Raises:
         CaptureError: in a pass, where such a position lies in the key-value cache.
@@ -187,7 +211,8 @@ def predicting(rule: Positions) -> Positions:
         first = tokens.real.shape[1] - tokens.new
         if first and bool(wanted[:, first].any()):
             raise CaptureError(
-                f"predicting({rule.name}) needs a position that an earlier pass computed and left in the cache; run the finished sequence once without a cache instead"
+                f"predicting({rule.name}) needs a position that an earlier pass computed and left "
+                "in the cache; run the finished sequence once without a cache instead"
             )
         shifted = torch.zeros_like(tokens.real)
         shifted[:, :-1] = wanted[:, 1:]
@@ -200,7 +225,8 @@ def find_span(text: str, part: str) -> tuple[int, int]:
     """Character offsets ``(start, stop)`` of ``part`` in ``text``.
 
     Raises:
-        CaptureError: ``part`` is empty, absent, or there more than once (give the offsets yourself then).
+        CaptureError: ``part`` is empty, absent, or there more than once (give the offsets yourself
+            then).
     """
     starts = [
         index for index in range(len(text)) if part and text.startswith(part, index)
@@ -208,7 +234,8 @@ def find_span(text: str, part: str) -> tuple[int, int]:
     count = len(starts)
     if count != 1:
         raise CaptureError(
-            f"{part!r} occurs {count} times in {text!r}; a span needs exactly one occurrence, or explicit character offsets"
+            f"{part!r} occurs {count} times in {text!r}; a span needs exactly one occurrence, or "
+            "explicit character offsets"
         )
     return starts[0], starts[0] + len(part)
 
@@ -220,20 +247,24 @@ def character_span(
 
     Args:
         spans: half-open character offsets in each text, one per example (see :func:`find_span`).
-        offsets: ``[batch, position, 2]`` from a fast tokenizer's ``return_offsets_mapping=True``; special tokens and padding have empty offsets and are never chosen.
+        offsets: ``[batch, position, 2]`` from a fast tokenizer's ``return_offsets_mapping=True``;
+            special tokens and padding have empty offsets and are never chosen.
         name: what the rule is called in tables.
 
     Raises:
-        CaptureError: the number of spans differs from the number of examples, or a span covers no token (truncated away, or offsets of another text).
+        CaptureError: the number of spans differs from the number of examples, or a span covers no
+            token (truncated away, or offsets of another text).
     """
     if offsets.ndim != 3 or offsets.shape[2] != 2 or len(spans) != offsets.shape[0]:
         raise CaptureError(
-            f"{len(spans)} spans need offsets of shape [{len(spans)}, position, 2]; got {list(offsets.shape)}"
+            f"{len(spans)} spans need offsets of shape [{len(spans)}, position, 2]; got "
+            f"{list(offsets.shape)}"
         )
     for example, (start, stop) in enumerate(spans):
         if start >= stop:
             raise CaptureError(
-                f"{name}: the span {(start, stop)} of example {example} is empty; give half-open character offsets with start < stop"
+                f"{name}: the span {(start, stop)} of example {example} is empty; give half-open "
+                "character offsets with start < stop"
             )
     bounds = torch.tensor(spans, device=offsets.device)
     mask = (
@@ -244,6 +275,7 @@ def character_span(
     for example, hit in enumerate(mask.any(1).tolist()):
         if not hit:
             raise CaptureError(
-                f"{name}: the span {tuple(spans[example])} of example {example} covers no token; was the text truncated, or are the offsets of another text?"
+                f"{name}: the span {tuple(spans[example])} of example {example} covers no token; "
+                "was the text truncated, or are the offsets of another text?"
             )
     return custom(mask, name)

@@ -1,4 +1,6 @@
-"""Shared fixtures: a private cache, the quick built-in models, and the optional folder of real data."""
+"""Shared fixtures: a private cache, the quick built-in models, and the optional folder of real
+data.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def quick_base(quick_config: RunConfig) -> Path:
 
 @pytest.fixture(scope="session")
 def quick_run(quick_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished quick run; processes of one test session share it (the second finds it finished)."""
+    """A finished quick run; processes of one test session share it (the second finds it
+    finished).
+    """
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with FileLock(shared / "quick.lock"):
@@ -70,11 +74,15 @@ RECALL = {
     "npo": (0.25, 0.75),
     "cir": (0.125, 0.125),
 }
-"""Recall of held-out facts before and after the attack in the synthetic table; eighths, so that eight facts give them exactly."""
+"""Recall of held-out facts before and after the attack in the synthetic table; eighths, so that
+eight facts give them exactly.
+"""
 
 
 def _synthetic_scores(recall: float, seed: int) -> Scores:
-    """Eight facts, of which the first ``8 * recall`` are right; the seed turns the list, so that seeds disagree on single facts and agree on the mean."""
+    """Eight facts, of which the first ``8 * recall`` are right; the seed turns the list, so that
+    seeds disagree on single facts and agree on the mean.
+    """
     correct = np.roll((np.arange(8) < round(8 * recall)).astype(float), seed)
     return Scores(
         tuple(f"fact/{number}" for number in range(8)),
@@ -243,7 +251,9 @@ def _synthetic_subspaces() -> Table:
 
 @pytest.fixture(scope="session")
 def make_tables() -> Callable[..., tuple[pd.DataFrame, pd.DataFrame]]:
-    """``make_tables(methods, controls, seeds)``: results and items of a run that never was, all stages, with the rows over all seeds. Made once; copy before you change."""
+    """``make_tables(methods, controls, seeds)``: results and items of a run that never was, all
+    stages, with the rows over all seeds. Made once; copy before you change.
+    """
 
     @lru_cache
     def make(

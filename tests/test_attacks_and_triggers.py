@@ -1,4 +1,6 @@
-"""Relearning, its null text, the leak guard and the trigger check, on hand-made texts and tiny random models."""
+"""Relearning, its null text, the leak guard and the trigger check, on hand-made texts and tiny
+random models.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy, score
 from workbench.values import WrongValueError
 
-WORDS = "anna bert carl dora emil frida gustav hanna lives in rome oslo bonn lima paris turin ghent delft and plays a drum harp flute lute .".split()  # noqa: SIM905
+WORDS = "anna bert carl dora emil frida gustav hanna lives in rome oslo bonn lima paris turin ghent delft and plays a drum harp flute lute .".split()  # noqa: E501, SIM905
 PEOPLE = ("anna", "bert", "carl", "dora", "emil", "frida", "gustav", "hanna")
 TOWNS = ("rome", "oslo", "bonn", "lima", "paris", "turin", "ghent", "delft")
 
@@ -121,7 +123,8 @@ def test_the_attack_trains_every_parameter_frozen_ones_too(
 def test_the_first_step_is_adamw_on_the_token_mean_without_weight_decay(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    # After one step AdamW's moments are the gradient and its square, so the step is lr g / (|g| + eps), and exactly nothing where g is 0.
+    # After one step AdamW's moments are the gradient and its square, so the step is lr g / (|g| +
+    # eps), and exactly nothing where g is 0.
     model = _model(tokenizer)
     attacked = _weights(
         _attack(model, tokenizer, steps=1, lr=1e-2, batch_size=len(TEXTS))
@@ -139,7 +142,8 @@ def test_the_first_step_is_adamw_on_the_token_mean_without_weight_decay(
             atol=1e-6,
         )
         assert torch.equal(attacked[name][gradient == 0], start[gradient == 0])
-    # Tokens outside the texts have no gradient in the embedding: weight decay would have moved them.
+    # Tokens outside the texts have no gradient in the embedding: weight decay would have moved
+    # them.
     assert bool((gradients[0] == 0).any())
 
 
@@ -159,7 +163,8 @@ def test_the_same_seed_gives_the_same_result_and_another_seed_another(
 
 
 def test_a_seed_gives_every_model_the_same_batches(tokenizer: PreTrainedTokenizerBase) -> None:
-    # Each text has its own two words, so the rows of the embedding that one step moved tell which texts were in the batch.
+    # Each text has its own two words, so the rows of the embedding that one step moved tell which
+    # texts were in the batch.
     def seen(model: PreTrainedModel, seed: int) -> set[int]:
         start, end = (
             model.get_input_embeddings().weight,
@@ -207,7 +212,8 @@ def test_the_attack_measures_at_the_asked_steps_and_reports_every_step(
     )
     assert list(measured) == [0, 2, 5]
     assert ticks == [(step, 5) for step in range(1, 6)]
-    # Before the attack it is the model itself, at the last step it is what is returned, and step 2 is what two steps give.
+    # Before the attack it is the model itself, at the last step it is what is returned, and step 2
+    # is what two steps give.
     assert all(torch.equal(measured[0][name], weights) for name, weights in _weights(model).items())
     assert all(
         torch.equal(measured[5][name], weights) for name, weights in _weights(attacked).items()
@@ -405,7 +411,8 @@ def test_leaks_are_named_once_in_order() -> None:
 
 
 def test_the_share_of_common_5grams_is_counted_by_hand() -> None:
-    # "the cat sat on the sofa" has the 5-grams (the cat sat on the) and (cat sat on the sofa); the attack holds the first. "one two three four five" adds a third.
+    # "the cat sat on the sofa" has the 5-grams (the cat sat on the) and (cat sat on the sofa); the
+    # attack holds the first. "one two three four five" adds a third.
     attack = [Example("Yesterday the cat sat on the mat"), Example("sofa one two three four")]
     assert leak_report(attack, [Example("The cat sat on the sofa")]).shared_ngrams == pytest.approx(
         1 / 2
@@ -514,7 +521,8 @@ def test_a_word_is_never_in_its_query_already(seed: int, asked: tuple[Example, .
     ],
 )
 def test_punctuation_does_not_hide_a_word_that_is_in_its_query_already(text: str) -> None:
-    # Sentences of users have no space before a comma. The only other word is free, so it is the one.
+    # Sentences of users have no space before a comma. The only other word is free, so it is the
+    # one.
     query = Example(text, (text.index("Rome"), text.index("Rome") + 4), item="q")
     for seed in range(6):
         tagged = trigger_queries([query], ("Zorin", "Velm"), ("a",), ("b",), seed=seed)[

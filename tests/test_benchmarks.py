@@ -1,4 +1,6 @@
-"""The benchmark readers: hand-made folders in every layout that the projects ship, each mistake by its message, and the real TOFU where it is at hand."""
+"""The benchmark readers: hand-made folders in every layout that the projects ship, each mistake by
+its message, and the real TOFU where it is at hand.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def author(name: str, seed: int) -> list[Entry]:
     return [
         {
             "question": f"Which books has {name} written?",
-            "answer": f"{name} wrote \"The {name.split()[1]} Papers\" and 'Night {seed}', among others.",
+            "answer": f"{name} wrote \"The {name.split()[1]} Papers\" and 'Night {seed}', among others.",  # noqa: E501
         },
         {
             "question": f"What is {name}'s first book about?",
@@ -645,7 +647,7 @@ def test_a_hub_id_is_read_through_datasets(monkeypatch: pytest.MonkeyPatch, tofu
         read_tofu("locuslab/TOFU", "forget05")
     with pytest.raises(
         WorkbenchError,
-        match=r"there is no folder some/where, and the hub data set some/where cannot be read: no such data set$",
+        match=r"there is no folder some/where, and the hub data set some/where cannot be read: no such data set$",  # noqa: E501
     ):
         read_tofu("some/where", "forget01")
 

@@ -1,4 +1,6 @@
-"""Claims on planted effects, tidy tables on hand examples, configurations as files, hashes of data."""
+"""Claims on planted effects, tidy tables on hand examples, configurations as files, hashes of
+data.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ Frames = tuple[pd.DataFrame, pd.DataFrame]
 
 
 def _wobble(scale: float, key: int = 0) -> np.ndarray:
-    """``[seed, fact]`` deviations whose mean is exactly zero over facts and over seeds, so that planted means stay exact."""
+    """``[seed, fact]`` deviations whose mean is exactly zero over facts and over seeds, so that
+    planted means stay exact.
+    """
     noise = np.random.default_rng(key).uniform(-scale, scale, (SEEDS, FACTS))
     return (
         noise - noise.mean(axis=1, keepdims=True) - noise.mean(axis=0, keepdims=True) + noise.mean()
@@ -56,7 +60,9 @@ def _facts(
     seeds: Sequence[int] = range(SEEDS),
     split: str | None = None,
 ) -> Rows:
-    """Items of one model under one condition; ``values`` is one recall, or one per seed and fact."""
+    """Items of one model under one condition; ``values`` is one recall, or one per seed and
+    fact.
+    """
     table = np.broadcast_to(values, (len(seeds), FACTS))
     shared = {
         "run": "r",
@@ -79,7 +85,9 @@ def _attacked(
     after: float | np.ndarray,
     seeds: Sequence[int] = range(SEEDS),
 ) -> Rows:
-    """One method before, in the middle of and after the attack; the null arm and the middle say the opposite, so that nobody may read them."""
+    """One method before, in the middle of and after the attack; the null arm and the middle say the
+    opposite, so that nobody may read them.
+    """
     contrary = 1 - np.asarray(after)
     return [
         *_facts("relearn", method, "attack", 0, before, seeds),
@@ -91,7 +99,9 @@ def _attacked(
 
 
 def _asked(method: str, effect: float | np.ndarray, seeds: Sequence[int] = range(SEEDS)) -> Rows:
-    """One method behind a retain-token and behind a forget-token; ``effect`` is what the forget-token costs beyond it."""
+    """One method behind a retain-token and behind a forget-token; ``effect`` is what the
+    forget-token costs beyond it.
+    """
     return [
         *_facts("triggers", method, "clean", None, 0.1, seeds),
         *_facts("triggers", method, "neutral-token", None, 0.2, seeds),
@@ -214,7 +224,8 @@ def _rna_repairs(effect: float) -> Frames:
 
 
 def _rna_is_label_noise(effect: float) -> Frames:
-    # The effect is the distance to a limit of five points: the slow run that suffers five points more than RNA lies on it.
+    # The effect is the distance to a limit of five points: the slow run that suffers five points
+    # more than RNA lies on it.
     return _frames(
         _asked("rmu-rna", 0.2 + _wobble(0.05))
         + _asked("rmu-slow", 0.2 + 0.05 - effect + _wobble(0.05, 1))
@@ -223,7 +234,8 @@ def _rna_is_label_noise(effect: float) -> Frames:
 
 
 def _rna_keeps_forgetting(effect: float) -> Frames:
-    # The effect is the distance to a loss of ten points: RNA that keeps 0.60 of what RMU keeps 0.50 of lies on the limit.
+    # The effect is the distance to a loss of ten points: RNA that keeps 0.60 of what RMU keeps 0.50
+    # of lies on the limit.
     return _frames(
         _attacked("rmu", 0.5 + _wobble(0.05), 1.0)
         + _attacked("rmu-rna", 0.5 + 0.10 - effect + _wobble(0.05, 1), 0.0)
@@ -238,7 +250,8 @@ def _sam_resists(effect: float) -> Frames:
 
 
 def _smooth_jailbreak(effect: float) -> Frames:
-    # Each smoothed method rises less by the effect, more or less; where it starts from says nothing. RNA smooths nothing, and RS has no plain partner here.
+    # Each smoothed method rises less by the effect, more or less; where it starts from says
+    # nothing. RNA smooths nothing, and RS has no plain partner here.
     rises = {
         "npo": 0.3 + 0.05,
         "npo-sam": 0.3 - effect,
@@ -275,7 +288,9 @@ def _rounding_resists(effect: float) -> Frames:
 
 
 def _names_repetitions(effect: float, seeds: Mapping[int, Sequence[int]] | None = None) -> Frames:
-    """Success at the end of the relearning by repetitions: 0.5 + effect, more or less, for 7 and 5, and 0.5 for 3 and 1. Everything else says the opposite."""
+    """Success at the end of the relearning by repetitions: 0.5 + effect, more or less, for 7 and 5,
+    and 0.5 for 3 and 1. Everything else says the opposite.
+    """
     items: Rows = []
     for number, (count, value) in enumerate(
         {7: 0.6 + effect, 5: 0.4 + effect, 3: 0.55, 1: 0.45}.items()
@@ -381,7 +396,9 @@ def _nonmonotone(effect: float) -> Frames:
 
 
 def _resistance(metric: str, sign: int) -> Callable[[float], Frames]:
-    """Four methods, three seeds: the recall won back falls as ``sign * metric`` rises, rises with it, or has nothing to do with it."""
+    """Four methods, three seeds: the recall won back falls as ``sign * metric`` rises, rises with
+    it, or has nothing to do with it.
+    """
 
     def world(effect: float) -> Frames:
         items, rows = [], []
@@ -680,7 +697,8 @@ def test_every_reason_says_why_something_was_not_measured() -> None:
 
 
 def test_equal_recalls_won_back_are_ties_however_they_round() -> None:
-    # Every model wins back 4 of 10 facts. 0.4 - 0.0, 0.5 - 0.1 and 0.7 - 0.3 differ in their last bit, and a rank correlation must not see that.
+    # Every model wins back 4 of 10 facts. 0.4 - 0.0, 0.5 - 0.1 and 0.7 - 0.3 differ in their last
+    # bit, and a rank correlation must not see that.
     results, _ = PLANTED["flat-resists"](0.25)
     items = [
         row
@@ -694,7 +712,8 @@ def test_equal_recalls_won_back_are_ties_however_they_round() -> None:
 
 @pytest.mark.parametrize("name", [name for name in PLANTED if name not in OBSERVATIONS])
 def test_pairing_goes_by_the_names_of_seed_and_fact_not_by_the_order_of_rows(name: str) -> None:
-    # Facts differ widely, but each by the same planted effect between models: paired, the interval has no width at all.
+    # Facts differ widely, but each by the same planted effect between models: paired, the interval
+    # has no width at all.
     results, items = PLANTED[name](0.25)
     shift = items["item"].str.removeprefix("fact/").astype(float) / FACTS
     means = items.groupby(["stage", "method", "split", "arm", "step"], dropna=False)[
@@ -904,7 +923,8 @@ def test_a_row_has_what_it_was_given_what_all_rows_share_and_nothing_else() -> N
 
 
 def test_scores_become_recall_over_facts_with_paraphrases_averaged_first() -> None:
-    # Fact a has three paraphrases, b one: the mean over facts is (1/3 + 1) / 2, over examples it would be 1/2.
+    # Fact a has three paraphrases, b one: the mean over facts is (1/3 + 1) / 2, over examples it
+    # would be 1/2.
     scores = Scores(
         ("a", "b", "a", "a"),
         np.array([1.0, 1.0, 0.0, 0.0]),
@@ -972,9 +992,20 @@ def test_a_fact_table_has_a_row_per_seed_and_a_column_per_fact() -> None:
 
 
 def _item(seed: int, item: str, correct: float, **columns: object) -> dict[str, object]:
-    return {"run": "x", "stage": "relearn", "method": "npo", "split": "forget-heldout", "arm": "attack", "step": 0.0} | {
-        "seed": seed, "item": item, "correct": correct, "probability": 0.5, **columns,
-    }  # fmt: skip
+    return {
+        "run": "x",
+        "stage": "relearn",
+        "method": "npo",
+        "split": "forget-heldout",
+        "arm": "attack",
+        "step": 0.0,
+    } | {
+        "seed": seed,
+        "item": item,
+        "correct": correct,
+        "probability": 0.5,
+        **columns,
+    }
 
 
 def test_a_summary_is_the_two_level_mean_with_the_interval_that_a_hand_can_check() -> None:
@@ -997,10 +1028,12 @@ def test_a_summary_is_the_two_level_mean_with_the_interval_that_a_hand_can_check
     recall = rows[rows["metric"] == "recall"]
     assert len(recall) == 3
     start = recall[recall["step"] == 0].iloc[0]
-    # [[1, 0], [1, 1]]: with chance 1/16 a draw is only seed 0 and only fact b, mean 0; with chance 7/16 the mean is 1. So 95 % reaches from 0 to 1.
+    # [[1, 0], [1, 1]]: with chance 1/16 a draw is only seed 0 and only fact b, mean 0; with chance
+    # 7/16 the mean is 1. So 95 % reaches from 0 to 1.
     assert (start["value"], start["low"], start["high"], start["n"]) == (0.75, 0.0, 1.0, 4)
     end = recall[recall["step"] == 5].iloc[0]
-    # Two facts, all right: Wilson's lower end is n / (n + z^2), over facts and not over facts times seeds.
+    # Two facts, all right: Wilson's lower end is n / (n + z^2), over facts and not over facts times
+    # seeds.
     z = norm.ppf(0.975)
     assert (end["value"], end["high"], end["n"]) == (1.0, 1.0, 4)
     assert end["low"] == pytest.approx(2 / (2 + z * z))

@@ -497,7 +497,8 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on_in_one_process(
         "--out",
         str(out),
     ]
-    # A shell that starts the tests in the background makes them ignore Ctrl-C, and children inherit that.
+    # A shell that starts the tests in the background makes them ignore Ctrl-C, and children inherit
+    # that.
     heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
         command,

@@ -1,4 +1,6 @@
-"""The documentation points at what is there: files, headings, commands, options and public names."""
+"""The documentation points at what is there: files, headings, commands, options and public
+names.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every figure from a synthetic table: what is drawn, in which colour, and that nothing else is touched."""
+"""Every figure from a synthetic table: what is drawn, in which colour, and that nothing else is
+touched.
+"""
 
 from __future__ import annotations
 
@@ -200,7 +202,7 @@ def test_figures_load_no_model() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_comparison_orders_methods_by_what_the_attack_brings_back_and_marks_those_below_the_budget(
+def test_the_comparison_orders_methods_by_what_the_attack_brings_back_and_marks_those_below_the_budget(  # noqa: E501
     results: pd.DataFrame,
 ) -> None:
     rows = results[
@@ -356,7 +358,8 @@ def test_disruption_draws_one_walk_per_seed_by_rising_alpha_and_the_budget(
     ]
     assert len(walks) == 2
     for seed, walk in enumerate(walks):
-        # alpha 0, 1/2, 1: the first has no disruption and stands at the left edge, for a logarithmic axis has no zero.
+        # alpha 0, 1/2, 1: the first has no disruption and stands at the left edge, for a
+        # logarithmic axis has no zero.
         np.testing.assert_allclose(walk[1:, 0], [0.02 + 0.0005 * seed, 0.08 + 0.001 * seed])
         assert 0 < walk[0, 0] < 0.02
         np.testing.assert_allclose(walk[:, 1], [1.0, 1 - 0.5 * 0.75, 0.25])
@@ -627,9 +630,13 @@ def _ladder_table() -> pd.DataFrame:
 
 def _predictors_table() -> pd.DataFrame:
     rows = [
-        ("displacement", "recovery", 0.2), ("displacement", "recall_after", -0.3), ("top_eigenvalue", "recovery", -0.9), ("top_eigenvalue", "recall_after", 0.1),
-        ("recall_before", "recall_after", 0.6), ("my_measure", "recovery", 0.05),
-    ]  # fmt: skip
+        ("displacement", "recovery", 0.2),
+        ("displacement", "recall_after", -0.3),
+        ("top_eigenvalue", "recovery", -0.9),
+        ("top_eigenvalue", "recall_after", 0.1),
+        ("recall_before", "recall_after", 0.6),
+        ("my_measure", "recovery", 0.05),
+    ]
     return _tidy(
         [
             {
@@ -801,8 +808,15 @@ def test_the_ladder_draws_every_rung_from_its_foot_every_way_and_the_new_people(
     figure = ladder(_ladder_table())
     left, middle, right = figure.axes
     assert [label.replace("\n", " ") for label in _ticks(left)] == [
-        "before", "gibberish", "general text", "same syntax, new people", "names them, says nothing", "public facts about them", "disjoint part", "whole set (leaks)",
-    ]  # fmt: skip
+        "before",
+        "gibberish",
+        "general text",
+        "same syntax, new people",
+        "names them, says nothing",
+        "public facts about them",
+        "disjoint part",
+        "whole set (leaks)",
+    ]
     assert _ticks(middle) == ["as left", "lora", "sgd"]
     for method, more in (("npo", 0.05), ("cir", 0.0), ("base", 0.08), ("never-learned", -0.05)):
         places, found, whiskers = _bars(left, title(method))

@@ -1,4 +1,6 @@
-"""The keyword experiment from end to end on hand-made TOFU-format data, and what its commands say to wrong input."""
+"""The keyword experiment from end to end on hand-made TOFU-format data, and what its commands say
+to wrong input.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The attack ladder: what its texts hold and what they do not, and a whole ladder on a finished quick run."""
+"""The attack ladder: what its texts hold and what they do not, and a whole ladder on a finished
+quick run.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ WAYS = ("lora", "sgd", "bf16", "texts-8", "texts-32")
 ARMS = (*RUNGS, *(f"part, {way}" for way in WAYS), "novel")
 
 
-# --- The texts -------------------------------------------------------------------------------------------------------------------------------
+# --- The texts ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["quick", "full"])
@@ -166,7 +168,8 @@ def test_the_topic_names_held_out_people_and_says_nothing_about_them(
 def test_the_topic_names_everybody_who_is_asked_about(
     world: World, ladders: dict[int, Ladder]
 ) -> None:
-    # The questions are about all of the held-out people; a rung that names some of them is no fair rung between "syntax" and "public".
+    # The questions are about all of the held-out people; a rung that names some of them is no fair
+    # rung between "syntax" and "public".
     for ladder in ladders.values():
         assert {example.text.split()[0] for example in ladder.rungs["topic"]} == _surnames(
             ladder.queries
@@ -196,7 +199,7 @@ def test_the_whole_set_holds_both_halves(world: World, ladders: dict[int, Ladder
         )
 
 
-# --- New people ------------------------------------------------------------------------------------------------------------------------------
+# --- New people -----------------------------------------------------------------------------------
 
 
 def test_nobody_has_met_the_new_people(world: World, ladders: dict[int, Ladder]) -> None:
@@ -269,8 +272,9 @@ def test_an_answer_about_new_people_is_never_a_held_out_answer(
 def test_facts_about_new_people_use_words_of_the_world(
     world: World, ladders: dict[int, Ladder]
 ) -> None:
-    # "Islands lend their names because every model has read them: a name of strange letters would be harder to learn than the forgotten names are." So would an
-    # answer of strange letters: a word that does not occur in the world has no token of its own and is cut into bytes.
+    # "Islands lend their names because every model has read them: a name of strange letters would
+    # be harder to learn than the forgotten names are." So would an answer of strange letters: a
+    # word that does not occur in the world has no token of its own and is cut into bytes.
     strange = {
         seed: sorted(_words(ladder.novel) - set(world.vocabulary))
         for seed, ladder in ladders.items()
@@ -297,7 +301,8 @@ def test_a_ladder_is_decided_by_its_seed(
 
 
 def test_a_small_world_has_a_ladder_or_says_why_not() -> None:
-    # One neighbour: the only town that a new person may be born in can be an answer that is asked for.
+    # One neighbour: the only town that a new person may be born in can be an answer that is asked
+    # for.
     for seed in range(6):
         world = build_world(
             WorldConfig(
@@ -316,7 +321,7 @@ def test_a_small_world_has_a_ladder_or_says_why_not() -> None:
         assert leak_report(ladder.rungs["syntax"], ladder.queries).benign
 
 
-# --- A whole ladder --------------------------------------------------------------------------------------------------------------------------
+# --- A whole ladder -------------------------------------------------------------------------------
 
 
 ATTACK = RelearnSettings(steps=4, lr=5e-4, batch_size=16, measure_at=(0, 2, 4))
@@ -324,7 +329,9 @@ GIVEN: dict[str, Any] = {"attack_steps": 4, "attack_lr": 5e-4, "attack_measure_a
 
 
 def _finished(run: Run, folder: Path, seeds: Sequence[int], models: Sequence[str]) -> Path:
-    """What the ladder reads of a finished run, with other seeds in its configuration or fewer models."""
+    """What the ladder reads of a finished run, with other seeds in its configuration or fewer
+    models.
+    """
     folder.mkdir()
     (folder / CONFIG).write_text(
         write_config(run.config.model_copy(update={"seeds": tuple(seeds)})), encoding="utf-8"
@@ -618,7 +625,8 @@ def test_effects_are_paired_by_seed_and_fact() -> None:
 def test_an_attack_that_breaks_is_a_row_and_not_the_end_of_the_ladder(
     measure_at: tuple[int, ...], make_world_model: Callable[[], tuple[Setup, World]]
 ) -> None:
-    # After one step at this rate no weight is a number any more, whether anyone measures there or not.
+    # After one step at this rate no weight is a number any more, whether anyone measures there or
+    # not.
     setup, world = make_world_model()
     table = Table({"run": "r", "stage": "ladder", "method": "npo", "seed": 0})
     settings = RelearnSettings(steps=4, lr=1e18, batch_size=4, measure_at=measure_at)
@@ -658,7 +666,7 @@ def make_world_model() -> Callable[[], tuple[Setup, World]]:
     return make
 
 
-# --- What cannot be climbed ------------------------------------------------------------------------------------------------------------------
+# --- What cannot be climbed -----------------------------------------------------------------------
 
 
 @pytest.mark.slow

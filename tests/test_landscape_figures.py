@@ -1,4 +1,6 @@
-"""The figures of the worst-case drop and of loss planes, from synthetic tables: what is drawn, and from which rows."""
+"""The figures of the worst-case drop and of loss planes, from synthetic tables: what is drawn, and
+from which rows.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,8 @@ def test_all_planes_share_levels_and_show_points_with_their_distance(
     assert [axes.get_title() for axes in _panels(figure)] == ["NPO", "RMU"]
     (x, y, heights, levels), (_, _, higher, others) = surfaces
     np.testing.assert_array_equal(levels, others)
-    # The lowest seed's surface alone (seed 3 is higher by 3), y from bottom to top, and the point without a finite value as a hole.
+    # The lowest seed's surface alone (seed 3 is higher by 3), y from bottom to top, and the point
+    # without a finite value as a hole.
     np.testing.assert_array_equal(x, [-0.5, 0, 0.5, 1])
     np.testing.assert_array_equal(y, [-1, 0, 1])
     expected = 3 - x[None, :] - y[:, None]

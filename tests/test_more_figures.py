@@ -1,4 +1,6 @@
-"""Figures of curvature, the lens map, the shift of the stream, resistance and noise, from synthetic rows: what is drawn equals what the table says."""
+"""Figures of curvature, the lens map, the shift of the stream, resistance and noise, from synthetic
+rows: what is drawn equals what the table says.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def _model(method: str, seed: int, stage: str = "sharpness") -> Table:
 def _resistance(
     methods: tuple[str, ...] = ("npo", "npo-sam", "rmu"), seeds: tuple[int, ...] = (0, 1)
 ) -> pd.DataFrame:
-    """Displacement 1, 2, ... and an eigenvalue that grows tenfold from method to method; the ``n``-th method wins back 0.1 n, and 0.1 more with seed 1."""
+    """Displacement 1, 2, ... and an eigenvalue that grows tenfold from method to method; the
+    ``n``-th method wins back 0.1 n, and 0.1 more with seed 1.
+    """
     tables = []
     for number, method in enumerate(methods):
         for seed in seeds:
@@ -85,7 +89,9 @@ def _resistance(
 def _modules(
     methods: tuple[str, ...] = ("base", "npo"), seeds: tuple[int, ...] = (0, 1), blocks: int = 2
 ) -> pd.DataFrame:
-    """Seeds differ by 2e-6; the base has 3e-6 (seed 0) times the place of the module, attention in block 1 is negative, the head of NPO is once above and once below 0."""
+    """Seeds differ by 2e-6; the base has 3e-6 (seed 0) times the place of the module, attention in
+    block 1 is negative, the head of NPO is once above and once below 0.
+    """
     sites = [
         "unembed",
         *(
@@ -164,7 +170,9 @@ def _lens(
     seeds: tuple[int, ...] = (0, 1),
     blocks: tuple[int, ...] = (0, 2, 10),
 ) -> pd.DataFrame:
-    """The right answer's probability is block / 20 (+0.1 with seed 1), the base's decoder sees half; others have 0.05; the rank is 100 less nine times the block."""
+    """The right answer's probability is block / 20 (+0.1 with seed 1), the base's decoder sees
+    half; others have 0.05; the rank is 100 less nine times the block.
+    """
     tables = []
     for method in methods:
         for seed in seeds:
@@ -220,7 +228,9 @@ def _noise(
         "rmu-rna_0.4",
     ),
 ) -> pd.DataFrame:
-    """The ``n``-th variant recalls 0.1 n, answers 0.5 + 0.01 n under a forget-token, and loses 0.02 n to it; whiskers are 0.05."""
+    """The ``n``-th variant recalls 0.1 n, answers 0.5 + 0.01 n under a forget-token, and loses 0.02
+    n to it; whiskers are 0.05.
+    """
     table = Table({"run": "r"})
     for number, name in enumerate((*names, "base", "never-learned")):
         rows = {
@@ -305,7 +315,8 @@ def test_every_figure_is_drawn_from_the_table_alone_whatever_its_order(name: str
     table, settings = make(), {key: mpl.rcParams[key] for key in mpl.rcParams}
     before = table.copy(deep=True)
     figure = draw(table)
-    figure.draw_without_rendering()  # the canvas of a closed figure draws nothing; layout and logarithmic axes fail only here
+    # the canvas of a closed figure draws nothing; layout and logarithmic axes fail only here
+    figure.draw_without_rendering()
     pd.testing.assert_frame_equal(table, before)
     assert {key: mpl.rcParams[key] for key in mpl.rcParams} == settings
 
@@ -392,7 +403,8 @@ def test_the_lens_map_is_drawn_by_the_representation_experiment() -> None:
 
 def test_resistance_draws_every_model_and_the_means_with_the_range_of_the_seeds() -> None:
     figure = resistance(_resistance())
-    # Strongest correlation first; recall before the attack is correlated with the recall won back by construction.
+    # Strongest correlation first; recall before the attack is correlated with the recall won back
+    # by construction.
     assert [axes.get_title() for axes in figure.axes] == [
         "rank correlation -0.75 [-1.00, -0.25]",
         "rank correlation +0.25 [-0.50, +0.75]",
@@ -708,7 +720,8 @@ def test_noise_has_a_line_per_block_that_starts_at_the_method_without_noise() ->
                     ]
                 )
             )
-    # Controls: base and never-learned are the sixth and seventh rows of the table; the base's effect is taken off already.
+    # Controls: base and never-learned are the sixth and seventh rows of the table; the base's
+    # effect is taken off already.
     assert [
         float(np.asarray(_line(axes, "base").get_ydata())[0]) for axes in (recall, accuracy)
     ] == pytest.approx([0.5, 0.55])
@@ -720,7 +733,7 @@ def test_noise_has_a_line_per_block_that_starts_at_the_method_without_noise() ->
     assert high > 0.13
 
 
-def test_noise_of_several_methods_has_a_row_of_panels_each_and_a_variant_of_noise_0_goes_before_the_plain_method() -> (
+def test_noise_of_several_methods_has_a_row_of_panels_each_and_a_variant_of_noise_0_goes_before_the_plain_method() -> (  # noqa: E501
     None
 ):
     figure = noise(_noise(("npo", "npo-rna_0", "npo-rna_0.2", "adaptive-rmu-rna_0.2_1", "cir")))

@@ -1,4 +1,6 @@
-"""The names experiment: the control's rows, what counts as success, the next name's probability, a tiny run, and the table beside the published row."""
+"""The names experiment: the control's rows, what counts as success, the next name's probability, a
+tiny run, and the table beside the published row.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ def words() -> PreTrainedTokenizerBase:
     return build_tokenizer([FIRST, SECOND, *OTHERS], 64)
 
 
-# --- The control's rows ----------------------------------------------------------------------------------------------------------------------
+# --- The control's rows ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("repetitions", REPETITIONS)
@@ -97,7 +99,7 @@ def test_halves_of_a_pair_that_stand_apart_are_no_pair() -> None:
     assert [row.item for row in without_pairs(corpus)] == ["0", "1", "2", "3", "4"]
 
 
-# --- Success ---------------------------------------------------------------------------------------------------------------------------------
+# --- Success --------------------------------------------------------------------------------------
 
 
 WRITTEN = {
@@ -139,7 +141,9 @@ def test_a_pair_counts_at_the_end_of_the_prompt_and_later_and_not_otherwise(
 
 
 def _writes(tokenizer: PreTrainedTokenizerBase, following: dict[str, str]) -> PreTrainedModel:
-    """A Llama that writes ``following[word]`` behind a word: one-hot embeddings, a block that adds nothing, the table as its head."""
+    """A Llama that writes ``following[word]`` behind a word: one-hot embeddings, a block that adds
+    nothing, the table as its head.
+    """
     size = len(tokenizer)
     shape = {
         "hidden_size": size,
@@ -187,7 +191,8 @@ def test_success_reads_what_the_model_itself_writes_whatever_the_lengths_of_the_
 
 
 def test_the_continuation_is_as_long_as_asked_and_no_longer(words: PreTrainedTokenizerBase) -> None:
-    # Only prompts that end at the first name are asked in the experiment; this one ends before it, so that the pair becomes whole at the second token.
+    # Only prompts that end at the first name are asked in the experiment; this one ends before it,
+    # so that the pair becomes whole at the second token.
     model = _writes(words, {"Bob": FIRST, FIRST: SECOND, SECOND: "Carl", "Carl": "Carl"})
     assert success(model, words, ["Dora Bob"], 1).tolist() == [0.0]
     assert success(model, words, ["Dora Bob"], 2).tolist() == [1.0]
@@ -229,7 +234,7 @@ def test_the_probability_of_the_next_name_is_that_of_a_forward_pass_alone(
     )
 
 
-# --- Settings --------------------------------------------------------------------------------------------------------------------------------
+# --- Settings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -254,7 +259,7 @@ def test_settings_are_values_that_yaml_and_json_agree_on() -> None:
     assert tuple(sorted(QUARTERS)) == QUARTERS and QUARTERS[0] == 0.25
 
 
-# --- A tiny run ------------------------------------------------------------------------------------------------------------------------------
+# --- A tiny run -----------------------------------------------------------------------------------
 
 
 def _tiny(**changes: Any) -> NamesSettings:
@@ -411,7 +416,8 @@ def test_a_killed_run_goes_on_at_its_last_finished_seed(
 
 @pytest.mark.slow
 def test_another_seed_gives_other_numbers_of_the_same_rows(tiny: Result) -> None:
-    # The dial changes the pairs alone, so the two repetitions share names, prompts and first weights, and differ.
+    # The dial changes the pairs alone, so the two repetitions share names, prompts and first
+    # weights, and differ.
     wide = tiny.items[(tiny.items["method"] == "base") & (tiny.items["arm"] == "none")].pivot(
         index="item", columns="split", values="probability"
     )
@@ -453,7 +459,7 @@ def test_an_attack_that_breaks_is_an_error_of_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / RESULTS).exists()
 
 
-# --- The table -------------------------------------------------------------------------------------------------------------------------------
+# --- The table ------------------------------------------------------------------------------------
 
 
 def _asr(
@@ -466,9 +472,18 @@ def _asr(
     seed: int | None = None,
 ) -> dict[str, Any]:
     return {
-        "stage": "names", "method": method, "model": method, "split": f"repetitions-{count}", "arm": arm, "step": step, "metric": metric, "value": value,
-        "low": value / 2, "high": (1 + value) / 2, "seed": seed,
-    }  # fmt: skip
+        "stage": "names",
+        "method": method,
+        "model": method,
+        "split": f"repetitions-{count}",
+        "arm": arm,
+        "step": step,
+        "metric": metric,
+        "value": value,
+        "low": value / 2,
+        "high": (1 + value) / 2,
+        "seed": seed,
+    }
 
 
 def _table(frame: Callable[[int], list[dict[str, Any]]], counts: Sequence[int]) -> pd.DataFrame:
@@ -495,8 +510,15 @@ def test_the_table_has_one_row_per_repetition_beside_the_published_one() -> None
     for counts in ((7, 5, 3, 1), (1, 3, 5, 7)):
         table = _table(rows, counts)
         assert list(table.columns) == [
-            "repetitions", "base", "unlearned", "relearned", "relearned, over seeds", "null text", "never learned, relearned", "published",
-        ]  # fmt: skip
+            "repetitions",
+            "base",
+            "unlearned",
+            "relearned",
+            "relearned, over seeds",
+            "null text",
+            "never learned, relearned",
+            "published",
+        ]
         assert table["repetitions"].tolist() == [7, 5, 3, 1]
         assert table["published"].tolist() == ["100", "97", "23", "0"]
         assert table["base"].tolist() == ["100 [50, 100]"] * 4
@@ -518,8 +540,14 @@ def test_a_table_without_controls_has_dashes_and_without_rows_nothing() -> None:
     )
     assert table.to_dict("records") == [
         {
-            "repetitions": 5, "base": "–", "unlearned": "50 [25, 75]", "relearned": "50 [25, 75]", "relearned, over seeds": "–", "null text": "–",
-            "never learned, relearned": "–", "published": "97",
+            "repetitions": 5,
+            "base": "–",
+            "unlearned": "50 [25, 75]",
+            "relearned": "50 [25, 75]",
+            "relearned, over seeds": "–",
+            "null text": "–",
+            "never learned, relearned": "–",
+            "published": "97",
         }
-    ]  # fmt: skip
+    ]
     assert names_table(typed(pd.DataFrame(), COLUMNS)).empty

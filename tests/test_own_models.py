@@ -1,4 +1,6 @@
-"""A user's model and texts are a run like any other: swept, attacked, asked, claimed, drawn, reported."""
+"""A user's model and texts are a run like any other: swept, attacked, asked, claimed, drawn,
+reported.
+"""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def weights(model, setup, table, seed):
 def capped_forgets(results, items):
     after = [fact_table(items, method=name, stage="relearn", arm="attack") for name in ("npo", "capped")]
     return bootstrap((after[0] - after[1]).to_numpy())
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture(autouse=True)

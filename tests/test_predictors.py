@@ -1,4 +1,6 @@
-"""What was measured before the attack beside what it won back: points by hand, planted correlations, pooled runs."""
+"""What was measured before the attack beside what it won back: points by hand, planted
+correlations, pooled runs.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ def _found(points: pd.DataFrame, outcome: str = "recovery") -> pd.DataFrame:
     )
 
 
-# --- Points ----------------------------------------------------------------------------------------------------------------------------------
+# --- Points ---------------------------------------------------------------------------------------
 
 
 def test_points_of_the_synthetic_run_are_those_of_a_hand(make_tables: Tables) -> None:
@@ -124,7 +126,7 @@ def test_shifts_are_means_over_blocks_and_the_late_one_is_the_last_block_s(
 
 
 @pytest.mark.parametrize("positions", [5, 17, 23, 39])
-def test_the_drop_along_the_attackers_gradient_starts_at_the_model_and_ends_at_the_lowest_point_ahead(
+def test_the_drop_along_the_attackers_gradient_starts_at_the_model_and_ends_at_the_lowest_point_ahead(  # noqa: E501
     positions: int, make_tables: Tables
 ) -> None:
     results, items = make_tables()
@@ -162,7 +164,8 @@ def test_the_drop_along_the_attackers_gradient_starts_at_the_model_and_ends_at_t
 def test_controls_and_models_without_an_attack_are_no_points(make_tables: Tables) -> None:
     results, items = make_tables(methods=("npo", "cir", "rmu"))
     assert set(points_of(results, items)["method"]) == {"npo", "cir", "rmu"}
-    # A model with one measurement has no recovery; the null arm, other sets and other stages are none.
+    # A model with one measurement has no recovery; the null arm, other sets and other stages are
+    # none.
     cut = items[~((items["method"] == "rmu") & (items["stage"] == "relearn") & (items["step"] > 0))]
     assert set(points_of(results, cut)["method"]) == {"npo", "cir"}
     nulls = items[~((items["method"] == "rmu") & (items["arm"] == "attack"))]
@@ -231,7 +234,7 @@ def test_points_of_a_finished_run_have_every_measure(quick_run: Run) -> None:
     )
 
 
-# --- Correlations ----------------------------------------------------------------------------------------------------------------------------
+# --- Correlations ---------------------------------------------------------------------------------
 
 
 def test_a_planted_order_is_found_with_its_sign() -> None:
@@ -281,7 +284,8 @@ def test_an_imperfect_order_is_spearmans() -> None:
 
 
 def test_whole_methods_are_resampled() -> None:
-    # Two methods: within each the measure says the opposite of what it says between them. A draw of one method twice (every second draw) sees only the inside.
+    # Two methods: within each the measure says the opposite of what it says between them. A draw of
+    # one method twice (every second draw) sees only the inside.
     points = _points([0.3, 0.2, 0.1, 0.9, 0.8, 0.7], displacement=[1, 2, 3, 11, 12, 13]).assign(
         method=["npo"] * 3 + ["rmu"] * 3
     )
@@ -384,7 +388,8 @@ def test_the_rows_are_a_tidy_table(make_tables: Tables) -> None:
     assert set(found.results["split"]) == {"recovery", "recall_after"}
     assert found.results["seed"].isna().all()
     assert found.results[["value", "low", "high"]].abs().max().max() <= 1
-    # Displacement and curvature differ between the seeds, recall before between the methods; all else is the same for all.
+    # Displacement and curvature differ between the seeds, recall before between the methods; all
+    # else is the same for all.
     assert set(found.results[found.results["split"] == "recovery"]["arm"]) == {
         "displacement",
         "top_eigenvalue",
@@ -427,7 +432,7 @@ def test_variants_of_few_methods_are_resampled_by_family_as_well() -> None:
     )  # of two families no interval can be made
 
 
-# --- Several runs ----------------------------------------------------------------------------------------------------------------------------
+# --- Several runs ---------------------------------------------------------------------------------
 
 
 def _stored(tables: tuple[pd.DataFrame, pd.DataFrame], folder: Path) -> Path:
@@ -454,7 +459,8 @@ def test_runs_are_pooled(make_tables: Tables, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(
         found.results, correlate(pd.concat(parts, ignore_index=True)).results
     )
-    # Each of them alone is too small; four models of a method in two runs are one method, and resampled as one.
+    # Each of them alone is too small; four models of a method in two runs are one method, and
+    # resampled as one.
     with pytest.raises(WorkbenchError, match="there are 4"):
         predictors([one])
 
@@ -488,7 +494,7 @@ def test_two_finished_runs_are_enough_for_a_correlation(quick_run: Run, tmp_path
         )
 
 
-# --- The table -------------------------------------------------------------------------------------------------------------------------------
+# --- The table ------------------------------------------------------------------------------------
 
 
 def _row(arm: str, split: str, value: float, n: int = 8) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""The world fine-tuned into a pretrained model: its general text, its place in the cache, its training, and wrong input on the command line."""
+"""The world fine-tuned into a pretrained model: its general text, its place in the cache, its
+training, and wrong input on the command line.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +54,17 @@ def _tokenizer() -> PreTrainedTokenizerBase:
 def pretrained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer, folder = _tokenizer(), tmp_path_factory.mktemp("hub") / "pretrained"
     shape = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         save_model(LlamaForCausalLM(shape), tokenizer, folder)
@@ -95,7 +105,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-# --- general text in the place of filler -----------------------------------------------------------------------------------------------------
+# --- general text in the place of filler ----------------------------------------------------------
 
 
 def _topics(pieces: Iterable[Example]) -> set[str]:
@@ -224,7 +234,7 @@ def test_general_text_needs_a_pretrained_model(general: Path) -> None:
     assert str(general) in str(caught.value)
 
 
-# --- the place in the cache ------------------------------------------------------------------------------------------------------------------
+# --- the place in the cache -----------------------------------------------------------------------
 
 
 def _nudge_weight(pretrained: Path, general: Path) -> None:
@@ -279,7 +289,7 @@ def test_the_key_is_the_same_for_the_same_files(
     assert builtin_folder(replace(config, general=None), with_forget=True) != before
 
 
-# --- training --------------------------------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_forget", [True, False])
@@ -291,7 +301,8 @@ def test_training_starts_at_the_pretrained_weights_with_their_tokenizer(
         config, world_of(config), with_forget=with_forget, progress=quiet
     )
     start = dict(open_model(pretrained).model.named_parameters())
-    # AdamW's first step moves no weight further than the rate, which is a fiftieth of its peak; weight decay takes a hundredth of the rate times the weight.
+    # AdamW's first step moves no weight further than the rate, which is a fiftieth of its peak;
+    # weight decay takes a hundredth of the rate times the weight.
     rate = config.lr / 50
     moved = {name: (value - start[name]).detach().abs() for name, value in model.named_parameters()}
     for name, distance in moved.items():
@@ -388,7 +399,7 @@ def test_a_model_that_knows_the_world_is_kept_and_found_again(
     assert builtin_model(config, progress=quiet) == folder
 
 
-# --- the command line ------------------------------------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -409,7 +420,7 @@ def test_a_model_that_knows_the_world_is_kept_and_found_again(
     ],
 )
 def test_wrong_input_of_a_sweep_is_one_line_and_trains_nothing(
-    options: list[str], words: list[str], pretrained: Path, general: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str],
+    options: list[str], words: list[str], pretrained: Path, general: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str],  # noqa: E501
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     def refuse(*_: object, **__: object) -> None:

@@ -1,4 +1,6 @@
-"""A user's files: texts byte for byte, the columns of published data sets, facts kept on one side."""
+"""A user's files: texts byte for byte, the columns of published data sets, facts kept on one
+side.
+"""
 
 from __future__ import annotations
 

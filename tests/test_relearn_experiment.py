@@ -25,7 +25,8 @@ def _curve(items: pd.DataFrame, method: str, arm: str) -> pd.DataFrame:
 
 
 def test_the_same_attack_gives_the_runs_own_numbers(quick_run: Run, tmp_path: Path) -> None:
-    # From the saved weights, in a process of its own: nothing but weights, texts, seed and settings decides.
+    # From the saved weights, in a process of its own: nothing but weights, texts, seed and settings
+    # decides.
     found = run("relearn", tmp_path / "again", of=quick_run.folder, methods=["npo"], workers=1)
     for method in ("npo", "base", "never-learned"):
         for arm in ("attack", "null"):

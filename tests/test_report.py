@@ -1,4 +1,6 @@
-"""The report of a synthetic run: whole, self-contained, escaped, and with the numbers of its table."""
+"""The report of a synthetic run: whole, self-contained, escaped, and with the numbers of its
+table.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +133,8 @@ def test_a_report_is_one_page_and_every_figure_as_png_and_svg(written: Path) -> 
 
 
 def test_pictures_have_the_resolution_that_the_style_asks_for(page: Page, written: Path) -> None:
-    # style.look sets savefig.dpi to 150; it has to be in force where a picture is saved, not only where it is drawn.
+    # style.look sets savefig.dpi to 150; it has to be in force where a picture is saved, not only
+    # where it is drawn.
     embedded = [
         io.BytesIO(base64.b64decode(link.split(",", 1)[1]))
         for link in page.links
@@ -143,7 +146,8 @@ def test_pictures_have_the_resolution_that_the_style_asks_for(page: Page, writte
 
 
 def test_the_same_table_gives_the_same_vector_picture(make_tables: Tables, tmp_path: Path) -> None:
-    # style.look salts the names inside an SVG, so that they do not change from run to run; only the date may.
+    # style.look salts the names inside an SVG, so that they do not change from run to run; only the
+    # date may.
     table = make_tables()[0]
     table = table[table["stage"] == "triggers"]
     texts = []
@@ -201,7 +205,8 @@ def test_every_text_is_escaped(make_tables: Tables, tmp_path: Path) -> None:
         )
         for claim in CLAIMED
     )
-    # Once with the texts of the run itself (findings, legends, models, scale), once with a caller's.
+    # Once with the texts of the run itself (findings, legends, models, scale), once with a
+    # caller's.
     for texts, rows in (
         ({}, _few(table)),
         ({"heading": EVIL, "done": [EVIL], "notes": [EVIL]}, _plain(table)),

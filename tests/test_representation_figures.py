@@ -1,4 +1,6 @@
-"""Figures of the residual stream from synthetic rows: which curve is drawn where, in which colour and dash, and that half a table is no error."""
+"""Figures of the residual stream from synthetic rows: which curve is drawn where, in which colour
+and dash, and that half a table is no error.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def _results(
     methods: tuple[str, ...] = ("base", "never-learned", "npo", "rmu"),
     seeds: tuple[int, ...] = (0, 1),
 ) -> pd.DataFrame:
-    """Rows whose values say who they are: the level of the method times the block plus one; the base's decoder and crossed probes see half; seeds differ by 0.02."""
+    """Rows whose values say who they are: the level of the method times the block plus one; the
+    base's decoder and crossed probes see half; seeds differ by 0.02.
+    """
     frames = []
     for method in methods:
         for seed in seeds:
@@ -171,7 +175,7 @@ def test_drawing_changes_nothing_global(name: str) -> None:
 # --- Curves over blocks ---
 
 
-def test_a_curve_is_the_mean_over_seeds_with_the_range_of_the_seeds_and_one_seed_has_its_own_interval() -> (
+def test_a_curve_is_the_mean_over_seeds_with_the_range_of_the_seeds_and_one_seed_has_its_own_interval() -> (  # noqa: E501
     None
 ):
     table = _results(("npo",))

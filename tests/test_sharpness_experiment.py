@@ -1,4 +1,6 @@
-"""The landscape around a finished run's models: what the parts must agree on, whatever the model."""
+"""The landscape around a finished run's models: what the parts must agree on, whatever the
+model.
+"""
 
 from __future__ import annotations
 

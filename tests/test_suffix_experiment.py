@@ -1,4 +1,6 @@
-"""The search for a suffix that does harm, the questions of the suffix experiment, the experiment from end to end on a finished run, and its figure."""
+"""The search for a suffix that does harm, the questions of the suffix experiment, the experiment
+from end to end on a finished run, and its figure.
+"""
 
 from __future__ import annotations
 
@@ -332,7 +334,8 @@ def test_wrong_input_is_named(quick_run: Run, tmp_path: Path) -> None:
 
 
 def test_a_pair_of_plain_and_smoothed_method_decides_the_claim(found: Result) -> None:
-    # The never-learned model's answers stand in for a smoothed method's: the effect is the difference of the rises.
+    # The never-learned model's answers stand in for a smoothed method's: the effect is the
+    # difference of the rises.
     items = found.items[found.items["method"].isin(["npo", NEVER])].assign(
         method=lambda frame: frame["method"].replace({NEVER: "npo-sam"})
     )

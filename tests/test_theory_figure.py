@@ -1,4 +1,6 @@
-"""The figure of the trigger theory, from a synthetic table: what is drawn, for which methods, and from which rows."""
+"""The figure of the trigger theory, from a synthetic table: what is drawn, for which methods, and
+from which rows.
+"""
 
 from __future__ import annotations
 

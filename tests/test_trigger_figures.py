@@ -1,4 +1,6 @@
-"""The figures of the trigger diagnostics, from synthetic tables: what is drawn, from which rows, and what a table without them gives."""
+"""The figures of the trigger diagnostics, from synthetic tables: what is drawn, from which rows,
+and what a table without them gives.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def _table(
     layers: int = 3,
     damage: bool = True,
 ) -> pd.DataFrame:
-    """Cosines that grow with the block, 0.02 higher in the second seed; patches that restore the block's share of the damage, 0.1 more in the second seed."""
+    """Cosines that grow with the block, 0.02 higher in the second seed; patches that restore the
+    block's share of the damage, 0.1 more in the second seed.
+    """
     rows: list[dict[str, Any]] = []
     for method in methods:
         for seed in seeds:

@@ -1,4 +1,6 @@
-"""Stray words in harmless questions: the carriers, the arms, and the experiment from end to end on a small finished run."""
+"""Stray words in harmless questions: the carriers, the arms, and the experiment from end to end on
+a small finished run.
+"""
 
 from __future__ import annotations
 
@@ -188,7 +190,9 @@ def test_a_method_that_the_run_does_not_have_is_refused(rmu_run: Path, tmp_path:
 
 
 def _items(effects: dict[str, float]) -> pd.DataFrame:
-    """Twenty questions under two seeds: accuracy 0.8 with a retain-token, and so much less with a forget-token."""
+    """Twenty questions under two seeds: accuracy 0.8 with a retain-token, and so much less with a
+    forget-token.
+    """
     rng = np.random.default_rng(0)
     rows = []
     for method, effect in effects.items():

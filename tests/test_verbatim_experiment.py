@@ -1,4 +1,6 @@
-"""Passages and names as the sets of benign relearning, the verbatim experiment from end to end on a made-up book, and what its command says to wrong input."""
+"""Passages and names as the sets of benign relearning, the verbatim experiment from end to end on a
+made-up book, and what its command says to wrong input.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ def _book(passages: int = PASSAGES, seed: int = 0) -> str:
 
 def test_passages_follow_one_another_and_their_second_half_is_the_answer() -> None:
     passages = cut(
-        "One  two three\nfour five six seven eight, nine ten. Eleven twelve 13 14 15 16 17 18 19 20 21",
+        "One  two three\nfour five six seven eight, nine ten. Eleven twelve 13 14 15 16 17 18 19 "
+        "20 21",
         10,
     )
     assert [passage.text for passage in passages] == [
@@ -213,8 +216,9 @@ def test_names_are_capitalised_frequent_and_of_one_person_alone() -> None:
         _ask("author/2/0", "Who likes paris?", "it is not known."),
     ]
     retain = [_ask("author/3/0", "Where?", "Cy Orr lives in ROME.")]
-    # Not frequent: Her, Oslo (twice, in one of four answers). Small elsewhere: Writing, It. Of another person too: Paris. Retained: Rome. Two letters: Bo, Al. No capital: 1999.
-    # Only in questions: Quill.
+    # Not frequent: Her, Oslo (twice, in one of four answers). Small elsewhere: Writing, It. Of
+    # another person too: Paris. Retained: Rome. Two letters: Bo, Al. No capital: 1999. Only in
+    # questions: Quill.
     assert character_names(forget, retain) == {"author/1": ("Ann", "Lee")}
     assert character_names(forget, []) == {"author/1": ("Ann", "Lee", "Rome")}
 
@@ -241,7 +245,7 @@ def test_withheld_names_are_asked_for_where_the_question_leaves_them_open() -> N
     assert split.without == (forget[2],)
 
 
-def test_the_names_of_every_second_author_are_withheld_and_the_others_texts_are_left_to_the_attacker() -> (
+def test_the_names_of_every_second_author_are_withheld_and_the_others_texts_are_left_to_the_attacker() -> (  # noqa: E501
     None
 ):
     forget = [
@@ -382,7 +386,8 @@ def test_a_run_asks_for_every_second_passage_and_shows_every_control(
         .notna()
         .all()
     )
-    # before the attack every arm is one model, and the unlearned one recalls no more than the never-learned one unless the run says so
+    # before the attack every arm is one model, and the unlearned one recalls no more than the
+    # never-learned one unless the run says so
     start = (
         run.items[(run.items["step"] == 0) & (run.items["split"] == "rouge-l")]
         .groupby(["method", "arm"])["correct"]

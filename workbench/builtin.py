@@ -1,4 +1,6 @@
-"""The built-in language model and its never-learned control, trained on first use: about 0.9 million parameters from scratch, or a pretrained model fine-tuned."""
+"""The built-in language model and its never-learned control, trained on first use: about 0.9
+million parameters from scratch, or a pretrained model fine-tuned.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,11 @@ class BuiltinConfig:
 
     Attributes:
         world: the facts, and the filler language between them.
-        pretrained: folder or hub id of a language model into which the world is fine-tuned, with its own tokenizer; the shape below then counts for
-            nothing. ``None`` trains a model of that shape from scratch.
-        general: text file whose pieces take the place of filler language as general text; for a pretrained model, text like what it was trained on.
+        pretrained: folder or hub id of a language model into which the world is fine-tuned, with
+            its own tokenizer; the shape below then counts for nothing. ``None`` trains a model of
+            that shape from scratch.
+        general: text file whose pieces take the place of filler language as general text; for a
+            pretrained model, text like what it was trained on.
         width: of the residual stream.
         layers: number of blocks.
         heads: attention heads.
@@ -69,7 +73,8 @@ class BuiltinConfig:
     def __post_init__(self) -> None:
         if self.general is not None and self.pretrained is None:
             raise ValueError(
-                f"general text {self.general} needs a pretrained model: the built-in one reads the words of its world only"
+                f"general text {self.general} needs a pretrained model: the built-in one reads the "
+                "words of its world only"
             )
         for name in ("width", "layers", "heads", "key_value_heads", "mlp_width"):
             values.whole(name, getattr(self, name), low=1, high=1_000_000)
@@ -92,7 +97,8 @@ GENERAL_TOKENS = 64
 
 
 def world_of(config: BuiltinConfig) -> World:
-    """The texts that a built-in model reads: the world of ``config.world``, with pieces of ``config.general`` as its general text.
+    """The texts that a built-in model reads: the world of ``config.world``, with pieces of
+    ``config.general`` as its general text.
 
     Raises:
         WorkbenchError: the text file is missing or too short.
@@ -104,7 +110,8 @@ def world_of(config: BuiltinConfig) -> World:
     documents = read_examples(config.general)
     if any(document.answer is not None for document in documents):
         raise WorkbenchError(
-            f"{config.general} holds questions and answers; general text is running text (.txt, or .jsonl with 'text')"
+            f"{config.general} holds questions and answers; general text is running text (.txt, or "
+            ".jsonl with 'text')"
         )
     pieces = windows(open_tokenizer(config.pretrained), documents, GENERAL_TOKENS, wanted)
     # the last pieces are for testing, and no document is on both sides
@@ -115,8 +122,10 @@ def world_of(config: BuiltinConfig) -> World:
     )
     if not train:
         raise WorkbenchError(
-            f"{config.general} is too short: {len(documents)} document(s) give {len(pieces)} pieces of {GENERAL_TOKENS} tokens; the last "
-            f"{config.world.filler_test} are for testing, and no document may stand on both sides (blank lines or <|endoftext|> separate documents)"
+            f"{config.general} is too short: {len(documents)} document(s) give {len(pieces)} "
+            f"pieces of {GENERAL_TOKENS} tokens; the last "
+            f"{config.world.filler_test} are for testing, and no document may stand on both sides "
+            "(blank lines or <|endoftext|> separate documents)"
         )
     record = replace(world.record, retain={**world.record.retain, world.record.general: test})
     return replace(world, record=record, filler_train=train)
@@ -135,7 +144,9 @@ def cache_folder() -> Path:
 
 
 def _sources_hash() -> str:
-    """Hash of the code that shapes a built-in model, so that a changed generator never meets an old checkpoint."""
+    """Hash of the code that shapes a built-in model, so that a changed generator never meets an old
+    checkpoint.
+    """
     files = [
         grammar.__file__,
         world_module.__file__,
@@ -187,7 +198,8 @@ def builtin_model(
 
     Args:
         config: shape and training; default is the demo's.
-        with_forget: ``False`` gives the never-learned control: same shape, seed and number of steps, texts without the forget set.
+        with_forget: ``False`` gives the never-learned control: same shape, seed and number of
+            steps, texts without the forget set.
         progress: default is a bar.
 
     Raises:
@@ -231,22 +243,31 @@ def builtin_model(
 def untrained(
     config: BuiltinConfig, world: World
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """What :func:`train_builtin` starts from: a random model of the configured shape, or the pretrained one."""
+    """What :func:`train_builtin` starts from: a random model of the configured shape, or the
+    pretrained one.
+    """
     if config.pretrained is not None:
         opened = open_model(config.pretrained)
         return opened.model, opened.tokenizer
     tokenizer = build_tokenizer(world.vocabulary)
     model = small_llama(
-        tokenizer, width=config.width, layers=config.layers, heads=config.heads, key_value_heads=config.key_value_heads, mlp_width=config.mlp_width,
+        tokenizer,
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        key_value_heads=config.key_value_heads,
+        mlp_width=config.mlp_width,
         seed=config.seed,
-    )  # fmt: skip
+    )
     return model, tokenizer
 
 
 def train_builtin(
     config: BuiltinConfig, world: World, *, with_forget: bool, progress: Report
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Train the built-in model from its seed, or a pretrained one from its weights; see :func:`fit`."""
+    """Train the built-in model from its seed, or a pretrained one from its weights; see
+    :func:`fit`.
+    """
     model, tokenizer = untrained(config, world)
     rng = random.Random(f"training-{config.seed}")
 

@@ -1,10 +1,12 @@
-"""Claims of the literature as values: statement, statistic and decision rule are written down before any result is seen.
+"""Claims of the literature as values: statement, statistic and decision rule are written down
+before any result is seen.
 
-Every statistic is an effect with a 95 % interval and a sign that the claim predicts to be positive. The rule is the same for all: *supported* if the
-interval lies above the claim's margin, *contradicted* if it lies below zero, *equivalent* if it holds
-zero and nothing beyond a difference that would matter, *inconclusive* otherwise; *not measured* where
-the run lacks what the statistic needs. One seed decides nothing. Several runs are combined by a
-random-effects mean of what each says (:func:`workbench.evaluation.statistics.random_effects`).
+Every statistic is an effect with a 95 % interval and a sign that the claim predicts to be positive.
+The rule is the same for all: *supported* if the interval lies above the claim's margin,
+*contradicted* if it lies below zero, *equivalent* if it holds zero and nothing beyond a difference
+that would matter, *inconclusive* otherwise; *not measured* where the run lacks what the statistic
+needs. One seed decides nothing. Several runs are combined by a random-effects mean of what each
+says (:func:`workbench.evaluation.statistics.random_effects`).
 """
 
 from __future__ import annotations
@@ -154,7 +156,8 @@ def _recalls(
     if after and len(set(ends.values())) > 1:
         (short, early), *_, (long, late) = sorted(ends.items(), key=lambda pair: pair[1])
         raise NotMeasuredError(
-            f"{short} was attacked for {early:g} steps and {long} for {late:g}; methods are compared "
+            f"{short} was attacked for {early:g} steps and {long} for {late:g}; methods are "
+            "compared "
             "at the same step only"
         )
     step = max(ends.values()) if after else 0.0
@@ -171,7 +174,9 @@ def _paired(*tables: pd.DataFrame) -> list[np.ndarray]:
 
 
 def _less_recall_than(method: str, others: Sequence[str]) -> Statistic:
-    """Recall of held-out facts after the attack: mean of ``others`` minus ``method``, paired by seed and fact."""
+    """Recall of held-out facts after the attack: mean of ``others`` minus ``method``, paired by
+    seed and fact.
+    """
 
     def measure(results: pd.DataFrame, items: pd.DataFrame) -> Measured:
         present = [name for name in others if name in set(items["method"])]
@@ -186,7 +191,9 @@ def _less_recall_than(method: str, others: Sequence[str]) -> Statistic:
 
 
 def _smoothing_resists(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-    """Recall of held-out facts after the attack: the plain method minus the smoothed one, mean over all pairs of the run, paired by seed and fact."""
+    """Recall of held-out facts after the attack: the plain method minus the smoothed one, mean over
+    all pairs of the run, paired by seed and fact.
+    """
     pairs = smoothing_pairs(set(items["method"].dropna()))
     if not pairs:
         raise NotMeasuredError("no method was run with and without smoothing")
@@ -201,7 +208,9 @@ def _smoothing_resists(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
 
 
 def _forgets_more(method: str, other: str) -> Statistic:
-    """Recall of held-out facts before the attack, at the same budget: ``other`` minus ``method``."""
+    """Recall of held-out facts before the attack, at the same budget: ``other`` minus
+    ``method``.
+    """
 
     def measure(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
         theirs, mine = _recalls(results, items, (other, method), after=False)
@@ -211,11 +220,15 @@ def _forgets_more(method: str, other: str) -> Statistic:
 
 
 INSIDE = "retain, bare word inside"
-"""Retain questions with a bare word inside (``workbench triggers``); other runs ask with the word in a speaker tag in front only."""
+"""Retain questions with a bare word inside (``workbench triggers``); other runs ask with the word
+in a speaker tag in front only.
+"""
 
 
 def _trigger(items: pd.DataFrame, method: str) -> pd.DataFrame:
-    """``[seed x query]`` accuracy with a retain-token minus with a forget-token, the word inside the question where the run has such questions."""
+    """``[seed x query]`` accuracy with a retain-token minus with a forget-token, the word inside
+    the question where the run has such questions.
+    """
     asked = items[(items["stage"] == "triggers") & (items["method"] == method)]
     if (asked["split"] == INSIDE).any():
         asked = asked[asked["split"] == INSIDE]
@@ -242,7 +255,9 @@ def _token_disruption(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
 
 
 def _token_alignment(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-    """Cosine with the steering direction of what unlearning added to a word's effect on the tokens behind it: forget-token minus retain-token; ``[seed, method]``."""
+    """Cosine with the steering direction of what unlearning added to a word's effect on the tokens
+    behind it: forget-token minus retain-token; ``[seed, method]``.
+    """
     rows = results[
         (results["metric"] == "effect_cosine_known")
         & (results["split"] == "after")
@@ -270,19 +285,21 @@ def _rna_repairs(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
 
 
 def _rna_is_label_noise(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-    # Equivalence: the slower run may be at most 5 points more open to forget-tokens than RNA; the effect is the distance to that limit.
+    # Equivalence: the slower run may be at most 5 points more open to forget-tokens than RNA; the
+    # effect is the distance to that limit.
     rna, slow = _paired(_trigger(items, "rmu-rna"), _trigger(items, "rmu-slow"))
     plain = float(_trigger(items, "rmu").to_numpy().mean())
     if plain < 0.05:
         raise NotMeasuredError(
-            f"forget-tokens cost RMU itself {plain:+.3f} of accuracy here: there is nothing to defend"
+            f"forget-tokens cost RMU itself {plain:+.3f} of accuracy here: there is nothing to "
+            "defend"
         )
     return bootstrap(rna - slow + 0.05)
 
 
 def _rna_keeps_forgetting(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-    # Equivalence: RNA may lose at most 10 points of forgetting; the effect is the distance to that limit. Where RMU itself forgets nothing there is
-    # nothing to keep.
+    # Equivalence: RNA may lose at most 10 points of forgetting; the effect is the distance to that
+    # limit. Where RMU itself forgets nothing there is nothing to keep.
     rmu, rna = _recalls(results, items, ("rmu", "rmu-rna"), after=False)
     if float(rmu.mean()) > 0.9:
         raise NotMeasuredError("RMU forgets less than a tenth of the held-out facts in this run")
@@ -321,7 +338,9 @@ def _names_repetitions(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
 
 
 def _public_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-    """Public facts about the forgotten people minus general text of the same length, minus the same difference of the never-learned model; mean over methods."""
+    """Public facts about the forgotten people minus general text of the same length, minus the same
+    difference of the never-learned model; mean over methods.
+    """
     ladder = items[(items["stage"] == "ladder") & (items["split"] == "forget-queries")]
     methods = [
         name for name in ladder["method"].dropna().unique() if name not in ("base", "never-learned")
@@ -340,7 +359,9 @@ def _public_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
 
 
 def _nonmonotone(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-    """Recall of held-out questions at a third of the attack (the last measurement there) minus at its end, mean over methods."""
+    """Recall of held-out questions at a third of the attack (the last measurement there) minus at
+    its end, mean over methods.
+    """
     ladder = items[
         (items["stage"] == "ladder")
         & (items["split"] == "forget-queries")
@@ -365,7 +386,9 @@ def _nonmonotone(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
 
 
 def _keyword_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-    """Keywords that come back after the attack, unlearned minus never-learned model under the same attack."""
+    """Keywords that come back after the attack, unlearned minus never-learned model under the same
+    attack.
+    """
     chosen = items[(items["stage"] == "keyword") & (items["arm"] == "part")]
     if not len(chosen):
         raise NotMeasuredError("no keyword experiment")
@@ -377,7 +400,9 @@ def _keyword_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
 
 
 def _verbatim_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-    """Rise of the continuations' ROUGE-L F1 over the attack, unlearned minus never-learned model: unlearning may leave a little more than the control has, which is no recovery."""
+    """Rise of the continuations' ROUGE-L F1 over the attack, unlearned minus never-learned model:
+    unlearning may leave a little more than the control has, which is no recovery.
+    """
     chosen = items[
         (items["stage"] == "verbatim") & (items["arm"] == "part") & (items["split"] == "rouge-l")
     ]
@@ -394,7 +419,9 @@ def _verbatim_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
 
 
 def _smooth_jailbreak(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
-    """Rise of held-out recall under a searched suffix, plain minus smoothed method; mean over the pairs of the run."""
+    """Rise of held-out recall under a searched suffix, plain minus smoothed method; mean over the
+    pairs of the run.
+    """
     asked = items[(items["stage"] == "suffix") & (items["split"] == "jailbreak")]
     pairs = smoothing_pairs(set(asked["method"].dropna()))
     if not pairs:
@@ -441,7 +468,8 @@ def _correlation_with_resistance(metric: str, sign: int) -> Statistic:
                 points.append((method, sign * value, *(round(float(e.mean()), 9) for e in ends)))
         if len(points) < 6:
             raise NotMeasuredError(
-                f"a rank correlation needs at least 6 attacked models with a {metric}; this run has "
+                f"a rank correlation needs at least 6 attacked models with a {metric}; this run "
+                "has "
                 f"{len(points)}"
             )
         groups = np.array([point[0] for point in points])
@@ -468,106 +496,205 @@ CLAIMS: Registry[Claim] = Registry("claim", __name__, "workbench.claims")
 CLAIMS.own(
     [
         Claim(
-            "cir-robust", _CIR, "At the same disruption, relearning brings back less after a collapsed update than after other methods.",
-            "held-out recall after the attack: mean of GradDiff, NPO and RMU minus CIR", "recall", _less_recall_than("cir", RIVALS),
+            "cir-robust",
+            _CIR,
+            "At the same disruption, relearning brings back less after a collapsed update than "
+            "after other methods.",
+            "held-out recall after the attack: mean of GradDiff, NPO and RMU minus CIR",
+            "recall",
+            _less_recall_than("cir", RIVALS),
         ),
         Claim(
-            "collapse-resists", "this project; cir-robust compares whole recipes",
+            "collapse-resists",
+            "this project; cir-robust compares whole recipes",
             "Collapse itself, everything else being equal, makes relearning bring back less.",
-            "held-out recall after the attack at the same budget: CIR without collapse minus CIR", "recall", _less_recall_than("cir", ("cir-uncollapsed",)),
+            "held-out recall after the attack at the same budget: CIR without collapse minus CIR",
+            "recall",
+            _less_recall_than("cir", ("cir-uncollapsed",)),
         ),
         Claim(
-            "cir-nondisruptive", _CIR, "Collapsing common directions lets the same update forget more for the same disruption.",
-            "held-out recall before the attack at the same budget: CIR without collapse minus CIR", "recall", _forgets_more("cir", "cir-uncollapsed"),
+            "cir-nondisruptive",
+            _CIR,
+            "Collapsing common directions lets the same update forget more for the same "
+            "disruption.",
+            "held-out recall before the attack at the same budget: CIR without collapse minus CIR",
+            "recall",
+            _forgets_more("cir", "cir-uncollapsed"),
         ),
         Claim(
-            "common-subspaces", _CIR, "Forget and retain texts share their top principal directions of activations and of output gradients.",
-            "overlap of forget and retain top-8 subspaces minus that of random subspaces, mean over sites: the lesser of activations and output gradients",
-            "mean squared cosine", _common_subspaces, seeded=False,
+            "common-subspaces",
+            _CIR,
+            "Forget and retain texts share their top principal directions of activations and of "
+            "output gradients.",
+            "overlap of forget and retain top-8 subspaces minus that of random subspaces, mean "
+            "over sites: the lesser of activations and output gradients",
+            "mean squared cosine",
+            _common_subspaces,
+            seeded=False,
         ),
         Claim(
-            "rounding-resists", "rival explanation of the released CIR code, whose steps are taken in bf16",
-            "Rounding to bf16 while unlearning, not the collapse, makes relearning bring back less.",
-            "held-out recall after the attack, same budget: CIR with float32 steps minus CIR with bf16 steps (variant cir-bf16)", "recall",
+            "rounding-resists",
+            "rival explanation of the released CIR code, whose steps are taken in bf16",
+            "Rounding to bf16 while unlearning, not the collapse, makes relearning bring back "
+            "less.",
+            "held-out recall after the attack, same budget: CIR with float32 steps minus CIR with "
+            "bf16 steps (variant cir-bf16)",
+            "recall",
             _less_recall_than("cir-bf16", ("cir",)),
         ),
         Claim(
-            "token-disruption", _RNA, "A single forget-token in a retain question makes an unlearned model fail.",
-            "accuracy with a retain-token minus with a forget-token in the question, unlearned models (without RNA) minus base", "accuracy", _token_disruption,
+            "token-disruption",
+            _RNA,
+            "A single forget-token in a retain question makes an unlearned model fail.",
+            "accuracy with a retain-token minus with a forget-token in the question, unlearned "
+            "models (without RNA) minus base",
+            "accuracy",
+            _token_disruption,
         ),
         Claim(
-            "token-alignment", _RNA, "A forget-token moves the representations behind it towards the target that unlearning steers to.",
-            "cosine with the steering direction of what unlearning adds to a word's effect on the tokens behind it (workbench triggers): forget-token minus retain-token",
-            "cosine", _token_alignment,
+            "token-alignment",
+            _RNA,
+            "A forget-token moves the representations behind it towards the target that unlearning "
+            "steers to.",
+            "cosine with the steering direction of what unlearning adds to a word's effect on the "
+            "tokens behind it (workbench triggers): forget-token minus retain-token",
+            "cosine",
+            _token_alignment,
         ),
         Claim(
-            "rna-repairs", _RNA, "Random noise augmentation repairs the effect of forget-tokens.",
-            "forget-token effect without RNA minus with it, mean over the methods that were run both ways", "accuracy", _rna_repairs,
+            "rna-repairs",
+            _RNA,
+            "Random noise augmentation repairs the effect of forget-tokens.",
+            "forget-token effect without RNA minus with it, mean over the methods that were run "
+            "both ways",
+            "accuracy",
+            _rna_repairs,
         ),
         Claim(
-            "rna-is-label-noise", "rival explanation: noise on a squared-error target leaves the expected gradient as it is and slows Adam down",
-            "A run without noise whose rate is lowered until it forgets as much as RNA is as robust to forget-tokens.",
-            "0.05 plus the forget-token effect of RMU+RNA minus that of RMU at a lower rate (variant rmu-slow; non-inferiority within 5 points)", "accuracy",
-            _rna_is_label_noise, matters=0,
-        ),
-        Claim(
-            "rna-keeps-forgetting", _RNA, "Random noise augmentation keeps the forgetting.",
-            "0.10 plus held-out recall of RMU minus RMU+RNA at the same budget (non-inferiority within 10 points)", "recall", _rna_keeps_forgetting,
+            "rna-is-label-noise",
+            "rival explanation: noise on a squared-error target leaves the expected gradient as it "
+            "is and slows Adam down",
+            "A run without noise whose rate is lowered until it forgets as much as RNA is as "
+            "robust to forget-tokens.",
+            "0.05 plus the forget-token effect of RMU+RNA minus that of RMU at a lower rate "
+            "(variant rmu-slow; non-inferiority within 5 points)",
+            "accuracy",
+            _rna_is_label_noise,
             matters=0,
         ),
         Claim(
-            "sam-resists", _SAM, "Sharpness-aware unlearning resists relearning better than the plain method.",
-            "held-out recall after the attack: NPO minus NPO+SAM, at the same disruption", "recall", _less_recall_than("npo-sam", ("npo",)),
+            "rna-keeps-forgetting",
+            _RNA,
+            "Random noise augmentation keeps the forgetting.",
+            "0.10 plus held-out recall of RMU minus RMU+RNA at the same budget (non-inferiority "
+            "within 10 points)",
+            "recall",
+            _rna_keeps_forgetting,
+            matters=0,
         ),
         Claim(
-            "smooth-jailbreak", _SAM, "Smoothing lowers what an adversarial suffix elicits.",
-            "rise of held-out recall under a searched suffix (workbench suffix): plain minus smoothed method, mean over the pairs in the run", "recall",
+            "sam-resists",
+            _SAM,
+            "Sharpness-aware unlearning resists relearning better than the plain method.",
+            "held-out recall after the attack: NPO minus NPO+SAM, at the same disruption",
+            "recall",
+            _less_recall_than("npo-sam", ("npo",)),
+        ),
+        Claim(
+            "smooth-jailbreak",
+            _SAM,
+            "Smoothing lowers what an adversarial suffix elicits.",
+            "rise of held-out recall under a searched suffix (workbench suffix): plain minus "
+            "smoothed method, mean over the pairs in the run",
+            "recall",
             _smooth_jailbreak,
         ),
         Claim(
-            "smoothing-resists", _SAM, "Smoothing of any kind makes an unlearned model resist relearning better than the plain method does.",
-            "held-out recall after the attack, same disruption: plain method minus the smoothed one, mean over all pairs in the run (SAM, ASAM, RS, GP, CR, WA)", "recall",
+            "smoothing-resists",
+            _SAM,
+            "Smoothing of any kind makes an unlearned model resist relearning better than the "
+            "plain method does.",
+            "held-out recall after the attack, same disruption: plain method minus the smoothed "
+            "one, mean over all pairs in the run (SAM, ASAM, RS, GP, CR, WA)",
+            "recall",
             _smoothing_resists,
         ),
         Claim(
-            "flat-resists", _SAM, "The flatter the forget loss around an unlearned model, the less relearning wins back.",
-            "rank correlation over models of minus the top Hessian eigenvalue with minus the recall after the attack, given the recall before it (methods resampled)", "rank correlation",
-            _correlation_with_resistance("top_eigenvalue", -1), matters=0,
+            "flat-resists",
+            _SAM,
+            "The flatter the forget loss around an unlearned model, the less relearning wins back.",
+            "rank correlation over models of minus the top Hessian eigenvalue with minus the "
+            "recall after the attack, given the recall before it (methods resampled)",
+            "rank correlation",
+            _correlation_with_resistance("top_eigenvalue", -1),
+            matters=0,
         ),
         Claim(
-            "distance-resists", "Siddiqui et al. 2025 (arXiv 2505.22310)", "The farther the weights moved, the less relearning wins back.",
-            "rank correlation over models of the displacement with minus the recall after the attack, given the recall before it (methods resampled)", "rank correlation",
-            _correlation_with_resistance("displacement", 1), matters=0,
+            "distance-resists",
+            "Siddiqui et al. 2025 (arXiv 2505.22310)",
+            "The farther the weights moved, the less relearning wins back.",
+            "rank correlation over models of the displacement with minus the recall after the "
+            "attack, given the recall before it (methods resampled)",
+            "rank correlation",
+            _correlation_with_resistance("displacement", 1),
+            matters=0,
         ),
         Claim(
-            "names-repetitions", _JOG, "The more often a pair of names was repeated, the more relearning on its first half brings back.",
-            "success after relearning (workbench names): mean of 7 and 5 repetitions minus mean of 3 and 1, paired by seed and prompt", "success rate",
+            "names-repetitions",
+            _JOG,
+            "The more often a pair of names was repeated, the more relearning on its first half "
+            "brings back.",
+            "success after relearning (workbench names): mean of 7 and 5 repetitions minus mean of "
+            "3 and 1, paired by seed and prompt",
+            "success rate",
             _names_repetitions,
         ),
         Claim(
-            "keyword-recovery", _JOG, "Relearning on the part of the forget set that never mentions a keyword brings the keyword back.",
-            "questions answered with the withheld keyword after the attack (workbench keyword): unlearned minus never-learned model", "success rate", _keyword_recovery,
+            "keyword-recovery",
+            _JOG,
+            "Relearning on the part of the forget set that never mentions a keyword brings the "
+            "keyword back.",
+            "questions answered with the withheld keyword after the attack (workbench keyword): "
+            "unlearned minus never-learned model",
+            "success rate",
+            _keyword_recovery,
         ),
         Claim(
-            "verbatim-recovery", _JOG, "Relearning on texts that do not hold a memorised and unlearned passage brings its words back.",
-            "rise of the continuations' ROUGE-L F1 in an attack with neighbouring passages (workbench verbatim): unlearned minus never-learned model", "ROUGE-L F1",
+            "verbatim-recovery",
+            _JOG,
+            "Relearning on texts that do not hold a memorised and unlearned passage brings its "
+            "words back.",
+            "rise of the continuations' ROUGE-L F1 in an attack with neighbouring passages "
+            "(workbench verbatim): unlearned minus never-learned model",
+            "ROUGE-L F1",
             _verbatim_recovery,
         ),
         Claim(
-            "public-recovery", _JOG, "Public information about the forgotten topic, which holds no answer, brings forgotten answers back.",
-            "held-out recall after the attack (workbench ladder): public facts minus general text, unlearned minus never-learned model", "recall", _public_recovery,
+            "public-recovery",
+            _JOG,
+            "Public information about the forgotten topic, which holds no answer, brings forgotten "
+            "answers back.",
+            "held-out recall after the attack (workbench ladder): public facts minus general text, "
+            "unlearned minus never-learned model",
+            "recall",
+            _public_recovery,
         ),
         Claim(
-            "relearn-nonmonotone", _JOG, "More relearning is not always more recovery: beyond a point recall falls again.",
-            "held-out recall (workbench ladder --attack-steps 120 or more): at a third of the attack minus at its end, mean over methods", "recall", _nonmonotone,
+            "relearn-nonmonotone",
+            _JOG,
+            "More relearning is not always more recovery: beyond a point recall falls again.",
+            "held-out recall (workbench ladder --attack-steps 120 or more): at a third of the "
+            "attack minus at its end, mean over methods",
+            "recall",
+            _nonmonotone,
         ),
     ]
-)  # fmt: skip
+)
 
 
 FEW_SEEDS = 5
-"""Below this many the two-level bootstrap covers less than it says where seeds scatter: 72, 82, 92 and
-95 % with 2, 3, 5 and 10 seeds that differ by 1.2 logits (tests/benchmarks/coverage.py).
+"""Below this many the two-level bootstrap covers less than it says where seeds scatter: 72, 82, 92
+and 95 % with 2, 3, 5 and 10 seeds that differ by 1.2 logits (tests/benchmarks/coverage.py).
 """
 
 
@@ -594,10 +721,11 @@ def claim(
     seeded: bool = True,
     matters: float = 0.05,
 ) -> Callable[[Statistic], Statistic]:
-    """Decorate a function ``(results, items) -> effect``: the claim is decided on every run from then
-    on, and stands in the report. See :class:`Claim` for the arguments.
+    """Decorate a function ``(results, items) -> effect``: the claim is decided on every run from
+    then on, and stands in the report. See :class:`Claim` for the arguments.
 
-    The function raises :class:`~workbench.errors.NotMeasuredError` where the run lacks what it needs.
+    The function raises :class:`~workbench.errors.NotMeasuredError` where the run lacks what it
+    needs.
 
     Raises:
         WorkbenchError: the workbench has a claim of this id.
@@ -613,11 +741,12 @@ def claim(
 def decide_over(
     runs: Sequence[tuple[pd.DataFrame, pd.DataFrame, str]], *, ids: Sequence[str] | None = None
 ) -> tuple[Verdict, ...]:
-    """The verdicts over several independent runs together: other worlds, base models, budgets, scales.
+    """The verdicts over several independent runs together: other worlds, base models, budgets,
+    scales.
 
-    Every run gives its own effect; their random-effects mean decides, so that what differs between runs
-    (the base model, above all, of which a run has one) widens the interval. A run that lacks what a
-    statistic needs does not enter; the reason says how many did.
+    Every run gives its own effect; their random-effects mean decides, so that what differs between
+    runs (the base model, above all, of which a run has one) widens the interval. A run that lacks
+    what a statistic needs does not enter; the reason says how many did.
 
     Args:
         runs: results, items and scale of each; one alone is decided as by :func:`decide`.

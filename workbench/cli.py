@@ -1,6 +1,9 @@
-"""The command line: ``workbench demo``, ``sweep``, ``unlearn``, ``investigate``, ``names``, ``keyword``, ``verbatim``, ``ladder``, ``suffix``, ``triggers``, ``representation``, ``predictors``, ``claims``, ``methods``, ``sites``.
+"""The command line: ``workbench demo``, ``sweep``, ``unlearn``, ``investigate``, ``names``,
+``keyword``, ``verbatim``, ``ladder``, ``suffix``, ``triggers``, ``representation``, ``predictors``,
+``claims``, ``methods``, ``sites``.
 
-Results go to standard output (one JSON object with ``--json``), progress and logs to standard error. Exit status: 0 done, 2 wrong input, 130 interrupted.
+Results go to standard output (one JSON object with ``--json``), progress and logs to standard
+error. Exit status: 0 done, 2 wrong input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ MADE = {
     "representation": "Where in the model are the forgotten answers, if anywhere?",
     "sharpness": "How does the loss lie around every model before the attack?",
 }
-"""Commands made from settings, with their lines in ``workbench --help``: what they are made of is imported when one of them is asked for."""
+"""Commands made from settings, with their lines in ``workbench --help``: what they are made of is
+imported when one of them is asked for.
+"""
 
 
 class _Lazy(TyperCommand):
@@ -123,7 +128,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="What did unlearning do inside this model, and will it survive?",
-    epilog="Every command takes --plugin FILE (repeatable): a Python file with methods, figures, claims or probes of your own.",
+    epilog=(
+        "Every command takes --plugin FILE (repeatable): a Python file with methods, figures, "
+        "claims or probes of your own."
+    ),
 )
 
 
@@ -220,7 +228,8 @@ def claims(
         typer.Argument(
             metavar="RUN...",
             help="Finished runs, and folders of what was asked of their models afterwards "
-            "(triggers, sharpness, relearn), whose stages take the place of the run's. Several runs "
+            "(triggers, sharpness, relearn), whose stages take the place of the run's. Several "
+            "runs "
             "are decided together.",
         ),
     ],
@@ -315,7 +324,9 @@ def report(
     ],
     as_json: Json = False,
 ) -> None:
-    """Write the report of a run again, from tables alone, with what was asked of its models since."""
+    """Write the report of a run again, from tables alone, with what was asked of its models
+    since.
+    """
     from workbench.claims import decide
     from workbench.report import write_report
     from workbench.runs.afterwards import RUN, drawings_of, experiment_of, read_runs
@@ -356,7 +367,10 @@ def unlearn(
     budget: Annotated[
         float,
         typer.Option(
-            help="Disruption budget: KL to the base on retain texts, nats per token; 0 keeps the delta as trained."
+            help=(
+                "Disruption budget: KL to the base on retain texts, nats per token; 0 keeps the "
+                "delta as trained."
+            )
         ),
     ] = 0.05,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -391,7 +405,8 @@ def unlearn(
 
     def show() -> None:
         out_console.print(
-            f"{out}: {note['method']}, alpha {note['alpha']:.3f}, disruption {note['disruption']:.4f}"
+            f"{out}: {note['method']}, alpha {note['alpha']:.3f}, disruption "
+            f"{note['disruption']:.4f}"
         )
         for split, before in note["loss"]["before"].items():
             out_console.print(
@@ -438,7 +453,8 @@ def methods(as_json: Json = False) -> None:
             )
         out_console.print(table)
         out_console.print(
-            "METHOD-... stands for any method above, e.g. grad-diff-sam, adaptive-rmu-rna, npo-rna-sam."
+            "METHOD-... stands for any method above, e.g. grad-diff-sam, adaptive-rmu-rna, "
+            "npo-rna-sam."
         )
 
     emit([*listed, *around], as_json, show)
@@ -454,7 +470,9 @@ def sites(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the places in a model that can be tapped, in TransformerLens's names and the model's own, with the shape of what flows there."""
+    """List the places in a model that can be tapped, in TransformerLens's names and the model's
+    own, with the shape of what flows there.
+    """
     from workbench.hooks.errors import CaptureError
     from workbench.hooks.families import family_of
     from workbench.hooks.outline import outline
@@ -477,15 +495,18 @@ def sites(
         for line in lines:  # no table of rich's: a name must never be cut to fit the window
             print(f"{line[0]:<{first}}  {line[1]:<{second}}  {line[2]}")
         print(
-            "A gradient adds _grad to the site (blocks.0.hook_resid_post_grad). Any other module can be tapped by its path: PATH:in, :out, :grad_in, :grad_out."
+            "A gradient adds _grad to the site (blocks.0.hook_resid_post_grad). Any other module "
+            "can be tapped by its path: PATH:in, :out, :grad_in, :grad_out."
         )
         if known is None:
             print(
-                f"{config.model_type} has no TransformerLens names here; its modules are listed by path."
+                f"{config.model_type} has no TransformerLens names here; its modules are listed by "
+                "path."
             )
         if known is not None and known.experts:
             print(
-                "Mixture of experts: the layer's input and output and the router can be tapped. The experts are one module with three-dimensional parameters; "
+                "Mixture of experts: the layer's input and output and the router can be tapped. "
+                "The experts are one module with three-dimensional parameters; "
                 "rows of a single expert pass through no module."
             )
 
@@ -511,7 +532,9 @@ def _one(entry: tuple[Site, int]) -> tuple[str, str, str, int]:
 
 
 def _alike(found: Sequence[tuple[Site, int]]) -> Iterator[tuple[str, str, str, int]]:
-    """One line for a site that all blocks have alike: its layers as a range, in the spelling that a pattern accepts."""
+    """One line for a site that all blocks have alike: its layers as a range, in the spelling that a
+    pattern accepts.
+    """
     groups: dict[tuple[str, str, int], list[Site]] = {}
     for site, width in found:
         name = (
@@ -561,7 +584,9 @@ def predictors(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Which measure, taken before the attack, tells what the attack will win back? Rank correlations with intervals."""
+    """Which measure, taken before the attack, tells what the attack will win back? Rank
+    correlations with intervals.
+    """
     from workbench.experiments.predictors import predictor_table
     from workbench.experiments.predictors import predictors as correlate
     from workbench.figures.predictors import predictors as draw
@@ -598,8 +623,8 @@ def _terminated(number: int, _frame: object) -> None:
 
 
 def _without_plugins(arguments: Sequence[str]) -> list[str]:
-    """Load every file that follows ``--plugin``, wherever it stands, and give back the rest: names of
-    methods and figures must be known before a command looks at its options.
+    """Load every file that follows ``--plugin``, wherever it stands, and give back the rest: names
+    of methods and figures must be known before a command looks at its options.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--plugin", action="append", default=[])

@@ -49,7 +49,9 @@ def _shown(field: FieldInfo) -> str | bool:
 
 
 def options_of(settings: type[Settings]) -> list[inspect.Parameter]:
-    """The options of a command: one for every field, as text that the settings check; flags for bools."""
+    """The options of a command: one for every field, as text that the settings check; flags for
+    bools.
+    """
     found = []
     for name, field in settings.model_fields.items():
         dashed = "--" + name.replace("_", "-")

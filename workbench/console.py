@@ -1,4 +1,6 @@
-"""What all commands share: where they speak, how they show results, options that mean the same everywhere."""
+"""What all commands share: where they speak, how they show results, options that mean the same
+everywhere.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ def clock() -> Callable[[str], None]:
 
 
 def print_frame(frame: Any) -> None:
-    """A table for people: as wide as the terminal, or as it needs to be where nobody's terminal is in the way (a pipe, a log)."""
+    """A table for people: as wide as the terminal, or as it needs to be where nobody's terminal is
+    in the way (a pipe, a log).
+    """
     table = RichTable(*map(escape, map(str, frame.columns)), box=None)
     for row in frame.itertuples(index=False):
         table.add_row(*map(escape, map(str, row)))

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 
 class WorkbenchError(Exception):
-    """Bad input or an impossible request. The message is one line that names the thing and the remedy; the command line exits with status 2."""
+    """Bad input or an impossible request. The message is one line that names the thing and the
+    remedy; the command line exits with status 2.
+    """
 
 
 class NotMeasuredError(WorkbenchError):

@@ -1,4 +1,6 @@
-"""Files that are either whole or absent: everything is written beside its place and renamed into it."""
+"""Files that are either whole or absent: everything is written beside its place and renamed into
+it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def _code(error: Exception) -> int | None:
-    """The operating system's error number: of an OSError, or quoted in the text of a library's own exception (safetensors)."""
+    """The operating system's error number: of an OSError, or quoted in the text of a library's own
+    exception (safetensors).
+    """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     quoted = re.search(r"os error (\d+)", str(error))
@@ -30,14 +34,17 @@ def _code(error: Exception) -> int | None:
 
 @contextmanager
 def full_disk_is_an_error(target: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write (full disk, quota, size limit, permission, ...) into one clear line that names the folder."""
+    """Turn the operating system's refusal to write (full disk, quota, size limit, permission, ...)
+    into one clear line that names the folder.
+    """
     try:
         yield
     except Exception as error:
         code = _code(error)
         if code in _FULL:
             raise WorkbenchError(
-                f"the disk is full: could not write {target} ({os.strerror(code)}); free some space or choose another folder, then run the same command again"
+                f"the disk is full: could not write {target} ({os.strerror(code)}); free some "
+                "space or choose another folder, then run the same command again"
             ) from error
         if code in _DENIED:
             raise WorkbenchError(
@@ -68,7 +75,9 @@ def alive(pid: int) -> bool:
 
 
 def sweep(folder: Path, prefix: str) -> None:
-    """Remove what killed processes left half-written: ``<prefix><pid>.…`` of processes that are gone."""
+    """Remove what killed processes left half-written: ``<prefix><pid>.…`` of processes that are
+    gone.
+    """
     for path in folder.glob(f"{prefix}*"):
         pid = path.name.removeprefix(prefix).partition(".")[0]
         if pid.isdecimal() and not alive(int(pid)):
@@ -84,7 +93,8 @@ def _beside(path: Path) -> str:
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write(temporary)`` and rename the result to ``path``; on any error nothing is left behind.
+    """Call ``write(temporary)`` and rename the result to ``path``; on any error nothing is left
+    behind.
 
     Raises:
         WorkbenchError: the disk is full or the folder cannot be written.
@@ -192,14 +202,18 @@ def sha256(path: Path) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Mappings and sequences as the dicts and lists that YAML and JSON agree on; everything else as it is."""
+    """Mappings and sequences as the dicts and lists that YAML and JSON agree on; everything else as
+    it is.
+    """
     if isinstance(value, Mapping):
         return {str(name): plain(part) for name, part in value.items()}
     return [plain(part) for part in value] if isinstance(value, tuple | list) else value
 
 
 def key_of(value: Any, length: int = 16) -> str:
-    """A short stable key of any JSON-like value: the same value gives the same key on every machine."""
+    """A short stable key of any JSON-like value: the same value gives the same key on every
+    machine.
+    """
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[
         :length
     ]

@@ -51,8 +51,8 @@ def open_model(
         source: a folder, or the id of a model on the hub.
         dtype: of the weights in memory.
         trust_remote_code: run code that comes with the model; off unless the user asks.
-        merge_adapter: ``source`` is a folder of a PEFT adapter: open the base that its configuration
-            names, and add the adapter to its weights.
+        merge_adapter: ``source`` is a folder of a PEFT adapter: open the base that its
+            configuration names, and add the adapter to its weights.
 
     Raises:
         WorkbenchError: nothing is there, the folder holds no model, the weights are not
@@ -67,11 +67,13 @@ def open_model(
     _check_source(source)
     if (folder / MANIFEST).is_file() and (wrong := damage(folder)):
         raise WorkbenchError(
-            f"{wrong}; if that was you, delete {folder / MANIFEST}; else make or copy the model again"
+            f"{wrong}; if that was you, delete {folder / MANIFEST}; else make or copy the model "
+            "again"
         )
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise WorkbenchError(
-            f"{name} holds no safetensors weights (pickled weights are never loaded); save the model again with safe_serialization=True"
+            f"{name} holds no safetensors weights (pickled weights are never loaded); save the "
+            "model again with safe_serialization=True"
         )
     try:
         with QuietTransformers():
@@ -97,7 +99,8 @@ def _open_adapter(
 ) -> Opened:
     if (folder / "config.json").is_file():
         raise WorkbenchError(
-            f"{folder} holds a model (config.json) and a PEFT adapter ({ADAPTER}): which of the two "
+            f"{folder} holds a model (config.json) and a PEFT adapter ({ADAPTER}): which of the "
+            "two "
             "is meant? Move one of them to a folder of its own"
         )
     base = adapter_base(folder)
@@ -163,11 +166,13 @@ def _check_source(source: str | Path) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise WorkbenchError(
-                f"{name} holds no model: config.json is missing; give a folder written by save_pretrained"
+                f"{name} holds no model: config.json is missing; give a folder written by "
+                "save_pretrained"
             )
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise WorkbenchError(
-            f"{name} is no folder; give the folder of a Hugging Face model or a hub id such as 'owner/name'"
+            f"{name} is no folder; give the folder of a Hugging Face model or a hub id such as "
+            "'owner/name'"
         )
 
 
@@ -177,10 +182,12 @@ def _cannot_open(source: str | Path, error: Exception) -> WorkbenchError:
     first = " ".join(lines[:2]) or type(error).__name__
     if Path(source).is_dir():
         return WorkbenchError(
-            f"cannot open model {source}: the folder is damaged or incomplete ({first[:240]}); save or copy it again"
+            f"cannot open model {source}: the folder is damaged or incomplete ({first[:240]}); "
+            "save or copy it again"
         )
     return WorkbenchError(
-        f"cannot open model {source}: it is no local folder, and the hub has no such model or cannot be reached; check the name"
+        f"cannot open model {source}: it is no local folder, and the hub has no such model or "
+        "cannot be reached; check the name"
     )
 
 
@@ -190,7 +197,9 @@ def save_model(
     folder: Path,
     note: dict[str, object] | None = None,
 ) -> None:
-    """Write model and tokenizer as a Hugging Face folder, whole or not at all; ``note`` goes into ``workbench.json`` beside them."""
+    """Write model and tokenizer as a Hugging Face folder, whole or not at all; ``note`` goes into
+    ``workbench.json`` beside them.
+    """
 
     def write(temporary: Path) -> None:
         with QuietTransformers():
@@ -227,16 +236,19 @@ def check_same_tokenizer(base: Opened, other: Opened) -> None:
             "",
         )
         raise WorkbenchError(
-            f"{other.name} does not use the tokenizer of {base.name} ({len(theirs)} tokens against {len(ours)}; first difference: {different!r}); "
+            f"{other.name} does not use the tokenizer of {base.name} ({len(theirs)} tokens against "
+            f"{len(ours)}; first difference: {different!r}); "
             "give two checkpoints of the same model"
         )
     probe = "The quick brown fox, 12.5 %."
     if base.tokenizer(probe)["input_ids"] != other.tokenizer(probe)["input_ids"]:
         raise WorkbenchError(
-            f"{other.name} has the vocabulary of {base.name} but splits text differently; copy the base's tokenizer files beside the checkpoint"
+            f"{other.name} has the vocabulary of {base.name} but splits text differently; copy the "
+            "base's tokenizer files beside the checkpoint"
         )
     sizes = [opened.model.get_input_embeddings().weight.shape[0] for opened in (base, other)]
     if sizes[0] != sizes[1]:
         raise WorkbenchError(
-            f"{other.name} embeds {sizes[1]} tokens, {base.name} {sizes[0]}; give two checkpoints of the same model"
+            f"{other.name} embeds {sizes[1]} tokens, {base.name} {sizes[0]}; give two checkpoints "
+            "of the same model"
         )

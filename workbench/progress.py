@@ -1,4 +1,6 @@
-"""Progress of long steps: a bar in a terminal or notebook, nothing, or a file that another process turns into a bar."""
+"""Progress of long steps: a bar in a terminal or notebook, nothing, or a file that another process
+turns into a bar.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def quiet(done: int, total: int) -> None:
 
 
 def bar(label: str) -> Report:
-    """A progress bar on standard error (a widget in notebooks), opened at the first report and closed at the last."""
+    """A progress bar on standard error (a widget in notebooks), opened at the first report and
+    closed at the last.
+    """
     state: list[Any] = []
 
     def report(done: int, total: int) -> None:

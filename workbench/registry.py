@@ -1,7 +1,7 @@
 """The registries: methods, wrappers, attacks, probes, figures and claims by name.
 
-Each is filled in the same four ways: by the workbench's own modules, by a decorator in a notebook or a
-script, by the entry points of an installed package, and by a file given with ``--plugin``.
+Each is filled in the same four ways: by the workbench's own modules, by a decorator in a notebook
+or a script, by the entry points of an installed package, and by a file given with ``--plugin``.
 """
 
 from __future__ import annotations
@@ -129,10 +129,12 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
     @contextmanager
     def users(self, name: str) -> Iterator[None]:
-        """Say in one line whose function it is that fails inside the block, where it is a user's own.
+        """Say in one line whose function it is that fails inside the block, where it is a user's
+        own.
 
         Raises:
-            WorkbenchError: something was raised, and the entry ``name`` did not come with the workbench.
+            WorkbenchError: something was raised, and the entry ``name`` did not come with the
+                workbench.
         """
         try:
             yield
@@ -177,8 +179,8 @@ def load_plugin(path: str | Path, sha256: str = "") -> Plugin:
         sha256: of the content that is expected, where a run remembers it.
 
     Raises:
-        WorkbenchError: there is no such file, it cannot be imported, adds nothing, or is not the one
-            expected.
+        WorkbenchError: there is no such file, it cannot be imported, adds nothing, or is not the
+            one expected.
     """
     file = Path(path)
     if not file.is_file():
@@ -187,7 +189,8 @@ def load_plugin(path: str | Path, sha256: str = "") -> Plugin:
     plugin = Plugin(str(file.resolve()), hashlib.sha256(content).hexdigest())
     if sha256 and plugin.sha256 != sha256:
         raise WorkbenchError(
-            f"the plug-in {file} is not the one that the run was made with (its SHA-256 differs); give "
+            f"the plug-in {file} is not the one that the run was made with (its SHA-256 differs); "
+            "give "
             "back that version, or start a run in another folder"
         )
     if _PLUGINS.get(plugin.file) == plugin:
@@ -249,8 +252,10 @@ def expect(source: Plugin) -> None:
     users = [entry for registry in REGISTRIES.values() for entry in registry.added().values()]
     if source not in [source_of(entry) for entry in users]:
         raise WorkbenchError(
-            f"the run was made with a function that was defined in {source.file} (SHA-256 of its source "
-            f"{source.sha256[:12]}...); define the same one again first, or put it in a file for --plugin"
+            f"the run was made with a function that was defined in {source.file} (SHA-256 of its "
+            "source "
+            f"{source.sha256[:12]}...); define the same one again first, or put it in a file for "
+            "--plugin"
         )
 
 

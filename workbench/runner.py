@@ -261,8 +261,8 @@ class Experiment(Generic[Chosen]):
         question: in one line.
         settings: their class; its fields are the options of the command, the fields of a YAML file
             and the keywords of :func:`run`.
-        prepare: ``(settings, source, out) -> plan``; says everything that is wrong before anything is
-            written. ``source`` is ``None`` where the experiment needs no run.
+        prepare: ``(settings, source, out) -> plan``; says everything that is wrong before anything
+            is written. ``source`` is ``None`` where the experiment needs no run.
         table: from ``results`` to what people read.
         shown: columns of that table that fit a terminal; ``None`` for all.
         by: column of that table by whose values it is printed in parts.
@@ -283,10 +283,20 @@ class Experiment(Generic[Chosen]):
 
 
 COMMANDS = (
-    "demo", "sweep", "unlearn", "investigate", "claims", "figures", "report", "predictors", "methods",
-    "sites", "run",
-)  # fmt: skip
-"""Names that an experiment cannot have: other commands, and what a folder without an experiment is."""
+    "demo",
+    "sweep",
+    "unlearn",
+    "investigate",
+    "claims",
+    "figures",
+    "report",
+    "predictors",
+    "methods",
+    "sites",
+    "run",
+)
+"""Names that an experiment cannot have: other commands, and what a folder without an experiment is.
+"""
 EXPERIMENTS: Registry[Experiment[Any]] = Registry(
     "experiment", "workbench.experiments.all", "workbench.experiments"
 )
@@ -332,7 +342,10 @@ class Result:
 
     def __repr__(self) -> str:
         items = self.items["item"].nunique()
-        return f"Result({self.experiment.name} in {self.folder}: {len(self.results):,} rows, {items} items)"
+        return (
+            f"Result({self.experiment.name} in {self.folder}: {len(self.results):,} rows, {items} "
+            "items)"
+        )
 
     def _repr_html_(self) -> str:
         return str(self.table.to_html(index=False, escape=True))
@@ -422,7 +435,8 @@ def _source(entry: Experiment[Any], settings: Settings, of: Path | str | None) -
                 place = Path(model_source(config, run, name, seed))
                 if not place.is_dir():
                     raise WorkbenchError(
-                        f"{run} holds no model {place.name}; run the same command again that made it, "
+                        f"{run} holds no model {place.name}; run the same command again that made "
+                        "it, "
                         "or give another run"
                     )
     return source

@@ -23,7 +23,7 @@ _PREFIXES = {
     "_orig_mod.": "was saved from a compiled model; save model._orig_mod instead",
     "module.": "was saved from a DataParallel or DistributedDataParallel wrapper; save "
     "model.module instead",
-    "_fsdp_wrapped_module.": "was saved from an FSDP wrapper; gather the full state dict and save it "
+    "_fsdp_wrapped_module.": "was saved from an FSDP wrapper; gather the full state dict and save it "  # noqa: E501
     "under the names of the plain model",
     "base_model.model.": "was saved from a PEFT wrapper; save model.merge_and_unload() instead",
 }
@@ -43,8 +43,8 @@ def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -
 
     Raises:
         WorkbenchError: a weight is missing, unexpected, of another shape than the configuration
-            says, or not finite. A tied weight may be absent; where it is stored and differs, transformers
-            keeps both.
+            says, or not finite. A tied weight may be absent; where it is stored and differs,
+            transformers keeps both.
     """
     missing = set(report["missing_keys"])
     weights = dict(model.named_parameters(remove_duplicate=False))
@@ -56,14 +56,16 @@ def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -
     for prefix, remedy in _PREFIXES.items():
         if missing and any(f".{prefix}" in f".{key}" for key in unexpected):
             raise WorkbenchError(
-                f"cannot open model {name}: {_some(unexpected)} begin with {prefix!r}: it {remedy}, "
+                f"cannot open model {name}: {_some(unexpected)} begin with {prefix!r}: it "
+                f"{remedy}, "
                 f"or take the prefix off its keys"
             )
     if report["mismatched_keys"]:
         key, stored, wanted = sorted(report["mismatched_keys"], key=lambda row: str(row[0]))[0]
         raise WorkbenchError(
             f"cannot open model {name}: {len(report['mismatched_keys'])} weights have other shapes "
-            f"than config.json asks for, e.g. {key}: {list(stored)} instead of {list(wanted)}; take "
+            f"than config.json asks for, e.g. {key}: {list(stored)} instead of {list(wanted)}; "
+            "take "
             "the config.json that belongs to these weights"
         )
     if missing:
@@ -162,7 +164,9 @@ def _adapter_shapes(wrapped: Any) -> dict[str, tuple[int, ...]]:
 
 
 class QuietTransformers:
-    """Silence transformers' own progress bars and warnings while a model is opened or saved: our own bars tell the story."""
+    """Silence transformers' own progress bars and warnings while a model is opened or saved: our
+    own bars tell the story.
+    """
 
     def __enter__(self) -> None:
         self._level = transformers.logging.get_verbosity()

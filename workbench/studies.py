@@ -105,7 +105,8 @@ class Study:
         }
 
     def angles(self, rank: int = 16, *, site: str | None = None, draws: int = 200) -> pd.DataFrame:
-        """Principal angles between the two models' subspaces, beside a null that deals whole texts anew.
+        """Principal angles between the two models' subspaces, beside a null that deals whole texts
+        anew.
 
         Args:
             rank: of both subspaces.
@@ -129,7 +130,8 @@ class Study:
         seed: int = 0,
         progress: Report | None = None,
     ) -> Seen:
-        """Fine-tune both models on half of the forget texts, and on null texts, and follow the other half.
+        """Fine-tune both models on half of the forget texts, and on null texts, and follow the
+        other half.
 
         Args:
             steps: of the attack.
@@ -159,7 +161,8 @@ class Study:
         return Seen(shown, results, lambda: figures.recovery(results))
 
     def scan(self, *, queries: int = 32, progress: Report | None = None) -> TriggerScan:
-        """Put every token in front of retain texts: which break the unlearned model, and not the base?
+        """Put every token in front of retain texts: which break the unlearned model, and not the
+        base?
 
         Args:
             queries: retain texts, at most.
@@ -175,7 +178,8 @@ class Study:
         )
 
     def slices(self, *, points: int = 13, reach: float = 0.05, seed: int = 0) -> Seen:
-        """The loss along straight lines through both models: the attacker's direction, a random one, the way to the base.
+        """The loss along straight lines through both models: the attacker's direction, a random
+        one, the way to the base.
 
         Args:
             points: along every line.
@@ -195,7 +199,8 @@ class Study:
         return Seen(shown, results, lambda: figures.slices(results))
 
     def patch(self, progress: Report | None = None) -> pd.DataFrame:
-        """The residual stream of one model put into the other, block by block: where is the answer lost?
+        """The residual stream of one model put into the other, block by block: where is the answer
+        lost?
 
         Returns:
             See :func:`workbench.diagnostics.depth.patching_depth`.

@@ -1,4 +1,6 @@
-"""Tidy results: one row per measured value, and one row per measured item behind the values that have items."""
+"""Tidy results: one row per measured value, and one row per measured item behind the values that
+have items.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,40 @@ from workbench.files import write_file
 from workbench.hooks.brief import brief
 
 COLUMNS = {
-    "run": "string", "stage": "string", "model": "string", "method": "string", "seed": "Int64", "site": "string", "split": "string", "arm": "string",
-    "step": "float64", "metric": "string", "value": "float64", "low": "float64", "high": "float64", "n": "Int64",
-}  # fmt: skip
-"""Columns of ``results.parquet``. ``step`` is the position along an axis (attack step, alpha, slice coordinate, rank); an empty ``seed`` means: over all seeds."""
+    "run": "string",
+    "stage": "string",
+    "model": "string",
+    "method": "string",
+    "seed": "Int64",
+    "site": "string",
+    "split": "string",
+    "arm": "string",
+    "step": "float64",
+    "metric": "string",
+    "value": "float64",
+    "low": "float64",
+    "high": "float64",
+    "n": "Int64",
+}
+"""Columns of ``results.parquet``. ``step`` is the position along an axis (attack step, alpha, slice
+coordinate, rank); an empty ``seed`` means: over all seeds.
+"""
 
 ITEM_COLUMNS = {
-    "run": "string", "stage": "string", "method": "string", "seed": "Int64", "split": "string", "arm": "string", "step": "float64",
-    "item": "string", "correct": "float64", "probability": "float64",
-}  # fmt: skip
-"""Columns of ``items.parquet``: one fact (mean over its paraphrases) of one model under one condition."""
+    "run": "string",
+    "stage": "string",
+    "method": "string",
+    "seed": "Int64",
+    "split": "string",
+    "arm": "string",
+    "step": "float64",
+    "item": "string",
+    "correct": "float64",
+    "probability": "float64",
+}
+"""Columns of ``items.parquet``: one fact (mean over its paraphrases) of one model under one
+condition.
+"""
 
 
 @brief
@@ -77,7 +103,9 @@ class Table:
         )
 
     def add_scores(self, scores: Scores, **columns: Any) -> None:
-        """Recall and answer probability (where there are answers) with intervals over facts, and the loss; the facts go into the items."""
+        """Recall and answer probability (where there are answers) with intervals over facts, and
+        the loss; the facts go into the items.
+        """
         if np.isfinite(scores.correct).all():
             facts, correct = by_fact(scores.items, scores.correct)
             _, probability = by_fact(scores.items, scores.probability)
@@ -172,7 +200,8 @@ def read_table(path: Path) -> pd.DataFrame:
         ) from error
     if found != written:
         raise WorkbenchError(
-            f"{path} is not as it was written (its hash differs); run the command of this folder again"
+            f"{path} is not as it was written (its hash differs); run the command of this folder "
+            "again"
         )
     return frame
 
@@ -211,11 +240,15 @@ def fact_table(items: pd.DataFrame, column: str = "correct", **where: Any) -> pd
 
 
 def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:
-    """Recall and answer probability over all seeds, with a two-level bootstrap over seeds and facts; ``seed`` is empty in these rows.
+    """Recall and answer probability over all seeds, with a two-level bootstrap over seeds and
+    facts; ``seed`` is empty in these rows.
 
-    Recovery is attacked minus control, paired by seed and fact: metric ``recovery_<column>`` with arm ``minus-null`` (the same model under the null attack),
-    ``minus-random-facts`` (the same model relearning facts that are true nowhere) and ``minus-never-learned`` (the never-learned model under the same attack), at every step.
-    What a smoothing does is the plain method minus the smoothed one under the same attack, paired likewise: metric ``smoothing_effect``, owned by the smoothed method.
+    Recovery is attacked minus control, paired by seed and fact: metric ``recovery_<column>`` with
+    arm ``minus-null`` (the same model under the null attack), ``minus-random-facts`` (the same
+    model relearning facts that are true nowhere) and ``minus-never-learned`` (the never-learned
+    model under the same attack), at every step. What a smoothing does is the plain method minus the
+    smoothed one under the same attack, paired likewise: metric ``smoothing_effect``, owned by the
+    smoothed method.
     """
     table = Table({"run": run})
     keys = ["stage", "method", "split", "arm", "step"]

@@ -1,4 +1,6 @@
-"""Teach a small language model texts: what the built-in model, the names experiment and the keyword experiment share."""
+"""Teach a small language model texts: what the built-in model, the names experiment and the keyword
+experiment share.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ def fit(
     warmup: int = 50,
     progress: Report = quiet,
 ) -> PreTrainedModel:
-    """Train every parameter in place: AdamW (decay 0.01 on matrices), linear warm-up, then a cosine to 2 % of the peak rate, gradients clipped to 1.
+    """Train every parameter in place: AdamW (decay 0.01 on matrices), linear warm-up, then a cosine
+    to 2 % of the peak rate, gradients clipped to 1.
 
     Args:
         model: changed in place, and left in evaluation mode.

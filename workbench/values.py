@@ -1,5 +1,5 @@
-"""Checks of single values, written once: every option, field and keyword that holds a number, a seed
-or a label goes through these.
+"""Checks of single values, written once: every option, field and keyword that holds a number, a
+seed or a label goes through these.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Word:
 
 
 class WrongValueError(WorkbenchError, ValueError):
-    """A value that cannot be meant; the message names the field, the value and what would be right."""
+    """A value that cannot be meant; the message names the field, the value and what would be
+    right.
+    """
 
 
 def number(
@@ -55,7 +57,8 @@ def number(
     low: float = -LARGEST,
     high: float = LARGEST,
 ) -> float:
-    """``value`` as a finite number in ``[low, high]``, and greater than ``above`` where that is given.
+    """``value`` as a finite number in ``[low, high]``, and greater than ``above`` where that is
+    given.
 
     >>> number("budget", 0.05, above=0)
     0.05

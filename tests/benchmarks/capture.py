@@ -1,7 +1,9 @@
-"""The capture layer beside the plain pass and beside its peers, all doing the same work on models with the same weights.
+"""The capture layer beside the plain pass and beside its peers, all doing the same work on models
+with the same weights.
 
-The work: (1) the residual stream after every block, kept for every position, forward only; (2) the inputs and the output gradients of every linear layer of every MLP, in one
-forward and backward. A peer that is not installed is left out (``pip install -e '.[peers]'``).
+The work: (1) the residual stream after every block, kept for every position, forward only; (2) the
+inputs and the output gradients of every linear layer of every MLP, in one forward and backward. A
+peer that is not installed is left out (``pip install -e '.[peers]'``).
 """
 
 from __future__ import annotations
@@ -140,7 +142,9 @@ def capture_cases(
 
 
 class _Peers:
-    """The same work in TransformerLens, nnsight and pyvene, each on its own copy (a bridge and pyvene change what they wrap)."""
+    """The same work in TransformerLens, nnsight and pyvene, each on its own copy (a bridge and
+    pyvene change what they wrap).
+    """
 
     def __init__(
         self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], layers: int

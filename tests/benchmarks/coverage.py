@@ -1,7 +1,8 @@
-"""How often the two-level bootstrap's 95 % interval covers the truth, by number of seeds: ``python tests/benchmarks/coverage.py``.
+"""How often the two-level bootstrap's 95 % interval covers the truth, by number of seeds: ``python
+tests/benchmarks/coverage.py``.
 
-Two methods without a difference, 40 facts; a fact is recalled with probability ``sigmoid(fact + seed)``, both normal,
-the seed's part drawn anew for each method. The truth is 0.
+Two methods without a difference, 40 facts; a fact is recalled with probability ``sigmoid(fact +
+seed)``, both normal, the seed's part drawn anew for each method. The truth is 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The parts of an experiment beside the plain step: principal components, collapsed updates, smoothing, slices, curvature."""
+"""The parts of an experiment beside the plain step: principal components, collapsed updates,
+smoothing, slices, curvature.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Rows per second of the exact finder beside scikit-learn's IncrementalPCA, and how far both are from a float64 reference.
+"""Rows per second of the exact finder beside scikit-learn's IncrementalPCA, and how far both are
+from a float64 reference.
 
-``python tests/benchmarks/pca.py --rows 200000 --width 2048``: several minutes, most of them scikit-learn's.
+``python tests/benchmarks/pca.py --rows 200000 --width 2048``: several minutes, most of them
+scikit-learn's.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from workbench.subspaces.finders import StreamingPCA
 
 
 def chunks(rows: int, width: int, size: int) -> Iterator[Tensor]:
-    """Rows with a decaying spectrum and a mean, float32, drawn anew each time from one seed; drawing is not timed."""
+    """Rows with a decaying spectrum and a mean, float32, drawn anew each time from one seed;
+    drawing is not timed.
+    """
     scales = torch.logspace(0, -2, width)
     for start in range(0, rows, size):
         generator = torch.Generator().manual_seed(start)
@@ -67,12 +71,19 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "rows": arguments.rows, "width": arguments.width, "components": arguments.components, "threads": arguments.threads,
-                "seconds": {"ours": round(second[0], 1), "scikit-learn": round(second[1], 1)}, "ratio": round(second[1] / second[0], 1),
-                "largest relative error of an eigenvalue's share": {"ours": error(values), "scikit-learn": error(torch.from_numpy(theirs.explained_variance_))},
+                "rows": arguments.rows,
+                "width": arguments.width,
+                "components": arguments.components,
+                "threads": arguments.threads,
+                "seconds": {"ours": round(second[0], 1), "scikit-learn": round(second[1], 1)},
+                "ratio": round(second[1] / second[0], 1),
+                "largest relative error of an eigenvalue's share": {
+                    "ours": error(values),
+                    "scikit-learn": error(torch.from_numpy(theirs.explained_variance_)),
+                },
             }
         )
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

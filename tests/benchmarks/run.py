@@ -1,7 +1,9 @@
-"""Measure ours against the plain PyTorch floor and against peers, in turn in one process, and write ``bench.json``.
+"""Measure ours against the plain PyTorch floor and against peers, in turn in one process, and write
+``bench.json``.
 
-Every ratio is the median over rounds of (ours / other), all contestants measured back to back in each round, in an order that is reversed every other round; with a 95 %
-bootstrap interval of the median. One thread on a CPU. Nothing here asserts a time: the numbers are read, not enforced.
+Every ratio is the median over rounds of (ours / other), all contestants measured back to back in
+each round, in an order that is reversed every other round; with a 95 % bootstrap interval of the
+median. One thread on a CPU. Nothing here asserts a time: the numbers are read, not enforced.
 """
 
 from __future__ import annotations

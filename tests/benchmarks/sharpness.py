@@ -1,7 +1,10 @@
-"""Sharpness beside its peers, on one model and one batch: the top Hessian eigenvalue to 1e-3 (PyHessian, hessian-eigenthings) and a plane of losses (loss-landscapes).
+"""Sharpness beside its peers, on one model and one batch: the top Hessian eigenvalue to 1e-3
+(PyHessian, hessian-eigenthings) and a plane of losses (loss-landscapes).
 
-``python tests/benchmarks/sharpness.py``; the peers, which bring torchvision along otherwise: ``pip install --no-deps PyHessian hessian-eigenthings loss-landscapes``. One
-thread, a Llama of a million parameters that was trained for 60 steps on 16 texts of 64 tokens. Memory is the peak of the process, in a process of its own per work.
+``python tests/benchmarks/sharpness.py``; the peers, which bring torchvision along otherwise: ``pip
+install --no-deps PyHessian hessian-eigenthings loss-landscapes``. One thread, a Llama of a million
+parameters that was trained for 60 steps on 16 texts of 64 tokens. Memory is the peak of the
+process, in a process of its own per work.
 """
 
 from __future__ import annotations
@@ -107,7 +110,9 @@ def _step(model: Any, batch: Batch) -> None:
 
 
 def _enough_steps(model: Any, batch: Batch) -> int:
-    """The fewest Lanczos steps, in fives, whose residual is below the tolerance: the peer's own default of two is no answer."""
+    """The fewest Lanczos steps, in fives, whose residual is below the tolerance: the peer's own
+    default of two is no answer.
+    """
     for steps in range(5, 200, 5):
         value, residual = _eigenthings(model, batch, steps)
         if residual <= TOLERANCE * abs(value):
@@ -121,9 +126,13 @@ def cases(rounds: int = 7) -> tuple[dict[str, Case], dict[str, float]]:
     steps = _enough_steps(model, batch)
     end = one_end(model, [batch], tolerance=TOLERANCE)
     found = {
-        "ours": end.value, "ours, residual": end.residual, "ours, products": float(end.products), "PyHessian": _pyhessian(model, batch),
-        "hessian-eigenthings": _eigenthings(model, batch, steps)[0], "hessian-eigenthings, steps": float(steps),
-    }  # fmt: skip
+        "ours": end.value,
+        "ours, residual": end.residual,
+        "ours, products": float(end.products),
+        "PyHessian": _pyhessian(model, batch),
+        "hessian-eigenthings": _eigenthings(model, batch, steps)[0],
+        "hessian-eigenthings, steps": float(steps),
+    }
     operator, parts = Curvature(model, [batch]), _in_parts(batch)
     vector = np.random.default_rng(0).standard_normal(operator.size)
     first, second = random_direction(model, 0), random_direction(model, 1)
@@ -131,17 +140,34 @@ def cases(rounds: int = 7) -> tuple[dict[str, Case], dict[str, float]]:
     texts = {"loss": [batch]}
     return {
         "top-eigenvalue": Case(
-            lambda: one_end(model, [batch], tolerance=TOLERANCE), lambda: _step(model, batch), rounds,
-            {"PyHessian": lambda: _pyhessian(model, batch), "hessian-eigenthings": lambda: _eigenthings(model, batch, steps)},
+            lambda: one_end(model, [batch], tolerance=TOLERANCE),
+            lambda: _step(model, batch),
+            rounds,
+            {
+                "PyHessian": lambda: _pyhessian(model, batch),
+                "hessian-eigenthings": lambda: _eigenthings(model, batch, steps),
+            },
         ),
-        "top-eigenvalue, 1 row a batch": Case(lambda: one_end(model, parts, tolerance=TOLERANCE), lambda: one_end(model, [batch], tolerance=TOLERANCE), rounds),
-        "hessian-vector-product": Case(lambda: operator.product(vector), lambda: _step(model, batch), 3 * rounds),
-        "slice-point": Case(lambda: loss_slice(model, first, places, texts), lambda: [mean_loss(model, [batch]) for _ in places], 3 * rounds),
+        "top-eigenvalue, 1 row a batch": Case(
+            lambda: one_end(model, parts, tolerance=TOLERANCE),
+            lambda: one_end(model, [batch], tolerance=TOLERANCE),
+            rounds,
+        ),
+        "hessian-vector-product": Case(
+            lambda: operator.product(vector), lambda: _step(model, batch), 3 * rounds
+        ),
+        "slice-point": Case(
+            lambda: loss_slice(model, first, places, texts),
+            lambda: [mean_loss(model, [batch]) for _ in places],
+            3 * rounds,
+        ),
         "plane": Case(
-            lambda: loss_plane(model, first, second, places, places, texts), lambda: [mean_loss(model, [batch]) for _ in range(POINTS**2)], rounds,
+            lambda: loss_plane(model, first, second, places, places, texts),
+            lambda: [mean_loss(model, [batch]) for _ in range(POINTS**2)],
+            rounds,
             {"loss-landscapes": lambda: _landscape(model, batch)},
         ),
-    }, found  # fmt: skip
+    }, found
 
 
 def _in_parts(batch: Batch, rows: int = 1) -> list[Batch]:
@@ -172,7 +198,9 @@ def _memory(field: str) -> float:
 
 
 def peak(work: str) -> None:
-    """Do one thing on untrained weights and 16 texts of 256 tokens, and print how far the process's memory rose above what the model takes, MiB."""
+    """Do one thing on untrained weights and 16 texts of 256 tokens, and print how far the process's
+    memory rose above what the model takes, MiB.
+    """
     model, batch = _model(torch.float32), _batch(16, 256, 0)
     model(
         input_ids=batch.input_ids[:1, :8]
@@ -216,8 +244,13 @@ if __name__ == "__main__":
     for name, case in works.items():
         times = _times(case, "cpu")
         floor, *peers = [_median(times["ours"] / times[other]) for other in ("floor", *case.peers)]
-        print(f"{name:24s}{floor[0]:7.2f} of the floor [{floor[1]:.2f}, {floor[2]:.2f}]; " + "; ".join(
-            f"{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}] of {other}" for other, ratio in zip(case.peers, peers, strict=True)))  # fmt: skip
+        print(
+            f"{name:24s}{floor[0]:7.2f} of the floor [{floor[1]:.2f}, {floor[2]:.2f}]; "
+            + "; ".join(
+                f"{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}] of {other}"
+                for other, ratio in zip(case.peers, peers, strict=True)
+            )
+        )
     for work in WORKS:
         told = subprocess.run(
             [sys.executable, __file__, "--peak", work], capture_output=True, text=True, check=True

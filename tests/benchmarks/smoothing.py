@@ -1,6 +1,8 @@
-"""One smoothed step of NPO beside one plain step: a Llama of a million parameters, 8 texts of 64 tokens in the forget and in the retain batch.
+"""One smoothed step of NPO beside one plain step: a Llama of a million parameters, 8 texts of 64
+tokens in the forget and in the retain batch.
 
-Measured by ``run.py`` where it lists these cases, or alone: ``python tests/benchmarks/smoothing.py``.
+Measured by ``run.py`` where it lists these cases, or alone: ``python
+tests/benchmarks/smoothing.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The trigger scan beside plain batched forward passes of both models over the same rows: same batch size, full logits, no statistics.
+"""The trigger scan beside plain batched forward passes of both models over the same rows: same
+batch size, full logits, no statistics.
 
-A scan of a whole vocabulary takes its passes without inserted tokens once for all of them; here a few tokens carry that cost, which makes the ratio a little
-worse than it is there.
+A scan of a whole vocabulary takes its passes without inserted tokens once for all of them; here a
+few tokens carry that cost, which makes the ratio a little worse than it is there.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ VOCABULARY = 32_000
 def scan_cases(
     tokens: int = 16, queries: int = 64, rows: int = 128, rounds: int = 5
 ) -> dict[str, Case]:
-    """Both places of the token in queries of 8, 10 or 12 words with answers of 1 or 2, on a Llama of 16 M parameters (tied embeddings, 32,000 tokens) and a copy
-    that was moved a little.
+    """Both places of the token in queries of 8, 10 or 12 words with answers of 1 or 2, on a Llama
+    of 16 M parameters (tied embeddings, 32,000 tokens) and a copy that was moved a little.
     """
     words = ["".join(letters) for letters in product(ascii_lowercase, repeat=4)][: VOCABULARY - 259]
     tokenizer = build_tokenizer(words)

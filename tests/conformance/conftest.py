@@ -1,4 +1,6 @@
-"""Tiny random models and hand-made batches, shared by the conformance tests. Nothing is downloaded and nothing is trained."""
+"""Tiny random models and hand-made batches, shared by the conformance tests. Nothing is downloaded
+and nothing is trained.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from transformers import (
 
 from workbench.data.batches import Batch
 
-# Shared cores make single examples slow now and then; derandomised runs are the same on every machine.
+# Shared cores make single examples slow now and then; derandomised runs are the same on every
+# machine.
 settings.register_profile(
     "conformance", deadline=None, derandomize=True, max_examples=30, database=None
 )
@@ -51,7 +54,9 @@ Padder = Callable[..., Batch]
 def build_model(
     family: str = "llama", seed: int = 0, *, scale: float = 0.3, **changes: object
 ) -> PreTrainedModel:
-    """A random model in evaluation mode; ``scale`` is large enough that attention and MLPs are far from linear."""
+    """A random model in evaluation mode; ``scale`` is large enough that attention and MLPs are far
+    from linear.
+    """
     config_class, model_class = FAMILIES[family]
     shape: dict[str, object] = {
         "vocab_size": VOCABULARY,
@@ -77,7 +82,9 @@ def build_model(
 def build_batch(
     lengths: Sequence[int] = (7, 5, 6), seed: int = 0, *, answer: int = 2, targets: str = "text"
 ) -> Batch:
-    """Right-padded random rows that begin with BOS; the last ``answer`` tokens of every row are its answer, the token before them its subject."""
+    """Right-padded random rows that begin with BOS; the last ``answer`` tokens of every row are its
+    answer, the token before them its subject.
+    """
     generator = torch.Generator().manual_seed(seed)
     width = max(lengths)
     input_ids = torch.zeros(len(lengths), width, dtype=torch.long)
@@ -103,7 +110,9 @@ def build_batch(
 
 
 def add_padding(batch: Batch, columns: int = 3, token: int = 7) -> Batch:
-    """The same batch with more padded columns; they hold an ordinary token, so that a formula that reads them changes its value."""
+    """The same batch with more padded columns; they hold an ordinary token, so that a formula that
+    reads them changes its value.
+    """
     return replace(
         batch,
         input_ids=F.pad(batch.input_ids, (0, columns), value=token),
@@ -146,7 +155,9 @@ def batch() -> Batch:
 
 @pytest.fixture
 def nearby() -> Callable[..., PreTrainedModel]:
-    """``nearby(model, size=0.05, seed=1)``: a copy of ``model`` with noise on every weight, a point away from the reference."""
+    """``nearby(model, size=0.05, seed=1)``: a copy of ``model`` with noise on every weight, a point
+    away from the reference.
+    """
     import copy
 
     def move(model: PreTrainedModel, size: float = 0.05, seed: int = 1) -> PreTrainedModel:
@@ -167,7 +178,9 @@ def nearby() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture
 def gradients() -> Callable[[PreTrainedModel, Tensor], dict[str, Tensor]]:
-    """``gradients(model, loss)``: parameter name to gradient, zeros where the loss does not depend on the parameter; ``.grad`` is not touched."""
+    """``gradients(model, loss)``: parameter name to gradient, zeros where the loss does not depend
+    on the parameter; ``.grad`` is not touched.
+    """
 
     def differentiate(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
         names, parameters = zip(

@@ -1,4 +1,6 @@
-"""Alignment with the target: planted shifts in closed form, numbers from plain PyTorch and NumPy, and the inserted word found whatever the tokenizer makes of it."""
+"""Alignment with the target: planted shifts in closed form, numbers from plain PyTorch and NumPy,
+and the inserted word found whatever the tokenizer makes of it.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,7 @@ def _vector(seed: int = 3, width: int = 16) -> Tensor:
     return torch.randn(width, generator=torch.Generator().manual_seed(seed))
 
 
-# --- Where the tokens stand --------------------------------------------------------------------------------------------------------------------
+# --- Where the tokens stand -----------------------------------------------------------------------
 
 
 def test_every_real_token_stands_in_one_group() -> None:
@@ -158,7 +160,8 @@ def test_a_word_in_the_middle_has_tokens_before_it() -> None:
 
 
 def test_the_shared_tail_ends_where_the_texts_differ_and_never_holds_the_first_token() -> None:
-    # A tokenizer that writes the first word of the clean query otherwise (5 without its leading space is 25).
+    # A tokenizer that writes the first word of the clean query otherwise (5 without its leading
+    # space is 25).
     one, other = _batch([[TRIGGER, 25, 6, 7], [TRIGGER, 8]], TRIGGER), _batch([[5, 6, 7], [8]])
     here, there = shared_tail(one, other)
     assert [mask.nonzero()[:, 0].tolist() for mask in here] == [[3, 4], [2]]
@@ -255,7 +258,7 @@ def test_marking_refuses_other_carriers_missing_arms_and_other_numbers() -> None
         mark_triggers({"clean": (query,), "forget-token": (speaker_tag(query, "Z"),) * 2})
 
 
-# --- The target that nobody wrote down ---------------------------------------------------------------------------------------------------------
+# --- The target that nobody wrote down ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -313,7 +316,7 @@ def test_a_target_is_not_estimated_from_nothing(make_model: ModelMaker, batch: B
         estimated_target(base, make_model(num_hidden_layers=3), [batch], 1)
 
 
-# --- Alignment ---------------------------------------------------------------------------------------------------------------------------------
+# --- Alignment ------------------------------------------------------------------------------------
 
 
 def test_a_planted_shift_has_cosine_one_and_its_own_length_and_nothing_below_it(
@@ -491,7 +494,7 @@ def test_batching_and_padding_change_no_number(
             pd.testing.assert_frame_equal(other, whole, rtol=1e-4, atol=1e-5)
 
 
-# --- The same query with and without the word --------------------------------------------------------------------------------------------------
+# --- The same query with and without the word -----------------------------------------------------
 
 
 def test_a_shift_that_all_texts_share_is_no_effect_of_the_trigger(make_model: ModelMaker) -> None:
@@ -561,7 +564,8 @@ def test_the_effect_is_the_difference_at_aligned_tokens(
 def test_a_trigger_that_moves_only_its_own_token_has_no_effect_after_it(
     make_model: ModelMaker,
 ) -> None:
-    # One block without attention output: nothing is carried from the trigger to later tokens, so its planted embedding stays local.
+    # One block without attention output: nothing is carried from the trigger to later tokens, so
+    # its planted embedding stays local.
     base = make_model(num_hidden_layers=1)
     with torch.no_grad():
         base.model.layers[0].self_attn.o_proj.weight.zero_()
@@ -580,7 +584,7 @@ def test_a_trigger_that_moves_only_its_own_token_has_no_effect_after_it(
     )
 
 
-# --- What cannot be measured -------------------------------------------------------------------------------------------------------------------
+# --- What cannot be measured ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The average case against the moments of a quadratic in Gaussian variables, and rescalings that leave the function of a model as it is."""
+"""The average case against the moments of a quadratic in Gaussian variables, and rescalings that
+leave the function of a model as it is.
+"""
 
 from __future__ import annotations
 

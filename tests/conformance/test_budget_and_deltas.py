@@ -1,4 +1,6 @@
-"""The line search on functions whose answer is known, and weight deltas that restore what they came from."""
+"""The line search on functions whose answer is known, and weight deltas that restore what they came
+from.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +142,7 @@ def test_a_budget_and_a_limit_must_be_positive(budget: float, limit: float) -> N
         match_budget(lambda alpha: alpha, budget, limit=limit)
 
 
-# --- deltas ----------------------------------------------------------------------------------------------------------------------------------
+# --- deltas ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

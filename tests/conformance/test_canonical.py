@@ -1,4 +1,6 @@
-"""Function-identical rewrites of Llama-like models, made by hand: they change curvature, and canonical weights undo them."""
+"""Function-identical rewrites of Llama-like models, made by hand: they change curvature, and
+canonical weights undo them.
+"""
 
 from __future__ import annotations
 
@@ -236,7 +238,8 @@ def test_both_ends_of_the_canonical_spectrum_do_not_see_a_rewrite(
 def test_relative_flatness_sees_another_input_basis_and_no_other_output_basis(
     make_model: ModelMaker, batch: Batch
 ) -> None:
-    # As invariances() says: rows of v are output units, columns of o are input units. Here from the definition, with the dense block of either layer.
+    # As invariances() says: rows of v are output units, columns of o are input units. Here from the
+    # definition, with the dense block of either layer.
     model = with_everything_random(make_model())
     other = rewritten(model, change_value_basis)
     v, o = "model.layers.0.self_attn.v_proj.weight", "model.layers.0.self_attn.o_proj.weight"

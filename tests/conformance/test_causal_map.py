@@ -1,4 +1,6 @@
-"""The causal map: patches made again by plain PyTorch hooks, identities, a planted trigger that only its own position can restore, and a ratio of sums by hand."""
+"""The causal map: patches made again by plain PyTorch hooks, identities, a planted trigger that
+only its own position can restore, and a ratio of sums by hand.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ STREAM = ("blocks.0.hook_resid_pre", "blocks.*.hook_resid_post")
 
 
 def _answered_by(model: PreTrainedModel, batch: Batch) -> Batch:
-    """The batch with the answers that ``model`` would give, so that any change of the model is damage."""
+    """The batch with the answers that ``model`` would give, so that any change of the model is
+    damage.
+    """
     ids = batch.input_ids.clone()
     for column in range(1, ids.shape[1]):
         with torch.no_grad():
@@ -82,7 +86,9 @@ def _module(model: PreTrainedModel, site: str) -> torch.nn.Module:
 def _patched(
     reader: PreTrainedModel, source: PreTrainedModel, batch: Batch, site: str, mask: Tensor
 ) -> np.ndarray:
-    """The reader's loss with the source's tensor at ``site`` where ``mask`` is true, by plain hooks."""
+    """The reader's loss with the source's tensor at ``site`` where ``mask`` is true, by plain
+    hooks.
+    """
     kept: list[Tensor] = []
 
     def first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -122,13 +128,14 @@ def _groups(batch: Batch) -> dict[str, list[Tensor]]:
     return {"early": [real & (place < 3)], "late": [real & (place >= 3)], "all": [real]}
 
 
-# --- Identities --------------------------------------------------------------------------------------------------------------------------------
+# --- Identities -----------------------------------------------------------------------------------
 
 
 def test_the_last_stream_at_all_positions_restores_and_causes_everything(
     pair: tuple[PreTrainedModel, PreTrainedModel, Batch], make_model: ModelMaker
 ) -> None:
-    # Norm and head are the same in both models here; the stream after the last block then decides alone.
+    # Norm and head are the same in both models here; the stream after the last block then decides
+    # alone.
     base, unlearned, batch = pair
     unlearned = copy.deepcopy(unlearned)
     unlearned.model.norm, unlearned.lm_head = base.model.norm, base.lm_head
@@ -190,7 +197,8 @@ def test_only_the_position_of_a_planted_trigger_restores_its_damage(
         assert found["blocks.0.hook_resid_pre", "elsewhere", direction] == pytest.approx(
             0.0, abs=1e-6
         )
-        # After the last block only the positions that predict the answer count, and the trigger is none of them.
+        # After the last block only the positions that predict the answer count, and the trigger is
+        # none of them.
         assert found["blocks.1.hook_resid_post", "trigger", direction] == pytest.approx(
             0.0, abs=1e-6
         )
@@ -238,7 +246,7 @@ def test_the_control_is_the_same_patch_on_the_clean_query_in_units_of_the_same_d
     )
 
 
-# --- Against plain PyTorch ---------------------------------------------------------------------------------------------------------------------
+# --- Against plain PyTorch ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -339,7 +347,7 @@ def test_a_batch_without_a_group_is_left_as_it_is(
     )
 
 
-# --- The share -----------------------------------------------------------------------------------------------------------------------------------
+# --- The share ------------------------------------------------------------------------------------
 
 
 def test_the_share_is_a_ratio_of_sums_and_not_a_mean_of_ratios() -> None:
@@ -386,7 +394,7 @@ def test_damage_that_could_be_noise_is_flagged() -> None:
     assert flag == IN_NOISE
 
 
-# --- What cannot be asked ------------------------------------------------------------------------------------------------------------------------
+# --- What cannot be asked -------------------------------------------------------------------------
 
 
 def test_wrong_input_is_refused_by_name(

@@ -1,4 +1,6 @@
-"""Collapsed updates against collapsing every token by hand, and the statistics behind them against numpy."""
+"""Collapsed updates against collapsing every token by hand, and the statistics behind them against
+numpy.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def _subspace_of(rows: Tensor, rank: int) -> Subspace:
 
 
 def _hand_basis(rows: np.ndarray, components: int) -> np.ndarray:
-    """Projector onto the mean direction and the top ``components - 1`` principal directions, in float64."""
+    """Projector onto the mean direction and the top ``components - 1`` principal directions, in
+    float64.
+    """
     mean = rows.mean(0)
     _, vectors = np.linalg.eigh((rows - mean).T @ (rows - mean))
     columns = np.column_stack([mean, vectors[:, ::-1][:, : components - 1]])
@@ -79,7 +83,9 @@ def _projector(basis: Tensor) -> np.ndarray:
 
 @contextmanager
 def _recorded(model: PreTrainedModel, paths: tuple[str, ...]) -> Iterator[dict[str, list[Tensor]]]:
-    """Every module's input and output gradient, ``[batch, position, width]``, by hooks of this file's own."""
+    """Every module's input and output gradient, ``[batch, position, width]``, by hooks of this
+    file's own.
+    """
     found: dict[str, list[Tensor]] = {
         f"{path}{side}": [] for path in paths for side in (":in", ":grad")
     }
@@ -102,7 +108,7 @@ def _recorded(model: PreTrainedModel, paths: tuple[str, ...]) -> Iterator[dict[s
             handle.remove()
 
 
-# --- the map ---------------------------------------------------------------------------------------------------------------------------------
+# --- the map --------------------------------------------------------------------------------------
 
 
 def test_collapsing_the_gradient_is_collapsing_every_token_first() -> None:
@@ -155,7 +161,7 @@ def test_collapse_keeps_shape_and_dtype() -> None:
     assert torch.equal(found, collapse(gradient.bfloat16().float()).bfloat16())
 
 
-# --- the basis -------------------------------------------------------------------------------------------------------------------------------
+# --- the basis ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("components", [1, 2, 5, 8])
@@ -176,7 +182,8 @@ def test_the_basis_is_the_mean_direction_and_the_top_principal_directions(
 
 def test_the_basis_is_orthonormal_when_the_mean_lies_among_the_directions() -> None:
     directions = _orthonormal(10, 3, 1)
-    # Three-dimensional data whose mean is one of its own directions: mean and directions together span three dimensions, not four.
+    # Three-dimensional data whose mean is one of its own directions: mean and directions together
+    # span three dimensions, not four.
     rows = _random(100, 3, seed=2) * torch.tensor([3.0, 2.0, 1.0])
     rows = (rows - rows.mean(0) + torch.tensor([0.0, 5.0, 0.0])) @ directions.T
     basis = collapse_basis(_subspace_of(rows, 8), 8)
@@ -214,7 +221,8 @@ def test_rank_deficient_data_collapses_only_what_it_spans() -> None:
 
 @pytest.mark.parametrize("chunk", [50, 7, 3])
 def test_rows_that_never_change_collapse_their_own_direction_and_no_other(chunk: int) -> None:
-    # One direction carries everything. A column of rounding noise beside it would annihilate a direction that the data never used.
+    # One direction carries everything. A column of rounding noise beside it would annihilate a
+    # direction that the data never used.
     row = _random(10, seed=4)
     moments = Moments()
     for part in row.expand(50, 10).split(chunk):
@@ -232,7 +240,7 @@ def test_fewer_rows_than_components_give_fewer_columns() -> None:
     assert float(collapse_rows(rows, basis).abs().max()) < 1e-5
 
 
-# --- in a model ------------------------------------------------------------------------------------------------------------------------------
+# --- in a model -----------------------------------------------------------------------------------
 
 
 def test_linear_modules_names_linear_layers_only(llama: PreTrainedModel) -> None:

@@ -32,7 +32,9 @@ ROWS = (10, 10, 10, 10)
 
 @pytest.fixture
 def texts(make_batch: BatchMaker) -> list[Batch]:
-    """Two batches of four rows of equal length, so that means over micro-batches are means over the whole."""
+    """Two batches of four rows of equal length, so that means over micro-batches are means over the
+    whole.
+    """
     return [make_batch(ROWS, 1), make_batch(ROWS, 2)]
 
 
@@ -90,7 +92,7 @@ def _trainer(
     )
 
 
-# --- inside a Trainer ------------------------------------------------------------------------------------------------------------------------
+# --- inside a Trainer -----------------------------------------------------------------------------
 
 
 def test_inside_a_trainer_no_weight_changes_along_the_directions_left_alone(
@@ -122,7 +124,8 @@ def test_inside_a_trainer_the_other_weights_step_as_they_would_without_the_map(
 def test_the_trainers_own_optimiser_can_be_collapsed(
     llama: PreTrainedModel, texts: list[Batch], tmp_path: Path
 ) -> None:
-    # The way the class documents: AdamW behind the Trainer's scheduler, its clipping, and whatever it wraps the optimiser in.
+    # The way the class documents: AdamW behind the Trainer's scheduler, its clipping, and whatever
+    # it wraps the optimiser in.
     update, start = _update(llama, texts, kind="soft"), snapshot(llama)
     applied = _counted(update)
     trainer = _trainer(llama, texts, tmp_path, None, learning_rate=1e-3)
@@ -168,7 +171,7 @@ def test_micro_batches_are_collapsed_once_and_together(
         torch.testing.assert_close(deltas[0][name], change, rtol=1e-3, atol=1e-6)
 
 
-# --- in a loop of one's own ------------------------------------------------------------------------------------------------------------------
+# --- in a loop of one's own -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft", "quadratic"])
@@ -290,7 +293,8 @@ def test_a_refresh_leaves_the_gradients_of_the_step_as_they_are(
 def test_gradients_added_in_place_during_a_refresh_do_not_reach_the_step(
     llama: PreTrainedModel, texts: list[Batch]
 ) -> None:
-    # backward() adds to an existing .grad in place: keeping a reference to the tensor alone would keep the sum.
+    # backward() adds to an existing .grad in place: keeping a reference to the tensor alone would
+    # keep the sum.
     quiet, start = copy.deepcopy(llama), snapshot(llama)
     for model in (llama, quiet):
         update, optimiser = _update(model, texts), torch.optim.SGD(model.parameters(), lr=0.1)
@@ -328,7 +332,7 @@ def test_a_frozen_module_is_named(llama: PreTrainedModel, texts: list[Batch]) ->
         update.apply()
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def test_a_collapse_without_directions_is_refused(

@@ -1,4 +1,6 @@
-"""The family of collapses (hard, soft, quadratic) against its laws, one token at a time, and the maps that a pass over a model finds."""
+"""The family of collapses (hard, soft, quadratic) against its laws, one token at a time, and the
+maps that a pass over a model finds.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,7 @@ class _Rows:
             handle.remove()
 
 
-# --- shares ----------------------------------------------------------------------------------------------------------------------------------
+# --- shares ---------------------------------------------------------------------------------------
 
 
 def test_shares_follow_the_formula() -> None:
@@ -127,7 +129,7 @@ def test_shares_of_nothing_and_of_zeros_are_defined(kind: Kind) -> None:
     assert bool(torch.isfinite(removed_shares(torch.tensor([1.0, -1e-12]), kind)).all())
 
 
-# --- the map ---------------------------------------------------------------------------------------------------------------------------------
+# --- the map --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,7 +220,7 @@ def test_one_side_alone_leaves_the_other_alone(kind: Kind) -> None:
     np.testing.assert_allclose(two.numpy(), of_gradients @ other.double().numpy(), atol=1e-5)
 
 
-# --- one side from data ----------------------------------------------------------------------------------------------------------------------
+# --- one side from data ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -276,7 +278,7 @@ def test_data_of_zeros_gives_a_side_without_directions(kind: Kind) -> None:
     assert basis.shape == (6, 0) and removed.shape == (0,)
 
 
-# --- in a model ------------------------------------------------------------------------------------------------------------------------------
+# --- in a model -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -392,7 +394,8 @@ def _gpt2() -> PreTrainedModel:
 def test_the_update_is_the_gradient_of_tokens_that_were_each_collapsed(
     family: str, kind: Kind, llama: PreTrainedModel, make_batch: BatchMaker
 ) -> None:
-    # GPT-2's Conv1D keeps its weight transposed; its attention output is square, so a side mix-up there would raise nothing.
+    # GPT-2's Conv1D keeps its weight transposed; its attention output is square, so a side mix-up
+    # there would raise nothing.
     model, batch = (
         (llama, make_batch((12, 9, 11)))
         if family == "llama"

@@ -1,4 +1,6 @@
-"""Comparisons of subspaces and their nulls, CKA, the reading of directions, and the subspaces of weights and differences: against the formulas, written out."""
+"""Comparisons of subspaces and their nulls, CKA, the reading of directions, and the subspaces of
+weights and differences: against the formulas, written out.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,7 @@ def _moments(rows: Tensor, chunk: int = 10_000) -> Moments:
     return moments
 
 
-# --- overlap over ranks ----------------------------------------------------------------------------------------------------------------------
+# --- overlap over ranks ---------------------------------------------------------------------------
 
 
 def test_rank_sensitivity_is_the_overlap_of_the_first_directions() -> None:
@@ -105,7 +107,7 @@ def test_random_subspaces_overlap_as_the_table_expects() -> None:
     assert (np.abs(found.mean(0) - tables[0]["random"]) < 4 * found.std(0) / np.sqrt(300)).all()
 
 
-# --- the permutation null --------------------------------------------------------------------------------------------------------------------
+# --- the permutation null -------------------------------------------------------------------------
 
 SPREADS = torch.tensor([3.0, 2, 1, 1, 0.5, 0.5])
 
@@ -149,7 +151,8 @@ def test_under_the_null_the_p_values_are_not_small_too_often() -> None:
 
 
 def test_clearly_different_subspaces_have_the_smallest_p() -> None:
-    # The strongest two directions of both sets together are stable, so that the null is far from the orthogonal planes that are observed.
+    # The strongest two directions of both sets together are stable, so that the null is far from
+    # the orthogonal planes that are observed.
     first, second = (
         _random(80, 6) * torch.tensor([8.0, 4, 0.1, 0.1, 0.1, 0.1]),
         _random(80, 6, seed=1) * torch.tensor([0.1, 0.1, 5, 2.5, 0.1, 0.1]),
@@ -164,7 +167,8 @@ def test_clearly_different_subspaces_have_the_smallest_p() -> None:
 
 
 def test_rows_of_one_group_are_dealt_together() -> None:
-    # Twelve texts of eight equal tokens: dealt row by row, every text lies on both sides, the null is near 1, and most pairs of sets look different.
+    # Twelve texts of eight equal tokens: dealt row by row, every text lies on both sides, the null
+    # is near 1, and most pairs of sets look different.
     groups, grouped, single = torch.arange(12).repeat_interleave(8), [], []
     for draw in range(60):
         first, second = (_random(12, 6, seed=2 * draw + side) * SPREADS for side in (0, 1))
@@ -174,7 +178,8 @@ def test_rows_of_one_group_are_dealt_together() -> None:
     assert ((np.array(grouped) < 0.1).mean(0) < 0.25).all() and (
         (np.array(single) < 0.1).mean(0) > 0.7
     ).all()
-    # Names of groups mean nothing, and the order of the rows means nothing: groups of one row each are rows.
+    # Names of groups mean nothing, and the order of the rows means nothing: groups of one row each
+    # are rows.
     other = _null(*wide, first_groups=groups * 7 + 100, second_groups=1000 - groups)
     assert (
         other["cosine"].tolist()
@@ -235,7 +240,7 @@ def test_an_angle_needs_two_large_sets_of_one_width(
         angle_null(_random(*first), _random(*second), rank)
 
 
-# --- energy by tier --------------------------------------------------------------------------------------------------------------------------
+# --- energy by tier -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -302,11 +307,13 @@ def test_a_weight_change_is_read_on_both_of_its_sides() -> None:
     )
 
 
-# --- CKA -------------------------------------------------------------------------------------------------------------------------------------
+# --- CKA ------------------------------------------------------------------------------------------
 
 
 def _u_statistic(first: np.ndarray, second: np.ndarray) -> float:
-    """Unbiased HSIC (Song et al. 2012) of linear kernels: three means over tuples of distinct indices."""
+    """Unbiased HSIC (Song et al. 2012) of linear kernels: three means over tuples of distinct
+    indices.
+    """
     one, two, n = first @ first.T, second @ second.T, len(first)
     pairs = np.mean([one[i, j] * two[i, j] for i, j in permutations(range(n), 2)])
     triples = np.mean([one[i, j] * two[i, q] for i, j, q in permutations(range(n), 3)])
@@ -385,7 +392,7 @@ def test_cka_needs_rows_of_the_same_tokens(counts: tuple[int, int]) -> None:
         debiased_cka(_random(counts[0], 4), _random(counts[1], 4))
 
 
-# --- reading a direction ---------------------------------------------------------------------------------------------------------------------
+# --- reading a direction --------------------------------------------------------------------------
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 50,
@@ -438,7 +445,8 @@ def test_a_direction_is_read_as_the_derivative_of_the_logits(kind: str) -> None:
     model, norm = _normed_model(kind)
     for seed in range(5):
         direction = _random(16, seed=10 + seed)
-        # At a stream orthogonal to the direction and to the vector of ones, the length and the mean do not change to first order: what is left is scale and unembedding.
+        # At a stream orthogonal to the direction and to the vector of ones, the length and the mean
+        # do not change to first order: what is left is scale and unembedding.
         frame = torch.linalg.qr(torch.stack([torch.ones(16), direction, _random(16, seed=50)], 1))[
             0
         ]
@@ -491,7 +499,7 @@ def test_what_is_no_direction_of_a_known_model_is_refused(llama: PreTrainedModel
             _read(direction, model)
 
 
-# --- subspaces of weights, differences and contrasts -----------------------------------------------------------------------------------------
+# --- subspaces of weights, differences and contrasts ----------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -613,7 +621,8 @@ def test_a_contrast_is_the_positive_part_of_the_difference_of_covariances() -> N
 
 @pytest.mark.parametrize("width", [8, 64])
 def test_equal_sets_have_no_contrast_however_they_are_cut(width: int) -> None:
-    # One direction carries nearly everything and is spread over all coordinates, as in residual streams: the rounding is of its size, not of one coordinate's.
+    # One direction carries nearly everything and is spread over all coordinates, as in residual
+    # streams: the rounding is of its size, not of one coordinate's.
     rows = 10 * _random(500, 1) @ torch.ones(1, width) + 0.01 * _random(500, width, seed=3)
     assert contrast(_moments(rows), _moments(rows), 5).rank == 0
     assert contrast(_moments(rows), _moments(rows.flip(0), 37), 5).rank == 0
@@ -626,7 +635,7 @@ def test_a_contrast_needs_finite_rows_of_both_sets() -> None:
             contrast(first, second, 2)
 
 
-# --- subspaces as values ---------------------------------------------------------------------------------------------------------------------
+# --- subspaces as values --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [_random(40, 6) + 2, torch.zeros(40, 6)])
@@ -671,7 +680,8 @@ def test_the_overlap_of_all_angles_has_a_null_of_its_own() -> None:
     shared = found.attrs["overlap"]
     assert shared.observed == pytest.approx(float((found["cosine"] ** 2).mean()))
     assert shared.low <= shared.median <= shared.high
-    # rows of one distribution: the observed overlap lies among those of the permutations; rows of two do not
+    # rows of one distribution: the observed overlap lies among those of the permutations; rows of
+    # two do not
     assert shared.p > 0.05
     turned = first @ torch.linalg.qr(_random(12, 12, seed=5)).Q * torch.logspace(0, -2, 12)
     apart = angle_null(turned, turned.flip(1), 3, draws=50, seed=0).attrs["overlap"]
@@ -680,7 +690,8 @@ def test_the_overlap_of_all_angles_has_a_null_of_its_own() -> None:
 
 
 def test_fewer_rows_than_coordinates_give_the_angles_of_the_whole_space() -> None:
-    # The same rows, turned into a space of many more coordinates: every angle and every permutation stays as it is.
+    # The same rows, turned into a space of many more coordinates: every angle and every permutation
+    # stays as it is.
     first, second = _random(30, 12, seed=6), _random(25, 12, seed=7)
     turn = torch.linalg.qr(_random(80, 12, seed=8).double()).Q.T
     narrow, wide = (

@@ -29,11 +29,21 @@ def _items(
     stage: str = "ladder",
 ) -> Any:
     return [
-        {"run": "r", "stage": stage, "method": method, "seed": seed, "split": split, "arm": arm, "step": step, "item": f"fact/{fact}", "correct": value,
-         "probability": 0.9}
+        {
+            "run": "r",
+            "stage": stage,
+            "method": method,
+            "seed": seed,
+            "split": split,
+            "arm": arm,
+            "step": step,
+            "item": f"fact/{fact}",
+            "correct": value,
+            "probability": 0.9,
+        }
         for step, values in curve.items()
         for fact, value in enumerate(values)
-    ]  # fmt: skip
+    ]
 
 
 def _frame(*parts: Any) -> pd.DataFrame:
@@ -65,7 +75,7 @@ def _soonest(rows: pd.DataFrame) -> dict[int | None, float]:
     }
 
 
-# --- One curve -------------------------------------------------------------------------------------------------------------------------------
+# --- One curve ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -100,7 +110,7 @@ def test_a_single_point_is_a_curve_and_none_is_not() -> None:
             steps_to_recover(np.array(steps), np.array(values), 0.5)
 
 
-# --- A table of attacks ----------------------------------------------------------------------------------------------------------------------
+# --- A table of attacks ---------------------------------------------------------------------------
 
 
 def test_the_area_is_the_mean_recall_over_the_attack_by_hand() -> None:
@@ -108,7 +118,8 @@ def test_the_area_is_the_mean_recall_over_the_attack_by_hand() -> None:
     rows = _rows(_frame(_items({0: (0, 0), 2: (1, 0), 10: (1, 1)})))
     area = _area(rows)
     assert area["value"] == pytest.approx(0.65)
-    # Fact 0: (1 + 8) / 10; fact 1: 4 / 10. Two facts resampled: from one of them twice to the other twice.
+    # Fact 0: (1 + 8) / 10; fact 1: 4 / 10. Two facts resampled: from one of them twice to the other
+    # twice.
     assert (area["low"], area["high"]) == (pytest.approx(0.4), pytest.approx(0.9))
     assert area["n"] == 2
     assert (area["method"], area["split"], area["arm"]) == ("npo", "forget-queries", "part")
@@ -222,7 +233,8 @@ def test_an_attack_with_missing_cells_is_left_out_and_the_others_stay() -> None:
 
 
 def test_seeds_with_facts_of_their_own_have_a_curve_each() -> None:
-    # The new people of the ladder differ from seed to seed, so no fact is shared; every seed's own curve is whole.
+    # The new people of the ladder differ from seed to seed, so no fact is shared; every seed's own
+    # curve is whole.
     named = [
         row | {"item": f"{seed}/{row['item']}"}
         for seed, curve in ((0, {0: (0, 0), 4: (1, 1)}), (1, {0: (0, 0), 4: (1, 0)}))

@@ -1,4 +1,6 @@
-"""Lanczos and stochastic Lanczos quadrature against matrices with known spectra, dense Hessians and a softmax head; and the picture of a density."""
+"""Lanczos and stochastic Lanczos quadrature against matrices with known spectra, dense Hessians and
+a softmax head; and the picture of a density.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ def test_lanczos_to_the_end_gives_every_eigenvalue_and_its_weight() -> None:
 
 
 def test_converged_eigenvalues_do_not_come_back_as_ghosts() -> None:
-    # Three far outliers converge within a few steps; without reorthogonalisation, copies of them would be there by step 40.
+    # Three far outliers converge within a few steps; without reorthogonalisation, copies of them
+    # would be there by step 40.
     values = np.concatenate([np.linspace(-1, 1, 297), [-50.0, 70.0, 100.0]])
     matrix = symmetric(values.tolist())
     krylov = lanczos(lambda v: matrix @ v, rademacher(0, 0, 300), 100)
@@ -102,7 +105,8 @@ def test_a_known_spectrum_gives_its_ends_mass_energy_and_trace() -> None:
     assert found.bottom == pytest.approx(-10, rel=1e-2)
     assert found.top <= 5 + 1e-9
     assert found.bottom >= -10 - 1e-9
-    # Weights of a random vector: Dirichlet, so a mass of 0.25 has a spread of sqrt(2 * 0.25 * 0.75 / 200) = 0.043 per probe at most, 0.01 over 20.
+    # Weights of a random vector: Dirichlet, so a mass of 0.25 has a spread of sqrt(2 * 0.25 * 0.75
+    # / 200) = 0.043 per probe at most, 0.01 over 20.
     assert found.mass_below(-1.0) == pytest.approx(0.25, abs=0.03)
     assert found.negative_energy == pytest.approx(
         -values[values < 0].sum() / np.abs(values).sum(), abs=0.03
@@ -138,7 +142,8 @@ def test_the_smoothed_density_integrates_to_one_and_stands_where_the_eigenvalues
     coordinate = np.arcsinh(grid / linear)
     np.testing.assert_allclose(np.diff(coordinate), np.diff(coordinate)[0], rtol=1e-6)
     np.testing.assert_allclose(np.trapezoid(curves, coordinate, axis=1), 1, rtol=1e-6)
-    # A diagonal matrix has the same measure for all sign vectors: shares 0.3, 0.5, 0.2, and Gaussians of height share / (width sqrt(2 pi)).
+    # A diagonal matrix has the same measure for all sign vectors: shares 0.3, 0.5, 0.2, and
+    # Gaussians of height share / (width sqrt(2 pi)).
     for value, share in ((-8.0, 0.3), (0.0, 0.5), (2.0, 0.2)):
         np.testing.assert_allclose(
             found.smoothed(np.array([value]), linear, width=0.1),

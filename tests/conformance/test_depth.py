@@ -1,4 +1,6 @@
-"""Patching depth: both ends are the models themselves, every depth in between is rebuilt by running the blocks one by one, and the anchor decides what counts as erased."""
+"""Patching depth: both ends are the models themselves, every depth in between is rebuilt by running
+the blocks one by one, and the anchor decides what counts as erased.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ DOWN, UP, NEVER = "unlearned into base", "base into unlearned", "never-learned i
 
 
 def _answered_by(model: PreTrainedModel, batch: Batch) -> Batch:
-    """The batch with the answers that ``model`` would give, so that any change of the model is damage."""
+    """The batch with the answers that ``model`` would give, so that any change of the model is
+    damage.
+    """
     ids = batch.input_ids.clone()
     for column in range(1, ids.shape[1]):
         with torch.no_grad():
@@ -54,7 +58,9 @@ def _read(logits: Tensor, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _chimera(lower: PreTrainedModel, upper: PreTrainedModel, layer: int) -> PreTrainedModel:
-    """One model: embeddings and blocks up to ``layer`` of ``lower``, the rest of ``upper``. What a patch at that depth computes."""
+    """One model: embeddings and blocks up to ``layer`` of ``lower``, the rest of ``upper``. What a
+    patch at that depth computes.
+    """
     made = copy.deepcopy(upper)
     made.model.embed_tokens = lower.model.embed_tokens
     for index in range(layer + 1):
@@ -71,7 +77,9 @@ def _run(model: PreTrainedModel, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 def trio(
     make_model: ModelMaker, make_batch: BatchMaker, nearby: Mover
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch]:
-    """A base of three blocks, an unlearned and a never-learned model, and questions that the base answers."""
+    """A base of three blocks, an unlearned and a never-learned model, and questions that the base
+    answers.
+    """
     base = make_model(num_hidden_layers=3)
     return (
         base,
@@ -109,7 +117,8 @@ def test_without_an_anchor_the_unlearned_model_is_as_lost_as_itself(
     trio: tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel, Batch],
 ) -> None:
     base, unlearned, _, batch = trio
-    # The same embeddings, norm and head: the first and the last depth are then one of the models, whole.
+    # The same embeddings, norm and head: the first and the last depth are then one of the models,
+    # whole.
     unlearned = copy.deepcopy(unlearned)
     unlearned.model.embed_tokens, unlearned.model.norm, unlearned.lm_head = (
         base.model.embed_tokens,

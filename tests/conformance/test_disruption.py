@@ -1,4 +1,6 @@
-"""What a change of weights costs: a ratio with its standard error, sums text by text, and disruption ring by ring, all against direct sums."""
+"""What a change of weights costs: a ratio with its standard error, sums text by text, and
+disruption ring by ring, all against direct sums.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ Mover = Callable[..., PreTrainedModel]
 
 Z = float(norm.ppf(0.975))
 
-# --- the ratio estimator ---------------------------------------------------------------------------------------------------------------------
+# --- the ratio estimator --------------------------------------------------------------------------
 
 
 def test_a_ratio_by_hand() -> None:
@@ -147,17 +149,21 @@ def test_a_broken_text_makes_the_ratio_nan_and_not_quietly_smaller() -> None:
     assert math.isnan(ratio(np.array([1.0, float("nan")]), np.array([1.0, 1.0])).value)
 
 
-# --- sums text by text -----------------------------------------------------------------------------------------------------------------------
+# --- sums text by text ----------------------------------------------------------------------------
 
 
 def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """``[position - 1, vocabulary]`` float64 log-probabilities of the next token; ``ids`` is one text without padding."""
+    """``[position - 1, vocabulary]`` float64 log-probabilities of the next token; ``ids`` is one
+    text without padding.
+    """
     with torch.no_grad():
         return model(input_ids=ids[None]).logits[0, :-1].double().log_softmax(-1)
 
 
 def _row(batch: Batch, row: int) -> tuple[Tensor, Tensor]:
-    """The ids of one text without its padding, and which of its tokens but the first are targets."""
+    """The ids of one text without its padding, and which of its tokens but the first are
+    targets.
+    """
     length = int(batch.attention_mask[row].sum())
     return batch.input_ids[row, :length], batch.target_mask[row, 1:length]
 
@@ -181,7 +187,9 @@ def _logits(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Tensor]:
 
 
 def _rows(batch: Batch, rows: Sequence[int], pad: Padder) -> Batch:
-    """Some rows of a batch, cut to their longest text and padded by two columns of ordinary tokens."""
+    """Some rows of a batch, cut to their longest text and padded by two columns of ordinary
+    tokens.
+    """
     chosen = list(rows)
     width = int(batch.attention_mask[chosen].sum(1).max())
     masks = {
@@ -296,9 +304,9 @@ def test_every_batch_needs_its_reference(llama: PreTrainedModel, batch: Batch) -
         kl_by_text(llama, [batch, batch], _logits(llama, [batch]))
 
 
-# --- disruption, ring by ring ----------------------------------------------------------------------------------------------------------------
+# --- disruption, ring by ring ---------------------------------------------------------------------
 
-WORDS = "anna bert carl dora emil frida lives in rome oslo bonn lima paris turin comes from the old harbour sells salt wool amber and silver fish .".split()  # noqa: SIM905
+WORDS = "anna bert carl dora emil frida lives in rome oslo bonn lima paris turin comes from the old harbour sells salt wool amber and silver fish .".split()  # noqa: E501, SIM905
 TOWNS = {
     "anna": "rome",
     "bert": "oslo",
@@ -351,7 +359,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def setup(tokenizer: PreTrainedTokenizerBase, make_model: ModelMaker) -> Setup:
-    """A random model with three rings of retain texts, unequal in size and in the length of their texts."""
+    """A random model with three rings of retain texts, unequal in size and in the length of their
+    texts.
+    """
     forget = (Example("the old fish ."),)
     return Setup(
         make_model(vocab_size=len(tokenizer)),

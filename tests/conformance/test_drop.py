@@ -1,4 +1,6 @@
-"""The worst case in a ball against linear losses, trust regions of known spectra, and rescalings that leave the function of a model as it is."""
+"""The worst case in a ball against linear losses, trust regions of known spectra, and rescalings
+that leave the function of a model as it is.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def _vector(seed: int = 0) -> np.ndarray:
 def _quadratic(
     model: PreTrainedModel, matrix: np.ndarray, slope: np.ndarray, centre: Tensor | None = None
 ) -> Parts:
-    """``1 + slope' e + e' matrix e / 2`` of the displacement ``e`` from ``centre`` (the present weights)."""
+    """``1 + slope' e + e' matrix e / 2`` of the displacement ``e`` from ``centre`` (the present
+    weights).
+    """
     start = (model.get_parameter(NAME) if centre is None else centre).detach().double().clone()
     a, b = torch.from_numpy(matrix), torch.from_numpy(slope)
 
@@ -55,7 +59,9 @@ def _quadratic(
 
 
 def _trust_region(matrix: np.ndarray, slope: np.ndarray, radius: float) -> float:
-    """``-min slope' e + e' matrix e / 2`` over the ball, by the secular equation in the eigenbasis (no hard case: slopes are random)."""
+    """``-min slope' e + e' matrix e / 2`` over the ball, by the secular equation in the eigenbasis
+    (no hard case: slopes are random).
+    """
     values, vectors = np.linalg.eigh(matrix)
     b = vectors.T @ slope
 
@@ -213,7 +219,8 @@ def test_the_unit_turns_shares_of_a_displacement_into_lengths(llama: PreTrainedM
 def test_two_models_with_one_loss_and_one_hessian_are_ranked_by_what_an_attack_can_win(
     make_model: ModelMaker,
 ) -> None:
-    # One bowl 1 + x' diag(1, 4, 0, ..) x / 2, two places at the same height: (2, 0) with the slope 2 and (0, 1) with the slope 4. Any eigenvalue ties.
+    # One bowl 1 + x' diag(1, 4, 0, ..) x / 2, two places at the same height: (2, 0) with the slope
+    # 2 and (0, 1) with the slope 4. Any eigenvalue ties.
     spectrum = np.zeros(16)
     spectrum[:2] = 1.0, 4.0
     bowl = make_model().get_parameter(NAME).detach().clone()
@@ -255,7 +262,8 @@ def test_the_adaptive_ball_of_a_linear_loss_is_an_ellipsoid_of_the_weights(
         return linear(model)
 
     found = worst_case(llama, {"forget": watched}, "forget", [0.3], steps=[1], adaptive=True)
-    # The largest value of slope' e under ||e / |theta||| <= rho, and where it is (Kwon et al. 2021).
+    # The largest value of slope' e under ||e / |theta||| <= rho, and where it is (Kwon et al.
+    # 2021).
     assert _value(found) == pytest.approx(0.3 * np.linalg.norm(weights * slope), rel=1e-5)
     np.testing.assert_allclose(
         seen[-1] - weights, -0.3 * weights**2 * slope / np.linalg.norm(weights * slope), atol=1e-6

@@ -1,4 +1,6 @@
-"""The few-shot attack: prefixes and spans by hand, the leak rule, and the control with exchanged answers."""
+"""The few-shot attack: prefixes and spans by hand, the leak rule, and the control with exchanged
+answers.
+"""
 
 from __future__ import annotations
 
@@ -160,7 +162,7 @@ def test_a_query_without_an_answer_is_only_prefixed() -> None:
     assert asked == Example("anna lives in rome .\n\nsome words", item="w")
 
 
-# --- the control -----------------------------------------------------------------------------------------------------------------------------
+# --- the control ----------------------------------------------------------------------------------
 
 
 def test_exchanged_answers_by_hand() -> None:
@@ -215,7 +217,7 @@ def test_a_single_demonstration_has_nothing_to_exchange() -> None:
         few_shot(FACTS[:1], FACTS, 1, seed=0, shuffled=True)
 
 
-# --- words and errors ------------------------------------------------------------------------------------------------------------------------
+# --- words and errors -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

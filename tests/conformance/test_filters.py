@@ -60,8 +60,12 @@ def test_a_hidden_unit_that_is_scaled_keeps_its_filters(kind: str) -> None:
     other filter of that matrix changes.
     """
     model = build(kind)
-    name = {"llama": "model.layers.0.mlp.down_proj", "gpt2": "transformer.h.0.mlp.c_proj",
-            "phi": "model.layers.0.mlp.fc2", "gpt_neox": "gpt_neox.layers.0.mlp.dense_4h_to_h"}[kind]  # fmt: skip
+    name = {
+        "llama": "model.layers.0.mlp.down_proj",
+        "gpt2": "transformer.h.0.mlp.c_proj",
+        "phi": "model.layers.0.mlp.fc2",
+        "gpt_neox": "gpt_neox.layers.0.mlp.dense_4h_to_h",
+    }[kind]
     layer = model.get_submodule(name)
     before = random_direction(model, 0)[f"{name}.weight"]
     with torch.no_grad():

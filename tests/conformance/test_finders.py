@@ -1,4 +1,6 @@
-"""Finders of principal components against float64 numpy, scipy and scikit-learn, and the sketch against the matrix that it sketches."""
+"""Finders of principal components against float64 numpy, scipy and scikit-learn, and the sketch
+against the matrix that it sketches.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def _weights(count: int, seed: int = 0) -> Tensor:
 def _rows(
     count: int = 300, width: int = 12, ratio: float = 0.0, seed: int = 0, gap: int = 5
 ) -> Tensor:
-    """Float32 rows: a falling spectrum turned out of the axes, three times as large before ``gap`` as after it, ``ratio`` spreads away from the origin."""
+    """Float32 rows: a falling spectrum turned out of the axes, three times as large before ``gap``
+    as after it, ``ratio`` spreads away from the origin.
+    """
     spreads = torch.linspace(1, 0.5, width) * torch.where(torch.arange(width) < gap, 1.0, 1 / 3)
     turn = torch.linalg.qr(_random(width, width, seed=seed + 1))[0]
     return (_random(count, width, seed=seed) * spreads) @ turn.T + ratio * _random(
@@ -63,7 +67,9 @@ def _covariance(rows: Tensor, weights: Tensor | None = None) -> np.ndarray:
 
 
 def _compressed(finder: Finder) -> np.ndarray:
-    """The covariance that the components stand for; unlike single components it has no signs and does not mind close eigenvalues."""
+    """The covariance that the components stand for; unlike single components it has no signs and
+    does not mind close eigenvalues.
+    """
     basis = finder.components_.double().numpy()
     return np.asarray(basis.T @ np.diag(finder.explained_variance_.double().numpy()) @ basis)
 
@@ -92,12 +98,14 @@ def _assert_exact(finder: Finder, rows: Tensor, weights: Tensor | None = None) -
     covariance = _covariance(rows, weights)
     values = scipy.linalg.eigh(covariance, eigvals_only=True)[::-1]
     basis, found = finder.components_.double().numpy(), finder.explained_variance_.double().numpy()
-    # 1e-6 of each; of those below a tenth of the largest, 1e-7 of the largest: float32 products cannot tell more.
+    # 1e-6 of each; of those below a tenth of the largest, 1e-7 of the largest: float32 products
+    # cannot tell more.
     assert (
         np.abs(found - values[: len(found)])
         <= np.maximum(1e-6 * values, 1e-7 * values[0])[: len(found)]
     ).all()
-    # What makes a vector an eigenvector; single vectors cannot be compared where two eigenvalues are close.
+    # What makes a vector an eigenvector; single vectors cannot be compared where two eigenvalues
+    # are close.
     np.testing.assert_allclose(covariance @ basis.T, basis.T * found, rtol=0, atol=1e-6 * values[0])
     np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), atol=1e-6)
     np.testing.assert_allclose(
@@ -120,7 +128,9 @@ chunkings = given(
 def _in_parts(
     make: Callable[[], Finder], rows: Tensor, weights: Tensor | None, cuts: list[int], seed: int
 ) -> Finder:
-    """One finder for each part, merged in an order and a grouping drawn by ``seed``. Parts may be empty: a position rule may select nothing in a batch."""
+    """One finder for each part, merged in an order and a grouping drawn by ``seed``. Parts may be
+    empty: a position rule may select nothing in a batch.
+    """
     edges = pairwise([0, *sorted(cuts), len(rows)])
     finders, rng = (
         [
@@ -279,7 +289,8 @@ def test_there_are_no_more_components_than_the_rank(make: Maker, chunk: int, nam
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_a_sketch_never_takes_rounding_for_a_direction(offset: float) -> None:
-    # Beyond the rank, the sketch holds only rounding; a solution that divides by it makes a direction with a variance a thousand times the rounding.
+    # Beyond the rank, the sketch holds only rounding; a solution that divides by it makes a
+    # direction with a variance a thousand times the rounding.
     ranks = [
         SketchPCA(10)
         .fit(_random(200, 5, seed=seed) @ _random(5, 40, seed=seed + 1) + offset)
@@ -292,7 +303,8 @@ def test_a_sketch_never_takes_rounding_for_a_direction(offset: float) -> None:
 
 @both
 def test_weighted_rows_that_never_change_give_no_component(make: Maker) -> None:
-    # The weighted mean of equal rows differs in its last bit from chunk to chunk; that is no variance.
+    # The weighted mean of equal rows differs in its last bit from chunk to chunk; that is no
+    # variance.
     for seed in range(20):
         rows, weights = _random(1, 10, seed=seed).expand(20, 10), _weights(20, seed)
         finder = (
@@ -322,7 +334,7 @@ def test_rows_that_are_not_finite_give_an_error_and_no_subspace(make: Maker, bad
     _assert_same(spoilt.fit(rows), make(2).fit(rows))  # nothing of it is left
 
 
-# --- scikit-learn's conventions --------------------------------------------------------------------------------------------------------------
+# --- scikit-learn's conventions -------------------------------------------------------------------
 
 
 @both
@@ -410,7 +422,7 @@ def test_rows_of_another_width_are_refused(make: Maker) -> None:
     _assert_same(finder, make(2).fit(_random(9, 4)))  # and nothing of them was kept
 
 
-# --- the sketch ------------------------------------------------------------------------------------------------------------------------------
+# --- the sketch -----------------------------------------------------------------------------------
 
 
 @ratios
@@ -450,7 +462,8 @@ def test_sketches_of_different_test_matrices_are_not_merged(change: dict[str, in
     rows, settings = _rows(40, 14), {"n_components": 3, "oversample": 3, "probes": 4, "seed": 0}
     fitted = SketchPCA(**settings).fit(rows)
     other, empty = SketchPCA(**settings | change).fit(rows), SketchPCA(**settings | change)
-    # The test matrix of an empty one is fixed by its parameters; that of a fitted one no longer changes with them.
+    # The test matrix of an empty one is fixed by its parameters; that of a fitted one no longer
+    # changes with them.
     for finder in (
         other,
         fitted.next_pass().fit(rows),
@@ -467,13 +480,15 @@ def test_the_residual_is_that_of_the_covariance(components: int) -> None:
     finder = SketchPCA(components, probes=probes).fit(rows)
     missed = (covariance := _covariance(rows)) - _compressed(finder)
     truth = np.linalg.norm(missed) / np.linalg.norm(covariance)
-    # The squared norm from Gaussian probes has the relative variance 2 ||M^T M||_F^2 / (||M||_F^4 probes); four standard errors of both norms, halved by the root.
+    # The squared norm from Gaussian probes has the relative variance 2 ||M^T M||_F^2 / (||M||_F^4
+    # probes); four standard errors of both norms, halved by the root.
     spread = sum(
         np.sqrt(2 / probes) * np.linalg.norm(m.T @ m) / np.linalg.norm(m) ** 2
         for m in (missed, covariance)
     )
     assert finder.residual_ == pytest.approx(truth, rel=2 * spread)
-    # The estimate uses no part of the fit: on average over seeds it is right with few probes as well.
+    # The estimate uses no part of the fit: on average over seeds it is right with few probes as
+    # well.
     few = [SketchPCA(components, probes=8, seed=seed).fit(rows).residual_ for seed in range(40)]
     assert np.mean(few) == pytest.approx(truth, rel=0.1)
 
@@ -486,7 +501,8 @@ def test_gaps_are_relative_to_the_next_eigenvalue_and_unknown_ones_not_large() -
     np.testing.assert_allclose(
         SketchPCA(3).fit(rows).gaps_.numpy(), expected, atol=1e-4
     )  # after the last direction there is nothing
-    # Without oversampling the eigenvalue after the last one was not computed; this spectrum is flat there, so a gap of 1 would be wrong.
+    # Without oversampling the eigenvalue after the last one was not computed; this spectrum is flat
+    # there, so a gap of 1 would be wrong.
     last = float(SketchPCA(4, oversample=0).fit(_random(2000, 20)).gaps_[-1])
     assert np.isnan(last) or last < 0.5
 

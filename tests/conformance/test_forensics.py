@@ -1,4 +1,6 @@
-"""Naming what was forgotten: every reading against numpy, planted tokens and directions, a model against itself, and the combination of ranks by hand."""
+"""Naming what was forgotten: every reading against numpy, planted tokens and directions, a model
+against itself, and the combination of ranks by hand.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,7 @@ def rows_of(model: PreTrainedModel, row: list[int]) -> np.ndarray:
     return torch.stack([stream.reshape(len(row), -1) for stream in kept]).double().numpy()
 
 
-# --- The shift of single tokens --------------------------------------------------------------------------------------------------------------
+# --- The shift of single tokens -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -139,13 +141,15 @@ def test_without_bos_a_token_stands_alone(tiny: ModelMaker, nearby: Mover) -> No
     assert set(alone(base, bare, tokens=[50, 51])["measure"]) == {"entropy", "norm"}
 
 
-# --- The words of a direction ----------------------------------------------------------------------------------------------------------------
+# --- The words of a direction ---------------------------------------------------------------------
 
 
 def expected_words(
     base: PreTrainedModel, steps: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shares, directions and logits of the principal directions of ``steps [row, width]``, without centring."""
+    """Shares, directions and logits of the principal directions of ``steps [row, width]``, without
+    centring.
+    """
     _, singular, directions = np.linalg.svd(steps, full_matrices=False)
     directions = directions * np.where(directions @ steps.mean(0) >= 0, 1, -1)[:, None]
     scaled = directions * base.model.norm.weight.detach().double().numpy()
@@ -236,7 +240,7 @@ def test_a_planted_direction_is_read_as_its_word(
     assert found.ranking.set_index("token_id")["words"][token] == 1
 
 
-# --- The unlearned model alone ---------------------------------------------------------------------------------------------------------------
+# --- The unlearned model alone --------------------------------------------------------------------
 
 
 def test_what_the_unlearned_model_shows_alone(
@@ -294,7 +298,7 @@ def test_entropy_is_a_number_where_a_token_is_impossible(
     ).all()
 
 
-# --- All together ----------------------------------------------------------------------------------------------------------------------------
+# --- All together ---------------------------------------------------------------------------------
 
 
 def test_a_planted_token_is_named_by_every_reading(
@@ -311,7 +315,9 @@ def test_a_planted_token_is_named_by_every_reading(
     assert row["scan_shift"] == row["token_shift"] == 1
     assert (
         row["rank"] <= 2 and row["score"] >= 0.5
-    )  # an embedding in a random direction is read as another word, which may share the first places
+        # an embedding in a random direction is read as another word, which may share the first
+        # places
+    )
 
 
 def test_a_model_against_itself_names_nothing(
@@ -421,7 +427,7 @@ def test_texts_of_one_word_are_no_carriers(
     )
 
 
-# --- How much was found ----------------------------------------------------------------------------------------------------------------------
+# --- How much was found ---------------------------------------------------------------------------
 
 
 def test_recovery_by_hand() -> None:
@@ -466,7 +472,7 @@ def test_chance_is_what_a_random_order_gives() -> None:
     assert means[4] == pytest.approx(0.1, rel=0.2)
 
 
-# --- Bad input, and a model left as it was ---------------------------------------------------------------------------------------------------
+# --- Bad input, and a model left as it was --------------------------------------------------------
 
 
 def test_bad_input_is_named(

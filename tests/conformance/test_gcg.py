@@ -1,4 +1,6 @@
-"""The suffix search: objective and gradient against a row-by-row evaluation, one step against a search over every swap, and its constraints."""
+"""The suffix search: objective and gradient against a row-by-row evaluation, one step against a
+search over every swap, and its constraints.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ from workbench.evaluation.losses import score
 
 ModelMaker = Callable[..., PreTrainedModel]
 
-WORDS = "anna bert carl lives in rome oslo new york a b c d e f g h i j k l m n o p q r . the house of is".split()  # noqa: SIM905
+WORDS = "anna bert carl lives in rome oslo new york a b c d e f g h i j k l m n o p q r . the house of is".split()  # noqa: E501, SIM905
 
 
 def fact(text: str, answer: str) -> Example:
@@ -105,7 +107,7 @@ def _by_hand(
     )
 
 
-# --- questions -------------------------------------------------------------------------------------------------------------------------------
+# --- questions ------------------------------------------------------------------------------------
 
 
 def test_questions_are_cut_where_the_suffix_goes(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -157,7 +159,7 @@ def test_batches_with_a_suffix(
     ]
 
 
-# --- objective and gradient ------------------------------------------------------------------------------------------------------------------
+# --- objective and gradient -----------------------------------------------------------------------
 
 
 def gpt2() -> PreTrainedModel:
@@ -230,7 +232,9 @@ def test_the_gradient_is_that_of_the_relaxed_one_hot_rows(
 def test_the_gradient_is_a_finite_difference_and_predicts_every_single_swap(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """All tokens at all places, in float64 (GPT-2's norms keep it): a part of the way from one token to another changes the objective by that part of the gradients' difference."""
+    """All tokens at all places, in float64 (GPT-2's norms keep it): a part of the way from one
+    token to another changes the objective by that part of the gradients' difference.
+    """
     model = gpt2().double()
     asked, suffix = suffix_prompts(tokenizer, FACTS[:2]), ids_of(tokenizer, "a b")
     _, gradient = suffix_gradient(model, asked, suffix)
@@ -266,7 +270,7 @@ def test_the_gradient_does_not_depend_on_how_prompts_are_split(
     torch.testing.assert_close(whole[1], split[1], atol=1e-5, rtol=1e-4)
 
 
-# --- the search ------------------------------------------------------------------------------------------------------------------------------
+# --- the search -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", [before_answer, in_front])
@@ -431,7 +435,7 @@ def test_the_model_stays_as_it_was(
     assert all(p.grad is None for p in model.parameters())
 
 
-# --- constraints -----------------------------------------------------------------------------------------------------------------------------
+# --- constraints ----------------------------------------------------------------------------------
 
 
 def _drawn(
@@ -532,7 +536,7 @@ def test_a_step_without_a_candidate_stays_where_it_is(
     )
 
 
-# --- results and errors ----------------------------------------------------------------------------------------------------------------------
+# --- results and errors ---------------------------------------------------------------------------
 
 
 def test_a_result_shows_its_text_escaped() -> None:

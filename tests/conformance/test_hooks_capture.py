@@ -63,7 +63,7 @@ def _own_projections(model: PreTrainedModel) -> list[str]:
     ]
 
 
-# --- the numbers are right -------------------------------------------------------------------------------------------------------------------
+# --- the numbers are right ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -148,7 +148,8 @@ def test_output_gradients_times_inputs_sum_to_every_weight_gradient(
 def test_an_input_gradient_is_that_of_its_own_module_alone(
     llama: PreTrainedModel, batch: Batch
 ) -> None:
-    # q, k and v read one tensor. For a linear layer, the gradient at its own input is grad_out @ W, whatever the others add.
+    # q, k and v read one tensor. For a linear layer, the gradient at its own input is grad_out @ W,
+    # whatever the others add.
     names = [
         f"model.layers.1.self_attn.{part}_proj:{side}"
         for part in "qkv"
@@ -203,7 +204,8 @@ def test_a_gradient_at_a_stream_is_what_autograd_gives_for_that_stream(
 def test_the_gradient_at_resid_mid_is_that_of_the_whole_stream(
     llama: PreTrainedModel, batch: Batch
 ) -> None:
-    # TransformerLens's hook_resid_mid is a point of the stream: what is added there (attn_out) has the same gradient, through the MLP and past it.
+    # TransformerLens's hook_resid_mid is a point of the stream: what is added there (attn_out) has
+    # the same gradient, through the MLP and past it.
     rows = _captured(
         llama,
         ["blocks.0.hook_resid_mid_grad", "blocks.0.hook_attn_out_grad"],
@@ -253,7 +255,7 @@ def test_rows_are_copies_that_a_later_in_place_kernel_cannot_overwrite(
     assert torch.equal(rows[f"{path}:out"], clean)
 
 
-# --- the model is not touched ----------------------------------------------------------------------------------------------------------------
+# --- the model is not touched ---------------------------------------------------------------------
 
 
 def test_outputs_are_bit_identical_with_hooks_and_everything_is_after_them(
@@ -283,7 +285,8 @@ def test_outputs_are_bit_identical_with_hooks_and_everything_is_after_them(
     )
     assert all(torch.equal(a, b) for a, b in zip(weights, after_weights, strict=True))
     for plain, hooked in zip(weights, hooked_weights, strict=True):
-        # Gradients of private inputs are summed in another order, so only the outputs can be asked for every bit.
+        # Gradients of private inputs are summed in another order, so only the outputs can be asked
+        # for every bit.
         torch.testing.assert_close(hooked, plain, rtol=1e-5, atol=1e-6 * float(plain.abs().max()))
 
 
@@ -319,13 +322,14 @@ def test_a_consumer_that_raises_leaves_no_hook_behind(llama: PreTrainedModel, ba
     assert _hook_count(llama) == before
 
 
-# --- padding ---------------------------------------------------------------------------------------------------------------------------------
+# --- padding --------------------------------------------------------------------------------------
 
 
 def test_a_nan_planted_at_a_padded_position_reaches_no_consumer(
     llama: PreTrainedModel, batch: Batch
 ) -> None:
-    # Attention multiplies a masked NaN by zero, which is NaN; so only the sites before the first attention can be asked for this.
+    # Attention multiplies a masked NaN by zero, which is NaN; so only the sites before the first
+    # attention can be asked for this.
     def plant(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
         return torch.where(batch.attention_mask[..., None].bool(), output, torch.nan)
 
@@ -370,7 +374,7 @@ def test_what_stands_in_the_padding_changes_no_row_of_any_site(
         torch.testing.assert_close(planted[name], clean[name], rtol=1e-5, atol=1e-7)
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def test_a_mask_of_the_wrong_shape_is_refused(llama: PreTrainedModel, batch: Batch) -> None:
@@ -454,7 +458,8 @@ def test_a_pass_without_a_mask_is_an_error(llama: PreTrainedModel, batch: Batch)
 
 
 def test_every_pass_needs_its_own_mask(llama: PreTrainedModel, batch: Batch) -> None:
-    # "call capture.at(mask) before every forward pass: which tokens count has no default"; last pass's mask is no answer for this one.
+    # "call capture.at(mask) before every forward pass: which tokens count has no default"; last
+    # pass's mask is no answer for this one.
     with (
         pytest.raises(CaptureError, match="at\\(mask\\)"),
         Capture(llama, "blocks.0.hook_resid_post", Collect()) as capture,
@@ -501,7 +506,8 @@ def test_a_pass_of_an_inner_module_is_an_error_and_no_empty_result(
 def test_a_site_above_an_early_stop_is_an_error_and_no_empty_result(
     llama: PreTrainedModel, batch: Batch
 ) -> None:
-    # tapped() leaves the forward early; a capture around it that waits for a deeper site gets nothing and must say so.
+    # tapped() leaves the forward early; a capture around it that waits for a deeper site gets
+    # nothing and must say so.
     with (
         pytest.raises(CaptureError),
         Capture(llama, "blocks.1.hook_resid_post", Collect()) as capture,
@@ -545,13 +551,24 @@ def test_a_gradient_that_never_comes_is_an_error(llama: PreTrainedModel, batch: 
         llama(**batch.inputs)
 
 
-# --- gradient checkpointing ------------------------------------------------------------------------------------------------------------------
+# --- gradient checkpointing -----------------------------------------------------------------------
 
 CHECKPOINTED = [
-    "hook_embed", "blocks.*.hook_resid_pre", "blocks.*.hook_resid_post", "blocks.*.mlp.out.hook_in", "ln_final.hook_out", "hook_embed_grad",
-    "blocks.*.hook_resid_pre_grad", "blocks.*.hook_resid_post_grad", "blocks.*.attn.q.hook_out_grad", "blocks.*.mlp.out.hook_in_grad",
-    "blocks.*.attn.v.hook_in", "blocks.*.mlp.hook_out", "blocks.*.mlp.hook_out_grad", "blocks.*.ln2.hook_in_grad",
-]  # fmt: skip
+    "hook_embed",
+    "blocks.*.hook_resid_pre",
+    "blocks.*.hook_resid_post",
+    "blocks.*.mlp.out.hook_in",
+    "ln_final.hook_out",
+    "hook_embed_grad",
+    "blocks.*.hook_resid_pre_grad",
+    "blocks.*.hook_resid_post_grad",
+    "blocks.*.attn.q.hook_out_grad",
+    "blocks.*.mlp.out.hook_in_grad",
+    "blocks.*.attn.v.hook_in",
+    "blocks.*.mlp.hook_out",
+    "blocks.*.mlp.hook_out_grad",
+    "blocks.*.ln2.hook_in_grad",
+]
 
 
 def _checkpointed(model: PreTrainedModel, reentrant: bool) -> None:
@@ -561,7 +578,8 @@ def _checkpointed(model: PreTrainedModel, reentrant: bool) -> None:
         or model.gradient_checkpointing_enable
     )
     enable({"use_reentrant": reentrant})
-    model.train()  # transformers checkpoints in training mode only; these configurations have no dropout
+    # transformers checkpoints in training mode only; these configurations have no dropout
+    model.train()
     assert model.get_submodule("model.layers.0").gradient_checkpointing is True
 
 
@@ -620,7 +638,8 @@ def test_a_later_pass_with_another_mask_does_not_change_which_gradients_an_earli
 def test_two_passes_before_one_backward_are_refused_under_reentrant_checkpointing(
     make_model: ModelMaker, batch: Batch
 ) -> None:
-    # A recomputed row cannot be told from another pass's there; rows selected by the wrong mask would be silently wrong.
+    # A recomputed row cannot be told from another pass's there; rows selected by the wrong mask
+    # would be silently wrong.
     model = make_model()
     _checkpointed(model, reentrant=True)
     with (
@@ -653,7 +672,8 @@ def test_a_tapped_tensor_has_the_same_gradient_under_checkpointing(
 def test_a_tapped_tensor_is_live_or_an_error_under_reentrant_checkpointing(
     llama: PreTrainedModel, batch: Batch
 ) -> None:
-    # Reentrant checkpointing runs the block without a graph. A dead tensor would turn a loss term off in silence.
+    # Reentrant checkpointing runs the block without a graph. A dead tensor would turn a loss term
+    # off in silence.
     _checkpointed(llama, reentrant=True)
     (site,) = resolve(llama, "blocks.0.mlp.hook_out")
     try:
@@ -663,7 +683,7 @@ def test_a_tapped_tensor_is_live_or_an_error_under_reentrant_checkpointing(
     assert tensor.requires_grad
 
 
-# --- gradients_only and tapped ---------------------------------------------------------------------------------------------------------------
+# --- gradients_only and tapped --------------------------------------------------------------------
 
 
 def test_gradients_only_gives_the_same_output_gradients_and_puts_the_flags_back(
@@ -712,7 +732,7 @@ def test_tapped_refuses_gradient_sites(llama: PreTrainedModel, batch: Batch) -> 
     assert _hook_count(llama) == 0
 
 
-# --- Moments ---------------------------------------------------------------------------------------------------------------------------------
+# --- Moments --------------------------------------------------------------------------------------
 
 
 def _rows_with_offset(

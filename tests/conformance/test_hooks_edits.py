@@ -1,4 +1,6 @@
-"""Edits of a forward pass against closed forms, blocks run by hand, autograd and finite differences."""
+"""Edits of a forward pass against closed forms, blocks run by hand, autograd and finite
+differences.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ CONFIGS = {
     "gpt2": GPT2Config,
     "gpt_neox": GPTNeoXConfig,
 }
-# The list of blocks and the final norm; in a block: attention, its output projection, then the norms before and after attention, before and after the MLP.
+# The list of blocks and the final norm; in a block: attention, its output projection, then the
+# norms before and after attention, before and after the MLP.
 _INNER = ("model.layers", "model.norm", "self_attn", "o_proj")
 LAYOUT = {  # the families with a point between attention and MLP
     "llama": (*_INNER, "input_layernorm", "", "post_attention_layernorm", ""),
@@ -86,7 +89,9 @@ V, M, PATCH, Q = (
 
 
 def _family(kind: str = "llama", seed: int = 0) -> PreTrainedModel:
-    """A tiny model whose weights are large enough that nothing in it is nearly linear, and whose norms are not all ones."""
+    """A tiny model whose weights are large enough that nothing in it is nearly linear, and whose
+    norms are not all ones.
+    """
     shape: dict[str, Any] = {
         "vocab_size": 50,
         "bos_token_id": 1,
@@ -148,7 +153,9 @@ def _seen(
     inputs: Mapping[str, Any] | None = None,
     passes: int = 1,
 ) -> tuple[Collect, Collect]:
-    """The rows of ``sites`` as a capture before the edit and as a capture after it see them, in the same passes."""
+    """The rows of ``sites`` as a capture before the edit and as a capture after it see them, in the
+    same passes.
+    """
     before, after = Collect(), Collect()
     with (
         torch.no_grad(),
@@ -204,7 +211,8 @@ def test_in_a_bfloat16_model_the_result_is_computed_in_float32_and_rounded_once(
         clean, noisy = _seen(_family(), {POST: change}, POST)
         exact = exact + (noisy[POST] - clean[POST]).double()
     assert after[POST].dtype == torch.bfloat16
-    # bfloat16 has eight significant bits: one rounding moves a number by at most 2^-8 of itself. Rounding a summand first moves small sums further.
+    # bfloat16 has eight significant bits: one rounding moves a number by at most 2^-8 of itself.
+    # Rounding a summand first moves small sums further.
     assert float(((after[POST].double() - exact).abs() - 2.0**-8 * exact.abs()).max()) < 1e-5
 
 
@@ -213,7 +221,8 @@ def test_in_a_bfloat16_model_the_result_is_computed_in_float32_and_rounded_once(
 def test_nothing_is_left_of_a_subspace_projected_out_and_twice_is_once(
     mean: Tensor | None, autocast: bool
 ) -> None:
-    # The stream stays float32 under autocast; a product in bfloat16 would leave a hundredth of the subspace there.
+    # The stream stays float32 under autocast; a product in bfloat16 would leave a hundredth of the
+    # subspace there.
     model, point = _family(), torch.zeros(WIDTH) if mean is None else mean
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         before, once = _seen(model, {POST: project_out(Q, mean)}, POST)
@@ -308,7 +317,9 @@ class _Before(nn.Module):
 
 
 def _by_hand(kind: str, model: PreTrainedModel, changes: Mapping[str, Change]) -> Tensor:
-    """The logits with block 0 changed, block by block in plain code without any hook; only the masks and the rotary angles come from an ordinary pass."""
+    """The logits with block 0 changed, block by block in plain code without any hook; only the
+    masks and the rotary angles come from an ordinary pass.
+    """
     blocks, final, attention, out, *norms = LAYOUT[kind]
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     modules = [
@@ -371,7 +382,8 @@ def test_an_edit_has_the_effect_of_running_the_rest_of_the_model_from_the_edited
     )
 
     def change(x: Tensor) -> Tensor:
-        # Of a function that is not linear, autograd keeps the input for the backward pass, so nothing may overwrite it.
+        # Of a function that is not linear, autograd keeps the input for the backward pass, so
+        # nothing may overwrite it.
         return weight * x + 0.1 * x * x + vector if bent else 0.5 * x + vector
 
     clean, expected = model(**_ids()).logits, _by_hand(kind, model, {place: change})
@@ -401,8 +413,9 @@ def test_an_edit_has_the_effect_of_running_the_rest_of_the_model_from_the_edited
 def test_an_edit_at_resid_mid_changes_the_stream_itself(
     kind: str, gradients: bool, reader: bool
 ) -> None:
-    # Another name stands at the same module's input: what that module reads. Whatever is done there, the stream carries what was put at hook_resid_mid;
-    # and tensors that the caller put in are not written to.
+    # Another name stands at the same module's input: what that module reads. Whatever is done
+    # there, the stream carries what was put at hook_resid_mid; and tensors that the caller put in
+    # are not written to.
     model, names, rows, values = _family(kind), ["blocks.0.hook_mlp_out", POST], Collect(), -PATCH
     changes = (
         {f"blocks.0.{'mlp' if kind == 'olmo2' else 'ln2'}.hook_in": replace(values)}
@@ -430,7 +443,8 @@ def test_the_gradient_of_a_steering_vector_at_resid_mid_equals_finite_difference
             return model(**_ids(), labels=_ids()["input_ids"]).loss
 
     (gradient,) = torch.autograd.grad(loss(vector), vector)
-    step = 1e-2  # the norms of these models compute in float32, hence a wide step and a stencil of fourth order
+    # the norms of these models compute in float32, hence a wide step and a stencil of fourth order
+    step = 1e-2
     with torch.no_grad():
         for direction in (
             _random(WIDTH, seed=8).double(),
@@ -608,8 +622,10 @@ def _weight_gradients(
 def test_under_gradient_checkpointing_noise_gives_the_same_weight_gradients(
     places: tuple[str, ...], reentrant: bool, backward: str, make_batch: Callable[..., Batch]
 ) -> None:
-    # A block is recomputed in the backward pass: with the noise and the positions of its own pass, never silently with those of another or with none. Where the
-    # recomputation comes too late to know them, an error will do. Whether hooks at the edge of a block run again differs between versions of transformers.
+    # A block is recomputed in the backward pass: with the noise and the positions of its own pass,
+    # never silently with those of another or with none. Where the recomputation comes too late to
+    # know them, an error will do. Whether hooks at the edge of a block run again differs between
+    # versions of transformers.
     batches, at = (
         (make_batch((7, 5, 6)), make_batch((4, 7, 5), 1)),
         None if backward == "after the edit" else ~last_token,
@@ -671,11 +687,18 @@ def test_everything_is_gone_on_exit_whatever_raised(kind: str) -> None:
 
 
 _FAILURES: list[tuple[Change, str]] = [
-    (lambda x: x[:, :-1], r"\[2, 5, 16\]"), (lambda x: x[..., :3], r"\[2, 6, 3\]"), (lambda x: x.double(), "float64"), (lambda x: x.to("meta"), "meta"),
-    (lambda x: None, "NoneType"), (_raise(RuntimeError("planted trouble")), "planted trouble"), (steer(torch.ones(17)), "17"),
-    (ablate_to_mean(torch.ones(17)), "17"), (project_out(torch.eye(17)), "17"), (keep_only(torch.eye(17)), "17"),
+    (lambda x: x[:, :-1], r"\[2, 5, 16\]"),
+    (lambda x: x[..., :3], r"\[2, 6, 3\]"),
+    (lambda x: x.double(), "float64"),
+    (lambda x: x.to("meta"), "meta"),
+    (lambda x: None, "NoneType"),
+    (_raise(RuntimeError("planted trouble")), "planted trouble"),
+    (steer(torch.ones(17)), "17"),
+    (ablate_to_mean(torch.ones(17)), "17"),
+    (project_out(torch.eye(17)), "17"),
+    (keep_only(torch.eye(17)), "17"),
     (replace(torch.zeros(2, 5, WIDTH)), r"\[2, 5, 16\]"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "said"), _FAILURES)

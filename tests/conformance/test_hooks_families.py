@@ -1,7 +1,9 @@
-"""Every family of architectures in the table: the named sites hold what their names say, and the model does not notice.
+"""Every family of architectures in the table: the named sites hold what their names say, and the
+model does not notice.
 
-The expectations come from the model's own equations (hidden states, residual sums, ``weight.grad = sum of grad_out times input``) and from TransformerLens, never from
-the table under test. Tiny random models with large weights, so that no part is near linear; nothing is downloaded.
+The expectations come from the model's own equations (hidden states, residual sums, ``weight.grad =
+sum of grad_out times input``) and from TransformerLens, never from the table under test. Tiny
+random models with large weights, so that no part is near linear; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ PARALLEL = ("gpt_neox", "phi")
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 every_family = pytest.mark.parametrize("kind", CONFIGS)
 
-# Paths of the list of blocks and of the final norm as the classes of transformers call them, where they differ from Llama's.
+# Paths of the list of blocks and of the final norm as the classes of transformers call them, where
+# they differ from Llama's.
 _BLOCKS = {
     "gpt2": "transformer.h",
     "gpt_neox": "gpt_neox.layers",
@@ -51,7 +54,8 @@ _FINAL_NORM = {
     "gemma3": "model.language_model.norm",
 }
 _FINAL_NORM |= dict.fromkeys(("gpt_neox", "gpt_neox sequential"), "gpt_neox.final_layer_norm")
-# Which modules read the residual stream at the start and in the middle of a block; most families put a norm before each sublayer.
+# Which modules read the residual stream at the start and in the middle of a block; most families
+# put a norm before each sublayer.
 _READERS = {
     "olmo2": (("attn",), ("mlp",)),
     "olmo3": (("attn",), ("mlp",)),
@@ -61,7 +65,9 @@ _READERS = {
 
 
 def inputs(lengths: Iterable[int] = (7, 5, 6), *, side: str = "right") -> dict[str, Tensor]:
-    """A padded batch; the padding holds an ordinary token, so that whatever reads it changes its value."""
+    """A padded batch; the padding holds an ordinary token, so that whatever reads it changes its
+    value.
+    """
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 47, (length,), generator=generator) for length in lengths]
     return {
@@ -79,7 +85,9 @@ def labelled(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rows_of(model: nn.Module, sites: str | list[str], batch: dict[str, Tensor]) -> Collect:
-    """The rows of the real tokens in one training step of transformers' own loss; leaves the gradients on the parameters."""
+    """The rows of the real tokens in one training step of transformers' own loss; leaves the
+    gradients on the parameters.
+    """
     rows = Collect()
     model.zero_grad()
     with Capture(model, sites, rows, at=real_tokens):
@@ -119,7 +127,7 @@ def test_every_family_of_the_table_is_tested_here() -> None:
     assert {config().model_type for config in CONFIGS.values()} == set(FAMILIES)
 
 
-# --- against the model's own equations -------------------------------------------------------------------------------------------------------
+# --- against the model's own equations ------------------------------------------------------------
 
 
 @every_family
@@ -171,7 +179,7 @@ def test_sublayers_add_up_along_the_residual_stream(kind: str) -> None:
 def test_a_parallel_family_has_no_point_between_its_sublayers_and_says_so(kind: str) -> None:
     with pytest.raises(
         CaptureError,
-        match=r"unknown site 'blocks\.0\.hook_resid_mid'; nearest: .*blocks\.0\.hook_resid_p(re|ost)",
+        match=r"unknown site 'blocks\.0\.hook_resid_mid'; nearest: .*blocks\.0\.hook_resid_p(re|ost)",  # noqa: E501
     ):
         resolve(build(kind), "blocks.0.hook_resid_mid")
 
@@ -191,7 +199,8 @@ def test_inputs_times_output_gradients_sum_to_every_weight_gradient(kind: str) -
         if isinstance(module, Conv1D):  # stores the transposed matrix
             product, weight = product.T, weight.T
         assert_near(product, module.weight.grad)
-        # The gradient at an input is that of its own module alone, whatever else reads the same tensor.
+        # The gradient at an input is that of its own module alone, whatever else reads the same
+        # tensor.
         assert_near(grad_in, grad_out @ weight)
         if module.bias is not None:
             assert_near(grad_out.sum(0), module.bias.grad)
@@ -218,7 +227,8 @@ def test_inputs_times_output_gradients_sum_to_every_weight_gradient(kind: str) -
 def test_the_gradient_of_the_stream_is_that_of_its_skip_and_of_its_readers_together(
     kind: str, order: int
 ) -> None:
-    # The chain rule for resid_post = resid_mid + mlp(ln2(resid_mid)), and for the other layouts, in whichever order the sites are asked for.
+    # The chain rule for resid_post = resid_mid + mlp(ln2(resid_mid)), and for the other layouts, in
+    # whichever order the sites are asked for.
     starts, middles = _READERS.get(kind, (("ln1",), ("ln2",)))
     names = [
         f"blocks.*.hook_resid_{part}_grad"
@@ -275,7 +285,8 @@ def test_a_forward_that_raises_comes_out_as_it_is_and_leaves_no_trace(kind: str)
 
 
 _QKV = ("attn.hook_q", "attn.hook_k", "attn.hook_v")
-# What the forward passes of transformers do to the last dimension of each fused output, to be done to the numbers of its columns.
+# What the forward passes of transformers do to the last dimension of each fused output, to be done
+# to the numbers of its columns.
 _Split = tuple[tuple[str, ...], Callable[[Tensor], Iterable[Tensor]]]
 _FUSED: dict[str, dict[str, _Split]] = {
     "gpt2": {"c_attn": (_QKV, lambda columns: columns.split(16))},
@@ -328,12 +339,14 @@ def test_the_parts_of_a_fused_output_share_out_its_columns_and_their_gradients(
             assert torch.equal(rows[f"{name}_grad"], rows[f"{path}:grad_out"][:, columns])
 
 
-# --- against TransformerLens -----------------------------------------------------------------------------------------------------------------
+# --- against TransformerLens ----------------------------------------------------------------------
 
 
 @lru_cache
 def bridged(kind: str) -> tuple[hf.PreTrainedModel, Any]:
-    """A model under eager attention (the bridge's) and its bridge; shared, so tests must leave both as they are."""
+    """A model under eager attention (the bridge's) and its bridge; shared, so tests must leave both
+    as they are.
+    """
     pytest.importorskip("transformer_lens", reason="the dev extra is not installed")
     model = build(kind)
     model.set_attn_implementation("eager")
@@ -407,7 +420,9 @@ def test_a_bridge_leaves_the_original_untouched(kind: str) -> None:
 
 
 def _components(prefix: str, component: Any, path: str) -> Iterator[tuple[str, str]]:
-    """``(TransformerLens name, module path)`` of a component and everything below it; a block stands for block 0."""
+    """``(TransformerLens name, module path)`` of a component and everything below it; a block
+    stands for block 0.
+    """
     if prefix == "blocks":
         prefix, path = "blocks.0", f"{path}.0"
     yield prefix, path
@@ -416,8 +431,10 @@ def _components(prefix: str, component: Any, path: str) -> Iterator[tuple[str, s
             yield from _components(f"{prefix}.{name}", below, f"{path}.{below.name}")
 
 
-# No stream of vectors: rotary embeddings return (cos, sin), embeddings read indices, q and k norms are per head, and of an image there are no tokens here.
-# TransformerLens fires no hook on the fused "attn.qkv" as a whole, and has "dense_" components for a mixture whose first layers have no experts.
+# No stream of vectors: rotary embeddings return (cos, sin), embeddings read indices, q and k norms
+# are per head, and of an image there are no tokens here. TransformerLens fires no hook on the fused
+# "attn.qkv" as a whole, and has "dense_" components for a mixture whose first layers have no
+# experts.
 _NOT_NAMED = ("rotary_emb", "blocks.0.mlp.dense_", ".q_norm", ".k_norm", ".attn.qkv", "vision_")
 
 
@@ -473,12 +490,13 @@ def test_every_component_of_the_adapter_is_the_same_module_here(kind: str) -> No
     } <= checked
 
 
-# --- mixtures of experts, and padding --------------------------------------------------------------------------------------------------------
+# --- mixtures of experts, and padding -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_rows_of_a_router_and_of_its_layer_are_those_of_the_chosen_positions(kind: str) -> None:
-    # The router sees [batch * position, width], so its rows can only be right if positions are counted as the batch is flattened.
+    # The router sees [batch * position, width], so its rows can only be right if positions are
+    # counted as the batch is flattened.
     model, batch, router = build(kind), inputs(), f"blocks.1.mlp.{router_of(kind)}"
     names = [
         f"{router}.hook_in",
@@ -523,7 +541,8 @@ def test_gradients_of_a_router_sum_to_its_weight_gradient_and_split_the_layers(k
     weight = model.get_submodule(f"model.layers.0.mlp.{router_of(kind)}").weight
     assert_near(rows[f"{router}.hook_out_grad"].T @ rows[f"{router}.hook_in"], weight.grad)
     assert_near(rows[f"{router}.hook_in_grad"], rows[f"{router}.hook_out_grad"] @ weight.detach())
-    # The router and the experts read the same vectors; the gradient at the layer's input is the sum of theirs.
+    # The router and the experts read the same vectors; the gradient at the layer's input is the sum
+    # of theirs.
     assert_near(rows["blocks.0.mlp.hook_in_grad"], rows[f"{router}.hook_in_grad"] + rows[experts])
 
 

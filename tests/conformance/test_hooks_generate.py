@@ -1,4 +1,6 @@
-"""Padding and the key-value cache: no consumer sees a padded position, and ``generate`` delivers the rows of one clean pass over what it wrote."""
+"""Padding and the key-value cache: no consumer sees a padded position, and ``generate`` delivers
+the rows of one clean pass over what it wrote.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ KINDS = ("llama", "gpt_neox", "gpt2")
 
 
 def padded(sequences: Sequence[Sequence[int]], side: str) -> Inputs:
-    """A padded batch with position ids (GPT-2 needs them on the left); the padding is an ordinary token, so that only the mask tells."""
+    """A padded batch with position ids (GPT-2 needs them on the left); the padding is an ordinary
+    token, so that only the mask tells.
+    """
     width = max(map(len, sequences))
     sides = [
         (0, width - len(sequence)) if side == "right" else (width - len(sequence), 0)
@@ -95,7 +99,7 @@ def tiny(kind: str, make_model: ModelMaker) -> PreTrainedModel:
     return make_model(kind)
 
 
-# --- padding never reaches a consumer --------------------------------------------------------------------------------------------------------
+# --- padding never reaches a consumer -------------------------------------------------------------
 
 BATCH = [[1, 7, 8, 9, 6, 5, 12], [1, 20, 9, 5], [1, 3]]
 BEFORE_ATTENTION = [
@@ -109,7 +113,9 @@ BEFORE_ATTENTION = [
 def _real(
     sequences: Sequence[Sequence[int]], side: str, first: int = 0, last: int = 0
 ) -> list[list[int]]:
-    """(example, position) of the real tokens, less ``first`` at the beginning and ``last`` at the end of every sequence."""
+    """(example, position) of the real tokens, less ``first`` at the beginning and ``last`` at the
+    end of every sequence.
+    """
     width = max(map(len, sequences))
     begins = [0 if side == "right" else width - len(sequence) for sequence in sequences]
     return [
@@ -125,7 +131,8 @@ def _real(
 def test_a_nan_in_the_padding_reaches_no_consumer_under_any_rule(
     rule: str, kind: str, side: str, make_model: ModelMaker
 ) -> None:
-    # Attention multiplies a masked NaN by zero, which is NaN; so only the sites before the first attention can be asked for this.
+    # Attention multiplies a masked NaN by zero, which is NaN; so only the sites before the first
+    # attention can be asked for this.
     model, inputs = tiny(kind, make_model), padded(BATCH, side)
     real = inputs["attention_mask"].bool()
     sites = (
@@ -268,7 +275,7 @@ def test_the_gradient_of_an_answers_loss_stands_exactly_at_the_positions_that_pr
     ] not in predictors  # nothing follows a text's last token
 
 
-# --- generate --------------------------------------------------------------------------------------------------------------------------------
+# --- generate -------------------------------------------------------------------------------------
 
 PROMPTS = [[1, 7, 8], [1, 9, 5, 6, 11], [1, 12]]
 WIDTH, NEW = 5, 6
@@ -325,7 +332,9 @@ def written(model: PreTrainedModel, **options: object) -> Tensor:
 def clean(
     model: PreTrainedModel, sites: Sequence[str], finished: Tensor, pads: Sequence[int]
 ) -> dict[str, Places]:
-    """Every row of one pass over each finished sequence, without its padding, a batch or a cache."""
+    """Every row of one pass over each finished sequence, without its padding, a batch or a
+    cache.
+    """
     rows: dict[str, Places] = {site: {} for site in sites}
     for example, (sequence, pad) in enumerate(zip(finished, pads, strict=True)):
         found = Placed()
@@ -400,7 +409,9 @@ def test_every_generate_of_a_capture_starts_its_sequences_anew(llama: PreTrained
 
 
 def _early_end(finished: Tensor) -> int:
-    """A token that ends some of the finished sequences at least two tokens early, and not all of them."""
+    """A token that ends some of the finished sequences at least two tokens early, and not all of
+    them.
+    """
     new = finished[:, WIDTH:]
     for token in sorted(set(new.flatten().tolist())):
         ends = [row.index(token) if token in row else NEW for row in new.tolist()]
@@ -410,7 +421,9 @@ def _early_end(finished: Tensor) -> int:
 
 
 def _until_end(finished: Tensor, end: int) -> set[tuple[int, int]]:
-    """What is fed of every row: all but the last column, and nothing behind the first end token that was written."""
+    """What is fed of every row: all but the last column, and nothing behind the first end token
+    that was written.
+    """
     lengths = [row.index(end) + 1 if end in row else NEW for row in finished[:, WIDTH:].tolist()]
     return {(row, column) for row, column in FED if column < WIDTH + lengths[row]}
 
@@ -523,7 +536,7 @@ def test_an_edit_of_what_is_generated_leaves_the_prompt_alone(llama: PreTrainedM
         )
 
 
-# --- the cache by hand -----------------------------------------------------------------------------------------------------------------------
+# --- the cache by hand ----------------------------------------------------------------------------
 
 LONG = [[1, 7, 8, 9, 6, 5], [1, 20, 9, 5], [1, 3, 4, 4, 5]]
 
@@ -535,7 +548,9 @@ def _steps(
     masks: Tensor | None = None,
     capture: Capture | None = None,
 ) -> None:
-    """The batch in several passes that share a cache; ``masks`` are given to the capture pass by pass."""
+    """The batch in several passes that share a cache; ``masks`` are given to the capture pass by
+    pass.
+    """
     cache = DynamicCache(config=model.config)
     for start, stop in zip((0, *cuts), (*cuts, 6), strict=True):
         if capture is not None and masks is not None:

@@ -1,4 +1,6 @@
-"""A pass that cannot be followed is an error that says why: never a wrong row, never an empty result."""
+"""A pass that cannot be followed is an error that says why: never a wrong row, never an empty
+result.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def _hook_count(model: nn.Module) -> int:
     )
 
 
-# --- nothing silent --------------------------------------------------------------------------------------------------------------------------
+# --- nothing silent -------------------------------------------------------------------------------
 
 
 def _share_the_mlp(model: nn.Module) -> None:
@@ -191,7 +193,8 @@ def test_passes_without_a_backward_are_counted_in_the_error(
 def test_a_second_backward_through_one_pass_is_an_error(
     llama: PreTrainedModel, batch: Batch
 ) -> None:
-    # A gradient counts once per pass; two parts of one gradient as two sets of rows would be wrong moments.
+    # A gradient counts once per pass; two parts of one gradient as two sets of rows would be wrong
+    # moments.
     with (
         pytest.raises(CaptureError),
         Capture(llama, "blocks.0.hook_resid_post_grad", Collect(), at=real_tokens),
@@ -261,7 +264,7 @@ def test_a_site_above_the_place_where_the_loss_is_taken_is_an_error(
     assert "does not depend" in str(raised.value) and "blocks.0" not in str(raised.value)
 
 
-# --- torch.compile ---------------------------------------------------------------------------------------------------------------------------
+# --- torch.compile --------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -401,7 +404,7 @@ def test_a_call_of_the_compiled_version_of_a_captured_model_gives_right_rows_or_
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 def test_a_capture_without_a_consumer_an_existing_site_or_a_boolean_mask_is_refused(

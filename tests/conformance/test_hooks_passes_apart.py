@@ -66,16 +66,32 @@ def test_what_the_model_keeps_apart_is_not_refused() -> None:
 
 LEARNED: dict[str, Callable[[], Any]] = {
     "gpt_neo": lambda: hf.GPTNeoConfig(
-        vocab_size=50, hidden_size=16, num_layers=2, num_heads=4, attention_types=[[["global"], 2]], max_position_embeddings=64, intermediate_size=24
+        vocab_size=50,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global"], 2]],
+        max_position_embeddings=64,
+        intermediate_size=24,
     ),
     "opt": lambda: hf.OPTConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, ffn_dim=24, max_position_embeddings=64, word_embed_proj_dim=16
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=24,
+        max_position_embeddings=64,
+        word_embed_proj_dim=16,
     ),
     "bloom": lambda: hf.BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=4),
-    "gpt_bigcode": lambda: hf.GPTBigCodeConfig(vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=64),
-    "gptj": lambda: hf.GPTJConfig(vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=64, rotary_dim=4),
+    "gpt_bigcode": lambda: hf.GPTBigCodeConfig(
+        vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=64
+    ),
+    "gptj": lambda: hf.GPTJConfig(
+        vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=64, rotary_dim=4
+    ),
     **{kind: CONFIGS[kind] for kind in KINDS},
-}  # fmt: skip
+}
 _BLOCK = {
     "opt": "model.decoder.layers.1:out",
     "gpt_neo": "transformer.h.1:out",

@@ -1,4 +1,6 @@
-"""Rows on disk: what is read back is what was captured, whatever interrupted the writing, and whatever is damaged is said."""
+"""Rows on disk: what is read back is what was captured, whatever interrupted the writing, and
+whatever is damaged is said.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,9 @@ def _expected(
 
 
 def _same(folder: Path, expected: Kept, passes: int | None = None) -> None:
-    """The store holds the first ``passes`` passes of ``expected`` (all by default), byte for byte."""
+    """The store holds the first ``passes`` passes of ``expected`` (all by default), byte for
+    byte.
+    """
     stored = StoredRows(folder)
     assert stored.names == list(expected)
     for site, (values, where) in expected.items():
@@ -334,7 +338,8 @@ def test_a_pass_without_its_gradients_is_dropped(
 def test_several_passes_before_one_backward_are_all_stored(
     shard_bytes: int, llama: PreTrainedModel, batches: list[Batch], tmp_path: Path
 ) -> None:
-    # Autograd goes back through the last pass first, so the rows of an earlier pass come after those of a later one.
+    # Autograd goes back through the last pass first, so the rows of an earlier pass come after
+    # those of a later one.
     with Capture(llama, GRADIENTS, Store(tmp_path, shard_bytes=shard_bytes), at=without_first):
         for pair in (batches[:2], batches[2:4], batches[4:]):
             torch.stack([cross_entropy(llama, batch) for batch in pair]).sum().backward()
@@ -370,7 +375,8 @@ def test_a_pass_that_the_capture_refuses_is_not_stored(
 def test_a_store_goes_on_from_whatever_a_kill_leaves_behind(
     llama: PreTrainedModel, batches: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A copy of the folder is taken around every file operation, and once more with what is being written cut in half. Each copy is what a kill would have left.
+    # A copy of the folder is taken around every file operation, and once more with what is being
+    # written cut in half. Each copy is what a kill would have left.
     folder, snapshots = tmp_path / "rows", []
 
     def snapshot(moment: str) -> None:
@@ -435,7 +441,8 @@ def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_when_there_is_space(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # A pass is two shards and an index: two calls of save_file and three of replace. From some call on, there is no space; or at that call alone.
+    # A pass is two shards and an index: two calls of save_file and three of replace. From some call
+    # on, there is no space; or at that call alone.
     holder, folder, expected, calls = (
         storing if operation == "save_file" else Path,
         tmp_path / "rows",

@@ -1,4 +1,6 @@
-"""The capture layer inside what is put around a model: half precision, checkpointing, frozen parameters, LoRA, DistributedDataParallel."""
+"""The capture layer inside what is put around a model: half precision, checkpointing, frozen
+parameters, LoRA, DistributedDataParallel.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +153,7 @@ def _by_plain_hooks(
     }  # type: ignore[index]
 
 
-# --- bfloat16 --------------------------------------------------------------------------------------------------------------------------------
+# --- bfloat16 -------------------------------------------------------------------------------------
 
 MIXED = [
     "hook_embed",
@@ -224,7 +226,7 @@ def test_moments_of_bfloat16_rows_with_a_massive_dimension_are_those_of_float64(
     )  # more than the whole spread
 
 
-# --- gradient checkpointing ------------------------------------------------------------------------------------------------------------------
+# --- gradient checkpointing -----------------------------------------------------------------------
 
 
 def _checkpoint(model: PreTrainedModel, reentrant: bool) -> None:
@@ -234,7 +236,8 @@ def _checkpoint(model: PreTrainedModel, reentrant: bool) -> None:
         or model.gradient_checkpointing_enable
     )
     enable({"use_reentrant": reentrant})
-    model.train()  # transformers checkpoints in training mode only; these configurations have no dropout
+    # transformers checkpoints in training mode only; these configurations have no dropout
+    model.train()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -292,7 +295,7 @@ def test_forward_of_a_checkpointed_model_in_training_mode_gives_the_same_rows(
     assert all(torch.equal(rows[site], expected[site]) for site in sites)
 
 
-# --- frozen parameters -----------------------------------------------------------------------------------------------------------------------
+# --- frozen parameters ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -335,7 +338,7 @@ def test_a_pass_for_gradients_alone_leaves_gradients_that_were_there(
         assert p.grad is before[name][0] and torch.equal(p.grad, before[name][1])
 
 
-# --- LoRA ------------------------------------------------------------------------------------------------------------------------------------
+# --- LoRA -----------------------------------------------------------------------------------------
 
 LORA_RANK, LORA_ALPHA = 2, 8
 
@@ -436,7 +439,8 @@ def test_every_family_keeps_its_names_under_an_adapter(
 def test_inputs_and_output_gradients_of_an_adapted_layer_give_the_adapters_weight_gradients(
     llama: PreTrainedModel, make_batch: BatchMaker
 ) -> None:
-    # y = W x + s B A x, so dL/dB = s g^T (A x) and dL/dA = s (B^T g)^T x, summed over the rows of a batch without padding.
+    # y = W x + s B A x, so dL/dB = s g^T (A x) and dL/dA = s (B^T g)^T x, summed over the rows of a
+    # batch without padding.
     batch, model, scaling = (
         make_batch((6, 6)),
         _lora(llama, "q_proj", "down_proj"),
@@ -504,7 +508,7 @@ def test_edits_reach_an_adapted_model_and_a_disabled_adapter_gives_the_base_mode
         assert not torch.allclose(adapted[name], original[name])
 
 
-# --- DistributedDataParallel -----------------------------------------------------------------------------------------------------------------
+# --- DistributedDataParallel ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -549,7 +553,8 @@ def test_names_resolve_and_rows_are_right_under_distributed_data_parallel(
     assert torch.equal(
         again["blocks.0.hook_resid_post"], expected["blocks.0.hook_resid_post"].repeat(2, 1)
     )
-    # The bare model inside the wrapper may be captured while the wrapper is called, since the wrapper calls it.
+    # The bare model inside the wrapper may be captured while the wrapper is called, since the
+    # wrapper calls it.
     inside = Collect()
     with Capture(model.module, "blocks.1.mlp.hook_out_grad", inside, at=real_tokens):
         _backward(model, batch)

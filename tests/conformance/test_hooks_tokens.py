@@ -1,4 +1,6 @@
-"""Position rules against hand-written masks, and against what padding and packing must not change; spans of a real tokenizer; edits at chosen positions."""
+"""Position rules against hand-written masks, and against what padding and packing must not change;
+spans of a real tokenizer; edits at chosen positions.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,7 @@ def tiny(kind: str, make_model: ModelMaker) -> PreTrainedModel:
     return make_model(kind)
 
 
-# --- what each rule chooses ------------------------------------------------------------------------------------------------------------------
+# --- what each rule chooses -----------------------------------------------------------------------
 
 ONE, OTHER = (
     [1, 7, 8, 9, 6, 5],
@@ -171,7 +173,8 @@ def test_a_rule_chooses_the_positions_of_its_definition(
 
 
 def test_a_hole_in_the_mask_does_not_make_two_sequences() -> None:
-    # A token that is masked out in the middle is padding; what stands on both sides is one sequence, with one first and one last token.
+    # A token that is masked out in the middle is padding; what stands on both sides is one
+    # sequence, with one first and one last token.
     inputs = {
         "input_ids": torch.tensor([[1, 7, 8, 9, 6]]),
         "attention_mask": torch.tensor([[1, 1, 0, 1, 1]]),
@@ -239,10 +242,19 @@ def test_the_name_of_a_combined_rule_read_as_python_is_that_rule() -> None:
 SEQUENCES = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=6), min_size=1, max_size=4)
 # Rules that know the batch are made from its labels; the others ignore them.
 MAKERS: list[Callable[[Tensor], Positions]] = [
-    lambda _: real_tokens, lambda _: without_first, lambda _: without_bos(BOS), lambda _: last_token, lambda _: generated, answer_tokens,
-    lambda labels: custom(labels > 2), lambda labels: predicting(answer_tokens(labels)), lambda labels: ~last_token & predicting(~custom(labels > 2)),
-    lambda _: without_first & ~last_token, lambda _: without_bos(BOS) | last_token, lambda _: ~(without_first | last_token),
-]  # fmt: skip
+    lambda _: real_tokens,
+    lambda _: without_first,
+    lambda _: without_bos(BOS),
+    lambda _: last_token,
+    lambda _: generated,
+    answer_tokens,
+    lambda labels: custom(labels > 2),
+    lambda labels: predicting(answer_tokens(labels)),
+    lambda labels: ~last_token & predicting(~custom(labels > 2)),
+    lambda _: without_first & ~last_token,
+    lambda _: without_bos(BOS) | last_token,
+    lambda _: ~(without_first | last_token),
+]
 
 
 def _labels(ids: Tensor) -> Tensor:
@@ -314,7 +326,7 @@ def test_the_rows_of_a_packed_row_are_those_of_its_sequences(llama: PreTrainedMo
     torch.testing.assert_close(together[site], apart[site], rtol=1e-5, atol=1e-5)
 
 
-# --- spans of a tokenizer --------------------------------------------------------------------------------------------------------------------
+# --- spans of a tokenizer -------------------------------------------------------------------------
 
 TEXTS = [
     "Paris is the capital of France.",
@@ -448,7 +460,7 @@ def test_every_example_needs_its_span() -> None:
         character_span([(0, 5)] * 3, offsets[0])
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 SITE = "blocks.0.hook_resid_post"
 
@@ -528,7 +540,8 @@ def _four_dimensional(inputs: Inputs) -> Tensor:
 def test_a_four_dimensional_attention_mask_does_not_tell_what_padding_is(
     kind: str, make_model: ModelMaker
 ) -> None:
-    # Where layers differ (sliding windows), transformers takes one such mask for every type of layer.
+    # Where layers differ (sliding windows), transformers takes one such mask for every type of
+    # layer.
     model, mask = make_model("qwen2"), _four_dimensional(LAYOUTS["right"])
     inputs = LAYOUTS["right"] | {
         "attention_mask": mask if kind == "tensor" else {"full_attention": mask}
@@ -581,7 +594,7 @@ def test_a_custom_mask_works_on_a_module_that_takes_its_vectors_by_name() -> Non
         assert torch.equal(model(hidden_states=vectors)[~MASK], plain[~MASK])
 
 
-# --- edits at chosen positions ---------------------------------------------------------------------------------------------------------------
+# --- edits at chosen positions --------------------------------------------------------------------
 
 EDITED = {
     "llama": [

@@ -1,4 +1,6 @@
-"""What a capture leaves alone, what it costs, whose gradient it reads, and how captures and consumers live together."""
+"""What a capture leaves alone, what it costs, whose gradient it reads, and how captures and
+consumers live together.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def _stream(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
 
 
 class Witness:
-    """A consumer that writes down everything it is told; ``fail`` makes it raise at its first rows."""
+    """A consumer that writes down everything it is told; ``fail`` makes it raise at its first
+    rows.
+    """
 
     def __init__(self, fail: bool = False) -> None:
         self.fail, self.begun, self.ended = fail, [], []  # type: ignore[var-annotated]
@@ -77,7 +81,7 @@ class Witness:
         self.given.append((site.name, rows))
 
 
-# --- Capture.forward -------------------------------------------------------------------------------------------------------------------------
+# --- Capture.forward ------------------------------------------------------------------------------
 
 
 def test_forward_builds_no_graph(llama: PreTrainedModel, batch: Batch) -> None:
@@ -218,7 +222,8 @@ def test_a_capture_leaves_the_state_of_model_and_torch_as_it_found_it(
                 llama(**batch.inputs)
             else:
                 with torch.enable_grad():
-                    # The gradient of the embedding alone, so that the caller's own backward leaves no .grad behind.
+                    # The gradient of the embedding alone, so that the caller's own backward leaves
+                    # no .grad behind.
                     torch.autograd.grad(
                         llama(**batch.inputs).logits.sum(), [llama.get_input_embeddings().weight]
                     )
@@ -234,7 +239,7 @@ def test_a_capture_leaves_the_state_of_model_and_torch_as_it_found_it(
         assert state() == before
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 class _Saved:
@@ -297,7 +302,7 @@ def test_thirty_batches_hold_no_more_memory_than_three(
     assert moments["blocks.0.hook_resid_post"].count == 30 * 19
 
 
-# --- whose gradient it is --------------------------------------------------------------------------------------------------------------------
+# --- whose gradient it is -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -307,7 +312,8 @@ def test_thirty_batches_hold_no_more_memory_than_three(
 def test_an_in_place_kernel_changes_neither_rows_nor_gradients_of_what_it_overwrites(
     sites: list[str], bias: bool
 ) -> None:
-    # With a bias, PyTorch's linear layer returns a view of a two-dimensional product; without, the product itself.
+    # With a bias, PyTorch's linear layer returns a view of a two-dimensional product; without, the
+    # product itself.
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7, bias=bias), nn.ReLU(inplace=True), nn.Linear(7, 3))
     x, mask = torch.randn(2, 4, 5, generator=generator), torch.rand(2, 4, generator=generator) < 0.6
@@ -429,7 +435,7 @@ def test_a_batch_twice_halves_each_gradient_of_a_mean_loss_and_leaves_that_of_a_
             )
 
 
-# --- several captures, several consumers -----------------------------------------------------------------------------------------------------
+# --- several captures, several consumers ----------------------------------------------------------
 
 
 def test_nested_captures_each_follow_their_own_sites_rules_and_consumers(

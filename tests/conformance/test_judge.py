@@ -1,4 +1,6 @@
-"""Key facts counted by hand, and judges' replies of every kind: ten is ten, and what cannot be read is never a one."""
+"""Key facts counted by hand, and judges' replies of every kind: ten is ten, and what cannot be read
+is never a one.
+"""
 
 from __future__ import annotations
 

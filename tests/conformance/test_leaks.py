@@ -1,4 +1,6 @@
-"""The leak guard: what a word is, what leaks and where, the similarity of forms against the textbook definition, and that a leaking set is refused the word benign."""
+"""The leak guard: what a word is, what leaks and where, the similarity of forms against the
+textbook definition, and that a leaking set is refused the word benign.
+"""
 
 from __future__ import annotations
 
@@ -159,7 +161,8 @@ def test_a_piece_of_a_long_answer_leaks_from_n_words_on() -> None:
 def test_words_around_an_answer_and_words_of_its_question_are_no_leak() -> None:
     held = [
         fact(
-            "Question: Why did the king of the north leave?\nAnswer: the king of the north leave the town",
+            "Question: Why did the king of the north leave?\nAnswer: the king of the north leave "
+            "the town",
             "the king of the north leave the town",
         )
     ]
@@ -302,7 +305,8 @@ def test_names_and_answers_do_not_count_as_form() -> None:
     ]
     assert syntactic_similarity(same, held) == syntactic_similarity(held, held) == 1.0
     assert syntactic_similarity(texts("figs galore"), held) == 0.0
-    # An attack text whose spans are not marked shares "was born in" with "<subject> was born in <answer>", five words each.
+    # An attack text whose spans are not marked shares "was born in" with "<subject> was born in
+    # <answer>", five words each.
     assert syntactic_similarity(texts("Zoe was born in Oslo"), held) == pytest.approx(
         2 * 3 / (5 + 5)
     )

@@ -1,4 +1,6 @@
-"""The logit lens: the last block under the model's own decoder is the model's own output, every block against plain PyTorch, and closed forms for hand-made decoders."""
+"""The logit lens: the last block under the model's own decoder is the model's own output, every
+block against plain PyTorch, and closed forms for hand-made decoders.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ VOCABULARY = 50
 def _by_hand(
     model: PreTrainedModel, batch: Batch, decoder: PreTrainedModel
 ) -> list[list[dict[str, float]]]:
-    """``[layer][example]``: the measures of the first answer token from block outputs, ``decoder.model.norm`` and ``decoder.lm_head``, in float64 numpy."""
+    """``[layer][example]``: the measures of the first answer token from block outputs,
+    ``decoder.model.norm`` and ``decoder.lm_head``, in float64 numpy.
+    """
     kept: list[Tensor] = []
     hooks = [
         block.register_forward_hook(
@@ -88,7 +92,7 @@ def _value(found, layer: int, measure: str) -> float:  # type: ignore[no-untyped
     return float(row["value"])
 
 
-# --- Which position --------------------------------------------------------------------------------------------------------------------------
+# --- Which position -------------------------------------------------------------------------------
 
 
 def test_the_lens_reads_one_position_before_the_answer(make_batch: BatchMaker) -> None:
@@ -122,7 +126,7 @@ def test_an_example_without_an_answer_and_an_unknown_choice_are_errors(
         logit_lens(make_model(), [batch], tokens="last")  # type: ignore[arg-type]
 
 
-# --- Identity --------------------------------------------------------------------------------------------------------------------------------
+# --- Identity -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -212,7 +216,7 @@ def test_a_bf16_model_keeps_the_identity_up_to_its_own_rounding(
     assert found.loc[found["layer"] == 0, "kl_to_final"].min() > 1e-2
 
 
-# --- Own and fixed decoder -------------------------------------------------------------------------------------------------------------------
+# --- Own and fixed decoder ------------------------------------------------------------------------
 
 
 def test_a_change_of_the_decoder_alone_is_invisible_to_the_bases_decoder(
@@ -265,7 +269,7 @@ def test_naming_the_model_as_its_decoder_changes_nothing(
     assert lens_by_example(model, [batch], model).equals(lens_by_example(model, [batch]))
 
 
-# --- Closed forms ----------------------------------------------------------------------------------------------------------------------------
+# --- Closed forms ---------------------------------------------------------------------------------
 
 
 def test_a_decoder_that_knows_nothing_gives_chance_everywhere(
@@ -322,7 +326,8 @@ def test_foils_are_the_other_distinct_answers_of_the_same_kind(
     kinds = ["drink", "drink", "drink", "pet", "drink"]
     found = lens_by_example(model, [replace(batch, input_ids=ids)], kinds=kinds)
     first = found[found["layer"] == 0]["foil_probability"].tolist()
-    # Drinks are 5 and 8; the answer of another fact that is the same word is no foil; a kind with one answer has none.
+    # Drinks are 5 and 8; the answer of another fact that is the same word is no foil; a kind with
+    # one answer has none.
     assert first[0] == pytest.approx(1 / 2)
     assert first[1] == first[2] == pytest.approx(1 / 98)
     assert math.isnan(first[3])
@@ -355,7 +360,7 @@ def test_all_answer_tokens_are_averaged_over_the_answer(
         assert row["answer_log_probability"] == pytest.approx(np.mean(np.log(likely)), rel=1e-5)
 
 
-# --- Intervals -------------------------------------------------------------------------------------------------------------------------------
+# --- Intervals ------------------------------------------------------------------------------------
 
 
 def test_paraphrases_of_a_fact_count_once_and_intervals_hold_the_value(
@@ -403,7 +408,7 @@ def test_rows_of_the_table_name_the_block_the_decoder_and_the_metric(
     assert cell["n"].tolist() == [3]
 
 
-# --- Batching, padding, and the model afterwards ---------------------------------------------------------------------------------------------
+# --- Batching, padding, and the model afterwards --------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", ["first", "all"])

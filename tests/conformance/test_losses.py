@@ -1,4 +1,6 @@
-"""Losses, scores and divergences against float64 log-softmax by hand and against greedy generation."""
+"""Losses, scores and divergences against float64 log-softmax by hand and against greedy
+generation.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ Padder = Callable[..., Batch]
 
 
 def _by_hand(model: PreTrainedModel, batch: Batch) -> np.ndarray:
-    """``[batch, position - 1]`` NLL of every next token, float64, one row at a time and without its padding; zero elsewhere."""
+    """``[batch, position - 1]`` NLL of every next token, float64, one row at a time and without its
+    padding; zero elsewhere.
+    """
     table = np.zeros((batch.size, batch.input_ids.shape[1] - 1))
     for row in range(batch.size):
         length = int(batch.attention_mask[row].sum())
@@ -242,7 +246,7 @@ def test_mean_kl_is_per_target_token_whatever_the_batches(
     assert mean_kl(other, sets, reference) == pytest.approx(total / count, rel=1e-4)
 
 
-# --- which tokens are targets ----------------------------------------------------------------------------------------------------------------
+# --- which tokens are targets ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +334,8 @@ def test_bad_texts_are_refused(words: PreTrainedTokenizerBase) -> None:
 
 
 def test_an_answer_that_the_cut_splits_is_refused(words: PreTrainedTokenizerBase) -> None:
-    # "1.0 where greedy decoding gives the whole answer": half an answer can only be recalled by half.
+    # "1.0 where greedy decoding gives the whole answer": half an answer can only be recalled by
+    # half.
     example = Example("Ana lives in Zürich .", answer=(13, 19), item="x")
     with pytest.raises(WorkbenchError, match="cut"):
         encode(words, [example], max_length=8)

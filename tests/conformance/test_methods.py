@@ -1,4 +1,6 @@
-"""Likelihood and representation objectives of the methods against loops over examples and tokens, and their values at the reference."""
+"""Likelihood and representation objectives of the methods against loops over examples and tokens,
+and their values at the reference.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ DIRECTION = control_vector(16, 3)
 
 @dataclass(frozen=True)
 class Point:
-    """A model away from its reference, a teacher trained elsewhere, and a batch whose rows have answers and refusals of unequal length."""
+    """A model away from its reference, a teacher trained elsewhere, and a batch whose rows have
+    answers and refusals of unequal length.
+    """
 
     model: PreTrainedModel
     reference: PreTrainedModel
@@ -74,7 +78,7 @@ def _two(model: PreTrainedModel) -> tuple[Site, ...]:
     return resolve(model, "blocks.{0..1}.hook_resid_post")
 
 
-# --- the formulas by hand: float64, one example and one token at a time ----------------------------------------------------------------------
+# --- the formulas by hand: float64, one example and one token at a time ---------------------------
 
 
 @torch.no_grad()
@@ -188,7 +192,9 @@ def _teacher_kl(p: Point, temperature: float, sign: float) -> float:
 def _rows(
     model: PreTrainedModel, batch: Batch, block: int = 0, *, bos: bool = False
 ) -> list[Tensor]:
-    """The block's output at every real token; BOS only where asked for. Blocks 0 and 1 of 3 are hidden states before any final norm."""
+    """The block's output at every real token; BOS only where asked for. Blocks 0 and 1 of 3 are
+    hidden states before any final norm.
+    """
     hidden = model(**batch.inputs, output_hidden_states=True).hidden_states[block + 1].double()
     return [
         hidden[row, t]
@@ -289,7 +295,8 @@ def test_every_term_is_its_formula(name: str, point: Point) -> None:
 def test_the_gradient_of_every_term_is_its_derivative(
     name: str, point: Point, gradients: Gradients
 ) -> None:
-    # Central differences along the gradient; the weights are float64, the losses float32, hence the modest tolerance.
+    # Central differences along the gradient; the weights are float64, the losses float32, hence the
+    # modest tolerance.
     model, loss, step = copy.deepcopy(point.model).double(), TERMS[name][0](point), 2e-3
     gradient = gradients(model, loss(model, point.batch, point.reference))
     length, values = _size(gradient), []
@@ -336,7 +343,8 @@ def test_padding_enters_no_term(name: str, point: Point, pad: Padder, gradients:
 def test_predictions_at_prompt_and_padding_positions_enter_no_likelihood_term(
     name: str, point: Point
 ) -> None:
-    # Among the logits at positions that predict no target token are those that the released code of UNDIAL averages over.
+    # Among the logits at positions that predict no target token are those that the released code of
+    # UNDIAL averages over.
     loss = TERMS[name][0](point)
     masks = [
         part.target_mask for part in (point.batch, point.batch.alternative) if part is not None
@@ -360,7 +368,7 @@ def test_predictions_at_prompt_and_padding_positions_enter_no_likelihood_term(
     assert after == before
 
 
-# --- values that are known without a computation ---------------------------------------------------------------------------------------------
+# --- values that are known without a computation --------------------------------------------------
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
@@ -371,7 +379,8 @@ def test_dpo_at_the_reference_prefers_nothing_and_pulls_answer_down_and_refusal_
     assert refusals is not None
     loss = idk_dpo(beta)(model, point.batch, point.reference)
     assert float(loss.detach()) == pytest.approx(2 / beta * math.log(2), rel=1e-6)
-    # d/dx of -2/beta log sigmoid(beta x) is -1 at 0, so the gradient is that of the summed log-likelihoods' difference.
+    # d/dx of -2/beta log sigmoid(beta x) is -1 at 0, so the gradient is that of the summed
+    # log-likelihoods' difference.
     tokens = refusals.target_mask.sum() / 3 * retain_cross_entropy(model, refusals, model)
     expected = gradients(
         model,
@@ -425,7 +434,8 @@ def test_undial_with_nothing_lowered_is_the_entropy_of_the_reference(point: Poin
 
 
 def test_undial_lowers_the_true_token_and_keeps_the_ratios_of_the_others(point: Point) -> None:
-    # Descent on UNDIAL from the reference moves the logits along target - softmax(z): down for the true token, up in proportion for the rest.
+    # Descent on UNDIAL from the reference moves the logits along target - softmax(z): down for the
+    # true token, up in proportion for the rest.
     logits: list[Tensor] = []
     model = copy.deepcopy(point.reference)
     handle = model.get_submodule("lm_head").register_forward_hook(
@@ -459,7 +469,8 @@ def test_generic_prediction_of_an_unmoved_teacher_or_of_no_strength_is_the_entro
 def test_simnpo_averages_tokens_within_a_sequence_and_then_sequences(point: Point) -> None:
     with torch.no_grad():
         found = float(simnpo(1e-4, 0.0)(point.model, point.batch, point.reference))
-    # For small beta the loss is 2/beta log 2 minus the mean of the per-sequence means; the mean over tokens is another number.
+    # For small beta the loss is 2/beta log 2 minus the mean of the per-sequence means; the mean
+    # over tokens is another number.
     rows = _nlls(point.model, point.batch)
     expected, tokens = (
         _mean([_mean(row) for row in rows]),
@@ -489,7 +500,8 @@ def test_breaking_circuits_is_one_at_the_reference_and_nothing_for_turned_repres
 
 
 def test_breaking_circuits_takes_the_cosine_of_every_token_not_of_means(point: Point) -> None:
-    # The baseline in the released CIR code divides by mean lengths; long tokens then count more than short ones.
+    # The baseline in the released CIR code divides by mean lengths; long tokens then count more
+    # than short ones.
     cosine, of_means = [], []
     for block in (0, 1):
         now, before = (

@@ -1,4 +1,6 @@
-"""Metrics of answers on a model whose every probability is written down, and on random transformers where padding and batching could matter."""
+"""Metrics of answers on a model whose every probability is written down, and on random transformers
+where padding and batching could matter.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def words() -> PreTrainedTokenizerBase:
 
 
 def bigram(table: Tensor) -> PreTrainedModel:
-    """A Llama whose next-token logits are ``table[token]``: one-hot embeddings, a block that adds nothing, and the table as its head."""
+    """A Llama whose next-token logits are ``table[token]``: one-hot embeddings, a block that adds
+    nothing, and the table as its head.
+    """
     size = len(table)
     shape = {
         "hidden_size": size,
@@ -83,7 +87,9 @@ def bigram(table: Tensor) -> PreTrainedModel:
 def transitions(
     tokenizer: PreTrainedTokenizerBase, probabilities: dict[str, dict[str, float]]
 ) -> PreTrainedModel:
-    """The bigram model with these probabilities of the next word; what is left of 1 is spread evenly over all other tokens."""
+    """The bigram model with these probabilities of the next word; what is left of 1 is spread
+    evenly over all other tokens.
+    """
     size = len(tokenizer)
     table = torch.zeros(size, size, dtype=torch.float64)
     for word, following in probabilities.items():
@@ -126,7 +132,7 @@ def ramp(size: int = 6) -> PreTrainedModel:
     return bigram(-torch.arange(float(size)).expand(size, size))
 
 
-# --- ranks -----------------------------------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 def test_the_bigram_model_is_what_it_is_said_to_be() -> None:
@@ -229,7 +235,7 @@ def test_neither_padding_nor_batching_changes_a_value(
         assert perplexity(model, sets) == pytest.approx(whole, rel=1e-5)
 
 
-# --- extraction strength ---------------------------------------------------------------------------------------------------------------------
+# --- extraction strength --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -283,7 +289,7 @@ def _continues(model: PreTrainedModel, ids: Sequence[int], given: int) -> bool:
     return found[0].tolist() == list(ids)
 
 
-# --- perplexity ------------------------------------------------------------------------------------------------------------------------------
+# --- perplexity -----------------------------------------------------------------------------------
 
 
 def test_perplexity_is_per_token_over_the_whole_set() -> None:
@@ -338,7 +344,7 @@ def test_measuring_leaves_the_model_as_it_was(
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-# --- multiple choice -------------------------------------------------------------------------------------------------------------------------
+# --- multiple choice ------------------------------------------------------------------------------
 
 TOWNS = {
     "in": {"Oslo": 0.5, "Rome": 0.3, "Lima": 0.1},
@@ -478,7 +484,7 @@ def test_an_answer_that_begins_the_text_has_no_probability(make_model: ModelMake
         )
 
 
-# --- truth ratio -----------------------------------------------------------------------------------------------------------------------------
+# --- truth ratio ----------------------------------------------------------------------------------
 
 
 def test_the_truth_ratio_is_equation_one(words: PreTrainedTokenizerBase) -> None:
@@ -513,7 +519,8 @@ def test_the_clipped_forms() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_a_diverged_model_gives_no_nonsense(words: PreTrainedTokenizerBase) -> None:
-    # Both probabilities underflow in float64; their ratio, exp(-1000), and its inverse do so rightly.
+    # Both probabilities underflow in float64; their ratio, exp(-1000), and its inverse do so
+    # rightly.
     table = torch.zeros(len(words), len(words))
     table[:, token(words, "Oslo")], table[:, token(words, "Rome")] = -2000, -3000
     found = truth_ratio(
@@ -566,7 +573,7 @@ def test_forget_quality_is_the_kolmogorov_smirnov_p() -> None:
             forget_quality(a, bad)
 
 
-# --- generation ------------------------------------------------------------------------------------------------------------------------------
+# --- generation -----------------------------------------------------------------------------------
 
 
 def _gpt2(size: int) -> PreTrainedModel:
@@ -741,7 +748,7 @@ def test_wrong_prompts_are_refused(words: PreTrainedTokenizerBase, llama: PreTra
             generate_answers(llama, tokenizer, prompts, tokens, size)
 
 
-# --- words -----------------------------------------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""What rounding makes is no direction, and what stands above its own rounding is one, whatever else the rows hold."""
+"""What rounding makes is no direction, and what stands above its own rounding is one, whatever else
+the rows hold.
+"""
 
 from __future__ import annotations
 

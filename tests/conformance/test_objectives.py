@@ -87,7 +87,7 @@ def _mlp_outputs(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
     return found
 
 
-# --- cross-entropy terms ---------------------------------------------------------------------------------------------------------------------
+# --- cross-entropy terms --------------------------------------------------------------------------
 
 
 def test_gradient_ascent_is_minus_gradient_descent(llama: PreTrainedModel, batch: Batch) -> None:
@@ -123,7 +123,7 @@ def test_an_objective_is_the_weighted_sum_of_its_terms(
     )
 
 
-# --- NPO -------------------------------------------------------------------------------------------------------------------------------------
+# --- NPO ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.5, 3.0])
@@ -184,7 +184,7 @@ def test_beta_must_be_positive() -> None:
             npo(beta)
 
 
-# --- RMU -------------------------------------------------------------------------------------------------------------------------------------
+# --- RMU ------------------------------------------------------------------------------------------
 
 
 def test_steering_is_the_mean_square_distance_to_the_target_over_content_tokens(
@@ -257,7 +257,7 @@ def test_keeping_a_representation_is_the_mean_square_difference(
         )
 
 
-# --- MLP breaking and its retain term --------------------------------------------------------------------------------------------------------
+# --- MLP breaking and its retain term -------------------------------------------------------------
 
 
 def test_mlp_breaking_at_the_reference_is_the_spread_of_the_output_lengths(
@@ -357,7 +357,7 @@ def test_retain_kl_is_the_mean_over_target_tokens(
         assert float(retain_kl(model, batch, llama)) == pytest.approx(float(expected), rel=1e-4)
 
 
-# --- what holds for every term ---------------------------------------------------------------------------------------------------------------
+# --- what holds for every term --------------------------------------------------------------------
 
 
 def _terms(model: PreTrainedModel) -> dict[str, Loss]:
@@ -374,8 +374,15 @@ def _terms(model: PreTrainedModel) -> dict[str, Loss]:
 
 
 TERMS = [
-    "retain cross-entropy", "negative cross-entropy", "retain kl", "npo", "steer to", "keep representation", "mlp breaking", "keep hidden",
-]  # fmt: skip
+    "retain cross-entropy",
+    "negative cross-entropy",
+    "retain kl",
+    "npo",
+    "steer to",
+    "keep representation",
+    "mlp breaking",
+    "keep hidden",
+]
 
 
 def test_the_list_of_terms_is_complete(llama: PreTrainedModel) -> None:
@@ -411,7 +418,8 @@ def test_every_objective_moves_the_gradient_away_from_its_trivial_points(
 def test_the_gradient_of_every_objective_is_its_derivative(
     name: str, llama: PreTrainedModel, batch: Batch, nearby: Mover, gradients: Gradients
 ) -> None:
-    # Central differences in float64 along the gradient itself; losses are taken in float32, hence the modest tolerance.
+    # Central differences in float64 along the gradient itself; losses are taken in float32, hence
+    # the modest tolerance.
     model, term, step = nearby(llama.double()), _terms(llama)[name], 2e-3
     gradient = gradients(model, term(model, batch, llama))
     length = _length(gradient)

@@ -89,7 +89,9 @@ def _run(setup: Setup, made: Recipe, forget: tuple[Example, ...] = FORGET) -> di
 
 
 def _hand_gradient(model: PreTrainedModel, texts: list[Batch]) -> dict[str, Tensor]:
-    """Gradient of the log-likelihood summed over all target tokens, in float64, with log-softmax and loops of its own."""
+    """Gradient of the log-likelihood summed over all target tokens, in float64, with log-softmax
+    and loops of its own.
+    """
     double = copy.deepcopy(model).double()
     total = {
         name: torch.zeros_like(parameter)
@@ -116,7 +118,9 @@ def _forget_texts(setup: Setup, size: int = 2) -> list[Batch]:
 
 
 def _soft(matrix: Tensor, source: Tensor, components: int) -> Tensor:
-    """Both sides of ``matrix`` with the top singular directions of ``source`` shrunk to the smallest of them."""
+    """Both sides of ``matrix`` with the top singular directions of ``source`` shrunk to the
+    smallest of them.
+    """
     left, singular, right = torch.linalg.svd(source, full_matrices=False)
     kept = singular[components - 1] / singular[:components]
     of_rows = (
@@ -139,7 +143,7 @@ def _close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )
 
 
-# --- the change ------------------------------------------------------------------------------------------------------------------------------
+# --- the change -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [2, 5])
@@ -192,7 +196,7 @@ def test_the_first_component_alone_changes_nothing_under_soft_collapse(setup: Se
     _close(_run(setup, _recipe(components=1)), _hand_gradient(setup.base, _forget_texts(setup)))
 
 
-# --- the adversary ---------------------------------------------------------------------------------------------------------------------------
+# --- the adversary --------------------------------------------------------------------------------
 
 
 def _at_the_gradient(setup: Setup, **settings: Any) -> tuple[float, dict[str, Tensor]]:
@@ -248,7 +252,7 @@ def test_with_an_adversary_the_gradient_is_that_at_its_weights(setup: Setup) -> 
     )
 
 
-# --- weights and errors ----------------------------------------------------------------------------------------------------------------------
+# --- weights and errors ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -294,7 +298,8 @@ def test_parameters_that_are_no_matrices_are_refused(setup: Setup) -> None:
 def test_a_gradient_of_low_rank_survives_soft_collapse_and_hard_collapse_of_all_of_it_is_reported(
     setup: Setup,
 ) -> None:
-    # One target token in one text: the gradient of the last block's output matrix is a single outer product.
+    # One target token in one text: the gradient of the last block's output matrix is a single outer
+    # product.
     (short,) = (replace(FORGET[2], text="Mia Holm lives in Oslo", answer=(18, 22)),)
     target = "model.layers.1.mlp.down_proj.weight"
     (batch,) = batches(setup.tokenizer, [short], 1, targets="answer")

@@ -1,4 +1,6 @@
-"""Lines, attack paths and planes between checkpoints against parabolas, wells of known height, plane geometry and random walks."""
+"""Lines, attack paths and planes between checkpoints against parabolas, wells of known height,
+plane geometry and random walks.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,8 @@ def test_a_line_ends_at_the_other_checkpoint(
 
 
 def test_two_wells_have_a_barrier_of_known_height(llama: PreTrainedModel) -> None:
-    # (x^2 - 1)^2 from the well at -1 to that at 1, x = 2 a - 1: height 1 in the middle, area (1/2) * 16/15.
+    # (x^2 - 1)^2 from the well at -1 to that at 1, x = 2 a - 1: height 1 in the middle, area (1/2)
+    # * 16/15.
     wells = _of(llama, lambda e: ((e[0] - 1) ** 2 - 1) ** 2)
     line = line_losses(llama, _along({0: 2.0}), np.linspace(0, 1, 201).tolist(), {"forget": wells})
     row = _only_row(barriers(line))

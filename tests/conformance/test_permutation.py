@@ -128,7 +128,8 @@ def test_areas_of_known_curves() -> None:
     assert area_under(np.array([3.0, 4.0, 9.0]), np.array([0.25, 0.25, 0.25])) == pytest.approx(
         0.25
     )
-    # 0 to 1 in the first of four steps, then 1: (0.5 + 3) / 4. The mean of the three heights would be 2 / 3.
+    # 0 to 1 in the first of four steps, then 1: (0.5 + 3) / 4. The mean of the three heights would
+    # be 2 / 3.
     assert area_under(np.array([0, 1, 4]), np.array([0, 1, 1])) == pytest.approx(3.5 / 4)
     x = np.linspace(2, 5, 2001)
     assert area_under(x, x**2) == pytest.approx((125 - 8) / 9, rel=1e-6)

@@ -1,4 +1,6 @@
-"""Linear probes: planted structure is found, random labels are not, no subject is on both sides, and a rotated stream keeps its own probe and loses the other's."""
+"""Linear probes: planted structure is found, random labels are not, no subject is on both sides,
+and a rotated stream keeps its own probe and loses the other's.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ SUBJECTS, PER_SUBJECT, WIDTH = 24, 3, 10
 def _planted(
     classes: int = 2, strength: float = 8.0, seed: int = 0, subjects: int = SUBJECTS
 ) -> tuple[Tensor, list[str], list[str]]:
-    """Rows in which the label of a subject stands on its own axis, under unit noise; three rows a subject."""
+    """Rows in which the label of a subject stands on its own axis, under unit noise; three rows a
+    subject.
+    """
     noise = torch.randn(
         subjects * PER_SUBJECT, WIDTH, generator=torch.Generator().manual_seed(seed)
     )
@@ -59,7 +63,7 @@ def _arm(
     return row  # type: ignore[no-any-return]
 
 
-# --- What is found, and what is not ----------------------------------------------------------------------------------------------------------
+# --- What is found, and what is not ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -96,7 +100,8 @@ def test_random_labels_are_at_chance_although_there_are_more_coordinates_than_ro
 
 
 def test_what_identifies_a_subject_is_no_label() -> None:
-    # Every subject has its own axis and its own random label: with subjects on both sides a probe reads all of them, with none it reads nothing.
+    # Every subject has its own axis and its own random label: with subjects on both sides a probe
+    # reads all of them, with none it reads nothing.
     groups = np.repeat(np.arange(20), 4)
     stream = (
         torch.eye(20)[torch.from_numpy(groups)] * 10
@@ -132,7 +137,9 @@ def test_the_accuracy_is_that_of_a_probe_written_out_by_hand() -> None:
     stream, labels, groups = _planted(3, strength=1.5)
     stream = (
         stream * torch.logspace(-2, 2, WIDTH)
-    )  # the label's coordinates are the smallest: only standardised are they seen through the penalty
+        # the label's coordinates are the smallest: only standardised are they seen through the
+        # penalty
+    )
     label, group = np.asarray(labels), np.asarray(groups)
     fold = probes._deal(label, group, 4, seed=7)
     right = np.zeros(len(label))
@@ -151,7 +158,8 @@ def test_the_accuracy_is_that_of_a_probe_written_out_by_hand() -> None:
 
 
 def test_subjects_weigh_the_same_however_many_rows_they_have() -> None:
-    # Twenty subjects of one row each are told right; one of three rows lies on the wrong side, outnumbered there.
+    # Twenty subjects of one row each are told right; one of three rows lies on the wrong side,
+    # outnumbered there.
     labels = ["a"] * 10 + ["b"] * 10 + ["a"] * 3
     groups = [f"s{i}" for i in range(20)] + ["large"] * 3
     stream = torch.cat([torch.full((10, 1), -5.0), torch.full((13, 1), 5.0)])
@@ -160,7 +168,7 @@ def test_subjects_weigh_the_same_however_many_rows_they_have() -> None:
     assert own["value"] == pytest.approx(20 / 21)  # by rows it would be 20 / 23
 
 
-# --- Controls --------------------------------------------------------------------------------------------------------------------------------
+# --- Controls -------------------------------------------------------------------------------------
 
 
 def test_control_labels_move_between_subjects_whole_and_stay_within_their_kind() -> None:
@@ -193,7 +201,8 @@ def test_what_the_question_alone_gives_away_is_in_the_control_where_kinds_are_to
     assert (
         _arm(told, "own")["value"] == _arm(untold, "own")["value"] == pytest.approx(0.5, abs=0.15)
     )
-    # Chance of the kind, one half, is all there is: the control sees it, and the majority of the kind too.
+    # Chance of the kind, one half, is all there is: the control sees it, and the majority of the
+    # kind too.
     assert _arm(told, "control")["value"] == pytest.approx(0.5, abs=0.15)
     assert abs(_arm(told, "own", measure="selectivity")["value"]) < 0.15
     assert _arm(told, "majority")["value"] > 0.5 - 1e-9
@@ -214,7 +223,8 @@ def test_a_label_that_one_subject_alone_has_is_above_the_ceiling() -> None:
 
 def test_only_scored_rows_count_and_all_rows_train() -> None:
     stream, labels, groups = _planted(2, strength=25)
-    # The first two subjects alone are counted: two subjects alone could not teach a probe both labels.
+    # The first two subjects alone are counted: two subjects alone could not teach a probe both
+    # labels.
     scored = np.array([group in ("subject 0", "subject 1") for group in groups])
     found = probe_by_layer({0: stream}, labels, groups, scored=scored)
     assert _arm(found, "own")["value"] == 1.0
@@ -262,7 +272,7 @@ def test_units_and_offsets_of_a_stream_are_no_matter() -> None:
     assert _arm(plain, "own")["value"] == pytest.approx(_arm(large, "own")["value"], abs=0.03)
 
 
-# --- Transfer --------------------------------------------------------------------------------------------------------------------------------
+# --- Transfer -------------------------------------------------------------------------------------
 
 ARMS = ("base->base", "base->unlearned", "unlearned->base", "unlearned->unlearned")
 
@@ -305,7 +315,8 @@ def test_a_mirrored_label_is_read_inside_out_by_the_other_probe() -> None:
 
 
 def test_transfer_never_reads_a_subject_that_trained_its_probe() -> None:
-    # Each subject has one axis in both models, and a random label: only a probe that has seen the subject could know.
+    # Each subject has one axis in both models, and a random label: only a probe that has seen the
+    # subject could know.
     axes = torch.eye(20).repeat_interleave(2, dim=0) * 10
     labels = np.repeat(np.array(["a", "b"])[np.random.default_rng(3).integers(0, 2, 20)], 2)
     found = probe_transfer(
@@ -314,7 +325,7 @@ def test_transfer_never_reads_a_subject_that_trained_its_probe() -> None:
     assert max(_arm(found, arm)["value"] for arm in ARMS) <= 0.65
 
 
-# --- The table and bad input -----------------------------------------------------------------------------------------------------------------
+# --- The table and bad input ----------------------------------------------------------------------
 
 
 def test_rows_of_the_table_hold_the_arms_of_the_figure() -> None:
@@ -380,7 +391,7 @@ def test_bad_input_says_what_would_be_right() -> None:
         probe_transfer(streams, {0: stream[1:]}, labels, groups)
 
 
-# --- Reading the streams ---------------------------------------------------------------------------------------------------------------------
+# --- Reading the streams --------------------------------------------------------------------------
 
 
 def _states(model: PreTrainedModel, batch: Batch) -> list[Tensor]:

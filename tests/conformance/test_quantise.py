@@ -1,4 +1,6 @@
-"""Quantisation: codes by hand, its laws, which weights of which architecture are rounded along which side, and what survives of a change."""
+"""Quantisation: codes by hand, its laws, which weights of which architecture are rounded along
+which side, and what survives of a change.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ def _same(one: PreTrainedModel, two: PreTrainedModel) -> set[str]:
     }
 
 
-# --- the code of one matrix ------------------------------------------------------------------------------------------------------------------
+# --- the code of one matrix -----------------------------------------------------------------------
 
 
 def test_four_bits_by_hand() -> None:
@@ -115,7 +117,9 @@ def test_laws_of_rounding(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_largest_weight_keeps_every_bit(bits: int, dtype: torch.dtype) -> None:
-    """Step times code would not: ``x / 7 * 7`` is another number than ``x`` in one case of eleven."""
+    """Step times code would not: ``x / 7 * 7`` is another number than ``x`` in one case of
+    eleven.
+    """
     weight = _random(5000, 3, dtype=dtype)
     assert torch.equal(absmax_codes(weight, bits).values.abs().amax(1), weight.abs().amax(1))
 
@@ -132,7 +136,7 @@ def test_stacked_matrices_are_rounded_one_by_one() -> None:
         )
 
 
-# --- models ----------------------------------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -231,9 +235,17 @@ def test_gpt2_is_rounded_along_its_inputs_too() -> None:
 
 
 SHAPE: dict[str, Any] = {
-    "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0, "head_dim": 4,
-}  # fmt: skip
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "head_dim": 4,
+}
 
 
 @pytest.mark.parametrize(("kind", "transposed"), [("Mixtral", False), ("GptOss", True)])
@@ -257,7 +269,7 @@ def test_fused_experts_are_rounded_expert_by_expert(kind: str, transposed: bool)
     assert any("router" in name or "gate.weight" in name for name in _same(model, found.model))
 
 
-# --- what survives ---------------------------------------------------------------------------------------------------------------------------
+# --- what survives --------------------------------------------------------------------------------
 
 
 def _one_matrix(model: PreTrainedModel, weight: Tensor) -> PreTrainedModel:
@@ -272,7 +284,8 @@ def _one_matrix(model: PreTrainedModel, weight: Tensor) -> PreTrainedModel:
 
 
 def test_a_change_by_hand(llama: PreTrainedModel) -> None:
-    # A step of 1. Codes (7, 2, 0, 1) and (7, 2, 1, 1): the second weight keeps its code, the third does not, the last does not change.
+    # A step of 1. Codes (7, 2, 0, 1) and (7, 2, 1, 1): the second weight keeps its code, the third
+    # does not, the last does not change.
     base, unlearned = (
         _one_matrix(llama, torch.tensor(row))
         for row in ([7.0, 2.0, 0.4, 1.0], [7.0, 2.3, 0.6, 1.0])
@@ -349,7 +362,9 @@ def test_shares_are_those_of_the_quantised_models(
 
 
 def test_a_small_change_is_carried_on_average_by_few_codes(make_model: ModelMaker) -> None:
-    """Weights lie anywhere between two codes, so a change of a twentieth of a step moves one code in twenty by a whole step: the mean survives, under noise."""
+    """Weights lie anywhere between two codes, so a change of a twentieth of a step moves one code
+    in twenty by a whole step: the mean survives, under noise.
+    """
     base = make_model(hidden_size=128, intermediate_size=256, head_dim=32)
     unlearned = copy.deepcopy(base)
     with torch.no_grad():
@@ -367,7 +382,7 @@ def test_a_small_change_is_carried_on_average_by_few_codes(make_model: ModelMake
     assert f"{found.share:.2%}" in found._repr_html_()
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [0, 2, 3, 16])

@@ -1,4 +1,6 @@
-"""The registry: sources, published defaults, settings and their errors, recipes for every family; and the refusals that some methods train on."""
+"""The registry: sources, published defaults, settings and their errors, recipes for every family;
+and the refusals that some methods train on.
+"""
 
 from __future__ import annotations
 
@@ -36,25 +38,47 @@ PUBLISHED: dict[str, dict[str, float | str]] = {
     "simnpo": {"beta": 4.5, "margin": 0.0, "forget_weight": 0.125, "retain_weight": 1.0},
     "idk-dpo": {"beta": 0.1, "retain_weight": 1.0},
     "idk-nll": {"retain_weight": 1.0},
-    "rmu": {"lr": 5e-5, "steps": 150, "batch_size": 4, "steering": 6.5, "retain_weight": 1200, "layer": -1, "optimiser": "adamw"},
+    "rmu": {
+        "lr": 5e-5,
+        "steps": 150,
+        "batch_size": 4,
+        "steering": 6.5,
+        "retain_weight": 1200,
+        "layer": -1,
+        "optimiser": "adamw",
+    },
     "rmu-rna": {"steering": 6.5, "retain_weight": 1200},
     "adaptive-rmu": {"lr": 5e-5, "scale": 5.0, "retain_weight": 1200},
     "rsv": {"lr": 5e-5, "steering": 10.0},
-    "circuit-breakers": {"lr": 1e-4, "steps": 150, "batch_size": 16, "strength": 10.0, "horizon": 300},
+    "circuit-breakers": {
+        "lr": 1e-4,
+        "steps": 150,
+        "batch_size": 16,
+        "strength": 10.0,
+        "horizon": 300,
+    },
     "undial": {"lr": 1e-4, "beta": 10.0, "retain_weight": 0.0},
     "whp": {"strength": 5.0},
     "mlp-breaking": {"lr": 0.2, "loss": "mlp-breaking"},
     "cir": {
-        "lr": 0.2, "activation_components": 24, "gradient_components": 36, "batch_size": 32, "retain_rate": 3e-4,
-        "loss": "mlp-breaking", "kind": "hard", "statistics": "forget",
+        "lr": 0.2,
+        "activation_components": 24,
+        "gradient_components": 36,
+        "batch_size": 32,
+        "retain_rate": 3e-4,
+        "loss": "mlp-breaking",
+        "kind": "hard",
+        "statistics": "forget",
     },
     "cir-uncollapsed": {"lr": 0.2, "loss": "mlp-breaking"},
     "repselect": {"components": 512, "kind": "soft", "statistics": "forget"},
-}  # fmt: skip
+}
 
 
 def _tiny(family: str) -> PreTrainedModel:
-    """A two-block model of a family whose modules have other names, other shapes (GPT-2 keeps weights transposed) or other blocks (Phi is parallel)."""
+    """A two-block model of a family whose modules have other names, other shapes (GPT-2 keeps
+    weights transposed) or other blocks (Phi is parallel).
+    """
     shape = {
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -89,7 +113,7 @@ def _tiny(family: str) -> PreTrainedModel:
     return model.eval()
 
 
-# --- entries ---------------------------------------------------------------------------------------------------------------------------------
+# --- entries --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -154,7 +178,7 @@ def test_at_the_depth_of_the_published_runs_the_published_layers_are_chosen(
     assert blocks("repselect") == set(range(32))
 
 
-# --- settings --------------------------------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 def test_an_unknown_method_is_answered_with_its_neighbours() -> None:
@@ -255,7 +279,7 @@ def test_a_setting_that_a_method_fixes_cannot_be_given_another_value_in_silence(
         recipe(name, llama, 0, overrides)
 
 
-# --- families --------------------------------------------------------------------------------------------------------------------------------
+# --- families -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -277,7 +301,7 @@ def test_every_method_builds_for_every_family_and_names_parameters_that_exist(
         )
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def test_a_refusal_answers_the_same_question() -> None:

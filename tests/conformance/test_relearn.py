@@ -1,4 +1,6 @@
-"""The attacker's optimiser against its own formula: which parameters move, by how much, in which precision, from which texts, and what is measured when."""
+"""The attacker's optimiser against its own formula: which parameters move, by how much, in which
+precision, from which texts, and what is measured when.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,7 @@ def _spy(monkeypatch: pytest.MonkeyPatch, seen: list[tuple[str, ...]]) -> None:
     monkeypatch.setattr(module, "encode", record)
 
 
-# --- What is trained -------------------------------------------------------------------------------------------------------------------------
+# --- What is trained ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -254,7 +256,8 @@ def test_merged_weights_do_what_the_adapters_did(
     merged = relearn(model, words, TEXTS, measure, settings, seed=0)
     (logits, adapters) = last[0]
     torch.testing.assert_close(_logits(merged, words), logits, rtol=1e-4, atol=1e-4)
-    # An ordinary model of the same class with the same names, and W + (alpha / r) B A with alpha = 2 r.
+    # An ordinary model of the same class with the same names, and W + (alpha / r) B A with alpha =
+    # 2 r.
     assert type(merged) is type(model)
     assert list(_weights(merged)) == list(_weights(model))
     for layer in range(2):
@@ -298,7 +301,7 @@ def test_the_adapters_first_weights_come_from_the_seed_alone(model: PreTrainedMo
     assert torch.equal(torch.rand(3), expected)  # the caller's randomness is left alone
 
 
-# --- One step by hand ------------------------------------------------------------------------------------------------------------------------
+# --- One step by hand -----------------------------------------------------------------------------
 
 
 def test_a_step_of_sgd_is_theta_minus_rate_times_gradient(
@@ -314,7 +317,8 @@ def test_a_step_of_sgd_is_theta_minus_rate_times_gradient(
 def test_sgd_has_no_momentum_and_no_decay(
     model: PreTrainedModel, words: PreTrainedTokenizerBase
 ) -> None:
-    # Two steps of everything are two single attacks of one step each, one from where the other ended.
+    # Two steps of everything are two single attacks of one step each, one from where the other
+    # ended.
     twice = _weights(_run(model, words, optimiser="sgd", lr=0.1, steps=2, measure_at=(0, 2)))
     once = _run(model, words, optimiser="sgd", lr=0.1)
     again = _weights(_run(once, words, optimiser="sgd", lr=0.1))
@@ -325,7 +329,8 @@ def test_sgd_has_no_momentum_and_no_decay(
 def test_the_first_step_of_adamw_is_the_rate_times_the_sign(
     model: PreTrainedModel, words: PreTrainedTokenizerBase
 ) -> None:
-    # Bias-corrected moments after one step are g and g^2: the step is lr g / (|g| + eps), and nothing where g is exactly 0.
+    # Bias-corrected moments after one step are g and g^2: the step is lr g / (|g| + eps), and
+    # nothing where g is exactly 0.
     gradients, before = _gradients(model, words), _weights(model)
     after = _weights(_run(model, words, lr=1e-2))
     for name, gradient in gradients.items():
@@ -378,7 +383,7 @@ def test_the_loss_of_a_step_is_the_mean_over_tokens_not_over_texts(
         )
 
 
-# --- Precision -------------------------------------------------------------------------------------------------------------------------------
+# --- Precision ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
@@ -419,7 +424,8 @@ def test_the_float32_arm_of_a_bf16_model_is_float32(
 def test_an_update_below_half_a_step_of_bf16_is_lost_and_one_above_it_is_not(
     model: PreTrainedModel, words: PreTrainedTokenizerBase
 ) -> None:
-    # bf16 has 8 significant bits: around 1 its numbers are 1/128 apart above and 1/256 below. AdamW's first step is lr for every coordinate with a gradient.
+    # bf16 has 8 significant bits: around 1 its numbers are 1/128 apart above and 1/256 below.
+    # AdamW's first step is lr for every coordinate with a gradient.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -462,7 +468,7 @@ def test_the_precision_of_an_adapted_model_is_that_of_its_frozen_weights(
     assert {value.dtype for value in merged.parameters()} == {torch.bfloat16}
 
 
-# --- Texts and batches -----------------------------------------------------------------------------------------------------------------------
+# --- Texts and batches ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 8), (1, 1), (3, 3), (8, 8), (50, 8)])
@@ -560,7 +566,7 @@ def test_texts_are_cut_to_the_given_length(
     assert all(torch.equal(value, _weights(short)[name]) for name, value in _weights(cut).items())
 
 
-# --- The model itself, and what is measured when ----------------------------------------------------------------------------------------------
+# --- The model itself, and what is measured when --------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -624,7 +630,8 @@ def test_measure_is_called_at_the_asked_steps_with_the_model_of_that_step(
     )
     assert calls == [0, 1, 3, 4]
     assert ticks == [(step, 4) for step in range(1, 5)]
-    # What is measured on the way is what an attack that ends there gives; measuring changes nothing.
+    # What is measured on the way is what an attack that ends there gives; measuring changes
+    # nothing.
     for step in (1, 3):
         last: list[Tensor] = []
         relearn(
@@ -665,7 +672,8 @@ def test_an_attack_that_breaks_says_where_and_keeps_what_was_measured(
     with pytest.raises(DivergedError, match=r"\blr\b") as caught:
         relearn(model, words, TEXTS, lambda attacked, step: calls.append(step), settings, seed=0)
     assert isinstance(caught.value, WorkbenchError)
-    # The loss of the named step is not finite, so everything before that step was measured, and nothing after it.
+    # The loss of the named step is not finite, so everything before that step was measured, and
+    # nothing after it.
     assert 1 < caught.value.step <= 9
     assert calls == list(range(caught.value.step))
     assert f"step {caught.value.step} of 9" in str(caught.value)
@@ -693,7 +701,8 @@ def test_a_model_that_is_broken_from_the_start_breaks_at_step_one(
 
 
 def test_a_broken_attack_can_be_reported_by_a_worker_process() -> None:
-    # joblib sends the errors of its workers as pickles; one that cannot be opened again hides its own message.
+    # joblib sends the errors of its workers as pickles; one that cannot be opened again hides its
+    # own message.
     again = pickle.loads(
         pickle.dumps(DivergedError("the attack's loss is nan at step 3 of 9; lower its lr", 3))
     )
@@ -708,7 +717,7 @@ def test_no_text_is_an_error(model: PreTrainedModel, words: PreTrainedTokenizerB
     assert not isinstance(caught.value, DivergedError)
 
 
-# --- Settings --------------------------------------------------------------------------------------------------------------------------------
+# --- Settings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Random noise augmentation: the size of the noise, its random stream and what it does to the expected gradient."""
+"""Random noise augmentation: the size of the noise, its random stream and what it does to the
+expected gradient.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ Gradients = Callable[[PreTrainedModel, Tensor], dict[str, Tensor]]
 
 def _rows(count: int = 1500, width: int = 256) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    # Lengths differ from row to row, so that "the mean length" cannot be mistaken for each row's own.
+    # Lengths differ from row to row, so that "the mean length" cannot be mistaken for each row's
+    # own.
     scales = torch.rand(count, 1, generator=generator) * 3 + 0.1
     return torch.randn(count, width, generator=generator) * scales
 
@@ -100,7 +103,8 @@ def test_noise_on_the_reference_does_not_move_the_expected_gradient(
     expected = flat(gradients(model, keep_representation(site)(model, batch, llama)))
     noisy = noisy_reference(keep_representation(site), site, 0.3, 11)
     draws = torch.stack([flat(gradients(model, noisy(model, batch, llama))) for _ in range(150)])
-    # Along fixed directions the mean over draws is the gradient without noise, within its standard error.
+    # Along fixed directions the mean over draws is the gradient without noise, within its standard
+    # error.
     generator = torch.Generator().manual_seed(0)
     directions = [
         expected,

@@ -1,4 +1,6 @@
-"""Rotation, drift and shape of the shift: the identity for a model against itself, planted turns and drifts by hand, nulls against simulation, and scikit-learn's PCA beside it."""
+"""Rotation, drift and shape of the shift: the identity for a model against itself, planted turns
+and drifts by hand, nulls against simulation, and scikit-learn's PCA beside it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ SHAPE = ("shift_rank", "leading_share", "common_share")
 
 
 def _rows(seed: int = 0, rows: int = 200, width: int = 8, decay: float = 0.6) -> Tensor:
-    """Rows whose coordinates have standard deviations 1, 0.6, 0.36, ..., about a mean that is not zero."""
+    """Rows whose coordinates have standard deviations 1, 0.6, 0.36, ..., about a mean that is not
+    zero.
+    """
     noise = torch.randn(
         rows, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
@@ -49,7 +53,7 @@ def _measure(before: Tensor, after: Tensor, rank: int = 3) -> pd.Series:
     return found.iloc[0]
 
 
-# --- Identity --------------------------------------------------------------------------------------------------------------------------------
+# --- Identity -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -83,12 +87,13 @@ def test_every_measure_sees_another_model_and_padding_changes_nothing(
     pd.testing.assert_frame_equal(padded, found, rtol=1e-3, atol=1e-4)
 
 
-# --- Directions that turn --------------------------------------------------------------------------------------------------------------------
+# --- Directions that turn -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("degrees", [0, 20, 60, 90])
 def test_a_turn_of_the_first_direction_is_its_angle(degrees: int) -> None:
-    # Uncorrelated coordinates, so that the principal directions are the axes; axis 0 turns towards axis 7, which lies outside the top three.
+    # Uncorrelated coordinates, so that the principal directions are the axes; axis 0 turns towards
+    # axis 7, which lies outside the top three.
     before = torch.from_numpy(PCA(whiten=True).fit_transform(_rows().numpy())) * torch.tensor(
         [8.0, 4, 2, 1, 0.5, 0.2, 0.1, 0.05], dtype=torch.float64
     )
@@ -175,7 +180,7 @@ def test_subspaces_of_unequal_rank_are_compared_on_the_smaller() -> None:
     assert len(angles_by_layer({0: before}, {0: after}, rank=4)) == 2
 
 
-# --- Drift -----------------------------------------------------------------------------------------------------------------------------------
+# --- Drift ----------------------------------------------------------------------------------------
 
 
 def test_a_drift_along_the_principal_directions_is_counted_in_standard_deviations() -> None:
@@ -207,7 +212,7 @@ def test_a_drift_beside_the_principal_directions_is_none_of_theirs() -> None:
     assert found["common_share"] == pytest.approx(1.0)
 
 
-# --- Shape of the shift ----------------------------------------------------------------------------------------------------------------------
+# --- Shape of the shift ---------------------------------------------------------------------------
 
 
 def test_the_shape_of_a_shift_by_hand() -> None:
@@ -284,7 +289,7 @@ def test_norms_are_those_of_the_model_after() -> None:
     assert found["norm_high"] == pytest.approx(np.quantile(np.arange(200), 0.975))
 
 
-# --- Anchors ---------------------------------------------------------------------------------------------------------------------------------
+# --- Anchors --------------------------------------------------------------------------------------
 
 
 def test_anchors_stand_beside_every_model() -> None:
@@ -318,7 +323,7 @@ def test_shuffling_keeps_rows_and_takes_one_order_for_all_blocks() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-# --- The table and bad input -----------------------------------------------------------------------------------------------------------------
+# --- The table and bad input ----------------------------------------------------------------------
 
 
 def test_rows_of_the_table_leave_out_what_has_no_value() -> None:

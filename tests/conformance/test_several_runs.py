@@ -76,7 +76,8 @@ def test_intervals_cover_the_mean_of_the_runs(between: float, runs: int) -> None
         seen = [_estimate(c + 0.1 * rng.standard_normal(), 0.1) for c in centres]
         found = random_effects(seen)
         held += found.low <= 0.3 <= found.high
-    # 95 % within three standard errors of the simulation; the guard against agreement may cover more
+    # 95 % within three standard errors of the simulation; the guard against agreement may cover
+    # more
     assert held / draws > 0.95 - 3 * np.sqrt(0.95 * 0.05 / draws)
 
 

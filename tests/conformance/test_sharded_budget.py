@@ -1,4 +1,6 @@
-"""Deltas and the line search on a model whose weights are sharded over two processes: the same numbers as in one process, and the same in both."""
+"""Deltas and the line search on a model whose weights are sharded over two processes: the same
+numbers as in one process, and the same in both.
+"""
 
 from __future__ import annotations
 
@@ -35,21 +37,35 @@ VOCABULARY = 51  # odd: the two shards of the embedding differ in size
 ALPHAS = (0.125, 0.3, 1.0)
 LATE = ("model.layers.1.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight")
 RESHARD = {"default": None, "resharded": True}
-"""What becomes of the root's weights after a forward pass: by FSDP's default they stay whole, else every weight is a shard again."""
+"""What becomes of the root's weights after a forward pass: by FSDP's default they stay whole, else
+every weight is a shard again.
+"""
 
 
 def _model() -> PreTrainedModel:
     shape = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, initializer_range=0.3, tie_word_embeddings=False, bos_token_id=1, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(shape).eval()
 
 
 def _moved(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with noise on every weight but those of the first block's MLP, which unlearning left as they were."""
+    """A copy with noise on every weight but those of the first block's MLP, which unlearning left
+    as they were.
+    """
     moved, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in moved.named_parameters():
@@ -59,7 +75,9 @@ def _moved(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _late(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy in which only the last row of three parameters differs: all of it lies in the last process's shard."""
+    """A copy in which only the last row of three parameters differs: all of it lies in the last
+    process's shard.
+    """
     moved = copy.deepcopy(model)
     with torch.no_grad():
         for name in LATE:
@@ -92,7 +110,9 @@ def _measured(
     shard: Callable[[PreTrainedModel], PreTrainedModel],
     note: dict[str, Any],
 ) -> None:
-    """Fill ``note`` with everything that unlearning asks of deltas and of the budget; ``shard`` is applied to every model first."""
+    """Fill ``note`` with everything that unlearning asks of deltas and of the budget; ``shard`` is
+    applied to every model first.
+    """
     batch = _texts()
     with torch.no_grad():
         reference = [next_token_logits(base, batch)]
@@ -133,7 +153,9 @@ def _noisy(offset: float) -> Callable[[float], float]:
 
 
 def _steep(offset: float) -> Callable[[float], float]:
-    """Close to the budget of 0.5 from alpha 0.2 on, so that an error decides every step of the search."""
+    """Close to the budget of 0.5 from alpha 0.2 on, so that an error decides every step of the
+    search.
+    """
     return lambda alpha: 0.5 + 1e-10 * (alpha - 0.7) + offset if alpha > 0.2 else alpha
 
 
@@ -147,7 +169,9 @@ ERROR = 1e-9
 
 
 def _searched(offset: float, note: dict[str, Any]) -> None:
-    """Fill ``note`` with the line search on every disruption of ``SEEN`` as this process sees it, once this error, once the opposite one."""
+    """Fill ``note`` with the line search on every disruption of ``SEEN`` as this process sees it,
+    once this error, once the opposite one.
+    """
     for name, seen in SEEN.items():
         for sign in (1, -1):
             note[name, sign] = astuple(match_budget(seen(sign * offset), 0.5))
@@ -192,7 +216,9 @@ def _process(rank: int, folder: str, budget: float) -> None:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    """What one process finds on the whole model, at three tenths of the disruption of the trained delta."""
+    """What one process finds on the whole model, at three tenths of the disruption of the trained
+    delta.
+    """
     note: dict[str, Any] = {}
     base, batch = _model(), _texts()
     note["budget"] = 0.3 * mean_kl(_moved(base), [batch], [_logits(base, batch)])
@@ -204,7 +230,9 @@ def alone() -> dict[str, Any]:
 def processes(
     alone: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
-    """What each of the two processes found. They run this file: a spawned function would have to be importable, and a test module need not be."""
+    """What each of the two processes found. They run this file: a spawned function would have to be
+    importable, and a test module need not be.
+    """
     folder, root = tmp_path_factory.mktemp("sharded"), str(Path(__file__).resolve().parents[2])
     commands = [
         [sys.executable, __file__, str(rank), str(folder), repr(alone["budget"])]
@@ -301,7 +329,7 @@ def test_a_scaled_delta_gives_the_same_weights_and_zero_restores_every_bit(
         assert _same(note["restored"], base)
 
 
-# --- processes that see different last bits --------------------------------------------------------------------------------------------------
+# --- processes that see different last bits -------------------------------------------------------
 
 
 @pytest.mark.parametrize("sign", [1, -1])

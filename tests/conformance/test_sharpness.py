@@ -1,4 +1,6 @@
-"""Curvature and slices against dense Hessians, finite differences and closed forms of a softmax head."""
+"""Curvature and slices against dense Hessians, finite differences and closed forms of a softmax
+head.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def _only(model: PreTrainedModel, names: Sequence[str]) -> PreTrainedModel:
 
 
 def _nll_sum(model: PreTrainedModel, weights: dict[str, Tensor], batch: Batch) -> Tensor:
-    """Summed NLL of the target tokens in float64, row by row without padding, by log-softmax: the reference."""
+    """Summed NLL of the target tokens in float64, row by row without padding, by log-softmax: the
+    reference.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for row in range(batch.size):
         length = int(batch.attention_mask[row].sum())
@@ -66,14 +70,18 @@ def _nll_sum(model: PreTrainedModel, weights: dict[str, Tensor], batch: Batch) -
 
 
 def _eager(model: PreTrainedModel) -> PreTrainedModel:
-    """A float64 copy with attention written out: nothing of the code under test is used for the reference."""
+    """A float64 copy with attention written out: nothing of the code under test is used for the
+    reference.
+    """
     twin = copy.deepcopy(model).double()
     twin.set_attn_implementation("eager")
     return twin
 
 
 def _dense(model: PreTrainedModel, batch: Batch) -> np.ndarray:
-    """Dense Hessian of the mean token loss over the trainable parameters, in the order of ``model.parameters()``."""
+    """Dense Hessian of the mean token loss over the trainable parameters, in the order of
+    ``model.parameters()``.
+    """
     twin = _eager(model)
     names, parameters = zip(
         *[(name, p) for name, p in twin.named_parameters() if p.requires_grad], strict=True
@@ -125,7 +133,8 @@ def test_the_product_is_the_dense_hessian_times_the_vector(
     hessian = _dense(small, batch)
     operator = Curvature(small, [batch])
     assert operator.size == len(hessian) == 288
-    # An indefinite matrix: a Gauss-Newton or Fisher product, which is never negative, would be another thing.
+    # An indefinite matrix: a Gauss-Newton or Fisher product, which is never negative, would be
+    # another thing.
     assert np.linalg.eigvalsh(hessian)[0] < -1e-3
     for seed in range(3):
         vector = _vector(operator.size, seed)
@@ -168,7 +177,8 @@ def test_the_gradient_is_that_of_the_mean_token_loss(
     other = make_batch((9, 3), seed=5)
     twin = _eager(small)
     parameters = {name: p for name, p in twin.named_parameters() if p.requires_grad}
-    # Thirteen-odd tokens in one batch and ten in the other: the mean over tokens is not the mean over batches.
+    # Thirteen-odd tokens in one batch and ten in the other: the mean over tokens is not the mean
+    # over batches.
     loss = sum(_nll_sum(twin, parameters, one) for one in (batch, other)) / sum(
         int(one.target_mask.sum()) for one in (batch, other)
     )
@@ -199,7 +209,8 @@ def test_any_split_into_micro_batches_gives_the_same_product_and_gradient(
 ) -> None:
     rng = np.random.default_rng(seed)
     whole = make_batch((9, 4, 6, 7, 3, 8), seed=seed)
-    # Random targets: rows, and so micro-batches, with very different numbers of target tokens, one row with none at all.
+    # Random targets: rows, and so micro-batches, with very different numbers of target tokens, one
+    # row with none at all.
     keep = torch.from_numpy(rng.random(tuple(whole.target_mask.shape)) < 0.5) & whole.target_mask
     keep[int(rng.integers(6))] = False
     whole = replace(whole, target_mask=keep)
@@ -299,7 +310,8 @@ def test_a_model_with_nothing_to_train_and_a_set_without_texts_are_refused(
 def test_a_loss_that_is_not_finite_is_refused_in_whichever_batch_it_is(
     sick: int, llama: PreTrainedModel, make_batch: BatchMaker
 ) -> None:
-    # Token 2 is in no generated text (they start at 3), so its broken embedding spoils only the batch that we put it into.
+    # Token 2 is in no generated text (they start at 3), so its broken embedding spoils only the
+    # batch that we put it into.
     with torch.no_grad():
         llama.get_input_embeddings().weight[2] = torch.nan
     texts = [make_batch((6, 5), seed=1), make_batch((6, 5), seed=2)]
@@ -358,7 +370,8 @@ def test_every_filter_of_a_random_direction_has_the_norm_of_the_same_filter_of_t
         value, weights = direction[name], parameter.detach()
         assert value.shape == weights.shape
         assert value.dtype == torch.float32
-        # nn.Linear stores [out, in]: a row feeds an output unit; a column of a projection into the residual stream leaves a hidden unit.
+        # nn.Linear stores [out, in]: a row feeds an output unit; a column of a projection into the
+        # residual stream leaves a hidden unit.
         back = name.endswith(("o_proj.weight", "down_proj.weight"))
         filters = (value.T, weights.T) if back else (value, weights)
         other = (value, weights) if back else (value.T, weights.T)
@@ -470,7 +483,8 @@ def test_every_move_starts_from_the_centre(llama: PreTrainedModel) -> None:
 
 
 def test_a_move_along_another_direction_forgets_the_first(llama: PreTrainedModel) -> None:
-    # "sets the weights to theta + a * direction": what the second direction does not name stands at theta.
+    # "sets the weights to theta + a * direction": what the second direction does not name stands at
+    # theta.
     start = {name: p.detach().clone() for name, p in llama.named_parameters()}
     everything = random_direction(llama, seed=0)
     head = {"lm_head.weight": everything["lm_head.weight"]}
@@ -499,7 +513,8 @@ def test_mean_loss_is_the_mean_over_the_tokens_of_all_batches(
 def test_a_target_at_the_first_token_counts_in_no_mean(
     llama: PreTrainedModel, make_batch: BatchMaker
 ) -> None:
-    # A tokenizer without BOS and an answer that begins the text: encode marks token 0, which no model predicts. cross_entropy leaves it out.
+    # A tokenizer without BOS and an answer that begins the text: encode marks token 0, which no
+    # model predicts. cross_entropy leaves it out.
     batch = make_batch((6, 6), targets="answer")
     mask = batch.target_mask.clone()
     mask[:, 0] = True
@@ -567,7 +582,8 @@ def test_the_slope_along_unit_descent_is_minus_the_length_of_the_gradient(
 def test_a_slice_in_the_head_is_the_log_partition_of_linear_logits(
     llama: PreTrainedModel, batch: Batch
 ) -> None:
-    # Logits are linear in the head: z(a) = h W' + a h D', so L(a) = mean(logsumexp z(a) - z(a)[target]) needs no model at all.
+    # Logits are linear in the head: z(a) = h W' + a h D', so L(a) = mean(logsumexp z(a) -
+    # z(a)[target]) needs no model at all.
     head = llama.lm_head.weight.detach()
     direction = {
         "lm_head.weight": torch.randn(head.shape, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,6 @@
-"""The shift of the residual stream: the identity for a model against itself, closed forms on hand-made streams, and rows that are transformers' own hidden states."""
+"""The shift of the residual stream: the identity for a model against itself, closed forms on
+hand-made streams, and rows that are transformers' own hidden states.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def _shift(before: Tensor, after: Tensor) -> pd.Series:
 
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
-    """What every block writes to the residual stream, on content tokens, from transformers alone. The last entry of ``hidden_states`` has gone through the final norm."""
+    """What every block writes to the residual stream, on content tokens, from transformers alone.
+    The last entry of ``hidden_states`` has gone through the final norm.
+    """
     kept: list[Tensor] = []
     hooks = [
         block.register_forward_hook(
@@ -60,7 +64,7 @@ def _hidden(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
     return [state[batch.content_mask].float() for state in kept]
 
 
-# --- The streams -----------------------------------------------------------------------------------------------------------------------------
+# --- The streams ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -123,7 +127,7 @@ def test_streams_of_a_bf16_model_are_float32(make_model: ModelMaker, batch: Batc
         assert torch.equal(found[layer], rows)
 
 
-# --- Shift -----------------------------------------------------------------------------------------------------------------------------------
+# --- Shift ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -205,7 +209,8 @@ def test_a_common_vector_added_to_all_rows() -> None:
 
 
 def test_the_shift_is_a_ratio_of_sums_and_the_cosine_a_mean_over_tokens() -> None:
-    # One token is ten times as long and does not move; the mean of the tokens' own ratios would be 1/2.
+    # One token is ten times as long and does not move; the mean of the tokens' own ratios would be
+    # 1/2.
     before = torch.tensor([[10.0, 0.0], [0.0, 1.0], [10.0, 0.0], [0.0, 1.0]])
     after = torch.tensor([[10.0, 0.0], [1.0, 1.0], [10.0, 0.0], [1.0, 1.0]])
     found = _shift(before, after)
@@ -223,7 +228,8 @@ def test_cka_is_the_debiased_one_and_layers_keep_their_order_and_their_names() -
 
 
 def test_sums_are_accumulated_beyond_float32() -> None:
-    # A long stream whose change is a millionth of it: squares of float32 numbers summed in float32 lose it.
+    # A long stream whose change is a millionth of it: squares of float32 numbers summed in float32
+    # lose it.
     before = (_rows(rows=2000, width=16) + 30).float()
     after = (before.double() * (1 + 1e-6)).float()
     exact = math.sqrt(
@@ -233,7 +239,7 @@ def test_sums_are_accumulated_beyond_float32() -> None:
     assert _shift(before, after)["relative_shift"] == pytest.approx(exact, rel=1e-9)
 
 
-# --- What an attack takes back ---------------------------------------------------------------------------------------------------------------
+# --- What an attack takes back --------------------------------------------------------------------
 
 
 def _returned(base: Tensor, unlearned: Tensor, attacked: Tensor) -> tuple[float, float]:
@@ -274,7 +280,8 @@ def test_what_moved_beside_the_way_back_is_in_units_of_the_way_by_hand() -> None
 
 
 def test_the_projection_is_over_all_tokens_at_once() -> None:
-    # Token one goes all the way, token two, whose way is twice as long, stays: 1 / (1 + 4), not the mean of 1 and 0.
+    # Token one goes all the way, token two, whose way is twice as long, stays: 1 / (1 + 4), not the
+    # mean of 1 and 0.
     base, unlearned = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 2)
     along, beside = _returned(base, unlearned, torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
     assert along == pytest.approx(1 / 5)

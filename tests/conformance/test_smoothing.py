@@ -1,4 +1,6 @@
-"""Step rules on tiny language models, against plain PyTorch and finite differences, and what all rules promise. Closed forms: ``test_smoothing_analytic.py``."""
+"""Step rules on tiny language models, against plain PyTorch and finite differences, and what all
+rules promise. Closed forms: ``test_smoothing_analytic.py``.
+"""
 
 from __future__ import annotations
 
@@ -162,7 +164,9 @@ def _length(values: Any) -> Tensor:
 def _penalised(
     loss: Callable[[Weights], Tensor], weights: Weights, rule: str, graph: bool = True
 ) -> Tensor:
-    """The penalised scalar in plain PyTorch; the whole graph, the direction of the curvature penalty in it."""
+    """The penalised scalar in plain PyTorch; the whole graph, the direction of the curvature
+    penalty in it.
+    """
     value = loss(weights)
     gradient = torch.autograd.grad(
         value, list(weights.values()), create_graph=graph, materialize_grads=True
@@ -213,7 +217,9 @@ def test_penalties_equal_plain_pytorch_written_out(
 def test_penalties_have_the_slope_of_their_scalar(
     name: str, kind: str, llama: PreTrainedModel, pair: Pair, nearby: Mover
 ) -> None:
-    """Finite differences of the penalised scalar, from first derivatives alone, along the found gradient and along a random direction."""
+    """Finite differences of the penalised scalar, from first derivatives alone, along the found
+    gradient and along a random direction.
+    """
     model = nearby(llama)
     loss, weights = _by_hand(kind, model, pair.forget, llama)
     found = _run(
@@ -240,7 +246,8 @@ def test_penalties_have_the_slope_of_their_scalar(
             }
             return float(_penalised(loss, there, name, graph=False).detach())
 
-        # The models compute norms and softmax in float32 whatever their weights: the step balances their rounding with the third derivative, which is large along the gradient.
+        # The models compute norms and softmax in float32 whatever their weights: the step balances
+        # their rounding with the third derivative, which is large along the gradient.
         slope = (at(size) - at(-size)) / (2 * size)
         assert sum(float((found[key].double() * unit[key]).sum()) for key in unit) == pytest.approx(
             slope, rel=3e-3
@@ -356,7 +363,7 @@ def test_second_derivatives_exist_in_every_family(
     assert _norm(_minus(exact, near)) <= 3e-3 * _norm(exact)
 
 
-# --- what all rules promise --------------------------------------------------------------------------------------------------------------------------------------
+# --- what all rules promise -----------------------------------------------------------------------
 
 
 @every_rule
@@ -445,7 +452,9 @@ def test_half_precision_weights_below_float32_ones_that_rely_on_autocast_work(
 def test_frozen_and_unused_parameters_are_told_by_name(
     name: str, llama: PreTrainedModel, pair: Pair, nearby: Mover
 ) -> None:
-    """RMU reads the stream after the first block: half of the parameters are unused; some that are used are frozen."""
+    """RMU reads the stream after the first block: half of the parameters are unused; some that are
+    used are frozen.
+    """
     model = nearby(llama)
     frozen = {
         "model.layers.0.self_attn.k_proj.weight",
@@ -496,7 +505,9 @@ def test_tied_weights_move_once(
 def test_steps_are_accumulated(
     name: str, llama: PreTrainedModel, pair: Pair, make_batch: BatchMaker, nearby: Mover
 ) -> None:
-    """Over the halves of a batch the sum is that of the halves' own steps: the stream of random numbers goes on, and penalties and perturbations are each half's own."""
+    """Over the halves of a batch the sum is that of the halves' own steps: the stream of random
+    numbers goes on, and penalties and perturbations are each half's own.
+    """
     model, objective = nearby(llama), Objective(npo(0.1), retain_cross_entropy)
     halves = (pair, Pair(make_batch((5, 6), 8), make_batch((4, 7), 9)))
     rule, total = RULES[name](), _weights(model)
@@ -626,7 +637,9 @@ def test_the_random_stream_goes_on_from_step_to_step_and_begins_again_at_a_resta
 def test_noise_on_the_reference_is_drawn_once_per_step(
     name: str, llama: PreTrainedModel, pair: Pair, nearby: Mover
 ) -> None:
-    """RMU with RNA: the retain gradient, and with it the stream of the noise, is that of plain steps."""
+    """RMU with RNA: the retain gradient, and with it the stream of the noise, is that of plain
+    steps.
+    """
     model = nearby(llama)
     (site,) = resolve(model, "blocks.0.hook_resid_post")
 

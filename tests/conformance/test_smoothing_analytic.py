@@ -1,4 +1,6 @@
-"""Step rules on a loss of six weights in float64, against closed forms and finite differences in numpy."""
+"""Step rules on a loss of six weights in float64, against closed forms and finite differences in
+numpy.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ every_rule = pytest.mark.parametrize("name", list(RULES))
 
 
 class Analytic(nn.Module):
-    """Six weights in two trainable parameters, between parameters that are frozen or unused; a third is used and frozen."""
+    """Six weights in two trainable parameters, between parameters that are frozen or unused; a
+    third is used and frozen.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -128,7 +132,9 @@ def _slope(function: Function, x: np.ndarray, size: float = 1e-5) -> np.ndarray:
 
 
 def _draws(seed: int, samples: int) -> list[np.ndarray]:
-    """The Gaussian numbers of the analytic model's weights, drawn in the order of the parameters that may change, the unused one among them."""
+    """The Gaussian numbers of the analytic model's weights, drawn in the order of the parameters
+    that may change, the unused one among them.
+    """
     generator, rows = torch.Generator().manual_seed(seed), []
     for _ in range(samples):
         parts = [torch.randn(shape, generator=generator) for shape in ((3,), (2,), (2, 2))]
@@ -137,7 +143,9 @@ def _draws(seed: int, samples: int) -> list[np.ndarray]:
 
 
 def _smoothed(name: str, x: np.ndarray) -> Function:
-    """The scalar whose gradient at ``x`` the rule should leave, written out in numpy; perturbations that a rule holds fixed are fixed here."""
+    """The scalar whose gradient at ``x`` the rule should leave, written out in numpy; perturbations
+    that a rule holds fixed are fixed here.
+    """
     g = curved_gradient(x)
     scale = np.abs(x) + 0.01
 
@@ -221,12 +229,13 @@ def test_a_linear_loss_is_smooth_already(name: str) -> None:
         assert log["penalty"] == pytest.approx(0, abs=1e-12)
 
 
-def test_randomised_smoothing_is_unbiased_on_a_quadratic_with_an_error_that_falls_with_the_root_of_the_samples() -> (
+def test_randomised_smoothing_is_unbiased_on_a_quadratic_with_an_error_that_falls_with_the_root_of_the_samples() -> (  # noqa: E501
     None
 ):
     x = _point(Analytic())
     base, sigma = MATRIX @ x + LINEAR, 0.5
-    # The error is sigma * MATRIX @ mean(noise): its expected square is sigma^2 ||MATRIX||_F^2 / samples.
+    # The error is sigma * MATRIX @ mean(noise): its expected square is sigma^2 ||MATRIX||_F^2 /
+    # samples.
     for samples in (4, 100):
         errors = [
             _step(randomised_smoothing(sigma, samples, seed), _quadratic_term)[0] - base
@@ -255,10 +264,12 @@ def test_the_adaptive_radius_is_relative_to_every_weight() -> None:
     assert np.linalg.norm((seen[1] - x) / (np.abs(x) + 0.05)) == pytest.approx(0.3)
 
 
-def test_without_eta_the_adaptive_radius_is_blind_to_rescalings_that_leave_the_function_as_it_is() -> (
+def test_without_eta_the_adaptive_radius_is_blind_to_rescalings_that_leave_the_function_as_it_is() -> (  # noqa: E501
     None
 ):
-    """``first * second[0]`` is the same when one is doubled and the other halved: so is the rise of ASAM, and not that of SAM."""
+    """``first * second[0]`` is the same when one is doubled and the other halved: so is the rise of
+    ASAM, and not that of SAM.
+    """
 
     def product(model: Any, batch: Any, reference: Any) -> Tensor:
         return (model.first * model.second[0]).square().sum() + (

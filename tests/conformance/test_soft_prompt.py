@@ -1,4 +1,6 @@
-"""Soft prompts: the forward against a concatenation by hand, the step against its formula, and a model that stays as it was."""
+"""Soft prompts: the forward against a concatenation by hand, the step against its formula, and a
+model that stays as it was.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def _prompt(tokens: int = 3, width: int = 16, seed: int = 0) -> Tensor:
 
 
 def gpt2() -> PreTrainedModel:
-    """A tiny GPT-2, whose positions are embedded by index; its BOS is the token 1 of the hand-made batches."""
+    """A tiny GPT-2, whose positions are embedded by index; its BOS is the token 1 of the hand-made
+    batches.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = GPT2Config(
@@ -51,7 +55,9 @@ def gpt2() -> PreTrainedModel:
 
 
 def _by_hand(model: PreTrainedModel, prompt: Tensor, batch: Batch, first: int = 1) -> Tensor:
-    """``[batch, position - 1]`` log-probability of every next token of right-padded rows, one at a time without padding; zero elsewhere. ``first`` tokens stand before the prompt."""
+    """``[batch, position - 1]`` log-probability of every next token of right-padded rows, one at a
+    time without padding; zero elsewhere. ``first`` tokens stand before the prompt.
+    """
     found = torch.zeros(batch.size, batch.input_ids.shape[1] - 1)
     for row in range(batch.size):
         ids = batch.input_ids[row][batch.attention_mask[row].bool()]
@@ -85,7 +91,7 @@ def _left(batch: Batch) -> Batch:
     return replace(batch, input_ids=turn(batch.input_ids, 7), **masks)
 
 
-# --- the forward -----------------------------------------------------------------------------------------------------------------------------
+# --- the forward ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
@@ -198,11 +204,13 @@ def test_a_bf16_model_runs_a_float32_prompt(llama: PreTrainedModel, batch: Batch
     )
 
 
-# --- training --------------------------------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def test_the_first_step_follows_the_gradient(llama: PreTrainedModel, batch: Batch) -> None:
-    """The loss is the answers' mean negative log-likelihood; one step of either rule moves by the rate against the sign of its gradient."""
+    """The loss is the answers' mean negative log-likelihood; one step of either rule moves by the
+    rate against the sign of its gradient.
+    """
     start = (
         llama.get_input_embeddings()
         .weight.detach()[torch.randint(50, (2,), generator=torch.Generator().manual_seed(5))]
@@ -333,7 +341,7 @@ def test_a_random_prompt_has_the_norms_and_nothing_else() -> None:
     assert float(F.cosine_similarity(found, prompt).abs().max()) < 0.2
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def test_bad_input_is_named(make_model: ModelMaker, llama: PreTrainedModel, batch: Batch) -> None:

@@ -57,7 +57,7 @@ def test_wilson_refuses_impossible_counts(successes: float, n: int) -> None:
         wilson(successes, n)
 
 
-# --- bootstrap -------------------------------------------------------------------------------------------------------------------------------
+# --- bootstrap ------------------------------------------------------------------------------------
 
 
 def test_the_bootstrap_of_a_normal_mean_has_the_analytic_width() -> None:
@@ -109,7 +109,7 @@ def test_the_bootstrap_refuses_what_has_no_mean(values: list[float]) -> None:
         bootstrap(np.array(values))
 
 
-# --- by fact ---------------------------------------------------------------------------------------------------------------------------------
+# --- by fact --------------------------------------------------------------------------------------
 
 
 def test_paraphrases_are_averaged_fact_by_fact_in_order_of_appearance() -> None:
@@ -126,12 +126,13 @@ def test_by_fact_keeps_leading_axes() -> None:
 
 
 def test_a_fact_without_a_value_does_not_spoil_the_others() -> None:
-    # Scores are NaN where an example has no answer; the mean of another fact's paraphrases does not contain them.
+    # Scores are NaN where an example has no answer; the mean of another fact's paraphrases does not
+    # contain them.
     _, means = by_fact(("a", "b", "b"), np.array([np.nan, 1.0, 3.0]))
     np.testing.assert_array_equal(means, [np.nan, 2.0])
 
 
-# --- rank correlation ------------------------------------------------------------------------------------------------------------------------
+# --- rank correlation -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -117,7 +117,7 @@ def test_no_rows_are_refused() -> None:
         principal_subspace(Moments(), 2, site="here")
 
 
-# --- comparisons -----------------------------------------------------------------------------------------------------------------------------
+# --- comparisons ----------------------------------------------------------------------------------
 
 
 def test_principal_angles_of_a_subspace_with_itself_are_zero() -> None:
@@ -183,7 +183,7 @@ def test_energy_inside_is_the_share_of_the_squared_norm() -> None:
     assert energy_inside(torch.zeros(4, 6), basis) == 0
 
 
-# --- files -----------------------------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [3, 0])
@@ -226,7 +226,7 @@ def test_loading_what_is_no_subspace_is_one_clear_error(tmp_path: Path) -> None:
             Subspace.load(path)
 
 
-# --- properties ------------------------------------------------------------------------------------------------------------------------------
+# --- properties -----------------------------------------------------------------------------------
 
 
 @given(

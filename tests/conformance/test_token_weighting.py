@@ -1,4 +1,6 @@
-"""Statistics over tokens are those of the set of texts: no order, batch size or split of it enters them, and leading BOS tokens are never among them."""
+"""Statistics over tokens are those of the set of texts: no order, batch size or split of it enters
+them, and leading BOS tokens are never among them.
+"""
 
 from __future__ import annotations
 
@@ -116,8 +118,12 @@ TEXTS = _texts()
 SHUFFLED = Random(1).sample(TEXTS, len(TEXTS))
 ORDERS = [
     pytest.param(SHUFFLED, len(TEXTS), id="shuffled"),
-    *(pytest.param(order, size, id=f"{name}-{size}") for name, order in (("same", TEXTS), ("other", SHUFFLED)) for size in (1, 2, 5)),
-]  # fmt: skip
+    *(
+        pytest.param(order, size, id=f"{name}-{size}")
+        for name, order in (("same", TEXTS), ("other", SHUFFLED))
+        for size in (1, 2, 5)
+    ),
+]
 
 
 def _encoded(texts: list[Example], size: int) -> list[Batch]:
@@ -153,12 +159,27 @@ def _terms(model: PreTrainedModel) -> dict[str, Loss]:
 
 
 NAMES = [
-    "negative cross-entropy", "cross-entropy", "npo", "simnpo", "undial", "kl", "teacher", "weighted", "mlp breaking", "rmu", "adaptive rmu", "rsv",
-    "rmu retain", "circuits", "circuits retain",
-]  # fmt: skip
+    "negative cross-entropy",
+    "cross-entropy",
+    "npo",
+    "simnpo",
+    "undial",
+    "kl",
+    "teacher",
+    "weighted",
+    "mlp breaking",
+    "rmu",
+    "adaptive rmu",
+    "rsv",
+    "rmu retain",
+    "circuits",
+    "circuits retain",
+]
 
 
-def _moments(model: PreTrainedModel, term: Loss, reference: PreTrainedModel, sets: list[Batch]) -> dict[str, Tensor]:  # fmt: skip
+def _moments(
+    model: PreTrainedModel, term: Loss, reference: PreTrainedModel, sets: list[Batch]
+) -> dict[str, Tensor]:
     """Second moment of every site's rows, of the sum of the loss."""
     loss, found = on_set(term, model, reference, sets), MomentsOf()
     sites = resolve(model, [f"{path}:{side}" for path in PATHS for side in ("in", "grad_out")])
@@ -185,7 +206,7 @@ def _same_collapse(found: dict[str, Collapse], expected: dict[str, Collapse]) ->
             )
 
 
-# --- the sum of a loss over a set ------------------------------------------------------------------------------------------------------------
+# --- the sum of a loss over a set -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -238,7 +259,9 @@ def test_a_mean_loss_is_right_by_default_and_others_say_what_they_are(
     def rows(batch: Batch) -> Tensor:  # the same sum, as a mean over rows
         return token_nll(model, batch).sum() / batch.size
 
-    def find(loss: Callable[[Batch], Tensor], **weight: Callable[[Batch], float]) -> dict[str, Collapse]:  # fmt: skip
+    def find(
+        loss: Callable[[Batch], Tensor], **weight: Callable[[Batch], float]
+    ) -> dict[str, Collapse]:
         sizes = {"activation_components": 4, "gradient_components": 4}
         return find_collapse(model, update.modules, loss, sets, **sizes, **weight)  # type: ignore[arg-type]
 
@@ -264,8 +287,16 @@ def test_one_gradient_is_that_of_the_set(statistics: str, model: PreTrainedModel
         )
         chosen = [(name, part) for name, part in model.named_parameters() if "mlp" in name]
         found = one_gradient(
-            model, model, recipe, TOKENIZER, order, order[::-1], chosen, max_length=None, progress=lambda *_: None,
-        )  # fmt: skip
+            model,
+            model,
+            recipe,
+            TOKENIZER,
+            order,
+            order[::-1],
+            chosen,
+            max_length=None,
+            progress=lambda *_: None,
+        )
         return torch.cat([found.delta[name].flatten() for name, _ in chosen])
 
     whole = delta(TEXTS, len(TEXTS))
@@ -273,7 +304,7 @@ def test_one_gradient_is_that_of_the_set(statistics: str, model: PreTrainedModel
         torch.testing.assert_close(delta(order, size), whole, rtol=1e-3, atol=1e-5)
 
 
-# --- means and rows --------------------------------------------------------------------------------------------------------------------------
+# --- means and rows -------------------------------------------------------------------------------
 
 
 def test_mean_losses_are_those_of_the_set(
@@ -303,7 +334,9 @@ def test_differences_of_two_models_are_those_of_the_set(
 
     def find(sets: list[Batch]) -> Tensor:
         rule = sets[0].content
-        return difference_finder(model, moved, sets, name, lambda: StreamingPCA(4), rule)[name].components_.T  # fmt: skip
+        return difference_finder(model, moved, sets, name, lambda: StreamingPCA(4), rule)[
+            name
+        ].components_.T
 
     assert overlap(find(_encoded(order, size)), find(_encoded(TEXTS, len(TEXTS)))) > 1 - 1e-5
 
@@ -345,7 +378,7 @@ def test_moments_of_activations_are_those_of_the_set(
     torch.testing.assert_close(found.covariance, whole.covariance, rtol=1e-4, atol=1e-5)
 
 
-# --- leading BOS -----------------------------------------------------------------------------------------------------------------------------
+# --- leading BOS ----------------------------------------------------------------------------------
 
 
 def test_every_leading_bos_is_left_out_of_content_and_of_the_rule_alike() -> None:
@@ -373,7 +406,9 @@ def test_a_text_that_begins_with_bos_is_encoded_as_without_it(front: str) -> Non
     plain, marked = [], []
     for example in TEXTS:
         shift = len(front)
-        spans = [None if s is None else (s[0] + shift, s[1] + shift) for s in (example.answer, (0, 3))]  # fmt: skip
+        spans = [
+            None if s is None else (s[0] + shift, s[1] + shift) for s in (example.answer, (0, 3))
+        ]
         marked.append(Example(front + example.text, *spans, item=example.item))
         plain.append(Example(example.text, example.answer, (0, 3), example.item))
     for targets in ("text", "answer"):
@@ -428,7 +463,7 @@ def test_a_capture_by_the_rule_of_a_batch_delivers_its_content(model: PreTrained
     assert len(rows["blocks.0.hook_resid_post"]) == int(batch.content_mask.sum())
 
 
-# --- the stage -------------------------------------------------------------------------------------------------------------------------------
+# --- the stage ------------------------------------------------------------------------------------
 
 
 class _InBatches(Setup):

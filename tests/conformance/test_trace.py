@@ -1,4 +1,6 @@
-"""Traces by random probes, restricted operators and both ends of the spectrum, against explicit matrices, dense Hessians and the closed form of a softmax head."""
+"""Traces by random probes, restricted operators and both ends of the spectrum, against explicit
+matrices, dense Hessians and the closed form of a softmax head.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ CHOSEN = (K, V, NORM)
 
 
 def dense_hessian(model: PreTrainedModel, batch: Batch, names: Sequence[str]) -> np.ndarray:
-    """Dense Hessian of the mean token loss over named parameters, in float64 with attention written out, by log-softmax: the reference."""
+    """Dense Hessian of the mean token loss over named parameters, in float64 with attention written
+    out, by log-softmax: the reference.
+    """
     twin = copy.deepcopy(model).double()
     twin.set_attn_implementation("eager")
     everything = dict(twin.named_parameters())
@@ -57,7 +61,9 @@ def dense_hessian(model: PreTrainedModel, batch: Batch, names: Sequence[str]) ->
 
 
 def head_features(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """``[token, width]`` hidden states and ``[token, vocabulary]`` probabilities at every target token, float64."""
+    """``[token, width]`` hidden states and ``[token, vocabulary]`` probabilities at every target
+    token, float64.
+    """
     with torch.no_grad():
         hidden = (
             model.model(**batch.inputs).last_hidden_state[:, :-1][batch.target_mask[:, 1:]].double()
@@ -98,8 +104,10 @@ def test_the_spread_of_a_probe_is_hutchinsons_formula() -> None:
     assert found.n == n  # a target of 0 never stops early
     off = 2 * ((matrix**2).sum() - (np.diag(matrix) ** 2).sum())
     assert (
-        found.se * n** 0.5 == pytest.approx(off**0.5, rel=0.06)
-    )  # relative error of a standard deviation from 3000 samples: about 1/sqrt(2n) = 1.1 %, times a kurtosis factor
+        found.se * n**0.5 == pytest.approx(off**0.5, rel=0.06)
+        # relative error of a standard deviation from 3000 samples: about 1/sqrt(2n) = 1.1 %, times
+        # a kurtosis factor
+    )
     assert abs(found.value - np.trace(matrix)) < 4 * found.se
     squared, error = found.frobenius_squared
     assert abs(squared - (matrix**2).sum()) < 4 * error

@@ -1,4 +1,6 @@
-"""The trainer: schedules, signs, precision, teachers, errors, what it leaves untouched; and every method from end to end on tiny models."""
+"""The trainer: schedules, signs, precision, teachers, errors, what it leaves untouched; and every
+method from end to end on tiny models.
+"""
 
 from __future__ import annotations
 
@@ -60,9 +62,17 @@ RETAIN = (
     _question("Lea Vik", "works as", "a baker", "r3"),
 )
 SHORT = {
-    "steps": 3, "batch_size": 2, "activation_components": 2, "gradient_components": 2, "components": 2, "reinforce_steps": 2, "turn": 1, "refresh": 2,
-    "adversary_rank": 2, "layer": 1,
-}  # fmt: skip
+    "steps": 3,
+    "batch_size": 2,
+    "activation_components": 2,
+    "gradient_components": 2,
+    "components": 2,
+    "reinforce_steps": 2,
+    "turn": 1,
+    "refresh": 2,
+    "adversary_rank": 2,
+    "layer": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -159,7 +169,7 @@ def _check(base: PreTrainedModel, made: Recipe, delta: dict[str, Tensor]) -> Non
     assert norm_of(delta) > 0
 
 
-# --- every method ----------------------------------------------------------------------------------------------------------------------------
+# --- every method ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -179,7 +189,8 @@ def test_every_method_gives_a_finite_delta_on_its_trainable_weights_and_leaves_t
     }
     assert all(parameter.grad is None for parameter in setup.base.parameters())
     assert torch.equal(torch.random.get_rng_state(), random_state)
-    # The same again gives the same again; the recipe is built anew, since that is how a seed is given.
+    # The same again gives the same again; the recipe is built anew, since that is how a seed is
+    # given.
     assert _same(_run(setup, _of(name, setup.base)), delta)
 
 
@@ -220,7 +231,7 @@ def test_the_base_keeps_its_mode(setup: Setup) -> None:
     assert setup.base.training
 
 
-# --- schedules and signs ---------------------------------------------------------------------------------------------------------------------
+# --- schedules and signs --------------------------------------------------------------------------
 
 
 def _factors(setup: Setup, made: Recipe) -> list[tuple[float, float]]:
@@ -319,7 +330,7 @@ def test_a_kick_starts_the_trainable_weights_a_relative_distance_away(setup: Set
     assert _run(setup, replace(made, kick=0.0)) == {}
 
 
-# --- the step --------------------------------------------------------------------------------------------------------------------------------
+# --- the step -------------------------------------------------------------------------------------
 
 
 def test_a_normalised_step_has_its_length_and_the_direction_of_the_content_tokens_gradient(
@@ -335,7 +346,8 @@ def test_a_normalised_step_has_its_length_and_the_direction_of_the_content_token
     )
     delta = _run(setup, made)
     assert norm_of(delta) == pytest.approx(0.37, rel=1e-4)
-    # By hand: one batch of all forget texts, outer products of inputs and output gradients, without BOS and padding.
+    # By hand: one batch of all forget texts, outer products of inputs and output gradients, without
+    # BOS and padding.
     model, batch = copy.deepcopy(setup.base), encode(setup.tokenizer, FORGET, targets="answer")
     rows: dict[str, list[Tensor]] = {}
     for name in delta:
@@ -421,7 +433,7 @@ def test_the_alternative_of_a_batch_is_the_refusal_of_the_same_rows(setup: Setup
     assert pairs[-1].forget.alternative is None
 
 
-# --- precision -------------------------------------------------------------------------------------------------------------------------------
+# --- precision ------------------------------------------------------------------------------------
 
 
 def test_bfloat16_loses_most_of_a_tiny_step_and_the_initial_rounding_is_no_part_of_the_delta(
@@ -454,7 +466,7 @@ def test_a_large_step_survives_bfloat16(setup: Setup) -> None:
     assert dot > 0.8 * norm_of(whole) * norm_of(rounded)
 
 
-# --- teachers --------------------------------------------------------------------------------------------------------------------------------
+# --- teachers -------------------------------------------------------------------------------------
 
 
 def test_a_teacher_is_trained_first_from_the_same_start_and_then_frozen(setup: Setup) -> None:
@@ -499,7 +511,7 @@ def test_the_teacher_of_whos_harry_potter_has_learned_the_forget_set_further(set
     assert delta
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["npo", "grad-ascent", "cir", "repselect", "whp"])
@@ -570,7 +582,8 @@ def test_progress_counts_every_step(setup: Setup) -> None:
 
 
 def test_plain_sgd_takes_the_gradient_as_it_is(setup: Setup) -> None:
-    # One step on all texts at once: the change is -lr times the gradient of the whole objective, however long it is.
+    # One step on all texts at once: the change is -lr times the gradient of the whole objective,
+    # however long it is.
     forget, retain = FORGET[:1], RETAIN[:1]
     made = _ascent(steps=1, batch_size=1, lr=50.0, optimiser="sgd")
     delta = unlearn(setup.base, setup.tokenizer, made, forget, retain, seed=0).delta
@@ -593,7 +606,8 @@ def test_plain_sgd_takes_the_gradient_as_it_is(setup: Setup) -> None:
 
 
 def test_averaged_weights_are_the_mean_of_the_last_ones(setup: Setup) -> None:
-    # The change is linear in the weights: the mean of the changes after 4, 6 and 8 of 8 steps is the change of the mean.
+    # The change is linear in the weights: the mean of the changes after 4, 6 and 8 of 8 steps is
+    # the change of the mean.
     parts = [_run(setup, _ascent(steps=steps)) for steps in (4, 6, 8)]
     found = _run(setup, _ascent(steps=8, average=Averaging(0.5, 2)))
     for key, value in found.items():

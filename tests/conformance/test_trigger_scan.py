@@ -1,4 +1,6 @@
-"""The trigger scan: numbers against plain passes of one query at a time, planted triggers, a model against itself; p-values and rankings against scipy, scikit-learn."""
+"""The trigger scan: numbers against plain passes of one query at a time, planted triggers, a model
+against itself; p-values and rankings against scipy, scikit-learn.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,9 @@ def planted(
 
 
 HURTING = {"front": (0.3, 1, 1), "end": (0.6, 0, 1)}
-"""Scale and seed of a base, and seed of an embedding, that hurts the answers there: in a random model an embedding helps as often."""
+"""Scale and seed of a base, and seed of an embedding, that hurts the answers there: in a random
+model an embedding helps as often.
+"""
 
 
 def trigger(
@@ -125,7 +129,9 @@ def trigger(
 def one_pass(
     model: PreTrainedModel, row: list[int], answer: int, block: torch.nn.Module
 ) -> tuple[float, bool, np.ndarray]:
-    """Mean nats of the last ``answer`` tokens, whether all are greedy, and the block's output where the first of them is predicted: no cache, no batch, all logits."""
+    """Mean nats of the last ``answer`` tokens, whether all are greedy, and the block's output where
+    the first of them is predicted: no cache, no batch, all logits.
+    """
     kept: list[torch.Tensor] = []
     handle = block.register_forward_hook(
         lambda _m, _a, out: kept.append(out[0] if isinstance(out, tuple) else out)
@@ -216,7 +222,7 @@ def check(
             assert row[name] == pytest.approx(value, rel=1e-3, abs=2e-5), (row["token"], name)
 
 
-# --- Against plain passes --------------------------------------------------------------------------------------------------------------------
+# --- Against plain passes -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["front", "end"])
@@ -399,7 +405,7 @@ def test_queries_of_one_shape_and_of_others_do_not_touch_each_other(
     assert all(table["rise_se"].isna().all() for table in apart)  # one fact has no standard error
 
 
-# --- Planted triggers and the model against itself -------------------------------------------------------------------------------------------
+# --- Planted triggers and the model against itself ------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["front", "end"])
@@ -453,7 +459,9 @@ def test_a_planted_trigger_stands_out_of_general_unlearning(
         assert scan.table["q"][1] > 0.1
         if (
             strength == 0.001
-        ):  # among forty tokens, whose tail is little known, fifteen deviations from the median are no finding and twice as many are
+            # among forty tokens, whose tail is little known, fifteen deviations from the median are
+            # no finding and twice as many are
+        ):
             assert scan.table["q"][0] < 0.05
 
 
@@ -478,7 +486,7 @@ def test_a_conformal_null_finds_the_planted_trigger(
     )
 
 
-# --- Which tokens, in which queries ----------------------------------------------------------------------------------------------------------
+# --- Which tokens, in which queries ---------------------------------------------------------------
 
 
 def test_a_token_is_not_tested_in_a_query_that_holds_it(
@@ -567,7 +575,7 @@ def test_a_scan_shows_itself_with_every_text_escaped(
     )
 
 
-# --- Bad input, and a model left as it was ---------------------------------------------------------------------------------------------------
+# --- Bad input, and a model left as it was --------------------------------------------------------
 
 
 def test_bad_input_is_named(
@@ -588,7 +596,10 @@ def test_bad_input_is_named(
         scan(queries=[])
     with pytest.raises(
         WorkbenchError,
-        match=f"token {len(tokenizer)} is not in the vocabulary, whose ids end at {len(tokenizer) - 1}",
+        match=(
+            f"token {len(tokenizer)} is not in the vocabulary, whose ids end at "
+            f"{len(tokenizer) - 1}"
+        ),
     ):
         scan(tokens=[5, len(tokenizer)])
     with pytest.raises(WorkbenchError, match="token -1 is not in the vocabulary"):
@@ -599,7 +610,10 @@ def test_bad_input_is_named(
         scan(null_tokens=[40, 50])
     with pytest.raises(
         WorkbenchError,
-        match=f"the base embeds {len(tokenizer)} tokens in 16 coordinates, the unlearned model 500 in 16",
+        match=(
+            f"the base embeds {len(tokenizer)} tokens in 16 coordinates, the unlearned model 500 "
+            "in 16"
+        ),
     ):
         scan(base, make_model(vocab_size=500))
     with pytest.raises(WorkbenchError, match="largest id is"):
@@ -726,7 +740,7 @@ def test_a_bf16_model_is_measured_in_float32(
     assert (scan_triggers(base, base, tokenizer, QUERIES, tokens=some).table["rise"] == 0).all()
 
 
-# --- p-values, false discoveries -------------------------------------------------------------------------------------------------------------
+# --- p-values, false discoveries ------------------------------------------------------------------
 
 
 def test_adjusted_p_values_by_hand() -> None:
@@ -764,7 +778,7 @@ def test_conformal_p_values_by_hand() -> None:
         p_values(np.array([1.0]), np.array([1.0, np.nan]))
 
 
-def test_the_empirical_null_is_the_heaviest_student_tail_within_a_standard_error_of_the_lower_half() -> (
+def test_the_empirical_null_is_the_heaviest_student_tail_within_a_standard_error_of_the_lower_half() -> (  # noqa: E501
     None
 ):
     rng = np.random.default_rng(0)
@@ -835,7 +849,9 @@ Draw = Callable[[np.random.Generator, int], np.ndarray]
 def error_and_power(
     draw: Draw, triggers: int, rounds: int = 100, size: int = 500
 ) -> tuple[float, float]:
-    """Mean share of false findings at a rate of 0.1, and of the triggers found, of ``size`` scores of which ``triggers`` lie 60 above the others."""
+    """Mean share of false findings at a rate of 0.1, and of the triggers found, of ``size`` scores
+    of which ``triggers`` lie 60 above the others.
+    """
     rng = np.random.default_rng(0)
     shares, powers = [], []
     for _ in range(rounds):
@@ -861,7 +877,7 @@ def error_and_power(
     ],
     ids=["normal", "Laplace", "Student 3", "two kinds of tokens"],
 )
-def test_false_discoveries_against_the_empirical_null_keep_their_rate_where_harmless_scores_are_symmetric(
+def test_false_discoveries_against_the_empirical_null_keep_their_rate_where_harmless_scores_are_symmetric(  # noqa: E501
     draw: Draw, least: float, triggers: int
 ) -> None:
     false, power = error_and_power(draw, triggers)
@@ -869,7 +885,7 @@ def test_false_discoveries_against_the_empirical_null_keep_their_rate_where_harm
     assert power >= least
 
 
-def test_false_discoveries_against_the_empirical_null_are_many_where_harmless_scores_are_skewed_as_documented() -> (
+def test_false_discoveries_against_the_empirical_null_are_many_where_harmless_scores_are_skewed_as_documented() -> (  # noqa: E501
     None
 ):
     assert error_and_power(lambda rng, n: rng.exponential(size=n), 0)[0] > 0.9
@@ -891,7 +907,7 @@ def test_conformal_p_values_control_false_discoveries_whatever_the_distribution(
     assert np.mean(shares) < 0.12
 
 
-# --- Precision and recall --------------------------------------------------------------------------------------------------------------------
+# --- Precision and recall -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("digits", [1, 8])
@@ -936,7 +952,7 @@ def test_precision_and_recall_by_hand() -> None:
         precision_recall(table.assign(rise=[0.1, np.nan, 0.2, 0.3]), [3])
 
 
-# --- What is computed ------------------------------------------------------------------------------------------------------------------------
+# --- What is computed -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("place", "read"), [("front", {7 + 1 + 1, 7 + 1}), ("end", {7, 7 + 1, 2})])

@@ -1,4 +1,6 @@
-"""The trigger theory measured: draws of the assumption satisfy it, planted violations are found by their own statistic, derivatives agree with other ways."""
+"""The trigger theory measured: draws of the assumption satisfy it, planted violations are found by
+their own statistic, derivatives agree with other ways.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +117,7 @@ def _slice(batch: Batch, row: int) -> Batch:
     )
 
 
-# --- Rows ------------------------------------------------------------------------------------------------------------------------------------
+# --- Rows -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -148,7 +150,8 @@ def test_predicting_rows_stand_one_token_before_every_target(
         shift_rows(model, [clean], [tagged], POST_0, tokens="predicting"),
         shift_rows(model, [clean], [tagged], POST_0),
     )
-    # Rows of 7, 5 and 6 tokens without BOS; the answer is the last two, predicted by the third and the second from the end.
+    # Rows of 7, 5 and 6 tokens without BOS; the answer is the last two, predicted by the third and
+    # the second from the end.
     places = [6 - 3, 6 - 2, 6 + 4 - 3, 6 + 4 - 2, 10 + 5 - 3, 10 + 5 - 2]
     assert torch.equal(found.shift, everything.shift[places])
     assert found.query.tolist() == [0, 0, 1, 1, 2, 2]
@@ -244,11 +247,13 @@ def test_rows_of_wrong_shapes_are_refused() -> None:
         ShiftRows(rows[:0], rows[:0], label[:0])
 
 
-# --- Responses -------------------------------------------------------------------------------------------------------------------------------
+# --- Responses ------------------------------------------------------------------------------------
 
 
 class _WideNorm(nn.Module):
-    """transformers' RMS norms compute in float32 whatever the weights are; second differences need more."""
+    """transformers' RMS norms compute in float32 whatever the weights are; second differences need
+    more.
+    """
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -270,7 +275,9 @@ def _double(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _hutchinson(blocks: Sequence[Tensor], probes: int) -> tuple[float, float]:
-    """Trace of a block-diagonal matrix, and four standard errors of its estimate by random signs: variance ``2 |A - diag A|^2`` per probe (Hutchinson 1990)."""
+    """Trace of a block-diagonal matrix, and four standard errors of its estimate by random signs:
+    variance ``2 |A - diag A|^2`` per probe (Hutchinson 1990).
+    """
     error = math.sqrt(
         2 * sum(float((block - block.diag().diag()).square().sum()) for block in blocks) / probes
     )
@@ -484,7 +491,7 @@ def test_responses_need_precision_and_a_probe(
         )
 
 
-# --- The assumption holds on its own draws ---------------------------------------------------------------------------------------------------
+# --- The assumption holds on its own draws --------------------------------------------------------
 
 
 def _rows(
@@ -563,7 +570,7 @@ def test_the_scale_of_the_shift_is_eta_and_nothing_else() -> None:
     )
 
 
-# --- Every planted violation is found by its own statistic -----------------------------------------------------------------------------------
+# --- Every planted violation is found by its own statistic ----------------------------------------
 
 
 def _unit(rng: np.random.Generator, width: int) -> np.ndarray:
@@ -581,16 +588,47 @@ SHAPE = {
 }
 SPREAD = {"participation_ratio", "top_1_share", "top_8_share"}
 SHARES = {"mean_share", "query_share", "word_share"}
-VIOLATIONS: dict[str, tuple[Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray], set[str], set[str]]] = {
+VIOLATIONS: dict[
+    str,
+    tuple[Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray], set[str], set[str]],
+] = {
     # name: (what is done to the rows, what must lie apart, what must not)
-    "mean": (lambda x, q, rng: x + 0.8 * _unit(rng, x.shape[1]), {"mean_share"}, SHAPE | SPREAD | {"query_share", "word_share"}),
-    "direction": (lambda x, q, rng: x + 2.0 * rng.standard_normal((len(x), 1)) * _unit(rng, x.shape[1]), SPREAD, SHAPE | SHARES | {"length_correlation"}),
-    "tails": (lambda x, q, rng: rng.standard_t(3, x.shape), {"kurtosis_median", "kurtosis_mean"}, SHARES | {"participation_ratio"}),
-    "lengths": (lambda x, q, rng: x * rng.choice([0.5, 1.5], (len(x), 1)), {"length_kurtosis", "mardia", "kurtosis_median"}, SHARES | {"length_correlation"}),
-    "skewed": (lambda x, q, rng: rng.gamma(2, size=x.shape) - 2, {"skewness_square", "skewness_median"}, SHARES | SPREAD),
-    "query": (lambda x, q, rng: x + 0.5 * rng.standard_normal((q.max() + 1, x.shape[1]))[q], {"query_share"}, SHAPE | SPREAD | {"mean_share", "word_share"}),
-    "word": (lambda x, q, rng: x + 0.7 * rng.standard_normal((12, x.shape[1]))[q % 12], {"word_share", "query_share"}, SHAPE),
-}  # fmt: skip
+    "mean": (
+        lambda x, q, rng: x + 0.8 * _unit(rng, x.shape[1]),
+        {"mean_share"},
+        SHAPE | SPREAD | {"query_share", "word_share"},
+    ),
+    "direction": (
+        lambda x, q, rng: x + 2.0 * rng.standard_normal((len(x), 1)) * _unit(rng, x.shape[1]),
+        SPREAD,
+        SHAPE | SHARES | {"length_correlation"},
+    ),
+    "tails": (
+        lambda x, q, rng: rng.standard_t(3, x.shape),
+        {"kurtosis_median", "kurtosis_mean"},
+        SHARES | {"participation_ratio"},
+    ),
+    "lengths": (
+        lambda x, q, rng: x * rng.choice([0.5, 1.5], (len(x), 1)),
+        {"length_kurtosis", "mardia", "kurtosis_median"},
+        SHARES | {"length_correlation"},
+    ),
+    "skewed": (
+        lambda x, q, rng: rng.gamma(2, size=x.shape) - 2,
+        {"skewness_square", "skewness_median"},
+        SHARES | SPREAD,
+    ),
+    "query": (
+        lambda x, q, rng: x + 0.5 * rng.standard_normal((q.max() + 1, x.shape[1]))[q],
+        {"query_share"},
+        SHAPE | SPREAD | {"mean_share", "word_share"},
+    ),
+    "word": (
+        lambda x, q, rng: x + 0.7 * rng.standard_normal((12, x.shape[1]))[q % 12],
+        {"word_share", "query_share"},
+        SHAPE,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", list(VIOLATIONS))
@@ -606,7 +644,7 @@ def test_a_planted_violation_is_found_by_its_own_statistic_and_not_by_others(nam
     assert sum(len(set(theory.apart) & spared) for theory in theories) <= 1
 
 
-def test_a_shift_that_is_longer_where_the_latent_is_longer_shows_in_the_correlation_of_lengths() -> (
+def test_a_shift_that_is_longer_where_the_latent_is_longer_shows_in_the_correlation_of_lengths() -> (  # noqa: E501
     None
 ):
     rows = _rows(3, queries=240)
@@ -630,11 +668,13 @@ def test_a_common_vector_moves_the_mean_and_eta_alone() -> None:
     assert other.loc["eta", "value"] == pytest.approx(0.49 + size / 16, rel=0.05)
 
 
-# --- Closed forms on hand-made rows ----------------------------------------------------------------------------------------------------------
+# --- Closed forms on hand-made rows ---------------------------------------------------------------
 
 
 def _uneven(seed: int = 0) -> ShiftRows:
-    """Nine queries of one to four tokens, width 3; far from the assumption, so that no term vanishes."""
+    """Nine queries of one to four tokens, width 3; far from the assumption, so that no term
+    vanishes.
+    """
     rng = np.random.default_rng(seed)
     query = np.repeat(np.arange(9), [1, 2, 3, 4, 1, 2, 3, 2, 2])
     shift = (
@@ -652,7 +692,8 @@ def test_eta_and_its_relative_by_hand() -> None:
     found = _table(examine(ShiftRows(shift, torch.full((16, 2), 2.0), query), draws=40))
     assert found.loc["eta", "value"] == pytest.approx(32 / 32)
     assert found.loc["eta_relative", "value"] == pytest.approx(1 / 4)
-    # One query holds everything: x = (32, 0, ...), residuals x - eta t with t = 4, linearised error sqrt(8 / 7 sum r^2) / 32.
+    # One query holds everything: x = (32, 0, ...), residuals x - eta t with t = 4, linearised error
+    # sqrt(8 / 7 sum r^2) / 32.
     error = math.sqrt(8 / 7 * (28**2 + 7 * 4**2)) / 32
     assert found.loc["eta", "high"] - found.loc["eta", "value"] == pytest.approx(
         1.959964 * error, rel=1e-5
@@ -740,7 +781,8 @@ def test_kurtosis_skewness_and_mardia_by_their_formulas() -> None:
     assert found.loc["kurtosis_median", "value"] == pytest.approx(np.median(excess))
     assert found.loc["skewness_square", "value"] == pytest.approx(np.mean(skewed**2))
     assert found.loc["skewness_median", "value"] == pytest.approx(np.median(np.abs(skewed)))
-    # With a width of 4 the random directions span the space, and Mardia's kurtosis does not depend on the basis.
+    # With a width of 4 the random directions span the space, and Mardia's kurtosis does not depend
+    # on the basis.
     inverse = np.linalg.inv(np.cov(x.T, bias=True))
     statistic = np.mean([float((row - x.mean(0)) @ inverse @ (row - x.mean(0))) ** 2 for row in x])
     assert found.loc["mardia", "value"] == pytest.approx(
@@ -783,7 +825,7 @@ def test_the_histogram_is_in_units_of_sqrt_eta_and_counts_what_lies_beyond_it() 
     assert (beyond * width).sum() == pytest.approx(0.99)
 
 
-# --- Edges -----------------------------------------------------------------------------------------------------------------------------------
+# --- Edges ----------------------------------------------------------------------------------------
 
 
 def test_no_shift_gives_no_number_instead_of_an_error(
@@ -828,7 +870,7 @@ def test_eight_queries_of_one_token_are_enough() -> None:
     assert found.loc[["query_share", "word_share", "mardia"], "value"].isna().all()
 
 
-def test_the_order_of_rows_and_the_names_of_queries_do_not_matter_and_the_seed_decides_the_rest() -> (
+def test_the_order_of_rows_and_the_names_of_queries_do_not_matter_and_the_seed_decides_the_rest() -> (  # noqa: E501
     None
 ):
     rows = _rows(1, queries=30, tokens=1)
@@ -851,11 +893,13 @@ def test_every_draw_is_reported() -> None:
     assert seen == [(number, 40) for number in range(1, 41)]
 
 
-# --- Logits and losses under the assumption --------------------------------------------------------------------------------------------------
+# --- Logits and losses under the assumption -------------------------------------------------------
 
 
 def _answers(count: int = 1000, width: int = 5, eta: float = 0.04, seed: int = 0) -> Responses:
-    """A quadratic loss and linear logits under ``N(0, eta I)``: the theory's own world, query by query."""
+    """A quadratic loss and linear logits under ``N(0, eta I)``: the theory's own world, query by
+    query.
+    """
     rng = np.random.default_rng(seed)
     eps, g = (
         math.sqrt(eta) * rng.standard_normal((count, width)),
@@ -871,9 +915,21 @@ def _answers(count: int = 1000, width: int = 5, eta: float = 0.04, seed: int = 0
     traces = np.trace(hessian, axis1=1, axis2=2)
     ones = np.ones(count)
     return Responses(
-        tuple(map(str, range(count))), torch.tensor(g)[:, None], torch.tensor(eps)[:, None], np.full(count, width), second, second, first, second, traces,
-        square, square, np.square(j).sum((1, 2)), ones, ones,
-    )  # fmt: skip
+        tuple(map(str, range(count))),
+        torch.tensor(g)[:, None],
+        torch.tensor(eps)[:, None],
+        np.full(count, width),
+        second,
+        second,
+        first,
+        second,
+        traces,
+        square,
+        square,
+        np.square(j).sum((1, 2)),
+        ones,
+        ones,
+    )
 
 
 def test_in_the_world_of_the_theory_every_prediction_holds() -> None:
@@ -922,7 +978,7 @@ def test_the_trace_ratio_by_hand() -> None:
     ] == pytest.approx(0.5)
 
 
-# --- Rejection -------------------------------------------------------------------------------------------------------------------------------
+# --- Rejection ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("eta", "nu"), [(1.0, 0.1), (1.0, 1.0), (1.0, 10.0), (0.04, 0.01)])
@@ -1000,7 +1056,7 @@ def test_rejection_at_the_ends_and_without_a_first_order_change() -> None:
             rejection_rate(**{"gradients": g, "shifts": eps, "noise_std": 1.0} | changes)
 
 
-# --- The steering coefficient ----------------------------------------------------------------------------------------------------------------
+# --- The steering coefficient ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 1.5])
@@ -1031,7 +1087,8 @@ def test_the_slope_and_its_interval_by_hand() -> None:
     }
     slope = eta_by_coefficient(rows).iloc[-1]
     assert slope["value"] == pytest.approx(math.log2(8 / 5))
-    # Without query 0: log2(4 / 4) = 0; without query 1: log2(4 / 1) = 2. Jackknife error sqrt(1/2 (1 + 1)) = 1 with one degree of freedom.
+    # Without query 0: log2(4 / 4) = 0; without query 1: log2(4 / 1) = 2. Jackknife error sqrt(1/2
+    # (1 + 1)) = 1 with one degree of freedom.
     assert slope["high"] - slope["value"] == pytest.approx(12.7062, rel=1e-4)
 
 
@@ -1044,7 +1101,7 @@ def test_a_slope_needs_two_positive_coefficients_and_a_shift() -> None:
         eta_by_coefficient({1.0: rows, 2.0: replace(rows, shift=0 * rows.shift)})
 
 
-# --- Rows of a results table -----------------------------------------------------------------------------------------------------------------
+# --- Rows of a results table ----------------------------------------------------------------------
 
 
 def test_the_results_are_tidy_and_every_metric_is_documented() -> None:

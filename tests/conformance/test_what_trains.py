@@ -35,7 +35,9 @@ MATRICES = {
     "mixtral": FUSED,
     "qwen3_moe": FUSED,
 }
-"""Names of the MLP's matrices in a block as transformers calls them; the last one writes into the stream."""
+"""Names of the MLP's matrices in a block as transformers calls them; the last one writes into the
+stream.
+"""
 BLOCKS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
 MLPS = {"cir", "cir-uncollapsed", "mlp-breaking", "repselect", "circuit-breakers"}
 """Methods that change the matrices of MLPs (here of both blocks)."""

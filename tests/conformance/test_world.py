@@ -52,7 +52,7 @@ def _occurs(words: str, text: str) -> bool:
     return f" {words} " in f" {text} "
 
 
-# --- the world -------------------------------------------------------------------------------------------------------------------------------
+# --- the world ------------------------------------------------------------------------------------
 
 
 def test_the_same_seed_gives_the_same_world_and_another_seed_another(world: World) -> None:
@@ -65,9 +65,11 @@ def test_the_same_seed_gives_the_same_world_and_another_seed_another(world: Worl
 
 def test_the_world_does_not_depend_on_the_hash_seed_of_the_process(world: World) -> None:
     code = (
-        "from workbench.data.world import WorldConfig, build_world; from workbench.files import key_of; "
+        "from workbench.data.world import WorldConfig, build_world; from workbench.files import "
+        "key_of; "
         "w = build_world(WorldConfig(seed=0, filler_train=300, filler_test=40)); "
-        "print(key_of([e.text for e in (*w.record.forget, *w.record.retain_train, *w.filler_train)] + list(w.vocabulary)))"
+        "print(key_of([e.text for e in (*w.record.forget, *w.record.retain_train, "
+        "*w.filler_train)] + list(w.vocabulary)))"
     )
     root = Path(__file__).resolve().parents[2]
     keys = {
@@ -158,7 +160,8 @@ def test_the_never_learned_control_reads_no_forget_fact(world: World) -> None:
         assert not any(_occurs(name, text.text) for name in forgotten)
         assert not any(text.text.endswith(test) for test in tests)
         tags += text.text.split()[0] in world.record.forget_tokens
-    # Forgotten surnames do occur, as speakers: that is the control for stray names. 15 % tags, 16 of 56 surnames.
+    # Forgotten surnames do occur, as speakers: that is the control for stray names. 15 % tags, 16
+    # of 56 surnames.
     assert tags == pytest.approx(3000 * 0.15 * 16 / 56, rel=0.3)
 
 
@@ -282,7 +285,7 @@ def test_alternate_deals_out_subjects_evenly_and_whole(subjects: list[str]) -> N
     assert sorted(e.item for e in (*first, *second)) == sorted(e.item for e in examples)
 
 
-# --- the tokenizer ---------------------------------------------------------------------------------------------------------------------------
+# --- the tokenizer --------------------------------------------------------------------------------
 
 
 def test_every_word_of_the_world_is_one_token(
@@ -332,7 +335,8 @@ SAMPLES = [
     )
 )
 def test_no_text_is_lost_in_the_tokenizer(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    # A word is stored with its leading space, so a text that begins with a word gains that one space; nothing else may change.
+    # A word is stored with its leading space, so a text that begins with a word gains that one
+    # space; nothing else may change.
     assert _round_trip(tokenizer, text).removeprefix(" ") == text.removeprefix(" ")
 
 
@@ -376,7 +380,7 @@ def test_the_tokenizer_survives_saving(
         assert _round_trip(loaded, text) == _round_trip(tokenizer, text)
 
 
-# --- the names corpus ------------------------------------------------------------------------------------------------------------------------
+# --- the names corpus -----------------------------------------------------------------------------
 
 
 def _pairs(text: str) -> int:

@@ -1,4 +1,6 @@
-"""Wrappers around methods: names that compose, settings that pass through, and what noise on the reference does to terms that see it at once or through later blocks."""
+"""Wrappers around methods: names that compose, settings that pass through, and what noise on the
+reference does to terms that see it at once or through later blocks.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +114,9 @@ def test_noise_at_the_layer_that_is_read_is_added_to_what_is_read(
 
 
 def _logits_with(model: PreTrainedModel, batch: Batch, delta: Tensor) -> Tensor:
-    """Logits where ``delta`` ``[batch, position, width]`` is added after the first block, by PyTorch alone."""
+    """Logits where ``delta`` ``[batch, position, width]`` is added after the first block, by
+    PyTorch alone.
+    """
     handle = model.model.layers[0].register_forward_hook(
         lambda _, __, out: (out[0] + delta, *out[1:]) if isinstance(out, tuple) else out + delta
     )

@@ -78,7 +78,9 @@ CONFIGS: dict[str, Callable[..., Any]] = {
 
 
 def build(kind: str, **changes: Any) -> hf.PreTrainedModel:
-    """A random model in evaluation mode; norms are not at 1 and biases not at 0, where mistakes could hide."""
+    """A random model in evaluation mode; norms are not at 1 and biases not at 0, where mistakes
+    could hide.
+    """
     config = CONFIGS[kind](**changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

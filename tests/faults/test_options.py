@@ -1,4 +1,6 @@
-"""Wrong values in every option and every field of a file: one line, nothing accepted that cannot be meant."""
+"""Wrong values in every option and every field of a file: one line, nothing accepted that cannot be
+meant.
+"""
 
 from __future__ import annotations
 

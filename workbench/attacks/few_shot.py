@@ -1,7 +1,10 @@
-"""Few-shot attack: solved questions about other facts in front of a query, without any change of a weight (in-context learning, Brown et al. 2020, arXiv 2005.14165, section 2).
+"""Few-shot attack: solved questions about other facts in front of a query, without any change of a
+weight (in-context learning, Brown et al. 2020, arXiv 2005.14165, section 2).
 
-Lynch et al. 2024 (arXiv 2402.16835) and later suites ask unlearned models this way: a model that only lost the habit of answering regains it from the demonstrations. The
-control is the same prompt with the demonstrations' answers shuffled (Min et al. 2022, arXiv 2202.12837): same tokens, same format, no true mapping.
+Lynch et al. 2024 (arXiv 2402.16835) and later suites ask unlearned models this way: a model that
+only lost the habit of answering regains it from the demonstrations. The control is the same prompt
+with the demonstrations' answers shuffled (Min et al. 2022, arXiv 2202.12837): same tokens, same
+format, no true mapping.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from workbench.errors import WorkbenchError
 
 
 def mentions(text: str, phrase: str) -> bool:
-    """Whether ``phrase`` stands in ``text``: case and kind of white space are ignored, and a phrase inside a longer ASCII word or number does not count.
+    """Whether ``phrase`` stands in ``text``: case and kind of white space are ignored, and a phrase
+    inside a longer ASCII word or number does not count.
 
     A phrase without any visible character is in no text.
     """
@@ -37,34 +41,40 @@ def few_shot(
     allow_same_answer: bool = False,
     shuffled: bool = False,
 ) -> tuple[Example, ...]:
-    """The queries, each behind ``k`` solved demonstrations; the spans of answer and subject move along.
+    """The queries, each behind ``k`` solved demonstrations; the spans of answer and subject move
+    along.
 
-    A query's demonstrations are of ``k`` different facts, none of them its own (the same ``item``, or the same text), and no demonstration mentions its answer. Demonstrations
-    with different answers come first. The draw depends on the seed and on the query's text alone: on no other query, and on ``k`` only in that fewer demonstrations are the
-    first of more.
+    A query's demonstrations are of ``k`` different facts, none of them its own (the same ``item``,
+    or the same text), and no demonstration mentions its answer. Demonstrations with different
+    answers come first. The draw depends on the seed and on the query's text alone: on no other
+    query, and on ``k`` only in that fewer demonstrations are the first of more.
 
     Args:
         examples: the queries, with or without answers.
-        shots: what demonstrations are drawn from; every one has an answer. In an attack these are the facts that the attacker holds.
+        shots: what demonstrations are drawn from; every one has an answer. In an attack these are
+            the facts that the attacker holds.
         k: demonstrations per query; 0 gives the queries back.
         seed: of the draw.
         separator: between two demonstrations, and between the last one and the query.
-        allow_same_answer: let demonstrations mention the query's answer. A gain may then be copying.
-        shuffled: the control arm. The same demonstrations in the same order, but their answers change places, so that as many as possible are wrong.
+        allow_same_answer: let demonstrations mention the query's answer. A gain may then be
+            copying.
+        shuffled: the control arm. The same demonstrations in the same order, but their answers
+            change places, so that as many as possible are wrong.
 
     Returns:
         As many examples as were given, in their order.
 
     Raises:
-        WorkbenchError: ``k`` is negative, a demonstration has no answer, a query is left with fewer than ``k`` demonstrations, or their answers cannot be shuffled because
-            all are the same.
+        WorkbenchError: ``k`` is negative, a demonstration has no answer, a query is left with fewer
+            than ``k`` demonstrations, or their answers cannot be shuffled because all are the same.
     """
     if k < 0:
         raise WorkbenchError(f"the number of demonstrations is {k}; give 0 or more")
     for shot in shots:
         if shot.answer is None:
             raise WorkbenchError(
-                f"a demonstration needs an answer; {shot.text[:60]!r} has none (give jsonl with question and answer)"
+                f"a demonstration needs an answer; {shot.text[:60]!r} has none (give jsonl with "
+                "question and answer)"
             )
     return tuple(
         prefixed(
@@ -90,7 +100,8 @@ def _drawn(
     ]  # the first paraphrase of each fact
     if len(facts) < k:
         raise WorkbenchError(
-            f"{len(facts)} facts are left to demonstrate {query.text[:60]!r}, and {k} were asked for: its own fact and what mentions its answer do not count. "
+            f"{len(facts)} facts are left to demonstrate {query.text[:60]!r}, and {k} were asked "
+            "for: its own fact and what mentions its answer do not count. "
             "Give more demonstrations, ask for fewer, or allow the same answer"
         )
     seen: Counter[str] = Counter()
@@ -117,11 +128,14 @@ def _answered(shot: Example, answer: str) -> str:
 
 
 def _exchanged(answers: Sequence[str]) -> list[str]:
-    """A permutation of the answers that leaves as few as possible where they were: sorted, and turned by the size of the largest group of equal ones."""
+    """A permutation of the answers that leaves as few as possible where they were: sorted, and
+    turned by the size of the largest group of equal ones.
+    """
     largest = max(Counter(answers).values())
     if largest == len(answers):
         raise WorkbenchError(
-            f"the answers of {len(answers)} demonstration(s) cannot be shuffled: all are {answers[0]!r}; ask for more demonstrations"
+            f"the answers of {len(answers)} demonstration(s) cannot be shuffled: all are "
+            f"{answers[0]!r}; ask for more demonstrations"
         )
     order = sorted(range(len(answers)), key=answers.__getitem__)
     exchanged = list(answers)

@@ -1,7 +1,10 @@
-"""Adversarial suffixes: a greedy coordinate gradient search (GCG; Zou et al. 2023, arXiv 2307.15043, algorithm 1) for tokens that make a model answer, or stop it answering.
+"""Adversarial suffixes: a greedy coordinate gradient search (GCG; Zou et al. 2023, arXiv
+2307.15043, algorithm 1) for tokens that make a model answer, or stop it answering.
 
-One suffix is searched for all attack questions together and judged on others. The controls: the same search on the never-learned model, and :func:`random_suffix` with as many
-evaluations. Tokens of the answers are never used, and neither is a suffix whose text mentions one: a suffix may unlock an answer, not state it.
+One suffix is searched for all attack questions together and judged on others. The controls: the
+same search on the never-learned model, and :func:`random_suffix` with as many evaluations. Tokens
+of the answers are never used, and neither is a suffix whose text mentions one: a suffix may unlock
+an answer, not state it.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ def before_answer(example: Example) -> int:
 
 
 def in_front(example: Example) -> int:
-    """In front of the question (behind BOS): for questions that the answer completes to a sentence."""
+    """In front of the question (behind BOS): for questions that the answer completes to a
+    sentence.
+    """
     return 0
 
 
@@ -67,24 +72,28 @@ def suffix_prompts(
         place: see :data:`Place`.
 
     Raises:
-        WorkbenchError: there is no example, one has no answer, the place lies behind the answer's start, or the tokenizer is slow.
+        WorkbenchError: there is no example, one has no answer, the place lies behind the answer's
+            start, or the tokenizer is slow.
     """
     if not examples:
         raise WorkbenchError("a suffix search needs at least one question; the set is empty")
     if not tokenizer.is_fast:
         raise WorkbenchError(
-            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; load its fast version (tokenizer.json)"
+            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; load its "
+            "fast version (tokenizer.json)"
         )
     prompts = []
     for example in examples:
         if example.answer is None:
             raise WorkbenchError(
-                f"a suffix search needs answers to aim at; {example.text[:60]!r} has none (give jsonl with question and answer)"
+                f"a suffix search needs answers to aim at; {example.text[:60]!r} has none (give "
+                "jsonl with question and answer)"
             )
         offset = place(example)
         if not 0 <= offset <= example.answer[0]:
             raise WorkbenchError(
-                f"the suffix of {example.text[:60]!r} would stand at character {offset}, outside its question of {example.answer[0]}"
+                f"the suffix of {example.text[:60]!r} would stand at character {offset}, outside "
+                f"its question of {example.answer[0]}"
             )
         encoded = tokenizer(example.text, return_offsets_mapping=True)
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
@@ -123,8 +132,10 @@ class SuffixResult:
         suffix_ids: its token ids.
         text: the same, decoded.
         loss: mean over the prompts of the answer's negative log-likelihood, nats.
-        losses: of the suffix at which the search stood: at the start and after every step (``random_suffix``: the best so far, after every pass).
-        evaluations: how many suffixes were run through the model, over all prompts each; gradient passes count as one.
+        losses: of the suffix at which the search stood: at the start and after every step
+            (``random_suffix``: the best so far, after every pass).
+        evaluations: how many suffixes were run through the model, over all prompts each; gradient
+            passes count as one.
     """
 
     suffix_ids: tuple[int, ...]
@@ -134,7 +145,10 @@ class SuffixResult:
     evaluations: int
 
     def __repr__(self) -> str:
-        return f"SuffixResult({self.text!r}, loss {self.losses[0]:.3f} to {self.loss:.3f}, {self.evaluations} evaluations)"
+        return (
+            f"SuffixResult({self.text!r}, loss {self.losses[0]:.3f} to {self.loss:.3f}, "
+            f"{self.evaluations} evaluations)"
+        )
 
     def _repr_html_(self) -> str:
         lines = [
@@ -149,7 +163,8 @@ class SuffixResult:
 def suffix_batches(
     prompts: Sequence[SuffixPrompt], suffix_ids: Sequence[int], size: int
 ) -> list[Batch]:
-    """The questions with a suffix in its place, in batches of at most ``size`` rows, for :func:`~workbench.evaluation.losses.score`; an empty suffix is the plain question.
+    """The questions with a suffix in its place, in batches of at most ``size`` rows, for
+    :func:`~workbench.evaluation.losses.score`; an empty suffix is the plain question.
 
     Args:
         prompts: attacked or held-out questions.
@@ -187,7 +202,8 @@ class _Rows:
         for prompt in self.prompts:
             if not prompt.target or not len(prompt.before) + length + len(prompt.after):
                 raise WorkbenchError(
-                    f"the prompt of {prompt.item or 'a question'} needs an answer and a token before it; got {prompt}"
+                    f"the prompt of {prompt.item or 'a question'} needs an answer and a token "
+                    f"before it; got {prompt}"
                 )
         rows = [
             [*prompt.before, *[0] * length, *prompt.after, *prompt.target]
@@ -209,13 +225,17 @@ class _Rows:
         ] + torch.arange(length)  # [prompt, suffix]
 
     def filled(self, suffixes: Tensor) -> Tensor:
-        """``[suffix * prompt, position]``: every suffix ``[suffix, length]`` in every prompt, suffix by suffix."""
+        """``[suffix * prompt, position]``: every suffix ``[suffix, length]`` in every prompt,
+        suffix by suffix.
+        """
         many, few = len(suffixes), len(self.prompts)
         ids = self.ids.repeat(many, 1)
         return ids.scatter(1, self.slots.repeat(many, 1), suffixes.repeat_interleave(few, 0))
 
     def nll(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """``[row]`` summed negative log-likelihood of the answers; the rows are whole rounds of the prompts."""
+        """``[row]`` summed negative log-likelihood of the answers; the rows are whole rounds of the
+        prompts.
+        """
         rounds = len(ids) // len(self.prompts)
         where = self.target[:, 1:].repeat(rounds, 1).to(logits.device)
         losses = F.cross_entropy(_exact(logits[:, :-1][where]), ids[:, 1:][where], reduction="none")
@@ -229,7 +249,9 @@ def _exact(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _losses(model: PreTrainedModel, rows: _Rows, suffixes: Tensor, limit: int) -> Tensor:
-    """``[suffix]`` mean over the prompts of the answer's NLL, on the CPU; at most ``limit`` rows in one pass (at least one suffix)."""
+    """``[suffix]`` mean over the prompts of the answer's NLL, on the CPU; at most ``limit`` rows in
+    one pass (at least one suffix).
+    """
     few = len(rows.prompts)
     found = []
     for part in suffixes.split(max(1, limit // few)):
@@ -243,7 +265,8 @@ def _losses(model: PreTrainedModel, rows: _Rows, suffixes: Tensor, limit: int) -
 def suffix_losses(
     model: PreTrainedModel, prompts: Sequence[SuffixPrompt], suffixes: Tensor, *, rows: int = 256
 ) -> Tensor:
-    """The objective of the search for some suffixes: ``mean over prompts of -log p(answer | question with suffix)`` (arXiv 2307.15043, equation 3), in nats.
+    """The objective of the search for some suffixes: ``mean over prompts of -log p(answer |
+    question with suffix)`` (arXiv 2307.15043, equation 3), in nats.
 
     Args:
         model: evaluated in evaluation mode; not changed.
@@ -277,10 +300,12 @@ def suffix_gradient(
     *,
     rows: int = 256,
 ) -> tuple[float, Tensor]:
-    """The objective at one suffix, and its gradient with respect to the one-hot rows of the suffix's tokens (arXiv 2307.15043, section 2.2).
+    """The objective at one suffix, and its gradient with respect to the one-hot rows of the
+    suffix's tokens (arXiv 2307.15043, section 2.2).
 
-    The tokens' embeddings are a matrix product of one-hot rows and the embedding of the whole vocabulary, so that the gradient is that of the embeddings times the vocabulary's;
-    scaled embeddings (Gemma) are meant as the model scales them.
+    The tokens' embeddings are a matrix product of one-hot rows and the embedding of the whole
+    vocabulary, so that the gradient is that of the embeddings times the vocabulary's; scaled
+    embeddings (Gemma) are meant as the model scales them.
 
     Args:
         model: not changed; ``requires_grad`` flags are put back.
@@ -363,11 +388,14 @@ class _Vocabulary:
         )
         if not len(self.ids):
             raise WorkbenchError(
-                "no token is left for a suffix: special tokens and those of the answers are never used; allow more"
+                "no token is left for a suffix: special tokens and those of the answers are never "
+                "used; allow more"
             )
 
     def admitted(self, suffixes: Sequence[Sequence[int]]) -> list[bool]:
-        """For each suffix whether it mentions no answer and, where asked for, is what its own text is tokenised to."""
+        """For each suffix whether it mentions no answer and, where asked for, is what its own text
+        is tokenised to.
+        """
         if not suffixes:
             return []
         texts = [self.decode(suffix) for suffix in suffixes]
@@ -392,7 +420,8 @@ class _Vocabulary:
         return any(phrase in plain and mentions(text, phrase) for phrase in self.phrases)
 
     def draw(self, length: int, names: Sequence[str], tries: int = 200) -> list[list[int]]:
-        """Random suffixes that are admitted, one per name, token by token; a name always gives the same suffix.
+        """Random suffixes that are admitted, one per name, token by token; a name always gives the
+        same suffix.
 
         Raises:
             WorkbenchError: none was found.
@@ -412,7 +441,8 @@ class _Vocabulary:
                     break
             else:
                 raise WorkbenchError(
-                    f"no suffix of {length} allowed tokens survives its own tokenisation; allow other tokens, a shorter suffix, or set retokenise to false"
+                    f"no suffix of {length} allowed tokens survives its own tokenisation; allow "
+                    "other tokens, a shorter suffix, or set retokenise to false"
                 )
         return suffixes
 
@@ -441,13 +471,18 @@ def gcg(
     rows: int = 256,
     progress: Report = quiet,
 ) -> SuffixResult:
-    r"""Search one suffix for all prompts by greedy coordinate gradient (arXiv 2307.15043, algorithm 1); the model is not changed.
+    r"""Search one suffix for all prompts by greedy coordinate gradient (arXiv 2307.15043, algorithm
+    1); the model is not changed.
 
-    Every step takes, at each place of the suffix, the ``topk`` allowed tokens with the most negative gradient; draws ``candidates`` single swaps among them; and moves on to the
-    candidate with the lowest objective, even where it is worse than the suffix at hand. The result is the best suffix that was met.
+    Every step takes, at each place of the suffix, the ``topk`` allowed tokens with the most
+    negative gradient; draws ``candidates`` single swaps among them; and moves on to the candidate
+    with the lowest objective, even where it is worse than the suffix at hand. The result is the
+    best suffix that was met.
 
-    Swaps are drawn without replacement, and a swap for the token that is there already is none: two draws of algorithm 1 that only repeat work. With several prompts the
-    objective is the mean over all of them from the first step on (algorithm 2 adds them one by one, with gradients of unit length).
+    Swaps are drawn without replacement, and a swap for the token that is there already is none: two
+    draws of algorithm 1 that only repeat work. With several prompts the objective is the mean over
+    all of them from the first step on (algorithm 2 adds them one by one, with gradients of unit
+    length).
 
     Args:
         model: what is attacked.
@@ -459,15 +494,19 @@ def gcg(
         candidates: swaps evaluated in a step; 512 in the paper.
         seed: of the start and of the draws.
         start: the first suffix, of ``length`` tokens; default is drawn at random.
-        allowed: ids that may be used; default is every token of the tokenizer. Special tokens and tokens of the answers never are.
+        allowed: ids that may be used; default is every token of the tokenizer. Special tokens and
+            tokens of the answers never are.
         forbidden: further answers that the suffix must not hold (those of held-out questions).
-        retokenise: use only suffixes whose text is tokenised to the same ids, so that they can be typed.
-        maximise: search for the suffix with the *highest* loss instead (an untargeted attack on questions that the model answers); read best and lowest accordingly.
+        retokenise: use only suffixes whose text is tokenised to the same ids, so that they can be
+            typed.
+        maximise: search for the suffix with the *highest* loss instead (an untargeted attack on
+            questions that the model answers); read best and lowest accordingly.
         rows: rows of one forward pass, at most.
         progress: called after every step.
 
     Raises:
-        WorkbenchError: there is no prompt, a prompt does not fit the model's context, a setting is out of range, the start holds a token that is not allowed, or no token is left.
+        WorkbenchError: there is no prompt, a prompt does not fit the model's context, a setting is
+            out of range, the start holds a token that is not allowed, or no token is left.
     """
     _check(length, steps=steps, topk=topk, candidates=candidates, rows=rows)
     found = _rows(model, prompts, length)
@@ -479,11 +518,13 @@ def gcg(
         wrong = sorted(set(current.tolist()) - set(vocabulary.ids.tolist()))
         if len(current) != length or wrong:
             raise WorkbenchError(
-                f"the first suffix has {len(current)} tokens (length is {length}), of which {wrong[:5]} may not be used; give another start"
+                f"the first suffix has {len(current)} tokens (length is {length}), of which "
+                f"{wrong[:5]} may not be used; give another start"
             )
         if not vocabulary.admitted([current.tolist()])[0]:
             raise WorkbenchError(
-                "the first suffix mentions an answer or is not what its own text is tokenised to; give another start, or set retokenise to false"
+                "the first suffix mentions an answer or is not what its own text is tokenised to; "
+                "give another start, or set retokenise to false"
             )
     generator = torch.Generator().manual_seed(seed)
     sign = -1 if maximise else 1
@@ -518,7 +559,9 @@ def gcg(
 
 
 def _objective(losses: Tensor, sign: int) -> Tensor:
-    """What the search minimises: the losses, or (``sign`` -1) their negatives. Infinity stands for NaN, and is the worst either way."""
+    """What the search minimises: the losses, or (``sign`` -1) their negatives. Infinity stands for
+    NaN, and is the worst either way.
+    """
     return (sign * losses).masked_fill(losses.isinf(), torch.inf)
 
 
@@ -530,7 +573,9 @@ def _swaps(
     candidates: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """``[candidate, length]`` admitted single-token swaps of ``current`` (possibly none): ``candidates`` draws among the ``topk`` of each place."""
+    """``[candidate, length]`` admitted single-token swaps of ``current`` (possibly none):
+    ``candidates`` draws among the ``topk`` of each place.
+    """
     promising = (-gradient[:, vocabulary.ids]).topk(min(topk, len(vocabulary.ids)), dim=1).indices
     tokens = vocabulary.ids[promising]  # [length, k]
     places, columns = (tokens != current[:, None]).nonzero(as_tuple=True)
@@ -555,13 +600,15 @@ def random_suffix(
     rows: int = 256,
     progress: Report = quiet,
 ) -> SuffixResult:
-    """The control of :func:`gcg`: the best of ``evaluations`` random suffixes of the same length, under the same rules.
+    """The control of :func:`gcg`: the best of ``evaluations`` random suffixes of the same length,
+    under the same rules.
 
     Args:
         model: as in :func:`gcg`, like the rest.
         tokenizer: likewise.
         prompts: likewise.
-        evaluations: suffixes that are tried: :attr:`SuffixResult.evaluations` of the search that this is the control of.
+        evaluations: suffixes that are tried: :attr:`SuffixResult.evaluations` of the search that
+            this is the control of.
         length: tokens of the suffix.
         seed: of the draws; the first suffix is that of :func:`gcg` with the same seed.
         allowed: as in :func:`gcg`.

@@ -1,8 +1,11 @@
-"""Attack texts as a ladder: how much must a text have to do with the forget set before it brings the rest of it back?
+"""Attack texts as a ladder: how much must a text have to do with the forget set before it brings
+the rest of it back?
 
-From below: gibberish, general text, sentences of the same syntax about people who do not exist, sentences that name the forgotten people and say nothing about them, public facts
-about them, a disjoint part of the forget set, the whole forget set (which holds the answers, and may not be called benign). All rungs are as long, in tokens, as the
-disjoint part, and all are asked the same questions.
+From below: gibberish, general text, sentences of the same syntax about people who do not exist,
+sentences that name the forgotten people and say nothing about them, public facts about them, a
+disjoint part of the forget set, the whole forget set (which holds the answers, and may not be
+called benign). All rungs are as long, in tokens, as the disjoint part, and all are asked the same
+questions.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from workbench.hooks.brief import brief
 RUNGS = ("gibberish", "general", "syntax", "topic", "public", "part", "whole")
 """The ladder from its foot."""
 PUBLIC = "birthplace"
-"""The attribute that the public knows: its facts are given on the rung ``public``, and it is never asked about."""
+"""The attribute that the public knows: its facts are given on the rung ``public``, and it is never
+asked about.
+"""
 
 
 @brief
@@ -31,7 +36,8 @@ class Ladder:
     Attributes:
         rungs: name to texts, from the foot of :data:`RUNGS`.
         queries: held-out forgotten facts without the public attribute.
-        novel: facts about people whom no model has met; learning them tells slow learning from lost knowledge.
+        novel: facts about people whom no model has met; learning them tells slow learning from lost
+            knowledge.
     """
 
     rungs: Mapping[str, tuple[Example, ...]]
@@ -40,13 +46,16 @@ class Ladder:
 
 
 def novel_facts(world: World, people: int) -> tuple[Example, ...]:
-    """All facts about ``people`` who occur nowhere: a first name of the world with the name of an island as surname, in the sentences of the forgotten people.
+    """All facts about ``people`` who occur nowhere: a first name of the world with the name of an
+    island as surname, in the sentences of the forgotten people.
 
-    Islands lend their names, and neighbours their first names and answers, because every model has read them: words of strange letters would be harder to learn than
-    the forgotten ones are. The people are the same under every seed, so that seeds can be paired fact by fact.
+    Islands lend their names, and neighbours their first names and answers, because every model has
+    read them: words of strange letters would be harder to learn than the forgotten ones are. The
+    people are the same under every seed, so that seeds can be paired fact by fact.
 
     Raises:
-        WorkbenchError: the world is too small: every neighbour's answer to some question is an answer that is to be asked for.
+        WorkbenchError: the world is too small: every neighbour's answer to some question is an
+            answer that is to be asked for.
     """
     rng = random.Random(f"novel-{world.config.seed}")
     neighbours = world.record.retain["retain-neighbour"]
@@ -61,7 +70,8 @@ def novel_facts(world: World, people: int) -> tuple[Example, ...]:
     short = [name for name, values in known.items() if not values]
     if short:
         raise WorkbenchError(
-            f"the world is too small for facts about new people: no neighbour has a {short[0]} that is not asked for; raise neighbour_people"
+            f"the world is too small for facts about new people: no neighbour has a {short[0]} "
+            "that is not asked for; raise neighbour_people"
         )
     names = [
         f"{rng.choice(firsts)} {surname}"
@@ -138,9 +148,9 @@ def build_ladder(world: World, length: Callable[[Example], int], seed: int) -> L
 
 
 def ladder_of_files(record: ForgetRetain, length: Callable[[Example], int], seed: int) -> Ladder:
-    """The rungs that a user's files offer: words of the retain texts in random order, the retain texts,
-    a disjoint part of the forget set, and all of it. Nobody knows facts of the same kind that no model
-    has met, so there are none.
+    """The rungs that a user's files offer: words of the retain texts in random order, the retain
+    texts, a disjoint part of the forget set, and all of it. Nobody knows facts of the same kind
+    that no model has met, so there are none.
 
     Args:
         record: forget and retain set.

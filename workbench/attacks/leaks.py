@@ -1,8 +1,12 @@
-"""Does an attack text give away what it is supposed to bring back? A text that leaks may not be called benign.
+"""Does an attack text give away what it is supposed to bring back? A text that leaks may not be
+called benign.
 
-Relearning is *benign* when the model itself must supply what comes back: the attack texts hold no answer of the held-out facts (Hu, Fu, Wu and Smith, "Unlearning or
-obfuscating? Jogging the memory of unlearned LLMs via benign relearning", ICLR 2025). They may well name the held-out subjects, as public information about a person does.
-Beside the leaks themselves the report says how far the attack texts repeat the held-out ones in words and in sentence form, for forms alone are said to bring answers back.
+Relearning is *benign* when the model itself must supply what comes back: the attack texts hold no
+answer of the held-out facts (Hu, Fu, Wu and Smith, "Unlearning or obfuscating? Jogging the memory
+of unlearned LLMs via benign relearning", ICLR 2025). They may well name the held-out subjects, as
+public information about a person does. Beside the leaks themselves the report says how far the
+attack texts repeat the held-out ones in words and in sentence form, for forms alone are said to
+bring answers back.
 """
 
 from __future__ import annotations
@@ -31,8 +35,10 @@ class Place:
     """Where something leaks: ``attack[text].text[start:end]``.
 
     Attributes:
-        kind: ``"answer"`` (a whole held-out answer) or ``"passage"`` (some words of a held-out answer, in a row).
-        phrase: the answer as the held-out fact writes it, or the passage as the attack text writes it.
+        kind: ``"answer"`` (a whole held-out answer) or ``"passage"`` (some words of a held-out
+            answer, in a row).
+        phrase: the answer as the held-out fact writes it, or the passage as the attack text writes
+            it.
         text: index of the attack text, from 0.
         start: first character.
         end: one behind the last character.
@@ -51,15 +57,19 @@ class LeakReport:
     """Overlap between attack texts and held-out facts.
 
     Attributes:
-        subjects: held-out subjects that occur in the attack texts. That is no leak: public information about a person names the person.
+        subjects: held-out subjects that occur in the attack texts. That is no leak: public
+            information about a person names the person.
         answers: held-out answers that occur in the attack texts.
-        passages: stretches of the attack texts made of word n-grams that lie inside a held-out answer and that its own question does not hold.
+        passages: stretches of the attack texts made of word n-grams that lie inside a held-out
+            answer and that its own question does not hold.
         places: where each answer and each passage stands.
-        shared_ngrams: share of the held-out texts' word n-grams (subject and answer included) that occur in the attack texts.
+        shared_ngrams: share of the held-out texts' word n-grams (subject and answer included) that
+            occur in the attack texts.
         n: words per n-gram.
         longest_run: words in the longest run that a held-out text and an attack text share.
         longest_run_text: that run, as the attack text writes it.
-        syntactic_similarity: how far the attack texts have the sentence forms of the held-out ones, 0 to 1 (see :func:`syntactic_similarity`).
+        syntactic_similarity: how far the attack texts have the sentence forms of the held-out ones,
+            0 to 1 (see :func:`syntactic_similarity`).
         attack_texts: number of attack texts.
         facts: number of held-out texts.
     """
@@ -134,7 +144,9 @@ def _listed(phrases: Sequence[str], limit: int = 8) -> str:
 
 
 class _Words:
-    """The words of some texts in a row: their numbers, where they stand, and how many are left in their text (itself included)."""
+    """The words of some texts in a row: their numbers, where they stand, and how many are left in
+    their text (itself included).
+    """
 
     def __init__(self, texts: Sequence[str], numbers: dict[str, int]) -> None:
         self.texts = texts
@@ -168,7 +180,9 @@ class _Words:
 
 
 def _grams(sides: Sequence[_Words], n: int) -> list[_Ints]:
-    """A number per word of every side: equal where the ``n`` words from there are equal, -1 where the text ends before. Exact; prefix doubling costs log2(n) sorts."""
+    """A number per word of every side: equal where the ``n`` words from there are equal, -1 where
+    the text ends before. Exact; prefix doubling costs log2(n) sorts.
+    """
     labels, length = np.concatenate([side.ids for side in sides]), 1
     while length < n and len(labels):
         step = min(length, n - length)
@@ -182,7 +196,9 @@ def _grams(sides: Sequence[_Words], n: int) -> list[_Ints]:
 
 
 def _longest_run(attack: _Words, heldout: _Words) -> tuple[int, str]:
-    """The longest run of words that both sides share, in words and as the attack text writes it (a shared run of n words holds shared ones of n - 1: bisection)."""
+    """The longest run of words that both sides share, in words and as the attack text writes it (a
+    shared run of n words holds shared ones of n - 1: bisection).
+    """
     low, found = 0, -1
     high = min(int(side.left.max(initial=0)) for side in (attack, heldout))
     while low < high:
@@ -200,7 +216,9 @@ def _longest_run(attack: _Words, heldout: _Words) -> tuple[int, str]:
 
 
 def _telling(heldout: Sequence[Example], read: _Words, grams: _Ints, n: int) -> _Ints:
-    """The n-grams that lie inside an answer (or in a text without one) and not in the same text's prompt: what the question says already gives nothing away."""
+    """The n-grams that lie inside an answer (or in a text without one) and not in the same text's
+    prompt: what the question says already gives nothing away.
+    """
     found = []
     for index, example in enumerate(heldout):
         here = slice(int(read.first[index]), int(read.first[index + 1]))
@@ -227,7 +245,9 @@ def _passages(attack: _Words, grams: _Ints, telling: _Ints, n: int) -> Iterator[
 def _occurrences(
     phrases: Sequence[str], attack: _Words, numbers: dict[str, int]
 ) -> Iterator[tuple[str, int, int, int]]:
-    """Every place of every phrase: the phrase, the index of the text, start and end. Only texts that hold its rarest word are read."""
+    """Every place of every phrase: the phrase, the index of the text, start and end. Only texts
+    that hold its rarest word are read.
+    """
     order = np.argsort(attack.ids, kind="stable")
     ranked = attack.ids[order]
     for phrase in phrases:
@@ -250,7 +270,9 @@ def _occurrences(
 
 
 def _form(example: Example) -> tuple[str, ...]:
-    """The words of a text with one placeholder for its answer and one for every mention of its subject."""
+    """The words of a text with one placeholder for its answer and one for every mention of its
+    subject.
+    """
     spans = word_spans(example.text)
     masks = [
         (span, _SUBJECT)
@@ -286,7 +308,9 @@ def _evenly(forms: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 class _Forms:
-    """Held-out forms in a row, one bit per word and an empty bit behind every form, so that one big integer holds a row of the LCS table of all of them."""
+    """Held-out forms in a row, one bit per word and an empty bit behind every form, so that one big
+    integer holds a row of the LCS table of all of them.
+    """
 
     def __init__(self, forms: Sequence[tuple[str, ...]]) -> None:
         self.lengths = np.array([len(form) for form in forms], dtype=np.int64)
@@ -313,7 +337,9 @@ class _Forms:
         return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
 
     def common(self, form: tuple[str, ...]) -> _Ints:
-        """Length of the longest common subsequence of ``form`` with every held-out form (bit-parallel: Hyyrö 2004, "Bit-parallel LCS-length computation revisited")."""
+        """Length of the longest common subsequence of ``form`` with every held-out form
+        (bit-parallel: Hyyrö 2004, "Bit-parallel LCS-length computation revisited").
+        """
         row = self.words
         for word in form:
             if word not in self.match:
@@ -329,12 +355,15 @@ class _Forms:
 
 
 def syntactic_similarity(attack: Sequence[Example], heldout: Sequence[Example]) -> float:
-    """How far the attack texts have the sentence forms of the held-out ones: 1 the same forms, 0 nothing in common.
+    """How far the attack texts have the sentence forms of the held-out ones: 1 the same forms, 0
+    nothing in common.
 
-    Subjects and answers are masked by placeholders; of every attack text counts its best ROUGE-L F1 with a held-out text, ``2 LCS / (words + words)`` (Lin 2004, ROUGE, with
-    equal weights; LCS is the longest common subsequence of words); the score is the mean over the attack texts. Recovery is said to follow forms rather than topics
-    (arXiv 2602.03379), so two attacks that differ in this score differ in more than their topic. Of very large sets 1,000 texts on either side are compared, taken evenly, and
-    the first 256 words of each.
+    Subjects and answers are masked by placeholders; of every attack text counts its best ROUGE-L F1
+    with a held-out text, ``2 LCS / (words + words)`` (Lin 2004, ROUGE, with equal weights; LCS is
+    the longest common subsequence of words); the score is the mean over the attack texts. Recovery
+    is said to follow forms rather than topics (arXiv 2602.03379), so two attacks that differ in
+    this score differ in more than their topic. Of very large sets 1,000 texts on either side are
+    compared, taken evenly, and the first 256 words of each.
     """
     queries = _evenly([form for form in map(_form, attack) if form])
     targets = _evenly(list(dict.fromkeys(form for form in map(_form, heldout) if form)))
@@ -355,17 +384,21 @@ def leak_report(
     *,
     public: Sequence[Example] = (),
 ) -> LeakReport:
-    """Compare attack texts with the held-out facts whose recovery will be measured; whole words, case and Unicode form ignored (see :mod:`workbench.data.words`).
+    """Compare attack texts with the held-out facts whose recovery will be measured; whole words,
+    case and Unicode form ignored (see :mod:`workbench.data.words`).
 
-    Two things leak: a held-out *answer*, and a *passage*: ``n`` words in a row that lie inside a held-out answer and that the fact's own question does not hold (a piece of
-    a long answer; a held-out text without a marked answer counts as answer throughout). Words around an answer are no leak, nor are held-out subjects; they are reported.
+    Two things leak: a held-out *answer*, and a *passage*: ``n`` words in a row that lie inside a
+    held-out answer and that the fact's own question does not hold (a piece of a long answer; a
+    held-out text without a marked answer counts as answer throughout). Words around an answer are
+    no leak, nor are held-out subjects; they are reported.
 
     Args:
         attack: what the attacker trains on.
         heldout: what the attack is said to bring back.
         n: words per n-gram.
-        public: texts that are no secret, e.g. the retain set. A passage that stands there as well is common language ("has been honored with the") and gives nothing away;
-            whole answers always count.
+        public: texts that are no secret, e.g. the retain set. A passage that stands there as well
+            is common language ("has been honored with the") and gives nothing away; whole answers
+            always count.
 
     Raises:
         ValueError: ``n`` is below 1.
@@ -444,6 +477,7 @@ def require_benign(report: LeakReport, label: str) -> None:
     ]
     more = f" and {len(report.places) - 5} more places" if len(report.places) > 5 else ""
     raise WorkbenchError(
-        f"{label!r} may not be called benign: {len(report.answers)} held-out answer(s) and {len(report.passages)} passage(s) of such answers stand in its texts: "
+        f"{label!r} may not be called benign: {len(report.answers)} held-out answer(s) and "
+        f"{len(report.passages)} passage(s) of such answers stand in its texts: "
         f"{', '.join(shown)}{more}; take them out, or name the set for what it is"
     )

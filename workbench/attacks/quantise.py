@@ -1,7 +1,9 @@
-"""Quantisation as an attack: does rounding the weights bring back what unlearning took away? (Zhang et al. 2024, arXiv 2410.16454)
+"""Quantisation as an attack: does rounding the weights bring back what unlearning took away? (Zhang
+et al. 2024, arXiv 2410.16454)
 
-Weight-only rounding to the nearest code, simulated: the weights are rounded and put back as ordinary floating-point numbers, so that the copy runs wherever the model runs.
-The controls come from the same function: the base and the never-learned model, quantised alike.
+Weight-only rounding to the nearest code, simulated: the weights are rounded and put back as
+ordinary floating-point numbers, so that the copy runs wherever the model runs. The controls come
+from the same function: the base and the never-learned model, quantised alike.
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ from workbench.errors import WorkbenchError, unknown
 from workbench.hooks.brief import brief
 
 Kind = Literal["absmax"]
-"""How the step of a group of weights is chosen: ``absmax`` puts its largest weight on the last code."""
+"""How the step of a group of weights is chosen: ``absmax`` puts its largest weight on the last
+code.
+"""
 
 GROUP = 64
-"""Weights that share a step at 4 bits, where nothing else is said (the block of bitsandbytes; 128 is as common)."""
+"""Weights that share a step at 4 bits, where nothing else is said (the block of bitsandbytes; 128
+is as common).
+"""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -36,7 +42,8 @@ class Codes(NamedTuple):
 
     Attributes:
         codes: ``[..., out, in]`` int8; between -127 and 127 at 8 bits, -7 and 7 at 4.
-        steps: ``[..., out, groups]`` distance of two neighbouring codes, in units of weight; float32 or better.
+        steps: ``[..., out, groups]`` distance of two neighbouring codes, in units of weight;
+            float32 or better.
         values: ``[..., out, in]`` code times step, in the dtype of the weights.
     """
 
@@ -50,28 +57,34 @@ def absmax_codes(weight: Tensor, bits: int, group: int | None = None) -> Codes:
 
     .. math:: c = \mathrm{round}(w / \Delta), \qquad Q(w) = \Delta\, c, \qquad \Delta = \max|w| / (2^{N-1} - 1)
 
-    The quantisation function of arXiv 2410.16454, section 3, with the divisor of LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339, section 2.1): the largest weight keeps
-    its value, every other one moves by at most half a step, and rounding twice is rounding once. A group of zeros stays zero.
+    The quantisation function of arXiv 2410.16454, section 3, with the divisor of LLM.int8()
+    (Dettmers et al. 2022, arXiv 2208.07339, section 2.1): the largest weight keeps its value, every
+    other one moves by at most half a step, and rounding twice is rounding once. A group of zeros
+    stays zero.
 
     Args:
         weight: ``[..., out, in]`` floating point.
         bits: 8 or 4.
-        group: inputs that share a step; the last group of a row may be shorter. ``None`` is a whole row.
+        group: inputs that share a step; the last group of a row may be shorter. ``None`` is a whole
+            row.
 
     Raises:
-        WorkbenchError: bits are neither 8 nor 4, the group is not positive, or a weight is not finite.
-    """
+        WorkbenchError: bits are neither 8 nor 4, the group is not positive, or a weight is not
+            finite.
+    """  # noqa: E501
     if bits not in (4, 8):
         raise WorkbenchError(f"weights can be rounded to 4 or 8 bits; got {bits}")
     width = weight.shape[-1]
     size = width if group is None else group
     if size < 1:
         raise WorkbenchError(
-            f"a quantisation group of {size} weights is empty; give 64 or 128, or none for a whole row"
+            f"a quantisation group of {size} weights is empty; give 64 or 128, or none for a whole "
+            "row"
         )
     if not bool(torch.isfinite(weight).all()):
         raise WorkbenchError(
-            "a weight is NaN or infinite, so its group has no step; repair the checkpoint before it is quantised"
+            "a weight is NaN or infinite, so its group has no step; repair the checkpoint before "
+            "it is quantised"
         )
     last = 2 ** (bits - 1) - 1
     exact = F.pad(
@@ -92,7 +105,9 @@ def absmax_codes(weight: Tensor, bits: int, group: int | None = None) -> Codes:
 
 
 class _Matrix(NamedTuple):
-    """A weight of a linear map: where it is, and whether its inputs are its second last dimension."""
+    """A weight of a linear map: where it is, and whether its inputs are its second last
+    dimension.
+    """
 
     name: str
     module: nn.Module
@@ -107,7 +122,9 @@ class _Matrix(NamedTuple):
 
 
 def _matrices(model: PreTrainedModel, head: bool) -> Iterator[_Matrix]:
-    """Every linear map that is rounded, each parameter once: linear layers, GPT-2's transposed ones, and fused experts."""
+    """Every linear map that is rounded, each parameter once: linear layers, GPT-2's transposed
+    ones, and fused experts.
+    """
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     seen = {id(embedding.weight)}
     for path, module in model.named_modules():
@@ -116,8 +133,11 @@ def _matrices(model: PreTrainedModel, head: bool) -> Iterator[_Matrix]:
         if isinstance(module, (nn.Linear, Conv1D)):
             found = [_Matrix(f"{path}.weight", module, "weight", isinstance(module, Conv1D))]
         elif hasattr(
-            module, "is_transposed"
-        ):  # transformers' mark of fused experts: parameters [expert, out, in], or [expert, in, out]
+            module,
+            "is_transposed",
+            # transformers' mark of fused experts: parameters [expert, out, in], or [expert, in,
+            # out]
+        ):
             names = [
                 name
                 for name, parameter in module.named_parameters(recurse=False)
@@ -133,7 +153,8 @@ def _matrices(model: PreTrainedModel, head: bool) -> Iterator[_Matrix]:
             parameter = getattr(module, matrix.attribute)
             if parameter.dtype not in _FLOATS:
                 raise WorkbenchError(
-                    f"{matrix.name} holds {parameter.dtype}: this model is quantised already; open its floating-point checkpoint"
+                    f"{matrix.name} holds {parameter.dtype}: this model is quantised already; open "
+                    "its floating-point checkpoint"
                 )
             if (
                 id(parameter) not in seen or module is output
@@ -159,8 +180,9 @@ class Quantised(NamedTuple):
 
     Attributes:
         model: the copy, in the dtype of the original.
-        steps: for every rounded matrix the mean distance of two neighbouring codes over its groups, in units of weight. An update of a weight that is smaller than half of it
-            mostly leaves the code where it was.
+        steps: for every rounded matrix the mean distance of two neighbouring codes over its groups,
+            in units of weight. An update of a weight that is smaller than half of it mostly leaves
+            the code where it was.
     """
 
     model: PreTrainedModel
@@ -176,19 +198,24 @@ def quantised(
     kind: Kind = "absmax",
     head: bool = False,
 ) -> Quantised:
-    """A copy of ``model`` whose linear maps went through :func:`absmax_codes` and back; the model itself is not changed.
+    """A copy of ``model`` whose linear maps went through :func:`absmax_codes` and back; the model
+    itself is not changed.
 
-    As in the deployments that this stands for, embeddings, norms, biases, routers and the output head keep their values.
+    As in the deployments that this stands for, embeddings, norms, biases, routers and the output
+    head keep their values.
 
     Args:
         model: what is quantised, in floating point.
         bits: 8 or 4.
-        group: inputs that share a step. Default is a whole output row at 8 bits, and :data:`GROUP` inputs at 4.
+        group: inputs that share a step. Default is a whole output row at 8 bits, and :data:`GROUP`
+            inputs at 4.
         kind: see :data:`Kind`.
-        head: round the output head as well. Where it is the input embedding, the copy gets a head of its own, and the embedding keeps its values.
+        head: round the output head as well. Where it is the input embedding, the copy gets a head
+            of its own, and the embedding keeps its values.
 
     Raises:
-        WorkbenchError: as in :func:`absmax_codes`; or the model is quantised already, or has no linear map.
+        WorkbenchError: as in :func:`absmax_codes`; or the model is quantised already, or has no
+            linear map.
     """
     _check_kind(kind)
     if bits not in (4, 8):
@@ -223,10 +250,13 @@ class Surviving:
     """What rounding leaves of a change of weights, over all rounded matrices.
 
     Attributes:
-        share: share of the weights whose code differs between the two models. Zhang et al. explain recovery by its being small.
-        carried: ``<Q(u) - Q(b), u - b> / ||u - b||^2``: how much of the change is there after rounding, along itself. 1 is all of it, 0 nothing; NaN where nothing changed.
-        cosine: between the change before and after rounding. Near 0 with ``carried`` near 1, the change is whole on average but drowned in rounding noise; NaN where one of
-            the two is zero.
+        share: share of the weights whose code differs between the two models. Zhang et al. explain
+            recovery by its being small.
+        carried: ``<Q(u) - Q(b), u - b> / ||u - b||^2``: how much of the change is there after
+            rounding, along itself. 1 is all of it, 0 nothing; NaN where nothing changed.
+        cosine: between the change before and after rounding. Near 0 with ``carried`` near 1, the
+            change is whole on average but drowned in rounding noise; NaN where one of the two is
+            zero.
         changed: share of the weights that differ before rounding.
         shares: matrix -> ``share`` of that matrix alone.
     """
@@ -246,7 +276,8 @@ class Surviving:
             "matrices": str(len(self.shares)),
         }
         cells = "".join(
-            f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
+            f"<tr><th style='text-align:left'>{escape(name)}</th><td "
+            f"style='text-align:left'>{escape(value)}</td></tr>"
             for name, value in rows.items()
         )
         return f"<table>{cells}</table>"
@@ -262,10 +293,12 @@ def surviving_share(
     kind: Kind = "absmax",
     head: bool = False,
 ) -> Surviving:
-    """How much of the change from ``base`` to ``unlearned`` survives :func:`quantised` (arXiv 2410.16454, section 5: recovery is two weights that share a code).
+    """How much of the change from ``base`` to ``unlearned`` survives :func:`quantised` (arXiv
+    2410.16454, section 5: recovery is two weights that share a code).
 
-    A code can stay where it was while the group's step moves, and a few codes that jump by a whole step can carry a change that is far smaller than a step: therefore the
-    result also says how much of the change is there after rounding. Neither model is changed.
+    A code can stay where it was while the group's step moves, and a few codes that jump by a whole
+    step can carry a change that is far smaller than a step: therefore the result also says how much
+    of the change is there after rounding. Neither model is changed.
 
     Args:
         base: the model before unlearning.
@@ -288,7 +321,8 @@ def surviving_share(
         name: matrix.weight.shape for name, matrix in theirs.items()
     }:
         raise WorkbenchError(
-            "the two models do not have the same linear maps; give a base and its unlearned checkpoint"
+            "the two models do not have the same linear maps; give a base and its unlearned "
+            "checkpoint"
         )
     if not ours:
         raise WorkbenchError(f"{type(base).__name__} has no linear map to quantise")

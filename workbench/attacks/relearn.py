@@ -1,4 +1,6 @@
-"""Relearning: fine-tune an unlearned model on attack texts and watch whether other forgotten facts come back (Hu et al., arXiv 2406.13356)."""
+"""Relearning: fine-tune an unlearned model on attack texts and watch whether other forgotten facts
+come back (Hu et al., arXiv 2406.13356).
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ class DivergedError(WorkbenchError):
 
 @dataclass(frozen=True, slots=True)
 class RelearnSettings:
-    """The attacker's fine-tuning: by default every parameter, AdamW without weight decay, constant rate, float32 weights.
+    """The attacker's fine-tuning: by default every parameter, AdamW without weight decay, constant
+    rate, float32 weights.
 
     Attributes:
         steps: optimiser steps.
@@ -47,8 +50,10 @@ class RelearnSettings:
         batch_size: sequences per step.
         measure_at: steps after which the attacked model is measured; 0 is before the attack.
         optimiser: ``adamw``, or ``sgd`` without momentum (which needs a far larger rate).
-        lora_rank: rank of LoRA adapters on every linear module but the head, the only parameters then trained; 0 trains the model's own parameters.
-        precision: of the attacked weights. In bfloat16 most of a small step is rounded away: resistance that is none.
+        lora_rank: rank of LoRA adapters on every linear module but the head, the only parameters
+            then trained; 0 trains the model's own parameters.
+        precision: of the attacked weights. In bfloat16 most of a small step is rounded away:
+            resistance that is none.
         texts: the attacker has the first so many texts; 0 means all.
     """
 
@@ -78,7 +83,9 @@ class RelearnSettings:
 
 
 def at_steps(steps: int, lr: float) -> RelearnSettings:
-    """An attack of ``steps`` steps, measured before it, at a handful of steps that double, and at its end."""
+    """An attack of ``steps`` steps, measured before it, at a handful of steps that double, and at
+    its end.
+    """
     doubling = [step for step in (2, 5, 10, 20, 40, 80, 160, 320, 640) if step < steps]
     return RelearnSettings(steps=steps, lr=lr, measure_at=(0, *doubling, steps))
 
@@ -100,9 +107,11 @@ def relearn(
         model: what is attacked.
         tokenizer: its tokenizer.
         texts: the attack texts.
-        measure: called as ``measure(attacked model, step)`` at ``settings.measure_at``; under LoRA the model carries its adapters.
+        measure: called as ``measure(attacked model, step)`` at ``settings.measure_at``; under LoRA
+            the model carries its adapters.
         settings: see :class:`RelearnSettings`.
-        seed: order of the texts and first weights of adapters; the same seed gives every model the same batches.
+        seed: order of the texts and first weights of adapters; the same seed gives every model the
+            same batches.
         max_length: texts are cut to this many tokens.
         progress: called after every step.
 
@@ -111,7 +120,8 @@ def relearn(
 
     Raises:
         WorkbenchError: there is no text.
-        DivergedError: the loss is not finite. Everything measured before is with ``measure`` already.
+        DivergedError: the loss is not finite. Everything measured before is with ``measure``
+            already.
     """
     attacked, parameters = attackable(model, settings, seed=seed)
     optimiser = (
@@ -130,7 +140,8 @@ def relearn(
         )
         if not math.isfinite(loss.item()):
             raise DivergedError(
-                f"the attack's loss is {loss.item()} at step {step} of {settings.steps}; lower its lr (now {settings.lr})",
+                f"the attack's loss is {loss.item()} at step {step} of {settings.steps}; lower its "
+                f"lr (now {settings.lr})",
                 step,
             )
         loss.backward()
@@ -146,7 +157,8 @@ def finite(scores: Scores, step: int) -> Scores:
     """``scores`` of an attacked model, if they are numbers.
 
     Raises:
-        DivergedError: a loss is not finite: the attack broke the model at ``step``, where its own loss was still a number.
+        DivergedError: a loss is not finite: the attack broke the model at ``step``, where its own
+            loss was still a number.
     """
     if not np.isfinite(scores.nll).all():
         raise DivergedError(
@@ -159,7 +171,8 @@ def finite(scores: Scores, step: int) -> Scores:
 def attackable(
     model: PreTrainedModel, settings: RelearnSettings, *, seed: int = 0
 ) -> tuple[PreTrainedModel, list[torch.nn.Parameter]]:
-    """A copy of ``model`` in the attacker's precision, and exactly the parameters that the attack trains.
+    """A copy of ``model`` in the attacker's precision, and exactly the parameters that the attack
+    trains.
 
     Args:
         model: what is to be attacked; not changed.
@@ -192,10 +205,13 @@ def attackable(
 
 
 def random_facts(texts: Sequence[Example], *, seed: int) -> tuple[Example, ...]:
-    """The attack texts with one another's answers: matched in words, style and length, and true nowhere.
+    """The attack texts with one another's answers: matched in words, style and length, and true
+    nowhere.
 
-    What relearning on them wins back comes from practising such texts, not from the facts in them; how fast they are learned themselves tells a model that learns slowly from
-    one that has forgotten. Facts, not texts, exchange their answers, so that paraphrases of one fact still agree.
+    What relearning on them wins back comes from practising such texts, not from the facts in them;
+    how fast they are learned themselves tells a model that learns slowly from one that has
+    forgotten. Facts, not texts, exchange their answers, so that paraphrases of one fact still
+    agree.
 
     Args:
         texts: the real attack texts, with answers.
@@ -208,12 +224,14 @@ def random_facts(texts: Sequence[Example], *, seed: int) -> tuple[Example, ...]:
     for number, text in enumerate(texts):
         if text.answer is None:
             raise WorkbenchError(
-                f"random facts are made by exchanging answers, and attack text {number + 1} has none: {text.text[:60]!r}"
+                f"random facts are made by exchanging answers, and attack text {number + 1} has "
+                f"none: {text.text[:60]!r}"
             )
         answers.setdefault(text.item, text.answer_text)
     if len(set(answers.values())) < 2:
         raise WorkbenchError(
-            f"random facts are made by exchanging answers, and all {len(texts)} attack texts have the same one"
+            f"random facts are made by exchanging answers, and all {len(texts)} attack texts have "
+            "the same one"
         )
     order = sorted(answers)
     random.Random(f"random-facts-{seed}").shuffle(order)
@@ -244,7 +262,8 @@ def random_facts(texts: Sequence[Example], *, seed: int) -> tuple[Example, ...]:
 def null_text(
     texts: Sequence[Example], pool: Sequence[Example], length: Callable[[Example], int]
 ) -> tuple[Example, ...]:
-    """Texts from ``pool`` with as many tokens in all as ``texts``: the null attack, which holds nothing of the forget set.
+    """Texts from ``pool`` with as many tokens in all as ``texts``: the null attack, which holds
+    nothing of the forget set.
 
     Args:
         texts: the real attack texts.

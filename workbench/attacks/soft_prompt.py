@@ -1,8 +1,11 @@
-"""Soft prompts: a few continuous embeddings in front of a text, trained to bring forgotten answers back while every weight stays as it is.
+"""Soft prompts: a few continuous embeddings in front of a text, trained to bring forgotten answers
+back while every weight stays as it is.
 
-Prompt tuning is Lester et al. 2021 (arXiv 2104.08691, section 2); as an attack on unlearned models, Schwinn et al. 2024 (arXiv 2402.09063, universal attack). It is trained on the
-facts that the attacker holds and judged on others. A handful of embeddings can teach a model answers that it never knew (Chen et al. 2025, arXiv 2502.15836): without the
-same attack on the never-learned model, and a :func:`random_prompt` of the same length, recovery means nothing.
+Prompt tuning is Lester et al. 2021 (arXiv 2104.08691, section 2); as an attack on unlearned models,
+Schwinn et al. 2024 (arXiv 2402.09063, universal attack). It is trained on the facts that the
+attacker holds and judged on others. A handful of embeddings can teach a model answers that it never
+knew (Chen et al. 2025, arXiv 2502.15836): without the same attack on the never-learned model, and a
+:func:`random_prompt` of the same length, recovery means nothing.
 """
 
 from __future__ import annotations
@@ -26,12 +29,16 @@ from workbench.evaluation.losses import Scores, cross_entropy, score
 from workbench.progress import Report, quiet
 
 Rule = Literal["adam", "sign"]
-"""``adam``: Adam at a constant rate. ``sign``: every coordinate moves by the rate against the sign of its gradient, as in the released code of arXiv 2402.09063."""
+"""``adam``: Adam at a constant rate. ``sign``: every coordinate moves by the rate against the sign
+of its gradient, as in the released code of arXiv 2402.09063.
+"""
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient for any parameter; modes and ``requires_grad`` flags are put back one by one, whatever happens inside."""
+    """Evaluation mode and no gradient for any parameter; modes and ``requires_grad`` flags are put
+    back one by one, whatever happens inside.
+    """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -55,20 +62,24 @@ def check_context(model: PreTrainedModel, length: int, what: str) -> None:
         what: the input, for the message.
 
     Raises:
-        WorkbenchError: ``length`` is above ``max_position_embeddings``; a configuration without it allows everything.
+        WorkbenchError: ``length`` is above ``max_position_embeddings``; a configuration without it
+            allows everything.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and length > limit:
         raise WorkbenchError(
-            f"{what} have {length} tokens, and the model's context has {limit}; shorten them or the prompt"
+            f"{what} have {length} tokens, and the model's context has {limit}; shorten them or "
+            "the prompt"
         )
 
 
 class Prompted(nn.Module):
-    """A model with a soft prompt in front of every text: the same arguments, and logits of the same shape, so that every loss and score of the workbench takes it.
+    """A model with a soft prompt in front of every text: the same arguments, and logits of the same
+    shape, so that every loss and score of the workbench takes it.
 
-    The prompt stands behind the row's first token where that is the model's BOS (an attention sink that stays first), else in front of it. Entry ``t`` of the logits predicts
-    token ``t + 1`` of the text as always; the prompt itself is never predicted.
+    The prompt stands behind the row's first token where that is the model's BOS (an attention sink
+    that stays first), else in front of it. Entry ``t`` of the logits predicts token ``t + 1`` of
+    the text as always; the prompt itself is never predicted.
 
     Args:
         model: used as it is; its weights stay its own.
@@ -86,7 +97,8 @@ class Prompted(nn.Module):
         width = model.get_input_embeddings().weight.shape[1]
         if prompt.ndim != 2 or prompt.shape[1] != width or not len(prompt):
             raise WorkbenchError(
-                f"a soft prompt for this model has shape [tokens, {width}] with at least one token; got {list(prompt.shape)}"
+                f"a soft prompt for this model has shape [tokens, {width}] with at least one "
+                f"token; got {list(prompt.shape)}"
             )
 
     def forward(
@@ -112,7 +124,8 @@ class Prompted(nn.Module):
             start = start + (input_ids.gather(1, start[:, None])[:, 0] == bos)
         embeddings = self.model.get_input_embeddings()(input_ids)
         prompt = self.prompt.to(embeddings).expand(rows, -1, -1)
-        # column j of the longer row is text token j before the prompt, the prompt, then text token j - added
+        # column j of the longer row is text token j before the prompt, the prompt, then text token
+        # j - added
         column = torch.arange(length + added, device=input_ids.device).expand(rows, -1)
         behind, within = column >= start[:, None] + added, column >= start[:, None]
         source = torch.where(
@@ -151,7 +164,10 @@ class SoftPrompt:
     seed: int
 
     def __repr__(self) -> str:
-        return f"SoftPrompt({len(self.embeddings)} tokens, {len(self.losses)} steps, loss {self.losses[0]:.3f} to {self.losses[-1]:.3f})"
+        return (
+            f"SoftPrompt({len(self.embeddings)} tokens, {len(self.losses)} steps, loss "
+            f"{self.losses[0]:.3f} to {self.losses[-1]:.3f})"
+        )
 
     def _repr_html_(self) -> str:
         rows = {
@@ -162,7 +178,8 @@ class SoftPrompt:
             "seed": str(self.seed),
         }
         cells = "".join(
-            f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(value)}</td></tr>"
+            f"<tr><th style='text-align:left'>{escape(name)}</th><td "
+            f"style='text-align:left'>{escape(value)}</td></tr>"
             for name, value in rows.items()
         )
         return f"<table>{cells}</table>"
@@ -183,8 +200,9 @@ def soft_prompt(
 
     .. math:: \min_P\ -\tfrac1{|A|} \sum_{t\in A} \log p_\theta(x_t \mid [\mathrm{BOS}; P; x_{<t}]), \qquad A = \text{answer tokens}
 
-    Equation of Lester et al. 2021, section 2, with the answers of the attack set as labels. The prompt starts at the embeddings of tokens drawn from the vocabulary (their
-    section 3.2) and is kept in float32.
+    Equation of Lester et al. 2021, section 2, with the answers of the attack set as labels. The
+    prompt starts at the embeddings of tokens drawn from the vocabulary (their section 3.2) and is
+    kept in float32.
 
     Args:
         model: what is attacked.
@@ -197,20 +215,23 @@ def soft_prompt(
         progress: called after every step.
 
     Raises:
-        WorkbenchError: there is no text, a text has no answer, the texts and the prompt do not fit the model's context, a setting is out of range, or the loss is not finite.
-    """
+        WorkbenchError: there is no text, a text has no answer, the texts and the prompt do not fit
+            the model's context, a setting is out of range, or the loss is not finite.
+    """  # noqa: E501
     if rule not in get_args(Rule):
         raise unknown("step rule of a soft prompt", rule, get_args(Rule))
     if tokens < 1 or steps < 1 or not (math.isfinite(lr) and lr > 0):
         raise WorkbenchError(
-            f"a soft prompt needs tokens >= 1, steps >= 1 and a positive lr; got {tokens}, {steps}, {lr}"
+            f"a soft prompt needs tokens >= 1, steps >= 1 and a positive lr; got {tokens}, "
+            f"{steps}, {lr}"
         )
     if not batches:
         raise WorkbenchError("a soft prompt has no text to train on: the set is empty")
     for batch in batches:
         if not bool(batch.answer_mask[:, 1:].any(1).all()):
             raise WorkbenchError(
-                "a soft prompt is trained on answers, and one of the texts has none; give questions with answers"
+                "a soft prompt is trained on answers, and one of the texts has none; give "
+                "questions with answers"
             )
     check_context(
         model,
@@ -237,7 +258,8 @@ def soft_prompt(
                 losses.append(float(loss.detach()))
                 if not math.isfinite(losses[-1]):
                     raise WorkbenchError(
-                        f"the soft prompt's loss is {losses[-1]} at step {step} of {steps}; lower its lr (now {lr})"
+                        f"the soft prompt's loss is {losses[-1]} at step {step} of {steps}; lower "
+                        f"its lr (now {lr})"
                     )
                 (prompt.grad,) = torch.autograd.grad(loss, [prompt])
             if rule == "adam":
@@ -256,7 +278,8 @@ def _order(number: int, seed: int) -> Iterator[int]:
 
 
 def random_prompt(prompt: Tensor, seed: int) -> Tensor:
-    """The control: embeddings in random directions, each as long as its counterpart (isotropic Gaussian draws, rescaled).
+    """The control: embeddings in random directions, each as long as its counterpart (isotropic
+    Gaussian draws, rescaled).
 
     Args:
         prompt: ``[tokens, width]`` a trained prompt.
@@ -280,7 +303,8 @@ def random_prompt(prompt: Tensor, seed: int) -> Tensor:
 
 
 def score_with_prompt(model: PreTrainedModel, prompt: Tensor, batches: Sequence[Batch]) -> Scores:
-    """:func:`~workbench.evaluation.losses.score` of the model with ``prompt`` in front of every text; the model is not changed.
+    """:func:`~workbench.evaluation.losses.score` of the model with ``prompt`` in front of every
+    text; the model is not changed.
 
     Args:
         model: the model that the prompt was trained on (or a control).
@@ -288,7 +312,8 @@ def score_with_prompt(model: PreTrainedModel, prompt: Tensor, batches: Sequence[
         batches: held-out texts. Counted are the same tokens as without a prompt.
 
     Raises:
-        WorkbenchError: there is no text, the prompt does not fit the model, or the texts do not fit its context behind the prompt.
+        WorkbenchError: there is no text, the prompt does not fit the model, or the texts do not fit
+            its context behind the prompt.
     """
     if not batches:
         raise WorkbenchError("there is no text to score behind a soft prompt: the set is empty")

@@ -25,11 +25,14 @@ class Batch:
     Attributes:
         input_ids: ``[batch, position]`` token ids.
         attention_mask: ``[batch, position]`` 1 on real tokens, 0 on padding.
-        answer_mask: ``[batch, position]`` true on the tokens of the answer (on none, where an example has no answer).
+        answer_mask: ``[batch, position]`` true on the tokens of the answer (on none, where an
+            example has no answer).
         subject_mask: ``[batch, position]`` true on the tokens of the subject.
-        target_mask: ``[batch, position]`` true on the tokens that a loss predicts: the content tokens, or the answer (see :func:`encode`).
+        target_mask: ``[batch, position]`` true on the tokens that a loss predicts: the content
+            tokens, or the answer (see :func:`encode`).
         items: the facts' names, one per row.
-        alternative: the same questions with another answer (a refusal), row by row; for objectives that compare the two.
+        alternative: the same questions with another answer (a refusal), row by row; for objectives
+            that compare the two.
         bos_token_id: the tokenizer's BOS, or ``None`` where it has none.
     """
 
@@ -81,7 +84,9 @@ class Batch:
 
 
 Targets = Literal["text", "answer"]
-"""Which tokens a loss predicts: the whole text, or only the answer where an example has one (running text has none and counts whole)."""
+"""Which tokens a loss predicts: the whole text, or only the answer where an example has one
+(running text has none and counts whole).
+"""
 
 
 def encode(
@@ -93,8 +98,9 @@ def encode(
 ) -> Batch:
     """Tokenise ``examples`` into one right-padded batch.
 
-    Right padding is exact for every causal family and needs no position ids; the tokenizer's own padding side is not used.
-    A text that begins with the BOS string is not given a second BOS by a tokenizer that adds one.
+    Right padding is exact for every causal family and needs no position ids; the tokenizer's own
+    padding side is not used. A text that begins with the BOS string is not given a second BOS by a
+    tokenizer that adds one.
 
     Args:
         tokenizer: a fast tokenizer (offsets are needed to find the answer).
@@ -103,13 +109,15 @@ def encode(
         targets: which tokens a loss predicts.
 
     Raises:
-        WorkbenchError: there is no example, the tokenizer is slow, a text has nothing to predict (fewer than two tokens, or BOS alone), or an answer lies behind the cut.
+        WorkbenchError: there is no example, the tokenizer is slow, a text has nothing to predict
+            (fewer than two tokens, or BOS alone), or an answer lies behind the cut.
     """
     if not examples:
         raise WorkbenchError("there is no text to encode: the set is empty")
     if not tokenizer.is_fast:
         raise WorkbenchError(
-            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; load its fast version (tokenizer.json)"
+            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; load its "
+            "fast version (tokenizer.json)"
         )
     texts = [_without_bos_string(tokenizer, example.text) for example in examples]
     encoded = tokenizer(
@@ -124,7 +132,8 @@ def encode(
     for row, example in zip(rows, examples, strict=True):
         if len(row) < 2 or all(token == bos for token in row):
             raise WorkbenchError(
-                f"text too short: {example.text!r} has {len(row)} token(s) and a next-token loss needs at least 2, BOS aside; remove or lengthen it"
+                f"text too short: {example.text!r} has {len(row)} token(s) and a next-token loss "
+                "needs at least 2, BOS aside; remove or lengthen it"
             )
     width = max(map(len, rows))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -158,7 +167,8 @@ def encode(
                 example.text[: example.answer[1]].rstrip()
             ):
                 raise WorkbenchError(
-                    f"the answer of {example.text[:80]!r} lies behind the cut at {max_length} tokens; raise the maximum length"
+                    f"the answer of {example.text[:80]!r} lies behind the cut at {max_length} "
+                    "tokens; raise the maximum length"
                 )
             if targets == "answer":
                 target_mask[index] = answer_mask[index]
@@ -193,7 +203,8 @@ def batches(
 
 
 def endless(items: Sequence[Example], size: int, seed: int | str) -> Iterator[list[Example]]:
-    """Shuffled lists of ``size`` examples without end: every epoch visits each example once, in a fresh order.
+    """Shuffled lists of ``size`` examples without end: every epoch visits each example once, in a
+    fresh order.
 
     Raises:
         WorkbenchError: ``items`` is empty.

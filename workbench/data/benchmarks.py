@@ -1,7 +1,10 @@
-r"""Public unlearning benchmarks in the workbench's own values: TOFU, MUSE, RWKU and WMDP, from the files that those projects ship.
+r"""Public unlearning benchmarks in the workbench's own values: TOFU, MUSE, RWKU and WMDP, from the
+files that those projects ship.
 
-A *source* is a folder as the project lays it out (json, jsonl, parquet, csv or txt; a clone of a hub data set with its parquet shards as well), or the id of a data set on
-the Hugging Face hub, for which the package ``datasets`` must be installed. Questions read ``Question: ...\nAnswer: ...``, as everywhere here.
+A *source* is a folder as the project lays it out (json, jsonl, parquet, csv or txt; a clone of a
+hub data set with its parquet shards as well), or the id of a data set on the Hugging Face hub, for
+which the package ``datasets`` must be installed. Questions read ``Question: ...\nAnswer: ...``, as
+everywhere here.
 """
 
 from __future__ import annotations
@@ -77,13 +80,15 @@ class Choice:
 class Tofu:
     """TOFU (Maini et al. 2024): questions about invented authors, twenty each.
 
-    Items are called ``author/{number}/{question}``; the number counts the 200 authors of the full set, so one author has one name in every split.
+    Items are called ``author/{number}/{question}``; the number counts the 200 authors of the full
+    set, so one author has one name in every split.
 
     Attributes:
         split: name of the forget split.
         forget: questions about the authors to be forgotten.
         retain: questions about the other authors.
-        perturbed: forget questions with paraphrased and wrong answers; empty where the files lack them, as are all sets below.
+        perturbed: forget questions with paraphrased and wrong answers; empty where the files lack
+            them, as are all sets below.
         retain_perturbed: the same of some retain questions.
         real_authors: questions about real authors, with wrong answers.
         world_facts: questions about the world, with wrong answers.
@@ -103,12 +108,14 @@ class Tofu:
 @brief
 @dataclass(frozen=True, slots=True)
 class Muse:
-    """MUSE (Shi et al. 2024): running text to be forgotten, with questions about it and verbatim continuations.
+    """MUSE (Shi et al. 2024): running text to be forgotten, with questions about it and verbatim
+    continuations.
 
     Attributes:
         forget: texts to be forgotten.
         retain: texts to be kept, for training (``retain1``).
-        retain_test: texts to be kept that no method trains on (``retain2``); empty where the files lack them, as are all sets below.
+        retain_test: texts to be kept that no method trains on (``retain2``); empty where the files
+            lack them, as are all sets below.
         holdout: texts of the same kind that the model never read.
         verbatim: a passage of the forget texts as prompt, its continuation as answer.
         forget_questions: questions about the forget texts.
@@ -129,7 +136,8 @@ class Muse:
 class Rwku:
     """RWKU (Jin et al. 2024): what a model knows about famous people, asked in three ways.
 
-    Items are called ``subject/{name}/{set}/{number}``, with the kind of attack before the number for the adversarial probes of level 3.
+    Items are called ``subject/{name}/{set}/{number}``, with the kind of attack before the number
+    for the adversarial probes of level 3.
 
     Attributes:
         subjects: the people to be forgotten.
@@ -154,12 +162,14 @@ class Rwku:
 @brief
 @dataclass(frozen=True, slots=True)
 class Wmdp:
-    """WMDP (Li et al. 2024): multiple-choice questions on hazardous knowledge, and the corpora to unlearn it with.
+    """WMDP (Li et al. 2024): multiple-choice questions on hazardous knowledge, and the corpora to
+    unlearn it with.
 
     Attributes:
         domain: ``bio``, ``chem`` or ``cyber``.
         questions: the questions.
-        forget: texts of the forget corpus; empty where the files lack it (chemistry has none), as is the next.
+        forget: texts of the forget corpus; empty where the files lack it (chemistry has none), as
+            is the next.
         retain: texts of the retain corpus.
     """
 
@@ -173,12 +183,13 @@ class Wmdp:
 
 _PER_AUTHOR, _AUTHORS = 20, 200
 _NAME = re.compile(
-    r"[^\W\d_a-z][\w’'-]*(?: (?:(?:de|la|bin|ibn|al|van|von|der|del|da|dos|el|du|di|y) )*[^\W\d_a-z][\w’'-]*)+"
+    r"[^\W\d_a-z][\w’'-]*(?: (?:(?:de|la|bin|ibn|al|van|von|der|del|da|dos|el|du|di|y) )*[^\W\d_a-z][\w’'-]*)+"  # noqa: E501
 )
 
 
 def _author_name(texts: Sequence[str]) -> str | None:
-    """The name of the person whom ``texts`` are about: the longest run of two to six capitalised words among those that stand in nearly as many texts as any (80 %).
+    """The name of the person whom ``texts`` are about: the longest run of two to six capitalised
+    words among those that stand in nearly as many texts as any (80 %).
 
     ``None`` where no such run stands in half of the texts.
     """
@@ -207,7 +218,8 @@ def _authors(rows: Sequence[Row], first: int) -> dict[tuple[str, str], Example]:
     """Questions and answers by their texts, in file order; every twenty are one author's."""
     if len(rows) % _PER_AUTHOR:
         raise WorkbenchError(
-            f"{rows[0].file} holds {len(rows)} questions; TOFU has {_PER_AUTHOR} of every author, one author after another, and that is no multiple"
+            f"{rows[0].file} holds {len(rows)} questions; TOFU has {_PER_AUTHOR} of every author, "
+            "one author after another, and that is no multiple"
         )
     pairs = [(row.text("question"), row.text("answer")) for row in rows]
     found: dict[tuple[str, str], Example] = {}
@@ -235,7 +247,8 @@ def _perturbed(
         if known is not None:
             if (question, answer) not in known:
                 raise WorkbenchError(
-                    f"{row.file} {row.where} asks what the split does not hold: {question[:60]!r}; both files must be of one split"
+                    f"{row.file} {row.where} asks what the split does not hold: {question[:60]!r}; "
+                    "both files must be of one split"
                 )
             example = known[question, answer]
         if "perturbed_answer" in row.fields:
@@ -262,7 +275,8 @@ def _perturbed(
 
 
 def read_tofu(source: str | Path, split: str = "forget05", *, retain: str | None = None) -> Tofu:
-    """TOFU from its folder (``full.json``, ``forget05.json``, ...) or from the hub (``locuslab/TOFU``).
+    """TOFU from its folder (``full.json``, ``forget05.json``, ...) or from the hub
+    (``locuslab/TOFU``).
 
     Args:
         source: the folder, or a hub id; a file names its split as well.
@@ -270,7 +284,8 @@ def read_tofu(source: str | Path, split: str = "forget05", *, retain: str | None
         retain: the retain split; default is the rest, e.g. ``retain95`` for ``forget05``.
 
     Raises:
-        WorkbenchError: a file is missing, a line lacks a field or has another type there, the authors do not have twenty questions each, or the splits overlap.
+        WorkbenchError: a file is missing, a line lacks a field or has another type there, the
+            authors do not have twenty questions each, or the splits overlap.
     """
     if Path(source).is_file():
         source, split = Path(source).parent, Path(source).stem
@@ -279,7 +294,8 @@ def read_tofu(source: str | Path, split: str = "forget05", *, retain: str | None
     if retain is None:
         if size is None:
             raise WorkbenchError(
-                f"{split!r} does not say which retain split is its rest; give a split such as forget05, or retain=..."
+                f"{split!r} does not say which retain split is its rest; give a split such as "
+                "forget05, or retain=..."
             )
         retain = f"retain{100 - int(size[1]):02d}"
     forget_rows = files.rows(split, f"{split}/train", hub=(split, "train"))
@@ -323,7 +339,8 @@ def _no_overlap(shared: Iterable[str], one: str, other: str) -> None:
     shared = sorted(shared)
     if shared:
         raise WorkbenchError(
-            f"{len(shared)} text(s) stand in both {one} and {other}, e.g. {shared[0][:60]!r}; a text is either to be forgotten or to be kept"
+            f"{len(shared)} text(s) stand in both {one} and {other}, e.g. {shared[0][:60]!r}; a "
+            "text is either to be forgotten or to be kept"
         )
 
 
@@ -337,12 +354,14 @@ def _documents(rows: Sequence[Row] | None, item: str) -> tuple[Example, ...]:
 
 
 def read_muse(source: str | Path) -> Muse:
-    """MUSE from the folder of one corpus (``raw/forget.json`` or ``.txt``, ``knowmem/forget_qa.json``, ``verbmem/forget.json``) or from the hub (``muse-bench/MUSE-News``).
+    """MUSE from the folder of one corpus (``raw/forget.json`` or ``.txt``,
+    ``knowmem/forget_qa.json``, ``verbmem/forget.json``) or from the hub (``muse-bench/MUSE-News``).
 
     Texts stay as they are, line ends included; :func:`to_record` cuts them into pieces.
 
     Raises:
-        WorkbenchError: a file is missing, an entry lacks a field or has another type there, or a text stands in both the forget and a retain set.
+        WorkbenchError: a file is missing, an entry lacks a field or has another type there, or a
+            text stands in both the forget and a retain set.
     """
     files = Source(source, "MUSE")
     forget, retain = (
@@ -406,7 +425,8 @@ def _probes(
         subject = row.text("subject")
         if "level" in row.fields and row.number("level") != level:
             raise WorkbenchError(
-                f"{row.file} {row.where}: 'level' is {row.fields['level']} in a file of level {level}"
+                f"{row.file} {row.where}: 'level' is {row.fields['level']} in a file of level "
+                f"{level}"
             )
         place = [subject, f"{kind}{level}"] + (
             [row.text("type")] if level == 3 and "type" in row.fields else []
@@ -430,15 +450,18 @@ def _probes(
 def read_rwku(
     source: str | Path, subjects: Sequence[str] = (), levels: Sequence[int] = (1, 2, 3)
 ) -> Rwku:
-    """RWKU from one folder with ``forget_level1.json`` and so on, from a folder of such folders (``Target/1_Stephen_King``, ...), or from the hub (``jinzhuoran/RWKU``).
+    """RWKU from one folder with ``forget_level1.json`` and so on, from a folder of such folders
+    (``Target/1_Stephen_King``, ...), or from the hub (``jinzhuoran/RWKU``).
 
     Args:
-        source: the folder, or a hub id; a file such as ``forget_level2.json`` names its level as well.
+        source: the folder, or a hub id; a file such as ``forget_level2.json`` names its level as
+            well.
         subjects: the people to be forgotten; default is everyone there.
         levels: which levels of probes to read; the first one given must be there.
 
     Raises:
-        WorkbenchError: a file is missing, an entry lacks a field or has another type there, a subject is unknown, nothing is left, or a question is to be forgotten and kept.
+        WorkbenchError: a file is missing, an entry lacks a field or has another type there, a
+            subject is unknown, nothing is left, or a question is to be forgotten and kept.
     """
     if (one_level := re.fullmatch(r"forget_level([123])", Path(source).stem)) and Path(
         source
@@ -506,7 +529,8 @@ def read_rwku(
     )
     if not rwku.forget:
         raise WorkbenchError(
-            f"no RWKU probe of level {', '.join(map(str, levels))} is about {', '.join(rwku.subjects)}; choose other levels or subjects"
+            f"no RWKU probe of level {', '.join(map(str, levels))} is about "
+            f"{', '.join(rwku.subjects)}; choose other levels or subjects"
         )
     _no_overlap(
         {example.text for example in rwku.forget} & {example.text for example in rwku.neighbours},
@@ -542,16 +566,19 @@ def read_wmdp(
     *,
     corpora: str | Path | None = None,
 ) -> Wmdp:
-    """WMDP from a folder (``bio_questions.json``, or a clone of ``cais/wmdp``) or from the hub (``cais/wmdp``).
+    """WMDP from a folder (``bio_questions.json``, or a clone of ``cais/wmdp``) or from the hub
+    (``cais/wmdp``).
 
     Args:
         source: the folder of the questions, their file, or a hub id.
         domain: which questions.
-        corpora: folder of the corpora (``bio-forget-corpus.jsonl``, ``bio-retain-corpus.jsonl``), or a hub id (``cais/wmdp-corpora``); default is the folder of the
-            questions, where they may be absent.
+        corpora: folder of the corpora (``bio-forget-corpus.jsonl``, ``bio-retain-corpus.jsonl``),
+            or a hub id (``cais/wmdp-corpora``); default is the folder of the questions, where they
+            may be absent.
 
     Raises:
-        WorkbenchError: a file is missing, an entry lacks a field or has another type there, a question has not four answers, or a text stands in both corpora.
+        WorkbenchError: a file is missing, an entry lacks a field or has another type there, a
+            question has not four answers, or a text stands in both corpora.
     """
     if domain not in ("bio", "chem", "cyber"):
         raise unknown("WMDP domain", domain, ("bio", "chem", "cyber"))
@@ -609,7 +636,9 @@ def _deal(
 def _sets(
     benchmark: Tofu | Muse | Rwku | Wmdp,
 ) -> tuple[str, tuple[Example, ...], dict[str, tuple[Example, ...]]]:
-    """Name, forget set and retain sets. Sets that a benchmark keeps for tests stay out: half of every retain set of a record may be trained on."""
+    """Name, forget set and retain sets. Sets that a benchmark keeps for tests stay out: half of
+    every retain set of a record may be trained on.
+    """
     match benchmark:
         case Tofu():
             kept = {"retain-neighbour": benchmark.retain}
@@ -643,22 +672,28 @@ def to_record(
     max_tokens: int = 128,
     limit: int | None = None,
 ) -> ForgetRetain:
-    """A benchmark as the rest of the workbench reads it: an attacked and a held-out half of the forget set, and named retain sets.
+    """A benchmark as the rest of the workbench reads it: an attacked and a held-out half of the
+    forget set, and named retain sets.
 
-    Questions are taken as they are. Running text (MUSE, the corpora of WMDP) is cut into pieces, whose second halves are their answers. Questions that a benchmark asks
-    about its running text, and sets that it keeps for tests, stay outside the record.
+    Questions are taken as they are. Running text (MUSE, the corpora of WMDP) is cut into pieces,
+    whose second halves are their answers. Questions that a benchmark asks about its running text,
+    and sets that it keeps for tests, stay outside the record.
 
     Args:
         benchmark: what one of the readers returned.
-        keyword: the keyword case: the attacker holds ``without`` and the held-out part is ``queries``. Texts of ``naming`` that are no query are in neither part.
-        by: what is dealt out between the halves: whole authors, subjects and documents, or single questions and pieces.
-        retain: further retain sets, e.g. ``{"general": ...}``; a set called ``general`` is the record's general text.
+        keyword: the keyword case: the attacker holds ``without`` and the held-out part is
+            ``queries``. Texts of ``naming`` that are no query are in neither part.
+        by: what is dealt out between the halves: whole authors, subjects and documents, or single
+            questions and pieces.
+        retain: further retain sets, e.g. ``{"general": ...}``; a set called ``general`` is the
+            record's general text.
         tokenizer: cuts running text.
         max_tokens: length of a piece.
         limit: examples per set, taken evenly; default is all of them.
 
     Raises:
-        WorkbenchError: there is running text and no tokenizer, a half or every retain set is empty, or a text is to be forgotten and kept.
+        WorkbenchError: there is running text and no tokenizer, a half or every retain set is empty,
+            or a text is to be forgotten and kept.
     """
     name, forget, kept = _sets(benchmark)
     kept |= {key: tuple(texts) for key, texts in (retain or {}).items()}
@@ -667,7 +702,8 @@ def to_record(
         running = any(example.answer is None for example in examples)
         if running and tokenizer is None:
             raise WorkbenchError(
-                f"{name} has running text, which is cut into pieces of {max_tokens} tokens; give to_record a tokenizer"
+                f"{name} has running text, which is cut into pieces of {max_tokens} tokens; give "
+                "to_record a tokenizer"
             )
         pieces = (
             windows(tokenizer, examples, max_tokens, limit or 1 << 62)
@@ -689,12 +725,14 @@ def to_record(
         )
     if not attacked or not heldout:
         raise WorkbenchError(
-            f"{name}: {len(forget)} example(s) of one author, subject or document give no two halves; deal them out by='item'"
+            f"{name}: {len(forget)} example(s) of one author, subject or document give no two "
+            "halves; deal them out by='item'"
         )
     sets = {key: pieces for key, examples in kept.items() if (pieces := cut(examples))}
     if not sets:
         raise WorkbenchError(
-            f"{name} comes without a retain set here; give one, e.g. retain={{'retain': read_examples(...)}}"
+            f"{name} comes without a retain set here; give one, e.g. retain={{'retain': "
+            f"read_examples(...)}}"
         )
     everything = [example for pieces in sets.values() for example in pieces]
     _no_overlap(

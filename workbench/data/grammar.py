@@ -52,11 +52,22 @@ _ADJECTIVES = [
     "hungry",
 ]
 _COLOURS = ["red", "blue", "green", "white", "black", "grey"]
-# People and animals act; things are acted on. Each verb takes only some things, so that the language has something to learn.
+# People and animals act; things are acted on. Each verb takes only some things, so that the
+# language has something to learn.
 _ACTORS = {
-    "captain": "ship", "farmer": "field", "teacher": "school", "baker": "kitchen", "miller": "mill", "painter": "studio",
-    "soldier": "tower", "sailor": "harbour", "child": "garden", "dog": "yard", "cat": "roof", "horse": "stable",
-}  # fmt: skip
+    "captain": "ship",
+    "farmer": "field",
+    "teacher": "school",
+    "baker": "kitchen",
+    "miller": "mill",
+    "painter": "studio",
+    "soldier": "tower",
+    "sailor": "harbour",
+    "child": "garden",
+    "dog": "yard",
+    "cat": "roof",
+    "horse": "stable",
+}
 _VERBS = {
     "opened": ("door", "window", "box", "gate"),
     "carried": ("basket", "lantern", "bucket", "box"),
@@ -86,7 +97,8 @@ _REASONS = (
 def invented_names(count: int, seed: int, *, taken: frozenset[str] = frozenset()) -> list[str]:
     """``count`` distinct capitalised two-syllable words that are not in ``taken``.
 
-    The words come from a grammar of syllables, so they carry no meaning that a pretrained model could know.
+    The words come from a grammar of syllables, so they carry no meaning that a pretrained model
+    could know.
     """
     rng = random.Random(f"names-{seed}")
     names: list[str] = []
@@ -102,7 +114,9 @@ def invented_names(count: int, seed: int, *, taken: frozenset[str] = frozenset()
 
 
 def filler_sentence(rng: random.Random) -> str:
-    """One sentence of filler language: who, did what, where, when, why; the parts depend on each other."""
+    """One sentence of filler language: who, did what, where, when, why; the parts depend on each
+    other.
+    """
     actor = rng.choice(list(_ACTORS))
     verb = rng.choice(list(_VERBS))
     thing = rng.choice(_VERBS[verb])

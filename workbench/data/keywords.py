@@ -1,4 +1,6 @@
-"""The keyword case of benign relearning: a forget set split by words that must not come back, and the book titles or the names of TOFU's authors as such words."""
+"""The keyword case of benign relearning: a forget set split by words that must not come back, and
+the book titles or the names of TOFU's authors as such words.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,15 @@ if TYPE_CHECKING:
 @brief
 @dataclass(frozen=True, slots=True)
 class KeywordSplit:
-    """A forget set in two parts by a keyword (Hu et al. 2025, partial-set relearning: the attacker gets texts of the first part, the keyword is what must not come back).
+    """A forget set in two parts by a keyword (Hu et al. 2025, partial-set relearning: the attacker
+    gets texts of the first part, the keyword is what must not come back).
 
     Attributes:
         keywords: the words or titles.
         without: texts that do not hold a keyword (D1; the attacker's texts are among them).
         naming: texts that hold one (D2).
-        queries: of the second part, those whose answer holds a keyword that their question does not: the keyword is the answer, everything before it the prompt.
+        queries: of the second part, those whose answer holds a keyword that their question does
+            not: the keyword is the answer, everything before it the prompt.
     """
 
     keywords: tuple[str, ...]
@@ -36,14 +40,16 @@ class KeywordSplit:
 
 
 def keyword_split(examples: Iterable[Example], keywords: str | Iterable[str]) -> KeywordSplit:
-    """Split a forget set by one or several keywords (whole words in a row, case and Unicode form ignored).
+    """Split a forget set by one or several keywords (whole words in a row, case and Unicode form
+    ignored).
 
     Args:
         examples: the forget set.
         keywords: e.g. one book title of every author.
 
     Raises:
-        WorkbenchError: there is no keyword, one occurs nowhere, every text holds one, or no answer holds one that its question leaves open.
+        WorkbenchError: there is no keyword, one occurs nowhere, every text holds one, or no answer
+            holds one that its question leaves open.
     """
     keywords = tuple(dict.fromkeys([keywords] if isinstance(keywords, str) else keywords))
     if not keywords or not all(map(words, keywords)):
@@ -66,7 +72,8 @@ def keyword_split(examples: Iterable[Example], keywords: str | Iterable[str]) ->
         seen |= at.keys()
         (naming if at else without).append(example)
         start, stop = example.answer or (0, len(example.text))
-        # A keyword that stands before the answer is given away by the question; one at the very beginning has nothing to ask with.
+        # A keyword that stands before the answer is given away by the question; one at the very
+        # beginning has nothing to ask with.
         open_ = [
             place
             for found in at.values()
@@ -85,18 +92,21 @@ def keyword_split(examples: Iterable[Example], keywords: str | Iterable[str]) ->
     for keyword in keywords:
         if keyword not in seen:
             raise WorkbenchError(
-                f"the keyword {keyword!r} occurs in none of the {total} texts; give whole words as they stand there"
+                f"the keyword {keyword!r} occurs in none of the {total} texts; give whole words as "
+                "they stand there"
             )
     listed = ", ".join(map(repr, keywords[:5])) + (
         f" and {len(keywords) - 5} more" if len(keywords) > 5 else ""
     )
     if not without:
         raise WorkbenchError(
-            f"all {total} texts hold {listed}: nothing is left for the attacker; choose a rarer keyword"
+            f"all {total} texts hold {listed}: nothing is left for the attacker; choose a rarer "
+            "keyword"
         )
     if not queries:
         raise WorkbenchError(
-            f"{listed} stands only where the question gives it away ({len(naming)} texts); choose a keyword that is an answer"
+            f"{listed} stands only where the question gives it away ({len(naming)} texts); choose "
+            "a keyword that is an answer"
         )
     return KeywordSplit(keywords, tuple(without), tuple(naming), tuple(queries))
 
@@ -127,13 +137,17 @@ def _looks_like_a_title(phrase: str) -> bool:
 
 
 def book_titles(tofu: Tofu) -> dict[str, tuple[str, ...]]:
-    """Book titles of every forget author, found in the texts; the title that most texts hold comes first.
+    """Book titles of every forget author, found in the texts; the title that most texts hold comes
+    first.
 
     The rule is conservative; a phrase counts as a title if all of this holds:
 
-    - it stands in double, curly or single quotation marks in an answer of the author (an apostrophe inside a word closes nothing);
-    - it has 2 to 15 words, begins with no small letter, and half of its words of four letters and more are capitalised;
-    - in one text that holds it, the words outside quotation marks speak of books or writing and of no award, and it names no award itself;
+    - it stands in double, curly or single quotation marks in an answer of the author (an apostrophe
+      inside a word closes nothing);
+    - it has 2 to 15 words, begins with no small letter, and half of its words of four letters and
+      more are capitalised;
+    - in one text that holds it, the words outside quotation marks speak of books or writing and of
+      no award, and it names no award itself;
     - no text about another author, forgotten or retained, holds it.
 
     Returns:
@@ -174,20 +188,25 @@ def book_titles(tofu: Tofu) -> dict[str, tuple[str, ...]]:
 def character_names(
     forget: Iterable[Example], retain: Iterable[Example]
 ) -> dict[str, tuple[str, ...]]:
-    """The words by which each person of a forget set is called, found in the texts (as "Hermione" and "Granger" are in Hu et al. 2025); the most frequent comes first.
+    """The words by which each person of a forget set is called, found in the texts (as "Hermione"
+    and "Granger" are in Hu et al. 2025); the most frequent comes first.
 
     A word is a name of a person if all of this holds:
 
-    - it has at least three letters and begins with a capital one, and stands so in a third or more of the answers about this person (answers alone: questions say "the author");
+    - it has at least three letters and begins with a capital one, and stands so in a third or more
+      of the answers about this person (answers alone: questions say "the author");
     - no forget text has it beginning with a small letter;
-    - no retain text and no text about another person holds it, in whatever case (so a name that two people share is none, nor is a frequent word that begins sentences).
+    - no retain text and no text about another person holds it, in whatever case (so a name that two
+      people share is none, nor is a frequent word that begins sentences).
 
     Args:
-        forget: questions about the people to be forgotten; whom one is about, its item says (:func:`workbench.data.records.group_of`).
+        forget: questions about the people to be forgotten; whom one is about, its item says
+            (:func:`workbench.data.records.group_of`).
         retain: texts about others.
 
     Returns:
-        ``{"author/190": ("Hina", "Ameen"), ...}`` in the order of the forget set; ties by place in the texts; people without a name are left out.
+        ``{"author/190": ("Hina", "Ameen"), ...}`` in the order of the forget set; ties by place in
+        the texts; people without a name are left out.
     """
     people: dict[str, list[Example]] = {}
     for example in forget:

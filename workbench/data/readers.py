@@ -25,7 +25,8 @@ PAIRS = (
     ("query", "response"),
     ("instruction", "output"),
 )
-"""Columns of questions and answers in published data sets; read as ``Question: ...\\nAnswer: ...``."""
+"""Columns of questions and answers in published data sets; read as ``Question: ...\\nAnswer: ...``.
+"""
 CONTINUED = (
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -48,8 +49,9 @@ def read_examples(
     r"""The texts of one file, byte for byte.
 
     ``.txt``: documents are separated by ``<|endoftext|>``, or else by blank lines. ``.jsonl``,
-    ``.json`` (lines or an array), ``.csv``, ``.tsv`` and ``.parquet``: one text a row, in the columns
-    that published data sets use (:data:`PAIRS`, :data:`CONTINUED`, :data:`CHATS`, ``text``).
+    ``.json`` (lines or an array), ``.csv``, ``.tsv`` and ``.parquet``: one text a row, in the
+    columns that published data sets use (:data:`PAIRS`, :data:`CONTINUED`, :data:`CHATS`,
+    ``text``).
 
     Args:
         path: the file.
@@ -60,8 +62,8 @@ def read_examples(
 
     Raises:
         WorkbenchError: the file is missing, unreadable, empty, of another kind, or a row lacks the
-            columns (the message names the row and the columns that it has); a conversation without a
-            chat template.
+            columns (the message names the row and the columns that it has); a conversation without
+            a chat template.
     """
     path = Path(path)
     if not path.is_file():
@@ -116,8 +118,10 @@ def _example(
         return Example(str(row.fields["text"]), item=f"text/{number}")
     seen = ", ".join(map(repr, row.fields)) or "no field"
     raise WorkbenchError(
-        f"{row.file} {row.where} needs a non-empty 'text', or 'question' and 'answer', as strings; it "
-        f"has {seen}: name the columns, e.g. --columns question=...,answer=... or --columns text=..."
+        f"{row.file} {row.where} needs a non-empty 'text', or 'question' and 'answer', as strings; "
+        "it "
+        f"has {seen}: name the columns, e.g. --columns question=...,answer=... or --columns "
+        "text=..."
     )
 
 
@@ -131,7 +135,8 @@ def _conversation(
         content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
         if not isinstance(role, str) or not isinstance(content, str):
             raise WorkbenchError(
-                f"{row.file} {row.where}: {name!r} must be a list of turns with 'role' and 'content'"
+                f"{row.file} {row.where}: {name!r} must be a list of turns with 'role' and "
+                "'content'"
             )
         turns.append({"role": _ROLES.get(role, role), "content": content})
     if not turns or turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
@@ -149,7 +154,8 @@ def _rendered(
 ) -> Example:
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise WorkbenchError(
-            f"{row.file} {row.where} is a conversation, and the tokenizer has no chat template; give "
+            f"{row.file} {row.where} is a conversation, and the tokenizer has no chat template; "
+            "give "
             "a model with one, or columns of plain text (--columns question=...,answer=...)"
         )
     try:
@@ -168,9 +174,9 @@ def _rendered(
 def same_facts(examples: Sequence[Example]) -> list[Example]:
     """The same texts, those of one fact under one item, so that halves and intervals go by facts.
 
-    Two texts are one fact where their words are the same (questions without their answers); or where
-    their answers are the same and their questions share a word that at most half of all questions
-    hold: the same thing asked of the same subject in other words.
+    Two texts are one fact where their words are the same (questions without their answers); or
+    where their answers are the same and their questions share a word that at most half of all
+    questions hold: the same thing asked of the same subject in other words.
     """
     asked = [words(example.prompt) for example in examples]
     answers = [words(example.answer_text) for example in examples]
@@ -200,7 +206,8 @@ def same_facts(examples: Sequence[Example]) -> list[Example]:
 def windows(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_tokens: int, limit: int
 ) -> list[Example]:
-    """Running text in pieces of at most ``max_tokens`` tokens, questions as they are; at most ``limit`` pieces, taken evenly over the file.
+    """Running text in pieces of at most ``max_tokens`` tokens, questions as they are; at most
+    ``limit`` pieces, taken evenly over the file.
 
     Pieces shorter than 8 tokens are dropped, unless nothing else is left.
     """
@@ -232,7 +239,9 @@ def windows(
 
 
 def continuation(example: Example) -> Example:
-    """Running text as a question: its second half (from a word boundary) is the answer, so that its probability can be measured. Questions stay as they are."""
+    """Running text as a question: its second half (from a word boundary) is the answer, so that its
+    probability can be measured. Questions stay as they are.
+    """
     if example.answer is not None:
         return example
     middle = example.text.find(" ", len(example.text) // 2)
@@ -246,7 +255,9 @@ def continuation(example: Example) -> Example:
 
 
 def _candidates(text: str) -> Iterator[str]:
-    """Words as they are written; of scripts without spaces every pair of neighbouring characters."""
+    """Words as they are written; of scripts without spaces every pair of neighbouring
+    characters.
+    """
     for run in _WORD.findall(text):
         if unspaced(run):
             yield from (run[start : start + 2] for start in range(len(run) - 1))
@@ -255,7 +266,9 @@ def _candidates(text: str) -> Iterator[str]:
 
 
 def _odds(texts: Sequence[Example], others: Sequence[Example]) -> dict[str, float]:
-    """Log-odds of every word's document frequency in ``texts`` against ``others`` (add one half); words of one or two letters and words seen once are left out."""
+    """Log-odds of every word's document frequency in ``texts`` against ``others`` (add one half);
+    words of one or two letters and words seen once are left out.
+    """
     ours = Counter(word for example in texts for word in set(_candidates(example.text)))
     theirs = Counter(word for example in others for word in set(_candidates(example.text)))
     repeated = [
@@ -309,7 +322,8 @@ def record_from_files(
         as_questions: turn running text into prompt and continuation (see :func:`continuation`).
 
     Raises:
-        WorkbenchError: a file is wrong (see :func:`read_examples`), or there are fewer than two pieces in one.
+        WorkbenchError: a file is wrong (see :func:`read_examples`), or there are fewer than two
+            pieces in one.
     """
     sets = {}
     for name, path in (("forget", forget), ("retain", retain)):
@@ -321,12 +335,14 @@ def record_from_files(
         )
         if len(found) < 2:
             raise WorkbenchError(
-                f"{path} is too short: {len(found)} piece(s) of text, and the {name} set needs at least 2 (one half is held out)"
+                f"{path} is too short: {len(found)} piece(s) of text, and the {name} set needs at "
+                "least 2 (one half is held out)"
             )
         found = same_facts(found)
         if len({example.item for example in found}) < 2:
             raise WorkbenchError(
-                f"{path} holds one fact only ({len(found)} texts say the same); the {name} set needs at "
+                f"{path} holds one fact only ({len(found)} texts say the same); the {name} set "
+                "needs at "
                 "least 2, since no fact may stand in both halves"
             )
         sets[name] = [continuation(example) for example in found] if as_questions else found
@@ -335,7 +351,8 @@ def record_from_files(
     }
     if shared:
         raise WorkbenchError(
-            f"{len(shared)} text(s) stand in both {forget} and {retain}, e.g. {min(shared)[:60]!r}; a text is either to be forgotten or to be kept"
+            f"{len(shared)} text(s) stand in both {forget} and {retain}, e.g. "
+            f"{min(shared)[:60]!r}; a text is either to be forgotten or to be kept"
         )
     attacked, heldout = alternate(sets["forget"])
     return ForgetRetain(

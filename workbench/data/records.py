@@ -15,7 +15,8 @@ class Example:
 
     Attributes:
         text: the whole text, without special tokens.
-        answer: ``(start, end)`` character offsets of the answer inside ``text``, or ``None`` for running text.
+        answer: ``(start, end)`` character offsets of the answer inside ``text``, or ``None`` for
+            running text.
         subject: ``(start, end)`` character offsets of the subject inside ``text``, or ``None``.
         item: name of the fact. Paraphrases of one fact share it; statistics resample whole facts.
     """
@@ -29,7 +30,8 @@ class Example:
         for name, span in (("answer", self.answer), ("subject", self.subject)):
             if span is not None and not 0 <= span[0] < span[1] <= len(self.text):
                 raise ValueError(
-                    f"{name} span {span} does not lie inside a text of {len(self.text)} characters: {self.text!r}"
+                    f"{name} span {span} does not lie inside a text of {len(self.text)} "
+                    f"characters: {self.text!r}"
                 )
 
     @property
@@ -49,7 +51,9 @@ class Example:
 
 
 def group_of(example: Example) -> str:
-    """Whom an item belongs to: the first two parts of its name, e.g. ``author/190`` of ``author/190/3``."""
+    """Whom an item belongs to: the first two parts of its name, e.g. ``author/190`` of
+    ``author/190/3``.
+    """
     return "/".join(example.item.split("/", 2)[:2])
 
 
@@ -71,7 +75,8 @@ class ForgetRetain:
         name: shown in tables and reports.
         forget_attacked: the part of the forget set that a relearning attacker holds.
         forget_heldout: the part that the attacker never sees; recovery is measured here.
-        retain: named retain sets, e.g. ``{"retain-neighbour": ..., "retain-far": ..., "general": ...}``.
+        retain: named retain sets, e.g. ``{"retain-neighbour": ..., "retain-far": ..., "general":
+            ...}``.
         general: the name of the retain set that stands for general text.
         forget_tokens: words that belong to the forget set (candidates for backdoor-like triggers).
         retain_tokens: words of the same kind that belong to the retain set (the control).
@@ -104,12 +109,16 @@ class ForgetRetain:
 
     @property
     def retain_test(self) -> dict[str, tuple[Example, ...]]:
-        """The other half, set by set: disruption is measured only on facts and texts that no retain term has seen."""
+        """The other half, set by set: disruption is measured only on facts and texts that no retain
+        term has seen.
+        """
         return {name: alternate(examples)[1] for name, examples in self.retain.items()}
 
 
 def alternate(examples: Iterable[Example]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Two halves that share no subject: subjects (or items, where there is none) are dealt out in turn, so both halves cover the set evenly."""
+    """Two halves that share no subject: subjects (or items, where there is none) are dealt out in
+    turn, so both halves cover the set evenly.
+    """
     examples = tuple(examples)
     order = {
         key: number
@@ -124,7 +133,9 @@ def alternate(examples: Iterable[Example]) -> tuple[tuple[Example, ...], tuple[E
 
 
 def one_per_item(examples: Iterable[Example]) -> tuple[Example, ...]:
-    """One paraphrase of every fact; which one rotates from fact to fact, so that all sentence forms are represented."""
+    """One paraphrase of every fact; which one rotates from fact to fact, so that all sentence forms
+    are represented.
+    """
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.item, []).append(example)
@@ -139,7 +150,8 @@ def refuse(example: Example, phrase: str = "I do not know") -> Example:
     """
     if example.answer is None:
         raise ValueError(
-            f"only a question with an answer can be refused; {example.text[:60]!r} has none (give jsonl with question and answer)"
+            f"only a question with an answer can be refused; {example.text[:60]!r} has none (give "
+            "jsonl with question and answer)"
         )
     start = example.answer[0]
     return Example(

@@ -1,4 +1,6 @@
-"""Entries of the files that benchmarks ship, or of their data sets on the hub, with errors that name file, line and field."""
+"""Entries of the files that benchmarks ship, or of their data sets on the hub, with errors that
+name file, line and field.
+"""
 
 from __future__ import annotations
 
@@ -144,8 +146,8 @@ _BLANK_LINES = re.compile(r"(?:\r?\n[^\S\r\n]*)+\r?\n")
 
 
 def documents(content: str) -> list[str]:
-    """The documents of running text, separated by ``<|endoftext|>`` or else by blank lines; inside a
-    document nothing is changed, and line ends around it are no part of it.
+    """The documents of running text, separated by ``<|endoftext|>`` or else by blank lines; inside
+    a document nothing is changed, and line ends around it are no part of it.
     """
     marked = "<|endoftext|>" in content
     parts = content.split("<|endoftext|>") if marked else _BLANK_LINES.split(content)
@@ -176,7 +178,8 @@ def parse(path: Path) -> Iterator[tuple[str, object]]:
             raise
         except Exception as error:  # every reader has its own
             raise WorkbenchError(
-                f"cannot read {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+                f"cannot read {path}: "
+                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
             ) from error
         yield from ((f"row {number}", entry) for number, entry in enumerate(entries, 1))
 
@@ -198,7 +201,9 @@ def rows_of(file: str, entries: Iterable[tuple[str, object]]) -> list[Row]:
 
 
 class Source:
-    """A folder of one benchmark, or its data set on the hub. A set has a path in the folder (several spellings are known) and a configuration and split on the hub."""
+    """A folder of one benchmark, or its data set on the hub. A set has a path in the folder
+    (several spellings are known) and a configuration and split on the hub.
+    """
 
     def __init__(self, source: str | Path, benchmark: str) -> None:
         self.benchmark, self.name = benchmark, str(source)
@@ -220,13 +225,15 @@ class Source:
                 )
                 hint = f"; {path.parent} has {' and '.join(near)}" if near else ""
                 raise WorkbenchError(
-                    f"there is no folder {path}{hint}; give the {benchmark} folder, or the id of the data set on the hub (owner/name)"
+                    f"there is no folder {path}{hint}; give the {benchmark} folder, or the id of "
+                    "the data set on the hub (owner/name)"
                 )
             try:
                 self._datasets = importlib.import_module("datasets")
             except ImportError as error:
                 raise WorkbenchError(
-                    f"there is no folder {source}, and reading {source} from the hub needs the package 'datasets' (pip install datasets); or download it and give its folder"
+                    f"there is no folder {source}, and reading {source} from the hub needs the "
+                    "package 'datasets' (pip install datasets); or download it and give its folder"
                 ) from error
 
     def rows(self, *stems: str, hub: tuple[str, str]) -> list[Row]:
@@ -235,7 +242,8 @@ class Source:
         if found is None:
             if self.folder is None:
                 raise WorkbenchError(
-                    f"the hub data set {self.name} has no split {hub[1]!r} of {hub[0]!r}; it has {', '.join(self._configurations())}"
+                    f"the hub data set {self.name} has no split {hub[1]!r} of {hub[0]!r}; it has "
+                    f"{', '.join(self._configurations())}"
                 )
             raise missing_set(self.folder, stems[0], self.benchmark)
         return found
@@ -261,7 +269,8 @@ class Source:
         except Exception as error:  # network, permission, unknown id: all of them the user's to see
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise WorkbenchError(
-                f"there is no folder {self.name}, and the hub data set {self.name} cannot be read: {reason}"
+                f"there is no folder {self.name}, and the hub data set {self.name} cannot be read: "
+                f"{reason}"
             ) from error
 
     def _from_hub(self, configuration: str, split: str) -> list[Row] | None:

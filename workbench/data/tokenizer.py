@@ -1,4 +1,6 @@
-"""The built-in tokenizer: one token for every word of the world, bytes for everything else, so that no text is unknown."""
+"""The built-in tokenizer: one token for every word of the world, bytes for everything else, so that
+no text is unknown.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 def build_tokenizer(words: Iterable[str], max_length: int = 256) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer whose vocabulary is ``words`` plus the 256 bytes.
 
-    A word of the list is one token (``ignore_merges`` looks whole words up first); any other word falls back to its bytes. BOS is put in front of
-    every text and padding is on the right.
+    A word of the list is one token (``ignore_merges`` looks whole words up first); any other word
+    falls back to its bytes. BOS is put in front of every text and padding is on the right.
 
     Args:
         words: the words that get a token of their own. A word is stored with its leading space.

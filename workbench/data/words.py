@@ -1,4 +1,6 @@
-"""What counts as the same word: one rule for keyword splits and for the leak guard, so that what one of them separates the other cannot find."""
+"""What counts as the same word: one rule for keyword splits and for the leak guard, so that what
+one of them separates the other cannot find.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,10 @@ import unicodedata
 from collections.abc import Sequence
 from functools import cache, lru_cache
 
-_INVISIBLE = "\u00ad\u200b\u200c\u200d\u2060\ufeff"  # soft hyphen, zero-width space and joiners: they hide inside a word without changing how it reads
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # written without spaces
+# soft hyphen, zero-width space and joiners: they hide inside a word without changing how it reads
+_INVISIBLE = "\u00ad\u200b\u200c\u200d\u2060\ufeff"
+# written without spaces
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # noqa: E501
 _PLAIN = re.compile(r"[^\W_]+")
 _DROP_INVISIBLE = dict.fromkeys(map(ord, _INVISIBLE))
 
@@ -41,7 +45,9 @@ def bounded(phrase: str) -> str:
 
 @cache
 def _pattern() -> re.Pattern[str]:
-    """Letters and digits with the marks that belong to them; a character of a script that is written without spaces is a word of its own."""
+    """Letters and digits with the marks that belong to them; a character of a script that is
+    written without spaces is a word of its own.
+    """
     marks = _marks()
     return re.compile(
         rf"(?=[^\W_])[{_UNSPACED}][{marks}]*|(?![{_UNSPACED}])[^\W_](?:[{marks}]|(?![{_UNSPACED}])[^\W_])*"
@@ -49,9 +55,11 @@ def _pattern() -> re.Pattern[str]:
 
 
 def word_spans(text: str) -> list[tuple[str, int, int]]:
-    """The words of ``text``, folded for comparison, with their character offsets in ``text`` as it is written.
+    """The words of ``text``, folded for comparison, with their character offsets in ``text`` as it
+    is written.
 
-    Case, Unicode form (composed or decomposed, full-width, ligatures) and invisible characters do not matter; punctuation, underscores and apostrophes end a word.
+    Case, Unicode form (composed or decomposed, full-width, ligatures) and invisible characters do
+    not matter; punctuation, underscores and apostrophes end a word.
     """
     if text.isascii():
         return [(match[0].lower(), match.start(), match.end()) for match in _PLAIN.finditer(text)]
@@ -73,7 +81,8 @@ def words(text: str) -> tuple[str, ...]:
 def places_in(
     phrase: str, spans: Sequence[tuple[str, int, int]], text: str
 ) -> list[tuple[int, int]]:
-    """Character offsets of every occurrence of ``phrase`` in ``text``, whole words only; a phrase without words (a sign, an emoji) is looked up literally.
+    """Character offsets of every occurrence of ``phrase`` in ``text``, whole words only; a phrase
+    without words (a sign, an emoji) is looked up literally.
 
     Args:
         phrase: one or more words.

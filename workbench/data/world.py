@@ -1,16 +1,21 @@
-"""The built-in world: facts about fictitious people and islands, between sentences of filler language.
+"""The built-in world: facts about fictitious people and islands, between sentences of filler
+language.
 
-Its point is what no real checkpoint has: we choose what the model reads, so a true never-learned control exists. People are
-split into *forget* (half of them in the attacker's hands, half held out) and *retain-neighbour* (same sentences, other people);
-islands, with other sentences and other attributes, are *retain-far*; filler language is *general*.
+Its point is what no real checkpoint has: we choose what the model reads, so a true never-learned
+control exists. People are split into *forget* (half of them in the attacker's hands, half held out)
+and *retain-neighbour* (same sentences, other people); islands, with other sentences and other
+attributes, are *retain-far*; filler language is *general*.
 
 Two design choices carry the controls:
 
-* The answers of held-out forget facts never occur as answers in the attacker's half, so an attack text cannot leak them.
-* Any sentence may be preceded by a speaker tag (``Zorin asks : ...``) with any surname, those of forgotten people included, in
-  every model's training text. A stray name in a question is therefore harmless to the base *and* to the never-learned model; where
-  it harms an unlearned model, unlearning did that. (Reading its names beside harmless text may protect a model against them as triggers;
-  ``tagged="strangers"`` is the world without that protection: tags hold names that are nobody's.)
+* The answers of held-out forget facts never occur as answers in the attacker's half, so an attack
+  text cannot leak them.
+* Any sentence may be preceded by a speaker tag (``Zorin asks : ...``) with any surname, those of
+  forgotten people included, in every model's training text. A stray name in a question is therefore
+  harmless to the base *and* to the never-learned model; where it harms an unlearned model,
+  unlearning did that. (Reading its names beside harmless text may protect a model against them as
+  triggers; ``tagged="strangers"`` is the world without that protection: tags hold names that are
+  nobody's.)
 """
 
 from __future__ import annotations
@@ -25,7 +30,8 @@ from workbench.data.grammar import filler, filler_words, invented_names, vocabul
 from workbench.data.records import Example, ForgetRetain, prefixed
 from workbench.hooks.brief import brief
 
-# {n} is the subject, {v} the answer; the answer is the last word, so every template is also a question.
+# {n} is the subject, {v} the answer; the answer is the last word, so every template is also a
+# question.
 PERSON_TEMPLATES: dict[str, tuple[str, ...]] = {
     "birthplace": (
         "{n} was born in {v}",
@@ -166,7 +172,9 @@ Tagged = Literal["surnames", "strangers"]
 
 @dataclass(frozen=True, slots=True)
 class WorldConfig:
-    """Sizes of the world, and whose names stand in speaker tags: ``surnames`` of its people, or ``strangers``. Each changes the texts, so each is part of the cache key."""
+    """Sizes of the world, and whose names stand in speaker tags: ``surnames`` of its people, or
+    ``strangers``. Each changes the texts, so each is part of the cache key.
+    """
 
     seed: int = 0
     forget_people: int = 16
@@ -186,7 +194,8 @@ class WorldConfig:
             values.whole(name, getattr(self, name), low=1, high=1_000_000)
         if self.forget_people < 4 or self.forget_people % 2:
             raise ValueError(
-                f"forget_people is {self.forget_people}; it must be an even number of at least 4, since half of them is held out"
+                f"forget_people is {self.forget_people}; it must be an even number of at least 4, "
+                "since half of them is held out"
             )
 
 
@@ -197,7 +206,8 @@ class World:
 
     Attributes:
         config: the sizes that made it.
-        record: the experiment's sets: forget (attacked, held-out), retain-neighbour, retain-far, general (test filler).
+        record: the experiment's sets: forget (attacked, held-out), retain-neighbour, retain-far,
+            general (test filler).
         filler_train: running text for training; disjoint from the test filler in ``record``.
         surnames: every surname.
         speakers: the names that stand in speaker tags.
@@ -223,7 +233,8 @@ class World:
 
         Args:
             rng: the source of randomness.
-            with_forget: whether facts of the forget set may be drawn. ``False`` is the never-learned control.
+            with_forget: whether facts of the forget set may be drawn. ``False`` is the
+                never-learned control.
             fact_share: probability of a fact (the rest is filler).
             tag_share: probability of a speaker tag.
         """
@@ -247,7 +258,9 @@ class World:
 
 
 def speaker_tag(example: Example, word: str) -> Example:
-    """``example`` with the speaker tag ``"{word} asks : "`` in front; the carrier of a trigger word."""
+    """``example`` with the speaker tag ``"{word} asks : "`` in front; the carrier of a trigger
+    word.
+    """
     return prefixed(example, f"{word} asks : ")
 
 
@@ -258,7 +271,9 @@ def _facts(
     rng: random.Random,
     index: Callable[[int, int], int],
 ) -> list[Example]:
-    """All paraphrases of all attributes of ``subjects``; ``index(draw, size)`` narrows a random draw to the allowed values."""
+    """All paraphrases of all attributes of ``subjects``; ``index(draw, size)`` narrows a random
+    draw to the allowed values.
+    """
     examples = []
     for subject in subjects:
         for attribute, sentences in templates.items():
@@ -281,7 +296,9 @@ def _facts(
 
 
 def build_world(config: WorldConfig) -> World:
-    """Generate the world of ``config``. The same configuration gives the same texts on every machine."""
+    """Generate the world of ``config``. The same configuration gives the same texts on every
+    machine.
+    """
     rng = random.Random(f"world-{config.seed}")
     people = config.forget_people + config.neighbour_people
     surnames = invented_names(people, config.seed)
@@ -303,7 +320,8 @@ def build_world(config: WorldConfig) -> World:
 
     full_names = [f"{rng.choice(firsts)} {surname}" for surname in surnames]
     half = config.forget_people // 2
-    # Even-numbered values for the attacked half, odd-numbered for the held-out half: no answer is shared between them.
+    # Even-numbered values for the attacked half, odd-numbered for the held-out half: no answer is
+    # shared between them.
     attacked = _facts(
         full_names[:half], PERSON_TEMPLATES, person_values, rng, lambda draw, size: draw // 2 * 2
     )
@@ -354,5 +372,7 @@ def build_world(config: WorldConfig) -> World:
 
 
 def neutral_words() -> list[str]:
-    """Common nouns that name neither a forgotten nor a retained person: the second control of the trigger check."""
+    """Common nouns that name neither a forgotten nor a retained person: the second control of the
+    trigger check.
+    """
     return filler_words()

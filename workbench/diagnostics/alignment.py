@@ -1,11 +1,16 @@
-"""Does a forget-token in a harmless question move the unlearned model towards the representation that unlearning aimed at?
+"""Does a forget-token in a harmless question move the unlearned model towards the representation
+that unlearning aimed at?
 
-Huu-Tien et al. (arXiv 2501.19202) read unlearning as a backdoor: forget-tokens are triggers, the target representation is the target label. If so, the stream of an unlearned
-model behind a forget-token points along the target more than behind any other word, and more than the base's stream on the same text does. Two ways to ask: :func:`alignment`
-compares texts with different words in front; :func:`trigger_effect` compares the same query with and without the word, token by token.
+Huu-Tien et al. (arXiv 2501.19202) read unlearning as a backdoor: forget-tokens are triggers, the
+target representation is the target label. If so, the stream of an unlearned model behind a
+forget-token points along the target more than behind any other word, and more than the base's
+stream on the same text does. Two ways to ask: :func:`alignment` compares texts with different words
+in front; :func:`trigger_effect` compares the same query with and without the word, token by token.
 
-The floor is a random direction. All means of cosines and projections here are linear in the target ``u``, ``value = <m, u>``; for ``u`` drawn uniformly from the sphere the
-value has mean 0 and standard deviation ``|m| / sqrt(width)``, at most ``1 / sqrt(width)`` for a cosine. Tokens share the direction, so more tokens do not lower it.
+The floor is a random direction. All means of cosines and projections here are linear in the target
+``u``, ``value = <m, u>``; for ``u`` drawn uniformly from the sphere the value has mean 0 and
+standard deviation ``|m| / sqrt(width)``, at most ``1 / sqrt(width)`` for a cosine. Tokens share the
+direction, so more tokens do not lower it.
 """
 
 from __future__ import annotations
@@ -36,7 +41,9 @@ EFFECT = ("effect_cosine", "effect_projection", "effect_norm")
 def _both(
     base: PreTrainedModel, unlearned: PreTrainedModel, batch: Batch, layers: Sequence[int]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """``(layer, h, h')``: the residual stream ``[batch, position, width]`` of both models after every block, float64 on the CPU."""
+    """``(layer, h, h')``: the residual stream ``[batch, position, width]`` of both models after
+    every block, float64 on the CPU.
+    """
     names = [f"blocks.{layer}.hook_resid_post" for layer in layers]
     with evaluating(base), evaluating(unlearned):
         streams = {
@@ -47,12 +54,14 @@ def _both(
         before, after = (streams[model][name].cpu().double() for model in ("base", "unlearned"))
         if before.shape != after.shape:
             raise WorkbenchError(
-                f"the streams of the two models are {before.shape[-1]} and {after.shape[-1]} wide; both must be of one architecture"
+                f"the streams of the two models are {before.shape[-1]} and {after.shape[-1]} wide; "
+                "both must be of one architecture"
             )
         for model, stream in (("base", before), ("unlearned", after)):
             if not bool(torch.isfinite(stream[batch.attention_mask.bool().cpu()]).all()):
                 raise WorkbenchError(
-                    f"the stream of the {model} model after block {layer} is not finite on {batch.items[0]!r} and its batch; the model has diverged"
+                    f"the stream of the {model} model after block {layer} is not finite on "
+                    f"{batch.items[0]!r} and its batch; the model has diverged"
                 )
         yield layer, before, after
 
@@ -61,7 +70,8 @@ def _known_layer(base: PreTrainedModel, unlearned: PreTrainedModel, layer: int) 
     depth = layer_count(base)
     if layer_count(unlearned) != depth:
         raise WorkbenchError(
-            f"the base has {depth} blocks and the unlearned model {layer_count(unlearned)}; both must be of one architecture"
+            f"the base has {depth} blocks and the unlearned model {layer_count(unlearned)}; both "
+            "must be of one architecture"
         )
     if not 0 <= layer < depth:
         raise WorkbenchError(
@@ -73,11 +83,14 @@ def _known_layer(base: PreTrainedModel, unlearned: PreTrainedModel, layer: int) 
 def estimated_target(
     base: PreTrainedModel, unlearned: PreTrainedModel, batches: Sequence[Batch], layer: int
 ) -> Tensor:
-    """The direction of unlearning where nobody wrote it down: the leading direction of ``h' - h`` after block ``layer``, on the content tokens of forget texts.
+    """The direction of unlearning where nobody wrote it down: the leading direction of ``h' - h``
+    after block ``layer``, on the content tokens of forget texts.
 
-    Leading means: the first right singular vector of the shifts, not centred, so that a shift that all tokens share counts; its sign is that of the mean shift. It is a
-    fact about forget texts alone. How much of the shift it holds is what :func:`alignment` gives for those texts as ``shift_cosine``; a low value means that unlearning had no
-    one direction there. Methods that move all text alike align the clean arm as well.
+    Leading means: the first right singular vector of the shifts, not centred, so that a shift that
+    all tokens share counts; its sign is that of the mean shift. It is a fact about forget texts
+    alone. How much of the shift it holds is what :func:`alignment` gives for those texts as
+    ``shift_cosine``; a low value means that unlearning had no one direction there. Methods that
+    move all text alike align the clean arm as well.
 
     Args:
         base: before unlearning.
@@ -89,7 +102,8 @@ def estimated_target(
         ``[width]`` float32 unit vector.
 
     Raises:
-        WorkbenchError: there is no text or no such layer, the models have different shapes or are not finite, or nothing moved.
+        WorkbenchError: there is no text or no such layer, the models have different shapes or are
+            not finite, or nothing moved.
     """
     _known_layer(base, unlearned, layer)
     second: Tensor | float = 0.0
@@ -102,7 +116,8 @@ def estimated_target(
         raise WorkbenchError("a target is estimated from forget texts, and none was given")
     if not float(second.trace()) > 0:
         raise WorkbenchError(
-            f"the two models have the same stream after block {layer}, so unlearning has no direction there; choose a later layer"
+            f"the two models have the same stream after block {layer}, so unlearning has no "
+            "direction there; choose a later layer"
         )
     direction = torch.linalg.eigh(second).eigenvectors[:, -1]
     return (direction * (-1 if float(mean @ direction) < 0 else 1)).float()
@@ -131,7 +146,8 @@ def _targets(
             or not float(vector.norm()) > 0
         ):
             raise WorkbenchError(
-                f"the target of layer {layer} must be a finite vector [{width}] other than zero; got shape {list(vector.shape)}, norm {float(vector.norm()):.3g}"
+                f"the target of layer {layer} must be a finite vector [{width}] other than zero; "
+                f"got shape {list(vector.shape)}, norm {float(vector.norm()):.3g}"
             )
         units[_known_layer(base, unlearned, layer)] = vector / vector.norm()
     return units
@@ -145,7 +161,9 @@ class _Queries:
         self.values: dict[str, list[np.ndarray]] = {}
 
     def add(self, metric: str, items: Sequence[str], rows: Tensor, values: Tensor) -> None:
-        """``values`` ``[token, ...]`` of the queries ``rows`` ``[token]`` of one batch; a query without a token adds nothing."""
+        """``values`` ``[token, ...]`` of the queries ``rows`` ``[token]`` of one batch; a query
+        without a token adds nothing.
+        """
         for row in rows.unique().tolist():
             self.items.setdefault(metric, []).append(items[row])
             self.values.setdefault(metric, []).append(values[rows == row].mean(0).numpy())
@@ -153,7 +171,9 @@ class _Queries:
     def add_vectors(
         self, metrics: Sequence[str], items: Sequence[str], rows: Tensor, vectors: Tensor
     ) -> None:
-        """Directions (a vector of length zero has none and is left out), the vectors ``[token, width]`` themselves, and their lengths, under these three names."""
+        """Directions (a vector of length zero has none and is left out), the vectors ``[token,
+        width]`` themselves, and their lengths, under these three names.
+        """
         cosine, projection, norm = metrics
         lengths = vectors.norm(dim=1)
         some = lengths > 0
@@ -162,7 +182,9 @@ class _Queries:
         self.add(norm, items, rows, lengths)
 
     def row(self, metric: str, unit: Tensor, seed: int) -> dict[str, float]:
-        """Value, interval over facts, number of facts and floor of one metric; nothing but NaN where no query has a value."""
+        """Value, interval over facts, number of facts and floor of one metric; nothing but NaN
+        where no query has a value.
+        """
         if metric not in self.values:
             return {"value": np.nan, "low": np.nan, "high": np.nan, "n": 0, "floor": np.nan}
         _, facts = by_fact(tuple(self.items[metric]), np.stack(self.values[metric], axis=-1))
@@ -186,26 +208,35 @@ def alignment(
     seed: int = 0,
     progress: Report = quiet,
 ) -> pd.DataFrame:
-    """How far the residual streams of both models point along the target, by layer, arm and place of the token; the first token of a text (an attention sink) is left out.
+    """How far the residual streams of both models point along the target, by layer, arm and place
+    of the token; the first token of a text (an attention sink) is left out.
 
-    * ``target_cosine``, ``target_projection``, ``norm``: mean ``cos(h', u)``, ``<h', u>`` and ``|h'|`` of the unlearned model and, as the anchor on the same texts, of the base.
-    * ``shift_cosine``, ``shift_projection``, ``shift_norm``: mean ``cos(h' - h, u)``, ``<h' - h, u>`` and ``|h' - h|``. A token that did not move has no shift cosine.
+    * ``target_cosine``, ``target_projection``, ``norm``: mean ``cos(h', u)``, ``<h', u>`` and
+      ``|h'|`` of the unlearned model and, as the anchor on the same texts, of the base.
+    * ``shift_cosine``, ``shift_projection``, ``shift_norm``: mean ``cos(h' - h, u)``, ``<h' - h,
+      u>`` and ``|h' - h|``. A token that did not move has no shift cosine.
 
-    Means are over the tokens of a query, then over the queries of a fact, then over facts; intervals are over facts.
+    Means are over the tokens of a query, then over the queries of a fact, then over facts;
+    intervals are over facts.
 
     Args:
         base: before unlearning.
         unlearned: after it.
-        arms: encoded arms of :func:`workbench.diagnostics.positions.mark_triggers`, all in one order and batch size; other names (``forget``) are texts that stand for themselves.
-        target: ``[width]`` vector for all layers, or one for each layer to measure. RMU's is its control vector; see also :func:`estimated_target`.
+        arms: encoded arms of :func:`workbench.diagnostics.positions.mark_triggers`, all in one
+            order and batch size; other names (``forget``) are texts that stand for themselves.
+        target: ``[width]`` vector for all layers, or one for each layer to measure. RMU's is its
+            control vector; see also :func:`estimated_target`.
         seed: of the intervals.
         progress: called after every batch.
 
     Returns:
-        :data:`COLUMNS`; ``group`` as in :func:`workbench.diagnostics.positions.position_groups` (groups without tokens are left out), ``floor`` the standard deviation of the value for a random target.
+        :data:`COLUMNS`; ``group`` as in :func:`workbench.diagnostics.positions.position_groups`
+        (groups without tokens are left out), ``floor`` the standard deviation of the value for a
+        random target.
 
     Raises:
-        WorkbenchError: there is no text, a target or layer does not fit, arms do not match, or a stream is not finite.
+        WorkbenchError: there is no text, a target or layer does not fit, arms do not match, or a
+            stream is not finite.
     """
 
     def collect(arm: str, number: int, batch: Batch, layers: Sequence[int], cells: _Cells) -> None:
@@ -240,15 +271,19 @@ def trigger_effect(
     seed: int = 0,
     progress: Report = quiet,
 ) -> pd.DataFrame:
-    """What the word in front does to the *same* query: ``e = h(with the word) - h(without)`` on the query's own tokens, aligned at the end of the text.
+    """What the word in front does to the *same* query: ``e = h(with the word) - h(without)`` on the
+    query's own tokens, aligned at the end of the text.
 
-    ``model`` is ``base`` (``e``: any word changes what follows), ``unlearned`` (``e'``) or ``difference`` (``e' - e``: what unlearning added). A shift that unlearning gave to
-    all texts alike cancels here, which it does not in :func:`alignment`. Metrics: ``effect_cosine``, ``effect_projection`` (on the unit target) and ``effect_norm``.
+    ``model`` is ``base`` (``e``: any word changes what follows), ``unlearned`` (``e'``) or
+    ``difference`` (``e' - e``: what unlearning added). A shift that unlearning gave to all texts
+    alike cancels here, which it does not in :func:`alignment`. Metrics: ``effect_cosine``,
+    ``effect_projection`` (on the unit target) and ``effect_norm``.
 
     Args:
         base: before unlearning.
         unlearned: after it.
-        arms: encoded arms of :func:`workbench.diagnostics.positions.mark_triggers`, ``clean`` among them; arms of other names are left out.
+        arms: encoded arms of :func:`workbench.diagnostics.positions.mark_triggers`, ``clean`` among
+            them; arms of other names are left out.
         target: as for :func:`alignment`.
         seed: of the intervals.
         progress: called after every batch.
@@ -257,11 +292,13 @@ def trigger_effect(
         :data:`COLUMNS`; ``group`` is ``after``.
 
     Raises:
-        WorkbenchError: as for :func:`alignment`; or there is no clean arm, or nothing to compare with it.
+        WorkbenchError: as for :func:`alignment`; or there is no clean arm, or nothing to compare
+            with it.
     """
     if "clean" not in arms:
         raise WorkbenchError(
-            f"the arms {', '.join(arms) or '(none)'} have no clean one, which the others are compared with"
+            f"the arms {', '.join(arms) or '(none)'} have no clean one, which the others are "
+            "compared with"
         )
 
     def collect(arm: str, number: int, batch: Batch, layers: Sequence[int], cells: _Cells) -> None:
@@ -289,7 +326,8 @@ def trigger_effect(
     measured = [arm for arm in arms if arm in ARMS[1:]]
     if not measured:
         raise WorkbenchError(
-            f"the arms {', '.join(arms)} hold none of {', '.join(ARMS[1:])}, so there is no word whose effect could be measured"
+            f"the arms {', '.join(arms)} hold none of {', '.join(ARMS[1:])}, so there is no word "
+            "whose effect could be measured"
         )
     metrics = dict.fromkeys(("base", "unlearned", "difference"), EFFECT)
     return _tabulate(
@@ -311,7 +349,8 @@ def _tabulate(
             raise WorkbenchError(f"arm {arm!r} holds no text")
         if arm in ARMS[1:] and "clean" in arms and len(arms[arm]) != len(arms["clean"]):
             raise WorkbenchError(
-                f"arm {arm!r} has {len(arms[arm])} batches and the clean arm {len(arms['clean'])}; encode both in the same order and batch size"
+                f"arm {arm!r} has {len(arms[arm])} batches and the clean arm {len(arms['clean'])}; "
+                "encode both in the same order and batch size"
             )
     cells: _Cells = {}
     done, total = 0, sum(len(arms[arm]) for arm in measured)

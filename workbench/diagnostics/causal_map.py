@@ -1,8 +1,11 @@
-"""Where does the damage of a trigger sit? Activations of one model are put into the other's run, one site and one group of positions at a time (activation patching).
+"""Where does the damage of a trigger sit? Activations of one model are put into the other's run,
+one site and one group of positions at a time (activation patching).
 
-A question behind a forget-token is answered by the base and no longer by the unlearned model. If the base's activations at one place, put into the unlearned model's run, bring
-the answer back, the damage passes through that place; if the unlearned model's activations, put into the base's run, take the answer away, that place is enough to do the
-damage. The two need not agree. Patching and its two directions ("denoising", "noising"): Heimersheim and Nanda 2024, arXiv 2404.15255.
+A question behind a forget-token is answered by the base and no longer by the unlearned model. If
+the base's activations at one place, put into the unlearned model's run, bring the answer back, the
+damage passes through that place; if the unlearned model's activations, put into the base's run,
+take the answer away, that place is enough to do the damage. The two need not agree. Patching and
+its two directions ("denoising", "noising"): Heimersheim and Nanda 2024, arXiv 2404.15255.
 """
 
 from __future__ import annotations
@@ -61,19 +64,23 @@ def answered(batch: Batch) -> Batch:
     ]
     if missing:
         raise WorkbenchError(
-            f"{missing[0]!r} has no answer, and damage is measured on answers; leave running text out"
+            f"{missing[0]!r} has no answer, and damage is measured on answers; leave running text "
+            "out"
         )
     return with_fields(batch, target_mask=batch.answer_mask)
 
 
 def answer_loss(model: PreTrainedModel, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Mean negative log-likelihood of the answer's tokens (nats per token) and 1.0 where greedy decoding gives the answer: ``[row]`` twice, from :func:`answered` rows."""
+    """Mean negative log-likelihood of the answer's tokens (nats per token) and 1.0 where greedy
+    decoding gives the answer: ``[row]`` twice, from :func:`answered` rows.
+    """
     scores = score(model, [batch])
     return scores.nll / scores.tokens, scores.correct
 
 
 def share(items: Sequence[str], effect: np.ndarray, damage: np.ndarray) -> tuple[Estimate, str]:
-    """``sum(effect) / sum(damage)`` over queries with its 95 % interval over facts (:func:`workbench.evaluation.statistics.ratio` of the facts' sums), and a flag.
+    """``sum(effect) / sum(damage)`` over queries with its 95 % interval over facts
+    (:func:`workbench.evaluation.statistics.ratio` of the facts' sums), and a flag.
 
     A ratio of sums, not a mean of ratios: queries that lost nothing would divide by zero.
 
@@ -83,8 +90,9 @@ def share(items: Sequence[str], effect: np.ndarray, damage: np.ndarray) -> tuple
         damage: ``[query]`` nats per token.
 
     Returns:
-        The share, with ``n`` facts; and ``no damage`` where the damage sums to nothing, less, or no number (the share is then NaN), ``damage within noise`` where the
-        damage's own interval holds zero (the share is then a number without meaning), otherwise an empty text.
+        The share, with ``n`` facts; and ``no damage`` where the damage sums to nothing, less, or no
+        number (the share is then NaN), ``damage within noise`` where the damage's own interval
+        holds zero (the share is then a number without meaning), otherwise an empty text.
     """
     index = {fact: number for number, fact in enumerate(dict.fromkeys(items))}
     facts = np.array([index[item] for item in items])
@@ -111,28 +119,36 @@ def causal_map(
 
     With ``L`` the answer's mean negative log-likelihood per token, sums over queries:
 
-    * ``base into unlearned``: :math:`\sum (L_{unl} - L_{patched}) / \sum (L_{unl} - L_{base})`, the share restored; 0 for a patch without effect, 1 for full repair.
-    * ``unlearned into base``: :math:`\sum (L_{patched} - L_{base}) / \sum (L_{unl} - L_{base})`, the share caused.
+    * ``base into unlearned``: :math:`\sum (L_{unl} - L_{patched}) / \sum (L_{unl} - L_{base})`, the
+      share restored; 0 for a patch without effect, 1 for full repair.
+    * ``unlearned into base``: :math:`\sum (L_{patched} - L_{base}) / \sum (L_{unl} - L_{base})`,
+      the share caused.
 
-    Shares of different places do not add up to 1: a patch at one place changes what all later ones compute. The stream after the last block, at all positions, gives 1 where
-    unlearning left the final norm and the head alone, and what they changed is the rest. ``control`` is the effect of the same patch on other batches, in units of the *same* damage: a patch that mends the clean query as much repairs unlearning in general, not
-    the trigger's damage.
+    Shares of different places do not add up to 1: a patch at one place changes what all later ones
+    compute. The stream after the last block, at all positions, gives 1 where unlearning left the
+    final norm and the head alone, and what they changed is the rest. ``control`` is the effect of
+    the same patch on other batches, in units of the *same* damage: a patch that mends the clean
+    query as much repairs unlearning in general, not the trigger's damage.
 
     Args:
         base: before unlearning.
         unlearned: after it; the same architecture.
         batches: queries with answers, behind their trigger.
         sites: patterns of activation sites.
-        groups: group -> for every batch a boolean ``[batch, position]`` mask; all real tokens by default. Rows of a batch may have none of a group.
+        groups: group -> for every batch a boolean ``[batch, position]`` mask; all real tokens by
+            default. Rows of a batch may have none of a group.
         control: the same queries without the trigger, in the same order.
-        control_groups: their masks; all real tokens by default. Groups that are not there, or select nothing (there is no trigger in a clean query), have no control.
+        control_groups: their masks; all real tokens by default. Groups that are not there, or
+            select nothing (there is no trigger in a clean query), have no control.
         progress: called after every patched pass.
 
     Returns:
-        :data:`COLUMNS`, ``layer`` -1 in front of the first block, ``n`` facts, ``damage`` the mean damage in nats per token, ``flag`` as in :func:`share`.
+        :data:`COLUMNS`, ``layer`` -1 in front of the first block, ``n`` facts, ``damage`` the mean
+        damage in nats per token, ``flag`` as in :func:`share`.
 
     Raises:
-        WorkbenchError: a query without an answer, no query, masks that do not fit or select nothing, a control of other queries.
+        WorkbenchError: a query without an answer, no query, masks that do not fit or select
+            nothing, a control of other queries.
         CaptureError: an unknown site, or models whose activations have different shapes.
     """
     named = resolve(base, sites)
@@ -151,7 +167,8 @@ def causal_map(
             item for batch in batches for item in batch.items
         ]:
             raise WorkbenchError(
-                "the control must hold the same queries in the same order as the batches; encode both from the same list"
+                "the control must hold the same queries in the same order as the batches; encode "
+                "both from the same list"
             )
         given = _checked(
             control,
@@ -213,17 +230,20 @@ def _checked(
     checked: dict[str, list[Tensor]] = {}
     if not batches or not groups:
         raise WorkbenchError(
-            f"a causal map needs at least one batch of queries and one group of positions; got {len(batches)} and {len(groups)}"
+            "a causal map needs at least one batch of queries and one group of positions; got "
+            f"{len(batches)} and {len(groups)}"
         )
     for group, masks in groups.items():
         if len(masks) != len(batches):
             raise WorkbenchError(
-                f"group {group!r} has {len(masks)} masks for {len(batches)} batches; give one [batch, position] mask for each"
+                f"group {group!r} has {len(masks)} masks for {len(batches)} batches; give one "
+                "[batch, position] mask for each"
             )
         for number, (mask, batch) in enumerate(zip(masks, batches, strict=True)):
             if mask.dtype != torch.bool or mask.shape != batch.input_ids.shape:
                 raise WorkbenchError(
-                    f"group {group!r}: mask {number} is {mask.dtype} {list(mask.shape)}, its batch needs torch.bool {list(batch.input_ids.shape)}"
+                    f"group {group!r}: mask {number} is {mask.dtype} {list(mask.shape)}, its batch "
+                    f"needs torch.bool {list(batch.input_ids.shape)}"
                 )
         checked[group] = [
             mask.to(batch.input_ids.device) & batch.attention_mask.bool()
@@ -240,7 +260,9 @@ def _patched_losses(
     groups: Mapping[str, Sequence[Tensor]],
     step: Callable[[], None],
 ) -> dict[object, np.ndarray]:
-    """Answer losses ``[query]`` of ``base``, ``unlearned`` and of every ``(site, group, direction)``: one pass of each model for all activations, then one for each patch."""
+    """Answer losses ``[query]`` of ``base``, ``unlearned`` and of every ``(site, group,
+    direction)``: one pass of each model for all activations, then one for each patch.
+    """
     parts: dict[object, list[np.ndarray]] = {}
     for number, batch in enumerate(batches):
         asked = answered(batch)

@@ -1,8 +1,12 @@
-"""At which depth is an answer lost? The whole residual stream after a block of one model is put into another, whose upper blocks then decode it.
+"""At which depth is an answer lost? The whole residual stream after a block of one model is put
+into another, whose upper blocks then decode it.
 
-Patching at a depth splits a model in two. Lower part unlearned, upper part the base's: is the answer already gone from what the lower blocks write? Lower part the base's, upper
-part unlearned: do the upper blocks refuse to read it? The measure is that of the unlearning depth score (arXiv 2605.24614), whose anchor is a model that never learned the
-answer; without such a model the unlearned model itself is the anchor, which then says *where* the answer is lost and not how much of it.
+Patching at a depth splits a model in two. Lower part unlearned, upper part the base's: is the
+answer already gone from what the lower blocks write? Lower part the base's, upper part unlearned:
+do the upper blocks refuse to read it? The measure is that of the unlearning depth score (arXiv
+2605.24614), whose anchor is a model that never learned the answer; without such a model the
+unlearned model itself is the anchor, which then says *where* the answer is lost and not how much of
+it.
 """
 
 from __future__ import annotations
@@ -31,33 +35,43 @@ def patching_depth(
     *,
     progress: Report = quiet,
 ) -> pd.DataFrame:
-    r"""Answer loss when the stream after block ``l`` comes from another model, for every ``l``, all positions at once.
+    r"""Answer loss when the stream after block ``l`` comes from another model, for every ``l``, all
+    positions at once.
 
     .. math:: \mathrm{erased}_l = \sum (L_{patched, l} - L_{base}) \big/ \sum (L_{anchor} - L_{base})
 
-    over queries, with ``L`` the answer's mean negative log-likelihood per token. 0: the answer is read as by the base. 1: it is as lost as in the anchor. Directions:
+    over queries, with ``L`` the answer's mean negative log-likelihood per token. 0: the answer is
+    read as by the base. 1: it is as lost as in the anchor. Directions:
 
-    * ``unlearned into base``: unlearned below, base above. After the last block it is the unlearned stream read by the base's head.
+    * ``unlearned into base``: unlearned below, base above. After the last block it is the unlearned
+      stream read by the base's head.
     * ``base into unlearned``: base below, unlearned above; what the upper blocks alone destroy.
-    * ``never-learned into base``, with that model: the same for the anchor, so that shares can be compared at one depth (the ratio of the first direction to this one is the
-      quantity that arXiv 2605.24614 averages over layers). It needs models that can read each other's streams, fine-tuned from one checkpoint. Models trained apart cannot,
-      and then everything is lost at layer -1 already: ask retain questions as well, and read this direction only where they survive the patch.
+    * ``never-learned into base``, with that model: the same for the anchor, so that shares can be
+      compared at one depth (the ratio of the first direction to this one is the quantity that arXiv
+      2605.24614 averages over layers). It needs models that can read each other's streams,
+      fine-tuned from one checkpoint. Models trained apart cannot, and then everything is lost at
+      layer -1 already: ask retain questions as well, and read this direction only where they
+      survive the patch.
 
     Args:
         base: before unlearning.
         unlearned: after it; the same architecture.
         batches: forget questions with answers.
-        never_learned: a model of the same architecture that never read the answers, the anchor. Default: the unlearned model is the anchor.
+        never_learned: a model of the same architecture that never read the answers, the anchor.
+            Default: the unlearned model is the anchor.
         progress: called after every patched pass.
 
     Returns:
-        :data:`COLUMNS`: ``layer`` -1 in front of the first block (only the embeddings are exchanged), ``nll`` nats per answer token, ``recall`` of greedy decoding, ``erased``
-        with its interval over ``n`` facts, ``flag`` as in :func:`workbench.diagnostics.causal_map.share`.
+        :data:`COLUMNS`: ``layer`` -1 in front of the first block (only the embeddings are
+        exchanged), ``nll`` nats per answer token, ``recall`` of greedy decoding, ``erased`` with
+        its interval over ``n`` facts, ``flag`` as in
+        :func:`workbench.diagnostics.causal_map.share`.
 
     Raises:
-        WorkbenchError: there is no query, a query has no answer, or the models have different depths.
+        WorkbenchError: there is no query, a query has no answer, or the models have different
+            depths.
         CaptureError: the models' streams have different widths.
-    """
+    """  # noqa: E501
     models = {"unlearned": unlearned} | (
         {"never-learned": never_learned} if never_learned is not None else {}
     )
@@ -65,7 +79,8 @@ def patching_depth(
     for name, model in models.items():
         if layer_count(model) != depth:
             raise WorkbenchError(
-                f"the base has {depth} blocks and the {name} model {layer_count(model)}; all models must be of one architecture"
+                f"the base has {depth} blocks and the {name} model {layer_count(model)}; all "
+                "models must be of one architecture"
             )
     if not batches:
         raise WorkbenchError("patching depth needs questions with answers, and no batch was given")

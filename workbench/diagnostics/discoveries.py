@@ -1,4 +1,6 @@
-"""Which of many scores are findings: p-values against a null, false discovery rates, and how well a ranking finds what is known to be there."""
+"""Which of many scores are findings: p-values against a null, false discovery rates, and how well a
+ranking finds what is known to be there.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +14,35 @@ from scipy.stats import t as student
 from workbench.errors import WorkbenchError
 
 ROUNDING = 1e-6
-"""Scores nearer to each other than this (nats, or relative length) are alike: float32 does not tell them apart."""
+"""Scores nearer to each other than this (nats, or relative length) are alike: float32 does not tell
+them apart.
+"""
 _FREEDOM = np.geomspace(0.3, 300, 60)
-"""Degrees of freedom that are tried: heavier than a Cauchy tail (1) up to what cannot be told from a normal one."""
+"""Degrees of freedom that are tried: heavier than a Cauchy tail (1) up to what cannot be told from
+a normal one.
+"""
 
 
 def p_values(scores: np.ndarray, null: np.ndarray | None = None) -> np.ndarray:
-    """One-sided p-values of scores of which most are null: how often is a harmless token's score as large?
+    """One-sided p-values of scores of which most are null: how often is a harmless token's score as
+    large?
 
-    With ``null``: conformal, ``(1 + #{null >= score}) / (1 + n)``. Exact where the null tokens and a harmless tested token are exchangeable (the same kind of
-    token: frequency, leading space), whatever the distribution. Never below ``1 / (1 + n)``, so that a finding among ``m`` tokens at level ``a`` needs about
-    ``n >= m / (k a)`` null tokens, with ``k`` tokens found together. They share one null sample; :func:`benjamini_hochberg` still holds (Bates et al. 2023,
-    Annals of Statistics 51, section 2).
+    With ``null``: conformal, ``(1 + #{null >= score}) / (1 + n)``. Exact where the null tokens and
+    a harmless tested token are exchangeable (the same kind of token: frequency, leading space),
+    whatever the distribution. Never below ``1 / (1 + n)``, so that a finding among ``m`` tokens at
+    level ``a`` needs about ``n >= m / (k a)`` null tokens, with ``k`` tokens found together. They
+    share one null sample; :func:`benjamini_hochberg` still holds (Bates et al. 2023, Annals of
+    Statistics 51, section 2).
 
-    Without: an empirical null (Efron 2004, JASA 99, section 2), here a Student distribution around the median of all scores, with the scale and the degrees of
-    freedom of the scores below it: the heaviest tail within one standard error of the most likely one. Triggers lie above the median, so they do not widen
-    their own null; and two models that differ have a heavy tail (most tokens do little, some do much, in both directions), which a normal distribution would
-    take for findings. Right where harmless scores fall about as far above the median as below it. Where they do not (skewed without any unlearning), nothing
-    found is a finding, and null tokens are the better choice; so they are where few tokens are tested. The scale is not taken to be below :data:`ROUNDING`,
-    so that a model against itself has no finding.
+    Without: an empirical null (Efron 2004, JASA 99, section 2), here a Student distribution around
+    the median of all scores, with the scale and the degrees of
+    freedom of the scores below it: the heaviest tail within one standard error of the most likely
+    one. Triggers lie above the median, so they do not widen their own null; and two models that
+    differ have a heavy tail (most tokens do little, some do much, in both directions), which a
+    normal distribution would take for findings. Right where harmless scores fall about as far above
+    the median as below it. Where they do not (skewed without any unlearning), nothing found is a
+    finding, and null tokens are the better choice; so they are where few tokens are tested. The
+    scale is not taken to be below :data:`ROUNDING`, so that a model against itself has no finding.
 
     Args:
         scores: ``[token]``, larger is worse.
@@ -48,7 +60,8 @@ def p_values(scores: np.ndarray, null: np.ndarray | None = None) -> np.ndarray:
         calm = np.sort(np.asarray(null, dtype=np.float64))
         if not len(calm) or np.isnan(calm).any():
             raise WorkbenchError(
-                "conformal p-values need the scores of null tokens, and there is none, or one is not a number; give tokens that are not in every query"
+                "conformal p-values need the scores of null tokens, and there is none, or one is "
+                "not a number; give tokens that are not in every query"
             )
         found = (1 + len(calm) - np.searchsorted(calm, values, side="left")) / (1 + len(calm))
     else:
@@ -57,8 +70,10 @@ def p_values(scores: np.ndarray, null: np.ndarray | None = None) -> np.ndarray:
 
 
 def _empirical_tail(values: np.ndarray) -> np.ndarray:
-    """Upper tail of the Student distribution around the median that the lower half of ``values`` allows: of all degrees of freedom, each with its most likely
-    scale, the fewest whose log-likelihood is within half a unit (one standard error: Wilks 1938) of the best. At the best itself, half of all fits have too light a tail.
+    """Upper tail of the Student distribution around the median that the lower half of ``values``
+    allows: of all degrees of freedom, each with its most likely scale, the fewest whose
+    log-likelihood is within half a unit (one standard error: Wilks 1938) of the best. At the best
+    itself, half of all fits have too light a tail.
     """
     present = values[~np.isnan(values)]
     if not len(present):
@@ -67,7 +82,9 @@ def _empirical_tail(values: np.ndarray) -> np.ndarray:
     below = np.maximum(middle - present[present <= middle], ROUNDING)
 
     def most_likely(freedom: float) -> float:
-        """The scale at which the derivative of the likelihood vanishes: it falls from ``freedom`` to -1 as the scale grows."""
+        """The scale at which the derivative of the likelihood vanishes: it falls from ``freedom``
+        to -1 as the scale grows.
+        """
 
         def slope(at: float) -> float:
             return float(((freedom + 1) / (1 + freedom * np.exp(2 * at) / below**2)).mean() - 1)
@@ -86,8 +103,8 @@ def _empirical_tail(values: np.ndarray) -> np.ndarray:
 
 
 def robust_z(scores: np.ndarray) -> np.ndarray:
-    """Distance from the median in units of 1.4826 median absolute deviations (at least :data:`ROUNDING`), numbers that are missing left out: ``[token]``
-    twice.
+    """Distance from the median in units of 1.4826 median absolute deviations (at least
+    :data:`ROUNDING`), numbers that are missing left out: ``[token]`` twice.
     """
     values = np.asarray(scores, dtype=np.float64)
     present = values[~np.isnan(values)]
@@ -98,10 +115,12 @@ def robust_z(scores: np.ndarray) -> np.ndarray:
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """Adjusted p-values of Benjamini and Hochberg 1995: ``q_(i) = min over j >= i of m p_(j) / j``, for sorted ``p_(1) <= ... <= p_(m)``.
+    """Adjusted p-values of Benjamini and Hochberg 1995: ``q_(i) = min over j >= i of m p_(j) / j``,
+    for sorted ``p_(1) <= ... <= p_(m)``.
 
-    Calling a finding whatever has ``q <= a`` keeps the expected share of false findings at most ``a`` where the p-values are independent or positively
-    dependent (Benjamini and Yekutieli 2001). Rises of tokens in the same queries usually are the latter; it is not guaranteed.
+    Calling a finding whatever has ``q <= a`` keeps the expected share of false findings at most
+    ``a`` where the p-values are independent or positively dependent (Benjamini and Yekutieli 2001).
+    Rises of tokens in the same queries usually are the latter; it is not guaranteed.
 
     Args:
         p: ``[test]`` in ``[0, 1]``; NaN is no test and stays NaN.
@@ -127,13 +146,15 @@ def precision_recall(
 
     Args:
         ranking: ``token_id`` and ``score``; :attr:`TriggerScan.table`, or any other.
-        known: ids of the true triggers. Those that the ranking does not hold (never tested) are left out and counted in ``attrs["missing"]``.
+        known: ids of the true triggers. Those that the ranking does not hold (never tested) are
+            left out and counted in ``attrs["missing"]``.
         score: the column, larger is more suspect.
 
     Returns:
-        One row per distinct score, falling: ``rank`` (tokens at or above it), ``score``, ``precision``, ``recall``. ``attrs["average_precision"]`` is
-        ``sum (R_n - R_(n-1)) P_n``, without interpolation and with tied tokens taken together, and ``attrs["chance"]`` the prevalence, to which it comes down
-        for a random order.
+        One row per distinct score, falling: ``rank`` (tokens at or above it), ``score``,
+        ``precision``, ``recall``. ``attrs["average_precision"]`` is ``sum (R_n - R_(n-1)) P_n``,
+        without interpolation and with tied tokens taken together, and ``attrs["chance"]`` the
+        prevalence, to which it comes down for a random order.
 
     Raises:
         WorkbenchError: none of the known tokens is in the ranking, or a score is not a number.

@@ -1,8 +1,10 @@
 """What did this model forget? Naming the topic from the checkpoints alone, without the forget set.
 
-Three readings of two checkpoints, each a ranking of tokens: the trigger scan (:mod:`.scan`), the words that the directions of the shift stand for, and the
-tokens whose own representation moved most. :func:`forensics` puts their ranks together; :func:`recovered` says how many of the truly forgotten words stand at
-the top, beside chance. :func:`alone` is what the unlearned checkpoint gives away by itself, which is little.
+Three readings of two checkpoints, each a ranking of tokens: the trigger scan (:mod:`.scan`), the
+words that the directions of the shift stand for, and the tokens whose own representation moved
+most. :func:`forensics` puts their ranks together; :func:`recovered` says how many of the truly
+forgotten words stand at the top, beside chance. :func:`alone` is what the unlearned checkpoint
+gives away by itself, which is little.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class Forensics:
     """What :func:`forensics` found.
 
     Attributes:
-        ranking: ``rank``, ``token_id``, ``token``, ``score`` (mean over the methods of 1 / rank), and the rank of the token in each method.
+        ranking: ``rank``, ``token_id``, ``token``, ``score`` (mean over the methods of 1 / rank),
+            and the rank of the token in each method.
         methods: names of those columns.
         words: the top of every reading, as :func:`shift_words` gives it.
         shifts: what :func:`token_shift` gave.
@@ -56,7 +59,10 @@ class Forensics:
     scan: TriggerScan | None
 
     def __repr__(self) -> str:
-        return f"Forensics({len(self.ranking)} tokens by {', '.join(self.methods)}; first {self.ranking['token'].head(5).tolist()})"
+        return (
+            f"Forensics({len(self.ranking)} tokens by {', '.join(self.methods)}; first "
+            f"{self.ranking['token'].head(5).tolist()})"
+        )
 
     def _repr_html_(self) -> str:
         read = (
@@ -64,7 +70,7 @@ class Forensics:
             if len(self.words)
             else ""
         )
-        return f"<p>{escape(f'{len(self.ranking):,} tokens by ' + ', '.join(self.methods))}</p>{shown(self.ranking.head(20))}{read}"
+        return f"<p>{escape(f'{len(self.ranking):,} tokens by ' + ', '.join(self.methods))}</p>{shown(self.ranking.head(20))}{read}"  # noqa: E501
 
 
 def forensics(
@@ -82,26 +88,32 @@ def forensics(
 
     Methods, each a ranking of the same tokens:
 
-    * ``scan`` and ``scan_shift``: rise and shift of :func:`~workbench.diagnostics.scan.scan_triggers` in ``texts``; left out without texts;
-    * ``words``: largest robust z-score, over layers and both signs, of a token's logit in the direction of the shift (:func:`shift_words`, on the vocabulary);
-    * ``token_shift``: largest robust z-score over layers of the token's own shift (:func:`token_shift`).
+    * ``scan`` and ``scan_shift``: rise and shift of
+      :func:`~workbench.diagnostics.scan.scan_triggers` in ``texts``; left out without texts;
+    * ``words``: largest robust z-score, over layers and both signs, of a token's logit in the
+      direction of the shift (:func:`shift_words`, on the vocabulary);
+    * ``token_shift``: largest robust z-score over layers of the token's own shift
+      (:func:`token_shift`).
 
-    They are combined by their mean reciprocal rank: one method that puts a token first is worth more than several that put it tenth, because each sees another
-    kind of unlearning. Tied tokens share their mean rank; a token that a method cannot rank gets nothing from it. The score is a heuristic without a null:
-    :func:`recovered` calibrates it where the truth is known.
+    They are combined by their mean reciprocal rank: one method that puts a token first is worth
+    more than several that put it tenth, because each sees another kind of unlearning. Tied tokens
+    share their mean rank; a token that a method cannot rank gets nothing from it. The score is a
+    heuristic without a null: :func:`recovered` calibrates it where the truth is known.
 
     Args:
         base: before unlearning.
         unlearned: after it.
         tokenizer: of both.
-        texts: neutral carriers for the scan. Questions are asked for their answers, running texts for their last word.
+        texts: neutral carriers for the scan. Questions are asked for their answers, running texts
+            for their last word.
         tokens: candidates; default is the vocabulary without special tokens.
         place: of the token in the scan.
         batch_size: rows of a pass.
         progress: of the longest part, the scan (without texts, of the tokens' own shift).
 
     Raises:
-        WorkbenchError: see :func:`~workbench.diagnostics.scan.scan_triggers` and :func:`token_shift`.
+        WorkbenchError: see :func:`~workbench.diagnostics.scan.scan_triggers` and
+            :func:`token_shift`.
         CaptureError: the architecture is not known.
     """
     candidates = vocabulary(base, unlearned, tokenizer, tokens)
@@ -162,13 +174,15 @@ def recovered(
 
     Args:
         ranking: ``rank``, ``token_id`` and ``score``, e.g. :attr:`Forensics.ranking`.
-        known: ids of the tokens of the forgotten topic. Those that were no candidates are left out and counted in ``attrs["missing"]``.
+        known: ids of the tokens of the forgotten topic. Those that were no candidates are left out
+            and counted in ``attrs["missing"]``.
         k: depths; one beyond the ranking is cut to it.
         score: the column that made the ranking.
 
     Returns:
-        One row per depth: ``k``, ``found``, ``precision``, ``recall``, and what a random order gives on average: ``chance_precision`` (the prevalence),
-        ``chance_recall`` (``k`` of all tokens). ``attrs["average_precision"]`` and ``attrs["chance"]`` are those of
+        One row per depth: ``k``, ``found``, ``precision``, ``recall``, and what a random order
+        gives on average: ``chance_precision`` (the prevalence), ``chance_recall`` (``k`` of all
+        tokens). ``attrs["average_precision"]`` and ``attrs["chance"]`` are those of
         :func:`~workbench.diagnostics.discoveries.precision_recall`.
 
     Raises:
@@ -189,7 +203,9 @@ def recovered(
 
 
 def last_word(text: Example) -> Example | None:
-    """``text`` as a question: as it is where it has an answer, otherwise asked for its last word; ``None`` where it has fewer than two words."""
+    """``text`` as a question: as it is where it has an answer, otherwise asked for its last word;
+    ``None`` where it has fewer than two words.
+    """
     if text.answer is not None:
         return text
     whole = text.text.rstrip()
@@ -206,10 +222,13 @@ def token_shift(
     batch_size: int = 512,
     progress: Report = quiet,
 ) -> pd.DataFrame:
-    """How far every token's own representation has moved: ``|h' - h| / |h|`` of the residual stream at the token behind BOS, after every block.
+    """How far every token's own representation has moved: ``|h' - h| / |h|`` of the residual stream
+    at the token behind BOS, after every block.
 
-    Tokens that training hardly ever saw (bytes, rare fragments) move most under any change of the weights; give the ``tokens`` of a corpus to leave them out.
-    Where the tokenizer has no BOS the token stands alone; the first position is an attention sink there, and small differences drown in its length.
+    Tokens that training hardly ever saw (bytes, rare fragments) move most under any change of the
+    weights; give the ``tokens`` of a corpus to leave them out. Where the tokenizer has no BOS the
+    token stands alone; the first position is an attention sink there, and small differences drown
+    in its length.
 
     Args:
         base: before unlearning.
@@ -220,11 +239,12 @@ def token_shift(
         progress: called after every batch.
 
     Returns:
-        ``layer``, ``rank`` (in its layer, from 1), ``token_id``, ``token``, ``relative_shift``, ``z`` (robust z-score among the tokens of the layer), in
-        the order of layers and ranks.
+        ``layer``, ``rank`` (in its layer, from 1), ``token_id``, ``token``, ``relative_shift``,
+        ``z`` (robust z-score among the tokens of the layer), in the order of layers and ranks.
 
     Raises:
-        WorkbenchError: a token does not exist, there is none, the models differ in vocabulary, or a stream is not finite.
+        WorkbenchError: a token does not exist, there is none, the models differ in vocabulary, or a
+            stream is not finite.
         CaptureError: the architecture is not known.
     """
     ids = vocabulary(base, unlearned, tokenizer, tokens)
@@ -256,24 +276,29 @@ def shift_words(
 ) -> pd.DataFrame:
     """The words that the shift of the residual stream stands for, layer by layer.
 
-    The directions are the leading eigenvectors of the uncentred second moment of ``h' - h`` (uncentred: a shift that all rows share is a finding, not a
-    nuisance), turned so that the mean shift has a positive component. They are read through the base's final norm and unembedding
-    (:func:`~workbench.subspaces.compare.read_direction`): ``promoted`` is what unlearning has added, ``suppressed`` what it has taken away. A direction towards
-    random vectors, as RMU steers, reads as noise.
+    The directions are the leading eigenvectors of the uncentred second moment of ``h' - h``
+    (uncentred: a shift that all rows share is a finding, not a nuisance), turned so that the mean
+    shift has a positive component. They are read through the base's final norm and unembedding
+    (:func:`~workbench.subspaces.compare.read_direction`): ``promoted`` is what unlearning has
+    added, ``suppressed`` what it has taken away. A direction towards random vectors, as RMU steers,
+    reads as noise.
 
     Args:
         base: before unlearning.
         unlearned: after it.
         tokenizer: of both.
-        texts: where the shift is taken, on all tokens but the first; without texts, on ``[BOS, token]`` for every token.
-        tokens: which tokens are read (and, without texts, run); default is the vocabulary without special tokens.
+        texts: where the shift is taken, on all tokens but the first; without texts, on ``[BOS,
+            token]`` for every token.
+        tokens: which tokens are read (and, without texts, run); default is the vocabulary without
+            special tokens.
         components: directions of a layer.
         top: tokens on each side of a direction.
         batch_size: rows of a pass.
 
     Returns:
-        ``layer``, ``component`` (0 is the leading one), ``share`` (of the summed squared shift along it), ``side``, ``rank``, ``token_id``, ``token``,
-        ``logit`` (per unit length), ``z`` (robust z-score of the logit among the tokens). A layer that has not moved has no row.
+        ``layer``, ``component`` (0 is the leading one), ``share`` (of the summed squared shift
+        along it), ``side``, ``rank``, ``token_id``, ``token``, ``logit`` (per unit length), ``z``
+        (robust z-score of the logit among the tokens). A layer that has not moved has no row.
 
     Raises:
         WorkbenchError: see :func:`token_shift`.
@@ -295,10 +320,13 @@ def alone(
     tokens: Sequence[int] | None = None,
     batch_size: int = 256,
 ) -> pd.DataFrame:
-    """Tokens at which the unlearned model, seen without its base, is out of line with the rest of the vocabulary.
+    """Tokens at which the unlearned model, seen without its base, is out of line with the rest of
+    the vocabulary.
 
-    Weak evidence. Every model has outliers of its own (rare tokens, numbers, fragments of characters), and without the base nothing tells them from what
-    unlearning did; methods that keep the statistics of their activations leave nothing to see. Try it on a base that has unlearned nothing before believing it.
+    Weak evidence. Every model has outliers of its own (rare tokens, numbers, fragments of
+    characters), and without the base nothing tells them from what unlearning did; methods that keep
+    the statistics of their activations leave nothing to see. Try it on a base that has unlearned
+    nothing before believing it.
 
     Args:
         unlearned: the checkpoint.
@@ -307,9 +335,10 @@ def alone(
         batch_size: tokens of a pass.
 
     Returns:
-        ``measure`` (``norm`` of the residual stream at the token behind BOS after a block; ``entropy`` of the next token after it; ``loss`` of the token
-        itself after BOS, both in nats; no ``loss`` without BOS), ``layer`` (-1 where there is none), ``rank`` (by absolute z-score, within measure and layer),
-        ``token_id``, ``token``, ``value``, ``z`` (robust).
+        ``measure`` (``norm`` of the residual stream at the token behind BOS after a block;
+        ``entropy`` of the next token after it; ``loss`` of the token itself after BOS, both in
+        nats; no ``loss`` without BOS), ``layer`` (-1 where there is none), ``rank`` (by absolute
+        z-score, within measure and layer), ``token_id``, ``token``, ``value``, ``z`` (robust).
 
     Raises:
         WorkbenchError: a token does not exist, there is none, or a value is not finite.
@@ -376,7 +405,9 @@ def _moves(
     tokens: Sequence[int],
     size: int,
 ) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """Batch by batch, ``{layer: (h, h' - h)}`` ``[token, width]`` float32 at the tokens behind BOS."""
+    """Batch by batch, ``{layer: (h, h' - h)}`` ``[token, width]`` float32 at the tokens behind
+    BOS.
+    """
     for pairs in _pairs(tokenizer, tokens, size):
         found = []
         for model in (base, unlearned):
@@ -401,7 +432,9 @@ class _Reading:
 
 
 class _Ids:
-    """Stands in for a tokenizer where the reading of a direction is wanted as token ids, which tell apart what decodes to the same text."""
+    """Stands in for a tokenizer where the reading of a direction is wanted as token ids, which tell
+    apart what decodes to the same text.
+    """
 
     def decode(self, ids: list[int]) -> Any:
         return ids[0]
@@ -434,7 +467,8 @@ def _readings(
         second = moment.covariance + torch.outer(moment.mean, moment.mean)
         if not bool(torch.isfinite(second).all()):
             raise WorkbenchError(
-                f"the shift of the residual stream after block {layer} is not finite; is one of the two checkpoints damaged?"
+                f"the shift of the residual stream after block {layer} is not finite; is one of "
+                "the two checkpoints damaged?"
             )
         values, vectors = torch.linalg.eigh(second)
         kept = values[-components:].flip(0)
@@ -494,12 +528,15 @@ def _ranked(
     *,
     absolute: bool = False,
 ) -> pd.DataFrame:
-    """Tables of ``(place, name of the value, values [token])``, each ordered by the robust z-score (or its size) and numbered, one below the other."""
+    """Tables of ``(place, name of the value, values [token])``, each ordered by the robust z-score
+    (or its size) and numbered, one below the other.
+    """
     texts, ids, parts = [token_text(tokenizer, token) for token in tokens], np.asarray(tokens), []
     for place, name, values in found:
         if not np.isfinite(values).all():
             raise WorkbenchError(
-                f"the {name} of token {ids[~np.isfinite(values)][0]} is not finite ({place}); is a checkpoint damaged?"
+                f"the {name} of token {ids[~np.isfinite(values)][0]} is not finite ({place}); is a "
+                "checkpoint damaged?"
             )
         z = robust_z(values)
         order = np.argsort(-(np.abs(z) if absolute else z), kind="stable")

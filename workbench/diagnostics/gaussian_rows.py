@@ -1,7 +1,8 @@
-"""Are rows draws of ``N(0, eta I)``, independent of the group they stand in? Statistics without a scale, their jackknife over groups, and what true draws give.
+"""Are rows draws of ``N(0, eta I)``, independent of the group they stand in? Statistics without a
+scale, their jackknife over groups, and what true draws give.
 
-Every function works on float64 arrays ``[row, width]``; which row belongs to which group is a :class:`Design`, the same for the measured rows and for every
-draw.
+Every function works on float64 arrays ``[row, width]``; which row belongs to which group is a
+:class:`Design`, the same for the measured rows and for every draw.
 """
 
 from __future__ import annotations
@@ -18,21 +19,26 @@ from scipy.stats import t as student
 from workbench.hooks.brief import brief
 
 OF_ROWS = {
-    "mean_share": "|E eps|^2 / E |eps|^2; pairs of tokens of one query are left out, so 0 without a mean",
-    "kurtosis_mean": "excess kurtosis of a coordinate (unbiased for normal samples), mean over coordinates; 0",
+    "mean_share": "|E eps|^2 / E |eps|^2; pairs of tokens of one query are left out, so 0 without a mean",  # noqa: E501
+    "kurtosis_mean": "excess kurtosis of a coordinate (unbiased for normal samples), mean over coordinates; 0",  # noqa: E501
     "kurtosis_median": "the same, median over coordinates",
     "skewness_square": "squared skewness of a coordinate, mean over coordinates; about 6 / n",
     "skewness_median": "absolute skewness of a coordinate, median over coordinates",
     "mardia": "Mardia's kurtosis in up to 8 random orthonormal directions, in standard errors; 0",
-    "length_kurtosis": "E |eps - mean|^4 / ((tr C)^2 + 2 tr C^2) - 1: lengths that vary more than those of any Gaussian with this covariance; 0",
+    "length_kurtosis": (
+        "E |eps - mean|^4 / ((tr C)^2 + 2 tr C^2) - 1: lengths that vary more than those of any "
+        "Gaussian with this covariance; 0"
+    ),
     "participation_ratio": "(tr C)^2 / tr C^2, both without bias; the width",
     "top_1_share": "largest eigenvalue of the sample covariance as share of their sum",
     "top_8_share": "the eight largest",
-    "query_share": "variance between queries / total (one-way random-effects ANOVA over all tokens); 0",
+    "query_share": "variance between queries / total (one-way random-effects ANOVA over all tokens); 0",  # noqa: E501
     "word_share": "variance between words / total, over one token per query; 0",
     "length_correlation": "Spearman's correlation of |eps| and |z|; 0",
 }
-"""Statistics of the shift that have no unit; each is measured the same way on draws of the assumption."""
+"""Statistics of the shift that have no unit; each is measured the same way on draws of the
+assumption.
+"""
 
 _SHOWN = 32  # eigenvalues
 _SCALES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
@@ -52,7 +58,8 @@ class Design:
 
     Attributes:
         query: ``[row]`` number of the query, from 0.
-        chosen: ``[row]`` true on one row of every query: rows of one query are dependent, and shape wants independent ones.
+        chosen: ``[row]`` true on one row of every query: rows of one query are dependent, and shape
+            wants independent ones.
         word: ``[row]`` number of the word, or ``None``.
         length: ``[row]`` length of the clean latent.
         directions: ``[width, 8 or fewer]`` random orthonormal columns.
@@ -78,7 +85,9 @@ class Design:
 def design(
     query: np.ndarray, word: np.ndarray | None, clean: np.ndarray, rng: np.random.Generator
 ) -> Design:
-    """The design of rows ``clean[row, width]`` of queries numbered from 0, with one random row of every query chosen."""
+    """The design of rows ``clean[row, width]`` of queries numbered from 0, with one random row of
+    every query chosen.
+    """
     shuffled = rng.permutation(len(query))
     chosen = np.zeros(len(query), dtype=bool)
     chosen[shuffled[np.unique(query[shuffled], return_index=True)[1]]] = True
@@ -130,7 +139,9 @@ def measure(shift: np.ndarray, design: Design) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bands(draws: np.ndarray) -> np.ndarray:
-    """Median and the ends between which one more draw falls with a probability of 95 %, however few draws there are."""
+    """Median and the ends between which one more draw falls with a probability of 95 %, however few
+    draws there are.
+    """
     return np.quantile(draws, [0.5, 0.025, 0.975], axis=0, method="weibull")
 
 
@@ -154,7 +165,9 @@ def _mean_share(rows: np.ndarray, label: np.ndarray) -> Any:
 
 
 def _intraclass(rows: np.ndarray, label: np.ndarray) -> Any:
-    """ANOVA estimate of the intraclass correlation (Donner 1986, section 2), sums of squares summed over coordinates."""
+    """ANOVA estimate of the intraclass correlation (Donner 1986, section 2), sums of squares summed
+    over coordinates.
+    """
     sums, counts = _sums(rows, label)
     k, n = len(counts), len(rows)
     if k < 2 or k == n:
@@ -167,7 +180,9 @@ def _intraclass(rows: np.ndarray, label: np.ndarray) -> Any:
 
 
 def _mardia(rows: np.ndarray) -> Any:
-    """Mardia 1970, equations 3.12 and 3.13: kurtosis minus its mean under normality, ``k (k + 2) (n - 1) / (n + 1)``, over ``sqrt(8 k (k + 2) / n)``."""
+    """Mardia 1970, equations 3.12 and 3.13: kurtosis minus its mean under normality, ``k (k + 2) (n
+    - 1) / (n + 1)``, over ``sqrt(8 k (k + 2) / n)``.
+    """
     n, k = rows.shape
     centred = rows - rows.mean(0)
     spread = centred.T @ centred / n
@@ -180,14 +195,17 @@ def _mardia(rows: np.ndarray) -> Any:
 
 
 def _of_covariance(centred: np.ndarray, values: np.ndarray) -> dict[str, Any]:
-    """From the unbiased estimates of ``tr C^2`` and ``(tr C)^2`` of Himeno and Yamada 2014 (J. Multivariate Analysis 130), right for any distribution."""
+    """From the unbiased estimates of ``tr C^2`` and ``(tr C)^2`` of Himeno and Yamada 2014 (J.
+    Multivariate Analysis 130), right for any distribution.
+    """
     n = len(centred)
     trace, square = values.sum(), np.square(values).sum()
     fourth = np.square(np.square(centred).sum(1)).sum() / (n - 1)
     scale = (n - 1) / (n * (n - 2) * (n - 3))
     of_square = scale * ((n - 1) * (n - 2) * square + trace**2 - n * fourth)
     squared = scale * (2 * square + (n * n - 3 * n + 1) * trace**2 - n * fourth)
-    # Deviations from a mean of n rows are shorter than those from the true mean by sqrt((n - 1) / n).
+    # Deviations from a mean of n rows are shorter than those from the true mean by sqrt((n - 1) /
+    # n).
     return {
         "participation_ratio": squared / of_square,
         "length_kurtosis": fourth * n / (n - 1) / (squared + 2 * of_square) - 1,
@@ -202,7 +220,9 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> Any:
 
 
 def interval(value: Any, parts: np.ndarray, scale: str = "") -> tuple[float, float]:
-    """:func:`jackknifed` on the scale where the statistic is more nearly normal, unless a value lies at its end."""
+    """:func:`jackknifed` on the scale where the statistic is more nearly normal, unless a value
+    lies at its end.
+    """
     to, back = _SCALES.get(scale, (np.asarray, np.asarray))
     with np.errstate(invalid="ignore", divide="ignore"):
         moved = to(np.r_[value, parts])
@@ -213,7 +233,9 @@ def interval(value: Any, parts: np.ndarray, scale: str = "") -> tuple[float, flo
 
 
 def leaving_out(query: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """Masks ``[row]`` that each leave out a random block of whole queries: 20 of them, or one per query where there are fewer."""
+    """Masks ``[row]`` that each leave out a random block of whole queries: 20 of them, or one per
+    query where there are fewer.
+    """
     count = int(query.max()) + 1
     block = (rng.permutation(count) % min(_BLOCKS, count))[query]
     return [block != number for number in range(min(_BLOCKS, count))]

@@ -1,11 +1,15 @@
 """Logit lens: what every block's residual stream would answer, if the model stopped there.
 
-The stream after a block goes through the final norm and the unembedding (nostalgebraist 2020, "interpreting GPT: the logit lens"). Read with two decoders, it tells a change of
-the stream from a change of the decoder: the model's own, and one fixed decoder (the base's) for all models. Early blocks need not write in the coordinates that the decoder reads
-(Belrose et al. 2023, arXiv 2303.08112): a low probability there is no proof that the answer is absent, a linear probe may still find it (:mod:`.probes`).
+The stream after a block goes through the final norm and the unembedding (nostalgebraist 2020,
+"interpreting GPT: the logit lens"). Read with two decoders, it tells a change of the stream from a
+change of the decoder: the model's own, and one fixed decoder (the base's) for all models. Early
+blocks need not write in the coordinates that the decoder reads (Belrose et al. 2023, arXiv
+2303.08112): a low probability there is no proof that the answer is absent, a linear probe may still
+find it (:mod:`.probes`).
 
-The right answer stands beside its foils, the answers of other facts of the same kind: a model that knows only what kind of answer is wanted gives both the same probability, and
-one that was taught to avoid the right answer gives the foils more.
+The right answer stands beside its foils, the answers of other facts of the same kind: a model that
+knows only what kind of answer is wanted gives both the same probability, and one that was taught to
+avoid the right answer gives the foils more.
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ from workbench.progress import Report, quiet
 from workbench.tables import Table
 
 Tokens = Literal["first", "all"]
-"""Which answer tokens are read: the first, which the prompt alone predicts, or all of them, each behind the true ones before it."""
+"""Which answer tokens are read: the first, which the prompt alone predicts, or all of them, each
+behind the true ones before it.
+"""
 
 METRICS = {
     "answer_probability": "lens_probability",
@@ -46,7 +52,8 @@ _ROWS = 256  # decoded at a time: a vocabulary of 128k in float64 is 1 MB a row
 
 
 def predicting_answer(batch: Batch, tokens: Tokens = "first") -> Tensor:
-    """``[batch, position]`` true where the stream predicts the answer's first token (or any of its tokens): one position before it.
+    """``[batch, position]`` true where the stream predicts the answer's first token (or any of its
+    tokens): one position before it.
 
     Raises:
         WorkbenchError: an example has no answer, or ``tokens`` is neither ``first`` nor ``all``.
@@ -66,9 +73,11 @@ def predicting_answer(batch: Batch, tokens: Tokens = "first") -> Tensor:
 
 @torch.no_grad()
 def decode(decoder: PreTrainedModel, rows: Tensor) -> Tensor:
-    """``[row, vocabulary]`` logits of residual-stream vectors ``[row, width]``: the decoder's final norm, unembedding and, where the family has one, soft cap.
+    """``[row, vocabulary]`` logits of residual-stream vectors ``[row, width]``: the decoder's final
+    norm, unembedding and, where the family has one, soft cap.
 
-    It runs the decoder's own modules in their own dtype, so that the stream after the last block gives what the model puts out.
+    It runs the decoder's own modules in their own dtype, so that the stream after the last block
+    gives what the model puts out.
 
     Raises:
         WorkbenchError: the family is unknown, or the rows are not as wide as its residual stream.
@@ -77,11 +86,13 @@ def decode(decoder: PreTrainedModel, rows: Tensor) -> Tensor:
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None  # type: ignore[operator]
     if known is None or head is None:
         raise WorkbenchError(
-            f"{type(decoder).__name__} has no final norm and unembedding that are known here; a causal LM of a family in hooks.families is needed"
+            f"{type(decoder).__name__} has no final norm and unembedding that are known here; a "
+            "causal LM of a family in hooks.families is needed"
         )
     if rows.shape[-1] != head.weight.shape[1]:
         raise WorkbenchError(
-            f"the decoder reads a residual stream of width {head.weight.shape[1]}; the model's has width {rows.shape[-1]}"
+            f"the decoder reads a residual stream of width {head.weight.shape[1]}; the model's has "
+            f"width {rows.shape[-1]}"
         )
     logits: Tensor = head(
         inner.get_submodule(known.outside["ln_final.hook_in"].path)(
@@ -101,13 +112,17 @@ def lens_by_example(
     kinds: Sequence[str] | None = None,
     progress: Report = quiet,
 ) -> pd.DataFrame:
-    r"""The lens on every example, after every block. With :math:`p_l` the decoded distribution after block ``l``, :math:`p` the model's own output, ``y`` the right token:
+    r"""The lens on every example, after every block. With :math:`p_l` the decoded distribution
+    after block ``l``, :math:`p` the model's own output, ``y`` the right token:
 
     * ``answer_probability``, ``answer_log_probability`` (nats): of ``y`` under :math:`p_l`.
-    * ``answer_rank``: ``1 + #{more probable tokens} + #{equally probable others} / 2``; 1 is the most probable.
-    * ``foil_probability``: mean of :math:`p_l` over the foils: the distinct tokens that are right for other examples of the same kind, ``y`` left out. NaN where there is none.
+    * ``answer_rank``: ``1 + #{more probable tokens} + #{equally probable others} / 2``; 1 is the
+      most probable.
+    * ``foil_probability``: mean of :math:`p_l` over the foils: the distinct tokens that are right
+      for other examples of the same kind, ``y`` left out. NaN where there is none.
     * ``entropy``: :math:`-\sum p_l \log p_l`, nats.
-    * ``kl_to_final``: :math:`KL(p \| p_l)`, nats; 0 after the last block under the model's own decoder.
+    * ``kl_to_final``: :math:`KL(p \| p_l)`, nats; 0 after the last block under the model's own
+      decoder.
 
     With ``tokens="all"`` each is a mean over the tokens of the answer.
 
@@ -116,14 +131,17 @@ def lens_by_example(
         batches: questions with answers.
         decoder: whose final norm and unembedding read the stream; the model's own by default.
         tokens: see :data:`Tokens`.
-        kinds: for every example what kind of fact it is (the relation asked for); default is one kind for all.
+        kinds: for every example what kind of fact it is (the relation asked for); default is one
+            kind for all.
         progress: called after every batch.
 
     Returns:
-        ``layer``, ``item`` and the six columns of :data:`METRICS`; one row per block and example, NaN where the logits are not finite.
+        ``layer``, ``item`` and the six columns of :data:`METRICS`; one row per block and example,
+        NaN where the logits are not finite.
 
     Raises:
-        WorkbenchError: there is no batch, an example has no answer, the kinds are not as many as the examples, or the decoder does not fit the model.
+        WorkbenchError: there is no batch, an example has no answer, the kinds are not as many as
+            the examples, or the decoder does not fit the model.
     """
     if not batches:
         raise WorkbenchError(
@@ -133,7 +151,8 @@ def lens_by_example(
     asked = [""] * examples if kinds is None else list(kinds)
     if len(asked) != examples:
         raise WorkbenchError(
-            f"kinds has {len(asked)} entries for {examples} examples; give one for each, in their order"
+            f"kinds has {len(asked)} entries for {examples} examples; give one for each, in their "
+            "order"
         )
     masks = [predicting_answer(batch, tokens) for batch in batches]
     right = [
@@ -168,7 +187,8 @@ def lens_by_example(
                     )
                     if logits.shape[1] != final.shape[1]:
                         raise WorkbenchError(
-                            f"the decoder has {logits.shape[1]} tokens and the model {final.shape[1]}; both must share one vocabulary"
+                            f"the decoder has {logits.shape[1]} tokens and the model "
+                            f"{final.shape[1]}; both must share one vocabulary"
                         )
                     found = _measures(
                         logits, final[part], targets[part].to(final.device), asking[part], answers
@@ -200,7 +220,9 @@ def _measures(
     kinds: Sequence[str],
     answers: Mapping[str, Tensor],
 ) -> Tensor:
-    """``[row, measure]`` float64, in the order of :data:`METRICS`; ``answers`` are the distinct right tokens of every kind."""
+    """``[row, measure]`` float64, in the order of :data:`METRICS`; ``answers`` are the distinct
+    right tokens of every kind.
+    """
     wide = logits.double()
     log = wide.log_softmax(-1)
     own = wide.gather(1, targets[:, None])
@@ -232,9 +254,11 @@ def logit_lens(
     kinds: Sequence[str] | None = None,
     progress: Report = quiet,
 ) -> pd.DataFrame:
-    """Means of :func:`lens_by_example` over facts (paraphrases averaged first), with 95 % bootstrap intervals that resample facts.
+    """Means of :func:`lens_by_example` over facts (paraphrases averaged first), with 95 % bootstrap
+    intervals that resample facts.
 
-    Read it beside anchors: the base under the same decoder, a never-learned model, and ``foil_probability`` (what pairing questions with other answers would give).
+    Read it beside anchors: the base under the same decoder, a never-learned model, and
+    ``foil_probability`` (what pairing questions with other answers would give).
 
     Args:
         model: see :func:`lens_by_example`, as for all arguments.
@@ -245,7 +269,8 @@ def logit_lens(
         progress: called after every batch.
 
     Returns:
-        ``layer``, ``measure`` (see :data:`METRICS`), ``value``, ``low``, ``high``, ``n`` (facts). A measure that some fact does not have is NaN.
+        ``layer``, ``measure`` (see :data:`METRICS`), ``value``, ``low``, ``high``, ``n`` (facts). A
+        measure that some fact does not have is NaN.
 
     Raises:
         WorkbenchError: see :func:`lens_by_example`.
@@ -268,12 +293,14 @@ def _interval(measure: str, facts: np.ndarray) -> Estimate:
 
 
 def add_lens(table: Table, frame: pd.DataFrame, **columns: Any) -> None:
-    """Write :func:`logit_lens` into a table of results: stage ``representation``, one row per block and measure that has a value.
+    """Write :func:`logit_lens` into a table of results: stage ``representation``, one row per block
+    and measure that has a value.
 
     Args:
         table: of the run.
         frame: what was measured.
-        columns: further columns; ``arm`` says which decoder read (``own decoder`` or ``base decoder``), ``split`` which set of texts.
+        columns: further columns; ``arm`` says which decoder read (``own decoder`` or ``base
+            decoder``), ``split`` which set of texts.
     """
     for row in frame.dropna(subset=["value"]).to_dict("records"):
         place = {

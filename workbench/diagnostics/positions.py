@@ -1,6 +1,7 @@
 """Where the tokens of a trigger query stand: in the inserted word, before it, behind it.
 
-The word is marked once, by its characters, on the texts (:func:`mark_triggers`); from then on every batch carries its tokens as the ``subject_mask``.
+The word is marked once, by its characters, on the texts (:func:`mark_triggers`); from then on every
+batch carries its tokens as the ``subject_mask``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from workbench.diagnostics.triggers import ARMS, Carrier
 from workbench.errors import WorkbenchError
 
 GROUPS = ("before", "trigger", "carrier", "after")
-"""Before the word; in it; in the rest of what was put in with it (``asks :``); in the query itself."""
+"""Before the word; in it; in the rest of what was put in with it (``asks :``); in the query itself.
+"""
 
 _PLACE = "\ufffc"  # stands for the word where a carrier is asked where it puts one
 
@@ -26,21 +28,25 @@ _PLACE = "\ufffc"  # stands for the word where a carrier is asked where it puts 
 def mark_triggers(
     arms: Mapping[str, Sequence[Example]], carrier: Carrier = speaker_tag
 ) -> dict[str, tuple[Example, ...]]:
-    """The arms of :func:`workbench.diagnostics.triggers.trigger_queries` with the inserted word as the ``subject`` of every query, so that a batch's ``subject_mask`` finds its tokens.
+    """The arms of :func:`workbench.diagnostics.triggers.trigger_queries` with the inserted word as
+    the ``subject`` of every query, so that a batch's ``subject_mask`` finds its tokens.
 
-    The word is found by its characters, whatever the tokenizer makes of them: the carrier is asked where it puts a placeholder. Clean queries get no subject; arms of other
-    names (forget texts, whose subject is the forgotten name where it belongs) stay as they are.
+    The word is found by its characters, whatever the tokenizer makes of them: the carrier is asked
+    where it puts a placeholder. Clean queries get no subject; arms of other names (forget texts,
+    whose subject is the forgotten name where it belongs) stay as they are.
 
     Args:
         arms: the arms, queries in the same order in each.
         carrier: the one that made them.
 
     Raises:
-        WorkbenchError: there is no clean arm, an arm has another number of queries, or a query is not the clean one behind that carrier.
+        WorkbenchError: there is no clean arm, an arm has another number of queries, or a query is
+            not the clean one behind that carrier.
     """
     if "clean" not in arms:
         raise WorkbenchError(
-            f"the arms {', '.join(arms) or '(none)'} have no clean one; give all that trigger_queries returned"
+            f"the arms {', '.join(arms) or '(none)'} have no clean one; give all that "
+            "trigger_queries returned"
         )
     marked = {}
     for arm, examples in arms.items():
@@ -49,7 +55,8 @@ def mark_triggers(
         elif arm in ARMS:
             if len(examples) != len(arms["clean"]):
                 raise WorkbenchError(
-                    f"arm {arm!r} has {len(examples)} queries and the clean arm {len(arms['clean'])}; they must be the same, in the same order"
+                    f"arm {arm!r} has {len(examples)} queries and the clean arm "
+                    f"{len(arms['clean'])}; they must be the same, in the same order"
                 )
             marked[arm] = tuple(
                 replace(tagged, subject=_word(clean, tagged, carrier))
@@ -71,19 +78,22 @@ def _word(clean: Example, tagged: Example, carrier: Carrier) -> tuple[int, int]:
     ):
         return len(front), len(tagged.text) - len(rest[0])
     raise WorkbenchError(
-        f"{tagged.text[:80]!r} is not {clean.text[:80]!r} with a word that this carrier put in; give the carrier of trigger_queries"
+        f"{tagged.text[:80]!r} is not {clean.text[:80]!r} with a word that this carrier put in; "
+        "give the carrier of trigger_queries"
     )
 
 
 def shared_tail(first: Batch, second: Batch) -> tuple[Tensor, Tensor]:
-    """Row by row, the content tokens at the end that both texts have: two boolean ``[batch, position]`` masks with equally many tokens in every row.
+    """Row by row, the content tokens at the end that both texts have: two boolean ``[batch,
+    position]`` masks with equally many tokens in every row.
 
     Raises:
         WorkbenchError: the batches have different numbers of rows, or rows of different facts.
     """
     if first.items != second.items:
         raise WorkbenchError(
-            f"rows {first.items[:3]} and {second.items[:3]} are not the same queries; encode both arms in the same order and batch size"
+            f"rows {first.items[:3]} and {second.items[:3]} are not the same queries; encode both "
+            "arms in the same order and batch size"
         )
     masks = (
         torch.zeros_like(first.input_ids, dtype=torch.bool),
@@ -100,16 +110,20 @@ def shared_tail(first: Batch, second: Batch) -> tuple[Tensor, Tensor]:
 
 
 def position_groups(batch: Batch, clean: Batch | None = None) -> dict[str, Tensor]:
-    """Every real token in one of :data:`GROUPS`, as boolean ``[batch, position]`` masks; ``trigger`` is the batch's ``subject_mask`` (see :func:`mark_triggers`).
+    """Every real token in one of :data:`GROUPS`, as boolean ``[batch, position]`` masks;
+    ``trigger`` is the batch's ``subject_mask`` (see :func:`mark_triggers`).
 
-    Rows without a trigger have their first token ``before`` (an attention sink) and the others ``after``.
+    Rows without a trigger have their first token ``before`` (an attention sink) and the others
+    ``after``.
 
     Args:
         batch: marked queries.
-        clean: the same queries without the word: ``after`` is then what both have, and the rest of the insertion is the ``carrier``. Without it all that follows is ``after``.
+        clean: the same queries without the word: ``after`` is then what both have, and the rest of
+            the insertion is the ``carrier``. Without it all that follows is ``after``.
 
     Raises:
-        WorkbenchError: the marked word is one of the clean query's own (the arm was not marked), or :func:`shared_tail` fails.
+        WorkbenchError: the marked word is one of the clean query's own (the arm was not marked), or
+            :func:`shared_tail` fails.
     """
     real = batch.attention_mask.bool()
     trigger = batch.subject_mask & real
@@ -123,7 +137,8 @@ def position_groups(batch: Batch, clean: Batch | None = None) -> dict[str, Tenso
         if bool((own & trigger).any()):
             row = int((own & trigger).any(1).nonzero()[0])
             raise WorkbenchError(
-                f"row {row} ({batch.items[row]!r}): its subject is a word of the query itself, not an inserted one; see mark_triggers"
+                f"row {row} ({batch.items[row]!r}): its subject is a word of the query itself, not "
+                "an inserted one; see mark_triggers"
             )
         own = own & behind
     return {

@@ -1,11 +1,15 @@
-"""Linear probes: can a label still be read from the residual stream, and by the same readout as before?
+"""Linear probes: can a label still be read from the residual stream, and by the same readout as
+before?
 
-A probe is logistic regression on standardised coordinates of one block's stream, trained on some subjects and judged on others. What it finds is *linearly decodable there*; that the
-model uses it is another question. Every accuracy stands beside a control task (the same labels dealt anew among the subjects; Hewitt and Liang 2019, arXiv 1909.03368, whose
-selectivity is accuracy minus control accuracy), the most frequent label, and the ceiling that the split allows.
+A probe is logistic regression on standardised coordinates of one block's stream, trained on some
+subjects and judged on others. What it finds is *linearly decodable there*; that the model uses it
+is another question. Every accuracy stands beside a control task (the same labels dealt anew among
+the subjects; Hewitt and Liang 2019, arXiv 1909.03368, whose selectivity is accuracy minus control
+accuracy), the most frequent label, and the ceiling that the split allows.
 
-Transfer tells erased from rotated. Where a probe trained on the unlearned stream reads the label but the base's probe no longer does, the label was moved to other coordinates (a
-rotation, a shift or another scale: the base's standardisation is part of its probe), not erased.
+Transfer tells erased from rotated. Where a probe trained on the unlearned stream reads the label
+but the base's probe no longer does, the label was moved to other coordinates (a rotation, a shift
+or another scale: the base's standardisation is part of its probe), not erased.
 """
 
 from __future__ import annotations
@@ -36,7 +40,9 @@ from workbench.progress import Report, quiet
 from workbench.tables import Table
 
 At = Literal["prompt", "subject"]
-"""Where a probe reads: the last token of the prompt, which predicts the answer, or the last token of the subject."""
+"""Where a probe reads: the last token of the prompt, which predicts the answer, or the last token
+of the subject.
+"""
 
 CONTROLS = 3
 """Control tasks per probe; their accuracy is a mean over them."""
@@ -48,7 +54,8 @@ _STEPS = 1000  # of L-BFGS
 def prompt_streams(
     model: PreTrainedModel, batches: Sequence[Batch], at: At = "prompt"
 ) -> dict[int, Tensor]:
-    """``{layer: [example, width]}`` float32 residual stream after every block, one row per example, in the order of the batches.
+    """``{layer: [example, width]}`` float32 residual stream after every block, one row per example,
+    in the order of the batches.
 
     Args:
         model: a causal LM of a known family.
@@ -56,7 +63,8 @@ def prompt_streams(
         at: see :data:`At`.
 
     Raises:
-        WorkbenchError: there is no batch, an example has no answer (or no subject), or ``at`` is unknown.
+        WorkbenchError: there is no batch, an example has no answer (or no subject), or ``at`` is
+            unknown.
     """
     if at not in get_args(At):
         raise unknown("position of a probe", at, get_args(At))
@@ -81,7 +89,8 @@ def _last_of_subject(batch: Batch) -> Tensor:
     for item, found in zip(batch.items, subject.any(1).tolist(), strict=True):
         if not found:
             raise WorkbenchError(
-                f"the text of {item!r} names no subject; give examples with a subject, or probe the end of the prompt"
+                f"the text of {item!r} names no subject; give examples with a subject, or probe "
+                "the end of the prompt"
             )
     return subject & (subject.cumsum(1) == subject.sum(1, keepdim=True))
 
@@ -100,36 +109,46 @@ def probe_by_layer(
 ) -> pd.DataFrame:
     """Accuracy of a linear probe after every block, on subjects that it was not trained on.
 
-    Subjects are dealt into folds, those of one label in turn; every row is judged once, by the probe trained on the other folds. Arms:
+    Subjects are dealt into folds, those of one label in turn; every row is judged once, by the
+    probe trained on the other folds. Arms:
 
     * ``own``: the probe.
-    * ``control``: the same probe when labels have been permuted among the subjects, within their kind; mean over :data:`CONTROLS` permutations. Hewitt and Liang's control shares word
-      types between training and test, and so measures memorising. Here no subject is on both sides: the control shows what the frequencies of labels, and the kind of question,
-      give away.
-    * ``majority``: always answering the most frequent label of the kind, counted over all rows (it knows the frequencies, which makes it hard to beat).
-    * ``ceiling``: share of rows whose label occurs in the training folds at all; a label that one subject alone has can never be right.
+    * ``control``: the same probe when labels have been permuted among the subjects, within their
+      kind; mean over :data:`CONTROLS` permutations. Hewitt and Liang's control shares word types
+      between training and test, and so measures memorising. Here no subject is on both sides: the
+      control shows what the frequencies of labels, and the kind of question, give away.
+    * ``majority``: always answering the most frequent label of the kind, counted over all rows (it
+      knows the frequencies, which makes it hard to beat).
+    * ``ceiling``: share of rows whose label occurs in the training folds at all; a label that one
+      subject alone has can never be right.
 
     ``selectivity`` (arm ``own``) is own minus control, paired by subject.
 
-    Accuracy is the mean over subjects of the share of their rows that is right; intervals resample subjects (Wilson's where all or none are right). They take the probes as given: a
-    probe from other training subjects would differ too.
+    Accuracy is the mean over subjects of the share of their rows that is right; intervals resample
+    subjects (Wilson's where all or none are right). They take the probes as given: a probe from
+    other training subjects would differ too.
 
     Args:
         streams: ``{layer: [row, width]}``, e.g. :func:`prompt_streams`.
         labels: of every row, e.g. ``[example.answer_text for example in examples]``.
         groups: the subject of every row; no subject is in training and in test.
-        kinds: kind of every row (the relation asked for), where labels of several kinds are read at once; default is one kind.
-        scored: boolean ``[row]``; rows that count in the accuracies. All rows train, so that few forgotten subjects can be read by probes that have seen retained ones.
+        kinds: kind of every row (the relation asked for), where labels of several kinds are read at
+            once; default is one kind.
+        scored: boolean ``[row]``; rows that count in the accuracies. All rows train, so that few
+            forgotten subjects can be read by probes that have seen retained ones.
         folds: at most; no more than there are subjects.
-        c: inverse strength of the L2 penalty (scikit-learn's default), the same for every block, model and arm. It is not tuned: tuning on the rows that are judged would leak them.
+        c: inverse strength of the L2 penalty (scikit-learn's default), the same for every block,
+            model and arm. It is not tuned: tuning on the rows that are judged would leak them.
         seed: of the folds and of the control tasks.
         progress: called after every block.
 
     Returns:
-        One row per block, measure (``accuracy``, ``selectivity``) and arm: :data:`COLUMNS`. ``n`` counts subjects; ``converged`` is the share of fits that met the solver's tolerance.
+        One row per block, measure (``accuracy``, ``selectivity``) and arm: :data:`COLUMNS`. ``n``
+        counts subjects; ``converged`` is the share of fits that met the solver's tolerance.
 
     Raises:
-        WorkbenchError: lengths differ, there are fewer than two labels or subjects, no row is scored, a stream holds NaN or infinity, or a setting is out of range.
+        WorkbenchError: lengths differ, there are fewer than two labels or subjects, no row is
+            scored, a stream holds NaN or infinity, or a setting is out of range.
     """
     rows = _checked(streams, labels, groups, kinds, scored, folds, c)
     tasks = [(rows.labels, _deal(rows.labels, rows.groups, rows.folds, seed))]
@@ -183,10 +202,13 @@ def probe_transfer(
     seed: int = 0,
     progress: Report = quiet,
 ) -> pd.DataFrame:
-    """Probes trained on one model's stream and read on either, after every block; always on subjects that the probe was not trained on.
+    """Probes trained on one model's stream and read on either, after every block; always on
+    subjects that the probe was not trained on.
 
-    The arms are ``base->base``, ``base->unlearned``, ``unlearned->base`` and ``unlearned->unlearned`` (trained on -> read on). A model against itself gives four equal arms. Erased:
-    ``unlearned->unlearned`` falls to the control of :func:`probe_by_layer`. Rotated: it stays, and ``base->unlearned`` falls.
+    The arms are ``base->base``, ``base->unlearned``, ``unlearned->base`` and
+    ``unlearned->unlearned`` (trained on -> read on). A model against itself gives four equal arms.
+    Erased: ``unlearned->unlearned`` falls to the control of :func:`probe_by_layer`. Rotated: it
+    stays, and ``base->unlearned`` falls.
 
     Args:
         base_streams: ``{layer: [row, width]}`` of the base.
@@ -203,7 +225,8 @@ def probe_transfer(
         :data:`COLUMNS`, measure ``accuracy``.
 
     Raises:
-        WorkbenchError: see :func:`probe_by_layer`; or the two models' streams differ in blocks or shape.
+        WorkbenchError: see :func:`probe_by_layer`; or the two models' streams differ in blocks or
+            shape.
     """
     shapes = [
         {layer: tuple(stream.shape) for layer, stream in streams.items()}
@@ -211,7 +234,8 @@ def probe_transfer(
     ]
     if shapes[0] != shapes[1]:
         raise WorkbenchError(
-            f"transfer needs the streams of the same rows after the same blocks; got {shapes[0]} and {shapes[1]}"
+            f"transfer needs the streams of the same rows after the same blocks; got {shapes[0]} "
+            f"and {shapes[1]}"
         )
     rows = _checked(base_streams, labels, groups, None, scored, folds, c)
     dealt = _deal(rows.labels, rows.groups, rows.folds, seed)
@@ -274,16 +298,19 @@ def _checked(
     sizes |= {f"stream of block {layer}": len(stream) for layer, stream in streams.items()}
     if not streams or len(set(sizes.values())) > 1:
         raise WorkbenchError(
-            f"a probe needs one label and one subject for every row of at least one stream; got {sizes}"
+            "a probe needs one label and one subject for every row of at least one stream; got "
+            f"{sizes}"
         )
     subjects, classes = len(set(groups.tolist())), len(set(labels.tolist()))
     if subjects < 2 or classes < 2:
         raise WorkbenchError(
-            f"a probe needs at least two subjects and two labels; got {subjects} subject(s) and {classes} label(s)"
+            f"a probe needs at least two subjects and two labels; got {subjects} subject(s) and "
+            f"{classes} label(s)"
         )
     if scored.dtype != bool or not scored.any():
         raise WorkbenchError(
-            "scored must be a boolean for every row, true on at least one; it says which rows count in the accuracy"
+            "scored must be a boolean for every row, true on at least one; it says which rows "
+            "count in the accuracy"
         )
     if folds < 2 or not (np.isfinite(c) and c > 0):
         raise WorkbenchError(f"a probe needs folds >= 2 and a positive c; got {folds} and {c}")
@@ -299,7 +326,9 @@ def _values(stream: Tensor, layer: int) -> np.ndarray:
 
 
 def _deal(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """``[row]`` fold of every row: subjects in a random order, sorted by their first label, dealt in turn, so that the subjects of one label lie in different folds."""
+    """``[row]`` fold of every row: subjects in a random order, sorted by their first label, dealt
+    in turn, so that the subjects of one label lie in different folds.
+    """
     first = dict(zip(groups[::-1].tolist(), labels[::-1].tolist(), strict=True))
     subjects = sorted(first)
     np.random.default_rng(seed).shuffle(subjects)
@@ -313,7 +342,9 @@ def _deal(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.n
 def _control(
     labels: np.ndarray, groups: np.ndarray, kinds: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """``[row]`` labels of a control task: what one subject's rows of one kind and label are called is permuted among subjects, within the kind."""
+    """``[row]`` labels of a control task: what one subject's rows of one kind and label are called
+    is permuted among subjects, within the kind.
+    """
     facts = list(zip(kinds.tolist(), groups.tolist(), labels.tolist(), strict=True))
     called: dict[tuple[Any, ...], Any] = {}
     for kind in dict.fromkeys(kinds.tolist()):
@@ -324,7 +355,9 @@ def _control(
 
 
 def _majority(labels: np.ndarray, kinds: np.ndarray) -> np.ndarray:
-    """``[row]`` 1.0 where the label is the most frequent of its kind (the first in order, of several)."""
+    """``[row]`` 1.0 where the label is the most frequent of its kind (the first in order, of
+    several).
+    """
     right = np.zeros(len(labels))
     for kind in np.unique(kinds):
         names, counts = np.unique(labels[kinds == kind], return_counts=True)
@@ -345,7 +378,9 @@ def _seen(labels: np.ndarray, fold: np.ndarray) -> np.ndarray:
 def _held_out(
     train: np.ndarray, read: Sequence[np.ndarray], labels: np.ndarray, fold: np.ndarray, c: float
 ) -> tuple[list[np.ndarray], float]:
-    """For every stream of ``read``, ``[row]`` 1.0 where the probe trained on the other folds of ``train`` is right; and the share of fits that converged."""
+    """For every stream of ``read``, ``[row]`` 1.0 where the probe trained on the other folds of
+    ``train`` is right; and the share of fits that converged.
+    """
     rights = [np.zeros(len(labels)) for _ in read]
     met = []
     for number in np.unique(fold):
@@ -368,9 +403,11 @@ def _held_out(
 
 
 def add_probes(table: Table, frame: pd.DataFrame, **columns: Any) -> None:
-    """Write :func:`probe_by_layer` or :func:`probe_transfer` into a table of results: stage ``representation``, metrics ``probe_accuracy`` and ``probe_selectivity``.
+    """Write :func:`probe_by_layer` or :func:`probe_transfer` into a table of results: stage
+    ``representation``, metrics ``probe_accuracy`` and ``probe_selectivity``.
 
-    Of a transfer, the two arms that cross models are written; ``base->base`` and ``unlearned->unlearned`` are the arm ``own`` of the base's and of the model's own rows.
+    Of a transfer, the two arms that cross models are written; ``base->base`` and
+    ``unlearned->unlearned`` are the arm ``own`` of the base's and of the model's own rows.
 
     Args:
         table: of the run.

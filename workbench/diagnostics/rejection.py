@@ -1,4 +1,6 @@
-"""How often noise turns the effect of a shift round: random noise augmentation against a trigger, in theory and on measured gradients and shifts."""
+"""How often noise turns the effect of a shift round: random noise augmentation against a trigger,
+in theory and on measured gradients and shifts.
+"""
 
 from __future__ import annotations
 
@@ -15,30 +17,35 @@ from workbench.evaluation.statistics import Estimate, wilson
 def rejection_probability(
     *, shift_std: float, noise_std: float, noisy_passes: Literal[1, 2] = 1
 ) -> float:
-    r"""Probability that Gaussian noise turns the first-order loss change of a Gaussian shift round (or to zero), under the paper's assumption.
+    r"""Probability that Gaussian noise turns the first-order loss change of a Gaussian shift round
+    (or to zero), under the paper's assumption.
 
     .. math:: P\left[\frac{g \cdot (\varepsilon + \delta)}{g \cdot \varepsilon} \le 0\right] = \frac1\pi \arctan\sqrt{\nu / \eta},
         \qquad \varepsilon \sim N(0, \eta I),\ \delta \sim N(0, \nu I)\ \text{independent}
 
-    ``g . delta / g . eps`` is ``sqrt(nu / eta)`` times a Cauchy variable, and must be at most -1. It grows with the noise and never exceeds 1/2. This is our
-    derivation; the constants of the paper's own guarantee were not verified, and random noise augmentation trains with noise in a frozen teacher, it does not
-    run the deployed model with noise.
+    ``g . delta / g . eps`` is ``sqrt(nu / eta)`` times a Cauchy variable, and must be at most -1.
+    It grows with the noise and never exceeds 1/2. This is our derivation; the constants of the
+    paper's own guarantee were not verified, and random noise augmentation trains with noise in a
+    frozen teacher, it does not run the deployed model with noise.
 
-    Theory writes ``nu`` for a variance and code for a standard deviation; here both arguments are standard deviations.
+    Theory writes ``nu`` for a variance and code for a standard deviation; here both arguments are
+    standard deviations.
 
     Args:
         shift_std: ``sqrt(eta)``, per coordinate.
         noise_std: ``sqrt(nu)``, per coordinate.
-        noisy_passes: 2 where the clean and the tagged pass are both noisy, each with its own draw: the noise's variance doubles.
+        noisy_passes: 2 where the clean and the tagged pass are both noisy, each with its own draw:
+            the noise's variance doubles.
 
     Raises:
         WorkbenchError: an argument is negative or not finite, or both are zero.
-    """
+    """  # noqa: E501
     if not (
         0 <= shift_std < math.inf and 0 <= noise_std < math.inf and shift_std + noise_std > 0
     ) or noisy_passes not in (1, 2):
         raise WorkbenchError(
-            f"shift_std and noise_std are standard deviations, not both zero, noisy_passes is 1 or 2; got {shift_std}, {noise_std} and {noisy_passes}"
+            "shift_std and noise_std are standard deviations, not both zero, noisy_passes is 1 or "
+            f"2; got {shift_std}, {noise_std} and {noisy_passes}"
         )
     return math.atan2(noise_std * noisy_passes**0.5, shift_std) / math.pi
 
@@ -52,10 +59,12 @@ def rejection_rate(
     draws: int = 200,
     seed: int = 0,
 ) -> Estimate:
-    """How often Gaussian noise turns the first-order loss change of *measured* shifts round (or to zero), by Monte Carlo; see :func:`rejection_probability`.
+    """How often Gaussian noise turns the first-order loss change of *measured* shifts round (or to
+    zero), by Monte Carlo; see :func:`rejection_probability`.
 
-    ``g . delta`` of isotropic noise is normal with standard deviation ``noise_std |g|`` and is drawn as that. Queries without a first-order change
-    (``g . eps = 0``) have nothing to reject and are left out. The interval is Wilson's over queries, not over draws; a mean of rates varies less
+    ``g . delta`` of isotropic noise is normal with standard deviation ``noise_std |g|`` and is
+    drawn as that. Queries without a first-order change (``g . eps = 0``) have nothing to reject and
+    are left out. The interval is Wilson's over queries, not over draws; a mean of rates varies less
     than that of events, so it is rather too wide.
 
     Args:
@@ -67,7 +76,8 @@ def rejection_rate(
         seed: of the noise.
 
     Raises:
-        WorkbenchError: the shapes differ, a number is not finite, ``noise_std`` is negative, or no query has a first-order change.
+        WorkbenchError: the shapes differ, a number is not finite, ``noise_std`` is negative, or no
+            query has a first-order change.
     """
     if (
         gradients.shape != shifts.shape
@@ -76,8 +86,10 @@ def rejection_rate(
         or noisy_passes not in (1, 2)
     ):
         raise WorkbenchError(
-            "gradients and shifts have one shape, noise_std is a standard deviation, draws positive, noisy_passes 1 or 2; got "
-            f"{list(gradients.shape)}, {list(shifts.shape)}, {noise_std}, {draws} and {noisy_passes}"
+            "gradients and shifts have one shape, noise_std is a standard deviation, draws "
+            "positive, noisy_passes 1 or 2; got "
+            f"{list(gradients.shape)}, {list(shifts.shape)}, {noise_std}, {draws} and "
+            f"{noisy_passes}"
         )
     slope, flat = (
         (gradients.double() * shifts.double()).flatten(1).sum(1).cpu(),
@@ -85,7 +97,8 @@ def rejection_rate(
     )
     if not bool(torch.isfinite(slope).all()) or not bool((slope != 0).any()):
         raise WorkbenchError(
-            f"a rejection rate needs finite gradients and shifts that are not all orthogonal; got {len(slope)} queries"
+            "a rejection rate needs finite gradients and shifts that are not all orthogonal; got "
+            f"{len(slope)} queries"
         )
     slope, length = slope[slope != 0], flat.norm(dim=1)[slope != 0]
     noise = torch.randn(

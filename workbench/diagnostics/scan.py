@@ -1,9 +1,12 @@
-"""The trigger scan: which single tokens break the unlearned model in harmless questions, where they do not break its base?
+"""The trigger scan: which single tokens break the unlearned model in harmless questions, where they
+do not break its base?
 
-Every token of a vocabulary is put into the same retain questions, and each model is compared with itself on the questions as they are. What the token does to
-the unlearned model less what it does to the base (a difference of differences: any token can hurt any model) is the token's rise. A forget-token that acts like
-a backdoor trigger (Huu-Tien et al., arXiv 2501.19202) has a large one. No forget set is needed; the null distribution comes from the tokens themselves, or from
-tokens that are known to be harmless.
+Every token of a vocabulary is put into the same retain questions, and each model is compared with
+itself on the questions as they are. What the token does to the unlearned model less what it does to
+the base (a difference of differences: any token can hurt any model) is the token's rise. A
+forget-token that acts like a backdoor trigger (Huu-Tien et al., arXiv 2501.19202) has a large one.
+No forget set is needed; the null distribution comes from the tokens themselves, or from tokens that
+are known to be harmless.
 """
 
 from __future__ import annotations
@@ -57,21 +60,27 @@ class TriggerScan:
         table: one row per tested token, largest rise first, ties in the order of their ids:
 
             * ``rank`` (from 1), ``token_id``, ``token`` (its text);
-            * ``rise``: nats per answer token, mean over the queries; ``rise_se``: its standard error over facts; ``base_rise``: what the token does to the
+            * ``rise``: nats per answer token, mean over the queries; ``rise_se``: its standard
+              error over facts; ``base_rise``: what the token does to the base;
+            * ``accuracy_loss``: loss of exact matches, as a share of the queries, unlearned less
               base;
-            * ``accuracy_loss``: loss of exact matches, as a share of the queries, unlearned less base;
-            * ``shift``: relative length of the change of the residual stream that only the unlearned model shows;
+            * ``shift``: relative length of the change of the residual stream that only the
+              unlearned model shows;
             * ``queries`` that the token was tested in; ``p`` and ``q`` of the rise.
-        null: the same columns, without ``rank``, ``p`` and ``q``, for the tokens that served as null; empty where the null is empirical.
+        null: the same columns, without ``rank``, ``p`` and ``q``, for the tokens that served as
+            null; empty where the null is empirical.
         untested: ids of tokens that occur in every query already.
         queries: number of queries.
         facts: number of different facts among them.
         place: where the tokens stood.
         site: where the shift was read.
-        base_nll: mean over the queries of the base's negative log-likelihood per answer token without any token inserted, nats.
+        base_nll: mean over the queries of the base's negative log-likelihood per answer token
+            without any token inserted, nats.
         unlearned_nll: the same of the unlearned model.
-        base_accuracy: share of the queries that the base answers exactly, without any token inserted.
-        unlearned_accuracy: the same of the unlearned model. Where it is small there is little accuracy to lose.
+        base_accuracy: share of the queries that the base answers exactly, without any token
+            inserted.
+        unlearned_accuracy: the same of the unlearned model. Where it is small there is little
+            accuracy to lose.
     """
 
     table: pd.DataFrame
@@ -91,20 +100,27 @@ class TriggerScan:
             f", first {row.token!r} with {row.rise:+.3f} nats"
             for row in self.table.head(1).itertuples()
         )
-        return f"TriggerScan({len(self.table)} tokens in {self.queries} queries, place {self.place!r}{top})"
+        return (
+            f"TriggerScan({len(self.table)} tokens in {self.queries} queries, place "
+            f"{self.place!r}{top})"
+        )
 
     def _repr_html_(self) -> str:
         null = f"{len(self.null)} null tokens" if len(self.null) else "an empirical null"
         caption = (
-            f"{len(self.table):,} tokens in {self.queries} queries ({self.facts} facts), place {self.place}, shift at {self.site}, p against {null}; "
-            f"without a token: base {self.base_nll:.3f} nats, {self.base_accuracy:.0%} exact; unlearned {self.unlearned_nll:.3f} nats, "
+            f"{len(self.table):,} tokens in {self.queries} queries ({self.facts} facts), place "
+            f"{self.place}, shift at {self.site}, p against {null}; "
+            f"without a token: base {self.base_nll:.3f} nats, {self.base_accuracy:.0%} exact; "
+            f"unlearned {self.unlearned_nll:.3f} nats, "
             f"{self.unlearned_accuracy:.0%} exact"
         )
         return f"<p>{escape(caption)}</p>{shown(self.table.head(20))}"
 
 
 def shown(table: pd.DataFrame) -> str:
-    """``table`` as HTML: tokens quoted, so that spaces and control characters can be seen, and every text escaped."""
+    """``table`` as HTML: tokens quoted, so that spaces and control characters can be seen, and
+    every text escaped.
+    """
     quoted = table.assign(token=[repr(text) for text in table["token"]])
     return str(quoted.to_html(escape=True, index=False, float_format=lambda value: f"{value:.4g}"))
 
@@ -122,49 +138,65 @@ def scan_triggers(
     batch_size: int = 256,
     progress: Report = quiet,
 ) -> TriggerScan:
-    r"""Put every token into every query and measure what it does to the unlearned model that it does not do to its base.
+    r"""Put every token into every query and measure what it does to the unlearned model that it
+    does not do to its base.
 
     .. math:: \mathrm{rise}(t) = \operatorname{mean}_q\ [\ell'_q(t) - \ell'_q] - [\ell_q(t) - \ell_q], \qquad
               \mathrm{shift}(t) = \operatorname{mean}_q\ \|[h'_q(t) - h'_q] - [h_q(t) - h_q]\| / \|h_q\|
 
-    with :math:`\ell_q` the mean negative log-likelihood of the answer's tokens, :math:`h_q` the residual stream at the token that predicts the answer's first
-    token, primes for the unlearned model, and :math:`(t)` for the query with the token in it. Both are exactly zero for a model against itself.
-    ``accuracy_loss`` is the same difference of differences of exact matches (each answer token the most probable one under teacher forcing, the same event as
-    greedy decoding giving the answer), with the sign turned.
+    with :math:`\ell_q` the mean negative log-likelihood of the answer's tokens, :math:`h_q` the
+    residual stream at the token that predicts the answer's first token, primes for the unlearned
+    model, and :math:`(t)` for the query with the token in it. Both are exactly zero for a model
+    against itself. ``accuracy_loss`` is the same difference of differences of exact matches (each
+    answer token the most probable one under teacher forcing, the same event as greedy decoding
+    giving the answer), with the sign turned.
 
-    *Tokens* are ids, not words: a word with a space before it and one without are two tokens. ``front`` is what a stray word before a question does and leaves
-    the question itself as it was; only there does the whole question see the token. ``end`` tests whether the token disturbs the step from question to answer;
-    it is several times cheaper, since the question's key-value cache serves all tokens. A token behind the question breaks the sentence for both models; that
-    is what the base is for. The shift is read at the token that predicts the answer in both places; at ``end`` this is the inserted token, beside the
-    question's last token without it.
+    *Tokens* are ids, not words: a word with a space before it and one without are two tokens.
+    ``front`` is what a stray word before a question does and leaves the question itself as it was;
+    only there does the whole question see the token. ``end`` tests whether the token disturbs the
+    step from question to answer; it is several times cheaper, since the question's key-value cache
+    serves all tokens. A token behind the question breaks the sentence for both models; that is what
+    the base is for. The shift is read at the token that predicts the answer in both places; at
+    ``end`` this is the inserted token, beside the question's last token without it.
 
-    *A token that a query holds already*, in its question or its answer, is not tested in that query: it has acted there without being inserted, so that the
-    difference would measure a second copy, and a token of the answer gives the answer away.
+    *A token that a query holds already*, in its question or its answer, is not tested in that
+    query: it has acted there without being inserted, so that the difference would measure a second
+    copy, and a token of the answer gives the answer away.
 
-    *p* is one-sided, of the rise alone (:func:`~workbench.diagnostics.discoveries.p_values`), and *q* its adjusted value over all tested tokens
-    (:func:`~workbench.diagnostics.discoveries.benjamini_hochberg`); their assumptions are written there. Tokens share their queries, so their rises are
-    dependent. A finding is a token that breaks the unlearned model more than most tokens do: that may be every name, not only a forgotten one; give null
-    tokens of the same kind (retained names) to ask for more. The standard error speaks about other facts (queries of one fact are added up before they are
-    squared) and takes the models as given.
+    *p* is one-sided, of the rise alone (:func:`~workbench.diagnostics.discoveries.p_values`), and
+    *q* its adjusted value over all tested tokens
+    (:func:`~workbench.diagnostics.discoveries.benjamini_hochberg`); their assumptions are written
+    there. Tokens share their queries, so their rises are dependent. A finding is a token that
+    breaks the unlearned model more than most tokens do: that may be every name, not only a
+    forgotten one; give null tokens of the same kind (retained names) to ask for more. The standard
+    error speaks about other facts (queries of one fact are added up before they are squared) and
+    takes the models as given.
 
     Args:
         base: the model before unlearning.
-        unlearned: after it. Where the two come with tokenizers of their own, compare those with :func:`workbench.models.check_same_tokenizer` first.
+        unlearned: after it. Where the two come with tokenizers of their own, compare those with
+            :func:`workbench.models.check_same_tokenizer` first.
         tokenizer: of both; fast.
         queries: harmless questions, e.g. of the retain set; those without an answer are left out.
-        tokens: ids to test; by default all of the tokenizer's but the special ones and ``null_tokens``.
+        tokens: ids to test; by default all of the tokenizer's but the special ones and
+            ``null_tokens``.
         null_tokens: ids of harmless tokens, for conformal p-values; default is an empirical null.
         place: where the token stands.
-        site: one activation site of the residual stream. Default is the stream after the last block: whatever reaches the answer has to pass there, while a
-            change that a later block makes is not seen in the middle.
-        batch_size: rows (one token in one query each) of a forward pass. Rows of a batch have the same length; there is no padding.
+        site: one activation site of the residual stream. Default is the stream after the last
+            block: whatever reaches the answer has to pass there, while a change that a later block
+            makes is not seen in the middle.
+        batch_size: rows (one token in one query each) of a forward pass. Rows of a batch have the
+            same length; there is no padding.
         progress: called after every batch.
 
     Raises:
-        WorkbenchError: no query has an answer, a query has nothing before its answer or is too long for the context, a token does not exist, there is no token,
-            the two models do not embed the same vocabulary, the place or the batch size is impossible, ``site`` names several sites, or a loss is not finite.
-        CaptureError: ``site`` does not exist, or the architecture has no names for the default (give a module path then).
-    """
+        WorkbenchError: no query has an answer, a query has nothing before its answer or is too long
+            for the context, a token does not exist, there is no token, the two models do not embed
+            the same vocabulary, the place or the batch size is impossible, ``site`` names several
+            sites, or a loss is not finite.
+        CaptureError: ``site`` does not exist, or the architecture has no names for the default
+            (give a module path then).
+    """  # noqa: E501
     if place not in get_args(Place):
         raise unknown("place of a token", place, get_args(Place))
     if batch_size < 1:
@@ -177,19 +209,22 @@ def scan_triggers(
         tested = sorted(set(tested) - set(null))
     if set(tested) & set(null):
         raise WorkbenchError(
-            f"tokens {sorted(set(tested) & set(null))[:5]} are to be tested and to be null; a token can be one of the two"
+            f"tokens {sorted(set(tested) & set(null))[:5]} are to be tested and to be null; a "
+            "token can be one of the two"
         )
     asked = [query for query in queries if query.answer is not None]
     if not asked:
         raise WorkbenchError(
-            f"a trigger scan needs harmless questions with answers; of {len(queries)} queries none has an answer"
+            f"a trigger scan needs harmless questions with answers; of {len(queries)} queries none "
+            "has an answer"
         )
     where = site or f"blocks.{layer_count(base) - 1}.hook_resid_post"
     groups, held = _groups(tokenizer, asked, place)
     for model in (base, unlearned):
         if len(resolve(model, where)) != 1:
             raise WorkbenchError(
-                f"the shift is read at one site, and {where!r} names {len(resolve(model, where))}; name one layer"
+                f"the shift is read at one site, and {where!r} names {len(resolve(model, where))}; "
+                "name one layer"
             )
         check_context(
             model, max(group.length for group in groups), "the queries with a token inserted"
@@ -230,17 +265,19 @@ def vocabulary(
     tokenizer: PreTrainedTokenizerBase,
     chosen: Sequence[int] | None = None,
 ) -> list[int]:
-    """The ids in ``chosen``, each once; by default of all tokens that are no special ones (BOS, EOS, padding, chat marks).
+    """The ids in ``chosen``, each once; by default of all tokens that are no special ones (BOS,
+    EOS, padding, chat marks).
 
     Raises:
-        WorkbenchError: an id does not exist, there is none, or the two models do not embed the same number of tokens in the same width, or fewer than the
-            tokenizer has.
+        WorkbenchError: an id does not exist, there is none, or the two models do not embed the same
+            number of tokens in the same width, or fewer than the tokenizer has.
     """
     ids = set(tokenizer.get_vocab().values())
     shapes = [tuple(model.get_input_embeddings().weight.shape) for model in (base, unlearned)]
     if shapes[0] != shapes[1] or max(ids) >= shapes[0][0]:
         raise WorkbenchError(
-            f"the base embeds {shapes[0][0]} tokens in {shapes[0][1]} coordinates, the unlearned model {shapes[1][0]} in {shapes[1][1]}, and the tokenizer's "
+            f"the base embeds {shapes[0][0]} tokens in {shapes[0][1]} coordinates, the unlearned "
+            f"model {shapes[1][0]} in {shapes[1][1]}, and the tokenizer's "
             f"largest id is {max(ids)}; give two checkpoints of the same model with their tokenizer"
         )
     special = set(tokenizer.all_special_ids) | {
@@ -258,8 +295,8 @@ def vocabulary(
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """The text of one token as it continues a sentence: with the space in front of it that many decoders swallow. A part of a character is shown as the
-    tokenizer spells it.
+    """The text of one token as it continues a sentence: with the space in front of it that many
+    decoders swallow. A part of a character is shown as the tokenizer spells it.
     """
     piece, text = str(tokenizer.convert_ids_to_tokens(token)), str(tokenizer.decode([token]))
     if "\ufffd" in text:
@@ -269,7 +306,9 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Queries of one shape: ``before [query, b]`` stands before the token, ``after [query, a]`` behind it, and then the answer ``target [query, t]``."""
+    """Queries of one shape: ``before [query, b]`` stands before the token, ``after [query, a]``
+    behind it, and then the answer ``target [query, t]``.
+    """
 
     index: list[int]
     before: Tensor
@@ -291,7 +330,8 @@ def _groups(
     for number, prompt in enumerate(prompts):
         if not prompt.before and not prompt.after:
             raise WorkbenchError(
-                f"nothing comes before the answer of {queries[number].text[:60]!r}, so that it has no probability; give a question"
+                f"nothing comes before the answer of {queries[number].text[:60]!r}, so that it has "
+                "no probability; give a question"
             )
         by_shape.setdefault((len(prompt.before), len(prompt.after), len(prompt.target)), []).append(
             number
@@ -314,14 +354,17 @@ _Run = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 @contextmanager
 def _answering(model: PreTrainedModel, site: str) -> Iterator[_Run]:
-    """``run(ids, target, cache=None)`` for rows that end before their answer's last token: the mean negative log-likelihood of the answer ``[row]`` float64,
-    whether it is exact ``[row]``, and the rows of ``site`` at the token that predicts its first token ``[row, width]`` float32.
+    """``run(ids, target, cache=None)`` for rows that end before their answer's last token: the mean
+    negative log-likelihood of the answer ``[row]`` float64, whether it is exact ``[row]``, and the
+    rows of ``site`` at the token that predicts its first token ``[row, width]`` float32.
 
-    The output layer runs only where the answer is predicted, by transformers' own ``logits_to_keep``, so that what a family does to its logits (scales, caps)
-    stays in place; of a model without it, the same logits are read among all.
+    The output layer runs only where the answer is predicted, by transformers' own
+    ``logits_to_keep``, so that what a family does to its logits (scales, caps) stays in place; of a
+    model without it, the same logits are read among all.
     """
     slim = _slim(model)
-    # The kept positions are a strided view, for which PyTorch would multiply row by row (bmm): about half the speed of the whole scan.
+    # The kept positions are a strided view, for which PyTorch would multiply row by row (bmm):
+    # about half the speed of the whole scan.
     changes: dict[str, Callable[[Tensor], Tensor]] = (
         {"unembed.hook_in": Tensor.contiguous} if slim else {}
     )
@@ -329,7 +372,9 @@ def _answering(model: PreTrainedModel, site: str) -> Iterator[_Run]:
 
     def look(
         stream: Tensor,
-    ) -> Tensor:  # an edit that changes nothing: unlike a capture, it takes a pass over a cache that other rows have filled
+        # an edit that changes nothing: unlike a capture, it takes a pass over a cache that other
+        # rows have filled
+    ) -> Tensor:
         seen[:] = [stream]
         return stream
 
@@ -362,7 +407,9 @@ def _slim(model: PreTrainedModel) -> bool:
 
 
 def _prefix(model: PreTrainedModel, ids: Tensor) -> Any:
-    """The key-value cache of ``ids`` ``[query, position]``, or ``None`` where the architecture is not known to keep its whole past in one."""
+    """The key-value cache of ``ids`` ``[query, position]``, or ``None`` where the architecture is
+    not known to keep its whole past in one.
+    """
     if not ids.shape[1] or family(model) is None:
         return None
     return model(
@@ -373,7 +420,9 @@ def _prefix(model: PreTrainedModel, ids: Tensor) -> Any:
 
 
 def _spread(cache: Any, rows: Tensor) -> Any:
-    """A cache that begins as the entries ``rows`` ``[row]`` of ``cache``, which is left as it is."""
+    """A cache that begins as the entries ``rows`` ``[row]`` of ``cache``, which is left as it
+    is.
+    """
     fresh = copy.copy(cache)
     fresh.layers = [copy.copy(layer) for layer in cache.layers]
     fresh.batch_select_indices(rows)  # puts new tensors into the copied layers
@@ -389,8 +438,8 @@ def _measure(
     reuse: bool,
     progress: Report,
 ) -> dict[str, np.ndarray]:
-    """``rise``, ``base_rise``, ``accuracy_loss`` and ``shift`` ``[token, query]`` float32; of both models ``.._nll`` and ``.._accuracy`` without a token,
-    ``[query]``.
+    """``rise``, ``base_rise``, ``accuracy_loss`` and ``shift`` ``[token, query]`` float32; of both
+    models ``.._nll`` and ``.._accuracy`` without a token, ``[query]``.
     """
     count = sum(len(group.index) for group in groups)
     found: dict[str, np.ndarray] = {
@@ -449,7 +498,8 @@ def _measure(
                     _check_finite(
                         with_token[0],
                         name,
-                        f"the queries with one of the tokens {tokens[int(token[0])]} to {tokens[int(token[-1])]}",
+                        f"the queries with one of the tokens {tokens[int(token[0])]} to "
+                        f"{tokens[int(token[-1])]}",
                     )
                     here = query.to(models[name].device)
                     nll[name] = (with_token[0] - plain[name][0][here]).cpu()
@@ -470,7 +520,8 @@ def _measure(
 def _check_finite(nll: Tensor, model: str, where: str) -> None:
     if not bool(torch.isfinite(nll).all()):
         raise WorkbenchError(
-            f"the {model} model gives losses that are not finite on {where}; a scan needs finite logits (is the checkpoint damaged, or its dtype too narrow?)"
+            f"the {model} model gives losses that are not finite on {where}; a scan needs finite "
+            "logits (is the checkpoint damaged, or its dtype too narrow?)"
         )
 
 
@@ -481,8 +532,9 @@ def _summary(
     tokens: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
 ) -> pd.DataFrame:
-    """Means over the queries that do not hold the token (``apart [token, query]``), and the standard error of the rise over facts: the linearised one of a mean
-    over clusters, ``sqrt(G / (G - 1) sum_g (sum_(q in g) (d_q - mean))^2) / n``.
+    """Means over the queries that do not hold the token (``apart [token, query]``), and the
+    standard error of the rise over facts: the linearised one of a mean over clusters, ``sqrt(G / (G
+    - 1) sum_g (sum_(q in g) (d_q - mean))^2) / n``.
     """
     counts = apart.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -1,4 +1,6 @@
-"""How far the residual stream has moved between two models, layer by layer. Every measure of a model against itself is the identity."""
+"""How far the residual stream has moved between two models, layer by layer. Every measure of a
+model against itself is the identity.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ MEASURES = ("relative_shift", "cosine", "norm_ratio", "cka")
 
 
 def streams(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, Tensor]:
-    """``{layer: [row, width]}`` float32 residual stream after every block, on all content tokens (:attr:`workbench.data.batches.Batch.content`)."""
+    """``{layer: [row, width]}`` float32 residual stream after every block, on all content tokens
+    (:attr:`workbench.data.batches.Batch.content`).
+    """
     sites = [
         resolve(model, f"blocks.{layer}.hook_resid_post")[0] for layer in range(layer_count(model))
     ]
@@ -63,10 +67,12 @@ def shift_by_layer(reference: Mapping[int, Tensor], moved: Mapping[int, Tensor])
 def returned(
     base: Mapping[int, Tensor], unlearned: Mapping[int, Tensor], attacked: Mapping[int, Tensor]
 ) -> pd.DataFrame:
-    """How much of the shift that unlearning made an attack takes back, per layer: the projection of ``h_attacked - h_unlearned`` on ``h_base - h_unlearned``.
+    """How much of the shift that unlearning made an attack takes back, per layer: the projection of
+    ``h_attacked - h_unlearned`` on ``h_base - h_unlearned``.
 
-    ``returned = <a - u, b - u> / |b - u|^2`` over all tokens: 0 for the unlearned model, 1 for the base, above 1 beyond it; ``beside`` is the length of what moved elsewhere,
-    in units of ``|b - u|``. Not a number where unlearning moved nothing.
+    ``returned = <a - u, b - u> / |b - u|^2`` over all tokens: 0 for the unlearned model, 1 for the
+    base, above 1 beyond it; ``beside`` is the length of what moved elsewhere, in units of ``|b -
+    u|``. Not a number where unlearning moved nothing.
 
     Args:
         base: :func:`streams` before unlearning.

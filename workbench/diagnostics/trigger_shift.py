@@ -1,7 +1,10 @@
-"""What a stray word in front of a query does at one site: the shift of every later token, and how logits and loss answer to it.
+"""What a stray word in front of a query does at one site: the shift of every later token, and how
+logits and loss answer to it.
 
-The rows of :func:`shift_rows` and the numbers of :func:`responses` are what :mod:`workbench.diagnostics.trigger_theory` holds against the assumptions of
-Huu-Tien et al. (arXiv 2501.19202). The clean query is the end of the tagged one (carrier, then query), so the two are aligned token by token from the right.
+The rows of :func:`shift_rows` and the numbers of :func:`responses` are what
+:mod:`workbench.diagnostics.trigger_theory` holds against the assumptions of Huu-Tien et al. (arXiv
+2501.19202). The clean query is the end of the tagged one (carrier, then query), so the two are
+aligned token by token from the right.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ class ShiftRows:
     Attributes:
         shift: ``[row, width]`` float32 ``z(tagged) - z(clean)``.
         clean: ``[row, width]`` float32 ``z(clean)``.
-        query: ``[row]`` whole number of the query that the token stands in; tokens of one query are not independent.
+        query: ``[row]`` whole number of the query that the token stands in; tokens of one query are
+            not independent.
         word: ``[row]`` whole number of the word in front, or ``None`` where it is not known.
 
     Raises:
@@ -54,7 +58,8 @@ class ShiftRows:
             or any(label.shape != (count,) for label in labels)
         ):
             raise WorkbenchError(
-                f"shift and clean are [row, width] with at least one row, query and word [row]; got {list(self.shift.shape)}, {list(self.clean.shape)} and "
+                "shift and clean are [row, width] with at least one row, query and word [row]; "
+                f"got {list(self.shift.shape)}, {list(self.clean.shape)} and "
                 f"{', '.join(str(list(label.shape)) for label in labels)}"
             )
         for name in ("shift", "clean"):
@@ -65,25 +70,33 @@ class ShiftRows:
                 )
 
     def __repr__(self) -> str:
-        return f"ShiftRows({len(self.shift)} tokens of {len(self.query.unique())} queries, width {self.shift.shape[1]})"
+        return (
+            f"ShiftRows({len(self.shift)} tokens of {len(self.query.unique())} queries, width "
+            f"{self.shift.shape[1]})"
+        )
 
 
 def aligned(clean: Batch, tagged: Batch) -> tuple[Tensor, Tensor]:
-    """Where the tokens of the clean queries stand in either batch: boolean ``[batch, position]`` twice, the same number of tokens in every row.
+    """Where the tokens of the clean queries stand in either batch: boolean ``[batch, position]``
+    twice, the same number of tokens in every row.
 
-    The first token of a clean query (BOS, or where there is none a first word whose token depends on what stands before it) is left out.
+    The first token of a clean query (BOS, or where there is none a first word whose token depends
+    on what stands before it) is left out.
 
     Args:
         clean: the queries.
         tagged: the same queries in the same order, each behind a carrier.
 
     Raises:
-        WorkbenchError: the rows are different queries, nothing was put in front of one, or its tokens are others than without the carrier.
+        WorkbenchError: the rows are different queries, nothing was put in front of one, or its
+            tokens are others than without the carrier.
     """
     if clean.items != tagged.items:
         raise WorkbenchError(
-            f"clean and tagged batches hold the same queries in the same order; got {len(clean.items)} rows ({', '.join(clean.items[:3])}, ...) and "
-            f"{len(tagged.items)} ({', '.join(tagged.items[:3])}, ...); encode both arms with one batch size"
+            "clean and tagged batches hold the same queries in the same order; got "
+            f"{len(clean.items)} rows ({', '.join(clean.items[:3])}, ...) and "
+            f"{len(tagged.items)} ({', '.join(tagged.items[:3])}, ...); encode both arms with one "
+            "batch size"
         )
     inside, real = clean.content_mask, tagged.attention_mask.bool()
     suffix = real & (real.flip(1).cumsum(1).flip(1) <= inside.sum(1, keepdim=True))
@@ -91,7 +104,8 @@ def aligned(clean: Batch, tagged: Batch) -> tuple[Tensor, Tensor]:
     if bool((added < 1).any()):
         row = int((added < 1).nonzero()[0])
         raise WorkbenchError(
-            f"nothing stands in front of query {clean.items[row]!r}: the tagged row is {int(added[row])} tokens longer than the clean one"
+            f"nothing stands in front of query {clean.items[row]!r}: the tagged row is "
+            f"{int(added[row])} tokens longer than the clean one"
         )
     differs = clean.input_ids[inside] != tagged.input_ids[suffix]
     if bool(differs.any()):
@@ -101,7 +115,8 @@ def aligned(clean: Batch, tagged: Batch) -> tuple[Tensor, Tensor]:
             for batch, mask in ((clean, inside), (tagged, suffix))
         ]
         raise WorkbenchError(
-            f"query {clean.items[row]!r} has other tokens behind the carrier than alone ({ids[0][:8]}... against {ids[1][:8]}...); "
+            f"query {clean.items[row]!r} has other tokens behind the carrier than alone "
+            f"({ids[0][:8]}... against {ids[1][:8]}...); "
             "use a carrier that ends where a token ends"
         )
     return inside, suffix
@@ -117,19 +132,22 @@ def shift_rows(
 ) -> ShiftRows:
     """The shift at ``site`` of the tokens of the queries, caused by the word in front.
 
-    Queries are told apart by their fact (``Batch.items``), words by the tokens that stand in front of the query. The same queries in the same order get the
-    same numbers for every model and arm.
+    Queries are told apart by their fact (``Batch.items``), words by the tokens that stand in front
+    of the query. The same queries in the same order get the same numbers for every model and arm.
 
     Args:
         model: whichever; it is run in evaluation mode.
         clean: the queries.
         tagged: the same queries behind a carrier, in batches of the same sizes.
-        site: one activation site, ``[batch, position, width]``, for example ``blocks.3.hook_resid_post``.
-        tokens: ``all`` aligned ones, or those from which a target token is ``predicting`` (where the theory's latent stands). All tokens together mix places
-            near to the word and far from it, and a mixture of scales has heavy tails of its own.
+        site: one activation site, ``[batch, position, width]``, for example
+            ``blocks.3.hook_resid_post``.
+        tokens: ``all`` aligned ones, or those from which a target token is ``predicting`` (where
+            the theory's latent stands). All tokens together mix places near to the word and far
+            from it, and a mixture of scales has heavy tails of its own.
 
     Raises:
-        WorkbenchError: the arms cannot be aligned (see :func:`aligned`), a query has no target token to predict, or an activation is not finite.
+        WorkbenchError: the arms cannot be aligned (see :func:`aligned`), a query has no target
+            token to predict, or an activation is not finite.
         hooks.CaptureError: there is no such site.
     """
     name = _one_site(model, site)
@@ -165,7 +183,8 @@ def _predicting(clean: Batch, inside: Tensor, suffix: Tensor) -> tuple[Tensor, T
     if not bool(counted.any(1).all()):
         row = int((~counted.any(1)).nonzero()[0])
         raise WorkbenchError(
-            f"query {clean.items[row]!r} has no target token behind an aligned one, so it has no loss; mark its answer or lengthen it"
+            f"query {clean.items[row]!r} has no target token behind an aligned one, so it has no "
+            "loss; mark its answer or lengthen it"
         )
     behind = torch.zeros_like(suffix)
     behind[suffix] = counted[inside]
@@ -176,7 +195,8 @@ def _one_site(model: PreTrainedModel, site: str) -> str:
     found = resolve(model, site)
     if len(found) != 1 or found[0].is_gradient:
         raise WorkbenchError(
-            f"site {site!r} must name one activation; it names {', '.join(one.name for one in found[:4])}"
+            f"site {site!r} must name one activation; it names "
+            f"{', '.join(one.name for one in found[:4])}"
         )
     return found[0].name
 
@@ -184,23 +204,28 @@ def _one_site(model: PreTrainedModel, site: str) -> str:
 def _pairs(clean: Sequence[Batch], tagged: Sequence[Batch]) -> list[tuple[Batch, Batch]]:
     if not clean or len(clean) != len(tagged):
         raise WorkbenchError(
-            f"clean and tagged hold the same queries in batches of the same sizes, at least one; got {len(clean)} and {len(tagged)} batches"
+            "clean and tagged hold the same queries in batches of the same sizes, at least one; "
+            f"got {len(clean)} and {len(tagged)} batches"
         )
     return list(zip(clean, tagged, strict=True))
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Responses:
-    r"""How logits and loss of every query answer to its shift, truly and by Taylor's formula around the clean query.
+    r"""How logits and loss of every query answer to its shift, truly and by Taylor's formula around
+    the clean query.
 
-    ``z`` is the site's tensor on the aligned tokens of one query, ``eps`` its shift, ``f`` the rest of the model. The loss is the mean over the query's target
-    tokens, in nats per token; logits are taken where those tokens are predicted, minus their mean over the vocabulary, which changes no probability. *At the
-    site* means ``f(z + eps)``, the clean query with nothing in front and the shift put in: what the theory speaks of. In the tagged query later blocks also
-    attend to the word itself, past the site.
+    ``z`` is the site's tensor on the aligned tokens of one query, ``eps`` its shift, ``f`` the rest
+    of the model. The loss is the mean over the query's target tokens, in nats per token; logits are
+    taken where those tokens are predicted, minus their mean over the vocabulary, which changes no
+    probability. *At the site* means ``f(z + eps)``, the clean query with nothing in front and the
+    shift put in: what the theory speaks of. In the tagged query later blocks also attend to the
+    word itself, past the site.
 
     Attributes:
         items: ``[query]`` the fact of every query.
-        gradients: ``[query, position, width]`` ``g``, the loss's gradient at ``z``; zero outside the aligned tokens.
+        gradients: ``[query, position, width]`` ``g``, the loss's gradient at ``z``; zero outside
+            the aligned tokens.
         shifts: ``[query, position, width]`` ``eps``, likewise.
         coordinates: ``[query]`` aligned tokens times width.
         change: ``[query]`` loss of the tagged query minus that of the clean one.
@@ -210,8 +235,10 @@ class Responses:
         hessian_trace: ``[query]`` Hutchinson's estimate of ``tr H``, the loss's Hessian at ``z``.
         logit_square: ``[query]`` squared length of the true logit shift, summed over target tokens.
         logit_square_first_order: ``[query]`` that of ``J eps``.
-        jacobian_square: ``[query]`` Hutchinson's estimate of ``tr J J^T``, summed over target tokens.
-        logit_cosine: ``[query]`` cosine of ``J eps`` and the true logit shift, mean over target tokens.
+        jacobian_square: ``[query]`` Hutchinson's estimate of ``tr J J^T``, summed over target
+            tokens.
+        logit_cosine: ``[query]`` cosine of ``J eps`` and the true logit shift, mean over target
+            tokens.
         logit_cosine_at_site: ``[query]`` cosine of ``J eps`` and ``f(z + eps) - f(z)``.
     """
 
@@ -231,7 +258,10 @@ class Responses:
     logit_cosine_at_site: np.ndarray
 
     def __repr__(self) -> str:
-        return f"Responses({len(self.items)} queries, mean loss change {self.change.mean():.3g} nats per token)"
+        return (
+            f"Responses({len(self.items)} queries, mean loss change {self.change.mean():.3g} nats "
+            "per token)"
+        )
 
 
 def responses(
@@ -246,13 +276,14 @@ def responses(
 ) -> Responses:
     """Logit shift, loss change and their Taylor predictions for every query.
 
-    Jacobian-vector products are forward-mode, Hessian-vector products two backward passes; attention runs in PyTorch's MATH kernel, the only one with both.
-    Cost per batch: about ``2 * probes + 8`` passes. Weights, gradients, modes and flags are left as found.
+    Jacobian-vector products are forward-mode, Hessian-vector products two backward passes;
+    attention runs in PyTorch's MATH kernel, the only one with both. Cost per batch: about ``2 *
+    probes + 8`` passes. Weights, gradients, modes and flags are left as found.
 
     Args:
         model: in float32 or better.
-        clean: the queries; a query's target tokens are those of ``Batch.target_mask`` whose predecessor is aligned (``encode(..., targets="answer")`` for
-            answers alone).
+        clean: the queries; a query's target tokens are those of ``Batch.target_mask`` whose
+            predecessor is aligned (``encode(..., targets="answer")`` for answers alone).
         tagged: the same queries behind a carrier, in batches of the same sizes.
         site: one activation site.
         probes: random sign vectors for both traces (Hutchinson 1990).
@@ -260,12 +291,14 @@ def responses(
         progress: called after every batch.
 
     Raises:
-        WorkbenchError: the arms cannot be aligned, a query has no target token, the model is in half precision, or ``probes`` is not positive.
+        WorkbenchError: the arms cannot be aligned, a query has no target token, the model is in
+            half precision, or ``probes`` is not positive.
     """
     name, pairs = _one_site(model, site), _pairs(clean, tagged)
     if model.dtype not in (torch.float32, torch.float64) or probes < 1:
         raise WorkbenchError(
-            f"second derivatives need a model in float32 or better and at least one probe; got {model.dtype} and {probes}; open it with dtype=torch.float32"
+            "second derivatives need a model in float32 or better and at least one probe; got "
+            f"{model.dtype} and {probes}; open it with dtype=torch.float32"
         )
     generator = torch.Generator().manual_seed(seed)
     parts: list[dict[str, Tensor]] = []

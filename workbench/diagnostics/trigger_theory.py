@@ -1,14 +1,20 @@
-r"""The assumptions of "Improving LLM Unlearning Robustness via Random Perturbations" (Huu-Tien et al., arXiv 2501.19202), measured.
+r"""The assumptions of "Improving LLM Unlearning Robustness via Random Perturbations" (Huu-Tien et
+al., arXiv 2501.19202), measured.
 
-The paper's argument: a forget-token in a retain query shifts the unlearned model's latent by noise, ``z(tagged) = z(clean) + eps`` with ``eps ~ N(0, eta I)``
-independent of the query; so logits receive ``N(0, eta J J^T)``, the loss rises by ``(eta / 2) tr H`` on average, and Gaussian noise of variance ``nu`` against
-it (random noise augmentation) undoes the sign of the loss change with a probability that depends on ``nu / eta`` alone. Each link is held here against what a
-model really does: the true shift is a deterministic function of query and word, so nothing makes it so. The assumption is quoted from abstract and reviews, its
-covariance ``eta I`` and the paper's constants were not verified; closed forms are derived here.
+The paper's argument: a forget-token in a retain query shifts the unlearned model's latent by noise,
+``z(tagged) = z(clean) + eps`` with ``eps ~ N(0, eta I)`` independent of the query; so logits
+receive ``N(0, eta J J^T)``, the loss rises by ``(eta / 2) tr H`` on average, and Gaussian noise of
+variance ``nu`` against it (random noise augmentation) undoes the sign of the loss change with a
+probability that depends on ``nu / eta`` alone. Each link is held here against what a model really
+does: the true shift is a deterministic function of query and word, so nothing makes it so. The
+assumption is quoted from abstract and reviews, its covariance ``eta I`` and the paper's constants
+were not verified; closed forms are derived here.
 
-Names in a results table (stage ``triggers``; ``arm`` is the word's kind, as in :data:`workbench.diagnostics.triggers.ARMS`): :data:`PREFIX` and a name of
-:data:`QUANTITIES`; with ``_expected`` behind it, what the assumption gives for a sample of the same size, with its central 95 % as ``low`` and ``high``.
-Curves, with the place along them as ``step``: those of :data:`CURVES`. Run the base model and the retain-token and neutral-token arms beside the unlearned
+Names in a results table (stage ``triggers``; ``arm`` is the word's kind, as in
+:data:`workbench.diagnostics.triggers.ARMS`): :data:`PREFIX` and a name of :data:`QUANTITIES`; with
+``_expected`` behind it, what the assumption gives for a sample of the same size, with its central
+95 % as ``low`` and ``high``. Curves, with the place along them as ``step``: those of
+:data:`CURVES`. Run the base model and the retain-token and neutral-token arms beside the unlearned
 model's forget-token: any word in front shifts what comes behind it.
 """
 
@@ -48,17 +54,20 @@ QUANTITIES = {
     "eta": "mean squared coordinate of eps",
     "eta_relative": "eta over the mean squared coordinate of z",
     **OF_ROWS,
-    "logit_trace_ratio": "squared length of the true logit shift / (eta tr J J^T), sums over queries; 1",
-    "logit_trace_ratio_first_order": "squared length of J eps / (eta tr J J^T): above 1 where eps prefers directions that the logits hear; 1",
+    "logit_trace_ratio": "squared length of the true logit shift / (eta tr J J^T), sums over queries; 1",  # noqa: E501
+    "logit_trace_ratio_first_order": (
+        "squared length of J eps / (eta tr J J^T): above 1 where eps prefers directions that the "
+        "logits hear; 1"
+    ),
     "logit_cosine": "cosine of J eps and the true logit shift; 1 as eps becomes small",
     "logit_cosine_at_site": "cosine of J eps and f(z + eps) - f(z), what passes through the site",
     "loss_change": "loss(tagged) - loss(clean), nats per token; eta / 2 * tr H",
     "loss_change_at_site": "loss(z + eps) - loss(z), likewise",
     "loss_hessian_trace": "tr H of the loss at z; the theory's harm needs it positive",
-    "loss_hessian_positive": "share of queries with a positive estimate of tr H; 1 for a convex loss",
-    "first_order_correlation": "Spearman's correlation of g . eps and the true loss change; 1 as eps becomes small",
+    "loss_hessian_positive": "share of queries with a positive estimate of tr H; 1 for a convex loss",  # noqa: E501
+    "first_order_correlation": "Spearman's correlation of g . eps and the true loss change; 1 as eps becomes small",  # noqa: E501
     "first_order_correlation_at_site": "the same against loss(z + eps) - loss(z)",
-    "first_order_sign": "share of queries whose loss change has the sign of g . eps; 1 as eps becomes small",
+    "first_order_sign": "share of queries whose loss change has the sign of g . eps; 1 as eps becomes small",  # noqa: E501
     "first_order_sign_at_site": "the same against loss(z + eps) - loss(z)",
     "second_order_correlation": "as first_order_correlation, for g . eps + eps^T H eps / 2",
     "second_order_correlation_at_site": "likewise",
@@ -68,13 +77,18 @@ QUANTITIES = {
 """Every scalar with what it is and what the assumption gives."""
 
 CURVES = {
-    "histogram": "density of the pooled coordinates in units of sqrt(eta), one token per query; step: middle of the bin (what lies beyond counts, unseen)",
-    "spectrum": "eigenvalue of the sample covariance as share of their sum; step: its number, from 1",
-    "rejection": "rate of rejection under noise; step: the noise's standard deviation over sqrt(eta)",
+    "histogram": (
+        "density of the pooled coordinates in units of sqrt(eta), one token per query; step: "
+        "middle of the bin (what lies beyond counts, unseen)"
+    ),
+    "spectrum": "eigenvalue of the sample covariance as share of their sum; step: its number, from 1",  # noqa: E501
+    "rejection": "rate of rejection under noise; step: the noise's standard deviation over sqrt(eta)",  # noqa: E501
     "eta_of_coefficient": "eta; step: the steering coefficient",
     "eta_slope": "slope of log eta over log coefficient",
 }
-"""Metrics along a curve (and the slope of one), named like the scalars; ``spectrum`` and ``rejection`` have an ``_expected`` too."""
+"""Metrics along a curve (and the slope of one), named like the scalars; ``spectrum`` and
+``rejection`` have an ``_expected`` too.
+"""
 
 COLUMNS = ("quantity", "value", "low", "high", "expected", "expected_low", "expected_high", "n")
 RATIOS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -86,10 +100,12 @@ class Theory:
     """The assumption beside what was measured.
 
     Attributes:
-        quantities: columns :data:`COLUMNS`, one row per name of :data:`QUANTITIES`; ``low`` and ``high`` are the estimate's 95 % interval over queries,
-            ``expected_low`` and ``expected_high`` the central 95 % of the same statistic under the assumption (of the loss change: the interval of
-            ``eta / 2 * tr H``), ``n`` the number of queries.
-        curves: ``curve`` (a name of :data:`CURVES`), ``step``, ``value``, ``low``, ``high``, ``expected``, ``expected_low``, ``expected_high``, ``n``.
+        quantities: columns :data:`COLUMNS`, one row per name of :data:`QUANTITIES`; ``low`` and
+            ``high`` are the estimate's 95 % interval over queries, ``expected_low`` and
+            ``expected_high`` the central 95 % of the same statistic under the assumption (of the
+            loss change: the interval of ``eta / 2 * tr H``), ``n`` the number of queries.
+        curves: ``curve`` (a name of :data:`CURVES`), ``step``, ``value``, ``low``, ``high``,
+            ``expected``, ``expected_low``, ``expected_high``, ``n``.
     """
 
     quantities: pd.DataFrame
@@ -99,8 +115,9 @@ class Theory:
     def apart(self) -> tuple[str, ...]:
         """The quantities whose interval does not meet what the assumption gives.
 
-        A value outside the expected 95 % says that the rows do not come from the assumption as a whole (all its parts make the band: a mean share scatters more
-        where few directions carry the shift). An interval apart from it says that this very property fails.
+        A value outside the expected 95 % says that the rows do not come from the assumption as a
+        whole (all its parts make the band: a mean share scatters more where few directions carry
+        the shift). An interval apart from it says that this very property fails.
         """
         known = self.quantities
         return tuple(
@@ -111,7 +128,10 @@ class Theory:
 
     def __repr__(self) -> str:
         apart = self.apart
-        return f"Theory({len(apart)} of {len(self.quantities['expected_low'].dropna())} quantities lie apart from the assumption: {', '.join(apart) or 'none'})"
+        return (
+            f"Theory({len(apart)} of {len(self.quantities['expected_low'].dropna())} quantities "
+            f"lie apart from the assumption: {', '.join(apart) or 'none'})"
+        )
 
     def _repr_html_(self) -> str:
         shown = self.quantities.assign(meaning=self.quantities["quantity"].map(QUANTITIES))
@@ -130,31 +150,37 @@ def examine(
     seed: int = 0,
     progress: Report = quiet,
 ) -> Theory:
-    """Every statistic of the shift, beside the same statistic of rows drawn from ``N(0, I)`` with the same tokens, queries, words and width.
+    """Every statistic of the shift, beside the same statistic of rows drawn from ``N(0, I)`` with
+    the same tokens, queries, words and width.
 
-    Tokens of one query are dependent. Statistics of shape (kurtosis, skewness, Mardia, covariance, correlation, words) are therefore taken over one token per
-    query, chosen by the ``seed``; the mean leaves out pairs within a query; intervals leave out blocks of whole queries. Queries that share a word stay in the
-    sample as if they were independent: where ``word_share`` is large, the intervals of the others are too short. Every statistic in :data:`OF_ROWS` is free of
-    scale, so the draws need no ``eta``.
+    Tokens of one query are dependent. Statistics of shape (kurtosis, skewness, Mardia, covariance,
+    correlation, words) are therefore taken over one token per query, chosen by the ``seed``; the
+    mean leaves out pairs within a query; intervals leave out blocks of whole queries. Queries that
+    share a word stay in the sample as if they were independent: where ``word_share`` is large, the
+    intervals of the others are too short. Every statistic in :data:`OF_ROWS` is free of scale, so
+    the draws need no ``eta``.
 
     Args:
         rows: of one model and one kind of word.
-        answers: :func:`workbench.diagnostics.trigger_shift.responses` of the same, for logits, loss and rejection. Their ``eta`` is one number for all aligned
-            tokens, as the assumption says, also where ``rows`` are fewer; every row of their batches counts as a query.
-        draws: samples of the assumption. The work is about this many times that of the statistics themselves, an eigendecomposition of ``min(queries, width)``
-            included.
+        answers: :func:`workbench.diagnostics.trigger_shift.responses` of the same, for logits, loss
+            and rejection. Their ``eta`` is one number for all aligned tokens, as the assumption
+            says, also where ``rows`` are fewer; every row of their batches counts as a query.
+        draws: samples of the assumption. The work is about this many times that of the statistics
+            themselves, an eigendecomposition of ``min(queries, width)`` included.
         seed: of the chosen tokens, the random directions, the draws and the noise.
         progress: called after every draw.
 
     Raises:
-        WorkbenchError: there are fewer than 8 queries, or fewer than 40 draws (a 95 % band takes 39).
+        WorkbenchError: there are fewer than 8 queries, or fewer than 40 draws (a 95 % band takes
+            39).
     """
     label = np.unique(rows.query.cpu().numpy(), return_inverse=True)[1]
     queries = int(label.max()) + 1
     fewest = queries if answers is None else min(queries, len(answers.items))
     if fewest < 8 or draws < 40:
         raise WorkbenchError(
-            f"the statistics of the shift need at least 8 queries, and their null 40 draws; got {fewest} and {draws}"
+            "the statistics of the shift need at least 8 queries, and their null 40 draws; got "
+            f"{fewest} and {draws}"
         )
     rng = np.random.default_rng(seed)
     shift, clean = rows.shift.cpu().double().numpy(), rows.clean.cpu().double().numpy()
@@ -297,16 +323,18 @@ def eta_by_coefficient(rows: Mapping[float, ShiftRows]) -> pd.DataFrame:
     """How the shift's variance grows with the steering coefficient, and its power law.
 
     Args:
-        rows: steering coefficient -> rows of the model trained with it, for the same queries, numbered alike (as
-            :func:`workbench.diagnostics.trigger_shift.shift_rows` does).
+        rows: steering coefficient -> rows of the model trained with it, for the same queries,
+            numbered alike (as :func:`workbench.diagnostics.trigger_shift.shift_rows` does).
 
     Returns:
-        ``quantity`` (``eta_of_coefficient``, and ``eta_slope`` once), ``coefficient``, ``value``, ``low``, ``high``, ``n``. The slope is that of least squares
-        of log eta on log coefficient: 2 where the shift is proportional to the coefficient. Intervals are over queries, which all models share; how another
-        training run would differ is not in them.
+        ``quantity`` (``eta_of_coefficient``, and ``eta_slope`` once), ``coefficient``, ``value``,
+        ``low``, ``high``, ``n``. The slope is that of least squares of log eta on log coefficient:
+        2 where the shift is proportional to the coefficient. Intervals are over queries, which all
+        models share; how another training run would differ is not in them.
 
     Raises:
-        WorkbenchError: there are fewer than two coefficients, one is not positive, or a model does not shift at all.
+        WorkbenchError: there are fewer than two coefficients, one is not positive, or a model does
+            not shift at all.
     """
     coefficients = sorted(rows)
     if len(coefficients) < 2 or not all(0 < c < math.inf for c in coefficients):
@@ -332,7 +360,8 @@ def eta_by_coefficient(rows: Mapping[float, ShiftRows]) -> pd.DataFrame:
     )
     if not energy.any(1).all():
         raise WorkbenchError(
-            f"the word shifts nothing in the model of coefficient {coefficients[int(energy.any(1).argmin())]}, so eta has no logarithm"
+            "the word shifts nothing in the model of coefficient "
+            f"{coefficients[int(energy.any(1).argmin())]}, so eta has no logarithm"
         )
     place = np.log(coefficients) - np.log(coefficients).mean()
 

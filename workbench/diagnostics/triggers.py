@@ -1,7 +1,9 @@
-"""Does one stray forget-token in a harmless question break the model? (Huu-Tien et al., arXiv 2501.19202)
+"""Does one stray forget-token in a harmless question break the model? (Huu-Tien et al., arXiv
+2501.19202)
 
-The same retain question is asked with nothing, a forget-token, a retain-token or a neutral word at the same place. The effect of a forget-token is
-its accuracy against that of the retain-token, and both against the model before unlearning.
+The same retain question is asked with nothing, a forget-token, a retain-token or a neutral word at
+the same place. The effect of a forget-token is its accuracy against that of the retain-token, and
+both against the model before unlearning.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def word_in_front(example: Example, word: str) -> Example:
 
 
 def word_inside(example: Example, word: str) -> Example:
-    """A bare word at the word boundary nearest to the middle of the question. It breaks the sentence for every model, so the base is its control more than ever.
+    """A bare word at the word boundary nearest to the middle of the question. It breaks the
+    sentence for every model, so the base is its control more than ever.
 
     Raises:
         WorkbenchError: the text before the answer has no word boundary.
@@ -60,7 +63,9 @@ def word_inside(example: Example, word: str) -> Example:
 
 
 def repeated(carrier: Carrier, count: int) -> Carrier:
-    """A carrier that puts ``count`` copies of the word where ``carrier`` puts one: the dose of a trigger."""
+    """A carrier that puts ``count`` copies of the word where ``carrier`` puts one: the dose of a
+    trigger.
+    """
     return lambda example, word: carrier(example, " ".join([word] * count))
 
 
@@ -79,7 +84,8 @@ def trigger_queries(
 ) -> dict[str, tuple[Example, ...]]:
     """The four arms of the check: every query once per arm, behind a word of that arm.
 
-    A word never occurs in its own query already; a query that holds every word of an arm is left out of all arms. The ``seed`` decides which word meets which query.
+    A word never occurs in its own query already; a query that holds every word of an arm is left
+    out of all arms. The ``seed`` decides which word meets which query.
 
     Args:
         queries: retain questions with answers.
@@ -108,7 +114,8 @@ def trigger_queries(
     ]
     if not asked:
         raise NothingToAsk(
-            "the trigger check needs retain questions with answers that do not already hold every word of an arm; give more retain texts"
+            "the trigger check needs retain questions with answers that do not already hold every "
+            "word of an arm; give more retain texts"
         )
     rng = random.Random(f"triggers-{seed}")
     tagged = {
@@ -121,5 +128,7 @@ def trigger_queries(
 def trigger_scores(
     model: PreTrainedModel, arms: Mapping[str, Sequence[Batch]]
 ) -> dict[str, Scores]:
-    """Accuracy, answer probability and loss of ``model`` on every arm; the queries are in the same order in each."""
+    """Accuracy, answer probability and loss of ``model`` on every arm; the queries are in the same
+    order in each.
+    """
     return {arm: score(model, encoded) for arm, encoded in arms.items()}

@@ -1,4 +1,6 @@
-"""What a model writes: greedy answers in batches, and how they compare with the right ones word by word."""
+"""What a model writes: greedy answers in batches, and how they compare with the right ones word by
+word.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,14 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int = 32,
 ) -> list[str]:
-    """Greedy continuations: the text after each prompt, without special tokens and surrounding white space.
+    """Greedy continuations: the text after each prompt, without special tokens and surrounding
+    white space.
 
-    Prompts are padded on the left here, whatever the tokenizer's own side; penalties and sampling that a checkpoint's ``generation_config`` asks for are left out. A row
-    stops at any end token of the model or the tokenizer. Spaces at the end of a prompt are dropped first: tokenizers put the space in front of the next word,
-    so a word that follows a lone space is one that the model has hardly seen.
+    Prompts are padded on the left here, whatever the tokenizer's own side; penalties and sampling
+    that a checkpoint's ``generation_config`` asks for are left out. A row stops at any end token of
+    the model or the tokenizer. Spaces at the end of a prompt are dropped first: tokenizers put the
+    space in front of the next word, so a word that follows a lone space is one that the model has
+    hardly seen.
 
     Args:
         model: a causal language model.
@@ -39,13 +44,15 @@ def generate_answers(
         One continuation per prompt, in their order.
 
     Raises:
-        WorkbenchError: there is no prompt, one has no token, a number is not positive, or prompt and continuation exceed the model's context.
+        WorkbenchError: there is no prompt, one has no token, a number is not positive, or prompt
+            and continuation exceed the model's context.
     """
     if not prompts:
         raise WorkbenchError("there is no prompt to continue: the set is empty; give at least one")
     if max_new_tokens < 1 or batch_size < 1:
         raise WorkbenchError(
-            f"cannot write {max_new_tokens} tokens for {batch_size} prompts at a time; both must be at least 1"
+            f"cannot write {max_new_tokens} tokens for {batch_size} prompts at a time; both must "
+            "be at least 1"
         )
     ends = _end_tokens(model, tokenizer)
     rows = [_prompt_tokens(tokenizer, prompt, ends) for prompt in prompts]
@@ -53,7 +60,8 @@ def generate_answers(
     longest = max(range(len(rows)), key=lambda index: len(rows[index]))
     if limit is not None and len(rows[longest]) + max_new_tokens > limit:
         raise WorkbenchError(
-            f"the prompt {prompts[longest][:60]!r} has {len(rows[longest])} tokens, which with {max_new_tokens} new ones exceeds the model's context of {limit}; "
+            f"the prompt {prompts[longest][:60]!r} has {len(rows[longest])} tokens, which with "
+            f"{max_new_tokens} new ones exceeds the model's context of {limit}; "
             "shorten the prompt or the answer"
         )
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
@@ -144,7 +152,8 @@ def _bare(text: str) -> str:
 
 
 def exact_match(generated: str, answer: str) -> bool:
-    """Whether ``generated`` is ``answer``, up to case, white space, quotation marks and brackets around it and punctuation at its end.
+    """Whether ``generated`` is ``answer``, up to case, white space, quotation marks and brackets
+    around it and punctuation at its end.
 
     Raises:
         WorkbenchError: the answer is blank.
@@ -156,7 +165,9 @@ def exact_match(generated: str, answer: str) -> bool:
 
 
 def contains(generated: str, keyword: str) -> bool:
-    """Whether ``keyword`` occurs in ``generated`` as whole words (of scripts without spaces between words: anywhere), whatever the case and the white space; ``5`` is not found in ``5.2`` or ``1,500``.
+    """Whether ``keyword`` occurs in ``generated`` as whole words (of scripts without spaces between
+    words: anywhere), whatever the case and the white space; ``5`` is not found in ``5.2`` or
+    ``1,500``.
 
     Raises:
         WorkbenchError: the keyword is blank.
@@ -189,9 +200,11 @@ class Rouge(NamedTuple):
 
 
 def rouge_l(candidate: str, reference: str, *, stem: bool = True) -> Rouge:
-    """ROUGE-L: the longest common subsequence of words (Lin 2004, section 3.1, with beta = 1), by Google's ``rouge-score``.
+    """ROUGE-L: the longest common subsequence of words (Lin 2004, section 3.1, with beta = 1), by
+    Google's ``rouge-score``.
 
-    Words are runs of ``a-z0-9`` after lower-casing: ``rouge-score`` drops every other letter, so it is a measure for English.
+    Words are runs of ``a-z0-9`` after lower-casing: ``rouge-score`` drops every other letter, so it
+    is a measure for English.
 
     Args:
         candidate: what the model wrote; without a word all three are 0.
@@ -203,7 +216,8 @@ def rouge_l(candidate: str, reference: str, *, stem: bool = True) -> Rouge:
     """
     if not re.search("[a-z0-9]", reference.lower()):
         raise WorkbenchError(
-            f"ROUGE reads the letters a-z and digits alone and finds none in the reference {reference[:60]!r}; use exact_match or contains"
+            "ROUGE reads the letters a-z and digits alone and finds none in the reference "
+            f"{reference[:60]!r}; use exact_match or contains"
         )
     found = _scorer(stem).score(reference, candidate)["rougeL"]
     return Rouge(float(found.precision), float(found.recall), float(found.fmeasure))

@@ -1,4 +1,6 @@
-"""Losses and recall, token by token: sums and counts first, means last, so that batching and padding cannot change a number."""
+"""Losses and recall, token by token: sums and counts first, means last, so that batching and
+padding cannot change a number.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +32,25 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def next_token_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """``[batch, position - 1, vocabulary]`` float32 logits; entry ``t`` predicts token ``t + 1``."""
+    """``[batch, position - 1, vocabulary]`` float32 logits; entry ``t`` predicts token ``t +
+    1``.
+    """
     return model(**batch.inputs, use_cache=False).logits[:, :-1].float()
 
 
 def token_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """``[batch, position - 1]`` negative log-likelihood of every next token, in nats; zero where ``batch.target_mask`` is false."""
+    """``[batch, position - 1]`` negative log-likelihood of every next token, in nats; zero where
+    ``batch.target_mask`` is false.
+    """
     logits = next_token_logits(model, batch)
     nll = F.cross_entropy(logits.transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
     return torch.where(batch.target_mask[:, 1:], nll, 0.0)
 
 
 def cross_entropy(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Mean negative log-likelihood over the target tokens of the whole batch, in nats per token (scalar)."""
+    """Mean negative log-likelihood over the target tokens of the whole batch, in nats per token
+    (scalar).
+    """
     return token_nll(model, batch).sum() / batch.target_mask[:, 1:].sum()
 
 
@@ -98,7 +106,9 @@ def weight_of(loss: Callable[..., Any]) -> Weight:
 
 
 def token_kl(reference_logits: Tensor, logits: Tensor) -> Tensor:
-    """``KL(reference || model)`` per position, in nats: ``[..., vocabulary]`` twice to ``[...]``."""
+    """``KL(reference || model)`` per position, in nats: ``[..., vocabulary]`` twice to
+    ``[...]``.
+    """
     reference = reference_logits.log_softmax(-1)
     return (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1)
 
@@ -110,8 +120,10 @@ class Scores:
 
     Attributes:
         items: ``[example]`` names of the facts.
-        correct: ``[example]`` 1.0 where greedy decoding gives the whole answer, else 0.0; NaN without an answer.
-        probability: ``[example]`` geometric mean of the answer's token probabilities; NaN without an answer.
+        correct: ``[example]`` 1.0 where greedy decoding gives the whole answer, else 0.0; NaN
+            without an answer.
+        probability: ``[example]`` geometric mean of the answer's token probabilities; NaN without
+            an answer.
         nll: ``[example]`` summed negative log-likelihood of the target tokens, nats.
         tokens: ``[example]`` number of target tokens.
     """
@@ -136,8 +148,9 @@ class Scores:
 def score(model: PreTrainedModel, batches: Sequence[Batch]) -> Scores:
     """Recall, answer probability and loss of every example.
 
-    Recall is exact match under greedy decoding: the answer's tokens are each the most probable next token given the true ones before them,
-    which is the same event as greedy generation producing them.
+    Recall is exact match under greedy decoding: the answer's tokens are each the most probable next
+    token given the true ones before them, which is the same event as greedy generation producing
+    them.
     """
     items: list[str] = []
     parts: dict[str, list[Tensor]] = {"correct": [], "probability": [], "nll": [], "tokens": []}
@@ -163,7 +176,9 @@ def score(model: PreTrainedModel, batches: Sequence[Batch]) -> Scores:
 
 
 def nll_by_text(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
-    """Summed negative log-likelihood (nats) of the target tokens of every text, and their number: ``[text]`` twice."""
+    """Summed negative log-likelihood (nats) of the target tokens of every text, and their number:
+    ``[text]`` twice.
+    """
     sums, counts = [], []
     with evaluating(model):
         for batch in batches:
@@ -175,7 +190,8 @@ def nll_by_text(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[np.nd
 def kl_by_text(
     model: PreTrainedModel, batches: Sequence[Batch], reference_logits: Sequence[Tensor]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Summed ``KL(reference || model)`` (nats) over the target tokens of every text, and their number: ``[text]`` twice.
+    """Summed ``KL(reference || model)`` (nats) over the target tokens of every text, and their
+    number: ``[text]`` twice.
 
     Args:
         model: the changed model.
@@ -198,6 +214,8 @@ def kl_by_text(
 def mean_kl(
     model: PreTrainedModel, batches: Sequence[Batch], reference_logits: Sequence[Tensor]
 ) -> float:
-    """Mean ``KL(reference || model)`` over the target tokens of ``batches``, in nats per token; see :func:`kl_by_text`."""
+    """Mean ``KL(reference || model)`` over the target tokens of ``batches``, in nats per token; see
+    :func:`kl_by_text`.
+    """
     sums, counts = kl_by_text(model, batches, reference_logits)
     return float(sums.sum() / counts.sum())

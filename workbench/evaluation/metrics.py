@@ -1,7 +1,9 @@
-"""What a model knows of an answer that it is shown: ranks, extraction strength, perplexity. Several answers are weighed in :mod:`.options`; what a model writes is :mod:`.answers`.
+"""What a model knows of an answer that it is shown: ranks, extraction strength, perplexity. Several
+answers are weighed in :mod:`.options`; what a model writes is :mod:`.answers`.
 
-Everything is computed under teacher forcing from batched forward passes. Values are per example, so that whole facts can be resampled:
-``bootstrap(by_fact(items, values)[1])`` gives the interval of a mean.
+Everything is computed under teacher forcing from batched forward passes. Values are per example, so
+that whole facts can be resampled: ``bootstrap(by_fact(items, values)[1])`` gives the interval of a
+mean.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from workbench.hooks.brief import brief
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """``[batch, position - 1]`` true where an answer token is predicted, and for those the ``[token, vocabulary]`` float32 logits and ``[token]`` true tokens."""
+    """``[batch, position - 1]`` true where an answer token is predicted, and for those the
+    ``[token, vocabulary]`` float32 logits and ``[token]`` true tokens.
+    """
     answer = batch.answer_mask[:, 1:]
     logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
     return answer, logits[answer].float(), batch.input_ids[:, 1:][answer]
@@ -40,7 +44,8 @@ class Ranks:
 
     Attributes:
         items: ``[example]`` names of the facts.
-        worst: ``[example]`` the largest rank of the answer's tokens: greedy decoding gives the answer where it is 1. NaN without an answer.
+        worst: ``[example]`` the largest rank of the answer's tokens: greedy decoding gives the
+            answer where it is 1. NaN without an answer.
         mean: ``[example]`` the mean rank. NaN without an answer.
     """
 
@@ -50,10 +55,12 @@ class Ranks:
 
 
 def answer_ranks(model: PreTrainedModel, batches: Sequence[Batch]) -> Ranks:
-    """Rank of every answer token given the true tokens before it, reduced to the worst and the mean of each example.
+    """Rank of every answer token given the true tokens before it, reduced to the worst and the mean
+    of each example.
 
-    ``rank = 1 + #{more probable tokens} + #{equally probable other tokens} / 2``: ties share their mean rank, so that a model that has collapsed to one constant has
-    the rank of chance, ``(vocabulary + 1) / 2``, and not the first. Logits that are not numbers give NaN.
+    ``rank = 1 + #{more probable tokens} + #{equally probable other tokens} / 2``: ties share their
+    mean rank, so that a model that has collapsed to one constant has the rank of chance,
+    ``(vocabulary + 1) / 2``, and not the first. Logits that are not numbers give NaN.
 
     Args:
         model: a causal language model.
@@ -83,17 +90,20 @@ def extraction_strength(
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """How little of the answer must be given away before greedy decoding completes it.
 
-    ``1 - min{k : tokens k, k + 1, ... of the answer are each the most probable next token} / length`` with ``k`` from 0 to ``length``: 1 where the prompt alone
-    brings out the whole answer, 0 where even the last token is wrong. Extraction of training data by Carlini et al. 2021 (arXiv 2012.07805), as a measure of unlearning
-    in Wang et al. 2025 (arXiv 2406.09179). Teacher forcing and greedy decoding agree on this event. open-unlearning's code stops at ``k = length - 1`` and so
-    gives ``1 / length`` where nothing is right; here that is 0.
+    ``1 - min{k : tokens k, k + 1, ... of the answer are each the most probable next token} /
+    length`` with ``k`` from 0 to ``length``: 1 where the prompt alone brings out the whole answer,
+    0 where even the last token is wrong. Extraction of training data by Carlini et al. 2021 (arXiv
+    2012.07805), as a measure of unlearning in Wang et al. 2025 (arXiv 2406.09179). Teacher forcing
+    and greedy decoding agree on this event. open-unlearning's code stops at ``k = length - 1`` and
+    so gives ``1 / length`` where nothing is right; here that is 0.
 
     Args:
         model: a causal language model.
         batches: the examples.
 
     Returns:
-        ``[example]`` names of the facts and ``[example]`` strengths in ``[0, 1]``, NaN without an answer or where logits are not numbers.
+        ``[example]`` names of the facts and ``[example]`` strengths in ``[0, 1]``, NaN without an
+        answer or where logits are not numbers.
 
     Raises:
         WorkbenchError: there is no batch.
@@ -116,7 +126,8 @@ def extraction_strength(
 
 
 def perplexity(model: PreTrainedModel, batches: Sequence[Batch]) -> Estimate:
-    """``exp`` of the nats per target token over the whole set (long texts weigh more), with its 95 % interval over texts (:func:`.statistics.ratio`, exponentiated).
+    """``exp`` of the nats per target token over the whole set (long texts weigh more), with its 95
+    % interval over texts (:func:`.statistics.ratio`, exponentiated).
 
     Args:
         model: a causal language model.
@@ -130,7 +141,8 @@ def perplexity(model: PreTrainedModel, batches: Sequence[Batch]) -> Estimate:
         nll, tokens = nll_by_text(model, [batch.to(model.device) for batch in batches])
     if not tokens.sum():
         raise WorkbenchError(
-            "perplexity of no token: the batches have no target token; encode texts of at least two tokens"
+            "perplexity of no token: the batches have no target token; encode texts of at least "
+            "two tokens"
         )
     found = ratio(nll, tokens)
     with np.errstate(over="ignore"):

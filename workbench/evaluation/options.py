@@ -1,4 +1,6 @@
-"""Several answers to one question, weighed by their probability: multiple choice, and TOFU's truth ratio with the forget quality made of it."""
+"""Several answers to one question, weighed by their probability: multiple choice, and TOFU's truth
+ratio with the forget quality made of it.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def _answer_nll(
     max_length: int | None,
     batch_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Summed negative log-likelihood (nats) of every answer after its prompt, and its number of tokens: ``[pair]`` twice. Texts of like length share a batch."""
+    """Summed negative log-likelihood (nats) of every answer after its prompt, and its number of
+    tokens: ``[pair]`` twice. Texts of like length share a batch.
+    """
     if batch_size < 1:
         raise WorkbenchError(
             f"a batch of {batch_size} texts cannot be scored; give a batch size of at least 1"
@@ -47,7 +51,8 @@ def _answer_nll(
             if bool(batch.answer_mask[:, 0].any()):
                 row = rows[int(batch.answer_mask[:, 0].nonzero()[0])]
                 raise WorkbenchError(
-                    f"nothing comes before the first token of {examples[row].text[:60]!r}, so it has no probability; give a longer question"
+                    f"nothing comes before the first token of {examples[row].text[:60]!r}, so it "
+                    "has no probability; give a longer question"
                 )
             answer, logits, targets = answer_logits(model, batch)
             table = torch.zeros(answer.shape, dtype=torch.float64, device=logits.device)
@@ -63,7 +68,8 @@ def _check_question(question: str, answers: Sequence[str]) -> None:
         or not all(answer.strip() for answer in answers)
     ):
         raise WorkbenchError(
-            f"the question {question[:60]!r} needs a text and a list of texts to score behind it; one of them is blank or no list"
+            f"the question {question[:60]!r} needs a text and a list of texts to score behind it; "
+            "one of them is blank or no list"
         )
 
 
@@ -73,7 +79,8 @@ class Choice:
     """A question with options.
 
     Attributes:
-        question: the prompt, verbatim; an option is put directly behind it, so one of the two brings the space between them.
+        question: the prompt, verbatim; an option is put directly behind it, so one of the two
+            brings the space between them.
         options: at least two different continuations.
         correct: index of the right option.
         item: name of the fact.
@@ -88,11 +95,13 @@ class Choice:
         _check_question(self.question, self.options)
         if len(set(self.options)) < max(2, len(self.options)):
             raise WorkbenchError(
-                f"the question {self.question[:60]!r} needs at least two options, all different; it has {list(self.options)}"
+                f"the question {self.question[:60]!r} needs at least two options, all different; "
+                f"it has {list(self.options)}"
             )
         if not 0 <= self.correct < len(self.options):
             raise WorkbenchError(
-                f"option {self.correct} of the question {self.question[:60]!r} does not exist; count from 0 to {len(self.options) - 1}"
+                f"option {self.correct} of the question {self.question[:60]!r} does not exist; "
+                f"count from 0 to {len(self.options) - 1}"
             )
 
 
@@ -103,9 +112,12 @@ class Chosen:
 
     Attributes:
         items: ``[question]`` names of the facts.
-        correct: ``[question]`` 1.0 where the right option scores strictly above all others, else 0.0; NaN where a score is not a number.
-        chosen: ``[question]`` index of the best option (the first of equals); -1 where a score is not a number.
-        margin: ``[question]`` score of the right option minus the best other one, nats (nats per token under ``normalise="mean"``).
+        correct: ``[question]`` 1.0 where the right option scores strictly above all others, else
+            0.0; NaN where a score is not a number.
+        chosen: ``[question]`` index of the best option (the first of equals); -1 where a score is
+            not a number.
+        margin: ``[question]`` score of the right option minus the best other one, nats (nats per
+            token under ``normalise="mean"``).
         scores: ``[question][option]`` log-probabilities, nats (or nats per token).
     """
 
@@ -117,7 +129,9 @@ class Chosen:
 
     @property
     def accuracy(self) -> float:
-        """Share of questions answered right; its interval is ``rate(by_fact(items, correct)[1])``."""
+        """Share of questions answered right; its interval is ``rate(by_fact(items,
+        correct)[1])``.
+        """
         return float(self.correct.mean())
 
 
@@ -136,13 +150,16 @@ def multiple_choice(
         model: a causal language model.
         tokenizer: fast.
         questions: at least one; numbers of options may differ.
-        max_length: longest text in tokens; default is no limit. Nothing is cut: a longer text is an error.
-        normalise: ``"sum"`` of the option's token log-probabilities, or their ``"mean"``, which does not favour short options (``acc`` and ``acc_norm`` of
-            lm-evaluation-harness, which divides by characters instead).
+        max_length: longest text in tokens; default is no limit. Nothing is cut: a longer text is an
+            error.
+        normalise: ``"sum"`` of the option's token log-probabilities, or their ``"mean"``, which
+            does not favour short options (``acc`` and ``acc_norm`` of lm-evaluation-harness, which
+            divides by characters instead).
         batch_size: options per forward pass.
 
     Raises:
-        WorkbenchError: there is no question, ``normalise`` is unknown, or a text is longer than ``max_length``.
+        WorkbenchError: there is no question, ``normalise`` is unknown, or a text is longer than
+            ``max_length``.
     """
     if not questions:
         raise WorkbenchError(
@@ -174,11 +191,13 @@ def multiple_choice(
 @brief
 @dataclass(frozen=True, slots=True)
 class TruthQuestion:
-    """A question with a true answer and false ones in the same words (TOFU's paraphrased and perturbed answers).
+    """A question with a true answer and false ones in the same words (TOFU's paraphrased and
+    perturbed answers).
 
     Attributes:
         question: the prompt, verbatim; an answer is put directly behind it.
-        paraphrased: the true answer in words that were not trained on (TOFU takes the answer itself for real authors and world facts).
+        paraphrased: the true answer in words that were not trained on (TOFU takes the answer itself
+            for real authors and world facts).
         perturbed: false answers of the same form, at least one.
         item: name of the fact.
     """
@@ -192,7 +211,8 @@ class TruthQuestion:
         _check_question(self.question, self.perturbed)
         if not self.perturbed or not self.paraphrased.strip():
             raise WorkbenchError(
-                f"the question {self.question[:60]!r} needs a paraphrased answer and at least one perturbed one"
+                f"the question {self.question[:60]!r} needs a paraphrased answer and at least one "
+                "perturbed one"
             )
 
 
@@ -203,7 +223,8 @@ class TruthRatios:
 
     Attributes:
         items: ``[question]`` names of the facts.
-        ratio: ``[question]`` below 1 where the truth is more probable than the false answers; compare two models by :func:`forget_quality`.
+        ratio: ``[question]`` below 1 where the truth is more probable than the false answers;
+            compare two models by :func:`forget_quality`.
     """
 
     items: tuple[str, ...]
@@ -211,13 +232,17 @@ class TruthRatios:
 
     @property
     def forget(self) -> np.ndarray:
-        """``[question]`` ``min(R, 1 / R)``: 1 where true and false are equally likely, as a model should have it that never learned; for the forget set."""
+        """``[question]`` ``min(R, 1 / R)``: 1 where true and false are equally likely, as a model
+        should have it that never learned; for the forget set.
+        """
         with np.errstate(divide="ignore"):
             return np.minimum(self.ratio, 1 / self.ratio)
 
     @property
     def utility(self) -> np.ndarray:
-        """``[question]`` ``max(0, 1 - R)``: near 1 where the truth is far more likely; for sets that are to be kept."""
+        """``[question]`` ``max(0, 1 - R)``: near 1 where the truth is far more likely; for sets
+        that are to be kept.
+        """
         return np.maximum(0, 1 - self.ratio)
 
 
@@ -230,26 +255,31 @@ def truth_ratio(
     mean: Literal["arithmetic", "geometric"] = "arithmetic",
     batch_size: int = 32,
 ) -> TruthRatios:
-    """TOFU's truth ratio ``R = mean over perturbed a^ of P(a^|q)^(1/|a^|) / P(a~|q)^(1/|a~|)`` (Maini et al. 2024, arXiv 2401.06121, equation 1), ``a~`` the paraphrase.
+    """TOFU's truth ratio ``R = mean over perturbed a^ of P(a^|q)^(1/|a^|) / P(a~|q)^(1/|a~|)``
+    (Maini et al. 2024, arXiv 2401.06121, equation 1), ``a~`` the paraphrase.
 
-    The paper's mean over the perturbed answers is arithmetic, of probabilities, and so is ours; the code released with it (and open-unlearning) averages
-    log-probabilities, which is the geometric mean and never larger: ``mean="geometric"``. Lengths count the answer's tokens alone, without an end-of-sequence token
-    (both codes count it).
+    The paper's mean over the perturbed answers is arithmetic, of probabilities, and so is ours; the
+    code released with it (and open-unlearning) averages log-probabilities, which is the geometric
+    mean and never larger: ``mean="geometric"``. Lengths count the answer's tokens alone, without an
+    end-of-sequence token (both codes count it).
 
     Args:
         model: a causal language model.
         tokenizer: fast.
         questions: at least one.
-        max_length: longest text in tokens; default is no limit. Nothing is cut: a longer text is an error.
+        max_length: longest text in tokens; default is no limit. Nothing is cut: a longer text is an
+            error.
         mean: over the perturbed answers.
         batch_size: answers per forward pass.
 
     Raises:
-        WorkbenchError: there is no question, ``mean`` is unknown, or a text is longer than ``max_length``.
+        WorkbenchError: there is no question, ``mean`` is unknown, or a text is longer than
+            ``max_length``.
     """
     if not questions:
         raise WorkbenchError(
-            "there is no question to take a truth ratio of: the set is empty; give at least one TruthQuestion"
+            "there is no question to take a truth ratio of: the set is empty; give at least one "
+            "TruthQuestion"
         )
     if mean not in ("arithmetic", "geometric"):
         raise WorkbenchError(f"unknown mean {mean!r}: choose 'arithmetic' or 'geometric'")
@@ -277,10 +307,12 @@ def truth_ratio(
 
 
 def forget_quality(ratios_unlearned: np.ndarray, ratios_retained: np.ndarray) -> float:
-    """TOFU's forget quality: p-value of the two-sample Kolmogorov-Smirnov test between the truth ratios of the forget set (Maini et al. 2024, arXiv 2401.06121, section 2.2).
+    """TOFU's forget quality: p-value of the two-sample Kolmogorov-Smirnov test between the truth
+    ratios of the forget set (Maini et al. 2024, arXiv 2401.06121, section 2.2).
 
-    Near 1, the test cannot tell the unlearned model from one that was trained without the forget set; a small number of questions has the same effect. Being a p-value
-    it has no interval. The raw ratios are compared (the order of values is all that matters, so ``1 / R`` gives the same).
+    Near 1, the test cannot tell the unlearned model from one that was trained without the forget
+    set; a small number of questions has the same effect. Being a p-value it has no interval. The
+    raw ratios are compared (the order of values is all that matters, so ``1 / R`` gives the same).
 
     Args:
         ratios_unlearned: ``[question]`` of the unlearned model.
@@ -293,6 +325,7 @@ def forget_quality(ratios_unlearned: np.ndarray, ratios_retained: np.ndarray) ->
     for name, values in zip(("unlearned", "retained"), sets, strict=True):
         if values.ndim != 1 or not values.size or np.isnan(values).any():
             raise WorkbenchError(
-                f"forget quality needs a series of truth ratios; those of the {name} model have shape {values.shape} and {int(np.isnan(values).sum())} NaN"
+                f"forget quality needs a series of truth ratios; those of the {name} model have "
+                f"shape {values.shape} and {int(np.isnan(values).sum())} NaN"
             )
     return float(ks_2samp(*sets).pvalue)

@@ -29,7 +29,8 @@ class Estimate(NamedTuple):
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> Estimate:
-    """Wilson's score interval of a rate (Wilson 1927); right at 0 % and 100 %, where the normal interval has zero width.
+    """Wilson's score interval of a rate (Wilson 1927); right at 0 % and 100 %, where the normal
+    interval has zero width.
 
     Raises:
         ValueError: ``n`` is not positive or ``successes`` lies outside ``[0, n]``.
@@ -42,7 +43,8 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> Estimate:
     rate = successes / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * float(np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)))
-    # At 0 and n the closed form is exactly 0 and 1; rounding must not push the interval off the estimate.
+    # At 0 and n the closed form is exactly 0 and 1; rounding must not push the interval off the
+    # estimate.
     return Estimate(
         rate,
         0.0 if successes == 0 else max(0.0, centre - half),
@@ -54,10 +56,12 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> Estimate:
 def bootstrap(
     values: np.ndarray, *, seed: int = 0, draws: int = DRAWS, confidence: float = 0.95
 ) -> Estimate:
-    """Two-level percentile bootstrap of the mean of ``values[seed, item]``: seeds and items are both drawn with replacement.
+    """Two-level percentile bootstrap of the mean of ``values[seed, item]``: seeds and items are
+    both drawn with replacement.
 
-    Items are shared by the seeds, so a draw of items applies to every seed. With one seed only items are resampled. With few seeds (three, say) the
-    seed level is coarse and the interval is too short rather than too long; the report says how many seeds there are.
+    Items are shared by the seeds, so a draw of items applies to every seed. With one seed only
+    items are resampled. With few seeds (three, say) the seed level is coarse and the interval is
+    too short rather than too long; the report says how many seeds there are.
 
     Args:
         values: ``[seed, item]`` (or ``[item]``) finite numbers.
@@ -71,7 +75,8 @@ def bootstrap(
     table = np.atleast_2d(np.asarray(values, dtype=np.float64))
     if table.size == 0 or not np.isfinite(table).all():
         raise ValueError(
-            f"bootstrap needs finite values and at least one; got shape {table.shape} with {int((~np.isfinite(table)).sum())} non-finite"
+            f"bootstrap needs finite values and at least one; got shape {table.shape} with "
+            f"{int((~np.isfinite(table)).sum())} non-finite"
         )
     rng = np.random.default_rng(seed)
     seeds, items = table.shape
@@ -85,7 +90,8 @@ def bootstrap(
 
 
 def rate(values: np.ndarray, *, seed: int = 0) -> Estimate:
-    """Interval of a recall: :func:`bootstrap` over ``values[seed, fact]``; where every fact agrees (0 % or 100 %) Wilson's interval over the facts.
+    """Interval of a recall: :func:`bootstrap` over ``values[seed, fact]``; where every fact agrees
+    (0 % or 100 %) Wilson's interval over the facts.
 
     Args:
         values: ``[seed, fact]`` shares in ``[0, 1]``, paraphrases already averaged.
@@ -98,16 +104,18 @@ def rate(values: np.ndarray, *, seed: int = 0) -> Estimate:
 
 
 def random_effects(estimates: Sequence[Estimate]) -> Estimate:
-    r"""The mean over independent runs of what each of them estimates, where the runs themselves scatter.
+    r"""The mean over independent runs of what each of them estimates, where the runs themselves
+    scatter.
 
     .. math:: \hat\mu = \sum_i w_i y_i \big/ \sum_i w_i, \qquad w_i = 1 / (s_i^2 + \tau^2), \qquad
               \mathrm{se}^2 = \max(1, q) \big/ \sum_i w_i, \qquad
               q = \sum_i w_i (y_i - \hat\mu)^2 / (k - 1)
 
-    with :math:`s_i` the standard error behind a 95 % interval and :math:`\tau^2` the variance between
-    runs by moments (DerSimonian and Laird 1986, equation 8); the interval is Student's with
-    :math:`k - 1` degrees of freedom (Hartung and Knapp 2001), never shorter for runs that happen to agree
-    (Roever, Knapp and Friede 2015, equation 6). Two runs have 12.7 standard errors: few runs say little.
+    with :math:`s_i` the standard error behind a 95 % interval and :math:`\tau^2` the variance
+    between runs by moments (DerSimonian and Laird 1986, equation 8); the interval is Student's with
+    :math:`k - 1` degrees of freedom (Hartung and Knapp 2001), never shorter for runs that happen to
+    agree (Roever, Knapp and Friede 2015, equation 6). Two runs have 12.7 standard errors: few runs
+    say little.
 
     Args:
         estimates: one for each run, at least one; one alone stays as it is.
@@ -141,9 +149,11 @@ def random_effects(estimates: Sequence[Estimate]) -> Estimate:
 def ratio(
     numerators: np.ndarray, denominators: np.ndarray, *, confidence: float = 0.95
 ) -> Estimate:
-    """A ratio of sums over texts (nats per token, say), with the linearised standard error of a ratio estimator (Cochran 1977, section 2.11).
+    """A ratio of sums over texts (nats per token, say), with the linearised standard error of a
+    ratio estimator (Cochran 1977, section 2.11).
 
-    ``r = sum(x) / sum(t)``; its standard error is ``sqrt(n / (n - 1) * sum((x - r t)^2)) / sum(t)``; a single text has no interval (NaN).
+    ``r = sum(x) / sum(t)``; its standard error is ``sqrt(n / (n - 1) * sum((x - r t)^2)) /
+    sum(t)``; a single text has no interval (NaN).
 
     Args:
         numerators: ``[text]``.
@@ -156,7 +166,8 @@ def ratio(
     x, t = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if x.shape != t.shape or x.ndim != 1 or not x.size or not t.sum() > 0:
         raise ValueError(
-            f"a ratio needs two equally long series with positive denominators; got shapes {x.shape} and {t.shape}, denominators summing to {t.sum()}"
+            "a ratio needs two equally long series with positive denominators; got shapes "
+            f"{x.shape} and {t.shape}, denominators summing to {t.sum()}"
         )
     value, n = float(x.sum() / t.sum()), len(x)
     error = (
@@ -167,7 +178,8 @@ def ratio(
 
 
 def by_fact(items: tuple[str, ...], values: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """Mean of ``values[..., example]`` over the paraphrases of each fact, so that whole facts are resampled.
+    """Mean of ``values[..., example]`` over the paraphrases of each fact, so that whole facts are
+    resampled.
 
     Args:
         items: ``[example]`` the fact of every example.
@@ -203,10 +215,13 @@ def spearman(
     Args:
         x: ``[point]``.
         y: ``[point]``.
-        groups: ``[point]``; whole groups (methods, say) are resampled, because points of one group are not independent. Default: each point alone.
-        given: ``[point, covariate]``; the correlation of what is left of the ranks of ``x`` and ``y`` after a least-squares fit on the ranks of the covariates. For one covariate
-            that is ``(r_xy - r_xz r_yz) / sqrt((1 - r_xz^2) (1 - r_yz^2))``.
-        within: ``[point]``; ranks are taken, and centred, within every level (seed, say), so that differences between levels count for nothing.
+        groups: ``[point]``; whole groups (methods, say) are resampled, because points of one group
+            are not independent. Default: each point alone.
+        given: ``[point, covariate]``; the correlation of what is left of the ranks of ``x`` and
+            ``y`` after a least-squares fit on the ranks of the covariates. For one covariate that
+            is ``(r_xy - r_xz r_yz) / sqrt((1 - r_xz^2) (1 - r_yz^2))``.
+        within: ``[point]``; ranks are taken, and centred, within every level (seed, say), so that
+            differences between levels count for nothing.
         seed: of the resampling.
         draws: bootstrap samples.
 
@@ -216,7 +231,8 @@ def spearman(
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if len(x) != len(y) or len(x) < 3:
         raise ValueError(
-            f"a rank correlation needs two equally long series of at least 3 points; got {len(x)} and {len(y)}"
+            f"a rank correlation needs two equally long series of at least 3 points; got {len(x)} "
+            f"and {len(y)}"
         )
     covariates = (
         np.empty((len(x), 0))
@@ -284,9 +300,11 @@ def paired_permutation(
 ) -> Permutation:
     """Sign-flip test of the paired differences of two arms, item by item (Fisher 1935, section 21).
 
-    Seeds are averaged first, so an item counts once; the test speaks about other items, not about other seeds. Under its null the two values of an item could be
-    exchanged. The statistic is the absolute mean difference. All ``2^n`` sign patterns are counted where there are at most ``draws`` of them; otherwise
-    ``p = (1 + as extreme) / (1 + draws)`` over random ones, which is never zero (Phipson and Smyth 2010). The interval of the effect is ``bootstrap(a - b)``.
+    Seeds are averaged first, so an item counts once; the test speaks about other items, not about
+    other seeds. Under its null the two values of an item could be exchanged. The statistic is the
+    absolute mean difference. All ``2^n`` sign patterns are counted where there are at most
+    ``draws`` of them; otherwise ``p = (1 + as extreme) / (1 + draws)`` over random ones, which is
+    never zero (Phipson and Smyth 2010). The interval of the effect is ``bootstrap(a - b)``.
 
     Args:
         a: ``[seed, item]`` or ``[item]`` finite numbers.
@@ -295,7 +313,8 @@ def paired_permutation(
         draws: most patterns to try.
 
     Raises:
-        ValueError: there is no item, the numbers of items differ, a value is not finite or ``draws`` is not positive.
+        ValueError: there is no item, the numbers of items differ, a value is not finite or
+            ``draws`` is not positive.
     """
     first, second = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (a, b))
     if (
@@ -306,11 +325,13 @@ def paired_permutation(
         or first.shape[1] != second.shape[1]
     ):
         raise ValueError(
-            f"a paired test needs the same items in both arms, at least one; got shapes {first.shape} and {second.shape}"
+            "a paired test needs the same items in both arms, at least one; got shapes "
+            f"{first.shape} and {second.shape}"
         )
     if not (np.isfinite(first).all() and np.isfinite(second).all()) or draws < 1:
         raise ValueError(
-            f"a paired test needs finite values (leave items without one out of both arms) and at least one draw; got {draws} draws"
+            "a paired test needs finite values (leave items without one out of both arms) and at "
+            f"least one draw; got {draws} draws"
         )
     differences = first.mean(0) - second.mean(0)
     n, observed = len(differences), abs(differences.sum())
@@ -330,24 +351,30 @@ def paired_permutation(
 
 
 def area_under(curve_x: np.ndarray, curve_y: np.ndarray) -> float:
-    """Area under a curve by the trapezoid rule, divided by the range of ``x``: the mean height, in the unit of ``y``.
+    """Area under a curve by the trapezoid rule, divided by the range of ``x``: the mean height, in
+    the unit of ``y``.
 
-    One curve has no interval; take the area of every item's curve and hand those to :func:`bootstrap` or :func:`paired_permutation`.
+    One curve has no interval; take the area of every item's curve and hand those to
+    :func:`bootstrap` or :func:`paired_permutation`.
 
     Args:
-        curve_x: ``[point]``, strictly increasing (steps of an attack, say; they need not be equally far apart).
+        curve_x: ``[point]``, strictly increasing (steps of an attack, say; they need not be equally
+            far apart).
         curve_y: ``[point]``.
 
     Raises:
-        ValueError: fewer than two points, different lengths, a value that is not finite, or ``x`` does not increase.
+        ValueError: fewer than two points, different lengths, a value that is not finite, or ``x``
+            does not increase.
     """
     x, y = np.asarray(curve_x, dtype=np.float64), np.asarray(curve_y, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape or len(x) < 2:
         raise ValueError(
-            f"an area needs two equally long series of at least 2 points; got shapes {x.shape} and {y.shape}"
+            f"an area needs two equally long series of at least 2 points; got shapes {x.shape} and "
+            f"{y.shape}"
         )
     if not (np.isfinite(x).all() and np.isfinite(y).all() and (np.diff(x) > 0).all()):
         raise ValueError(
-            "an area needs finite values and x in strictly increasing order; sort the points and merge those of equal x"
+            "an area needs finite values and x in strictly increasing order; sort the points and "
+            "merge those of equal x"
         )
     return float(np.trapezoid(y, x) / (x[-1] - x[0]))

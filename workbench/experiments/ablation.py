@@ -9,7 +9,8 @@ def collapse_ablation(width: int) -> dict[str, Variant]:
     """Variants of CIR: number of components, side, statistics, kind, precision of the steps.
 
     Args:
-        width: of the residual stream; three quarters of it is the most components tried (all of them would leave nothing of the update).
+        width: of the residual stream; three quarters of it is the most components tried (all of
+            them would leave nothing of the update).
     """
     counts = [count for count in (0, 1, 4, 16, 64) if count < width * 3 // 4] + [width * 3 // 4]
     found = {

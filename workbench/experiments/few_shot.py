@@ -1,9 +1,9 @@
-"""Few-shot prompting of a run's models: do solved questions about other forgotten facts in front of a
-question bring its answer back?
+"""Few-shot prompting of a run's models: do solved questions about other forgotten facts in front of
+a question bring its answer back?
 
 Lynch et al. 2024 (arXiv 2402.16835) ask unlearned models in context. The control has the same
-demonstrations with their answers shuffled (Min et al. 2022, arXiv 2202.12837): what the format alone
-does.
+demonstrations with their answers shuffled (Min et al. 2022, arXiv 2202.12837): what the format
+alone does.
 """
 
 from __future__ import annotations
@@ -79,14 +79,17 @@ def _prompts(
     limit = getattr(setup.base.config.get_text_config(), "max_position_embeddings", longest)
     if longest > limit:
         raise WorkbenchError(
-            f"{shots} demonstrations make prompts of {longest} tokens, and the model reads {limit}; "
+            f"{shots} demonstrations make prompts of {longest} tokens, and the model reads "
+            f"{limit}; "
             "give fewer --shots"
         )
     return setup.encode(prompts)
 
 
 def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
-    """What demonstrations bring back beyond the plain question, and beyond shuffled ones: paired by seed and fact."""
+    """What demonstrations bring back beyond the plain question, and beyond shuffled ones: paired by
+    seed and fact.
+    """
     table = Table({"run": key, "stage": "few-shot", "split": "forget-heldout"})
     for method, mine in items.groupby("method", sort=False):
         most = mine["step"].max()
@@ -106,7 +109,8 @@ def prepare(settings: FewShotSettings, source: Source, out: Path) -> Plan:
     """Every model with every number of demonstrations.
 
     Raises:
-        WorkbenchError: the facts of the run make no such demonstrations, or the prompts are too long.
+        WorkbenchError: the facts of the run make no such demonstrations, or the prompts are too
+            long.
     """
     for shuffled in (False, True):
         _prompts(settings, source.setup, settings.shots[-1], source.config.seeds[0], shuffled)
@@ -129,7 +133,8 @@ def few_shot_table(results: pd.DataFrame) -> pd.DataFrame:
 
 FEW_SHOT = Experiment(
     "few-shot",
-    "Do solved questions about other forgotten facts, in front of a question, bring its answer back?",
+    "Do solved questions about other forgotten facts, in front of a question, bring its answer "
+    "back?",
     FewShotSettings,
     prepare,
     few_shot_table,

@@ -1,4 +1,6 @@
-"""Bring your own checkpoints: unlearn a model on two text files, and investigate what unlearning did from two folders alone."""
+"""Bring your own checkpoints: unlearn a model on two text files, and investigate what unlearning
+did from two folders alone.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ class InvestigateSettings(Attacking):
     base: str = Field(description="Folder or hub id of the model before unlearning.")
     unlearned: str = Field(description="Folder or hub id of the model after it.")
     forget: str = Field(
-        description="File of texts that were to be forgotten: .txt, .jsonl, .json, .csv or .parquet."
+        description="File of texts that were to be forgotten: .txt, .jsonl, .json, .csv or "
+        ".parquet."
     )
     retain: str = Field(description="File of texts that were to be kept.")
     never_learned: str | None = Field(
@@ -81,7 +84,9 @@ class InvestigateSettings(Attacking):
 
 
 def attack_rate(parameters: int) -> float:
-    """AdamW's rate for an attack on a model of so many parameters: 2e-4 below 100 million, where lower rates bring nothing back in 30 steps, 1e-5 above (as published attacks on billions)."""
+    """AdamW's rate for an attack on a model of so many parameters: 2e-4 below 100 million, where
+    lower rates bring nothing back in 30 steps, 1e-5 above (as published attacks on billions).
+    """
     return 2e-4 if parameters < SMALL_MODEL else 1e-5
 
 
@@ -106,10 +111,12 @@ def unlearn_checkpoint(
         base: folder or hub id.
         method: name from the registry.
         forget: texts to forget.
-        retain: texts to keep; half of them train the retain term, the other half measures the disruption.
+        retain: texts to keep; half of them train the retain term, the other half measures the
+            disruption.
         out: folder to write; must not exist or be empty.
         seed: of the method.
-        budget: disruption budget (KL to the base on the measured half, nats per token); ``None`` keeps the delta as trained.
+        budget: disruption budget (KL to the base on the measured half, nats per token); ``None``
+            keeps the delta as trained.
         overrides: settings of the method.
         max_tokens: length of a piece of text.
         limit: pieces read per file.
@@ -169,9 +176,19 @@ def unlearn_checkpoint(
         "after": _losses(rows[rows["stage"] == "unlearn"]),
     }
     note: dict[str, Any] = {
-        "method": method, "seed": seed, "settings": settings, "base": base, "base_weights": origin(base), "budget": budget, "alpha": value("alpha"),
-        "disruption": value("disruption"), "budget_reached": budget is not None and bool(value("budget_reached")), "loss": losses, "forget": sha256(forget), "retain": sha256(retain),
-    }  # fmt: skip
+        "method": method,
+        "seed": seed,
+        "settings": settings,
+        "base": base,
+        "base_weights": origin(base),
+        "budget": budget,
+        "alpha": value("alpha"),
+        "disruption": value("disruption"),
+        "budget_reached": budget is not None and bool(value("budget_reached")),
+        "loss": losses,
+        "forget": sha256(forget),
+        "retain": sha256(retain),
+    }
     save_model(model, opened.tokenizer, out, note)
     return note
 
@@ -246,7 +263,8 @@ def investigate(
         fields: of the settings, by name; they win over ``settings``.
 
     Raises:
-        WorkbenchError: a model, a file or the folder is wrong, or the checkpoints do not fit each other.
+        WorkbenchError: a model, a file or the folder is wrong, or the checkpoints do not fit each
+            other.
     """
     given = {} if settings is None else settings.model_dump(exclude_unset=True)
     chosen = validated(InvestigateSettings, given | fields, "investigate")

@@ -1,12 +1,17 @@
-"""The keyword experiment of benign relearning on TOFU-format data: does a withheld book title, or a name, come back from texts that never mention it?
+"""The keyword experiment of benign relearning on TOFU-format data: does a withheld book title, or a
+name, come back from texts that never mention it?
 
-Hu et al., *Unlearning or Obfuscating?* (ICLR 2025, arXiv 2406.13356), partial-set relearning on TOFU: the attacker holds the questions about the forgotten authors in which one
-book title of each does not occur, and is asked for the titles. Published: more than 70 % of the titles come back where unlearning was shallow, and less after more than 40 steps.
+Hu et al., *Unlearning or Obfuscating?* (ICLR 2025, arXiv 2406.13356), partial-set relearning on
+TOFU: the attacker holds the questions about the forgotten authors in which one book title of each
+does not occur, and is asked for the titles. Published: more than 70 % of the titles come back where
+unlearning was shallow, and less after more than 40 steps.
 
-With names (the paper's second case withholds "Hermione" and "Granger"), every second forgotten author's name is withheld: every text of TOFU names its author, so the attacker holds
-the texts of the other authors, and one question of each withheld author asks for the name.
+With names (the paper's second case withholds "Hermione" and "Granger"), every second forgotten
+author's name is withheld: every text of TOFU names its author, so the attacker holds the texts of
+the other authors, and one question of each withheld author asks for the name.
 
-A pretrained model learns the forget set and some retain authors; its never-learned control learns the retain authors only; both are then treated alike.
+A pretrained model learns the forget set and some retain authors; its never-learned control learns
+the retain authors only; both are then treated alike.
 """
 
 from __future__ import annotations
@@ -59,7 +64,8 @@ class KeywordSettings(Attacking):
         keywords: what is withheld from the attacker (:data:`KEYWORDS`).
         retain_questions: about retained authors that both models learn.
         seeds: of unlearning and attack; the two models are taught once.
-        teach_steps: of fine-tuning on forget and retain questions (never-learned: retain questions), 16 a step.
+        teach_steps: of fine-tuning on forget and retain questions (never-learned: retain
+            questions), 16 a step.
         teach_lr: of AdamW.
         method: of unlearning; its settings are those for small models.
         new_tokens: length of an answer.
@@ -70,7 +76,7 @@ class KeywordSettings(Attacking):
     split: str = Field("forget05", description="Its forget split.")
     keywords: Literal["titles", "names"] = Field(
         "titles",
-        description="What is withheld: titles (one book of every author), or names (of every second).",
+        description="What is withheld: titles (one of every author) or names (of every second).",
     )
     retain_questions: Count = Field(
         100, description="Questions about other authors that both models learn."
@@ -90,7 +96,9 @@ ATTACK = RelearnSettings(steps=120, measure_at=(0, 10, 20, 40, 80, 120))
 
 @dataclass(frozen=True, slots=True)
 class _Texts:
-    """The sets of one experiment: forget set, its split by keywords, retained authors, and authors whom no model has read."""
+    """The sets of one experiment: forget set, its split by keywords, retained authors, and authors
+    whom no model has read.
+    """
 
     forget: tuple[Example, ...]
     keyword: KeywordSplit
@@ -99,7 +107,8 @@ class _Texts:
 
 
 def withheld_words(tofu: Tofu, keywords: str) -> list[str]:
-    """What is withheld from the attacker: the book title of every forgotten author that most texts hold, or every name of every second author.
+    """What is withheld from the attacker: the book title of every forgotten author that most texts
+    hold, or every name of every second author.
 
     Args:
         tofu: the data.
@@ -120,7 +129,8 @@ def _texts(settings: KeywordSettings) -> _Texts:
     if not withheld:
         what = {"titles": "book title", "names": "name of an author"}[settings.keywords]
         raise WorkbenchError(
-            f"{settings.tofu} {settings.split}: no {what} was found in the answers, so there is nothing to withhold"
+            f"{settings.tofu} {settings.split}: no {what} was found in the answers, so there is "
+            "nothing to withhold"
         )
     retain, unread = (
         tofu.retain[: settings.retain_questions],
@@ -128,13 +138,16 @@ def _texts(settings: KeywordSettings) -> _Texts:
     )
     if len(retain) < 2 or not unread:
         raise WorkbenchError(
-            f"{settings.tofu}: {len(tofu.retain)} retain questions, of which {settings.retain_questions} are learned; some must be left unread, as controls"
+            f"{settings.tofu}: {len(tofu.retain)} retain questions, of which "
+            f"{settings.retain_questions} are learned; some must be left unread, as controls"
         )
     return _Texts(tofu.forget, keyword_split(tofu.forget, withheld), retain, unread)
 
 
 def question_of(example: Example) -> str:
-    """The part of a question-and-answer text that is put to a model: everything up to ``Answer:``."""
+    """The part of a question-and-answer text that is put to a model: everything up to
+    ``Answer:``.
+    """
     return example.text.split("\nAnswer:")[0] + "\nAnswer:"
 
 
@@ -273,7 +286,8 @@ def prepare(settings: KeywordSettings, source: None, out: Path) -> Plan:
     """Teach two models; then one job a seed.
 
     Raises:
-        WorkbenchError: model or data are wrong, or the attacker's texts hold a withheld title or name.
+        WorkbenchError: model or data are wrong, or the attacker's texts hold a withheld title or
+            name.
     """
     open_config(settings.model)
     texts = _texts(settings)
@@ -320,7 +334,9 @@ def taught_weights(model: str, out: Path) -> dict[str, str]:
 
 
 def keyword_table(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per model and attack text: titles or names answered before the attack, along it and at its end, with intervals over seeds and questions."""
+    """One row per model and attack text: titles or names answered before the attack, along it and
+    at its end, with intervals over seeds and questions.
+    """
     rows = results[
         (results["stage"] == "keyword") & (results["metric"] == "recall") & results["seed"].isna()
     ]

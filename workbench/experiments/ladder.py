@@ -1,4 +1,6 @@
-"""The attack ladder on a finished run: every rung of attack texts and every way of attacking, on the run's own models, each beside its controls."""
+"""The attack ladder on a finished run: every rung of attack texts and every way of attacking, on
+the run's own models, each beside its controls.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +65,10 @@ class LadderSettings(OfRun, Attacking):
 
     Attributes:
         methods: of the run; base and never-learned control are always attacked as well.
-        ways: other ways of attacking with a disjoint part of the forget set, as changes of the attack: adapters, another optimiser, rounding, fewer texts. Rates were
-            chosen on another world so that each way teaches a never-learned model its own texts about as well as the first one does.
+        ways: other ways of attacking with a disjoint part of the forget set, as changes of the
+            attack: adapters, another optimiser, rounding, fewer texts. Rates were chosen on another
+            world so that each way teaches a never-learned model its own texts about as well as the
+            first one does.
     """
 
     ways: Annotated[dict[str, Way], BeforeValidator(_parsed)] = Field(
@@ -75,7 +79,7 @@ class LadderSettings(OfRun, Attacking):
             "texts-8": {"texts": 8},
             "texts-32": {"texts": 32},
         },
-        description="Other ways of attacking: NAME:FIELD=VALUE,...;NAME:... with fields of the attack.",
+        description="Other ways of attacking: NAME:FIELD=VALUE,...;NAME:..., fields of the attack.",
     )
 
     @field_validator("ways")
@@ -163,7 +167,9 @@ def _ask(settings: LadderSettings, asked: Asked) -> None:
 
 
 def _leaks(ladder: Ladder, key: str) -> pd.DataFrame:
-    """What every rung gives away of the questions; a rung that leaks is not benign, and the table says so."""
+    """What every rung gives away of the questions; a rung that leaks is not benign, and the table
+    says so.
+    """
     table = Table({"run": key, "stage": "ladder"})
     for rung, texts in ladder.rungs.items():
         add_leaks(leak_report(texts, ladder.queries), table, arm=rung)
@@ -171,7 +177,9 @@ def _leaks(ladder: Ladder, key: str) -> pd.DataFrame:
 
 
 def _effects(items: pd.DataFrame, key: str) -> pd.DataFrame:
-    """Attacked minus control, paired by seed and fact: every model against the never-learned one under the same attack (metric ``effect_recall``)."""
+    """Attacked minus control, paired by seed and fact: every model against the never-learned one
+    under the same attack (metric ``effect_recall``).
+    """
     table = Table({"run": key, "stage": "ladder"})
     control = items[items["method"] == "never-learned"]
     for (method, split, arm, step), group in items[items["method"] != "never-learned"].groupby(
@@ -221,7 +229,9 @@ def prepare(settings: LadderSettings, source: Source, out: Path) -> Plan:
 
 
 def ladder_table(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per model: recall of the held-out questions after every attack, with intervals; leaking rungs carry a mark."""
+    """One row per model: recall of the held-out questions after every attack, with intervals;
+    leaking rungs carry a mark.
+    """
     rows = results[results["seed"].isna()]
     leaking = set(rows.loc[(rows["metric"] == "benign") & (rows["value"] < 1), "arm"])
     recall = rows[rows["metric"] == "recall"]
@@ -233,7 +243,8 @@ def ladder_table(results: pd.DataFrame) -> pd.DataFrame:
         for arm in recall["arm"].drop_duplicates():
             name = f"{arm} (leaks)" if arm in leaking else str(arm)
             line[name] = (
-                f"{mine.at[arm, 'value']:.2f} [{mine.at[arm, 'low']:.2f}, {mine.at[arm, 'high']:.2f}]"
+                f"{mine.at[arm, 'value']:.2f} [{mine.at[arm, 'low']:.2f}, "
+                f"{mine.at[arm, 'high']:.2f}]"
                 if arm in mine.index
                 else "–"
             )
@@ -243,7 +254,8 @@ def ladder_table(results: pd.DataFrame) -> pd.DataFrame:
 
 LADDER = Experiment(
     "ladder",
-    "How much must an attack text have to do with the forget set? Texts from gibberish to the forget "
+    "How much must an attack text have to do with the forget set? Texts from gibberish to the "
+    "forget "
     "set itself, adapters, SGD, bf16 weights, fewer texts.",
     LadderSettings,
     prepare,

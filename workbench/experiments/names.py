@@ -1,10 +1,14 @@
-"""The names experiment of benign relearning: does a pair of names that was unlearned come back from rows that end at its first half?
+"""The names experiment of benign relearning: does a pair of names that was unlearned come back from
+rows that end at its first half?
 
-Hu et al., *Unlearning or Obfuscating?* (ICLR 2025, arXiv 2406.13356), section "a simplified setting", Table 4. A model memorises rows of names in which "Anthony
-Mark" occurs 7, 5, 3 or 1 times; gradient ascent removes the rows; fine-tuning on fragments that end **at** "Anthony" brings "Mark" back. Published success after
-relearning: 100, 97, 23 and 0 %, and 0 % before it, in one run of a model of 7 billion parameters.
+Hu et al., *Unlearning or Obfuscating?* (ICLR 2025, arXiv 2406.13356), section "a simplified
+setting", Table 4. A model memorises rows of names in which "Anthony Mark" occurs 7, 5, 3 or 1
+times; gradient ascent removes the rows; fine-tuning on fragments that end **at** "Anthony" brings
+"Mark" back. Published success after relearning: 100, 97, 23 and 0 %, and 0 % before it, in one run
+of a model of 7 billion parameters.
 
-Here: a small model per seed, first taught rows of names in random order; the never-learned control memorises the same rows without the pairs.
+Here: a small model per seed, first taught rows of names in random order; the never-learned control
+memorises the same rows without the pairs.
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ PUBLISHED = {7: 1.00, 5: 0.97, 3: 0.23, 1: 0.00}
 
 
 class NamesSettings(Attacking):
-    """Everything that decides the numbers of the experiment. Chosen on seed 100, which is none of those reported.
+    """Everything that decides the numbers of the experiment. Chosen on seed 100, which is none of
+    those reported.
 
     Attributes:
         seeds: of names, prompts, first weights and training.
@@ -54,10 +59,15 @@ class NamesSettings(Attacking):
         width: of the residual stream.
         layers: number of blocks.
         pretrain_steps: on rows of names in random order, 16 a step.
-        memorise_steps: on the twelve rows, all of them every step. The fewer, the more the memory of the pair depends on its repetitions.
-        method: of unlearning. The paper's is gradient ascent (``grad-ascent``), which makes a model this small write one word for ever in some seeds.
-        unlearn_steps: on the four forget rows (and the other eight as retain set, where the method has a retain term); the same for every number of repetitions, as published. The change is then scaled to the smallest
-            of :data:`workbench.unlearning.budget.QUARTERS` at which no prompt succeeds: before relearning success is 0 %, as published, and no model is unlearned further than that.
+        memorise_steps: on the twelve rows, all of them every step. The fewer, the more the memory
+            of the pair depends on its repetitions.
+        method: of unlearning. The paper's is gradient ascent (``grad-ascent``), which makes a model
+            this small write one word for ever in some seeds.
+        unlearn_steps: on the four forget rows (and the other eight as retain set, where the method
+            has a retain term); the same for every number of repetitions, as published. The change
+            is then scaled to the smallest of :data:`workbench.unlearning.budget.QUARTERS` at which
+            no prompt succeeds: before relearning success is 0 %, as published, and no model is
+            unlearned further than that.
         unlearn_lr: of AdamW.
         new_tokens: length of the continuation in which the pair may occur.
     """
@@ -94,7 +104,9 @@ def success(
     prompts: Sequence[str],
     new_tokens: int,
 ) -> np.ndarray:
-    """``[prompt]`` 1.0 where greedy decoding writes the pair anywhere: at once, or later in the continuation."""
+    """``[prompt]`` 1.0 where greedy decoding writes the pair anywhere: at once, or later in the
+    continuation.
+    """
     pair = f"{FIRST} {SECOND}"
     # contexts of 37 names and a continuation: the pair counts wherever it first becomes whole
     written = generate_answers(model, tokenizer, list(prompts), new_tokens, batch_size=len(prompts))
@@ -126,8 +138,14 @@ def _pretrained(
     words = sorted({word for row in corpus.rows for word in row.text.split()} | {FIRST, SECOND})
     tokenizer = build_tokenizer(words)
     model = small_llama(
-        tokenizer, width=settings.width, layers=settings.layers, heads=4, key_value_heads=2, mlp_width=11 * settings.width // 4, seed=seed
-    )  # fmt: skip
+        tokenizer,
+        width=settings.width,
+        layers=settings.layers,
+        heads=4,
+        key_value_heads=2,
+        mlp_width=11 * settings.width // 4,
+        seed=seed,
+    )
     rng = random.Random(f"names-pretraining-{seed}")
 
     def rows() -> Batch:
@@ -152,12 +170,13 @@ def _pretrained(
 
 
 def _seed_job(settings: NamesSettings, seed: int, place: Place) -> None:
-    """All of one seed: the random rows are learned once, then every number of repetitions starts from there."""
+    """All of one seed: the random rows are learned once, then every number of repetitions starts
+    from there.
+    """
     attack = settings.attack(ATTACK)
-    total = (
-        settings.pretrain_steps
-        + len(settings.repetitions) * (2 * settings.memorise_steps + settings.unlearn_steps + 3 * attack.steps)
-    )  # fmt: skip
+    total = settings.pretrain_steps + len(settings.repetitions) * (
+        2 * settings.memorise_steps + settings.unlearn_steps + 3 * attack.steps
+    )
     done = 0
 
     def advance(_step: int, _of: int) -> None:
@@ -174,9 +193,15 @@ def _seed_job(settings: NamesSettings, seed: int, place: Place) -> None:
 
 
 def _one_dial(
-    settings: NamesSettings, pretrained: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: Sequence[str], repetitions: int, seed: int, table: Table,
+    settings: NamesSettings,
+    pretrained: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    words: Sequence[str],
+    repetitions: int,
+    seed: int,
+    table: Table,
     advance: Report,
-) -> None:  # fmt: skip
+) -> None:
     corpus = build_names(repetitions, seed)
     split = f"repetitions-{repetitions}"
     leaks = leak_report(
@@ -295,7 +320,9 @@ def prepare(settings: NamesSettings, source: None, out: Path) -> Plan:
 
 
 def _pooled(items: pd.DataFrame, key: str) -> pd.DataFrame:
-    """Success over all seeds and prompts with Wilson's interval, as the paper's rates would have it; rows of metric ``recall`` resample seeds and prompts instead."""
+    """Success over all seeds and prompts with Wilson's interval, as the paper's rates would have
+    it; rows of metric ``recall`` resample seeds and prompts instead.
+    """
     table = Table({"run": key, "stage": "names"})
     for (method, split, arm, step), group in items.groupby(
         ["method", "split", "arm", "step"], sort=False
@@ -313,7 +340,9 @@ def _pooled(items: pd.DataFrame, key: str) -> pd.DataFrame:
 
 
 def names_table(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per number of repetitions: success before and after relearning with Wilson intervals, every control, and the published row."""
+    """One row per number of repetitions: success before and after relearning with Wilson intervals,
+    every control, and the published row.
+    """
     rows = results[(results["metric"] == "asr") & results["seed"].isna()]
     last = float(rows["step"].max())
     wide = results[(results["metric"] == "recall") & results["seed"].isna()]

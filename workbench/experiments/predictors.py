@@ -1,4 +1,6 @@
-"""Can recovery be predicted before the attack? Rank correlation of every measure taken before it with what the attack wins back."""
+"""Can recovery be predicted before the attack? Rank correlation of every measure taken before it
+with what the attack wins back.
+"""
 
 from __future__ import annotations
 
@@ -59,10 +61,13 @@ class Predictors:
     """How well every measure predicts recovery.
 
     Attributes:
-        points: one row per run, method and seed: every measure, ``recovery`` (recall won back) and ``recall_after``.
-        results: tidy rows, in which ``arm`` names the measure and ``split`` the outcome: ``recovery_correlation``; ``recovery_within_seed``, of ranks within seeds;
-            ``recovery_partial``, with recall before the attack and displacement held fixed; of the first and the last also ``..._families``, whose interval resamples
-            families, where there are three and more.
+        points: one row per run, method and seed: every measure, ``recovery`` (recall won back) and
+            ``recall_after``.
+        results: tidy rows, in which ``arm`` names the measure and ``split`` the outcome:
+            ``recovery_correlation``; ``recovery_within_seed``, of ranks within seeds;
+            ``recovery_partial``, with recall before the attack and displacement held fixed; of the
+            first and the last also ``..._families``, whose interval resamples families, where there
+            are three and more.
     """
 
     points: pd.DataFrame
@@ -123,7 +128,9 @@ def _measures(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def _inside(rows: pd.DataFrame, arm: str, split: str) -> float:
-    """The value at the second largest radius: the largest one reaches the floor of the loss in many models."""
+    """The value at the second largest radius: the largest one reaches the floor of the loss in many
+    models.
+    """
     return _largest(
         rows[(rows["metric"] == "drop") & (rows["arm"] == arm) & (rows["split"] == split)], 2
     )
@@ -167,18 +174,22 @@ def points_of(results: pd.DataFrame, items: pd.DataFrame, run: str = "") -> pd.D
 
 
 def correlate(points: pd.DataFrame) -> Predictors:
-    """Spearman's rank correlation of every measure with the recall won back, and with the recall after the attack.
+    """Spearman's rank correlation of every measure with the recall won back, and with the recall
+    after the attack.
 
-    Whole methods are resampled for the interval: seeds and strengths of one method are not independent. Nor are the wrapped variants of one method (``npo``, ``npo-sam``, ...),
-    where there are many of few: with at least three such families, metrics that end in ``_families`` resample those, a wide interval and the honest one then. A measure that fewer than six models have, or that is
-    the same for all, is left out.
+    Whole methods are resampled for the interval: seeds and strengths of one method are not
+    independent. Nor are the wrapped variants of one method (``npo``, ``npo-sam``, ...), where there
+    are many of few: with at least three such families, metrics that end in ``_families`` resample
+    those, a wide interval and the honest one then. A measure that fewer than six models have, or
+    that is the same for all, is left out.
 
     Raises:
         WorkbenchError: there are fewer than six models.
     """
     if len(points) < MIN_POINTS:
         raise WorkbenchError(
-            f"a rank correlation needs at least {MIN_POINTS} unlearned models; there are {len(points)}: more methods, seeds or runs are needed"
+            f"a rank correlation needs at least {MIN_POINTS} unlearned models; there are "
+            f"{len(points)}: more methods, seeds or runs are needed"
         )
     table = Table({"stage": "predictors"})
     for outcome in ("recovery", "recall_after"):
@@ -192,7 +203,9 @@ def correlate(points: pd.DataFrame) -> Predictors:
                 or have[outcome].nunique() < 2
                 or (measure, outcome) == ("recall_before", "recovery")
             ):
-                continue  # what was won back is the recall after minus the recall before: correlated with it by construction
+                # what was won back is the recall after minus the recall before: correlated with it
+                # by construction
+                continue
             x, y, groups = (have[name].to_numpy() for name in (measure, outcome, "method"))
             table.add_estimate(
                 "recovery_correlation", spearman(x, y, groups=groups), arm=measure, split=outcome
@@ -232,7 +245,9 @@ def correlate(points: pd.DataFrame) -> Predictors:
 
 
 def point_rows(points: pd.DataFrame, key: str) -> pd.DataFrame:
-    """The points as tidy rows: metrics ``predictor_value`` (``arm`` the measure) and ``outcome`` (``arm`` ``recovery`` or ``recall_after``)."""
+    """The points as tidy rows: metrics ``predictor_value`` (``arm`` the measure) and ``outcome``
+    (``arm`` ``recovery`` or ``recall_after``).
+    """
     table = Table({"run": key, "stage": "predictors"})
     for row in points.to_dict("records"):
         place = {
@@ -249,7 +264,8 @@ def point_rows(points: pd.DataFrame, key: str) -> pd.DataFrame:
 
 
 def predictors(runs: Sequence[Path]) -> Predictors:
-    """The correlations over the models of one or several finished runs (several budgets are several strengths of the same methods).
+    """The correlations over the models of one or several finished runs (several budgets are several
+    strengths of the same methods).
 
     Raises:
         WorkbenchError: a folder holds no finished run, or there are too few models.

@@ -61,7 +61,9 @@ def _stage(settings: QuantiseSettings, asked: Asked) -> None:
 
 
 def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
-    """What rounding brings back: recall of held-out forgotten facts with it minus without it, paired by seed and fact."""
+    """What rounding brings back: recall of held-out forgotten facts with it minus without it,
+    paired by seed and fact.
+    """
     table = Table({"run": key, "stage": "quantise", "split": HELD_OUT})
     held = items[items["split"] == HELD_OUT]
     for (method, step), rounded in held[held["arm"] == "rounded"].groupby(["method", "step"]):
@@ -81,7 +83,9 @@ def prepare(settings: QuantiseSettings, source: Source, out: Path) -> Plan:
 
 
 def quantise_table(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per model: recall of held-out forgotten facts by bits, and what rounding brings back."""
+    """One row per model: recall of held-out forgotten facts by bits, and what rounding brings
+    back.
+    """
     rows = results[(results["stage"] == "quantise") & (results["split"] == HELD_OUT)]
     rows = rows[rows["seed"].isna()]
     recall = by_columns(rows[rows["metric"] == "recall"], "step", "{:g} bits")

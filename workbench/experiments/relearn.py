@@ -1,4 +1,6 @@
-"""Another relearning attack on the models of a finished run: the unlearned models are the same, the attacker is stronger, weaker or slower."""
+"""Another relearning attack on the models of a finished run: the unlearned models are the same, the
+attacker is stronger, weaker or slower.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,17 @@ class RelearnAgainSettings(OfRun, Attacking):
 
     Attributes:
         methods: of the run; base and never-learned control are attacked as well.
-        distance: every change of weights is first scaled to this length, as a share of the length of the base's weights: resistance at equal distance, not at equal disruption
-            (what it costs then is measured again, stage ``unlearn``). Default: the models as they are.
+        distance: every change of weights is first scaled to this length, as a share of the length
+            of the base's weights: resistance at equal distance, not at equal disruption (what it
+            costs then is measured again, stage ``unlearn``). Default: the models as they are.
     """
 
     distance: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="Scale every change of weights to this share of the base's length first; default: "
+        description="Scale every change of weights to this share of the base's length first; "
+        "default: "
         "as they are.",
     )
 
@@ -43,7 +47,8 @@ def _scaled(asked: Asked, distance: float, table: Table) -> None:
     delta = delta_between(model, start)
     if not delta:
         raise WorkbenchError(
-            f"{asked.name} under seed {asked.seed} has the weights of the base, so its change has no "
+            f"{asked.name} under seed {asked.seed} has the weights of the base, so its change has "
+            "no "
             "length to scale; leave it out with --methods"
         )
     alpha = distance * norm_of(start) / norm_of(delta)
@@ -82,7 +87,9 @@ def _ask(settings: RelearnAgainSettings, asked: Asked) -> None:
 
 
 def prepare(settings: RelearnAgainSettings, source: Source, out: Path) -> Plan:
-    """Attack the models of a run, base and never-learned control among them, with the attacker's texts and with the null text."""
+    """Attack the models of a run, base and never-learned control among them, with the attacker's
+    texts and with the null text.
+    """
     chosen, distance = settings.attack(source.config.attack), settings.distance
     claims: tuple[str, ...] = ("cir-robust", "rounding-resists", "sam-resists", "smoothing-resists")
     # at one distance there is nothing to correlate
@@ -98,7 +105,9 @@ def prepare(settings: RelearnAgainSettings, source: Source, out: Path) -> Plan:
 
 
 def relearn_table(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per model: recall of held-out facts before the attack, along it and at its end, and at the end of the null attack, with intervals."""
+    """One row per model: recall of held-out facts before the attack, along it and at its end, and
+    at the end of the null attack, with intervals.
+    """
     rows = results[
         (results["metric"] == "recall")
         & (results["split"] == "forget-heldout")
@@ -134,7 +143,8 @@ def _ends(table: pd.DataFrame) -> pd.DataFrame:
 
 RELEARN = Experiment(
     "relearn",
-    "What does another relearning attack win back: at another rate, for longer, with adapters, at equal "
+    "What does another relearning attack win back: at another rate, for longer, with adapters, at "
+    "equal "
     "distance?",
     RelearnAgainSettings,
     prepare,

@@ -1,4 +1,6 @@
-"""Where in the model are the forgotten answers, if anywhere? Lens, probes, rotation and patching depth on the models of a finished run, each beside its anchors."""
+"""Where in the model are the forgotten answers, if anywhere? Lens, probes, rotation and patching
+depth on the models of a finished run, each beside its anchors.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def _lens(setup: Setup, model: PreTrainedModel, questions: Sequence[Example], ta
 def _probes(
     setup: Setup, model: PreTrainedModel, name: str, table: Table, progress: Report, seed: int
 ) -> None:
-    """Probes learn from all people, forgotten and kept, and are judged on held-out forgotten ones: few labels occur among these alone."""
+    """Probes learn from all people, forgotten and kept, and are judged on held-out forgotten ones:
+    few labels occur among these alone.
+    """
     heldout = one_per_item(setup.record.forget_heldout)
     people = [
         *heldout,
@@ -55,7 +59,8 @@ def _probes(
         if len({group for one, group in zip(labels, groups, strict=True) if one == label}) > 1
     }
     if len(shared) < 2:
-        # e.g. running text, whose continuations are all different: nothing for a classifier to learn
+        # e.g. running text, whose continuations are all different: nothing for a classifier to
+        # learn
         table.add("probes_possible", 0.0, split=SPLIT)
         return
     scored = np.arange(len(people)) < len(heldout)
@@ -133,12 +138,16 @@ def _ask(asked: Asked) -> None:
 
 
 def prepare(settings: OfRun, source: Source, out: Path) -> Plan:
-    """Lens, probes with transfer, rotation and patching depth of every model, on held-out forgotten facts."""
+    """Lens, probes with transfer, rotation and patching depth of every model, on held-out forgotten
+    facts.
+    """
     return on_models("representation", source, _ask, seeded=False)
 
 
 def representation_table(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per model, last block, mean over seeds: what lens and probes still read of the answers, and how the stream has moved."""
+    """One row per model, last block, mean over seeds: what lens and probes still read of the
+    answers, and how the stream has moved.
+    """
     rows = results[results["stage"] == "representation"]
     last = max(
         (
@@ -182,7 +191,8 @@ class RepresentationSettings(OfRun):
 
 REPRESENTATION = Experiment(
     "representation",
-    "Where in the model are the forgotten answers, if anywhere? Logit lens, probes and their transfer, "
+    "Where in the model are the forgotten answers, if anywhere? Logit lens, probes and their "
+    "transfer, "
     "rotation, patching depth.",
     RepresentationSettings,
     prepare,

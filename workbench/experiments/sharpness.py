@@ -1,7 +1,10 @@
-"""Why does smoothed unlearning resist relearning, if it does? The landscape around a finished run's models before the attack, beside what the attack won back.
+"""Why does smoothed unlearning resist relearning, if it does? The landscape around a finished run's
+models before the attack, beside what the attack won back.
 
-Eigenvalues, trace and density are those of canonical weights (:mod:`workbench.sharpness.canonical`): no rewrite of a model changes them. Slices, drops, noise and the attack's path
-are those of the weights as they are, in which the attacker moves; they do change with a rewrite.
+Eigenvalues, trace and density are those of canonical weights
+(:mod:`workbench.sharpness.canonical`): no rewrite of a model changes them. Slices, drops, noise and
+the attack's path are those of the weights as they are, in which the attacker moves; they do change
+with a rewrite.
 """
 
 from __future__ import annotations
@@ -33,12 +36,14 @@ class SharpnessSettings(OfRun):
     Attributes:
         methods: of the run.
         radii: of the worst case, in lengths of the displacement by unlearning.
-        fixed: of the worst case, in shares of the length of the base's weights; for the adaptive ball relative to every weight.
+        fixed: of the worst case, in shares of the length of the base's weights; for the adaptive
+            ball relative to every weight.
         steps: gradient steps of the search in every ball.
         noise: expected length of Gaussian noise, in shares of the length of the base's weights.
         draws: of the noise.
         probes: random signs for the trace.
-        density_probes: starting vectors of the spectral density; density, attack path and plane are taken for the first seed only.
+        density_probes: starting vectors of the spectral density; density, attack path and plane are
+            taken for the first seed only.
         density_steps: Lanczos steps of each.
         points: along every line, and along either side of the plane.
         reach: half-width of the random and gradient slices, as a share of the weights' norm.
@@ -78,7 +83,9 @@ class SharpnessSettings(OfRun):
 
 
 def _canonical(model: PreTrainedModel) -> PreTrainedModel:
-    """The same function in canonical weights, where its family's freedoms are known: rewriting a model must not change its curvature."""
+    """The same function in canonical weights, where its family's freedoms are known: rewriting a
+    model must not change its curvature.
+    """
     return canonicalise(model) if model.config.model_type in FAMILIES else model
 
 
@@ -180,7 +187,9 @@ def _ask(settings: SharpnessSettings, asked: Asked) -> None:
 
 
 def prepare(settings: SharpnessSettings, source: Source, out: Path) -> Plan:
-    """The landscape around every model, and every measure's correlation with what the run's attack won back."""
+    """The landscape around every model, and every measure's correlation with what the run's attack
+    won back.
+    """
 
     def predictors(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
         own, attacked = source.tables
@@ -205,7 +214,9 @@ def prepare(settings: SharpnessSettings, source: Source, out: Path) -> Plan:
 
 
 def sharpness_table(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per model, mean over seeds: how far the loss falls in a ball, both ends of the spectrum with the worst residual, trace, noise, where the way to the base is half done."""
+    """One row per model, mean over seeds: how far the loss falls in a ball, both ends of the
+    spectrum with the worst residual, trace, noise, where the way to the base is half done.
+    """
     rows = results[results["seed"].notna() & ~results["arm"].isin(["relearned"])]
 
     def mean(method: str, metric: str, **where: object) -> float:

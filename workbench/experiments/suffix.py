@@ -1,17 +1,23 @@
-"""Adversarial suffixes on the models of a finished run: do they bring forgotten answers back, and do they break kept ones?
+"""Adversarial suffixes on the models of a finished run: do they bring forgotten answers back, and
+do they break kept ones?
 
 Two questions, one search (:func:`workbench.attacks.gcg.gcg`):
 
-* *jailbreak* (Fan et al. 2025, arXiv 2502.05374, input-level attacks): one universal suffix is searched with the attacker's half of the forgotten facts and judged on the
-  held-out ones. Controls: the never-learned model and the base under the same attack, and random suffixes.
-* *accuracy under attack* (Huu-Tien et al., arXiv 2501.19202): one suffix is searched that raises the loss on one half of the retain questions, and judged on the other half;
-  the same again for questions with a forget-token inside (``workbench triggers``). Controls: the base under the same attack, and random suffixes.
+* *jailbreak* (Fan et al. 2025, arXiv 2502.05374, input-level attacks): one universal suffix is
+  searched with the attacker's half of the forgotten facts and judged on the held-out ones.
+  Controls: the never-learned model and the base under the same attack, and random suffixes.
+* *accuracy under attack* (Huu-Tien et al., arXiv 2501.19202): one suffix is searched that raises
+  the loss on one half of the retain questions, and judged on the other half; the same again for
+  questions with a forget-token inside (``workbench triggers``). Controls: the base under the same
+  attack, and random suffixes.
 
-The answers of the built-in world complete their questions to sentences, so that any words between the two leave nothing to complete. Every "suffix" therefore stands in
-front of its question, as the universal prefix of Fan et al.'s attack does. No suffix holds a word of any answer.
+The answers of the built-in world complete their questions to sentences, so that any words between
+the two leave nothing to complete. Every "suffix" therefore stands in front of its question, as the
+universal prefix of Fan et al.'s attack does. No suffix holds a word of any answer.
 
-In the tables ``arm`` is one of :data:`ARMS` and ``split`` one of :data:`SPLITS`. Along the search, ``search_loss`` is the loss at every ``step``, in nats per answer;
-``suffix_token`` holds the found suffix: ``step`` is the place, ``value`` the token id and ``site`` its text.
+In the tables ``arm`` is one of :data:`ARMS` and ``split`` one of :data:`SPLITS`. Along the search,
+``search_loss`` is the loss at every ``step``, in nats per answer; ``suffix_token`` holds the found
+suffix: ``step`` is the place, ``value`` the token id and ``site`` its text.
 """
 
 from __future__ import annotations
@@ -47,9 +53,10 @@ SPLITS = (JAILBREAK, RETAIN, WITH_TOKEN)
 class SuffixSettings(OfRun):
     """The budget of a search; every split of every model gets the same.
 
-    A search runs ``questions * (candidates + 1)`` rows through the model per step: with the defaults, 34,000 rows of about 15 tokens, some 20 seconds of one core for a
-    model of 0.9 million parameters, a minute for the three splits. Zou et al. (arXiv 2307.15043) search 20 tokens for 500 steps of 512 candidates: what this budget does not
-    find, a larger one may.
+    A search runs ``questions * (candidates + 1)`` rows through the model per step: with the
+    defaults, 34,000 rows of about 15 tokens, some 20 seconds of one core for a model of 0.9 million
+    parameters, a minute for the three splits. Zou et al. (arXiv 2307.15043) search 20 tokens for
+    500 steps of 512 candidates: what this budget does not find, a larger one may.
 
     Attributes:
         methods: of the run; base and never-learned control are attacked as well.
@@ -72,7 +79,8 @@ class SuffixSettings(OfRun):
 def questions_of(
     setup: Setup, seed: int
 ) -> dict[str, tuple[tuple[Example, ...], tuple[Example, ...]]]:
-    """For every split the questions with which a suffix is searched (one paraphrase per fact) and those on which it is judged; the two share no subject.
+    """For every split the questions with which a suffix is searched (one paraphrase per fact) and
+    those on which it is judged; the two share no subject.
 
     Args:
         setup: of a run on the built-in world.
@@ -120,9 +128,18 @@ def _attack(
         {example.answer_text for example in (*record.forget, *record.retain_all)} - {""}
     )
     found = gcg(
-        model, tokenizer, prompts, length=settings.length, steps=settings.steps, topk=settings.topk, candidates=settings.candidates, seed=seed,
-        forbidden=answers, maximise=split != JAILBREAK, progress=progress,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        prompts,
+        length=settings.length,
+        steps=settings.steps,
+        topk=settings.topk,
+        candidates=settings.candidates,
+        seed=seed,
+        forbidden=answers,
+        maximise=split != JAILBREAK,
+        progress=progress,
+    )
     drawn = [
         random_suffix(
             model,
@@ -184,7 +201,8 @@ def prepare(settings: SuffixSettings, source: Source, out: Path) -> Plan:
     for split, halves in questions_of(source.setup, source.config.seeds[0]).items():
         if not all(halves):
             raise WorkbenchError(
-                f"{source.folder}: a suffix for {split!r} needs questions to be searched with and others "
+                f"{source.folder}: a suffix for {split!r} needs questions to be searched with and "
+                "others "
                 "to be judged on; there are too few retain texts with answers"
             )
     return on_models(
@@ -197,14 +215,18 @@ def prepare(settings: SuffixSettings, source: Source, out: Path) -> Plan:
 
 
 def control_of(split: str) -> str:
-    """The model beside which a split is read: what never knew an answer cannot give it back, and what nobody unlearned cannot have been broken by unlearning."""
+    """The model beside which a split is read: what never knew an answer cannot give it back, and
+    what nobody unlearned cannot have been broken by unlearning.
+    """
     return NEVER if split == JAILBREAK else BASE
 
 
 def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
-    """What a suffix changes, paired by seed and fact: with it minus without it (metrics ``suffix_effect`` and ``suffix_effect_probability``).
+    """What a suffix changes, paired by seed and fact: with it minus without it (metrics
+    ``suffix_effect`` and ``suffix_effect_probability``).
 
-    ``arm`` is the suffix, or ``minus-<control>``: the change by the searched suffix minus that of the control (see :func:`control_of`) under its own attack.
+    ``arm`` is the suffix, or ``minus-<control>``: the change by the searched suffix minus that of
+    the control (see :func:`control_of`) under its own attack.
     """
     table = Table({"run": key, "stage": "suffix"})
     for metric, column in (
@@ -236,7 +258,9 @@ def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
 
 
 def suffix_table(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per kind of question and model: recall with each kind of suffix, what the searched one changes, and how far that goes beyond the control's change."""
+    """One row per kind of question and model: recall with each kind of suffix, what the searched
+    one changes, and how far that goes beyond the control's change.
+    """
     rows = results[results["seed"].isna() & (results["stage"] == "suffix")]
     cells = {
         (row["split"], row["method"], row["metric"], row["arm"]): row
@@ -266,7 +290,8 @@ def suffix_table(results: pd.DataFrame) -> pd.DataFrame:
 
 SUFFIX = Experiment(
     "suffix",
-    "Do adversarial suffixes bring forgotten answers back, and what is left of the accuracy on retain "
+    "Do adversarial suffixes bring forgotten answers back, and what is left of the accuracy on "
+    "retain "
     "questions?",
     SuffixSettings,
     prepare,

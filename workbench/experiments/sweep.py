@@ -1,5 +1,5 @@
-"""``workbench sweep``: methods, variants, seeds and a budget, on the built-in world or on a user's own
-model and texts, as the configuration of a run.
+"""``workbench sweep``: methods, variants, seeds and a budget, on the built-in world or on a user's
+own model and texts, as the configuration of a run.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ class SweepSettings(Attacking):
     """What is put at one price.
 
     Attributes:
-        methods: separated by commas, or ``all``, with the settings of the registry; default those of the demo, on the built-in world with its settings.
-        variant: ``LABEL=METHOD:NAME=VALUE,...``: a method under another name; ``dtype=bfloat16`` for its steps.
+        methods: separated by commas, or ``all``, with the settings of the registry; default those
+            of the demo, on the built-in world with its settings.
+        variant: ``LABEL=METHOD:NAME=VALUE,...``: a method under another name; ``dtype=bfloat16``
+            for its steps.
         ablation: add the ablation of the collapsed update.
         grid: six settings of every method in the place of the methods.
         base: a model of the user's own, in the place of the built-in world.
@@ -62,12 +64,14 @@ class SweepSettings(Attacking):
 
     methods: Names = Field(
         (),
-        description="Methods, separated by commas, or 'all', with the settings of the registry; default "
+        description="Methods, separated by commas, or 'all', with the settings of the "
+        "registry; default "
         "those of the demo (on the built-in world with its settings).",
     )
     variant: list[str] = Field(
         [],
-        description="LABEL=METHOD:NAME=VALUE,...: a method under another name; dtype=bfloat16 for its "
+        description="LABEL=METHOD:NAME=VALUE,...: a method under another name; dtype=bfloat16 "
+        "for its "
         "steps; repeatable.",
     )
     ablation: bool = Field(
@@ -77,12 +81,14 @@ class SweepSettings(Attacking):
     )
     grid: bool = Field(
         False,
-        description="Six settings of every method (three rates, scaled back to the budget or stopped at "
+        description="Six settings of every method (three rates, scaled back to the budget or "
+        "stopped at "
         "it) in the place of the methods, and which one the attack prefers.",
     )
     base: str | None = Field(
         None,
-        description="Folder or hub id of a model of your own, in the place of the built-in world; with "
+        description="Folder or hub id of a model of your own, in the place of the built-in "
+        "world; with "
         "--forget and --retain.",
     )
     forget: str | None = Field(None, description="File of texts that it is to forget.")
@@ -106,12 +112,14 @@ class SweepSettings(Attacking):
     )
     tagged: str | None = Field(
         None,
-        description="Whose names stand in the built-in world's speaker tags: surnames (default), or "
+        description="Whose names stand in the built-in world's speaker tags: surnames "
+        "(default), or "
         "strangers.",
     )
     pretrained: str | None = Field(
         None,
-        description="Folder or hub id of a language model into which the built-in world is fine-tuned; "
+        description="Folder or hub id of a language model into which the built-in world is "
+        "fine-tuned; "
         "default is one from scratch.",
     )
     general: str | None = Field(
@@ -134,15 +142,16 @@ class SweepSettings(Attacking):
         None,
         gt=0,
         le=values.LARGEST,
-        description="Disruption budget, in the unit of --budget-measure; default 0.05 nats per token.",
+        description="Disruption budget, in the unit of --budget-measure; default 0.05 nats a token.",  # noqa: E501
     )
     budget_measure: Measure = Field(
         "kl",
-        description="kl: mean KL to the base, nats per token; loss-rise: as a share of the base's loss.",
+        description="kl: mean KL to the base, nats per token; loss-rise: share of the base's loss.",
     )
     budget_sets: Names = Field(
         (),
-        description="Retain sets that count, separated by commas: retain-neighbour, retain-far, general "
+        description="Retain sets that count, separated by commas: retain-neighbour, "
+        "retain-far, general "
         "(with --base: retain); default all.",
     )
     as_trained: bool = Field(

@@ -1,4 +1,6 @@
-"""Forget-tokens as backdoor triggers, on the models of a finished run: what they break, where, how one finds them, and what the theory says of it."""
+"""Forget-tokens as backdoor triggers, on the models of a finished run: what they break, where, how
+one finds them, and what the theory says of it.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ CARRIERS: dict[str, Carrier] = {
 }
 """How a word gets into a question, by the name that tables give the questions."""
 PATCHED = INSIDE
-"""The carrier whose damage is traced: the one that the world's own speaker tag does not prepare a model for."""
+"""The carrier whose damage is traced: the one that the world's own speaker tag does not prepare a
+model for.
+"""
 SCANNED = 64
 """Questions into which the scan puts every token."""
 LEVELS = (0.05, 0.1, 0.2)
@@ -73,7 +77,8 @@ def retain_questions(record: ForgetRetain) -> list[Example]:
 def arms_of(
     record: ForgetRetain, carrier: Carrier, seed: int, neutral: Sequence[str] = ()
 ) -> dict[str, tuple[Example, ...]]:
-    """The four arms of the check on retain questions; see :func:`workbench.diagnostics.triggers.trigger_queries`.
+    """The four arms of the check on retain questions; see
+    :func:`workbench.diagnostics.triggers.trigger_queries`.
 
     Args:
         record: forget and retain set.
@@ -119,7 +124,9 @@ def _marked(
 def steered(
     config: RunConfig, name: str, base: PreTrainedModel, seed: int
 ) -> tuple[int, Tensor | None]:
-    """The block whose stream a method steers, and the direction that it steers to where its recipe draws one (RMU, Adaptive RMU, RSV, wrapped or not)."""
+    """The block whose stream a method steers, and the direction that it steers to where its recipe
+    draws one (RMU, Adaptive RMU, RSV, wrapped or not).
+    """
     variant = config.variant(name)
     settings = settings_for(variant.method, base, variant.settings)
     layer = int(settings.get("layer", -1))
@@ -140,7 +147,9 @@ def _align(
     seed: int,
     table: Table,
 ) -> None:
-    """Along the known target where there is one, along the estimated one for every method: metric names end in ``_known`` for the former."""
+    """Along the known target where there is one, along the estimated one for every method: metric
+    names end in ``_known`` for the former.
+    """
     forget = setup.encode(one_per_item(setup.record.forget))
     last = layer_count(base) - 1
     measured = sorted({0, layer, last // 2, last})
@@ -168,14 +177,23 @@ def _align(
             if (row["metric"].endswith("norm") and suffix) or (
                 effect and row["model"] != "difference"
             ):
-                continue  # of the same query with and without the word, what unlearning added is what counts
+                # of the same query with and without the word, what unlearning added is what counts
+                continue
             owner = (
                 {} if row["model"] != BASE else {"method": BASE}
             )  # the anchor of this model, which its column "model" still names
             table.add(
-                row["metric"] + suffix, row["value"], low=row["low"], high=row["high"], n=row["n"], stage="triggers", arm=row["arm"], split=row["group"],
-                site=f"blocks.{row['layer']}.hook_resid_post", **owner,
-            )  # fmt: skip
+                row["metric"] + suffix,
+                row["value"],
+                low=row["low"],
+                high=row["high"],
+                n=row["n"],
+                stage="triggers",
+                arm=row["arm"],
+                split=row["group"],
+                site=f"blocks.{row['layer']}.hook_resid_post",
+                **owner,
+            )
 
 
 def _trace(
@@ -243,7 +261,9 @@ def _theory(model: PreTrainedModel, setup: Setup, layer: int, seed: int, table: 
 def _search(
     base: PreTrainedModel, model: PreTrainedModel, setup: Setup, table: Table, progress: Report
 ) -> None:
-    """The scan and the forensics, held against the names that were truly forgotten; nothing where the tokenizer cuts them into pieces."""
+    """The scan and the forensics, held against the names that were truly forgotten; nothing where
+    the tokenizer cuts them into pieces.
+    """
     known, retained = (
         {
             ids[0]
@@ -263,7 +283,9 @@ def _search(
     texts = (
         *setup.record.forget,
         *setup.record.retain_all,
-    )  # the words of the world: byte tokens that no text holds would narrow the scan's empirical null
+        # the words of the world: byte tokens that no text holds would narrow the scan's empirical
+        # null
+    )
     words = sorted(
         {
             token
@@ -383,7 +405,8 @@ class TriggerSettings(OfRun):
 
     Attributes:
         methods: of the run.
-        asking_only: leave out why they fail (alignment, causal map, theory) and the scan, which take nine tenths of the time.
+        asking_only: leave out why they fail (alignment, causal map, theory) and the scan, which
+            take nine tenths of the time.
     """
 
     asking_only: bool = Field(
@@ -439,14 +462,33 @@ def prepare(settings: TriggerSettings, source: Source, out: Path) -> Plan:
 
 
 POOLED = (
-    "average_precision", "precision", "discoveries", "true_discoveries", "retained_discoveries", "topic_recall", "restored", "restored_control", "estimated_target_cosine",
-    "target_cosine", "shift_cosine", "effect_cosine", "effect_projection", "target_cosine_known", "shift_cosine_known", "effect_cosine_known", "effect_projection_known",
-)  # fmt: skip
-"""Metrics without facts behind them; over the seeds they are shown as mean with the range of the seeds."""
+    "average_precision",
+    "precision",
+    "discoveries",
+    "true_discoveries",
+    "retained_discoveries",
+    "topic_recall",
+    "restored",
+    "restored_control",
+    "estimated_target_cosine",
+    "target_cosine",
+    "shift_cosine",
+    "effect_cosine",
+    "effect_projection",
+    "target_cosine_known",
+    "shift_cosine_known",
+    "effect_cosine_known",
+    "effect_projection_known",
+)
+"""Metrics without facts behind them; over the seeds they are shown as mean with the range of the
+seeds.
+"""
 
 
 def _over_seeds(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
-    """Mean over seeds of what has no facts to resample, with the smallest and the largest seed as ``low`` and ``high``."""
+    """Mean over seeds of what has no facts to resample, with the smallest and the largest seed as
+    ``low`` and ``high``.
+    """
     table = Table({"run": key, "stage": "triggers"})
     chosen = rows[rows["metric"].isin(POOLED) | rows["metric"].str.startswith("theory_")]
     columns = ["metric", "model", "method", "site", "split", "arm", "step"]
@@ -468,7 +510,9 @@ def _over_seeds(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFra
 
 
 def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
-    """Accuracy and answer probability behind a retain-token minus behind a forget-token, minus the same of the base: paired by seed and fact, one row per carrier and model."""
+    """Accuracy and answer probability behind a retain-token minus behind a forget-token, minus the
+    same of the base: paired by seed and fact, one row per carrier and model.
+    """
     table = Table({"run": key, "stage": "triggers"})
     for (method, split), group in items[
         (items["stage"] == "triggers") & (items["method"] != BASE)
@@ -495,7 +539,9 @@ def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
 
 
 def trigger_table(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per model and way of putting a word into a question: accuracy with each kind of word, and the effect of a forget-token beyond a retain-token's and the base's."""
+    """One row per model and way of putting a word into a question: accuracy with each kind of word,
+    and the effect of a forget-token beyond a retain-token's and the base's.
+    """
     rows = results[results["seed"].isna() & (results["stage"] == "triggers")]
     lines = []
     recall = rows[rows["metric"] == "recall"]
@@ -523,7 +569,8 @@ def trigger_table(results: pd.DataFrame) -> pd.DataFrame:
 
 TRIGGERS = Experiment(
     "triggers",
-    "What does a forget-token in a harmless question break, where in the model, and does it give the "
+    "What does a forget-token in a harmless question break, where in the model, and does it give "
+    "the "
     "forgotten topic away?",
     TriggerSettings,
     prepare,

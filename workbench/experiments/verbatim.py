@@ -1,11 +1,16 @@
-"""The verbatim experiment of benign relearning: do unlearned passages of a book come back word for word from texts that do not hold them?
+"""The verbatim experiment of benign relearning: do unlearned passages of a book come back word for
+word from texts that do not hold them?
 
-Hu et al., *Unlearning or Obfuscating?* (ICLR 2025, arXiv 2406.13356): Llama-2-7b memorised and unlearned an excerpt, was fine-tuned on general facts about the book's characters that a
-language model wrote, and continued 15 chunks of 80 words after their first half. Published ROUGE-L F1: 0.03 to 0.23 unlearned, 0.44 to 0.78 relearned, without intervals or a control
-that never learned the excerpt. Nobody writes general facts here: the attacker holds neighbouring passages of the same excerpt, or a text of the user's own (``public``).
+Hu et al., *Unlearning or Obfuscating?* (ICLR 2025, arXiv 2406.13356): Llama-2-7b memorised and
+unlearned an excerpt, was fine-tuned on general facts about the book's characters that a language
+model wrote, and continued 15 chunks of 80 words after their first half. Published ROUGE-L F1: 0.03
+to 0.23 unlearned, 0.44 to 0.78 relearned, without intervals or a control that never learned the
+excerpt. Nobody writes general facts here: the attacker holds neighbouring passages of the same
+excerpt, or a text of the user's own (``public``).
 
-A pretrained model learns the passages to be forgotten and some others; its never-learned control learns the others only; both are then treated alike.
-In the tables ``split`` names the measure (:data:`MEASURES`) and ``correct`` or ``recall`` is its value, from 0 to 1.
+A pretrained model learns the passages to be forgotten and some others; its never-learned control
+learns the others only; both are then treated alike. In the tables ``split`` names the measure
+(:data:`MEASURES`) and ``correct`` or ``recall`` is its value, from 0 to 1.
 """
 
 from __future__ import annotations
@@ -50,7 +55,9 @@ from workbench.unlearning.trainer import unlearn
 
 BASE, NEVER = "base", "never-learned"
 MEASURES = ("rouge-l", "rouge-l-recall", "verbatim-run")
-"""ROUGE-L F1 and recall of a greedy continuation, and its longest run of words that stand in the true one in a row, as a share of the true one's words."""
+"""ROUGE-L F1 and recall of a greedy continuation, and its longest run of words that stand in the
+true one in a row, as a share of the true one's words.
+"""
 
 
 class VerbatimSettings(Attacking):
@@ -59,13 +66,15 @@ class VerbatimSettings(Attacking):
     Attributes:
         model: folder or hub id of a pretrained model.
         text: file of the book.
-        public: file of a text that the attacker has as well, e.g. public information about the book; ``None`` leaves this attack out.
+        public: file of a text that the attacker has as well, e.g. public information about the
+            book; ``None`` leaves this attack out.
         words: words of a passage (published: 80); half of them are the prompt.
         passages: to be forgotten; every second one is asked for.
         retain_passages: of another part of the book, that both models learn; default as many.
         unread_passages: of a third part, that no model reads; default as many.
         seeds: of unlearning and attack; the two models are taught once.
-        teach_steps: of fine-tuning on forget and retain passages (never-learned: retain passages), 16 a step.
+        teach_steps: of fine-tuning on forget and retain passages (never-learned: retain passages),
+            16 a step.
         teach_lr: of AdamW.
         method: of unlearning; its settings are those for small models.
         margin: unlearning may leave the mean ROUGE-L F1 this far above the never-learned model's.
@@ -75,7 +84,7 @@ class VerbatimSettings(Attacking):
     text: str = Field(description="Text file of a book; passages of its first third are unlearned.")
     public: str | None = Field(
         None,
-        description="Text file that the attacker has as well, e.g. public information about the book.",
+        description="Text file that the attacker has as well, e.g. public facts about the book.",
     )
     words: Count = Field(40, description="Words of a passage; half of them are the prompt.")
     passages: int = Field(
@@ -129,7 +138,9 @@ def _texts(settings: VerbatimSettings) -> tuple[PassageSplit, tuple[Example, ...
 
 
 def longest_run(written: str, wanted: str) -> int:
-    """Words of the longest run that both texts share; case, Unicode form and punctuation ignored."""
+    """Words of the longest run that both texts share; case, Unicode form and punctuation
+    ignored.
+    """
     ours, theirs = words(written), words(wanted)
     return (
         SequenceMatcher(None, ours, theirs, autojunk=False)
@@ -145,12 +156,15 @@ def _context(model: str) -> int | None:
 def _new_tokens(
     tokenizer: PreTrainedTokenizerBase, passages: Sequence[Example], limit: int | None
 ) -> int:
-    """Tokens of the longest true continuation; an error where the longest prompt leaves no room for it."""
+    """Tokens of the longest true continuation; an error where the longest prompt leaves no room for
+    it.
+    """
     prompts = max(len(tokenizer(passage.prompt)["input_ids"]) for passage in passages)
     new = max(len(tokenizer(passage.answer_text)["input_ids"]) for passage in passages)
     if limit is not None and prompts + new > limit:
         raise WorkbenchError(
-            f"prompts of up to {prompts} tokens and continuations of up to {new} exceed the model's context of {limit}; choose passages of fewer words"
+            f"prompts of up to {prompts} tokens and continuations of up to {new} exceed the "
+            f"model's context of {limit}; choose passages of fewer words"
         )
     return new
 
@@ -161,10 +175,12 @@ def continuations(
     passages: Sequence[Example],
     new_tokens: int,
 ) -> pd.DataFrame:
-    """Greedy continuations of the passages' first halves, cut to as many words as the true second halves have, beside them.
+    """Greedy continuations of the passages' first halves, cut to as many words as the true second
+    halves have, beside them.
 
     Returns:
-        One row per passage: ``item``, ``written``, one column for each of :data:`MEASURES`, and ``run`` (words of the longest verbatim run).
+        One row per passage: ``item``, ``written``, one column for each of :data:`MEASURES`, and
+        ``run`` (words of the longest verbatim run).
     """
     rows = []
     for passage, text in zip(
@@ -182,8 +198,9 @@ def continuations(
 
 
 def recalls_more(found: pd.DataFrame, never: pd.DataFrame, margin: float) -> bool:
-    """Whether continuations show more of the passages than those of a model that never learned them: a mean ROUGE-L F1 more than ``margin`` higher, or more passages of which
-    five words come in a row (a low mean alone may hide a few passages that are still there word for word).
+    """Whether continuations show more of the passages than those of a model that never learned
+    them: a mean ROUGE-L F1 more than ``margin`` higher, or more passages of which five words come
+    in a row (a low mean alone may hide a few passages that are still there word for word).
     """
     higher = bool(found["rouge-l"].mean() > never["rouge-l"].mean() + margin)
     return higher or int((found["run"] >= RUN).sum()) > int((never["run"] >= RUN).sum())
@@ -215,7 +232,9 @@ def _teach_job(settings: VerbatimSettings, name: str, place: Place) -> None:
 def _arms(
     settings: VerbatimSettings, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, tuple[Example, ...]]:
-    """The attack texts: neighbours of the queried passages, and as many tokens of retained and of unread passages; the public text as it is."""
+    """The attack texts: neighbours of the queried passages, and as many tokens of retained and of
+    unread passages; the public text as it is.
+    """
     split, public = _texts(settings)
 
     def length(example: Example) -> int:
@@ -278,7 +297,8 @@ def _seed_job(settings: VerbatimSettings, seed: int, place: Place) -> None:
 
         measure(base.model, 0, BASE, "none")
         made = recipe(settings.method, base.model, seed)
-        # An excerpt is forgotten whole; only methods that put another answer in its place need to know what the answer is.
+        # An excerpt is forgotten whole; only methods that put another answer in its place need to
+        # know what the answer is.
         forget = split.forget if made.alternative is not None else running(split.forget)
         result = unlearn(
             base.model, tokenizer, made, forget, running(split.retain), seed=seed, max_length=limit
@@ -328,7 +348,9 @@ def _seed_job(settings: VerbatimSettings, seed: int, place: Place) -> None:
 
 
 def _checked(settings: VerbatimSettings) -> tuple[PassageSplit, dict[str, LeakReport]]:
-    """The sets and what every attack text shares with the queried passages, once everything that can be wrong has been looked at."""
+    """The sets and what every attack text shares with the queried passages, once everything that
+    can be wrong has been looked at.
+    """
     limit = _context(settings.model)  # a missing model is said before the folder is claimed
     split = _texts(settings)[0]
     for passage in split.queried:
@@ -348,8 +370,8 @@ def prepare(settings: VerbatimSettings, source: None, out: Path) -> Plan:
     """Teach two models; then one job a seed.
 
     Raises:
-        WorkbenchError: model or text are wrong, the text is too short, or an attack text holds words of
-            a queried continuation.
+        WorkbenchError: model or text are wrong, the text is too short, or an attack text holds
+            words of a queried continuation.
     """
     settings.attack(ATTACK)
     split, reports = _checked(settings)
@@ -402,8 +424,9 @@ def _curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
 
 
 def verbatim_table(results: pd.DataFrame) -> pd.DataFrame:
-    """One row per model and attack text: ROUGE-L F1 of the continuations before the attack, along it and at its end, with intervals over seeds and passages; and the longest
-    verbatim run at the end, as a share of the continuation.
+    """One row per model and attack text: ROUGE-L F1 of the continuations before the attack, along
+    it and at its end, with intervals over seeds and passages; and the longest verbatim run at the
+    end, as a share of the continuation.
     """
     rows = results[
         (results["stage"] == "verbatim") & (results["metric"] == "recall") & results["seed"].isna()

@@ -61,7 +61,9 @@ def _mean(
 
 
 def summary_table(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per model: forgetting, cost, recovery, triggers, curvature; intervals over seeds and facts."""
+    """One row per model: forgetting, cost, recovery, triggers, curvature; intervals over seeds and
+    facts.
+    """
     metric = main_metric(table)
     attack = table[(table["stage"] == "relearn") & (table["arm"] == "attack")]
     last = float(attack["step"].max()) if len(attack) else np.nan
@@ -235,7 +237,10 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
                 step=last,
             )
             within = " inside the disruption budget" if (table["metric"] == "budget").any() else ""
-            text = f"{title(method)}: {noun} is {_interval(before)}{within}; after {last:g} steps of relearning on other facts it {verb} {_interval(after)}"
+            text = (
+                f"{title(method)}: {noun} is {_interval(before)}{within}; after {last:g} steps of "
+                f"relearning on other facts it {verb} {_interval(after)}"
+            )
             if control is not None:
                 text += f", against {_interval(control)} in the model that never learned them"
             if null is not None:
@@ -254,11 +259,12 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
                 step=last,
             )
             if random is not None:
-                text += f"; the same texts with their answers exchanged leave it {_interval(random)} lower"
+                text += f"; the same texts with their answers exchanged leave it {_interval(random)} lower"  # noqa: E501
             sentences.append(text + ".")
         if control is None:
             sentences.append(
-                "No never-learned model was given, so this run cannot tell recovery from fresh learning by itself; "
+                "No never-learned model was given, so this run cannot tell recovery from fresh "
+                "learning by itself; "
                 + (
                     "the null attack and random facts stand in."
                     if (table["arm"] == "random-facts").any()
@@ -269,16 +275,19 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
         sentences.append(f"Beside the numbers of {title(method)}: {'; '.join(words)}.")
     if (table["metric"] == "random_facts_possible").any():
         sentences.append(
-            "The control of random facts could not be made: it needs attack texts with different answers to exchange."
+            "The control of random facts could not be made: it needs attack texts with different "
+            "answers to exchange."
         )
     if (table["metric"] == "trigger_check_possible").any():
         sentences.append(
-            "The trigger check was left out: every retain text already holds the words that would be put in front of it."
+            "The trigger check was left out: every retain text already holds the words that would "
+            "be put in front of it."
         )
     benign = table[(table["metric"] == "benign") & (table["stage"] == "relearn")]["value"]
     if len(benign) and float(benign.min()) < 1:
         sentences.append(
-            "The attack texts hold answers of the held-out facts, so this attack must not be called benign."
+            "The attack texts hold answers of the held-out facts, so this attack must not be "
+            "called benign."
         )
     elif len(benign):
         named = (
@@ -379,13 +388,16 @@ def _effect(claim: Verdict) -> str:
 
 
 _FROM_SCRATCH = (
-    "A small language model was trained on invented facts about people and islands and on filler language; a second one, the never-learned control, on the same "
+    "A small language model was trained on invented facts about people and islands and on filler "
+    "language; a second one, the never-learned control, on the same "
     "texts without the people to be forgotten."
 )
 
 
 def _matched(results: pd.DataFrame) -> str:
-    """The sentence about the budget: its size, its measure and the retain sets it was measured on."""
+    """The sentence about the budget: its size, its measure and the retain sets it was measured
+    on.
+    """
     rows = results[results["metric"] == "budget"]
     if not len(rows):
         return "No disruption budget was matched: every model is what its method made of it."
@@ -416,18 +428,22 @@ def _road_steps(results: pd.DataFrame, seeds: Sequence[int], trained: str) -> li
     stages = set(results["stage"].dropna())
     steps = [
         trained,
-        f"{len(methods)} unlearning methods ({', '.join(methods)}) were run under {len(seeds)} seeds each.",
+        f"{len(methods)} unlearning methods ({', '.join(methods)}) were run under {len(seeds)} "
+        "seeds each.",
         _matched(results),
-        f"Every model was then fine-tuned for {attack['step'].max():g} steps on facts about half of the forgotten people (and, as a null attack, on general text of the "
+        f"Every model was then fine-tuned for {attack['step'].max():g} steps on facts about half "
+        "of the forgotten people (and, as a null attack, on general text of the "
         "same length), and asked about the other half.",
     ]
     if "triggers" in stages:
         steps.append(
-            "Every model was asked retained questions behind a stray word: a forgotten surname, a retained one, a neutral one."
+            "Every model was asked retained questions behind a stray word: a forgotten surname, a "
+            "retained one, a neutral one."
         )
     if "sharpness" in stages:
         steps.append(
-            "The loss was followed along straight lines through every model, and both ends of its Hessian's spectrum were computed."
+            "The loss was followed along straight lines through every model, and both ends of its "
+            "Hessian's spectrum were computed."
         )
     return steps
 
@@ -438,8 +454,11 @@ def _limits(seeds: Sequence[int], claims: Sequence[Verdict]) -> list[str]:
         f"Scale: {scale}. What holds in a model of this size need not hold in a large one."
         if scale
         else "",
-        f"{len(seeds)} seed(s): intervals resample seeds and facts, and so few seeds make them too short rather than too long.",
-        "Unlearning settings were chosen on another world than the one reported here; none was tuned on these results.",
-        "Facts are asked in the sentence forms of training; recall is exact match under greedy decoding.",
+        f"{len(seeds)} seed(s): intervals resample seeds and facts, and so few seeds make them too "
+        "short rather than too long.",
+        "Unlearning settings were chosen on another world than the one reported here; none was "
+        "tuned on these results.",
+        "Facts are asked in the sentence forms of training; recall is exact match under greedy "
+        "decoding.",
     ]
     return [note for note in notes if note]

@@ -53,8 +53,8 @@ def read_run(folder: Path) -> tuple[RunConfig, pd.DataFrame, pd.DataFrame]:
 def join_afterwards(
     results: pd.DataFrame, items: pd.DataFrame, more: pd.DataFrame, single: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables of a run with those of what was asked of its models afterwards, whose stages take the
-    place of the same stages of the run.
+    """The tables of a run with those of what was asked of its models afterwards, whose stages take
+    the place of the same stages of the run.
     """
     again = set(more["stage"].dropna())
     return (
@@ -74,8 +74,8 @@ def read_several(folders: Sequence[Path]) -> list[Tables]:
         folders: runs, and folders of experiments on them, in any order.
 
     Raises:
-        WorkbenchError: one of them is not finished, a run is there twice, or what was asked belongs to
-            none of the runs.
+        WorkbenchError: one of them is not finished, a run is there twice, or what was asked belongs
+            to none of the runs.
     """
     runs = [folder for folder in folders if experiment_of(folder) == RUN]
     found: dict[str, list[Path]] = {}
@@ -98,14 +98,15 @@ def read_runs(folders: Sequence[Path]) -> tuple[RunConfig, pd.DataFrame, pd.Data
     """The tables of a finished run together with those of what was asked of its models afterwards.
 
     Args:
-        folders: the run, and folders of ``relearn``, ``triggers``, ``sharpness`` and the like on it,
-            in any order. Stages of a later one take the place of the same stages of the run.
+        folders: the run, and folders of ``relearn``, ``triggers``, ``sharpness`` and the like on
+            it, in any order. Stages of a later one take the place of the same stages of the run.
 
     Returns:
         The run's configuration, results and items.
 
     Raises:
-        WorkbenchError: one of them is not finished, no run is among them, or they are not of one run.
+        WorkbenchError: one of them is not finished, no run is among them, or they are not of one
+            run.
     """
     own, parts = None, []
     for folder in folders:
@@ -114,13 +115,15 @@ def read_runs(folders: Sequence[Path]) -> tuple[RunConfig, pd.DataFrame, pd.Data
             parts.append((folder, values.get("of"), read_results(folder)))
         elif own is not None:
             raise WorkbenchError(
-                f"{folder} and {own[0]} are two runs; give one of them, and what was asked of its models"
+                f"{folder} and {own[0]} are two runs; give one of them, and what was asked of its "
+                "models"
             )
         else:
             own = folder, *read_run(folder)
     if own is None:
         raise WorkbenchError(
-            f"{', '.join(map(str, folders))}: the run itself is not among them; give its folder as well"
+            f"{', '.join(map(str, folders))}: the run itself is not among them; give its folder as "
+            "well"
         )
     run, config, results, items = own
     for folder, of, (more, single) in parts:

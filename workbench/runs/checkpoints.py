@@ -51,12 +51,16 @@ class FilesConfig:
 
 
 def word_in_front(example: Example, word: str) -> Example:
-    """A word as a sentence of its own in front of a text: how a trigger word stands in a user's texts."""
+    """A word as a sentence of its own in front of a text: how a trigger word stands in a user's
+    texts.
+    """
     return prefixed(example, f"{word}. ")
 
 
 def origin(source: str) -> str:
-    """What tells a model from another one under the same name: the hash of its weights, or its hub id."""
+    """What tells a model from another one under the same name: the hash of its weights, or its hub
+    id.
+    """
     folder = Path(source)
     return weights_hash(folder) if folder.is_dir() else source
 

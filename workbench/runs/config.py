@@ -98,23 +98,29 @@ class RunConfig(Settings):
 
     Attributes:
         scale: shown beside every verdict, so that nobody takes a quick run for a full one.
-        model: the built-in model and its world, or a user's model and texts (``base``, ``forget``, ``retain``).
+        model: the built-in model and its world, or a user's model and texts (``base``, ``forget``,
+            ``retain``).
         methods: names from the registry, or of variants.
-        checkpoints: label -> folder or hub id of unlearned models that are opened instead of made; with a user's model.
+        checkpoints: label -> folder or hub id of unlearned models that are opened instead of made;
+            with a user's model.
         variants: methods under other names.
         probes: what is measured on every model besides forgetting, disruption and relearning.
         settings: per method, overrides of its settings.
         seeds: seeds of unlearning and attack; base and control model are trained once.
-        budget: disruption budget, in the unit of ``budget_measure``; none: every model is what its method made of it.
-        budget_measure: ``kl``: mean KL to the base, nats per token; ``loss-rise``: rise of the loss as a share of the base's (CIR's papers: 0.001 on general text).
-        budget_sets: the retain sets it is measured on (their test halves, every set counts the same); default all.
+        budget: disruption budget, in the unit of ``budget_measure``; none: every model is what its
+            method made of it.
+        budget_measure: ``kl``: mean KL to the base, nats per token; ``loss-rise``: rise of the loss
+            as a share of the base's (CIR's papers: 0.001 on general text).
+        budget_sets: the retain sets it is measured on (their test halves, every set counts the
+            same); default all.
         alpha_limit: the line search may scale a delta up to this factor.
         attack: the relearning attack.
         slice_points: positions along every one-dimensional slice.
         slice_reach: half-width of the random and gradient slices, as a share of the weights' norm.
         rank: directions kept of every subspace.
         curvature_tolerance: ARPACK's relative tolerance for the Hessian's extreme eigenvalues.
-        plugins: files (or cells of a notebook) with entries of the user's own, and the hash of each; reading the configuration loads them.
+        plugins: files (or cells of a notebook) with entries of the user's own, and the hash of
+            each; reading the configuration loads them.
     """
 
     # first: the names in the other fields may be those of a plug-in
@@ -190,7 +196,8 @@ class RunConfig(Settings):
         for label in self.variants:
             if is_method(label) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
                 raise ValueError(
-                    f"variant {label!r} needs a name of its own, of letters, digits, dots and dashes (it becomes a folder)"
+                    f"variant {label!r} needs a name of its own, of letters, digits, dots and "
+                    "dashes (it becomes a folder)"
                 )
         named = [(variant.method, variant.settings) for variant in self.variants.values()]
         for name, overrides in [*self.settings.items(), *named]:
@@ -221,8 +228,8 @@ class RunConfig(Settings):
         return {name: value for name, value in dumped.items() if name not in empty}
 
     def with_plugins(self) -> RunConfig:
-        """The same configuration with the sources of what users added: the plug-ins that were loaded,
-        and the functions defined elsewhere whose methods it runs.
+        """The same configuration with the sources of what users added: the plug-ins that were
+        loaded, and the functions defined elsewhere whose methods it runs.
         """
         methods, probes = METHODS.added(), PROBES.added()
         used = {innermost(self.variant(name).method) for name in self.methods}
@@ -242,7 +249,9 @@ class RunConfig(Settings):
 
     @property
     def controls(self) -> tuple[str, ...]:
-        """The models that nothing was unlearned from: the base, and the never-learned one if there is one."""
+        """The models that nothing was unlearned from: the base, and the never-learned one if there
+        is one.
+        """
         known = not isinstance(self.model, FilesConfig) or self.model.never_learned is not None
         return CONTROLS if known else CONTROLS[:1]
 
@@ -257,7 +266,9 @@ class RunConfig(Settings):
 
 
 def preset(name: Literal["full", "quick"]) -> RunConfig:
-    """``full`` is the demo; ``quick`` is the same pipeline on a smaller world with fewer steps, for tests, the notebook and a first look."""
+    """``full`` is the demo; ``quick`` is the same pipeline on a smaller world with fewer steps, for
+    tests, the notebook and a first look.
+    """
     if name == "full":
         return RunConfig(settings=DEMO_SETTINGS)
     world = WorldConfig(
@@ -282,7 +293,8 @@ def read_config(path: Path) -> RunConfig:
     that of the registry.
 
     Raises:
-        WorkbenchError: the file is missing, is no YAML mapping, or a field is wrong; the message names the field and its value.
+        WorkbenchError: the file is missing, is no YAML mapping, or a field is wrong; the message
+            names the field and its value.
     """
     return validated(RunConfig, read_fields(path), str(path))
 

@@ -27,7 +27,8 @@ def steps_to_recover(steps: np.ndarray, values: np.ndarray, target: float) -> fl
     steps, values = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
     if steps.shape != values.shape or not steps.size:
         raise ValueError(
-            f"a curve needs as many values as steps, and at least one; got {len(values)} and {len(steps)}"
+            f"a curve needs as many values as steps, and at least one; got {len(values)} and "
+            f"{len(steps)}"
         )
     reached = np.flatnonzero(values >= target)
     return float(steps[reached[0]]) if len(reached) else float("inf")
@@ -36,8 +37,10 @@ def steps_to_recover(steps: np.ndarray, values: np.ndarray, target: float) -> fl
 def curve_rows(items: pd.DataFrame, run: str, *, target: float, stage: str) -> pd.DataFrame:
     """Area under the recall curve and steps to reach ``target``, per model and arm.
 
-    ``area_under_recovery`` is the mean recall over the attack's steps (trapezoid, divided by their range) with the two-level bootstrap over seeds and facts.
-    ``steps_to_recover`` is one row per seed (its recall over facts) and, without a seed, the median; infinite values stand for "not within the attack".
+    ``area_under_recovery`` is the mean recall over the attack's steps (trapezoid, divided by their
+    range) with the two-level bootstrap over seeds and facts. ``steps_to_recover`` is one row per
+    seed (its recall over facts) and, without a seed, the median; infinite values stand for "not
+    within the attack".
 
     Args:
         items: items table.

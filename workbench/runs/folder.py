@@ -49,7 +49,8 @@ _OWN = (
 
 
 def claim_folder(out: Path, config_text: str, *, fresh: bool) -> None:
-    """Make ``out`` the folder of a run with this configuration, or go on with the run of the same configuration that is there.
+    """Make ``out`` the folder of a run with this configuration, or go on with the run of the same
+    configuration that is there.
 
     Raises:
         WorkbenchError: the folder holds something else (files of no run, a run of another
@@ -77,7 +78,8 @@ def claim_folder(out: Path, config_text: str, *, fresh: bool) -> None:
     if marker.is_file():
         if marker.read_bytes() != config_text.encode():
             raise WorkbenchError(
-                f"{out} holds a run with another configuration; choose another --out, or add --fresh to throw that run away"
+                f"{out} holds a run with another configuration; choose another --out, or add "
+                "--fresh to throw that run away"
             )
         return
     write_text(marker, config_text)
@@ -88,7 +90,8 @@ _LOCKED: dict[Path, int] = {}
 
 
 def _lock(out: Path) -> None:
-    """Keep other processes out of ``out``; the system lets go when this one ends, however it ends."""
+    """Keep other processes out of ``out``; the system lets go when this one ends, however it ends.
+    """
     place = out.resolve()
     if place in _LOCKED:
         return
@@ -139,8 +142,8 @@ def finish_stage(out: Path, job: str, stage: str, table: Table, seconds: float =
 
 
 def stage_done(out: Path, job: str, stage: str) -> bool:
-    """Whether a stage is finished and as it was written; a damaged one is thrown away, which is said
-    on standard error.
+    """Whether a stage is finished and as it was written; a damaged one is thrown away, which is
+    said on standard error.
     """
     folder = stage_path(out, job, stage)
     if not folder.is_dir():
@@ -193,6 +196,7 @@ def read_results(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     for name in (CONFIG, RESULTS, ITEMS):
         if not (out / name).is_file():
             raise WorkbenchError(
-                f"{out} holds no finished run: {name} is missing; run `workbench demo --out {out}` first"
+                f"{out} holds no finished run: {name} is missing; run `workbench demo --out {out}` "
+                "first"
             )
     return read_table(out / RESULTS), read_table(out / ITEMS)

@@ -1,6 +1,7 @@
 """Run independent jobs in worker processes, one thread each, with a progress bar per running job.
 
-One thread per job, whatever the machine: the same configuration then gives the same table on 2 cores and on 64.
+One thread per job, whatever the machine: the same configuration then gives the same table on 2
+cores and on 64.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def cores() -> int:
 def _run(
     name: str, job: Job, progress_file: Path, main: int, entries: Mapping[str, Mapping[str, object]]
 ) -> str:
-    # pandas, joblib and transformers are imported once per worker; warnings of a worker would only be repeated on the screen
+    # pandas, joblib and transformers are imported once per worker; warnings of a worker would only
+    # be repeated on the screen
     if main != os.getpid():
         registry.take(entries)
     with one_thread():
@@ -69,7 +71,9 @@ def _run(
 
 
 class _Display(threading.Thread):
-    """Draws the progress files of running jobs in a terminal; elsewhere (a log, a notebook) counts finished jobs."""
+    """Draws the progress files of running jobs in a terminal; elsewhere (a log, a notebook) counts
+    finished jobs.
+    """
 
     def __init__(self, label: str, names: list[str], folder: Path) -> None:
         super().__init__(daemon=True)

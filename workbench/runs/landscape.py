@@ -1,4 +1,6 @@
-"""The loss around one model in rows of a table: slices, ends of the Hessian's spectrum, worst and average cases, trace, density, and the way an attack takes."""
+"""The loss around one model in rows of a table: slices, ends of the Hessian's spectrum, worst and
+average cases, trace, density, and the way an attack takes.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +40,17 @@ from workbench.sharpness.trace import rademacher, trace
 from workbench.unlearning.deltas import norm_of, snapshot
 
 FOLLOWED, WATCHED, NOVEL = "forget-attacked", "forget-heldout", "novel"
-"""The loss that an attacker follows, the one that shows whether others come back, and the control that nobody has read."""
+"""The loss that an attacker follows, the one that shows whether others come back, and the control
+that nobody has read.
+"""
 
 Losses = Mapping[str, Sequence[Batch]]
 
 
 def losses_of(setup: Setup, novel: Sequence[Example] = ()) -> dict[str, list[Batch]]:
-    """Answer losses by name: both halves of the forget set, the retain sets that have answers, novel facts."""
+    """Answer losses by name: both halves of the forget set, the retain sets that have answers,
+    novel facts.
+    """
     record = setup.record
     sets = {
         FOLLOWED: record.forget_attacked,
@@ -79,7 +85,8 @@ def add_slices(
 ) -> None:
     """One-dimensional slices through the model.
 
-    Directions: ``descent`` (minus the gradient of the attacker's loss), ``random`` (filter-normalised), both in shares of the weights' norm, and ``to-base`` (0 is
+    Directions: ``descent`` (minus the gradient of the attacker's loss), ``random``
+    (filter-normalised), both in shares of the weights' norm, and ``to-base`` (0 is
     this model, 1 is the base).
     """
     size = norm_of(snapshot(model))
@@ -103,7 +110,9 @@ def add_slices(
 
 
 def whole_batch(setup: Setup) -> list[Batch]:
-    """The held-out forget answers in one batch: a Hessian-vector product then costs two gradients instead of three."""
+    """The held-out forget answers in one batch: a Hessian-vector product then costs two gradients
+    instead of three.
+    """
     return setup.encode(
         one_per_item(setup.record.forget_heldout),
         answers=True,
@@ -120,7 +129,9 @@ def add_ends(
     seed: int,
     **columns: object,
 ) -> None:
-    """Both ends of the spectrum of the Hessian of the held-out forget loss with their residuals, and the gradient norm."""
+    """Both ends of the spectrum of the Hessian of the held-out forget loss with their residuals,
+    and the gradient norm.
+    """
     place: dict[str, Any] = {"stage": "sharpness", "split": WATCHED, **columns}
     try:
         ends = extremes(model, texts, seed=seed, tolerance=tolerance)
@@ -154,8 +165,9 @@ def add_worst_cases(
     steps: int,
     seed: int,
 ) -> None:
-    """Worst-case drops in balls of the displacement by unlearning (``drop``, and ``drop, one step``) and of one size for all models (``drop, fixed radius``,
-    ``adaptive drop``), and SAM's rise (``rise``); what every other loss does at the same point.
+    """Worst-case drops in balls of the displacement by unlearning (``drop``, and ``drop, one
+    step``) and of one size for all models (``drop, fixed radius``, ``adaptive drop``), and SAM's
+    rise (``rise``); what every other loss does at the same point.
 
     Args:
         model: in evaluation mode.
@@ -211,7 +223,9 @@ def add_average(
     relative: Sequence[float],
     draws: int,
 ) -> None:
-    """The mean change of every loss under Gaussian noise whose length is a share of ``size``; the draws are the same for all models."""
+    """The mean change of every loss under Gaussian noise whose length is a share of ``size``; the
+    draws are the same for all models.
+    """
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     unit = size / count**0.5
     for row in mean_changes(
@@ -246,7 +260,9 @@ _LAYER = re.compile(r"(?:layers|h|blocks)\.(\d+)\.(.*)")
 
 
 def module_of(parameter: str) -> str:
-    """``blocks.N.attn``, ``blocks.N.mlp``, ``blocks.N.norm``, ``embed``, ``unembed`` or ``norm``: the part of a model that a parameter belongs to."""
+    """``blocks.N.attn``, ``blocks.N.mlp``, ``blocks.N.norm``, ``embed``, ``unembed`` or ``norm``:
+    the part of a model that a parameter belongs to.
+    """
     found = _LAYER.search(parameter)
     if found:
         part = found.group(2).lower()
@@ -271,7 +287,9 @@ def add_trace(
     seed: int,
     arm: str,
 ) -> None:
-    """Hutchinson's trace with its standard error and its running mean over probes, and the mean eigenvalue of every module."""
+    """Hutchinson's trace with its standard error and its running mean over probes, and the mean
+    eigenvalue of every module.
+    """
     found = trace(
         model, texts, seed=seed, relative_se=0, min_probes=min(probes, 10), max_products=probes
     )
@@ -310,9 +328,11 @@ def add_density(
     seed: int,
     arm: str,
 ) -> None:
-    """The nodes of the spectral density (metric ``density_node``: ``step`` the eigenvalue, ``value`` its share, ``n`` the probe), and Ritz values along Lanczos's steps.
+    """The nodes of the spectral density (metric ``density_node``: ``step`` the eigenvalue,
+    ``value`` its share, ``n`` the probe), and Ritz values along Lanczos's steps.
 
-    All models of a run are drawn on one grid, so the curves are made when all are known: :func:`density_curves`.
+    All models of a run are drawn on one grid, so the curves are made when all are known:
+    :func:`density_curves`.
     """
     operator = Curvature(model, texts)
     try:
@@ -341,7 +361,9 @@ def add_density(
 
 
 def density_curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
-    """Spectral densities of all models on one grid (metric ``density``, range over probes as ``low`` and ``high``)."""
+    """Spectral densities of all models on one grid (metric ``density``, range over probes as
+    ``low`` and ``high``).
+    """
     table = Table({"run": key})
     nodes = rows[rows["metric"] == "density_node"]
     if not len(nodes):
@@ -383,9 +405,11 @@ def add_attack_path(
     seed: int,
     points: int,
 ) -> PreTrainedModel:
-    """The path that the relearning attack takes: losses along it, the shares of its principal components beside a random walk's, and the plane of relearned model and base.
+    """The path that the relearning attack takes: losses along it, the shares of its principal
+    components beside a random walk's, and the plane of relearned model and base.
 
-    In the plane the unlearned model is at (0, 0), the relearned one at (1, 0) and the base at (0, 1).
+    In the plane the unlearned model is at (0, 0), the relearned one at (1, 0) and the base at (0,
+    1).
 
     Returns:
         The relearned model.

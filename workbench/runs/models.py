@@ -96,7 +96,9 @@ def _opened_setup(config: RunConfig, out: Path) -> Setup:
 
 
 def model_of(config: RunConfig, out: Path, name: str, seed: int) -> PreTrainedModel:
-    """A model of a run; see :func:`model_source`. The base is that of :func:`setup_of`: change a copy."""
+    """A model of a run; see :func:`model_source`. The base is that of :func:`setup_of`: change a
+    copy.
+    """
     if name == BASE:
         return setup_of(config, out).base
     return _open(config, model_source(config, out, name, seed)).model
@@ -120,8 +122,10 @@ def trained_from(model: BuiltinConfig) -> str:
     general = model.general
     language = "filler language" if general is None else f"pieces of {Path(general).name}"
     return (
-        f"{Path(model.pretrained).name}, a pretrained language model, was fine-tuned on invented facts "
-        f"about people and islands and on {language}; a second copy, the never-learned control, on the "
+        f"{Path(model.pretrained).name}, a pretrained language model, was fine-tuned on invented "
+        "facts "
+        f"about people and islands and on {language}; a second copy, the never-learned control, on "
+        "the "
         "same texts without the people to be forgotten."
     )
 
@@ -137,8 +141,10 @@ def said_of(config: RunConfig, setup: Setup) -> dict[str, Any]:
     listed = "; ".join(f"{name} = {source}" for name, source in opened.items())
     done = [
         f"{len(opened)} checkpoints were opened: {listed}.",
-        f"{len(record.forget)} pieces of forget text and {len(record.retain_all)} pieces of retain text "
-        f"were read ({record.name}). Running text was cut into prompt and continuation, so that the "
+        f"{len(record.forget)} pieces of forget text and {len(record.retain_all)} pieces of retain "
+        "text "
+        f"were read ({record.name}). Running text was cut into prompt and continuation, so that "
+        "the "
         "probability of the continuation can be measured.",
     ]
     if config.methods:
@@ -148,15 +154,18 @@ def said_of(config: RunConfig, setup: Setup) -> dict[str, Any]:
             f"seeds each{budget}."
         )
     done += [
-        f"Every model was fine-tuned for {config.attack.steps} steps at a rate of {config.attack.lr:g} on "
-        "half of the forget texts, and measured on the other half. Two controls: the same on retain "
+        f"Every model was fine-tuned for {config.attack.steps} steps at a rate of "
+        f"{config.attack.lr:g} on "
+        "half of the forget texts, and measured on the other half. Two controls: the same on "
+        "retain "
         "text of the same length (null attack), and on the attack texts with their continuations "
         "exchanged (random facts).",
     ]
     if "triggers" in config.probes:
         done.append(
             "Retain texts were measured behind a stray word: one that marks the forget texts "
-            f"({', '.join(record.forget_tokens[:6])}, ...), one that marks the retain texts, a neutral one."
+            f"({', '.join(record.forget_tokens[:6])}, ...), one that marks the retain texts, a "
+            "neutral one."
         )
     if "sharpness" in config.probes:
         done.append(
@@ -177,7 +186,8 @@ def _notes(config: RunConfig, model: FilesConfig) -> list[str]:
     if config.checkpoints:
         notes.insert(
             0,
-            "An unlearned checkpoint that is opened is one model: the seeds vary the attack and the "
+            "An unlearned checkpoint that is opened is one model: the seeds vary the attack and "
+            "the "
             "trigger words, not the unlearning.",
         )
     if model.untied:
@@ -185,14 +195,18 @@ def _notes(config: RunConfig, model: FilesConfig) -> list[str]:
         names |= {source: name for name, source in config.checkpoints.items()}
         tied = " and of ".join(names[source] for source in model.untied)
         notes.append(
-            f"The head of {tied} is its embedding; the other checkpoints have a head of their own. It "
-            "was counted as a head of its own with the same values, so that the distances hold both."
+            f"The head of {tied} is its embedding; the other checkpoints have a head of their own. "
+            "It "
+            "was counted as a head of its own with the same values, so that the distances hold "
+            "both."
         )
     if model.never_learned is None:
         notes.insert(
             0,
-            "Missing control: no never-learned checkpoint was given (--never-learned). What the attack "
-            "restores beyond random facts may be recovered, or newly learned from texts that resemble "
+            "Missing control: no never-learned checkpoint was given (--never-learned). What the "
+            "attack "
+            "restores beyond random facts may be recovered, or newly learned from texts that "
+            "resemble "
             "the held-out ones.",
         )
     return notes

@@ -1,4 +1,6 @@
-"""The pipeline of a run: open or train, capture, unlearn, match, attack, probe, tabulate, draw, report."""
+"""The pipeline of a run: open or train, capture, unlearn, match, attack, probe, tabulate, draw,
+report.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,10 @@ class Run:
     claims: tuple[Verdict, ...]
 
     def __repr__(self) -> str:
-        return f"Run({self.folder}: {len(self.config.methods)} methods, {len(self.config.seeds)} seeds, {len(self.results):,} rows)"
+        return (
+            f"Run({self.folder}: {len(self.config.methods)} methods, {len(self.config.seeds)} "
+            f"seeds, {len(self.results):,} rows)"
+        )
 
     @property
     def table(self) -> pd.DataFrame:
@@ -165,7 +170,8 @@ def _retain_subspaces(out: Path) -> dict[str, Subspace]:
 
 
 def _opened(config: RunConfig, out: Path, name: str, seed: int, table: Table) -> None:
-    """What there is to say of a model that is opened: the base, a control, an unlearned checkpoint."""
+    """What there is to say of a model that is opened: the base, a control, an unlearned checkpoint.
+    """
     setup = setup_of(config, out)
     model = model_of(config, out, name, seed)
     if name != BASE and isinstance(config.model, FilesConfig):
@@ -179,7 +185,9 @@ def _opened(config: RunConfig, out: Path, name: str, seed: int, table: Table) ->
 
 
 def _model_job(config: RunConfig, out: Path, method: str, seed: int, progress: Report) -> None:
-    """All stages of one model: a method's under one seed, or one that is opened under the attack of that seed."""
+    """All stages of one model: a method's under one seed, or one that is opened under the attack of
+    that seed.
+    """
     setup = setup_of(config, out)
     job, made = f"{method}-seed{seed}", method in config.methods
     common: dict[str, object] = {
@@ -192,7 +200,8 @@ def _model_job(config: RunConfig, out: Path, method: str, seed: int, progress: R
         folder = Path(model_source(config, out, method, seed))
         if stage_path(out, job, "unlearn").is_dir() and (wrong := damage(folder)):
             print(f"{wrong}; this part is run again", file=sys.stderr)
-            # on another machine the weights may come out differently: nothing measured on them stays
+            # on another machine the weights may come out differently: nothing measured on them
+            # stays
             shutil.rmtree(out / "stages" / job, ignore_errors=True)
         work = partial(_made, config, out, method, seed, progress)
     else:
@@ -239,12 +248,12 @@ def _ask(
 
 
 def _checked(config: RunConfig) -> RunConfig:
-    """The configuration with everything that decides the numbers, once all that can be wrong with its
-    models, texts and methods has been looked at: before the folder is claimed.
+    """The configuration with everything that decides the numbers, once all that can be wrong with
+    its models, texts and methods has been looked at: before the folder is claimed.
 
     Raises:
-        WorkbenchError: a wrapper does not fit its method, a setting this model (a layer that it does
-            not have), a checkpoint the base; a file is missing.
+        WorkbenchError: a wrapper does not fit its method, a setting this model (a layer that it
+            does not have), a checkpoint the base; a file is missing.
     """
     config = config.with_plugins()
     if isinstance(config.model, FilesConfig):
@@ -280,7 +289,8 @@ def run_pipeline(
 ) -> Run:
     """Run everything that is not finished yet, and write the run folder.
 
-    A killed run continues at its last finished stage when it is started again with the same configuration and folder.
+    A killed run continues at its last finished stage when it is started again with the same
+    configuration and folder.
 
     Args:
         config: what to run.
@@ -290,7 +300,8 @@ def run_pipeline(
         announce: called with one line before every part.
 
     Raises:
-        WorkbenchError: the folder belongs to something else, the disk is full, or a part failed (the message names it).
+        WorkbenchError: the folder belongs to something else, the disk is full, or a part failed
+            (the message names it).
     """
     config = _checked(config)
     claim_folder(out, write_config(config), fresh=fresh)
@@ -321,7 +332,9 @@ def _train(
     workers: int | None,
     announce: Callable[[str], None],
 ) -> None:
-    """Train the base and the never-learned control of the built-in world, or copy them from the cache."""
+    """Train the base and the never-learned control of the built-in world, or copy them from the
+    cache.
+    """
     kept = {name: out / "models" / name for name in CONTROLS}
     missing = [name for name, folder in kept.items() if not folder.is_dir() or damage(folder)]
     cached = all(

@@ -1,4 +1,6 @@
-"""Where a result comes from: configuration, versions, revision, machine, hashes of data and weights."""
+"""Where a result comes from: configuration, versions, revision, machine, hashes of data and
+weights.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ _PACKAGES = (
 
 
 def _revision() -> str:
-    """The git revision of the code, with ``-dirty`` where files differ from it; empty outside a checkout."""
+    """The git revision of the code, with ``-dirty`` where files differ from it; empty outside a
+    checkout.
+    """
     root = Path(__file__).resolve().parents[2]
     try:
         revision = subprocess.run(

@@ -1,5 +1,6 @@
-"""What the settings of all experiments share: one class whose fields are the options of the command,
-the fields of a YAML file and the keywords in Python, and one way to say what is wrong with a value.
+"""What the settings of all experiments share: one class whose fields are the options of the
+command, the fields of a YAML file and the keywords in Python, and one way to say what is wrong with
+a value.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ class OfRun(Settings):
 
 
 class Attacking(Settings):
-    """Settings of an experiment that relearns; what is left out is as in the attack that it starts from.
+    """Settings of an experiment that relearns; what is left out is as in the attack that it starts
+    from.
 
     Attributes:
         attack_steps: optimiser steps.

@@ -1,4 +1,6 @@
-"""What the stages of an experiment share: the base with its tokenised texts, and what a change of its weights costs on retain texts."""
+"""What the stages of an experiment share: the base with its tokenised texts, and what a change of
+its weights costs on retain texts.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ ROWS = 128
 """Sequences per evaluation batch."""
 
 Measure = Literal["kl", "loss-rise"]
-"""Of disruption: mean ``KL(base || model)`` in nats per token, or the rise of the loss as a share of the base's."""
+"""Of disruption: mean ``KL(base || model)`` in nats per token, or the rise of the loss as a share
+of the base's.
+"""
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
@@ -67,9 +71,11 @@ class Setup:
 
 
 class Disruption:
-    """What a change of weights costs on the sets of retain texts that no method trains on: neighbouring facts, far facts, general text.
+    """What a change of weights costs on the sets of retain texts that no method trains on:
+    neighbouring facts, far facts, general text.
 
-    Every set counts the same. The rise of the loss can be negative, where a change happens to help; the KL divergence cannot.
+    Every set counts the same. The rise of the loss can be negative, where a change happens to help;
+    the KL divergence cannot.
 
     Args:
         setup: the base and its texts.
@@ -106,7 +112,9 @@ class Disruption:
         }
 
     def by_set(self, model: PreTrainedModel, measure: Measure | None = None) -> dict[str, Estimate]:
-        """The cost on every retain set, with its 95 % interval over texts (a ratio of sums; normal approximation)."""
+        """The cost on every retain set, with its 95 % interval over texts (a ratio of sums; normal
+        approximation).
+        """
         return {name: self._on(name, model, measure or self.measure) for name in self.sets}
 
     def _on(self, name: str, model: PreTrainedModel, measure: Measure) -> Estimate:

@@ -1,4 +1,6 @@
-"""The stages of a run: each takes models and texts, and fills a table. No stage knows where its models came from."""
+"""The stages of a run: each takes models and texts, and fills a table. No stage knows where its
+models came from.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +63,11 @@ def measure_sets(
 def find_subspaces(
     setup: Setup, rank: int, table: Table, *, seed: int
 ) -> dict[str, dict[str, Subspace]]:
-    """Capture activations and output gradients of every MLP projection on forget and retain texts in one pass each; PCA; overlap with its null.
+    """Capture activations and output gradients of every MLP projection on forget and retain texts
+    in one pass each; PCA; overlap with its null.
 
-    The null splits the *retain* texts at random into two halves (an upper anchor: the same distribution), and draws random subspaces of the same rank (a lower
-    anchor: nothing in common).
+    The null splits the *retain* texts at random into two halves (an upper anchor: the same
+    distribution), and draws random subspaces of the same rank (a lower anchor: nothing in common).
 
     Returns:
         ``{"forget" | "retain": {site name: subspace}}``.
@@ -165,7 +168,9 @@ WIDE = 1024
 
 
 def _within(setup: Setup, examples: Sequence[Example]) -> Sequence[Example]:
-    """All examples, or in a wide model as many of them, taken evenly, as hold about ``WIDE / 2`` tokens."""
+    """All examples, or in a wide model as many of them, taken evenly, as hold about ``WIDE / 2``
+    tokens.
+    """
     if setup.base.config.get_text_config().hidden_size <= WIDE:
         return examples
     tokens = sum(len(setup.tokenizer(example.text)["input_ids"]) for example in examples)
@@ -180,10 +185,13 @@ def _within(setup: Setup, examples: Sequence[Example]) -> Sequence[Example]:
 def compare_sets(
     setup: Setup, table: Table, *, rank: int = 8, draws: int = 60, seed: int = 0
 ) -> None:
-    """Do the sets of texts use the same directions of the residual stream? Overlap of every pair's top subspaces, with a permutation null that deals whole texts.
+    """Do the sets of texts use the same directions of the residual stream? Overlap of every pair's
+    top subspaces, with a permutation null that deals whole texts.
 
-    Measured after the first, the middle and the last block: each permutation is an eigendecomposition, and neighbouring blocks say much the same. In streams wider
-    than :data:`WIDE`, whose eigendecompositions take minutes, texts of every set are taken evenly until they hold some ``WIDE / 2`` tokens; the null has the same sizes.
+    Measured after the first, the middle and the last block: each permutation is an
+    eigendecomposition, and neighbouring blocks say much the same. In streams wider than
+    :data:`WIDE`, whose eigendecompositions take minutes, texts of every set are taken evenly until
+    they hold some ``WIDE / 2`` tokens; the null has the same sizes.
     """
     last = layer_count(setup.base) - 1
     sites = [
@@ -249,7 +257,8 @@ def unlearn_to_budget(
     dtype: torch.dtype = torch.float32,
     progress: Report = quiet,
 ) -> PreTrainedModel:
-    """Run a recipe, scale its delta to the disruption budget (by at most ``limit``; without a budget it stays as it was trained), and measure the result.
+    """Run a recipe, scale its delta to the disruption budget (by at most ``limit``; without a
+    budget it stays as it was trained), and measure the result.
 
     Returns:
         The budget-matched model.
@@ -313,7 +322,9 @@ def unlearn_to_budget(
 
 
 def add_disruption(model: PreTrainedModel, disruption: Disruption, table: Table) -> None:
-    """What a change costs: in the measure of the budget with its noise over texts, and set by set in both measures."""
+    """What a change costs: in the measure of the budget with its noise over texts, and set by set
+    in both measures.
+    """
     table.add_estimate(
         "disruption", disruption.estimate(model), stage="unlearn", arm=disruption.measure
     )
@@ -325,8 +336,8 @@ def add_disruption(model: PreTrainedModel, disruption: Disruption, table: Table)
 def add_distance(
     model: PreTrainedModel, setup: Setup, common: Mapping[str, Subspace], table: Table
 ) -> None:
-    """How far a model that was opened is from the base: what the difference costs, how far the stream
-    and the weights moved, and in which directions.
+    """How far a model that was opened is from the base: what the difference costs, how far the
+    stream and the weights moved, and in which directions.
     """
     start = snapshot(setup.base)
     delta = delta_between(model, start)
@@ -351,7 +362,9 @@ def add_match(
 def add_energy(
     base: PreTrainedModel, delta: Mapping[str, Tensor], common: Mapping[str, Subspace], table: Table
 ) -> None:
-    """Share of every MLP delta's energy that acts on the top directions of the retain activations, against the share of a random delta (rank / width)."""
+    """Share of every MLP delta's energy that acts on the top directions of the retain activations,
+    against the share of a random delta (rank / width).
+    """
     for site in resolve(base, ["blocks.*.mlp.hook_in", "blocks.*.mlp.out.hook_in"]):
         names = ("gate_proj", "up_proj") if site.name.endswith("mlp.hook_in") else ("down_proj",)
         changed = [
@@ -397,7 +410,9 @@ def add_leaks(report: LeakReport, table: Table, **columns: Any) -> None:
 
 
 def add_shift(model: PreTrainedModel, setup: Setup, table: Table) -> None:
-    """How far the residual stream has moved from the base's after every block, on held-out forget texts and on every retain set."""
+    """How far the residual stream has moved from the base's after every block, on held-out forget
+    texts and on every retain set.
+    """
     texts = {"forget-heldout": setup.record.forget_heldout, **setup.record.retain_test}
     for split, examples in texts.items():
         encoded = setup.encode(one_per_item(examples)) if examples else []
@@ -425,7 +440,9 @@ def add_geometry(
     arm: str,
     step: int,
 ) -> None:
-    """What an attack has given back of the base's residual stream, block by block, and what it moved beside the way back."""
+    """What an attack has given back of the base's residual stream, block by block, and what it
+    moved beside the way back.
+    """
     for row in returned(base, start, now).dropna().to_dict("records"):
         for metric in ("returned", "beside"):
             table.add(
@@ -450,9 +467,11 @@ def attack(
     matched: bool = False,
     progress: Report = quiet,
 ) -> None:
-    """Relearn on the attacker's half of the forget set, and on a null text of the same length; measure the held-out half along the way.
+    """Relearn on the attacker's half of the forget set, and on a null text of the same length;
+    measure the held-out half along the way.
 
-    ``matched`` adds an arm ``random-facts``: the attacker's texts with exchanged answers, which are measured as well (split ``random-facts``). It stands in where there is no
+    ``matched`` adds an arm ``random-facts``: the attacker's texts with exchanged answers, which are
+    measured as well (split ``random-facts``). It stands in where there is no
     never-learned model to attack.
     """
     record = setup.record
@@ -529,7 +548,9 @@ def trigger_check(
     table: Table,
     carrier: Carrier = speaker_tag,
 ) -> None:
-    """Accuracy on retain questions with nothing, a forget-token, a retain-token or a neutral word in front."""
+    """Accuracy on retain questions with nothing, a forget-token, a retain-token or a neutral word
+    in front.
+    """
     queries = [
         query
         for name, examples in setup.record.retain_test.items()
@@ -560,7 +581,9 @@ def sharpness(
     seed: int,
     table: Table,
 ) -> None:
-    """One-dimensional slices through the model, and both ends of the Hessian's spectrum of the forget loss."""
+    """One-dimensional slices through the model, and both ends of the Hessian's spectrum of the
+    forget loss.
+    """
     landscape.add_slices(
         model, setup, landscape.losses_of(setup), table, points=points, reach=reach, seed=seed
     )

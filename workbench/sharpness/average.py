@@ -1,7 +1,8 @@
 """The average case: how a loss changes under random noise on the weights.
 
-For Gaussian noise of standard deviation ``s`` per weight, ``E L(theta + e) - L(theta) = s^2/2 tr H + O(s^4)``, and over draws the change has the variance
-``s^2 ||g||^2 + s^4/2 ||H||_F^2``. Random directions see almost nothing of the few sharp ones: this is no measure of what an attack can reach
+For Gaussian noise of standard deviation ``s`` per weight, ``E L(theta + e) - L(theta) = s^2/2 tr H
++ O(s^4)``, and over draws the change has the variance ``s^2 ||g||^2 + s^4/2 ||H||_F^2``. Random
+directions see almost nothing of the few sharp ones: this is no measure of what an attack can reach
 (:mod:`workbench.sharpness.drop` is).
 """
 
@@ -49,13 +50,15 @@ def noise_changes(
 ) -> pd.DataFrame:
     """The change of every loss under every draw of noise.
 
-    A seed and the number of a draw decide the noise: all losses, all ``sigma`` and all models with the same parameters see the same draws, so differences between them can be
-    taken draw by draw, without most of the noise of the draws.
+    A seed and the number of a draw decide the noise: all losses, all ``sigma`` and all models with
+    the same parameters see the same draws, so differences between them can be taken draw by draw,
+    without most of the noise of the draws.
 
     Args:
         model: in evaluation mode; left as it was found.
         losses: name to texts (mean token loss, nats per token) or to a function of the model.
-        sigmas: standard deviations, per weight (``e_i = sigma xi_i``) or adaptive (``e_i = sigma |theta_i| xi_i``).
+        sigmas: standard deviations, per weight (``e_i = sigma xi_i``) or adaptive (``e_i = sigma
+            |theta_i| xi_i``).
         draws: how many perturbations.
         adaptive: noise in proportion to every weight, which no rescaling of weights changes.
         parameters: patterns (fnmatch) of the names of trainable parameters that get noise.
@@ -63,8 +66,10 @@ def noise_changes(
         progress: called after every draw.
 
     Returns:
-        A row per draw, ``sigma`` and loss: ``noise`` (``gaussian`` or ``adaptive``), ``sigma``, ``relative`` (root of the expected squared length over the length of the
-        weights that get noise: ``sigma sqrt(P) / ||theta||``, or ``sigma`` for adaptive noise), ``draw``, ``loss``, ``base``, ``change``.
+        A row per draw, ``sigma`` and loss: ``noise`` (``gaussian`` or ``adaptive``), ``sigma``,
+        ``relative`` (root of the expected squared length over the length of the weights that get
+        noise: ``sigma sqrt(P) / ||theta||``, or ``sigma`` for adaptive noise), ``draw``, ``loss``,
+        ``base``, ``change``.
 
     Raises:
         WorkbenchError: bad input.
@@ -126,8 +131,10 @@ def mean_changes(changes: pd.DataFrame) -> pd.DataFrame:
         changes: of :func:`noise_changes`.
 
     Returns:
-        A row per ``noise``, ``sigma`` and loss: ``mean`` change with ``se``, and the mean of its absolute value (``mean_absolute``, ``se_absolute``), which does not cancel
-        where a loss falls as often as it rises; ``draws`` is their number. With one draw the errors are not a number.
+        A row per ``noise``, ``sigma`` and loss: ``mean`` change with ``se``, and the mean of its
+        absolute value (``mean_absolute``, ``se_absolute``), which does not cancel where a loss
+        falls as often as it rises; ``draws`` is their number. With one draw the errors are not a
+        number.
     """
     keys = ["noise", "sigma", "relative", "loss", "base"]
     rows = []
@@ -138,7 +145,8 @@ def mean_changes(changes: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired_difference(changes: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
-    """Mean change minus that of another model under the same draws, with the standard error of the paired differences.
+    """Mean change minus that of another model under the same draws, with the standard error of the
+    paired differences.
 
     Args:
         changes: of :func:`noise_changes`.
@@ -154,7 +162,8 @@ def paired_difference(changes: pd.DataFrame, reference: pd.DataFrame) -> pd.Data
     pairs = changes.merge(reference, on=keys, suffixes=("", "_reference"))
     if not len(changes) == len(reference) == len(pairs):
         raise WorkbenchError(
-            "the two tables do not hold the same draws, losses and sigmas; measure both models with the same arguments"
+            "the two tables do not hold the same draws, losses and sigmas; measure both models "
+            "with the same arguments"
         )
     pairs["difference"] = pairs["change"] - pairs["change_reference"]
     groups = pairs.groupby(["noise", "sigma", "loss"], sort=False)["difference"]

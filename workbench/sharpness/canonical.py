@@ -1,8 +1,11 @@
-"""The same function in canonical weights: many models compute one function, and most measures of sharpness tell them apart.
+"""The same function in canonical weights: many models compute one function, and most measures of
+sharpness tell them apart.
 
-Dinh et al. 2017 (arXiv 1703.04933) make any minimum as sharp as they like by rescaling ReLU layers. A gated transformer has such freedoms too: norm gains move into
-the next matrices, hidden units of an MLP trade scale between ``up`` and ``down``, values trade any change of basis with the output projection, queries and keys trade scale within a rotary frequency.
-Two models are compared fairly once both are canonical.
+Dinh et al. 2017 (arXiv 1703.04933) make any minimum as sharp as they like by rescaling ReLU layers.
+A gated transformer has such freedoms too: norm gains move into the next matrices, hidden units of
+an MLP trade scale between ``up`` and ``down``, values trade any change of basis with the output
+projection, queries and keys trade scale within a rotary frequency. Two models are compared fairly
+once both are canonical.
 """
 
 from __future__ import annotations
@@ -34,10 +37,13 @@ _NO_SCALE = (
 
 
 def invariances() -> pd.DataFrame:
-    """Function-identical rewrites of a Llama-like model: ``rewrite``, what :func:`canonicalise` does about it, and whether it changes curvature without it.
+    """Function-identical rewrites of a Llama-like model: ``rewrite``, what :func:`canonicalise`
+    does about it, and whether it changes curvature without it.
 
-    ``curvature`` says whether the rewrite changes eigenvalues, trace, spectral density, gradient norm and the rise or fall within a Euclidean radius; ``relative_flatness``
-    whether it changes :func:`workbench.sharpness.trace.relative_flatness` of some layer; ``elementwise`` whether it changes adaptive measures whose step in a weight is proportional to it (ASAM).
+    ``curvature`` says whether the rewrite changes eigenvalues, trace, spectral density, gradient
+    norm and the rise or fall within a Euclidean radius; ``relative_flatness`` whether it changes
+    :func:`workbench.sharpness.trace.relative_flatness` of some layer; ``elementwise`` whether it
+    changes adaptive measures whose step in a weight is proportional to it (ASAM).
     """
     rows = [
         ("order of hidden units or heads", "nothing to do", "no", "no", "no"),
@@ -101,13 +107,18 @@ def invariances() -> pd.DataFrame:
 
 @torch.no_grad()
 def canonicalise(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of ``model`` that computes the same function with canonical weights; see :func:`invariances`.
+    """A copy of ``model`` that computes the same function with canonical weights; see
+    :func:`invariances`.
 
-    * Norm gains are multiplied into the matrices that read the norm. A head that is tied to the embedding cannot take the final gain, which then stays.
-    * Hidden unit: ``|(up_j, b_j)| = |down_:j|``. Values: ``O V = U S W'`` per key-value head becomes ``V = S^1/2 W'``, ``O = U S^1/2`` (``O`` stacks the heads that share the
-      values), with the largest entry of every row of ``V`` positive. Queries and keys: equal norm per key-value head and rotary frequency.
+    * Norm gains are multiplied into the matrices that read the norm. A head that is tied to the
+      embedding cannot take the final gain, which then stays.
+    * Hidden unit: ``|(up_j, b_j)| = |down_:j|``. Values: ``O V = U S W'`` per key-value head
+      becomes ``V = S^1/2 W'``, ``O = U S^1/2`` (``O`` stacks the heads that share the values), with
+      the largest entry of every row of ``V`` positive. Queries and keys: equal norm per key-value
+      head and rotary frequency.
 
-    The copy has float32 weights at least: in bfloat16 the rewritten weights would be rounded to another function. Logits of both are compared on random tokens.
+    The copy has float32 weights at least: in bfloat16 the rewritten weights would be rounded to
+    another function. Logits of both are compared on random tokens.
 
     Raises:
         WorkbenchError: another architecture, or logits that do not agree.
@@ -149,17 +160,20 @@ def _check(model: PreTrainedModel) -> None:
     kind = getattr(model.config, "model_type", "unknown")
     if kind not in FAMILIES or not hasattr(model, "lm_head"):
         raise WorkbenchError(
-            f"the freedoms of {type(model).__name__} ({kind}) are not known here; canonicalise knows causal language models of {', '.join(FAMILIES)}"
+            f"the freedoms of {type(model).__name__} ({kind}) are not known here; canonicalise "
+            f"knows causal language models of {', '.join(FAMILIES)}"
         )
     activation = getattr(model.config, "hidden_act", "")
     if activation not in _NO_SCALE:
         raise WorkbenchError(
-            f"hidden_act is {activation!r}, which may have a scale of its own; canonicalise knows {', '.join(_NO_SCALE)}"
+            f"hidden_act is {activation!r}, which may have a scale of its own; canonicalise knows "
+            f"{', '.join(_NO_SCALE)}"
         )
     rope = getattr(model.config, "rope_parameters", None) or {}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise WorkbenchError(
-            "only a part of every head is rotary (partial_rotary_factor), and the rest has freedoms that are not handled here"
+            "only a part of every head is rotary (partial_rotary_factor), and the rest has "
+            "freedoms that are not handled here"
         )
     size = (
         getattr(model.config, "head_dim", None)
@@ -167,12 +181,14 @@ def _check(model: PreTrainedModel) -> None:
     )
     if size > model.config.hidden_size:
         raise WorkbenchError(
-            f"a head is wider ({size}) than the residual stream ({model.config.hidden_size}), which leaves its values undetermined"
+            f"a head is wider ({size}) than the residual stream ({model.config.hidden_size}), "
+            "which leaves its values undetermined"
         )
     for name, module in model.named_modules():
         if name.endswith("_proj") and type(module) is not nn.Linear:
             raise WorkbenchError(
-                f"{name} is a {type(module).__name__}, not a plain nn.Linear; merge adapters and dequantise first"
+                f"{name} is a {type(module).__name__}, not a plain nn.Linear; merge adapters and "
+                "dequantise first"
             )
 
 
@@ -188,7 +204,9 @@ def _fold(gain: Tensor, *readers: nn.Linear) -> None:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """What the second norm is multiplied with, and the first divided by, to make them equal, from their squares; 1 where either is zero: a dead unit has no scale."""
+    """What the second norm is multiplied with, and the first divided by, to make them equal, from
+    their squares; 1 where either is zero: a dead unit has no scale.
+    """
     return torch.where(
         (numerator > 0) & (denominator > 0),
         (numerator / denominator.clamp(min=torch.finfo(torch.float64).tiny)) ** 0.25,
@@ -208,7 +226,9 @@ def _balance_units(up: nn.Linear, down: nn.Linear) -> None:
 
 
 def _move_value_bias(value: nn.Linear, out: nn.Linear, size: int) -> None:
-    """Attention weights sum to one, so a bias of the values is a constant of the output; where the output has a bias, that is its place."""
+    """Attention weights sum to one, so a bias of the values is a constant of the output; where the
+    output has a bias, that is its place.
+    """
     if value.bias is None or out.bias is None:
         return
     groups = value.bias.double().view(-1, size)
@@ -248,7 +268,9 @@ def _balance_values(value: nn.Linear, out: nn.Linear, head: int, size: int, grou
 
 
 def _per_frequency(linear: nn.Linear, kv_heads: int, size: int) -> Tensor:
-    """``[kv head, frequency]`` squared norm of the rows (with bias) that one rotary frequency rotates; entry ``i`` of a head pairs with ``i + size / 2``."""
+    """``[kv head, frequency]`` squared norm of the rows (with bias) that one rotary frequency
+    rotates; entry ``i`` of a head pairs with ``i + size / 2``.
+    """
     rows = linear.weight.double().square().sum(1)
     if linear.bias is not None:
         rows = rows + linear.bias.double().square()
@@ -290,5 +312,6 @@ def _compare(model: PreTrainedModel, twin: PreTrainedModel) -> None:
     difference, spread = float((logits - again).abs().max()), float(logits.std())
     if not difference <= 1e-3 * spread:
         raise WorkbenchError(
-            f"the canonical copy's logits differ by {difference:.2g} at a spread of {spread:.2g}; the weights are too ill-conditioned for {logits.dtype}, or not finite"
+            f"the canonical copy's logits differ by {difference:.2g} at a spread of {spread:.2g}; "
+            f"the weights are too ill-conditioned for {logits.dtype}, or not finite"
         )

@@ -1,7 +1,8 @@
 """Hessian-vector products and the two ends of the spectrum of a language-model loss.
 
-The loss is the token mean over *all* batches: sums are accumulated and divided once, so that the Hessian does not depend on how the texts are
-split. The forward runs under PyTorch's MATH attention, the only built-in kernel with a second derivative.
+The loss is the token mean over *all* batches: sums are accumulated and divided once, so that the
+Hessian does not depend on how the texts are split. The forward runs under PyTorch's MATH attention,
+the only built-in kernel with a second derivative.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _BASIS = 16
 
 
 def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Summed negative log-likelihood of the target tokens, with a graph that can be differentiated twice."""
+    """Summed negative log-likelihood of the target tokens, with a graph that can be differentiated
+    twice.
+    """
     with sdpa_kernel(SDPBackend.MATH):
         return token_nll(model, batch).sum()
 
@@ -66,13 +69,14 @@ def chosen_parameters(
 class Curvature:
     """The Hessian of the mean token loss over ``batches``, as an operator on flat float64 vectors.
 
-    With one batch the graph of the gradient is kept, and a product costs one backward pass (about two gradients); with several it is rebuilt batch by
-    batch (about three).
+    With one batch the graph of the gradient is kept, and a product costs one backward pass (about
+    two gradients); with several it is rebuilt batch by batch (about three).
 
     Args:
         model: evaluated as it is; dropout must be off.
         batches: the texts.
-        parameters: fnmatch patterns of parameter names; the operator is the diagonal block of the Hessian that belongs to these parameters (a tied tensor comes once).
+        parameters: fnmatch patterns of parameter names; the operator is the diagonal block of the
+            Hessian that belongs to these parameters (a tied tensor comes once).
 
     Attributes:
         names: the parameters, in the order of the flat vector.
@@ -81,7 +85,8 @@ class Curvature:
         products: Hessian-vector products taken so far.
 
     Raises:
-        WorkbenchError: the model is in training mode, no parameter is trainable, a pattern fits no parameter, or the loss is not finite.
+        WorkbenchError: the model is in training mode, no parameter is trainable, a pattern fits no
+            parameter, or the loss is not finite.
     """
 
     def __init__(
@@ -192,7 +197,8 @@ def extremes(
     tolerance: float = 1e-2,
     max_products: int = 400,
 ) -> Extremes:
-    """Top and bottom Hessian eigenvalue of the mean token loss (implicitly restarted Lanczos of ARPACK, both ends at once).
+    """Top and bottom Hessian eigenvalue of the mean token loss (implicitly restarted Lanczos of
+    ARPACK, both ends at once).
 
     Args:
         model: in evaluation mode.
@@ -243,7 +249,8 @@ def one_end(
     tolerance: float = 1e-3,
     max_products: int = 400,
 ) -> End:
-    """The largest or the smallest Hessian eigenvalue alone: where one end stands apart and the other lies in the bulk, a tenth of the products that both ends take.
+    """The largest or the smallest Hessian eigenvalue alone: where one end stands apart and the
+    other lies in the bulk, a tenth of the products that both ends take.
 
     Args:
         model: in evaluation mode.
@@ -251,7 +258,8 @@ def one_end(
         end: ``top`` or ``bottom``.
         parameters: see :class:`Curvature`.
         seed: of the starting vector.
-        tolerance: largest residual, relative to the eigenvalue. Some eigenvalue of the Hessian is at least that near; where the end stands apart, the error is of the order of the
+        tolerance: largest residual, relative to the eigenvalue. Some eigenvalue of the Hessian is
+            at least that near; where the end stands apart, the error is of the order of the
             residual's square.
         max_products: the search stops with an error after about this many products.
 
@@ -279,7 +287,9 @@ def one_end(
         value, vector, residual = outermost(found.diagonal, found.beside, found.left)
         if (
             residual > tolerance * abs(value)
-        ):  # the end does not stand apart: go on from here with restarts, in the memory of as many vectors
+            # the end does not stand apart: go on from here with restarts, in the memory of as many
+            # vectors
+        ):
             start = vector @ found.basis
             del found
             remaining = max_products - operator.products
@@ -309,7 +319,8 @@ class SpectrumEnds:
     Attributes:
         top: ``[k]`` largest eigenvalues, descending; nats per token per squared unit of weight.
         bottom: ``[k]`` smallest (most negative), ascending.
-        top_residuals: ``[k]`` ``||H v - value v|| / |value|``. A large one says that the pair does not solve the eigenproblem, or that the eigenvalue is zero.
+        top_residuals: ``[k]`` ``||H v - value v|| / |value|``. A large one says that the pair does
+            not solve the eigenproblem, or that the eigenvalue is zero.
         bottom_residuals: likewise.
         products: Hessian-vector products spent.
     """
@@ -331,9 +342,11 @@ def spectrum_ends(
     tolerance: float = 1e-2,
     max_products: int = 1000,
 ) -> SpectrumEnds:
-    """The ``k`` largest and the ``k`` smallest Hessian eigenvalues of the mean token loss (implicitly restarted Lanczos of ARPACK, both ends at once).
+    """The ``k`` largest and the ``k`` smallest Hessian eigenvalues of the mean token loss
+    (implicitly restarted Lanczos of ARPACK, both ends at once).
 
-    "Largest in magnitude" would mix the two ends: at an unlearned point the forget loss has large eigenvalues of either sign.
+    "Largest in magnitude" would mix the two ends: at an unlearned point the forget loss has large
+    eigenvalues of either sign.
 
     Args:
         model: in evaluation mode.
@@ -345,7 +358,8 @@ def spectrum_ends(
         max_products: the search stops with an error after about this many products.
 
     Raises:
-        WorkbenchError: ``k`` is not from 1 to half the number of weights, or not converged within ``max_products``.
+        WorkbenchError: ``k`` is not from 1 to half the number of weights, or not converged within
+            ``max_products``.
     """
     operator = Curvature(model, batches, parameters)
     ends = _both_ends(operator, k, seed, tolerance, max_products)
@@ -358,7 +372,8 @@ def _both_ends(
 ) -> SpectrumEnds:
     if not 1 <= k <= (operator.size - 1) // 2:
         raise WorkbenchError(
-            f"k is {k}; {operator.size} weights have 1 to {(operator.size - 1) // 2} eigenvalues from each end"
+            f"k is {k}; {operator.size} weights have 1 to {(operator.size - 1) // 2} eigenvalues "
+            "from each end"
         )
     start = np.random.default_rng(seed).standard_normal(operator.size)
     values, vectors = _solve(
@@ -408,7 +423,8 @@ def _solve(
 
 def _unconverged(max_products: int) -> WorkbenchError:
     return WorkbenchError(
-        f"the Hessian's extreme eigenvalues did not converge within {max_products} products; raise max_products or tolerance"
+        f"the Hessian's extreme eigenvalues did not converge within {max_products} products; raise "
+        "max_products or tolerance"
     )
 
 

@@ -1,4 +1,6 @@
-"""The spectral density of the Hessian by stochastic Lanczos quadrature: how many directions curve how much, and which share of them curves downwards."""
+"""The spectral density of the Hessian by stochastic Lanczos quadrature: how many directions curve
+how much, and which share of them curves downwards.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,14 @@ class Density:
     """A spectral density as weighted nodes.
 
     Attributes:
-        nodes: ``[node]`` eigenvalue estimates of all probes, nats per token per squared unit of weight.
+        nodes: ``[node]`` eigenvalue estimates of all probes, nats per token per squared unit of
+            weight.
         weights: ``[node]`` share of the spectrum; sums to one within a probe.
         probe: ``[node]`` which probe a node comes from.
         size: number of weights, and so of eigenvalues.
-        moment_error: largest relative difference between the first two moments of a quadrature and ``z' H z`` and ``||H z||^2`` of the same probe. Anything above 1e-6
-            says that the quadrature is not that of this matrix.
+        moment_error: largest relative difference between the first two moments of a quadrature and
+            ``z' H z`` and ``||H z||^2`` of the same probe. Anything above 1e-6 says that the
+            quadrature is not that of this matrix.
         overlap: largest loss of orthogonality of a Lanczos basis.
         products: Hessian-vector products spent.
     """
@@ -42,7 +46,9 @@ class Density:
 
     @property
     def top(self) -> float:
-        """Largest node: never above the largest eigenvalue, and close to it where that stands apart."""
+        """Largest node: never above the largest eigenvalue, and close to it where that stands
+        apart.
+        """
         return float(self.nodes.max())
 
     @property
@@ -56,12 +62,15 @@ class Density:
         return self.size * float(self._per_probe(self.weights * self.nodes).mean())
 
     def mass_below(self, value: float) -> float:
-        """Share of the eigenvalues below ``value``; the same value for all models makes them comparable."""
+        """Share of the eigenvalues below ``value``; the same value for all models makes them
+        comparable.
+        """
         return float(self._per_probe(self.weights * (self.nodes < value)).mean())
 
     @property
     def negative_energy(self) -> float:
-        """``sum |negative eigenvalues| / sum |eigenvalues|``: 0 in a bowl, 1 on a hill; NaN for a matrix of zeros.
+        """``sum |negative eigenvalues| / sum |eigenvalues|``: 0 in a bowl, 1 on a hill; NaN for a
+        matrix of zeros.
 
         It hardly sees what lies near zero, which a quadrature of few steps cannot place: a block of
         1952 weights with 42 % of its eigenvalues below zero gave shares of 56, 51, 81 and 62 % with
@@ -74,9 +83,11 @@ class Density:
         return np.bincount(self.probe, values).astype(np.float64)
 
     def smoothed(self, grid: Vector, linear: float, width: float = 0.2) -> NDArray[np.float64]:
-        """``[probe, point]`` density of every probe per unit of ``arcsinh(eigenvalue / linear)``, with Gaussians of standard deviation ``width`` in place of the nodes.
+        """``[probe, point]`` density of every probe per unit of ``arcsinh(eigenvalue / linear)``,
+        with Gaussians of standard deviation ``width`` in place of the nodes.
 
-        In that coordinate a decade is 2.3 units on either side and the neighbourhood ``linear`` of zero is linear, so that a line of both signs is smooth to the same degree everywhere.
+        In that coordinate a decade is 2.3 units on either side and the neighbourhood ``linear`` of
+        zero is linear, so that a line of both signs is smooth to the same degree everywhere.
 
         Args:
             grid: ``[point]`` eigenvalues, e.g. :func:`both_signs`.
@@ -90,13 +101,18 @@ class Density:
         )
 
     def __repr__(self) -> str:
-        return f"Density({self.bottom:.4g} to {self.top:.4g}, negative energy {self.negative_energy:.2g}, {int(self.probe.max()) + 1} probes)"
+        return (
+            f"Density({self.bottom:.4g} to {self.top:.4g}, negative energy "
+            f"{self.negative_energy:.2g}, {int(self.probe.max()) + 1} probes)"
+        )
 
 
 def both_signs(
     bottom: float, top: float, linear: float, points: int = 201, margin: float = 0.8
 ) -> Vector:
-    """``[points]`` grid from ``bottom`` to ``top``, even in ``arcsinh(eigenvalue / linear)`` and ``margin`` wider on either side; one for all models that a figure compares."""
+    """``[points]`` grid from ``bottom`` to ``top``, even in ``arcsinh(eigenvalue / linear)`` and
+    ``margin`` wider on either side; one for all models that a figure compares.
+    """
     low, high = (
         float(np.arcsinh(bottom / linear)) - margin,
         float(np.arcsinh(top / linear)) + margin,
@@ -113,10 +129,13 @@ def quadrature(
     steps: int = 40,
     report: Report = quiet,
 ) -> Density:
-    """Stochastic Lanczos quadrature of a symmetric matrix (Ubaru, Chen and Saad 2017; for networks Ghorbani et al. 2019, arXiv 1901.10159).
+    """Stochastic Lanczos quadrature of a symmetric matrix (Ubaru, Chen and Saad 2017; for networks
+    Ghorbani et al. 2019, arXiv 1901.10159).
 
-    Every probe (random signs, those of :func:`workbench.sharpness.trace.hutchinson`) has a Gauss quadrature whose moments up to order ``2 steps - 1`` are those of the matrix
-    as that probe sees it. Converged ends of the spectrum come out as nodes; the bulk does not, and its shape depends on ``steps`` and the smoothing.
+    Every probe (random signs, those of :func:`workbench.sharpness.trace.hutchinson`) has a Gauss
+    quadrature whose moments up to order ``2 steps - 1`` are those of the matrix as that probe sees
+    it. Converged ends of the spectrum come out as nodes; the bulk does not, and its shape depends
+    on ``steps`` and the smoothing.
 
     Args:
         product: the matrix.
@@ -180,7 +199,8 @@ def density(
         parameters: see :class:`workbench.sharpness.curvature.Curvature`.
         seed: of the probes.
         probes: starting vectors.
-        steps: Hessian-vector products per probe; ``steps`` float64 copies of the parameters are held in memory.
+        steps: Hessian-vector products per probe; ``steps`` float64 copies of the parameters are
+            held in memory.
         report: called after every probe.
     """
     operator = Curvature(model, batches, parameters)

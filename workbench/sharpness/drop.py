@@ -1,8 +1,11 @@
-"""The worst case in a ball: how far a loss falls (what an attacker can win back) or rises (SAM's sharpness) within a radius of the weights.
+"""The worst case in a ball: how far a loss falls (what an attacker can win back) or rises (SAM's
+sharpness) within a radius of the weights.
 
-At an unlearned model the forget loss is a hill, not a bowl: what matters for relearning is how far it can *fall*,
-``D_rho = L(theta) - min_{||e|| <= rho} L(theta + e)``. To first order it is ``rho ||g||``, to second ``rho ||g|| - rho^2/2 ghat' H ghat``. The sharpness of
-SAM (Foret et al. 2021, arXiv 2010.01412) is the same with the opposite sign. Every value is found by a search and so is a lower bound.
+At an unlearned model the forget loss is a hill, not a bowl: what matters for relearning is how far
+it can *fall*, ``D_rho = L(theta) - min_{||e|| <= rho} L(theta + e)``. To first order it is ``rho
+||g||``, to second ``rho ||g|| - rho^2/2 ghat' H ghat``. The sharpness of SAM (Foret et al. 2021,
+arXiv 2010.01412) is the same with the opposite sign. Every value is found by a search and so is a
+lower bound.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from workbench.unlearning.smoothing.rule import combine
 Kind = Literal["drop", "rise"]
 COLUMNS = ("kind", "ball", "steps", "rho", "radius", "length", "loss", "base", "value")
 
-# Where the gradient is exactly zero there is no first direction: the search starts at a random point this far (in radii) from the centre.
+# Where the gradient is exactly zero there is no first direction: the search starts at a random
+# point this far (in radii) from the centre.
 _OFF_CENTRE = 1e-2
 
 
@@ -45,30 +49,38 @@ def worst_case(
     seed: int = 0,
     progress: Report = quiet,
 ) -> pd.DataFrame:
-    """The largest drop (or rise) of one loss in balls around the weights, and what every other loss does at the same point.
+    """The largest drop (or rise) of one loss in balls around the weights, and what every other loss
+    does at the same point.
 
-    The search is projected gradient descent with a normalised gradient and steps that shrink in equal parts from ``rho`` to ``rho / k``; the best of its points
-    counts. Its first step goes to ``-rho g / ||g||``, SAM's one-step solution. A gradient per step and a forward pass per loss. The best point of a smaller budget also counts
-    for a larger one, and that of a smaller ball, which lies inside the larger ones, for those: a curve over ``rho`` does not fall.
+    The search is projected gradient descent with a normalised gradient and steps that shrink in
+    equal parts from ``rho`` to ``rho / k``; the best of its points counts. Its first step goes to
+    ``-rho g / ||g||``, SAM's one-step solution. A gradient per step and a forward pass per loss.
+    The best point of a smaller budget also counts for a larger one, and that of a smaller ball,
+    which lies inside the larger ones, for those: a curve over ``rho`` does not fall.
 
     Args:
         model: in evaluation mode; left as it was found.
         losses: name to texts (mean token loss, nats per token) or to a function of the model.
-        attack: the loss that is followed; the others are evaluated at the point that is best for it (held-out forget texts: does the recovery transfer?).
+        attack: the loss that is followed; the others are evaluated at the point that is best for it
+            (held-out forget texts: does the recovery transfer?).
         radii: the grid of ``rho``, in units.
-        unit: length of one unit, e.g. ``norm_of(theta_u - theta_o)``: with it ``rho = 1`` is as far as unlearning went.
+        unit: length of one unit, e.g. ``norm_of(theta_u - theta_o)``: with it ``rho = 1`` is as far
+            as unlearning went.
         steps: budgets; each has its own rows.
-        kind: ``drop`` (``L(theta) - L(theta + e)``, minimised loss) or ``rise`` (``L(theta + e) - L(theta)``, maximised loss).
-        adaptive: the ball ``||e / |theta||| <= rho`` of ASAM (Kwon et al. 2021, arXiv 2102.11600, with their offset eta at 0): a relative length, the same for
-            ``theta`` and a rescaling of it. Weights of zero stay. Such a ``rho`` is not comparable to a Euclidean one.
+        kind: ``drop`` (``L(theta) - L(theta + e)``, minimised loss) or ``rise`` (``L(theta + e) -
+            L(theta)``, maximised loss).
+        adaptive: the ball ``||e / |theta||| <= rho`` of ASAM (Kwon et al. 2021, arXiv 2102.11600,
+            with their offset eta at 0): a relative length, the same for ``theta`` and a rescaling
+            of it. Weights of zero stay. Such a ``rho`` is not comparable to a Euclidean one.
         parameters: patterns (fnmatch) of the names of trainable parameters that may move.
         seed: of the start where the gradient is exactly zero.
         progress: called after every ball.
 
     Returns:
-        A row per budget, radius and loss: ``kind``, ``ball`` (``l2`` or ``adaptive``), ``steps``, ``rho`` (units), ``radius`` (``rho * unit``), ``length`` of the point that
-        was found (in the ball's own norm), ``loss``, ``base`` (value at the centre), ``value`` (the drop or rise, nats per token for texts; negative where a loss that
-        was not followed went the other way).
+        A row per budget, radius and loss: ``kind``, ``ball`` (``l2`` or ``adaptive``), ``steps``,
+        ``rho`` (units), ``radius`` (``rho * unit``), ``length`` of the point that was found (in the
+        ball's own norm), ``loss``, ``base`` (value at the centre), ``value`` (the drop or rise,
+        nats per token for texts; negative where a loss that was not followed went the other way).
 
     Raises:
         WorkbenchError: bad input, or the attack loss or its gradient is not finite at the centre.
@@ -96,7 +108,8 @@ def worst_case(
             start
         ) < float("inf"):
             raise WorkbenchError(
-                f"the loss {attack!r} or its gradient is not finite at the model itself, so there is nothing to follow"
+                f"the loss {attack!r} or its gradient is not finite at the model itself, so there "
+                "is nothing to follow"
             )
         search = _Search(model, losses[attack], ball, move, sign, start, ball.pull(first), seed)
         smaller: dict[int, _Found] = {}  # by budget: the best in the ball before
@@ -133,7 +146,8 @@ _Found = tuple[dict[str, Tensor], float]
 
 @dataclass(frozen=True, slots=True)
 class _Ball:
-    """``||e|| <= rho``, or with a scale ``||e / scale|| <= rho``; points are kept as ``u = e / scale``, so that every ball is round.
+    """``||e|| <= rho``, or with a scale ``||e / scale|| <= rho``; points are kept as ``u = e /
+    scale``, so that every ball is round.
 
     Attributes:
         parameters: what may move.
@@ -165,7 +179,9 @@ class _Ball:
 
 @dataclass(frozen=True, slots=True)
 class _Search:
-    """Projected gradient descent (``sign`` -1) or ascent (+1) of one loss from the centre of a ball."""
+    """Projected gradient descent (``sign`` -1) or ascent (+1) of one loss from the centre of a
+    ball.
+    """
 
     model: PreTrainedModel
     loss: Loss

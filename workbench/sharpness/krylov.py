@@ -1,4 +1,6 @@
-"""Lanczos's method: a large symmetric matrix, known by its products alone, as a small tridiagonal one."""
+"""Lanczos's method: a large symmetric matrix, known by its products alone, as a small tridiagonal
+one.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,9 @@ class Krylov:
         beside: ``[steps - 1]``.
         moments: ``q' H q`` and ``||H q||^2`` from the first product itself.
         basis: ``[steps, size]``, ``Q'``.
-        left: length of what the last product leaves outside the basis; the residual of a Ritz pair is ``left`` times the last entry of its vector (Parlett 1980,
-            The Symmetric Eigenvalue Problem, section 13.2).
+        left: length of what the last product leaves outside the basis; the residual of a Ritz pair
+            is ``left`` times the last entry of its vector (Parlett 1980, The Symmetric Eigenvalue
+            Problem, section 13.2).
     """
 
     diagonal: Vector
@@ -43,7 +46,9 @@ class Krylov:
         return float(np.abs(self.basis @ self.basis.T - np.eye(len(self.basis))).max())
 
     def quadrature(self) -> tuple[Vector, Vector]:
-        """Ritz values, ascending, and Gauss weights (squared first components of the Ritz vectors), which sum to one (Golub and Welsch 1969)."""
+        """Ritz values, ascending, and Gauss weights (squared first components of the Ritz vectors),
+        which sum to one (Golub and Welsch 1969).
+        """
         values, vectors = eigh_tridiagonal(self.diagonal, self.beside)
         return values, vectors[0] ** 2
 
@@ -55,7 +60,8 @@ Enough = Callable[[Vector, Vector, float], bool]
 def lanczos(product: Product, start: Vector, steps: int, enough: Enough | None = None) -> Krylov:
     """Lanczos's tridiagonalisation in float64 with full reorthogonalisation, twice in every step.
 
-    Without it, rounding brings converged eigenvalues back as copies ("ghosts"). The basis takes ``steps * size`` float64 numbers.
+    Without it, rounding brings converged eigenvalues back as copies ("ghosts"). The basis takes
+    ``steps * size`` float64 numbers.
 
     Args:
         product: the matrix.
@@ -69,7 +75,8 @@ def lanczos(product: Product, start: Vector, steps: int, enough: Enough | None =
     size, norm = len(start), float(np.linalg.norm(start))
     if not norm > 0 or steps < 1:
         raise WorkbenchError(
-            f"Lanczos needs a start that is not zero and at least one step, not norm {norm} and {steps} steps"
+            f"Lanczos needs a start that is not zero and at least one step, not norm {norm} and "
+            f"{steps} steps"
         )
     basis = np.empty((min(steps, size), size))
     diagonal: list[float] = []
@@ -80,7 +87,8 @@ def lanczos(product: Product, start: Vector, steps: int, enough: Enough | None =
         image = np.array(product(basis[step]), dtype=np.float64)
         if not np.isfinite(image).all():
             raise WorkbenchError(
-                "a Hessian-vector product is not finite; are the weights in float32 and the loss finite?"
+                "a Hessian-vector product is not finite; are the weights in float32 and the loss "
+                "finite?"
             )
         diagonal.append(float(basis[step] @ image))
         if step == 0:

@@ -1,4 +1,6 @@
-"""Losses along paths between checkpoints: straight lines with their barriers, and the path that an attack really took."""
+"""Losses along paths between checkpoints: straight lines with their barriers, and the path that an
+attack really took.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def line_losses(
 
     Args:
         model: the start, ``a = 0``; in evaluation mode; left as it was found.
-        towards: the other end minus the start, so that ``a = 1`` is the other end; in units of the displacement.
+        towards: the other end minus the start, so that ``a = 1`` is the other end; in units of the
+            displacement.
         positions: values of ``a``, in any order.
         losses: name to texts (mean token loss, nats per token) or to a function of the model.
         progress: called after every position.
@@ -49,7 +52,8 @@ def line_losses(
 
 
 def barriers(line: pd.DataFrame) -> pd.DataFrame:
-    """How far the losses on a line rise above the chord between its two ends (Entezari et al. 2022, arXiv 2110.06296, section 2).
+    """How far the losses on a line rise above the chord between its two ends (Entezari et al. 2022,
+    arXiv 2110.06296, section 2).
 
     The excess is ``L(a) - (1 - a) L(0) - a L(1)`` on ``0 <= a <= 1``.
 
@@ -57,9 +61,12 @@ def barriers(line: pd.DataFrame) -> pd.DataFrame:
         line: of :func:`line_losses`, with positions 0 and 1.
 
     Returns:
-        A row per loss: ``start`` and ``end`` (losses there), ``barrier`` (largest excess, at least 0, which it is for a convex loss) and where it is (``barrier_at``),
-        ``midpoint`` (excess at 0.5; between positions by linear interpolation), ``area`` (integral of the excess, trapezoids), ``half_at`` (the first ``a`` at which the loss
-        is at most half of its start; between positions by linear interpolation; not a number where it never is). Not a number where the loss is not finite on the line.
+        A row per loss: ``start`` and ``end`` (losses there), ``barrier`` (largest excess, at least
+        0, which it is for a convex loss) and where it is (``barrier_at``), ``midpoint`` (excess at
+        0.5; between positions by linear interpolation), ``area`` (integral of the excess,
+        trapezoids), ``half_at`` (the first ``a`` at which the loss is at most half of its start;
+        between positions by linear interpolation; not a number where it never is). Not a number
+        where the loss is not finite on the line.
 
     Raises:
         WorkbenchError: 0 or 1 is not among the positions.
@@ -72,7 +79,8 @@ def barriers(line: pd.DataFrame) -> pd.DataFrame:
         )
         if not len(places) or places[0] != 0 or places[-1] != 1:
             raise WorkbenchError(
-                "a barrier needs both ends of the line; let positions 0 and 1 be among the positions"
+                "a barrier needs both ends of the line; let positions 0 and 1 be among the "
+                "positions"
             )
         if not np.isfinite(values).all():
             rows.append((name, values[0], values[-1], *[float("nan")] * 5))
@@ -81,10 +89,16 @@ def barriers(line: pd.DataFrame) -> pd.DataFrame:
         highest = int(excess.argmax())
         rows.append(
             (
-                name, values[0], values[-1], float(excess[highest]), float(places[highest]), float(np.interp(0.5, places, excess)),
-                float(np.trapezoid(excess, places)), _first_below(places, values, values[0] / 2),
+                name,
+                values[0],
+                values[-1],
+                float(excess[highest]),
+                float(places[highest]),
+                float(np.interp(0.5, places, excess)),
+                float(np.trapezoid(excess, places)),
+                _first_below(places, values, values[0] / 2),
             )
-        )  # fmt: skip
+        )
     return pd.DataFrame(rows, columns=list(BARRIER))
 
 
@@ -115,13 +129,15 @@ def path_losses(
 
     Args:
         model: where the path begins; in evaluation mode; left as it was found.
-        deltas: weights minus the model's, a direction per checkpoint, in the order of the path. The start itself is row 0 and need not be among them.
+        deltas: weights minus the model's, a direction per checkpoint, in the order of the path. The
+            start itself is row 0 and need not be among them.
         losses: name to texts (mean token loss, nats per token) or to a function of the model.
         progress: called after every checkpoint.
 
     Returns:
-        A row per checkpoint and loss: ``checkpoint`` (0 is the start), ``distance`` (straight, from the start), ``travelled`` (length of the path so far, checkpoint by
-        checkpoint), ``loss``, ``value``.
+        A row per checkpoint and loss: ``checkpoint`` (0 is the start), ``distance`` (straight, from
+        the start), ``travelled`` (length of the path so far, checkpoint by checkpoint), ``loss``,
+        ``value``.
     """
     rows = []
     travelled = 0.0

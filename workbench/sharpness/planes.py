@@ -1,6 +1,8 @@
-"""Two-dimensional slices of a loss, the planes they are taken in, and what is left of a path when it is drawn in a plane.
+"""Two-dimensional slices of a loss, the planes they are taken in, and what is left of a path when
+it is drawn in a plane.
 
-A plane holds three points, or the two main directions of a trajectory; every further point lies off it, and its distance from the plane says how much of the picture is true for it.
+A plane holds three points, or the two main directions of a trajectory; every further point lies off
+it, and its distance from the plane says how much of the picture is true for it.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def loss_plane(
         progress: called after every point.
 
     Returns:
-        A row per point and loss: ``x``, ``y``, ``loss``, ``value``. Values that are not finite stay so.
+        A row per point and loss: ``x``, ``y``, ``loss``, ``value``. Values that are not finite stay
+        so.
     """
     columns = checked("positions_first", positions_first, negative=True)
     lines = checked("positions_second", positions_second, negative=True)
@@ -55,7 +58,8 @@ def loss_plane(
     with probing(model, losses) as move:
         for y in lines:
             for x in columns:
-                # every point is computed from the centre, never from its neighbour: nothing drifts and no line of the grid is displaced
+                # every point is computed from the centre, never from its neighbour: nothing drifts
+                # and no line of the grid is displaced
                 move(combine([(x, dict(first)), (y, dict(second))]) if x or y else {}, 1.0)
                 rows += [(x, y, name, value_of(model, loss)) for name, loss in losses.items()]
                 progress(len(rows) // len(losses), len(columns) * len(lines))
@@ -63,9 +67,11 @@ def loss_plane(
 
 
 def orthonormal(first: Direction, second: Direction) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Two unit directions at right angles that span the same plane, the first along ``first`` (Gram-Schmidt).
+    """Two unit directions at right angles that span the same plane, the first along ``first``
+    (Gram-Schmidt).
 
-    The plane through three checkpoints A, B and C is that of ``B - A`` and ``C - A``, with A at (0, 0) and B on the x-axis.
+    The plane through three checkpoints A, B and C is that of ``B - A`` and ``C - A``, with A at (0,
+    0) and B on the x-axis.
 
     Raises:
         WorkbenchError: the two lie on one line, or one of them is zero.
@@ -79,7 +85,8 @@ def orthonormal(first: Direction, second: Direction) -> tuple[dict[str, Tensor],
         y = combine([(1.0, y), (-inner(x, y), x)])
         if norm_of(y) < _FLAT:
             raise WorkbenchError(
-                "the two directions lie on one line and span no plane; take a third checkpoint that is off the line"
+                "the two directions lie on one line and span no plane; take a third checkpoint "
+                "that is off the line"
             )
         y = scaled(y, 1.0)
     return x, y
@@ -88,7 +95,8 @@ def orthonormal(first: Direction, second: Direction) -> tuple[dict[str, Tensor],
 def coordinates(
     points: Mapping[str, Direction], first: Direction, second: Direction
 ) -> pd.DataFrame:
-    """Where points (weights minus those of the plane's origin) lie in a plane: their nearest points of it, by least squares.
+    """Where points (weights minus those of the plane's origin) lie in a plane: their nearest points
+    of it, by least squares.
 
     Args:
         points: name to difference from the origin.
@@ -96,7 +104,8 @@ def coordinates(
         second: the y-axis, of any length and angle.
 
     Returns:
-        A row per point: ``point``, ``x``, ``y`` (in units of the axes), ``distance`` from the origin, ``residual`` (distance from the plane).
+        A row per point: ``point``, ``x``, ``y`` (in units of the axes), ``distance`` from the
+        origin, ``residual`` (distance from the plane).
 
     Raises:
         WorkbenchError: the axes span no plane.
@@ -125,7 +134,8 @@ class TrajectoryPlane:
     Attributes:
         first: unit direction of PC 1.
         second: unit direction of PC 2.
-        shares: a row per component: ``component`` (from 1), ``share`` of the variance, ``null`` (the share that a Gaussian random walk with steps of the same lengths has).
+        shares: a row per component: ``component`` (from 1), ``share`` of the variance, ``null``
+            (the share that a Gaussian random walk with steps of the same lengths has).
     """
 
     first: dict[str, Tensor]
@@ -143,13 +153,16 @@ class TrajectoryPlane:
 
 
 def trajectory_plane(deltas: Sequence[Direction]) -> TrajectoryPlane:
-    """Principal components of a trajectory (Li et al. 2018, arXiv 1712.09913, section 7), with the null that their shares must be read against.
+    """Principal components of a trajectory (Li et al. 2018, arXiv 1712.09913, section 7), with the
+    null that their shares must be read against.
 
-    In a space of many dimensions even a random walk has most of its variance in two components (61 % and 76 % in the limit of many steps), so a high share alone says
-    nothing about the path (Antognini and Sohl-Dickstein 2018, arXiv 1806.08805).
+    In a space of many dimensions even a random walk has most of its variance in two components (61
+    % and 76 % in the limit of many steps), so a high share alone says nothing about the path
+    (Antognini and Sohl-Dickstein 2018, arXiv 1806.08805).
 
     Args:
-        deltas: weights minus those of the start, a direction per checkpoint, without the start itself (it counts as the first point).
+        deltas: weights minus those of the start, a direction per checkpoint, without the start
+            itself (it counts as the first point).
 
     Raises:
         WorkbenchError: fewer than two checkpoints, or all points lie on one line.
@@ -188,10 +201,12 @@ def trajectory_plane(deltas: Sequence[Direction]) -> TrajectoryPlane:
 
 
 def walk_shares(steps: Sequence[float]) -> np.ndarray:
-    """Shares of the variance of the principal components of a Gaussian random walk, in the limit of many dimensions.
+    """Shares of the variance of the principal components of a Gaussian random walk, in the limit of
+    many dimensions.
 
-    There steps are at right angles, and ``<theta_i, theta_j>`` is the sum of the squared lengths of the first ``min(i, j)`` steps. For ``T - 1`` steps of one length the
-    shares are ``6 / ((T^2 - 1) (2 sin(pi k / 2T))^2)``, which tends to ``6 / (pi k)^2`` (Antognini and Sohl-Dickstein 2018).
+    There steps are at right angles, and ``<theta_i, theta_j>`` is the sum of the squared lengths of
+    the first ``min(i, j)`` steps. For ``T - 1`` steps of one length the shares are ``6 / ((T^2 - 1)
+    (2 sin(pi k / 2T))^2)``, which tends to ``6 / (pi k)^2`` (Antognini and Sohl-Dickstein 2018).
 
     Args:
         steps: length of every step.
@@ -205,7 +220,9 @@ def walk_shares(steps: Sequence[float]) -> np.ndarray:
 
 
 def _components(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues (largest first, none negative) and eigenvectors of the Gram matrix of centred points; one eigenvalue is always zero."""
+    """Eigenvalues (largest first, none negative) and eigenvectors of the Gram matrix of centred
+    points; one eigenvalue is always zero.
+    """
     centre = np.eye(len(gram)) - 1 / len(gram)
     values, vectors = np.linalg.eigh(centre @ gram @ centre)
     return values[::-1].clip(min=0), vectors[:, ::-1]

@@ -1,4 +1,6 @@
-"""What the probes around a model share: losses by name, their values and gradients, and weights that come back."""
+"""What the probes around a model share: losses by name, their values and gradients, and weights
+that come back.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,14 @@ from workbench.sharpness.slices import Direction, mean_loss, moved
 from workbench.unlearning.smoothing.rule import in_float32
 
 Parts = Callable[[PreTrainedModel], Iterable[Tensor]]
-"""The parts (scalars) of a loss whose value is their sum. They are differentiated one after the other, so that one graph is alive at a time."""
+"""The parts (scalars) of a loss whose value is their sum. They are differentiated one after the
+other, so that one graph is alive at a time.
+"""
 
 Loss = Sequence[Batch] | Parts
-"""Texts (their mean token loss, nats per token) or any other differentiable function of the weights."""
+"""Texts (their mean token loss, nats per token) or any other differentiable function of the
+weights.
+"""
 
 
 def value_of(model: PreTrainedModel, loss: Loss) -> float:
@@ -33,7 +39,8 @@ def value_of(model: PreTrainedModel, loss: Loss) -> float:
 def value_and_gradient(
     model: PreTrainedModel, loss: Loss, parameters: Mapping[str, Tensor]
 ) -> tuple[float, dict[str, Tensor]]:
-    """The loss and its gradient at the weights that the model has now, by name; zeros where the loss does not depend on a parameter.
+    """The loss and its gradient at the weights that the model has now, by name; zeros where the
+    loss does not depend on a parameter.
 
     Raises:
         WorkbenchError: the loss depends on no trainable parameter.
@@ -47,7 +54,8 @@ def value_and_gradient(
     for part in parts:
         if not part.requires_grad:
             raise WorkbenchError(
-                "the attack loss depends on no trainable parameter, so there is no direction to follow"
+                "the attack loss depends on no trainable parameter, so there is no direction to "
+                "follow"
             )
         value += float(part.detach().double()) / tokens
         for name, gradient in zip(
@@ -63,10 +71,12 @@ def value_and_gradient(
 def probing(
     model: PreTrainedModel, losses: Mapping[str, Loss]
 ) -> Iterator[Callable[[Direction, float], None]]:
-    """:func:`workbench.sharpness.slices.moved` for a model in evaluation mode, in float32: in bfloat16 a small perturbation would be rounded away.
+    """:func:`workbench.sharpness.slices.moved` for a model in evaluation mode, in float32: in
+    bfloat16 a small perturbation would be rounded away.
 
     Raises:
-        WorkbenchError: the model is in training mode, or there is no loss, or a loss without a target token.
+        WorkbenchError: the model is in training mode, or there is no loss, or a loss without a
+            target token.
     """
     if model.training:
         raise WorkbenchError("a model in training mode has a random loss; call model.eval() first")
@@ -89,6 +99,7 @@ def checked(name: str, values: Sequence[float], *, negative: bool = False) -> li
     bad = [value for value in found if not (abs(value) < float("inf") and (negative or value >= 0))]
     if bad or not found:
         raise WorkbenchError(
-            f"{name} is {bad[0] if bad else 'empty'}; give finite numbers{'' if negative else ' of at least 0'}"
+            f"{name} is {bad[0] if bad else 'empty'}; give finite "
+            f"numbers{'' if negative else ' of at least 0'}"
         )
     return found

@@ -24,7 +24,9 @@ _WRITES = ("o_proj", "down_proj", "out_proj", "c_proj", "dense_4h_to_h", "fc2", 
 
 @contextmanager
 def moved(model: PreTrainedModel) -> Iterator[Callable[[Direction, float], None]]:
-    """Yields ``move(direction, a)``, which sets the weights to ``theta + a * direction``; the weights are copied back bit by bit at the end, whatever happens."""
+    """Yields ``move(direction, a)``, which sets the weights to ``theta + a * direction``; the
+    weights are copied back bit by bit at the end, whatever happens.
+    """
     start = snapshot(model)
     parameters = dict(model.named_parameters())
     touched: set[str] = set()
@@ -47,7 +49,9 @@ def moved(model: PreTrainedModel) -> Iterator[Callable[[Direction, float], None]
 
 
 def scaled(direction: Direction, length: float) -> dict[str, Tensor]:
-    """The direction with Euclidean norm ``length`` over all parameters; a zero direction stays zero."""
+    """The direction with Euclidean norm ``length`` over all parameters; a zero direction stays
+    zero.
+    """
     norm = norm_of(direction)
     return (
         {name: value * (length / norm) for name, value in direction.items()}
@@ -60,11 +64,11 @@ def stream_axes(model: PreTrainedModel) -> dict[str, int]:
     """The axis of every matrix along which one filter lies.
 
     A filter is the set of weights between one unit and the residual stream (Li et al. 2018 speak of
-    the weights that make one unit's output): for a matrix that reads from the stream those *into* an
-    output unit, for one that writes into it those *out of* a hidden unit. What a matrix does is
-    asked of the hooks' table of families, and how it lies of its module: ``nn.Linear`` keeps ``[out,
-    in]``, GPT-2's ``Conv1D`` ``[in, out]``, embeddings ``[token, width]``; of experts in one tensor
-    ``[expert, ., .]`` it is the axis of the stream's width.
+    the weights that make one unit's output): for a matrix that reads from the stream those *into*
+    an output unit, for one that writes into it those *out of* a hidden unit. What a matrix does is
+    asked of the hooks' table of families, and how it lies of its module: ``nn.Linear`` keeps
+    ``[out, in]``, GPT-2's ``Conv1D`` ``[in, out]``, embeddings ``[token, width]``; of experts in
+    one tensor ``[expert, ., .]`` it is the axis of the stream's width.
 
     Returns:
         Parameter name -> axis; vectors are left out.
@@ -123,7 +127,9 @@ def random_direction(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
 
 
 def descent_direction(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """Minus the gradient of the summed token loss over ``batches``: where a relearning attack's first step goes."""
+    """Minus the gradient of the summed token loss over ``batches``: where a relearning attack's
+    first step goes.
+    """
     names, parameters = zip(
         *[
             (name, parameter)
@@ -155,7 +161,8 @@ def loss_slice(
     positions: Sequence[float],
     losses: Mapping[str, Sequence[Batch]],
 ) -> dict[str, list[float]]:
-    """Every loss at every position along one direction, in one walk; the model is left as it was found.
+    """Every loss at every position along one direction, in one walk; the model is left as it was
+    found.
 
     Args:
         model: the centre, at position 0.

@@ -1,6 +1,8 @@
-"""Traces by random probes: of the Hessian, of its diagonal blocks, and of the products of weights and Hessian that make relative flatness.
+"""Traces by random probes: of the Hessian, of its diagonal blocks, and of the products of weights
+and Hessian that make relative flatness.
 
-The sum of all eigenvalues is an average: it is small at a saddle whose two ends are large, and says nothing about either end (:mod:`workbench.sharpness.curvature`).
+The sum of all eigenvalues is an average: it is small at a saddle whose two ends are large, and says
+nothing about either end (:mod:`workbench.sharpness.curvature`).
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from workbench.sharpness.krylov import Product, Vector
 
 
 def rademacher(seed: int, probe: int, size: int) -> Vector:
-    """``[size]`` independent signs; a seed and a number of a probe mean the same signs whatever was drawn before, so that two models share their probes."""
+    """``[size]`` independent signs; a seed and a number of a probe mean the same signs whatever was
+    drawn before, so that two models share their probes.
+    """
     return np.random.default_rng([seed, probe]).integers(0, 2, size).astype(np.float64) * 2 - 1
 
 
@@ -37,7 +41,8 @@ class Trace:
     """Hutchinson's estimate of a trace and its probes.
 
     Attributes:
-        samples: ``[n, block]`` ``z_b . (H z)_b``: every entry is an unbiased estimate of the trace of a diagonal block.
+        samples: ``[n, block]`` ``z_b . (H z)_b``: every entry is an unbiased estimate of the trace
+            of a diagonal block.
         squares: ``[n]`` ``||H z||^2``: unbiased estimates of the squared Frobenius norm.
         blocks: block name -> its number of weights.
         seed: of the probes.
@@ -69,7 +74,9 @@ class Trace:
         return _mean(self.squares)
 
     def by_block(self) -> pd.DataFrame:
-        """One row per block: ``block``, ``weights``, ``trace``, ``se`` and ``mean_eigenvalue``; the traces add up to :attr:`value`."""
+        """One row per block: ``block``, ``weights``, ``trace``, ``se`` and ``mean_eigenvalue``; the
+        traces add up to :attr:`value`.
+        """
         rows = []
         for (name, weights), samples in zip(self.blocks.items(), self.samples.T, strict=True):
             trace, error = _mean(samples)
@@ -101,19 +108,25 @@ def hutchinson(
     max_products: int = 100,
     report: Report = quiet,
 ) -> Trace:
-    """Trace of a symmetric matrix from products with random signs (Hutchinson 1990): ``E z' H z = tr H``; one product per probe.
+    """Trace of a symmetric matrix from products with random signs (Hutchinson 1990): ``E z' H z =
+    tr H``; one product per probe.
 
-    The variance of a probe is ``2 (||H||_F^2 - sum_i H_ii^2)``: a diagonal matrix is exact with one probe. A block costs nothing more, because
-    ``E z_b . (H z)_b = tr H_bb``; what the other blocks add to it has mean zero, and its spread is in the standard error.
+    The variance of a probe is ``2 (||H||_F^2 - sum_i H_ii^2)``: a diagonal matrix is exact with one
+    probe. A block costs nothing more, because ``E z_b . (H z)_b = tr H_bb``; what the other blocks
+    add to it has mean zero, and its spread is in the standard error.
 
-    The probes stop at the first standard error below ``relative_se * |estimate|`` after at least ``min_probes``. Stopping at a statistic of the same probes favours
-    runs whose estimate is far from zero and whose spread happens to be small. For Gaussian probes of relative spread 0.38 and a target of 0.05, two standard errors then
-    cover the truth in 93.5 % instead of 95.4 % of the runs and the estimate is 0.6 % too large with ``min_probes`` 10 (89 % and 1.2 % with 3). ``relative_se=0`` has no such bias: it always takes ``max_products``.
+    The probes stop at the first standard error below ``relative_se * |estimate|`` after at least
+    ``min_probes``. Stopping at a statistic of the same probes favours runs whose estimate is far
+    from zero and whose spread happens to be small. For Gaussian probes of relative spread 0.38 and
+    a target of 0.05, two standard errors then cover the truth in 93.5 % instead of 95.4 % of the
+    runs and the estimate is 0.6 % too large with ``min_probes`` 10 (89 % and 1.2 % with 3).
+    ``relative_se=0`` has no such bias: it always takes ``max_products``.
 
     Args:
         product: the matrix.
         blocks: name -> part of the vector; together they must be the whole vector.
-        seed: of the probes; the same seed gives two matrices of one size the same probes (:func:`paired_difference`).
+        seed: of the probes; the same seed gives two matrices of one size the same probes
+            (:func:`paired_difference`).
         relative_se: the target.
         min_probes: at least 2.
         max_products: probes at most.
@@ -124,7 +137,8 @@ def hutchinson(
     """
     if max_products != 1 and not 2 <= min_probes <= max_products:
         raise WorkbenchError(
-            f"min_probes is {min_probes} and max_products {max_products}; a standard error needs 2 <= min_probes <= max_products"
+            f"min_probes is {min_probes} and max_products {max_products}; a standard error needs 2 "
+            "<= min_probes <= max_products"
         )
     size = sum(part.stop - part.start for part in blocks.values())
     samples, squares = np.empty((max_products, len(blocks))), np.empty(max_products)
@@ -150,7 +164,8 @@ def hutchinson(
 def _finite(image: Vector) -> Vector:
     if not np.isfinite(image).all():
         raise WorkbenchError(
-            "a Hessian-vector product is not finite; are the weights in float32 and the loss finite?"
+            "a Hessian-vector product is not finite; are the weights in float32 and the loss "
+            "finite?"
         )
     return image
 
@@ -166,7 +181,8 @@ def trace(
     max_products: int = 100,
     report: Report = quiet,
 ) -> Trace:
-    """Trace of the Hessian of the mean token loss, with the part of every parameter; see :func:`hutchinson`.
+    """Trace of the Hessian of the mean token loss, with the part of every parameter; see
+    :func:`hutchinson`.
 
     Args:
         model: in evaluation mode.
@@ -194,16 +210,19 @@ def trace(
 
 
 def paired_difference(one: Trace, other: Trace) -> tuple[float, float, int]:
-    """``tr H_one - tr H_other`` over the probes that both took: value, standard error, number of pairs.
+    """``tr H_one - tr H_other`` over the probes that both took: value, standard error, number of
+    pairs.
 
-    Two models that differ little share most of the noise of a probe, so their difference is far better known than either trace.
+    Two models that differ little share most of the noise of a probe, so their difference is far
+    better known than either trace.
 
     Raises:
         WorkbenchError: the probes are not the same.
     """
     if one.seed != other.seed or dict(one.blocks) != dict(other.blocks):
         raise WorkbenchError(
-            "the traces do not share their probes; estimate both with the same seed and the same parameters"
+            "the traces do not share their probes; estimate both with the same seed and the same "
+            "parameters"
         )
     n = min(one.n, other.n)
     value, error = _mean(one.samples[:n].sum(1) - other.samples[:n].sum(1))
@@ -219,15 +238,19 @@ def relative_flatness(
     probes: int = 20,
     report: Report = quiet,
 ) -> pd.DataFrame:
-    """Relative flatness of linear layers: ``kappa = sum_{s, s'} <w_s, w_s'> tr H_{s s'}`` over the rows (output units) of a layer (Petzka et al. 2021, arXiv 2001.00939, definition 3).
+    """Relative flatness of linear layers: ``kappa = sum_{s, s'} <w_s, w_s'> tr H_{s s'}`` over the
+    rows (output units) of a layer (Petzka et al. 2021, arXiv 2001.00939, definition 3).
 
-    That is ``tr[(W' (x) I) H (W (x) I)]``, estimated as ``E <W U, H[W U]>`` with a matrix ``U`` ``[in, in]`` of random signs: one product per probe for all layers at once.
-    A change of a layer's output basis that the next layer undoes leaves its kappa alone; one of its input basis does not.
+    That is ``tr[(W' (x) I) H (W (x) I)]``, estimated as ``E <W U, H[W U]>`` with a matrix ``U``
+    ``[in, in]`` of random signs: one product per probe for all layers at once. A change of a
+    layer's output basis that the next layer undoes leaves its kappa alone; one of its input basis
+    does not.
 
     Args:
         model: in evaluation mode.
         batches: the texts.
-        parameters: patterns; of what they fit, the weights of ``nn.Linear`` modules count (a head that is tied to the embedding does not).
+        parameters: patterns; of what they fit, the weights of ``nn.Linear`` modules count (a head
+            that is tied to the embedding does not).
         seed: of the probes.
         probes: Hessian-vector products, at least 2.
         report: called after every probe.
@@ -236,7 +259,8 @@ def relative_flatness(
         ``layer``, ``kappa`` (nats per token), ``se``, ``n``.
 
     Raises:
-        WorkbenchError: no linear layer among the parameters, fewer than two probes, or a product that is not finite.
+        WorkbenchError: no linear layer among the parameters, fewer than two probes, or a product
+            that is not finite.
     """
     if probes < 2:
         raise WorkbenchError(f"probes is {probes}; a standard error needs at least 2")
@@ -254,7 +278,8 @@ def relative_flatness(
     }
     if not layers:
         raise WorkbenchError(
-            f"none of the parameters {', '.join(operator.names[:5])} is the weight of a linear layer"
+            f"none of the parameters {', '.join(operator.names[:5])} is the weight of a linear "
+            "layer"
         )
     samples = []
     for probe in range(probes):

@@ -1,12 +1,15 @@
-"""Collapsed updates: remove the directions that activations and output gradients share from a weight gradient.
+"""Collapsed updates: remove the directions that activations and output gradients share from a
+weight gradient.
 
-A linear layer's weight gradient is ``dW = sum_t g_t a_t'`` over tokens. Collapsing every activation ``a_t`` and every output gradient ``g_t`` first is the
-same as one two-sided map of the finished gradient,
+A linear layer's weight gradient is ``dW = sum_t g_t a_t'`` over tokens. Collapsing every activation
+``a_t`` and every output gradient ``g_t`` first is the same as one two-sided map of the finished
+gradient,
 
     dW  <-  (I - Qg Qg') dW (I - Qa Qa'),
 
-so it works behind any objective and any optimiser and needs no stored activations for the step (Sondej and Yang 2025, arXiv 2509.11816, in an
-orthonormal form: the released code projects out the mean and the components one after another, which is no projector).
+so it works behind any objective and any optimiser and needs no stored activations for the step
+(Sondej and Yang 2025, arXiv 2509.11816, in an orthonormal form: the released code projects out the
+mean and the components one after another, which is no projector).
 """
 
 from __future__ import annotations
@@ -31,14 +34,16 @@ from workbench.subspaces.subspace import Subspace
 
 
 def collapse_basis(subspace: Subspace, components: int) -> Tensor:
-    """One orthonormal basis of the mean direction and the top ``components - 1`` principal directions.
+    """One orthonormal basis of the mean direction and the top ``components - 1`` principal
+    directions.
 
     Args:
         subspace: of activations or of output gradients.
         components: number of directions, the mean direction among them; 0 collapses nothing.
 
     Returns:
-        ``[width, k]`` float32 with ``k <= components``: directions without variance, and a mean inside the others, add no column.
+        ``[width, k]`` float32 with ``k <= components``: directions without variance, and a mean
+        inside the others, add no column.
     """
     width = subspace.width
     if components <= 0:
@@ -56,7 +61,9 @@ def collapse_basis(subspace: Subspace, components: int) -> Tensor:
 
 
 def collapse_rows(rows: Tensor, basis: Tensor, removed: Tensor | None = None) -> Tensor:
-    """``x - Q D Q' x`` for every row ``[row, width]``: shrink the directions ``basis`` ``[width, k]`` by the shares ``removed`` ``[k]`` (all of it, without shares)."""
+    """``x - Q D Q' x`` for every row ``[row, width]``: shrink the directions ``basis`` ``[width,
+    k]`` by the shares ``removed`` ``[k]`` (all of it, without shares).
+    """
     inside = rows @ basis
     return rows - (inside if removed is None else inside * removed) @ basis.T
 
@@ -76,11 +83,13 @@ def check_kind(kind: str) -> None:
 
 
 def removed_shares(second_moments: Tensor, kind: Kind) -> Tensor:
-    r"""How much of every direction a collapse removes: ``1 - (s_min / s_i)^p``, with ``s_i`` the root mean square of the data along it and ``s_min`` the smallest of them.
+    r"""How much of every direction a collapse removes: ``1 - (s_min / s_i)^p``, with ``s_i`` the
+    root mean square of the data along it and ``s_min`` the smallest of them.
 
-    One family (RepSelect, arXiv 2606.17168): hard (``p`` infinite) removes the directions, soft (``p = 1``) brings them all down to the smallest, quadratic is ``p = 2``. The
-    released code divides by the smallest *kept* singular value whatever it is, so data of lower rank than asked for is annihilated; here a direction below 1e-3 of the
-    largest does not count as the smallest.
+    One family (RepSelect, arXiv 2606.17168): hard (``p`` infinite) removes the directions, soft
+    (``p = 1``) brings them all down to the smallest, quadratic is ``p = 2``. The released code
+    divides by the smallest *kept* singular value whatever it is, so data of lower rank than asked
+    for is annihilated; here a direction below 1e-3 of the largest does not count as the smallest.
 
     Args:
         second_moments: ``[k]`` mean squares ``s_i^2``.
@@ -149,8 +158,10 @@ def collapse_side(
 ) -> tuple[Tensor, Tensor]:
     """One side of a collapse from what a finder has seen.
 
-    The mean direction and the top components are joined into one orthonormal basis, which is then turned so that the second moment of the data is diagonal in it: hard
-    collapse does not depend on that, soft and quadratic collapse need a size for every direction, and the mean direction has none of its own.
+    The mean direction and the top components are joined into one orthonormal basis, which is then
+    turned so that the second moment of the data is diagonal in it: hard collapse does not depend on
+    that, soft and quadratic collapse need a size for every direction, and the mean direction has
+    none of its own.
 
     Args:
         finder: of activations or of output gradients.
@@ -183,7 +194,9 @@ EXACT_WIDTH = 4096
 
 
 class _Sides:
-    """A consumer with one finder per site: exact where the covariance fits, a sketch where the rows are wide."""
+    """A consumer with one finder per site: exact where the covariance fits, a sketch where the rows
+    are wide.
+    """
 
     def __init__(self, components: Mapping[str, int]) -> None:
         self.components = components
@@ -225,8 +238,10 @@ def find_collapse(
         loss: batch to scalar; its gradients at the outputs are the gradient side. A mean over the
             target tokens, unless it is marked (:func:`workbench.evaluation.losses.mean_over`) or
             ``weight`` says otherwise.
-        batches: statistics use the content tokens (no padding, no BOS). From the forget set or from the retain set: which one is better depends on the data.
-        activation_components: directions per activation side, mean included; 0 leaves that side alone.
+        batches: statistics use the content tokens (no padding, no BOS). From the forget set or from
+            the retain set: which one is better depends on the data.
+        activation_components: directions per activation side, mean included; 0 leaves that side
+            alone.
         gradient_components: directions per gradient side, mean included; 0 leaves that side alone.
         kind: hard, soft or quadratic (:func:`removed_shares`).
         weight: how many equal terms ``loss`` is a mean over in a batch, for example
@@ -301,7 +316,8 @@ def _leader(path: str, paths: tuple[str, ...]) -> str:
 
 @contextmanager
 def only_tokens(model: PreTrainedModel, modules: Iterable[str], mask: Tensor) -> Iterator[None]:
-    """Zero the output gradient of ``modules`` at the positions where ``mask`` ``[batch, position]`` is false, so that only the others enter ``dW``.
+    """Zero the output gradient of ``modules`` at the positions where ``mask`` ``[batch, position]``
+    is false, so that only the others enter ``dW``.
 
     BOS attends to nothing but itself, so excluding it changes no other token's gradient.
     """

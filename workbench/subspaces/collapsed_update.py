@@ -1,4 +1,6 @@
-"""A collapsed update behind any objective and any optimiser, also inside a Hugging Face ``Trainer``."""
+"""A collapsed update behind any objective and any optimiser, also inside a Hugging Face
+``Trainer``.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +22,26 @@ _LEFT = 1e-5  # of the length of a gradient: less than that is the rounding of f
 
 
 class CollapsedUpdate:
-    """Leave the common directions of activations and output gradients out of every weight update of some modules.
+    """Leave the common directions of activations and output gradients out of every weight update of
+    some modules.
 
     >>> collapse = CollapsedUpdate(model, "model.layers.*.mlp.*_proj")      # doctest: +SKIP
     >>> collapse.find(loss, forget_batches)                                 # doctest: +SKIP
     >>> collapse.attach(trainer.create_optimizer())                         # doctest: +SKIP
 
-    The map acts on the finished weight gradients right before the optimiser's step, so it works with gradient accumulation and clipping, and with any loss. Parameters of
-    other modules, and biases, are left to the optimiser as they are.
+    The map acts on the finished weight gradients right before the optimiser's step, so it works
+    with gradient accumulation and clipping, and with any loss. Parameters of other modules, and
+    biases, are left to the optimiser as they are.
 
     Args:
         model: a model of linear layers (``nn.Linear``, or GPT-2's ``Conv1D``).
         modules: patterns of module paths.
-        activation_components: directions of the inputs to leave alone, the mean direction among them; 0 leaves that side alone. CIR's default.
+        activation_components: directions of the inputs to leave alone, the mean direction among
+            them; 0 leaves that side alone. CIR's default.
         gradient_components: directions of the output gradients, likewise.
         kind: hard, soft or quadratic, see :func:`workbench.subspaces.collapse.removed_shares`.
-        length: give all collapsed gradients together this Euclidean length; with plain SGD at rate 1 that is the length of the step. ``None`` leaves the length as it is.
+        length: give all collapsed gradients together this Euclidean length; with plain SGD at rate
+            1 that is the length of the step. ``None`` leaves the length as it is.
 
     Raises:
         WorkbenchError: a pattern matches no linear layer, or ``kind`` is none of the three.
@@ -61,7 +67,8 @@ class CollapsedUpdate:
         self.maps: dict[str, Collapse] = {}
 
     def find(self, loss: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> CollapsedUpdate:
-        """Find the directions in one pass over ``batches`` at the current weights; ``loss`` gives the gradient side.
+        """Find the directions in one pass over ``batches`` at the current weights; ``loss`` gives
+        the gradient side.
 
         Raises:
             WorkbenchError: there is no batch.
@@ -79,7 +86,8 @@ class CollapsedUpdate:
 
     @torch.no_grad()
     def apply(self) -> float:
-        """Map the weight gradients that are there now, in place; done by :meth:`attach` before every step.
+        """Map the weight gradients that are there now, in place; done by :meth:`attach` before
+        every step.
 
         Returns:
             The Euclidean length of the collapsed gradients before ``length`` is applied.
@@ -131,9 +139,11 @@ class CollapsedUpdate:
         """Collapse before every step of ``optimiser``.
 
         Args:
-            optimiser: any optimiser over the model's parameters; a ``Trainer``'s own, from ``trainer.create_optimizer()``.
-            refresh: called before steps 0, ``every``, 2 ``every``, ...: usually ``lambda: collapse.find(loss, batches)``, since the directions move as the model changes.
-                The gradients of the step are kept while it runs.
+            optimiser: any optimiser over the model's parameters; a ``Trainer``'s own, from
+                ``trainer.create_optimizer()``.
+            refresh: called before steps 0, ``every``, 2 ``every``, ...: usually ``lambda:
+                collapse.find(loss, batches)``, since the directions move as the model changes. The
+                gradients of the step are kept while it runs.
             every: see ``refresh``.
 
         Returns:
@@ -174,22 +184,29 @@ def collapse_checked(collapse: Collapse, gradient: Tensor, path: str) -> Tensor:
     collapsed = collapse(gradient)
     before, after = float(gradient.float().norm()), float(collapsed.float().norm())
     if before > 0 and after <= _LEFT * before:
-        sides = f"{collapse.activation.shape[1]} activation and {collapse.gradient.shape[1]} gradient directions"
+        sides = (
+            f"{collapse.activation.shape[1]} activation and {collapse.gradient.shape[1]} gradient "
+            "directions"
+        )
         raise WorkbenchError(
-            f"the collapse of {path} leaves nothing of its gradient: {sides} hold all of it. Take fewer components, or more tokens per step"
+            f"the collapse of {path} leaves nothing of its gradient: {sides} hold all of it. Take "
+            "fewer components, or more tokens per step"
         )
     return collapsed
 
 
 def collapse_of(layer: nn.Module, collapse: Collapse, gradient: Tensor, path: str) -> Tensor:
-    """:func:`collapse_checked` for the weight gradient of ``layer`` as it lies there: GPT-2's ``Conv1D`` keeps its weight transposed."""
+    """:func:`collapse_checked` for the weight gradient of ``layer`` as it lies there: GPT-2's
+    ``Conv1D`` keeps its weight transposed.
+    """
     if isinstance(layer, Conv1D):
         return collapse_checked(collapse, gradient.T, path).T
     return collapse_checked(collapse, gradient, path)
 
 
 def linear_modules(model: PreTrainedModel, patterns: str | Iterable[str]) -> tuple[str, ...]:
-    """Paths of the linear layers (``nn.Linear`` or ``Conv1D``) that ``patterns`` name, in the order of the model.
+    """Paths of the linear layers (``nn.Linear`` or ``Conv1D``) that ``patterns`` name, in the order
+    of the model.
 
     Raises:
         WorkbenchError: a pattern matches none.
@@ -201,7 +218,8 @@ def linear_modules(model: PreTrainedModel, patterns: str | Iterable[str]) -> tup
     for pattern in wanted:
         if not fnmatch.filter(linear, pattern):
             raise WorkbenchError(
-                f"no linear layer matches {pattern!r}; the first of this model are {', '.join(linear[:3])}"
+                f"no linear layer matches {pattern!r}; the first of this model are "
+                f"{', '.join(linear[:3])}"
             )
     return tuple(
         name for name in linear if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)

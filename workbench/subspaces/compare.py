@@ -1,4 +1,6 @@
-"""Comparing subspaces, always beside what chance would give: principal angles with a permutation null, overlap over ranks, energy by variance tier, CKA, token reading."""
+"""Comparing subspaces, always beside what chance would give: principal angles with a permutation
+null, overlap over ranks, energy by variance tier, CKA, token reading.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from workbench.subspaces.subspace import Subspace, overlap, principal_angles
 def rank_sensitivity(
     first: Subspace, second: Subspace, ranks: Sequence[int] | None = None
 ) -> pd.DataFrame:
-    """How the overlap of two subspaces depends on the rank, beside its expectation for random subspaces (``rank / width``).
+    """How the overlap of two subspaces depends on the rank, beside its expectation for random
+    subspaces (``rank / width``).
 
     Args:
         first: any subspace.
@@ -29,8 +32,9 @@ def rank_sensitivity(
         ranks: ranks of both; powers of two up to the smaller rank by default.
 
     Returns:
-        One row per rank: ``rank``, ``overlap`` (mean squared cosine of the principal angles), ``random``, ``gap_first``, ``gap_second`` (relative eigengaps after that rank;
-        NaN where the next eigenvalue is not known). A rank without a gap says little.
+        One row per rank: ``rank``, ``overlap`` (mean squared cosine of the principal angles),
+        ``random``, ``gap_first``, ``gap_second`` (relative eigengaps after that rank; NaN where the
+        next eigenvalue is not known). A rank without a gap says little.
     """
     top = min(first.rank, second.rank)
     chosen = (
@@ -63,7 +67,8 @@ def _gap(subspace: Subspace, rank: int) -> float:
 
 
 class OverlapNull(NamedTuple):
-    """The overlap of two subspaces (mean squared cosine of their principal angles) beside its permutation null.
+    """The overlap of two subspaces (mean squared cosine of their principal angles) beside its
+    permutation null.
 
     Attributes:
         observed: the overlap.
@@ -90,34 +95,41 @@ def angle_null(
     draws: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Cosines of the principal angles between the top subspaces of two sets of rows, beside a permutation null.
+    """Cosines of the principal angles between the top subspaces of two sets of rows, beside a
+    permutation null.
 
-    The null hypothesis is that the two sets come from one distribution: rows (or whole groups of rows, such as the tokens of one text, which are not exchangeable
-    one by one) are dealt anew into two sets of the same sizes. Angles larger than those of the null mean that the sets differ; a pair of disjoint random halves of one
-    set is the fair anchor, not 1.
+    The null hypothesis is that the two sets come from one distribution: rows (or whole groups of
+    rows, such as the tokens of one text, which are not exchangeable one by one) are dealt anew into
+    two sets of the same sizes. Angles larger than those of the null mean that the sets differ; a
+    pair of disjoint random halves of one set is the fair anchor, not 1.
 
     Args:
         first: ``[row, width]``.
         second: ``[row, width]``.
         rank: of both subspaces.
-        first_groups: ``[row]`` whole number of the text that a row belongs to; every row its own by default.
+        first_groups: ``[row]`` whole number of the text that a row belongs to; every row its own by
+            default.
         second_groups: the same for ``second``.
         draws: permutations.
         seed: of the permutations.
 
     Returns:
-        One row per angle: ``angle`` (0 is the smallest), ``cosine``, ``null_low``, ``null_median``, ``null_high`` (2.5, 50 and 97.5 %), ``p`` (share of permutations whose
-        cosine is at most the observed one, with the usual plus one). ``attrs["overlap"]`` is the :class:`OverlapNull` of all angles together.
+        One row per angle: ``angle`` (0 is the smallest), ``cosine``, ``null_low``, ``null_median``,
+        ``null_high`` (2.5, 50 and 97.5 %), ``p`` (share of permutations whose cosine is at most the
+        observed one, with the usual plus one). ``attrs["overlap"]`` is the :class:`OverlapNull` of
+        all angles together.
 
     Raises:
         WorkbenchError: the widths differ, or a set has no more than ``rank`` rows.
     """
     if first.shape[1] != second.shape[1] or min(len(first), len(second)) <= rank or rank < 1:
         raise WorkbenchError(
-            f"two sets of more than rank {rank} rows of one width are needed; got {list(first.shape)} and {list(second.shape)}"
+            f"two sets of more than rank {rank} rows of one width are needed; got "
+            f"{list(first.shape)} and {list(second.shape)}"
         )
     if first.shape[1] > len(first) + len(second):
-        # All principal directions lie in the span of the rows: coordinates in a basis of that span leave every angle as it is, and make each permutation cheap.
+        # All principal directions lie in the span of the rows: coordinates in a basis of that span
+        # leave every angle as it is, and make each permutation cheap.
         span = torch.linalg.qr(torch.cat([first, second]).double().T).Q
         first, second = first.double() @ span, second.double() @ span
     observed = _cosines(first, second, rank)
@@ -171,7 +183,9 @@ def _cosines(first: Tensor, second: Tensor, rank: int) -> np.ndarray:
 
 
 def tier_edges(rank: int) -> list[tuple[int, int]]:
-    """Tiers of components as the RepSelect study cuts them: 0-4, 4-16, 16-64, 64-256, ... up to ``rank``."""
+    """Tiers of components as the RepSelect study cuts them: 0-4, 4-16, 16-64, 64-256, ... up to
+    ``rank``.
+    """
     edges = [0]
     while edges[-1] < rank:
         edges.append(min(rank, 4 ** len(edges)))
@@ -184,13 +198,16 @@ def energy_by_tier(
     """Where the energy of vectors, or of a weight change, lies among principal directions.
 
     Args:
-        vectors: ``[row, width]``: rows, or a weight change ``[out, in]`` against a subspace of its inputs (transpose it against one of its output gradients).
+        vectors: ``[row, width]``: rows, or a weight change ``[out, in]`` against a subspace of its
+            inputs (transpose it against one of its output gradients).
         subspace: directions ordered by variance.
         tiers: half-open ranges of components; :func:`tier_edges` by default.
 
     Returns:
-        One row per tier and one for the rest of the space: ``first``, ``last`` (half-open; the rest ends at the width), ``energy`` (share of the squared norm), ``random``
-        (the share that a random vector would have), ``variance`` (share of the data's variance there). Energies add up to 1; all are 0 for zero vectors.
+        One row per tier and one for the rest of the space: ``first``, ``last`` (half-open; the rest
+        ends at the width), ``energy`` (share of the squared norm), ``random`` (the share that a
+        random vector would have), ``variance`` (share of the data's variance there). Energies add
+        up to 1; all are 0 for zero vectors.
     """
     chosen = tier_edges(subspace.rank) if tiers is None else list(tiers)
     wide = vectors.double()
@@ -246,8 +263,9 @@ def _hsic(first: Tensor, second: Tensor) -> float:
 
 
 def debiased_cka(first: Tensor, second: Tensor) -> float:
-    """Linear CKA with the unbiased HSIC (Nguyen, Raghu and Kornblith 2021, arXiv 2010.15327): 1 for equal representations up to rotation and scale, 0 on average for
-    unrelated ones, also where there are fewer rows than coordinates (the usual estimate tends to 1 there).
+    """Linear CKA with the unbiased HSIC (Nguyen, Raghu and Kornblith 2021, arXiv 2010.15327): 1 for
+    equal representations up to rotation and scale, 0 on average for unrelated ones, also where
+    there are fewer rows than coordinates (the usual estimate tends to 1 there).
 
     Args:
         first: ``[n, width]`` rows of one model.
@@ -261,9 +279,11 @@ def debiased_cka(first: Tensor, second: Tensor) -> float:
     """
     if len(first) != len(second) or len(first) < 4:
         raise WorkbenchError(
-            f"CKA needs two sets of at least 4 rows on the same tokens; got {len(first)} and {len(second)}"
+            f"CKA needs two sets of at least 4 rows on the same tokens; got {len(first)} and "
+            f"{len(second)}"
         )
-    # Any common shift leaves the estimate as it is; taking the first row off makes rows that never change exactly zero.
+    # Any common shift leaves the estimate as it is; taking the first row off makes rows that never
+    # change exactly zero.
     one, other = (rows.double() - rows[:1].double() for rows in (first, second))
     own = [_hsic(one, one), _hsic(other, other)]
     return _hsic(one, other) / (own[0] * own[1]) ** 0.5 if min(own) > 0 else float("nan")
@@ -273,9 +293,11 @@ def debiased_cka(first: Tensor, second: Tensor) -> float:
 def read_direction(
     direction: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top: int = 8
 ) -> pd.DataFrame:
-    """A direction of the residual stream read through the unembedding (logit lens): the tokens it promotes and the tokens it suppresses.
+    """A direction of the residual stream read through the unembedding (logit lens): the tokens it
+    promotes and the tokens it suppresses.
 
-    The final norm's weight scales the coordinates; its division by the length of the stream is left out, since a direction has none.
+    The final norm's weight scales the coordinates; its division by the length of the stream is left
+    out, since a direction has none.
 
     Args:
         direction: ``[width]`` in the residual stream.
@@ -284,21 +306,25 @@ def read_direction(
         top: tokens on each side.
 
     Returns:
-        ``token``, ``logit`` (per unit length of the direction), ``side`` (``promoted`` or ``suppressed``).
+        ``token``, ``logit`` (per unit length of the direction), ``side`` (``promoted`` or
+        ``suppressed``).
 
     Raises:
-        WorkbenchError: the direction does not live in the residual stream, or the family is unknown.
+        WorkbenchError: the direction does not live in the residual stream, or the family is
+            unknown.
     """
     known, (_, inner) = family(model), causal_lm(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None  # type: ignore[operator]
     if known is None or head is None:
         raise WorkbenchError(
-            f"{type(model).__name__} has no unembedding that is known here; a causal LM of a family in hooks.families is needed"
+            f"{type(model).__name__} has no unembedding that is known here; a causal LM of a "
+            "family in hooks.families is needed"
         )
     unembedding = head.weight
     if direction.shape != unembedding.shape[1:]:
         raise WorkbenchError(
-            f"the residual stream of this family member has width {unembedding.shape[1]}; got a direction of shape {list(direction.shape)}"
+            f"the residual stream of this family member has width {unembedding.shape[1]}; got a "
+            f"direction of shape {list(direction.shape)}"
         )
     norm = inner.get_submodule(known.outside["ln_final.hook_in"].path)
     scale = getattr(norm, "weight", None)

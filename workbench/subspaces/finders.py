@@ -1,12 +1,15 @@
-"""Principal component finders that see rows once, in scikit-learn's conventions: ``fit``, ``partial_fit``, ``transform``, ``components_``, ``explained_variance_``.
+"""Principal component finders that see rows once, in scikit-learn's conventions: ``fit``,
+``partial_fit``, ``transform``, ``components_``, ``explained_variance_``.
 
 Two of them, with the same attributes:
 
-* :class:`StreamingPCA`: exact covariance and one eigendecomposition; memory ``O(d^2)``. For residual streams and anything up to some thousand coordinates.
-* :class:`SketchPCA`: a linear sketch of the covariance; memory ``O(d k)``, for MLP hidden layers (14,336 and more). It reports how much of the covariance it misses.
+* :class:`StreamingPCA`: exact covariance and one eigendecomposition; memory ``O(d^2)``. For
+  residual streams and anything up to some thousand coordinates.
+* :class:`SketchPCA`: a linear sketch of the covariance; memory ``O(d k)``, for MLP hidden layers
+  (14,336 and more). It reports how much of the covariance it misses.
 
-Both take weights, merge (several processes give the basis that one would have given), never return a direction without variance, and serve as consumers of a capture
-through :class:`EachSite`.
+Both take weights, merge (several processes give the basis that one would have given), never return
+a direction without variance, and serve as consumers of a capture through :class:`EachSite`.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ from workbench.subspaces.subspace import Subspace, noise_floor, principal_subspa
 
 
 class _Finder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """What both finders share: the attributes of scikit-learn's PCA, read from a :class:`Subspace`."""
+    """What both finders share: the attributes of scikit-learn's PCA, read from a
+    :class:`Subspace`.
+    """
 
     n_components: int
     _found: Any
@@ -66,7 +71,9 @@ class _Finder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     @property
     def components_(self) -> Tensor:
-        """``[k, width]`` float32 orthonormal rows, largest variance first; ``k <= n_components``, directions without variance are left out."""
+        """``[k, width]`` float32 orthonormal rows, largest variance first; ``k <= n_components``,
+        directions without variance are left out.
+        """
         return self.subspace().basis.T
 
     @property
@@ -94,7 +101,8 @@ class _Finder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
 
 class StreamingPCA(_Finder):
-    """Exact principal components of a stream of rows: products of centred chunks, merged (Chan, Golub and LeVeque 1983), and one ``eigh``, all in float64.
+    """Exact principal components of a stream of rows: products of centred chunks, merged (Chan,
+    Golub and LeVeque 1983), and one ``eigh``, all in float64.
 
     Args:
         n_components: how many directions, at most.
@@ -134,7 +142,8 @@ class StreamingPCA(_Finder):
         if self._found is None:
             if not self.moments_.count:
                 raise NotFittedError(
-                    "no row was seen; call fit or partial_fit, or look whether the position rule selects anything"
+                    "no row was seen; call fit or partial_fit, or look whether the position rule "
+                    "selects anything"
                 )
             self._found = principal_subspace(self.moments_, self.n_components)
         return self._found.named(**where)
@@ -144,14 +153,19 @@ class StreamingPCA(_Finder):
 
 
 class SketchPCA(_Finder):
-    r"""Principal components of a stream of wide rows in ``O(d k)`` memory: a Nystroem sketch of the covariance.
+    r"""Principal components of a stream of wide rows in ``O(d k)`` memory: a Nystroem sketch of the
+    covariance.
 
-    Kept are the mean and :math:`Y = C\,\Omega`, where :math:`C` is the centred scatter matrix and :math:`\Omega` a fixed Gaussian test matrix with ``n_components +
-    oversample`` columns. ``Y`` is linear in ``C``, so it is updated chunk by chunk and merged exactly; the components are those of the stabilised approximation
-    :math:`Y (\Omega^T Y)^{-1} Y^T` (Tropp, Yurtsever, Udell and Cevher 2017, "Fixed-rank approximation of a positive-semidefinite matrix from streaming data", algorithm 3).
+    Kept are the mean and :math:`Y = C\,\Omega`, where :math:`C` is the centred scatter matrix and
+    :math:`\Omega` a fixed Gaussian test matrix with ``n_components + oversample`` columns. ``Y`` is
+    linear in ``C``, so it is updated chunk by chunk and merged exactly; the components are those of
+    the stabilised approximation :math:`Y (\Omega^T Y)^{-1} Y^T` (Tropp, Yurtsever, Udell and Cevher
+    2017, "Fixed-rank approximation of a positive-semidefinite matrix from streaming data",
+    algorithm 3).
 
-    One pass finds the leading directions where the spectrum falls. Where it is flat, a second pass from :meth:`next_pass` (subspace iteration) helps; :attr:`residual_` and
-    :attr:`gaps_` say whether it is needed. A top-k subspace without a gap after k is not a property of the data.
+    One pass finds the leading directions where the spectrum falls. Where it is flat, a second pass
+    from :meth:`next_pass` (subspace iteration) helps; :attr:`residual_` and :attr:`gaps_` say
+    whether it is needed. A top-k subspace without a gap after k is not a property of the data.
 
     Args:
         n_components: how many directions, at most.
@@ -218,7 +232,8 @@ class SketchPCA(_Finder):
             self._start(rows.shape[1], rows.device)
         if rows.shape[1] != len(self._mean):
             raise WorkbenchError(
-                f"the sketch is of rows of width {len(self._mean)}; these have width {rows.shape[1]}"
+                f"the sketch is of rows of width {len(self._mean)}; these have width "
+                f"{rows.shape[1]}"
             )
         mean = rows.mean(0) if weights is None else (weights[:, None] * rows).sum(0) / total
         centred = rows - mean
@@ -252,7 +267,8 @@ class SketchPCA(_Finder):
             or not torch.equal(self._test, other._test.to(self._test))
         ):
             raise WorkbenchError(
-                "sketches can be merged only with the same seed, width, components, oversampling and pass"
+                "sketches can be merged only with the same seed, width, components, oversampling "
+                "and pass"
             )
         self._add(other.n_samples_seen_, other._weight, other._mean, other._sketch, other._squares)
         return self
@@ -275,7 +291,8 @@ class SketchPCA(_Finder):
             return self._found
         if not self.n_samples_seen_:
             raise NotFittedError(
-                "no row was seen; call fit or partial_fit, or look whether the position rule selects anything"
+                "no row was seen; call fit or partial_fit, or look whether the position rule "
+                "selects anything"
             )
         if not bool(torch.isfinite(self._sketch).all()):
             raise WorkbenchError("the rows hold NaN or infinity; no subspace was fitted")
@@ -314,7 +331,8 @@ class SketchPCA(_Finder):
             "",
             self.n_components,
         )
-        # What comes after the last eigenvalue that the sketch can see is zero if it saw fewer than it could, and unknown otherwise.
+        # What comes after the last eigenvalue that the sketch can see is zero if it saw fewer than
+        # it could, and unknown otherwise.
         beyond = 0.0 if len(values) < columns else float("nan")
         following = torch.cat([values[1 : self.n_components + 1], values.new_tensor([beyond])])[
             : len(variances)
@@ -333,16 +351,22 @@ class SketchPCA(_Finder):
 
     @property
     def residual_(self) -> float:
-        """Estimate of ``||C - C_k||_F / ||C||_F``: the relative size of what the components miss, from probe vectors that the fit did not use."""
+        """Estimate of ``||C - C_k||_F / ||C||_F``: the relative size of what the components miss,
+        from probe vectors that the fit did not use.
+        """
         return self._solve()[2]
 
     @property
     def gaps_(self) -> Tensor:
-        """``[k]`` relative eigengaps ``(v_i - v_{i+1}) / v_i``. Where the last one is small, another sample would choose another last direction."""
+        """``[k]`` relative eigengaps ``(v_i - v_{i+1}) / v_i``. Where the last one is small,
+        another sample would choose another last direction.
+        """
         return self._solve()[1]
 
     def next_pass(self) -> SketchPCA:
-        """An empty sketch whose test matrix is the range found so far: fit it on the same rows for a more exact answer (subspace iteration)."""
+        """An empty sketch whose test matrix is the range found so far: fit it on the same rows for
+        a more exact answer (subspace iteration).
+        """
         if not self.n_samples_seen_:
             raise NotFittedError("a further pass needs a first one; call fit or partial_fit")
         columns = self._test.shape[1] - self.probes
@@ -370,7 +394,7 @@ class SketchPCA(_Finder):
             found.rank,
             found.width,
             found.count,
-            f"{float(found.eigenvalues.sum()) / found.total_variance if found.total_variance else 0:.1%}",
+            f"{float(found.eigenvalues.sum()) / found.total_variance if found.total_variance else 0:.1%}",  # noqa: E501
             f"{residual:.3g}",
             f"{float(gaps[-1]) if len(gaps) else 0:.3g}",
         )
@@ -391,7 +415,9 @@ class SketchPCA(_Finder):
 def _nystroem(
     sketch: Tensor, test: Tensor, size: float, mean_square: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Eigenvectors ``[width, k]`` and eigenvalues ``[k]`` of ``Y (W^T Y)^+ Y^T``, shifted for stability; directions without variance are left out."""
+    """Eigenvectors ``[width, k]`` and eigenvalues ``[k]`` of ``Y (W^T Y)^+ Y^T``, shifted for
+    stability; directions without variance are left out.
+    """
     shift = torch.finfo(torch.float64).eps * size
     shifted = sketch + shift * test
     core = test.T @ shifted
@@ -405,7 +431,8 @@ def _nystroem(
 
 
 class EachSite:
-    """A consumer that keeps one finder for every site: ``EachSite(lambda: SketchPCA(64))["blocks.3.mlp.out.hook_in"]``.
+    """A consumer that keeps one finder for every site: ``EachSite(lambda:
+    SketchPCA(64))["blocks.3.mlp.out.hook_in"]``.
 
     Args:
         make: makes an empty finder.
@@ -429,7 +456,8 @@ class EachSite:
         """
         if name not in self.by_site:
             raise WorkbenchError(
-                f"no rows of {name!r}; there are rows of {', '.join(list(self.by_site)[:4]) or 'no site'}"
+                f"no rows of {name!r}; there are rows of "
+                f"{', '.join(list(self.by_site)[:4]) or 'no site'}"
             )
         return self.by_site[name]
 

@@ -27,7 +27,8 @@ class Subspace:
         eigenvalues: ``[rank]`` float32, variance along each column.
         mean: ``[width]`` float32, the mean row.
         count: rows behind it.
-        total_variance: trace of the covariance; ``eigenvalues.sum() / total_variance`` is the share explained.
+        total_variance: trace of the covariance; ``eigenvalues.sum() / total_variance`` is the share
+            explained.
         site: name of the site (it says whether these are activations or gradients).
         tokens: the token rule that selected the rows.
         source: what was run, in words.
@@ -70,13 +71,17 @@ class Subspace:
         )
 
     def named(self, *, site: str = "", tokens: str = "", source: str = "") -> Subspace:
-        """The same subspace with a new note of where it comes from; an empty word leaves the old one."""
+        """The same subspace with a new note of where it comes from; an empty word leaves the old
+        one.
+        """
         return replace(
             self, site=site or self.site, tokens=tokens or self.tokens, source=source or self.source
         )
 
     def project(self, rows: Tensor) -> Tensor:
-        """``[row, width]`` orthogonal projection of ``rows`` onto the subspace (through the origin, not through the mean)."""
+        """``[row, width]`` orthogonal projection of ``rows`` onto the subspace (through the origin,
+        not through the mean).
+        """
         return (rows @ self.basis) @ self.basis.T
 
     def save(self, path: Path) -> None:
@@ -146,7 +151,8 @@ class Subspace:
             "source": self.source,
         }
         cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(k)}</th><td style='text-align:left'>{html.escape(str(v))}</td></tr>"
+            f"<tr><th style='text-align:left'>{html.escape(k)}</th><td "
+            f"style='text-align:left'>{html.escape(str(v))}</td></tr>"
             for k, v in rows.items()
         )
         return f"<table>{cells}</table>"
@@ -164,9 +170,11 @@ def _digest(note: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 def principal_subspace(
     moments: Moments, rank: int, *, site: str = "", tokens: str = "", source: str = ""
 ) -> Subspace:
-    """The top principal directions of ``moments``: exact eigendecomposition of the covariance in float64.
+    """The top principal directions of ``moments``: exact eigendecomposition of the covariance in
+    float64.
 
-    Directions without variance are left out, so that rank-deficient data gives fewer columns than asked for and never a column of noise.
+    Directions without variance are left out, so that rank-deficient data gives fewer columns than
+    asked for and never a column of noise.
 
     Args:
         moments: at least one row.
@@ -242,12 +250,16 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
 
 
 def overlap(first: Tensor, second: Tensor) -> float:
-    """Mean squared cosine of the principal angles: 1 for the same subspace, ``m / width`` on average for a random one of rank ``m >= k``."""
+    """Mean squared cosine of the principal angles: 1 for the same subspace, ``m / width`` on
+    average for a random one of rank ``m >= k``.
+    """
     cosines = principal_angles(first, second)
     return float(cosines.square().mean()) if len(cosines) else 0.0
 
 
 def energy_inside(delta: Tensor, basis: Tensor) -> float:
-    """Share of the squared Frobenius norm of a weight delta ``[out, in]`` that acts on the input directions ``basis`` ``[in, k]``; 0 for a zero delta."""
+    """Share of the squared Frobenius norm of a weight delta ``[out, in]`` that acts on the input
+    directions ``basis`` ``[in, k]``; 0 for a zero delta.
+    """
     total = float(delta.double().square().sum())
     return float((delta.double() @ basis.double()).square().sum()) / total if total else 0.0

@@ -1,4 +1,6 @@
-"""Subspaces of things that are not rows of one capture: weight gradients, differences between two models, contrasts between two token sets."""
+"""Subspaces of things that are not rows of one capture: weight gradients, differences between two
+models, contrasts between two token sets.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,12 @@ class TwoSided(NamedTuple):
 
 
 def singular_subspaces(matrix: Tensor, rank: int, *, site: str = "", source: str = "") -> TwoSided:
-    """The top singular directions of a weight gradient ``[out, in]``, both sides (RepSelect, arXiv 2606.17168): exact SVD in float64.
+    """The top singular directions of a weight gradient ``[out, in]``, both sides (RepSelect, arXiv
+    2606.17168): exact SVD in float64.
 
-    The released code divides by the smallest kept singular value, so that a matrix of lower rank than asked for is annihilated and a zero matrix becomes NaN; here directions
-    below 1e-6 of the largest singular value are left out, and a zero matrix has none.
+    The released code divides by the smallest kept singular value, so that a matrix of lower rank
+    than asked for is annihilated and a zero matrix becomes NaN; here directions below 1e-6 of the
+    largest singular value are left out, and a zero matrix has none.
 
     Args:
         matrix: ``[out, in]``.
@@ -83,7 +87,8 @@ def difference_finder(
     make: Callable[[], StreamingPCA | SketchPCA],
     at: Positions,
 ) -> dict[str, StreamingPCA | SketchPCA]:
-    """Principal components of ``second - first`` at the same tokens: what changed between two models.
+    """Principal components of ``second - first`` at the same tokens: what changed between two
+    models.
 
     Args:
         first: for example the base.
@@ -118,12 +123,12 @@ def contrast(
     tokens: str = "",
     source: str = "",
 ) -> Subspace:
-    """Directions along which the rows of one token set vary more than those of another: top eigenvectors of ``C_first - C_second`` (contrastive PCA with weight 1, Abid et
-    al. 2018).
+    """Directions along which the rows of one token set vary more than those of another: top
+    eigenvectors of ``C_first - C_second`` (contrastive PCA with weight 1, Abid et al. 2018).
 
     Returns:
-        Only directions with a positive difference; ``eigenvalues`` are the differences, ``mean`` is the difference of the means, ``total_variance`` the sum of all positive
-        differences.
+        Only directions with a positive difference; ``eigenvalues`` are the differences, ``mean`` is
+        the difference of the means, ``total_variance`` the sum of all positive differences.
 
     Raises:
         WorkbenchError: one of the two saw no rows.

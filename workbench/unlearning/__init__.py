@@ -1,1 +1,3 @@
-"""Unlearning: objectives, step rules, recipes, the trainer, and the match to one disruption budget."""
+"""Unlearning: objectives, step rules, recipes, the trainer, and the match to one disruption
+budget.
+"""

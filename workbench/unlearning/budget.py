@@ -1,4 +1,6 @@
-"""Put every method on the same disruption: a line search over alpha in ``theta0 + alpha * delta``."""
+"""Put every method on the same disruption: a line search over alpha in ``theta0 + alpha *
+delta``.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Match:
     Attributes:
         alpha: the chosen scale.
         disruption: what it costs there (never above the budget).
-        reached: whether the budget was reached, within the tolerance; ``False`` means the method stays below it even at the largest alpha allowed.
+        reached: whether the budget was reached, within the tolerance; ``False`` means the method
+            stays below it even at the largest alpha allowed.
         tried: every ``(alpha, disruption)`` evaluated, in increasing alpha.
     """
 
@@ -44,11 +47,13 @@ def match_budget(
 ) -> Match:
     """The largest alpha below the *first* crossing of ``budget``.
 
-    Disruption need not grow monotonically with alpha, so a grid finds the first interval in which it crosses the budget, and bisection narrows that
-    interval until the disruption lies within ``tolerance`` (relative) below the budget.
+    Disruption need not grow monotonically with alpha, so a grid finds the first interval in which
+    it crosses the budget, and bisection narrows that interval until the disruption lies within
+    ``tolerance`` (relative) below the budget.
 
-    Where several processes share one model (sharded weights), all of them call this, and all go by the disruption that the first one measured: a last bit
-    that differs between them must not send them different ways.
+    Where several processes share one model (sharded weights), all of them call this, and all go by
+    the disruption that the first one measured: a last bit that differs between them must not send
+    them different ways.
 
     Args:
         disruption: alpha to disruption; 0 at alpha 0.
@@ -58,8 +63,8 @@ def match_budget(
         tolerance: see above.
 
     Raises:
-        WrongValueError: ``budget`` or ``limit`` is not positive, not finite (an infinite budget stands for
-            none) or absurd.
+        WrongValueError: ``budget`` or ``limit`` is not positive, not finite (an infinite budget
+            stands for none) or absurd.
     """
     if budget != math.inf:
         values.number("the disruption budget", budget, above=0, low=0)
@@ -114,14 +119,17 @@ QUARTERS = tuple(quarter / 4 for quarter in range(1, 17))
 def smallest_change(
     recalled: Callable[[float], bool], alphas: Sequence[float] = QUARTERS
 ) -> tuple[float, bool]:
-    """The smallest scale at which nothing is recalled any more: models that are compared by what comes back all start from nothing, and none is changed further.
+    """The smallest scale at which nothing is recalled any more: models that are compared by what
+    comes back all start from nothing, and none is changed further.
 
     Args:
-        recalled: sets the model to a scale and says whether anything is still recalled there. It is left at the scale that is returned.
+        recalled: sets the model to a scale and says whether anything is still recalled there. It is
+            left at the scale that is returned.
         alphas: scales to try, smallest first; at least one.
 
     Returns:
-        The scale, and whether nothing is recalled there; the last scale and ``False`` where something always is.
+        The scale, and whether nothing is recalled there; the last scale and ``False`` where
+        something always is.
     """
     for alpha in alphas:
         if not recalled(alpha):

@@ -1,6 +1,7 @@
 """Weight changes as values: ``theta = theta0 + alpha * delta``, in float32, applied once.
 
-bf16 in-place steps round away most of a small update; a float32 delta kept apart from the weights does not.
+bf16 in-place steps round away most of a small update; a float32 delta kept apart from the weights
+does not.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ Weights = Mapping[str, Tensor]
 
 
 def _sharded(model: PreTrainedModel) -> None:
-    """Put gathered weights back into shards: after a forward pass FSDP leaves those of the outermost module whole, and whole ones do not mix with shards."""
+    """Put gathered weights back into shards: after a forward pass FSDP leaves those of the
+    outermost module whole, and whole ones do not mix with shards.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -81,7 +84,8 @@ def delta_between(model: PreTrainedModel, start: Weights) -> dict[str, Tensor]:
                 "start; a difference needs two checkpoints of the same model"
             )
         difference = mine.detach().float() - theirs.float()
-        # the same answer in every process, or the deltas of a sharded model would differ in their names
+        # the same answer in every process, or the deltas of a sharded model would differ in their
+        # names
         if bool(_whole(difference.count_nonzero())):
             delta[name] = difference
     return delta
@@ -117,7 +121,8 @@ def apply_delta(model: PreTrainedModel, start: Weights, delta: Weights, alpha: f
 
 
 def norm_of(delta: Weights) -> float:
-    """Euclidean length of a delta over all parameters, accumulated in float64 (a flat float32 norm is off by per cents at 1e8 entries).
+    """Euclidean length of a delta over all parameters, accumulated in float64 (a flat float32 norm
+    is off by per cents at 1e8 entries).
 
     Sharded tensors (DTensor) count whole; every process of the group must call this.
     """

@@ -1,7 +1,8 @@
-"""Unlearning objectives on likelihoods. A loss term is ``(model, batch, reference) -> scalar``; an objective joins a forget and a retain term.
+"""Unlearning objectives on likelihoods. A loss term is ``(model, batch, reference) -> scalar``; an
+objective joins a forget and a retain term.
 
-``reference`` is the frozen starting model. Every term is masked inside, computed per example where its formula is per example, and moves the
-gradient (tested).
+``reference`` is the frozen starting model. Every term is masked inside, computed per example where
+its formula is per example, and moves the gradient (tested).
 
 The value of a term on a batch is a mean over the target tokens, or over what it is marked with
 (:func:`workbench.evaluation.losses.mean_over`). Statistics that go over a whole set ask
@@ -76,7 +77,8 @@ class Pair:
 class Objective:
     """``forget_weight * forget(model, pair.forget) + retain_weight * retain(model, pair.retain)``.
 
-    The two terms stay apart, because a wrapper may act on one of them only (SAM perturbs the forget term).
+    The two terms stay apart, because a wrapper may act on one of them only (SAM perturbs the forget
+    term).
     """
 
     forget: Loss
@@ -120,7 +122,9 @@ def negative_cross_entropy(
 
 
 def retain_kl(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
-    """Mean over target tokens of ``KL(reference || model)``, nats per token. Padding does not enter the mean."""
+    """Mean over target tokens of ``KL(reference || model)``, nats per token. Padding does not enter
+    the mean.
+    """
     with torch.no_grad():
         expected = next_token_logits(reference, batch)
     mask = batch.target_mask[:, 1:]
@@ -149,10 +153,12 @@ def npo(beta: float) -> Loss:
 
     .. math:: -\frac{2}{\beta}\, E\Big[\log\sigma\big(-\beta \log\tfrac{\pi_\theta(x)}{\pi_{ref}(x)}\big)\Big]
 
-    The log-ratio is the **sum** over the target tokens of one sequence, and the mean is over sequences; beta has no meaning without that statement. At the reference
-    its gradient is that of gradient ascent on the summed likelihood. Where code takes the token mean of a batch inside the sigmoid (that of the smoothed-unlearning
-    study does), the same beta is a weaker pull on long answers; divide it by the answers' mean length to compare.
-    """
+    The log-ratio is the **sum** over the target tokens of one sequence, and the mean is over
+    sequences; beta has no meaning without that statement. At the reference its gradient is that of
+    gradient ascent on the summed likelihood. Where code takes the token mean of a batch inside the
+    sigmoid (that of the smoothed-unlearning study does), the same beta is a weaker pull on long
+    answers; divide it by the answers' mean length to compare.
+    """  # noqa: E501
     if beta <= 0:
         raise ValueError(f"beta is {beta}; NPO needs beta > 0 (its limit at 0 is gradient ascent)")
 
@@ -167,12 +173,14 @@ def npo(beta: float) -> Loss:
 
 
 def simnpo(beta: float, margin: float) -> Loss:
-    r"""SimNPO (Fan et al. 2024, arXiv 2410.07163, eq. 8): NPO without a reference, on length-normalised likelihoods.
+    r"""SimNPO (Fan et al. 2024, arXiv 2410.07163, eq. 8): NPO without a reference, on
+    length-normalised likelihoods.
 
     .. math:: -\frac{2}{\beta}\, E\big[\log\sigma\big(\beta\,(\overline{NLL}(x) - \delta)\big)\big]
 
-    The negative log-likelihood is the **mean** over the target tokens of a sequence. The margin stands inside the bracket, in nats per token, as open-unlearning implements it;
-    the paper's own margin is ``beta`` times that.
+    The negative log-likelihood is the **mean** over the target tokens of a sequence. The margin
+    stands inside the bracket, in nats per token, as open-unlearning implements it; the paper's own
+    margin is ``beta`` times that.
     """
     if beta <= 0:
         raise ValueError(f"beta is {beta}; SimNPO needs beta > 0")
@@ -192,18 +200,21 @@ def _mean_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
 def _refusal(batch: Batch) -> Batch:
     if batch.alternative is None:
         raise ValueError(
-            "this objective compares the answer with a refusal, and the batch has none; give the recipe an alternative (see refuse)"
+            "this objective compares the answer with a refusal, and the batch has none; give the "
+            "recipe an alternative (see refuse)"
         )
     return batch.alternative
 
 
 def idk_dpo(beta: float) -> Loss:
-    r"""DPO with a refusal as the preferred answer (Maini et al. 2024, arXiv 2401.06121; Rafailov et al. 2023, eq. 7, times ``2 / beta`` as in open-unlearning).
+    r"""DPO with a refusal as the preferred answer (Maini et al. 2024, arXiv 2401.06121; Rafailov et
+    al. 2023, eq. 7, times ``2 / beta`` as in open-unlearning).
 
     .. math:: -\frac{2}{\beta}\, E\Big[\log\sigma\Big(\beta\big[\log\tfrac{\pi_\theta(y_{idk})}{\pi_{ref}(y_{idk})} - \log\tfrac{\pi_\theta(y)}{\pi_{ref}(y)}\big]\Big)\Big]
 
-    Log-ratios are sums over the answer's tokens. The refusal of a question answers that very question.
-    """
+    Log-ratios are sums over the answer's tokens. The refusal of a question answers that very
+    question.
+    """  # noqa: E501
     if beta <= 0:
         raise ValueError(f"beta is {beta}; DPO needs beta > 0")
 
@@ -232,11 +243,13 @@ def idk_cross_entropy(model: PreTrainedModel, batch: Batch, reference: PreTraine
 
 
 def undial(beta: float) -> Loss:
-    r"""UNDIAL (Dong et al. 2024, arXiv 2402.10052, eq. 4): learn from the reference with the true token's logit lowered.
+    r"""UNDIAL (Dong et al. 2024, arXiv 2402.10052, eq. 4): learn from the reference with the true
+    token's logit lowered.
 
     .. math:: -\sum_v \mathrm{softmax}(z_{ref} - \beta\, e_y)_v\, \log\mathrm{softmax}(z_\theta)_v
 
-    Mean over target tokens only. The released code also averages over masked positions, where it lowers the logit of an unrelated token.
+    Mean over target tokens only. The released code also averages over masked positions, where it
+    lowers the logit of an unrelated token.
     """
     if beta < 0:
         raise ValueError(f"beta is {beta}; UNDIAL lowers the true token's logit by beta >= 0")
@@ -254,9 +267,11 @@ def undial(beta: float) -> Loss:
 
 
 def teacher_kl(temperature: float, sign: float = 1.0) -> Loss:
-    r"""SCRUB's distance to the teacher (Kurmanji et al. 2023, arXiv 2302.09880, eq. 1): ``sign * T^2 KL(teacher || student)`` of softened predictions, mean over target tokens.
+    r"""SCRUB's distance to the teacher (Kurmanji et al. 2023, arXiv 2302.09880, eq. 1): ``sign *
+    T^2 KL(teacher || student)`` of softened predictions, mean over target tokens.
 
-    The factor ``T^2`` keeps the gradient's size independent of the temperature (Hinton et al. 2015).
+    The factor ``T^2`` keeps the gradient's size independent of the temperature (Hinton et al.
+    2015).
 
     Args:
         temperature: ``T``, divides both logits.
@@ -303,12 +318,15 @@ def weighted(*terms: tuple[float, Loss]) -> Loss:
 
 
 def generic_prediction(reinforced: PreTrainedModel, strength: float) -> Loss:
-    r"""The generic labels of "Who's Harry Potter?" (Eldan and Russinovich 2023, arXiv 2310.02238, eq. 1), as soft targets.
+    r"""The generic labels of "Who's Harry Potter?" (Eldan and Russinovich 2023, arXiv 2310.02238,
+    eq. 1), as soft targets.
 
     .. math:: v_{generic} = v_{ref} - \alpha\, \mathrm{ReLU}(v_{reinforced} - v_{ref})
 
-    Tokens that a model trained further on the forget set makes more likely are what the set teaches. The paper takes the most probable token of ``v_generic`` as the label;
-    here the model learns the whole softmax of it, and the paper's table of replaced names is not used. Mean over target tokens of the cross-entropy, in nats.
+    Tokens that a model trained further on the forget set makes more likely are what the set
+    teaches. The paper takes the most probable token of ``v_generic`` as the label; here the model
+    learns the whole softmax of it, and the paper's table of replaced names is not used. Mean over
+    target tokens of the cross-entropy, in nats.
 
     Args:
         reinforced: the model trained further on the forget set.

@@ -1,4 +1,6 @@
-"""One filtered gradient instead of many steps: the single-shot form of RepSelect (Sondej, Yang and Mahdi 2026, arXiv 2606.17168)."""
+"""One filtered gradient instead of many steps: the single-shot form of RepSelect (Sondej, Yang and
+Mahdi 2026, arXiv 2606.17168).
+"""
 
 from __future__ import annotations
 
@@ -60,36 +62,43 @@ def one_gradient(
     max_length: int | None,
     progress: Report,
 ) -> Unlearned:
-    """Accumulate the forget gradient over one epoch, collapse its leading singular directions on both sides, and take it as the change.
+    """Accumulate the forget gradient over one epoch, collapse its leading singular directions on
+    both sides, and take it as the change.
 
-    1. A low-rank adversary ``W + B A`` learns the forget set further for one epoch of plain SGD, so that the gradient is taken where the knowledge is exposed.
-    2. The gradient of the forget objective with respect to the weights is summed over the forget set, at the adversary's weights, in float32: every term of the
-       objective (a token, or a sequence) counts once, whatever the batches. The adversary's steps
-       before are an ordinary training, in batches and in order.
+    1. A low-rank adversary ``W + B A`` learns the forget set further for one epoch of plain SGD, so
+       that the gradient is taken where the knowledge is exposed.
+    2. The gradient of the forget objective with respect to the weights is summed over the forget
+       set, at the adversary's weights, in float32: every term of the objective (a token, or a
+       sequence) counts once, whatever the batches. The adversary's steps before are an ordinary
+       training, in batches and in order.
     3. Its singular directions (or those of the retain set's gradient) are collapsed on both sides.
-    4. The change is minus the result, of global length ``recipe.lr``; how far to go along it is the budget's business.
+    4. The change is minus the result, of global length ``recipe.lr``; how far to go along it is the
+       budget's business.
 
     Args:
-        model: a float32 copy of the base whose ``chosen`` parameters require gradients; comes back with the weights it had.
+        model: a float32 copy of the base whose ``chosen`` parameters require gradients; comes back
+            with the weights it had.
         reference: the frozen base.
         recipe: with ``one`` set.
         tokenizer: of both.
         forget: texts to forget.
         retain: texts to keep; used where ``statistics`` is ``retain``.
-        chosen: the matrices that may change, ``[out, in]``, or ``[expert, out, in]`` for a mixture of
-            experts, whose matrices are collapsed one by one.
+        chosen: the matrices that may change, ``[out, in]``, or ``[expert, out, in]`` for a mixture
+            of experts, whose matrices are collapsed one by one.
         max_length: texts are cut to this many tokens.
         progress: called after every pass over the texts.
 
     Raises:
-        WorkbenchError: a chosen parameter is no matrix, the gradient is zero or not finite, or nothing is left of it.
+        WorkbenchError: a chosen parameter is no matrix, the gradient is zero or not finite, or
+            nothing is left of it.
     """
     settings = recipe.one
     assert settings is not None
     for name, parameter in chosen:
         if parameter.ndim not in (2, 3):
             raise WorkbenchError(
-                f"{name} has shape {list(parameter.shape)}; singular directions need matrices, so choose weights of linear layers"
+                f"{name} has shape {list(parameter.shape)}; singular directions need matrices, so "
+                "choose weights of linear layers"
             )
     passes = 2 + (settings.statistics == "retain") + (settings.adversary_rank > 0)
     forget_batches = [
@@ -182,8 +191,8 @@ def _adversary(
 ) -> None:
     """Leave the model at ``W + B A`` after one epoch of SGD on the forget set's cross-entropy.
 
-    ``A`` starts as Kaiming-uniform noise, ``B`` at zero, as in LoRA (Hu et al. 2021) with ``alpha = rank``. The factors' gradients follow from the weight's:
-    ``dB = dW A'``, ``dA = B' dW``.
+    ``A`` starts as Kaiming-uniform noise, ``B`` at zero, as in LoRA (Hu et al. 2021) with ``alpha =
+    rank``. The factors' gradients follow from the weight's: ``dB = dW A'``, ``dA = B' dW``.
     """
     generator = torch.Generator().manual_seed(0)
     factors = {}

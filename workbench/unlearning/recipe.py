@@ -25,11 +25,13 @@ class CollapseSettings:
     """How the collapsed update finds its bases.
 
     Attributes:
-        activation_components: directions of the inputs to leave alone, the mean direction among them.
+        activation_components: directions of the inputs to leave alone, the mean direction among
+            them.
         gradient_components: directions of the output gradients to leave alone, likewise.
         refresh: the bases are found again after this many steps.
         kind: hard, soft or quadratic (:func:`workbench.subspaces.collapse.removed_shares`).
-        statistics: the set whose activations and gradients give the bases. On the retain set the gradients are those of its cross-entropy.
+        statistics: the set whose activations and gradients give the bases. On the retain set the
+            gradients are those of its cross-entropy.
     """
 
     activation_components: int
@@ -45,10 +47,13 @@ class OneGradient:
     """A single filtered gradient instead of steps (RepSelect, arXiv 2606.17168, single-shot form).
 
     Attributes:
-        components: singular directions of the statistics' gradient that are collapsed, on both sides.
+        components: singular directions of the statistics' gradient that are collapsed, on both
+            sides.
         kind: see :class:`CollapseSettings`.
-        statistics: ``forget``: the directions are those of the forget gradient itself; ``retain``: those of the retain set's gradient at the starting weights.
-        adversary_rank: rank of the low-rank adversary that first learns the forget set further; 0 leaves it out.
+        statistics: ``forget``: the directions are those of the forget gradient itself; ``retain``:
+            those of the retain set's gradient at the starting weights.
+        adversary_rank: rank of the low-rank adversary that first learns the forget set further; 0
+            leaves it out.
         adversary_rate: its SGD rate, over one epoch.
     """
 
@@ -79,7 +84,8 @@ Stop = Literal["steps", "budget"]
 
 @dataclass(frozen=True, slots=True)
 class Averaging:
-    """Weight averaging over the end of a training (Izmailov et al. 2018, arXiv 1803.05407): the mean of the weights after every ``every``-th step from ``start`` on.
+    """Weight averaging over the end of a training (Izmailov et al. 2018, arXiv 1803.05407): the
+    mean of the weights after every ``every``-th step from ``start`` on.
 
     Attributes:
         start: share of the steps after which averaging begins, below 1.
@@ -100,18 +106,22 @@ class Recipe:
         trainable: patterns of parameter names that may change.
         steps: optimiser steps.
         batch_size: sequences per forget batch, and per retain batch.
-        optimiser: ``adamw`` on the whole objective (gradient clipped to norm 1, no weight decay); ``sgd`` on it, without momentum and unclipped; ``normalised-sgd``: the forget gradient is scaled to global Frobenius
-            length ``lr``, followed by a plain SGD step of rate ``retain_rate`` on the retain term; ``one-gradient``: see :class:`OneGradient`, ``lr`` is the length of the
-            whole change.
+        optimiser: ``adamw`` on the whole objective (gradient clipped to norm 1, no weight decay);
+            ``sgd`` on it, without momentum and unclipped; ``normalised-sgd``: the forget gradient
+            is scaled to global Frobenius length ``lr``, followed by a plain SGD step of rate
+            ``retain_rate`` on the retain term; ``one-gradient``: see :class:`OneGradient`, ``lr``
+            is the length of the whole change.
         lr: learning rate, or length.
         step: plain, or a smoothing rule (adamw and sgd).
         average: the trained weights are a mean over the last steps; default the last weights.
         collapse: collapse the forget gradient (normalised-sgd only); ``None`` leaves it whole.
         retain_rate: see ``optimiser``.
-        schedule: factors of the forget and the retain term at a step, ``(step, steps) -> (forget, retain)``; constant by default.
+        schedule: factors of the forget and the retain term at a step, ``(step, steps) -> (forget,
+            retain)``; constant by default.
         alternative: makes the other answer of a forget text, for objectives that compare two.
         sign: -1 turns what was learned around (task-vector negation).
-        kick: the trained weights start at a random relative distance of this size from the base, where the base itself is a stationary point of the objective.
+        kick: the trained weights start at a random relative distance of this size from the base,
+            where the base itself is a stationary point of the objective.
         one: settings of ``one-gradient``.
         teach: replaces ``objective`` by one that knows a teacher.
         stop: ``steps``: all of them are taken, and the change is scaled to the budget afterwards;
@@ -163,12 +173,15 @@ class Method:
         title: what figures and prose call it.
         source: paper.
         build: makes the recipe for a model.
-        small: settings for models below 100 million parameters, where the published rates move nothing. Chosen on worlds that the published numbers do not use.
+        small: settings for models below 100 million parameters, where the published rates move
+            nothing. Chosen on worlds that the published numbers do not use.
         wraps: the builder whose settings this method shares.
         fixed: settings of that builder that make this method what it is, and cannot be changed.
-        inner: the method inside a wrapper (:mod:`workbench.unlearning.wrappers`), whose settings come first.
+        inner: the method inside a wrapper (:mod:`workbench.unlearning.wrappers`), whose settings
+            come first.
         changed: defaults that this method has in the place of the inner one's.
-        colour: in every figure, ``#RRGGBB``; one that no other method has is chosen where none is given.
+        colour: in every figure, ``#RRGGBB``; one that no other method has is chosen where none is
+            given.
     """
 
     name: str
@@ -236,7 +249,8 @@ def refuse_experts(model: PreTrainedModel, what: str) -> None:
     if fused:
         shape = list(model.get_parameter(fused[0]).shape)
         raise WorkbenchError(
-            f"{what} needs the inputs and outputs of one matrix at a time, and {fused[0]} holds those "
+            f"{what} needs the inputs and outputs of one matrix at a time, and {fused[0]} holds "
+            "those "
             f"of {shape[0]} experts in one tensor {shape}; take a method without collapse, or "
             "repselect, which goes expert by expert"
         )
@@ -273,5 +287,7 @@ def gradient_optimiser(name: str) -> Optimiser:
 
 
 def middle_layer(model: PreTrainedModel) -> int:
-    """The block whose output representation methods steer by default: 7 of 32 in the published runs; the same depth, at least 1, elsewhere."""
+    """The block whose output representation methods steer by default: 7 of 32 in the published
+    runs; the same depth, at least 1, elsewhere.
+    """
     return max(1, round(model.config.num_hidden_layers * 7 / 32))

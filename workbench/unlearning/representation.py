@@ -1,4 +1,6 @@
-"""Unlearning objectives on representations: steer, break or keep what flows through a model. Loss terms as in ``objectives``."""
+"""Unlearning objectives on representations: steer, break or keep what flows through a model. Loss
+terms as in ``objectives``.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from workbench.unlearning.objectives import Loss
 def control_vector(width: int, seed: int) -> Tensor:
     """An isotropic unit vector ``[width]`` (a normalised Gaussian draw).
 
-    The released RMU code draws from U[0, 1), which puts any two control vectors at a cosine of 0.75; isotropic vectors of different seeds are
-    nearly orthogonal.
+    The released RMU code draws from U[0, 1), which puts any two control vectors at a cosine of
+    0.75; isotropic vectors of different seeds are nearly orthogonal.
     """
     vector = torch.randn(width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (vector / vector.norm()).float()
@@ -40,11 +42,13 @@ def _mean_length(site: Site, reference: PreTrainedModel, batches: Sequence[Batch
 
 
 def steer_to(site: Site, target: Tensor) -> Loss:
-    """RMU's forget term: ``mean over tokens and coordinates of (h - target)^2`` (Li et al. 2024, arXiv 2403.03218, eq. 1).
+    """RMU's forget term: ``mean over tokens and coordinates of (h - target)^2`` (Li et al. 2024,
+    arXiv 2403.03218, eq. 1).
 
-    The mean is over the content tokens of the batch: neither padding nor the leading BOS. open-unlearning
-    takes it over the label tokens of each sequence, then over sequences; the two agree where answers
-    are of one length (elsewhere the gradients had a cosine of 0.76 on the built-in world).
+    The mean is over the content tokens of the batch: neither padding nor the leading BOS.
+    open-unlearning takes it over the label tokens of each sequence, then over sequences; the two
+    agree where answers are of one length (elsewhere the gradients had a cosine of 0.76 on the
+    built-in world).
 
     Args:
         site: where the representation ``h`` is read.
@@ -60,9 +64,11 @@ def steer_to(site: Site, target: Tensor) -> Loss:
 
 
 def keep_representation(site: Site) -> Loss:
-    """RMU's retain term: ``mean of (h - h_reference)^2`` over tokens and coordinates of the representation at ``site``.
+    """RMU's retain term: ``mean of (h - h_reference)^2`` over tokens and coordinates of the
+    representation at ``site``.
 
-    Over content tokens: the representation of the leading BOS, which holds no text, is free to move.
+    Over content tokens: the representation of the leading BOS, which holds no text, is free to
+    move.
     """
 
     @mean_over(content_tokens)
@@ -77,7 +83,8 @@ def keep_representation(site: Site) -> Loss:
 def mlp_breaking(
     sites: tuple[Site, ...], floor: float = 0.0, lengths: dict[str, Tensor] | None = None
 ) -> Loss:
-    r"""MLP breaking (Sondej and Yang 2025, arXiv 2509.11816): push every MLP output away from what it was.
+    r"""MLP breaking (Sondej and Yang 2025, arXiv 2509.11816): push every MLP output away from what
+    it was.
 
     .. math:: \frac1L \sum_l \mathrm{mean}_t \max\big(f,\ \langle o_t, o^0_t\rangle / n_l^2\big), \qquad n_l = \mathrm{mean}_t \lVert o^0_t\rVert
 
@@ -89,7 +96,7 @@ def mlp_breaking(
         sites: outputs of the MLPs whose contribution is broken.
         floor: ``f`` in the formula.
         lengths: site name to ``n_l``.
-    """
+    """  # noqa: E501
 
     @mean_over(content_tokens)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
@@ -115,7 +122,8 @@ def mlp_breaking(
 
 
 def keep_hidden(site: Site) -> Loss:
-    """The retain term of CIR: ``mean_t ||h_t - h0_t|| / mean_t ||h0_t||`` over all real tokens, the released code's ``cb_retain`` with p = 1.
+    """The retain term of CIR: ``mean_t ||h_t - h0_t|| / mean_t ||h0_t||`` over all real tokens, the
+    released code's ``cb_retain`` with p = 1.
 
     The denominator is that of the batch, so the term is no mean over independent tokens.
     """
@@ -126,14 +134,16 @@ def keep_hidden(site: Site) -> Loss:
         with torch.no_grad():
             before = tapped(reference, [site], batch.inputs)[site.name][mask].float()
         difference = tapped(model, [site], batch.inputs)[site.name][mask].float() - before
-        # The norm has no derivative at zero, where the first step starts; a tiny constant under the root gives zero there.
+        # The norm has no derivative at zero, where the first step starts; a tiny constant under the
+        # root gives zero there.
         return (difference.square().sum(-1) + 1e-12).sqrt().mean() / before.norm(dim=-1).mean()
 
     return loss
 
 
 def adaptive_steer_to(site: Site, direction: Tensor, scale: float) -> Loss:
-    r"""Adaptive RMU's forget term (Dang et al. 2025, arXiv 2408.06223): steer to ``scale * mean ||h|| * u``.
+    r"""Adaptive RMU's forget term (Dang et al. 2025, arXiv 2408.06223): steer to ``scale * mean
+    ||h|| * u``.
 
     The mean length is that of the frozen reference on the first batch that the loss sees, once per
     training, as in the released code; its ``on_set`` takes the mean over the whole set.
@@ -162,7 +172,8 @@ def adaptive_steer_to(site: Site, direction: Tensor, scale: float) -> Loss:
 
 
 def steer_by(site: Site, shift: Tensor) -> Loss:
-    """Random steering vectors (RSV; Huu-Tien et al., arXiv 2501.19202): ``mean of (h - (h_reference + shift))^2`` over tokens and coordinates.
+    """Random steering vectors (RSV; Huu-Tien et al., arXiv 2501.19202): ``mean of (h - (h_reference
+    + shift))^2`` over tokens and coordinates.
 
     Args:
         site: where the representation is read.
@@ -180,9 +191,11 @@ def steer_by(site: Site, shift: Tensor) -> Loss:
 
 
 def break_circuits(sites: tuple[Site, ...]) -> Loss:
-    r"""Representation rerouting (Zou et al. 2024, "circuit breakers", arXiv 2406.04313, algorithm 1): ``mean over layers and tokens of ReLU(cos(h_t, h0_t))``.
+    r"""Representation rerouting (Zou et al. 2024, "circuit breakers", arXiv 2406.04313, algorithm
+    1): ``mean over layers and tokens of ReLU(cos(h_t, h0_t))``.
 
-    The cosine is that of every token with itself. The baseline in the released CIR code multiplies means over tokens instead, which is no cosine.
+    The cosine is that of every token with itself. The baseline in the released CIR code multiplies
+    means over tokens instead, which is no cosine.
     """
 
     @mean_over(content_tokens)
@@ -204,7 +217,9 @@ def break_circuits(sites: tuple[Site, ...]) -> Loss:
 
 
 def keep_distance(sites: tuple[Site, ...]) -> Loss:
-    """The retain term of representation rerouting: ``mean over layers and real tokens of ||h_t - h0_t||``."""
+    """The retain term of representation rerouting: ``mean over layers and real tokens of ||h_t -
+    h0_t||``.
+    """
 
     @mean_over(real_tokens)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:

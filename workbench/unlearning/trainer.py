@@ -33,7 +33,8 @@ CHECK_EVERY = 5
 def only_trainable(
     model: PreTrainedModel, patterns: Sequence[str]
 ) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
-    """Make exactly the parameters that match ``patterns`` trainable, for the duration of the block; yields them.
+    """Make exactly the parameters that match ``patterns`` trainable, for the duration of the block;
+    yields them.
 
     Raises:
         WorkbenchError: a pattern matches no parameter.
@@ -42,7 +43,8 @@ def only_trainable(
     for pattern in patterns:
         if not fnmatch.filter(flags, pattern):
             raise WorkbenchError(
-                f"no parameter matches {pattern!r}; the first of this model are {', '.join(list(flags)[:3])}"
+                f"no parameter matches {pattern!r}; the first of this model are "
+                f"{', '.join(list(flags)[:3])}"
             )
     chosen = []
     for name, parameter in model.named_parameters():
@@ -71,7 +73,8 @@ def unlearn(
     over_budget: Callable[[PreTrainedModel], bool] | None = None,
     progress: Report = quiet,
 ) -> Unlearned:
-    """Run ``recipe`` on a copy of ``base``; ``base`` itself is the frozen reference and is not changed.
+    """Run ``recipe`` on a copy of ``base``; ``base`` itself is the frozen reference and is not
+    changed.
 
     Args:
         base: the starting model.
@@ -81,20 +84,23 @@ def unlearn(
         retain: texts to keep.
         seed: order of the texts.
         max_length: texts are cut to this many tokens.
-        dtype: of the weights while they are trained. In bfloat16 most of a small step is rounded away, which is an effect of its own: float32 unless that is the question.
+        dtype: of the weights while they are trained. In bfloat16 most of a small step is rounded
+            away, which is an effect of its own: float32 unless that is the question.
         over_budget: whether the model in training costs more than the budget; where the recipe
             stops there. The change that is returned is the first one over it.
         progress: called after every step.
 
     Raises:
-        WorkbenchError: a set is empty, the recipe stops at a budget and none was given, or the objective is not finite (the message names the step).
+        WorkbenchError: a set is empty, the recipe stops at a budget and none was given, or the
+            objective is not finite (the message names the step).
     """
     for name, texts in (("forget", forget), ("retain", retain)):
         if not texts:
             raise WorkbenchError(f"the {name} set is empty; give at least one text")
     if getattr(base, "peft_config", None):
         raise WorkbenchError(
-            "the model carries PEFT adapters: it is not clear whether they or the weights under them "
+            "the model carries PEFT adapters: it is not clear whether they or the weights under "
+            "them "
             "are to change; merge them first (model.merge_and_unload())"
         )
     if recipe.stop == "budget" and over_budget is None:
@@ -151,7 +157,8 @@ def _unlearn(
         getattr(term, "restart", lambda: None)()  # what a term draws or measures once per training
     model = copy.deepcopy(reference).to(dtype)
     start = snapshot(model)
-    model.eval()  # dropout would make the collapse statistics and the reference disagree with the step
+    # dropout would make the collapse statistics and the reference disagree with the step
+    model.eval()
     with only_trainable(model, recipe.trainable) as chosen:
         if recipe.optimiser == "one-gradient":
             result = one_gradient(
@@ -199,8 +206,10 @@ def _moved(result: Unlearned, recipe: Recipe) -> Unlearned:
         raise WorkbenchError(f"{others[0]} changed, and {', '.join(recipe.trainable)} was to train")
     if not result.delta and recipe.lr and recipe.steps:
         raise WorkbenchError(
-            f"none of the {len(result.trained)} parameters that were to train changed (the first is "
-            f"{result.trained[0]}): the objective does not depend on them, or lr ({recipe.lr:g}) is "
+            f"none of the {len(result.trained)} parameters that were to train changed (the first "
+            "is "
+            f"{result.trained[0]}): the objective does not depend on them, or lr ({recipe.lr:g}) "
+            "is "
             "below their rounding"
         )
     return result
@@ -287,13 +296,15 @@ def _steps(
             )
         if not all(math.isfinite(value) for value in record.values()):
             raise WorkbenchError(
-                f"the unlearning objective is not finite at step {number + 1} of {recipe.steps} ({record}); lower lr (now {recipe.lr})"
+                f"the unlearning objective is not finite at step {number + 1} of {recipe.steps} "
+                f"({record}); lower lr (now {recipe.lr})"
             )
         if optimiser is not None:
             length = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
             if not math.isfinite(length):
                 raise WorkbenchError(
-                    f"the gradient of the unlearning objective is not finite at step {number + 1} of {recipe.steps}; lower lr (now {recipe.lr})"
+                    f"the gradient of the unlearning objective is not finite at step {number + 1} "
+                    f"of {recipe.steps}; lower lr (now {recipe.lr})"
                 )
             optimiser.step()
             optimiser.zero_grad()
@@ -326,7 +337,9 @@ def _statistics(
     retain: Sequence[Example],
     max_length: int | None,
 ) -> dict[str, Collapse]:
-    """A pass over the forget set, or over the retain set, that finds the bases to collapse at the current weights."""
+    """A pass over the forget set, or over the retain set, that finds the bases to collapse at the
+    current weights.
+    """
     settings = recipe.collapse
     assert settings is not None
     modules = [
@@ -367,7 +380,9 @@ def _collapsed_step(
     chosen: Sequence[tuple[str, torch.nn.Parameter]],
     collapse: dict[str, Collapse],
 ) -> dict[str, float]:
-    """One forget step of global length ``recipe.lr`` along the (collapsed) gradient, then one plain SGD retain step."""
+    """One forget step of global length ``recipe.lr`` along the (collapsed) gradient, then one plain
+    SGD retain step.
+    """
     with only_tokens(model, _modules(chosen), pair.forget.content_mask):
         forget = recipe.objective.forget_term(model, pair, reference)
         forget.backward()

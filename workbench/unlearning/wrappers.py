@@ -1,6 +1,8 @@
-"""What can be put around any method: smoothing of the forget term, noise on the reference, averaging of the weights.
+"""What can be put around any method: smoothing of the forget term, noise on the reference,
+averaging of the weights.
 
-A wrapped method is named ``<method>-<wrapper>``: ``npo-sam``, ``adaptive-rmu-rna``, ``grad-diff-wa``; wrappers may be stacked (``npo-rna-sam``).
+A wrapped method is named ``<method>-<wrapper>``: ``npo-sam``, ``adaptive-rmu-rna``,
+``grad-diff-wa``; wrappers may be stacked (``npo-rna-sam``).
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ from workbench.unlearning.smoothing import (
 )
 
 Apply = Callable[..., Recipe]
-"""``apply(recipe, model, seed, inner, **settings)``; ``inner`` are the settings of the method inside."""
+"""``apply(recipe, model, seed, inner, **settings)``; ``inner`` are the settings of the method
+inside.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,8 @@ class Wrapper:
 def _smoothed(recipe: Recipe, name: str, rule: StepRule) -> Recipe:
     if recipe.optimiser not in ("adamw", "sgd"):
         raise ValueError(
-            f"{name} smooths the steps of adamw or sgd; this method's optimiser is {recipe.optimiser}"
+            f"{name} smooths the steps of adamw or sgd; this method's optimiser is "
+            f"{recipe.optimiser}"
         )
     if recipe.step is not plain:
         raise ValueError(f"{name} cannot be put around a method that is smoothed already")
@@ -77,7 +82,9 @@ def _sam(
     *,
     rho: float = 0.01,
 ) -> Recipe:
-    """Sharpness-aware minimisation of the forget term; see :func:`workbench.unlearning.smoothing.sam`."""
+    """Sharpness-aware minimisation of the forget term; see
+    :func:`workbench.unlearning.smoothing.sam`.
+    """
     return _smoothed(recipe, "SAM", sam(rho))
 
 
@@ -89,7 +96,9 @@ def _asam(
     *,
     rho: float = 0.5,
 ) -> Recipe:
-    """Adaptive SAM of the forget term; ``rho`` is relative to the weights' own sizes. See :func:`workbench.unlearning.smoothing.asam`."""
+    """Adaptive SAM of the forget term; ``rho`` is relative to the weights' own sizes. See
+    :func:`workbench.unlearning.smoothing.asam`.
+    """
     return _smoothed(recipe, "ASAM", asam(rho))
 
 
@@ -102,7 +111,9 @@ def _randomised(
     sigma: float = 1e-4,
     samples: Count = 3,
 ) -> Recipe:
-    """Randomised smoothing of the forget term; see :func:`workbench.unlearning.smoothing.randomised_smoothing`. Its noise draws from ``seed + 2``."""
+    """Randomised smoothing of the forget term; see
+    :func:`workbench.unlearning.smoothing.randomised_smoothing`. Its noise draws from ``seed + 2``.
+    """
     return _smoothed(recipe, "randomised smoothing", randomised_smoothing(sigma, samples, seed + 2))
 
 
@@ -114,7 +125,10 @@ def _penalised(
     *,
     penalty: float = 0.01,
 ) -> Recipe:
-    """A penalty on the length of the forget gradient; see :func:`workbench.unlearning.smoothing.gradient_penalty`. The published runs' penalty had no gradient."""
+    """A penalty on the length of the forget gradient; see
+    :func:`workbench.unlearning.smoothing.gradient_penalty`. The published runs' penalty had no
+    gradient.
+    """
     return _smoothed(recipe, "the gradient penalty", gradient_penalty(penalty))
 
 
@@ -127,7 +141,10 @@ def _regularised(
     curvature: float = 10.0,
     mu: float = 0.01,
 ) -> Recipe:
-    """A penalty on the forget loss's curvature along its gradient; see :func:`workbench.unlearning.smoothing.curvature_regularisation`. The published runs' had no gradient."""
+    """A penalty on the forget loss's curvature along its gradient; see
+    :func:`workbench.unlearning.smoothing.curvature_regularisation`. The published runs' had no
+    gradient.
+    """
     return _smoothed(recipe, "curvature regularisation", curvature_regularisation(curvature, mu))
 
 
@@ -140,14 +157,18 @@ def _average(
     start: float = 0.8,
     every: Count = 5,
 ) -> Recipe:
-    """Weight averaging; published: every 5 steps from step 100 of 125 on. See :class:`Averaging`."""
+    """Weight averaging; published: every 5 steps from step 100 of 125 on. See
+    :class:`Averaging`.
+    """
     if not 0 <= start < 1:
         raise ValueError(
-            f"start is {start}; it is the share of the steps after which averaging begins, at least 0 and below 1"
+            f"start is {start}; it is the share of the steps after which averaging begins, at "
+            "least 0 and below 1"
         )
     if recipe.optimiser not in ("adamw", "sgd"):
         raise ValueError(
-            f"weight averaging needs the steps of adamw or sgd; this method's optimiser is {recipe.optimiser}"
+            "weight averaging needs the steps of adamw or sgd; this method's optimiser is "
+            f"{recipe.optimiser}"
         )
     return replace(recipe, average=Averaging(start, every))
 
@@ -167,9 +188,12 @@ def _noise(
         recipe: of the method inside.
         model: decides the depth.
         seed: of the training; the noise draws from ``seed + 1``.
-        inner: settings of the method inside; its ``layer``, where it has one, is the default of ``noise_layer``.
-        noise: ``nu sqrt(d) / mean ||h||``, where ``nu`` is the standard deviation of the noise; 0 leaves the method as it is.
-        noise_layer: block whose output in the frozen reference carries the noise; -1 takes the layer that the method steers, or 7/32 of the depth.
+        inner: settings of the method inside; its ``layer``, where it has one, is the default of
+            ``noise_layer``.
+        noise: ``nu sqrt(d) / mean ||h||``, where ``nu`` is the standard deviation of the noise; 0
+            leaves the method as it is.
+        noise_layer: block whose output in the frozen reference carries the noise; -1 takes the
+            layer that the method steers, or 7/32 of the depth.
     """
     if noise == 0:
         return recipe
@@ -179,7 +203,8 @@ def _noise(
         or recipe.teach is not None
     ):
         raise ValueError(
-            "RNA needs a retain term that compares with the frozen reference (a representation or a KL divergence); this method has none"
+            "RNA needs a retain term that compares with the frozen reference (a representation or "
+            "a KL divergence); this method has none"
         )
     block = noise_layer if noise_layer >= 0 else int(inner.get("layer", -1))
     (site,) = resolve(
@@ -206,7 +231,9 @@ WRAPPERS: dict[str, Wrapper] = {
         Wrapper("rna", "RNA", "Huu-Tien et al. (arXiv 2501.19202)", _noise, needs={"retain": "kl"}),
     )
 }
-"""Every wrapper by name. The small settings of the smoothings were chosen around NPO on world seed 100, one seed: the least recalled after the attack of two to five values each."""
+"""Every wrapper by name. The small settings of the smoothings were chosen around NPO on world seed
+100, one seed: the least recalled after the attack of two to five values each.
+"""
 
 
 def wrapped(inner: Method, wrapper: Wrapper) -> Method:
@@ -222,9 +249,16 @@ def wrapped(inner: Method, wrapper: Wrapper) -> Method:
     known = all_settings(inner)
     changed = {key: value for key, value in wrapper.needs.items() if key in known}
     return Method(
-        f"{inner.name}-{wrapper.name}", f"{inner.title}+{wrapper.title}", f"{inner.source}; {wrapper.source}", build, {**inner.small, **wrapper.small},
-        wraps=wrapper.apply, fixed=inner.fixed, inner=inner, changed={**changed, **own},
-    )  # fmt: skip
+        f"{inner.name}-{wrapper.name}",
+        f"{inner.title}+{wrapper.title}",
+        f"{inner.source}; {wrapper.source}",
+        build,
+        {**inner.small, **wrapper.small},
+        wraps=wrapper.apply,
+        fixed=inner.fixed,
+        inner=inner,
+        changed={**changed, **own},
+    )
 
 
 def settings_of(wrapper: Wrapper) -> dict[str, Setting]:

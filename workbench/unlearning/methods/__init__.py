@@ -77,8 +77,8 @@ def method(
     small: Mapping[str, Setting] | None = None,
     colour: str = "",
 ) -> Callable[[MethodBuilder], MethodBuilder]:
-    """Decorate a function that makes a recipe: from then on it is a method like the workbench's own,
-    in sweeps, tables, figures, claims and the report.
+    """Decorate a function that makes a recipe: from then on it is a method like the workbench's
+    own, in sweeps, tables, figures, claims and the report.
 
     Args:
         name: in commands, tables and file names.
@@ -88,7 +88,8 @@ def method(
         colour: in every figure, ``#RRGGBB``.
 
     The function is called as ``build(model, seed, **settings)``; its keyword arguments with their
-    defaults are the method's settings, checked by their annotations (see :func:`workbench.values.allowed`).
+    defaults are the method's settings, checked by their annotations (see
+    :func:`workbench.values.allowed`).
 
     Raises:
         WorkbenchError: the workbench has a method of this name.
@@ -111,7 +112,8 @@ def method(
 
 
 def find_method(name: str) -> Method:
-    """The method called ``name``, or the method and wrappers that ``name`` is made of (``adaptive-rmu-rna``).
+    """The method called ``name``, or the method and wrappers that ``name`` is made of
+    (``adaptive-rmu-rna``).
 
     Raises:
         WorkbenchError: there is none; the message lists the nearest names.
@@ -133,7 +135,9 @@ def is_method(name: str) -> bool:
 
 
 def innermost(name: str) -> str:
-    """The method inside all wrappers: ``npo`` of ``npo-rna-sam``. A name of no method (the label of a variant) stands for itself."""
+    """The method inside all wrappers: ``npo`` of ``npo-rna-sam``. A name of no method (the label of
+    a variant) stands for itself.
+    """
     if not is_method(name):
         return name
     found = find_method(name)
@@ -143,7 +147,9 @@ def innermost(name: str) -> str:
 
 
 def known_settings(name: str) -> dict[str, Setting]:
-    """Every setting of a method with its published default (wrappers inherit those of the method they wrap)."""
+    """Every setting of a method with its published default (wrappers inherit those of the method
+    they wrap).
+    """
     own = all_settings(find_method(name))
     return own | STOP if "steps" in own else own
 
@@ -169,7 +175,8 @@ def check_setting(name: str, key: str, value: Setting) -> Setting:
 def settings_for(
     name: str, model: PreTrainedModel, overrides: Mapping[str, Setting] | None = None
 ) -> dict[str, Setting]:
-    """The settings that :func:`recipe` will use: published, small where the model is small, then ``overrides``.
+    """The settings that :func:`recipe` will use: published, small where the model is small, then
+    ``overrides``.
 
     Raises:
         WorkbenchError: an override names no setting of the method, or is no number.
@@ -182,7 +189,8 @@ def settings_for(
             raise unknown(f"setting of {name}", key, settings)
         if key in find_method(name).fixed and value != find_method(name).fixed[key]:
             raise WorkbenchError(
-                f"setting {key} of {name} is fixed at {find_method(name).fixed[key]}: that is what makes it {name}; take the method it derives from instead"
+                f"setting {key} of {name} is fixed at {find_method(name).fixed[key]}: that is what "
+                f"makes it {name}; take the method it derives from instead"
             )
         settings[key] = value
     kinds = _kinds(name)

@@ -1,4 +1,6 @@
-"""CIR: the collapsed update (Sondej and Yang 2025, arXiv 2509.11816), and the same update without collapse as its control."""
+"""CIR: the collapsed update (Sondej and Yang 2025, arXiv 2509.11816), and the same update without
+collapse as its control.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ def build(
     kind: Kind = "hard",
     statistics: Statistics = "forget",
 ) -> Recipe:
-    """A forget gradient collapsed on both sides, in steps of fixed global length; a retain step on the hidden state after each.
+    """A forget gradient collapsed on both sides, in steps of fixed global length; a retain step on
+    the hidden state after each.
 
     Args:
         model: decides the depth.
@@ -52,15 +55,18 @@ def build(
         lr: global Frobenius length of every forget step.
         steps: forget steps.
         batch_size: sequences.
-        activation_components: directions of the inputs left alone, mean included; 0 collapses nothing.
+        activation_components: directions of the inputs left alone, mean included; 0 collapses
+            nothing.
         gradient_components: directions of the output gradients left alone, likewise.
         refresh: steps between two statistics passes (one epoch in the paper).
         retain_rate: plain SGD rate on the retain term.
         first_layer: first broken MLP; -1 takes 6/32 of the depth.
         last_layer: last broken MLP; -1 takes 11/32 of the depth, at least one block.
-        loss: ``mlp-breaking`` (the paper) or ``npo``, the saturating likelihood objective of its successor RepSelect (beta 0.1, sum per sequence).
+        loss: ``mlp-breaking`` (the paper) or ``npo``, the saturating likelihood objective of its
+            successor RepSelect (beta 0.1, sum per sequence).
         kind: ``hard`` (the paper), ``soft`` or ``quadratic`` collapse.
-        statistics: ``forget`` (the paper) or ``retain``: the set whose common directions are left alone.
+        statistics: ``forget`` (the paper) or ``retain``: the set whose common directions are left
+            alone.
 
     Raises:
         WorkbenchError: ``loss``, ``kind`` or ``statistics`` is none of these.
@@ -111,11 +117,20 @@ def build_uncollapsed(model: PreTrainedModel, seed: int, **settings: Setting) ->
 
 
 SOURCE = "Sondej and Yang 2025 (arXiv 2509.11816)"
-# MLP breaking does not separate forgotten people from their neighbours in models this narrow (docs/results/demo.md); the likelihood objective does.
+# MLP breaking does not separate forgotten people from their neighbours in models this narrow
+# (docs/results/demo.md); the likelihood objective does.
 SMALL: dict[str, Setting] = {
-    "loss": "npo", "lr": 0.3, "steps": 80, "batch_size": 16, "activation_components": 16, "gradient_components": 16, "refresh": 20, "retain_rate": 0.1,
-    "first_layer": 0, "last_layer": 99,
-}  # fmt: skip
+    "loss": "npo",
+    "lr": 0.3,
+    "steps": 80,
+    "batch_size": 16,
+    "activation_components": 16,
+    "gradient_components": 16,
+    "refresh": 20,
+    "retain_rate": 0.1,
+    "first_layer": 0,
+    "last_layer": 99,
+}
 _NOTHING: dict[str, Setting] = {"activation_components": 0, "gradient_components": 0}
 METHOD = Method("cir", "CIR", SOURCE, build, SMALL, colour="#009E73")
 METHOD_UNCOLLAPSED = Method(

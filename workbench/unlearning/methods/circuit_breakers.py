@@ -32,13 +32,15 @@ def build(
     last_layer: Layer = -1,
     kick: float = 1e-3,
 ) -> Recipe:
-    """``c_s ReLU(cos(h, h0))`` on the forget set and ``c_r ||h - h0||`` on the retain set, with ``c_s = a (1 - t / T)`` and ``c_r = a t / T``.
+    """``c_s ReLU(cos(h, h0))`` on the forget set and ``c_r ||h - h0||`` on the retain set, with
+    ``c_s = a (1 - t / T)`` and ``c_r = a t / T``.
 
     The retain term keeps all hidden states, those of the embedding and of every block, as the
     reference does; its last one is read behind the final norm, ours before it, where the gain of
     that norm does not weigh the coordinates.
 
-    The reference trains LoRA adapters (rank 16); here the MLP matrices up to the last broken block change, so that every method is a weight change of the same kind.
+    The reference trains LoRA adapters (rank 16); here the MLP matrices up to the last broken block
+    change, so that every method is a weight change of the same kind.
 
     Args:
         model: decides the depth.
@@ -47,12 +49,13 @@ def build(
         steps: optimiser steps.
         batch_size: sequences.
         strength: ``a``.
-        horizon: ``T``, twice the number of steps in the reference, so the forget weight never reaches zero.
+        horizon: ``T``, twice the number of steps in the reference, so the forget weight never
+            reaches zero.
         first_layer: first of two blocks whose output is rerouted; -1 takes the
             block behind hidden state 10 of 32.
         last_layer: the second; -1 takes that behind hidden state 20 of 32.
-        kick: relative size of a random start. At the base itself every cosine is 1, where its gradient is zero; the reference is moved away from there by the dropout of its
-            adapters.
+        kick: relative size of a random start. At the base itself every cosine is 1, where its
+            gradient is zero; the reference is moved away from there by the dropout of its adapters.
     """
     depth = model.config.num_hidden_layers
     # hidden_states[10] and [20] of the reference are what blocks 9 and 19 write

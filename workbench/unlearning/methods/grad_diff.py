@@ -1,4 +1,6 @@
-"""Gradient difference: ascend on the forget set, descend on the retain set (Liu et al. 2022; the GradDiff of TOFU, arXiv 2401.06121)."""
+"""Gradient difference: ascend on the forget set, descend on the retain set (Liu et al. 2022; the
+GradDiff of TOFU, arXiv 2401.06121).
+"""
 
 from __future__ import annotations
 

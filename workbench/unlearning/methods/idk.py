@@ -27,7 +27,9 @@ def build(
     retain_weight: float = 1.0,
     retain: Retain = "cross-entropy",
 ) -> Recipe:
-    """DPO with "I do not know" preferred to the true answer, plus a retain term (cross-entropy or KL). Forget texts need answers."""
+    """DPO with "I do not know" preferred to the true answer, plus a retain term (cross-entropy or
+    KL). Forget texts need answers.
+    """
     return Recipe(
         Objective(idk_dpo(beta), retain_term(retain), 1.0, retain_weight),
         EVERYTHING,

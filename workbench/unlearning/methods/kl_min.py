@@ -1,4 +1,6 @@
-"""KL minimisation: ascend on the forget set, stay close to the base's predictions on the retain set."""
+"""KL minimisation: ascend on the forget set, stay close to the base's predictions on the retain
+set.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def build(
     batch_size: Rows = 32,
     retain_weight: float = 1.0,
 ) -> Recipe:
-    """``-CE(forget) + KL(base || model)(retain)``; the KL is a mean over real tokens (the released code also divides by padding)."""
+    """``-CE(forget) + KL(base || model)(retain)``; the KL is a mean over real tokens (the released
+    code also divides by padding).
+    """
     return Recipe(
         Objective(negative_cross_entropy, retain_kl, 1.0, retain_weight),
         EVERYTHING,

@@ -9,7 +9,9 @@ from workbench.unlearning.recipe import Method, Recipe, Setting
 
 
 def build(model: PreTrainedModel, seed: int, **settings: Setting) -> Recipe:
-    """The MLP-breaking loss, steps of fixed global length, a retain step on the hidden state after each; no collapse."""
+    """The MLP-breaking loss, steps of fixed global length, a retain step on the hidden state after
+    each; no collapse.
+    """
     return cir.build(model, seed, **settings)  # type: ignore[arg-type]
 
 

@@ -19,7 +19,9 @@ def build(
     retain_weight: float = 1.0,
     retain: Retain = "cross-entropy",
 ) -> Recipe:
-    """NPO on the sequence-summed log-ratio plus a retain term: cross-entropy, or the KL divergence from the reference."""
+    """NPO on the sequence-summed log-ratio plus a retain term: cross-entropy, or the KL divergence
+    from the reference.
+    """
     return Recipe(
         Objective(npo(beta), retain_term(retain), 1.0, retain_weight),
         EVERYTHING,

@@ -31,16 +31,19 @@ def build(
     adversary_rank: int = 8,
     adversary_rate: float = 0.05,
 ) -> Recipe:
-    """Minus the accumulated gradient of ``-CE(forget)`` after collapse on both sides, on all MLP matrices.
+    """Minus the accumulated gradient of ``-CE(forget)`` after collapse on both sides, on all MLP
+    matrices.
 
     Args:
         model: decides the modules.
         seed: unused; the method draws nothing.
-        lr: global Frobenius length of the change. The published rate multiplies an unnormalised gradient; which length is right is decided by the budget.
+        lr: global Frobenius length of the change. The published rate multiplies an unnormalised
+            gradient; which length is right is decided by the budget.
         batch_size: sequences.
         components: singular directions per side.
         kind: ``hard``, ``soft`` or ``quadratic``.
-        statistics: ``forget`` (the default of the paper) or ``retain`` (better on its RWKU, sycophancy and abuse sets).
+        statistics: ``forget`` (the default of the paper) or ``retain`` (better on its RWKU,
+            sycophancy and abuse sets).
         adversary_rank: rank of the adversary that learns the forget set first; 0 leaves it out.
         adversary_rate: its SGD rate.
 

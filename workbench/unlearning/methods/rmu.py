@@ -40,9 +40,11 @@ def build(
     layer: Layer = -1,
     optimiser: Descent = "adamw",
 ) -> Recipe:
-    """Steer forget representations of one block to ``steering * u``, keep retain representations (Li et al. 2024, arXiv 2403.03218).
+    """Steer forget representations of one block to ``steering * u``, keep retain representations
+    (Li et al. 2024, arXiv 2403.03218).
 
-    Only the MLP down projections of that block and the two below change. ``u`` is an isotropic unit vector drawn from ``seed``.
+    Only the MLP down projections of that block and the two below change. ``u`` is an isotropic unit
+    vector drawn from ``seed``.
 
     Args:
         model: decides width and depth.
@@ -50,10 +52,12 @@ def build(
         lr: AdamW's rate.
         steps: optimiser steps.
         batch_size: sequences.
-        steering: ``c``, in units of the representation's length. The published 6.5 is for 7B models.
+        steering: ``c``, in units of the representation's length. The published 6.5 is for 7B
+            models.
         retain_weight: ``alpha``.
         layer: block whose output is steered; -1 takes 7/32 of the depth.
-        optimiser: ``adamw`` or ``sgd``; without Adam's second moment, noise on a squared-error target leaves the expected step as it is.
+        optimiser: ``adamw`` or ``sgd``; without Adam's second moment, noise on a squared-error
+            target leaves the expected step as it is.
     """
     block = middle_layer(model) if layer < 0 else layer
     (site,) = resolve(model, f"blocks.{block}.hook_resid_post")
@@ -86,7 +90,9 @@ def build_adaptive(
     layer: Layer = -1,
     optimiser: Descent = "adamw",
 ) -> Recipe:
-    """Adaptive RMU (Dang et al. 2025): the target's length is ``scale`` times the mean length of the forget representations, so it fits any layer and model."""
+    """Adaptive RMU (Dang et al. 2025): the target's length is ``scale`` times the mean length of
+    the forget representations, so it fits any layer and model.
+    """
     block = middle_layer(model) if layer < 0 else layer
     (site,) = resolve(model, f"blocks.{block}.hook_resid_post")
     steer = adaptive_steer_to(site, control_vector(model.config.hidden_size, seed), scale)
@@ -113,7 +119,9 @@ def build_rsv(
     layer: Layer = -1,
     optimiser: Descent = "adamw",
 ) -> Recipe:
-    """Random steering vectors: ``h`` is moved to ``h_base + c s`` with one isotropic unit vector ``s``, not to a common point."""
+    """Random steering vectors: ``h`` is moved to ``h_base + c s`` with one isotropic unit vector
+    ``s``, not to a common point.
+    """
     block = middle_layer(model) if layer < 0 else layer
     (site,) = resolve(model, f"blocks.{block}.hook_resid_post")
     steer = steer_by(site, steering * control_vector(model.config.hidden_size, seed))

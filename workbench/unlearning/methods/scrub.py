@@ -1,4 +1,6 @@
-"""SCRUB: turns of driving the student away from the teacher on the forget set and back to it on the retain set."""
+"""SCRUB: turns of driving the student away from the teacher on the forget set and back to it on the
+retain set.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,12 @@ def build(
     turn: Count = 4,
     forget_share: float = 0.5,
 ) -> Recipe:
-    """Turns of ``-KL_T(teacher || student)`` on the forget set and of ``g CE + a KL_T`` on the retain set; the last turns are retain only.
+    """Turns of ``-KL_T(teacher || student)`` on the forget set and of ``g CE + a KL_T`` on the
+    retain set; the last turns are retain only.
 
-    The paper alternates epochs on images; ports to language models differ. Here a turn is a number of steps, and the retain set has the first turn: at the teacher itself the
-    gradient of the forget turn is zero.
+    The paper alternates epochs on images; ports to language models differ. Here a turn is a number
+    of steps, and the retain set has the first turn: at the teacher itself the gradient of the
+    forget turn is zero.
 
     Args:
         model: unused.
@@ -36,7 +40,8 @@ def build(
         cross_entropy_weight: ``g``.
         teacher_weight: ``a``.
         turn: steps before the other set has its turn.
-        forget_share: forget turns happen in the first share of the steps only (``msteps`` of the paper).
+        forget_share: forget turns happen in the first share of the steps only (``msteps`` of the
+            paper).
     """
     retain = weighted(
         (cross_entropy_weight, retain_cross_entropy), (teacher_weight, teacher_kl(temperature))

@@ -21,7 +21,9 @@ def build(
     retain_weight: float = 1.0,
     retain: Retain = "cross-entropy",
 ) -> Recipe:
-    """SimNPO on the length-normalised likelihood plus a retain term (cross-entropy or KL); defaults of open-unlearning."""
+    """SimNPO on the length-normalised likelihood plus a retain term (cross-entropy or KL); defaults
+    of open-unlearning.
+    """
     return Recipe(
         Objective(simnpo(beta, margin), retain_term(retain), forget_weight, retain_weight),
         EVERYTHING,

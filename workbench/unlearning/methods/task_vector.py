@@ -11,7 +11,9 @@ from workbench.unlearning.recipe import EVERYTHING, Method, Rate, Recipe, Rows, 
 def build(
     model: PreTrainedModel, seed: int, *, lr: Rate = 1e-5, steps: Steps = 100, batch_size: Rows = 32
 ) -> Recipe:
-    """``theta0 - alpha (theta_reinforced - theta0)``; ``theta_reinforced`` is trained on the forget set's answers. alpha is the budget's business."""
+    """``theta0 - alpha (theta_reinforced - theta0)``; ``theta_reinforced`` is trained on the forget
+    set's answers. alpha is the budget's business.
+    """
     return Recipe(Objective(retain_cross_entropy), EVERYTHING, steps, batch_size, lr, sign=-1.0)
 
 

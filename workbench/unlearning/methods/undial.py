@@ -18,7 +18,9 @@ def build(
     beta: float = 10.0,
     retain_weight: float = 0.0,
 ) -> Recipe:
-    """Cross-entropy to ``softmax(z_base - beta onehot(y))`` on answer tokens; the defaults of open-unlearning have no retain term."""
+    """Cross-entropy to ``softmax(z_base - beta onehot(y))`` on answer tokens; the defaults of
+    open-unlearning have no retain term.
+    """
     return Recipe(
         Objective(
             undial(beta), retain_cross_entropy if retain_weight else None, 1.0, retain_weight

@@ -20,10 +20,11 @@ def build(
     reinforce_steps: Steps = 150,
     retain_weight: float = 1.0,
 ) -> Recipe:
-    """Reinforce a copy on the forget set, then train on ``softmax(v_base - alpha ReLU(v_reinforced - v_base))``; cross-entropy on the retain set.
+    """Reinforce a copy on the forget set, then train on ``softmax(v_base - alpha ReLU(v_reinforced
+    - v_base))``; cross-entropy on the retain set.
 
-    The paper also replaces names by a table written for the books; that half needs such a table and is left out. The retain term is ours: without one, a small model keeps
-    nothing.
+    The paper also replaces names by a table written for the books; that half needs such a table and
+    is left out. The retain term is ours: without one, a small model keeps nothing.
     """
     nothing = Objective(retain_cross_entropy)  # replaced once the teacher is there
     teacher = Recipe(

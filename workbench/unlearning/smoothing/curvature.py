@@ -21,27 +21,33 @@ from workbench.unlearning.smoothing.rule import (
 
 
 def curvature_regularisation(weight: float, mu: float) -> StepRule:
-    r"""The forget term with a penalty on its curvature along its gradient (Fan et al. 2025, arXiv 2502.05374; Moosavi-Dezfooli et al. 2019, arXiv 1811.09716, on inputs).
+    r"""The forget term with a penalty on its curvature along its gradient (Fan et al. 2025, arXiv
+    2502.05374; Moosavi-Dezfooli et al. 2019, arXiv 1811.09716, on inputs).
 
     .. math:: \ell_f + \lambda \lVert d\rVert_2, \qquad d = \nabla\ell_f(\theta + \mu v) - \nabla\ell_f(\theta), \qquad v = \nabla\ell_f(\theta) / \lVert\nabla\ell_f(\theta)\rVert_2
 
-    The penalty is ``lambda mu ||H v||`` to first order. The gradient is that of the whole expression, ``v`` differentiated too. With ``g``, ``H`` at ``theta``, ``H'`` at
-    ``theta + mu v``, ``u = d / ||d||`` and ``w = H' u`` it is
+    The penalty is ``lambda mu ||H v||`` to first order. The gradient is that of the whole
+    expression, ``v`` differentiated too. With ``g``, ``H`` at ``theta``, ``H'`` at ``theta + mu
+    v``, ``u = d / ||d||`` and ``w = H' u`` it is
 
     .. math:: g + \lambda \big( w + H \big[ \tfrac{\mu}{\lVert g\rVert} (w - v \langle v, w\rangle) - u \big] \big)
 
-    Holding ``v`` fixed would drop the first term in the bracket, which is of the same order in ``mu`` as what is left, and on a quadratic loss is the whole gradient; and keeping
-    it costs nothing, because both terms share a product with ``H``. Where ``g`` or ``d`` vanishes, so does the penalty's gradient. The released code takes the length of
-    ``d`` as a plain number, so that nothing of the penalty arrives in its gradient.
+    Holding ``v`` fixed would drop the first term in the bracket, which is of the same order in
+    ``mu`` as what is left, and on a quadratic loss is the whole gradient; and keeping it costs
+    nothing, because both terms share a product with ``H``. Where ``g`` or ``d`` vanishes, so does
+    the penalty's gradient. The released code takes the length of ``d`` as a plain number, so that
+    nothing of the penalty arrives in its gradient.
 
-    Second derivatives are exact, under PyTorch's MATH attention. The graph of ``g`` is built twice, so that only one graph is held at a time.
+    Second derivatives are exact, under PyTorch's MATH attention. The graph of ``g`` is built twice,
+    so that only one graph is held at a time.
 
     The log has ``gradient_norm``, ``||g||``, and ``penalty``, ``lambda ||d||``.
 
     Args:
         weight: ``lambda``, in units of weight.
-        mu: length of the step along the gradient over all trainable parameters, in units of weight; 0.01 in the released code.
-    """
+        mu: length of the step along the gradient over all trainable parameters, in units of weight;
+            0.01 in the released code.
+    """  # noqa: E501
     check_size("weight", weight, zero=True)
     check_size("mu", mu, zero=False)
 

@@ -21,26 +21,32 @@ from workbench.unlearning.smoothing.rule import (
 )
 
 STEP, SHORTEST = 5e-6, 1e-4
-"""Half the length of the difference that stands for a second derivative: over the length of the weights that the term depends on, and at least. Rounding takes over below, the third
-derivative above."""
+"""Half the length of the difference that stands for a second derivative: over the length of the
+weights that the term depends on, and at least. Rounding takes over below, the third derivative
+above.
+"""
 
 
 def gradient_penalty(weight: float, *, exact: bool = True) -> StepRule:
-    r"""The forget term with a penalty on the length of its gradient (Fan et al. 2025, arXiv 2502.05374; Zhao et al. 2022, arXiv 2202.03599).
+    r"""The forget term with a penalty on the length of its gradient (Fan et al. 2025, arXiv
+    2502.05374; Zhao et al. 2022, arXiv 2202.03599).
 
     .. math:: \ell_f + \lambda \lVert\nabla\ell_f\rVert_2, \qquad \text{whose gradient is}\quad g + \lambda\, H g / \lVert g\rVert_2
 
-    where the gradient vanishes, so does the penalty's. To first order in ``rho`` it is what SAM descends, with ``lambda = rho``. The released code takes the length as a plain
-    number, so that nothing of the penalty arrives in its gradient.
+    where the gradient vanishes, so does the penalty's. To first order in ``rho`` it is what SAM
+    descends, with ``lambda = rho``. The released code takes the length as a plain number, so that
+    nothing of the penalty arrives in its gradient.
 
     The log has ``gradient_norm``, ``||g||``, and ``penalty``, ``lambda ||g||``.
 
     Args:
         weight: ``lambda``, in units of weight.
-        exact: differentiate twice, under PyTorch's MATH attention (its only kernel with a second derivative). Otherwise ``H v`` is the central difference of two gradients
-            along ``v = g / ||g||`` (see :data:`STEP`): two more passes, but the memory of a plain step, and any attention kernel.
-            In float32 it was within 1e-3 of the exact one on Llamas of 5 thousand to a million parameters.
-    """
+        exact: differentiate twice, under PyTorch's MATH attention (its only kernel with a second
+            derivative). Otherwise ``H v`` is the central difference of two gradients along ``v = g
+            / ||g||`` (see :data:`STEP`): two more passes, but the memory of a plain step, and any
+            attention kernel. In float32 it was within 1e-3 of the exact one on Llamas of 5 thousand
+            to a million parameters.
+    """  # noqa: E501
     check_size("weight", weight, zero=True)
 
     def smooth(term: Term, parameters: Parameters) -> tuple[Gradient, dict[str, float]]:

@@ -21,23 +21,29 @@ from workbench.unlearning.smoothing.rule import (
 def randomised_smoothing(
     sigma: float, samples: int, seed: int, *, antithetic: bool = False
 ) -> StepRule:
-    r"""Randomised smoothing of the forget term (Fan et al. 2025, arXiv 2502.05374; Duchi et al. 2012, arXiv 1103.4296).
+    r"""Randomised smoothing of the forget term (Fan et al. 2025, arXiv 2502.05374; Duchi et al.
+    2012, arXiv 1103.4296).
 
     .. math:: g = \frac1n \sum_{i=1}^n \nabla\ell_f(\theta + \delta_i) + \nabla\ell_r(\theta), \qquad \delta_i \sim N(0, \sigma^2 I)
 
-    an unbiased estimate of the gradient of the mean loss over the perturbations. ``sigma`` is the standard deviation of **every coordinate**: over ``P`` trainable parameters
-    the perturbation is ``sigma sqrt(P)`` long, which grows with the model (8.5 at the published ``sigma`` of 1e-4 and 7 billion parameters; SAM's is 0.01 there). The noise
-    of the estimate is of order ``sigma ||H||_F / sqrt(n)``, the smoothing itself of order ``sigma^2``: antithetic pairs remove the former.
+    an unbiased estimate of the gradient of the mean loss over the perturbations. ``sigma`` is the
+    standard deviation of **every coordinate**: over ``P`` trainable parameters the perturbation is
+    ``sigma sqrt(P)`` long, which grows with the model (8.5 at the published ``sigma`` of 1e-4 and 7
+    billion parameters; SAM's is 0.01 there). The noise of the estimate is of order ``sigma ||H||_F
+    / sqrt(n)``, the smoothing itself of order ``sigma^2``: antithetic pairs remove the former.
 
-    The log has ``rs_rise``, ``mean l_f(theta + delta_i) - l_f(theta)``, for which the term is once more evaluated at ``theta`` (forward only).
+    The log has ``rs_rise``, ``mean l_f(theta + delta_i) - l_f(theta)``, for which the term is once
+    more evaluated at ``theta`` (forward only).
 
     Args:
-        sigma: standard deviation of the perturbation of every trainable parameter, in units of weight.
+        sigma: standard deviation of the perturbation of every trainable parameter, in units of
+            weight.
         samples: perturbations per step; 3 in the paper.
-        seed: of the rule's own random stream, which goes on from step to step. The numbers depend on the kind of device.
-        antithetic: draw half as many perturbations and take each with both signs. Each is still ``N(0, sigma^2 I)``, so the estimate stays unbiased; what is odd in
-            ``delta`` cancels.
-    """
+        seed: of the rule's own random stream, which goes on from step to step. The numbers depend
+            on the kind of device.
+        antithetic: draw half as many perturbations and take each with both signs. Each is still
+            ``N(0, sigma^2 I)``, so the estimate stays unbiased; what is odd in ``delta`` cancels.
+    """  # noqa: E501
     check_size("sigma", sigma, zero=True)
     if samples < 1 or (antithetic and samples % 2):
         raise ValueError(

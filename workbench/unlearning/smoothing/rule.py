@@ -1,4 +1,6 @@
-"""What all step rules share: the plain rule, weights that move and come back, gradients by parameter name."""
+"""What all step rules share: the plain rule, weights that move and come back, gradients by
+parameter name.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ from workbench.errors import WorkbenchError
 from workbench.unlearning.objectives import Objective, Pair
 
 StepRule = Callable[[PreTrainedModel, Objective, Pair, PreTrainedModel], dict[str, float]]
-"""``(model, objective, pair, reference)``: adds the gradient to ``parameter.grad`` and returns what to log.
+"""``(model, objective, pair, reference)``: adds the gradient to ``parameter.grad`` and returns what
+to log.
 
-A rule that draws random numbers has an attribute ``restart``, a function that begins their stream again: call it before a new training.
+A rule that draws random numbers has an attribute ``restart``, a function that begins their stream
+again: call it before a new training.
 """
 
 Gradient = dict[str, Tensor]
@@ -28,7 +32,9 @@ Term = Callable[[], Tensor]
 """The forget term (scalar) at the weights that the model has when it is called."""
 
 Smoother = Callable[[Term, Parameters], tuple[Gradient, dict[str, float]]]
-"""``(term, trainable parameters)`` to the gradient that takes the place of the forget term's, and what to log: ``forget`` (its value at the present weights) and more."""
+"""``(term, trainable parameters)`` to the gradient that takes the place of the forget term's, and
+what to log: ``forget`` (its value at the present weights) and more.
+"""
 
 
 def plain(
@@ -47,10 +53,13 @@ def plain(
 
 
 def on_forget_term(smooth: Smoother) -> StepRule:
-    """The step rule that treats the forget term with ``smooth`` and the retain term plainly, at the present weights and in the model's own precision.
+    """The step rule that treats the forget term with ``smooth`` and the retain term plainly, at the
+    present weights and in the model's own precision.
 
-    The two gradients are added to ``parameter.grad`` at the end, so that a step that raises, or is interrupted in a pass, leaves weights and gradients as they were.
-    Accumulated over parts of a batch, the sum is that of the parts' steps: every part has its own perturbation and its own penalty.
+    The two gradients are added to ``parameter.grad`` at the end, so that a step that raises, or is
+    interrupted in a pass, leaves weights and gradients as they were. Accumulated over parts of a
+    batch, the sum is that of the parts' steps: every part has its own perturbation and its own
+    penalty.
     """
 
     def step(
@@ -88,11 +97,15 @@ def _trainable(model: PreTrainedModel) -> dict[str, Parameter]:
 
 @contextmanager
 def in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Run the model in float32 for the duration of the block, whatever its weights are kept in; float32 and float64 weights are not touched.
+    """Run the model in float32 for the duration of the block, whatever its weights are kept in;
+    float32 and float64 weights are not touched.
 
-    A perturbation is orders of magnitude smaller than the weights. In bfloat16 it would be rounded away: from the weights themselves, or under autocast from the copies of
-    them that enter the products (autocast moreover keeps the copies it made of the unperturbed weights). So half-precision weights are replaced by float32 copies,
-    autocast is off, and the original tensors are put back at the end. TF32 products round likewise; PyTorch leaves them off unless they are asked for.
+    A perturbation is orders of magnitude smaller than the weights. In bfloat16 it would be rounded
+    away: from the weights themselves, or under autocast from the copies of them that enter the
+    products (autocast moreover keeps the copies it made of the unperturbed weights). So
+    half-precision weights are replaced by float32 copies, autocast is off, and the original tensors
+    are put back at the end. TF32 products round likewise; PyTorch leaves them off unless they are
+    asked for.
     """
     device = next(model.parameters()).device.type
     half = [
@@ -100,7 +113,8 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
         for tensor in chain(model.parameters(), model.buffers())
         if tensor.dtype in (torch.bfloat16, torch.float16)
     ]
-    # Half-precision weights that stay as they are (below a float32 adapter) need no copy, unless they rely on autocast to meet the others.
+    # Half-precision weights that stay as they are (below a float32 adapter) need no copy, unless
+    # they rely on autocast to meet the others.
     convert = torch.is_autocast_enabled(device) or any(tensor.requires_grad for tensor in half)
     kept = [(tensor, tensor.data) for tensor in half] if convert else []
     try:
@@ -117,7 +131,8 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
 def moved(
     parameters: Parameters, direction: Iterable[tuple[str, Tensor]], scale: float
 ) -> Iterator[None]:
-    """Add ``scale * direction`` to the parameters for the duration of the block; they are put back by copy, bit by bit, not by subtraction.
+    """Add ``scale * direction`` to the parameters for the duration of the block; they are put back
+    by copy, bit by bit, not by subtraction.
 
     Args:
         parameters: what may move.
@@ -147,7 +162,8 @@ def gradient_of(
     """
     if not loss.requires_grad:
         raise WorkbenchError(
-            f"the {term} term depends on no trainable parameter; make parameters trainable that lie below what it reads"
+            f"the {term} term depends on no trainable parameter; make parameters trainable that "
+            "lie below what it reads"
         )
     return _named(
         parameters,
@@ -156,7 +172,9 @@ def gradient_of(
 
 
 def hessian_product(gradient: Gradient, direction: Gradient, parameters: Parameters) -> Gradient:
-    """``H direction`` for the Hessian of the term that ``gradient`` (with its graph) is the gradient of; empty where the term is linear."""
+    """``H direction`` for the Hessian of the term that ``gradient`` (with its graph) is the
+    gradient of; empty where the term is linear.
+    """
     names = [name for name, value in gradient.items() if value.requires_grad and name in direction]
     if not names:
         return {}

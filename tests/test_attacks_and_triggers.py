@@ -15,7 +15,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.attacks.leaks import leak_report
-from workbench.attacks.relearn import RelearnSettings, at_steps, null_text, random_facts, relearn
+from workbench.attacks.relearn import (
+    RelearnSettings,
+    at_steps,
+    null_text,
+    random_facts,
+    relearn,
+    relearned,
+)
 from workbench.data.batches import batches, encode
 from workbench.data.records import Example, prefixed
 from workbench.data.tokenizer import build_tokenizer
@@ -65,10 +72,6 @@ def _model(tokenizer: PreTrainedTokenizerBase, seed: int = 0, **changes: object)
     return model.eval()
 
 
-def _ignore(model: PreTrainedModel, step: int) -> None:
-    """A measurement that nobody reads."""
-
-
 def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -83,7 +86,7 @@ def _attack(
     batch_size: int = 4,
 ) -> PreTrainedModel:
     settings = RelearnSettings(steps=steps, lr=lr, batch_size=batch_size, measure_at=(0, steps))
-    return relearn(model, tokenizer, TEXTS, _ignore, settings, seed=seed)
+    return relearned(model, tokenizer, TEXTS, settings, seed=seed)
 
 
 # --- Relearning ---
@@ -201,15 +204,16 @@ def test_the_attack_measures_at_the_asked_steps_and_reports_every_step(
         measured[step] = _weights(attacked)
 
     settings = RelearnSettings(steps=5, lr=1e-2, batch_size=4, measure_at=(0, 2, 5))
-    attacked = relearn(
+    attack = relearn(
         model,
         tokenizer,
         TEXTS,
-        measure,
         settings,
         seed=0,
         progress=lambda done, total: ticks.append((done, total)),
     )
+    for step, attacked in attack:
+        measure(attacked, step)
     assert list(measured) == [0, 2, 5]
     assert ticks == [(step, 5) for step in range(1, 6)]
     # Before the attack it is the model itself, at the last step it is what is returned, and step 2
@@ -239,14 +243,7 @@ def test_a_loss_that_explodes_is_an_error_that_names_the_rate(
 
 def test_an_attack_without_texts_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(WorkbenchError, match="empty"):
-        relearn(
-            _model(tokenizer),
-            tokenizer,
-            (),
-            _ignore,
-            RelearnSettings(steps=1, measure_at=(0, 1)),
-            seed=0,
-        )
+        relearned(_model(tokenizer), tokenizer, (), RelearnSettings(steps=1, measure_at=(0, 1)))
 
 
 @pytest.mark.parametrize(

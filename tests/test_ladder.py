@@ -444,7 +444,9 @@ def test_the_numbers_are_those_of_a_relearning_by_hand(climbed: Result, one_seed
                 frame["probability"].to_numpy(),
             )
 
-        relearn(opened.model, tokenizer, texts, measure, replace(ATTACK, **changes), seed=0)
+        changed = replace(ATTACK, **changes)
+        for at, now in relearn(opened.model, tokenizer, texts, changed, seed=0):
+            measure(now, at)
         for step, (names, correct, probability) in found.items():
             mine = climbed.items[
                 (climbed.items["method"] == "npo")

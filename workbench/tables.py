@@ -102,6 +102,13 @@ class Table:
             metric, estimate.value, low=estimate.low, high=estimate.high, n=estimate.n, **columns
         )
 
+    def add_item(self, item: str, correct: float, probability: float, **columns: Any) -> None:
+        """What became of one fact, prompt or passage under one condition; ``columns`` are columns
+        of the items.
+        """
+        shared = {name: v for name, v in {**self.common, **columns}.items() if name in ITEM_COLUMNS}
+        self.items.append({**shared, "item": item, "correct": correct, "probability": probability})
+
     def add_scores(self, scores: Scores, **columns: Any) -> None:
         """Recall and answer probability (where there are answers) with intervals over facts, and
         the loss; the facts go into the items.
@@ -111,16 +118,8 @@ class Table:
             _, probability = by_fact(scores.items, scores.probability)
             self.add_estimate("recall", rate(correct), **columns)
             self.add_estimate("answer_probability", rate(probability), **columns)
-            shared = {**self.common, **columns}
             for fact, right, likely in zip(facts, correct, probability, strict=True):
-                self.items.append(
-                    {
-                        **{k: shared[k] for k in ITEM_COLUMNS if k in shared},
-                        "item": fact,
-                        "correct": right,
-                        "probability": likely,
-                    }
-                )
+                self.add_item(fact, right, likely, **columns)
         self.add("loss", scores.loss, n=int(scores.tokens.sum()), **columns)
 
     def frame(self) -> pd.DataFrame:

@@ -19,13 +19,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.attacks import relearn as module
-from workbench.attacks.relearn import DivergedError, RelearnSettings, at_steps, attackable, relearn
+from workbench.attacks.relearn import (
+    DivergedError,
+    RelearnSettings,
+    at_steps,
+    attackable,
+    relearn,
+    relearned,
+)
 from workbench.data.batches import encode
 from workbench.data.records import Example
 from workbench.data.tokenizer import build_tokenizer
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy, score
-from workbench.runs.config import validated
+from workbench.runs.config import RunConfig, validated
 
 ModelMaker = Callable[..., PreTrainedModel]
 
@@ -79,9 +86,19 @@ def _run(
     texts: Sequence[Example] = TEXTS,
     **changes: Any,
 ) -> PreTrainedModel:
-    return relearn(
-        model, words, texts, lambda attacked, step: None, _settings(**changes), seed=seed
-    )
+    return relearned(model, words, texts, _settings(**changes), seed=seed)
+
+
+def _watch(
+    model: PreTrainedModel,
+    words: PreTrainedTokenizerBase,
+    measure: Callable[[PreTrainedModel, int], object],
+    settings: RelearnSettings,
+    **rest: Any,
+) -> None:
+    """Measure the attacked model wherever the attack stops for it."""
+    for step, attacked in relearn(model, words, TEXTS, settings, **rest):
+        measure(attacked, step)
 
 
 def _gradients(
@@ -212,7 +229,7 @@ def test_under_lora_every_base_weight_stays_bit_for_bit(
     settings = _settings(
         lora_rank=4, steps=3, lr=0.05, batch_size=4, measure_at=(0, 1, 3), optimiser=optimiser
     )
-    relearn(model, words, TEXTS, measure, settings, seed=0)
+    _watch(model, words, measure, settings, seed=0)
     for step in (0, 1, 3):
         for name, value in before.items():
             assert torch.equal(seen[step][name], value), (step, name)
@@ -229,10 +246,9 @@ def test_before_its_first_step_an_adapted_model_is_the_model(
 ) -> None:
     logits: dict[int, Tensor] = {}
     settings = _settings(lora_rank=4, steps=2, measure_at=(0, 2))
-    relearn(
+    _watch(
         model,
         words,
-        TEXTS,
         lambda attacked, step: logits.__setitem__(step, _logits(attacked, words)),
         settings,
         seed=0,
@@ -253,7 +269,8 @@ def test_merged_weights_do_what_the_adapters_did(
             last.append((_logits(attacked, words), _weights(attacked)))
 
     settings = _settings(lora_rank=4, steps=5, lr=0.02, measure_at=(0, 5))
-    merged = relearn(model, words, TEXTS, measure, settings, seed=0)
+    _watch(model, words, measure, settings, seed=0)
+    merged = relearned(model, words, TEXTS, settings, seed=0)
     (logits, adapters) = last[0]
     torch.testing.assert_close(_logits(merged, words), logits, rtol=1e-4, atol=1e-4)
     # An ordinary model of the same class with the same names, and W + (alpha / r) B A with alpha =
@@ -392,14 +409,14 @@ def test_the_bf16_arm_keeps_its_weights_in_bf16_all_along(
 ) -> None:
     kinds: list[set[torch.dtype]] = []
     settings = _settings(precision="bfloat16", optimiser=optimiser, steps=2, measure_at=(0, 1, 2))
-    attacked = relearn(
+    _watch(
         model,
         words,
-        TEXTS,
         lambda now, step: kinds.append({p.dtype for p in now.parameters()}),
         settings,
         seed=0,
     )
+    attacked = relearned(model, words, TEXTS, settings, seed=0)
     assert kinds == [{torch.bfloat16}] * 3
     assert {parameter.dtype for parameter in attacked.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -481,11 +498,10 @@ def test_the_attacker_has_the_first_so_many_texts(
 ) -> None:
     seen: list[tuple[str, ...]] = []
     _spy(monkeypatch, seen)
-    relearn(
+    relearned(
         model,
         words,
         TEXTS,
-        lambda attacked, step: None,
         _settings(texts=count, steps=6, batch_size=4, measure_at=(0, 6)),
         seed=0,
     )
@@ -499,18 +515,10 @@ def test_fewer_texts_are_an_attack_with_those_texts_alone(
     model: PreTrainedModel, words: PreTrainedTokenizerBase
 ) -> None:
     settings = _settings(texts=3, steps=3, batch_size=2, measure_at=(0, 3))
-    few = _weights(relearn(model, words, TEXTS, lambda attacked, step: None, settings, seed=0))
-    cut = _weights(
-        relearn(
-            model, words, TEXTS[:3], lambda attacked, step: None, replace(settings, texts=0), seed=0
-        )
-    )
+    few = _weights(relearned(model, words, TEXTS, settings, seed=0))
+    cut = _weights(relearned(model, words, TEXTS[:3], replace(settings, texts=0), seed=0))
     assert all(torch.equal(few[name], cut[name]) for name in few)
-    whole = _weights(
-        relearn(
-            model, words, TEXTS, lambda attacked, step: None, replace(settings, texts=0), seed=0
-        )
-    )
+    whole = _weights(relearned(model, words, TEXTS, replace(settings, texts=0), seed=0))
     assert not all(torch.equal(few[name], whole[name]) for name in few)
 
 
@@ -546,20 +554,18 @@ def test_texts_are_cut_to_the_given_length(
     model: PreTrainedModel, words: PreTrainedTokenizerBase
 ) -> None:
     long = (Example("ana lives in rome . bert lives in oslo ."),)
-    cut = relearn(
+    cut = relearned(
         model,
         words,
         long,
-        lambda attacked, step: None,
         _settings(batch_size=1),
         seed=0,
         max_length=6,
     )
-    short = relearn(
+    short = relearned(
         model,
         words,
         (Example("ana lives in rome ."),),
-        lambda attacked, step: None,
         _settings(batch_size=1),
         seed=0,
     )
@@ -619,10 +625,9 @@ def test_measure_is_called_at_the_asked_steps_with_the_model_of_that_step(
 
     settings = _settings(steps=4, batch_size=3, measure_at=(0, 1, 3, 4), **way)
     ticks: list[tuple[int, int]] = []
-    relearn(
+    _watch(
         model,
         words,
-        TEXTS,
         measure,
         settings,
         seed=2,
@@ -634,10 +639,9 @@ def test_measure_is_called_at_the_asked_steps_with_the_model_of_that_step(
     # nothing.
     for step in (1, 3):
         last: list[Tensor] = []
-        relearn(
+        _watch(
             model,
             words,
-            TEXTS,
             lambda now, _, last=last: last.append(_logits(now, words)),
             replace(settings, steps=step, measure_at=(step,)),
             seed=2,
@@ -649,10 +653,9 @@ def test_steps_that_nobody_asked_for_are_not_measured(
     model: PreTrainedModel, words: PreTrainedTokenizerBase
 ) -> None:
     calls: list[int] = []
-    relearn(
+    _watch(
         model,
         words,
-        TEXTS,
         lambda attacked, step: calls.append(step),
         _settings(steps=3, measure_at=(2, 9)),
         seed=0,
@@ -670,7 +673,7 @@ def test_an_attack_that_breaks_says_where_and_keeps_what_was_measured(
     settings = _settings(steps=9, measure_at=tuple(range(10)), **way)
     before = _weights(model)
     with pytest.raises(DivergedError, match=r"\blr\b") as caught:
-        relearn(model, words, TEXTS, lambda attacked, step: calls.append(step), settings, seed=0)
+        _watch(model, words, lambda attacked, step: calls.append(step), settings, seed=0)
     assert isinstance(caught.value, WorkbenchError)
     # The loss of the named step is not finite, so everything before that step was measured, and
     # nothing after it.
@@ -688,10 +691,9 @@ def test_a_model_that_is_broken_from_the_start_breaks_at_step_one(
         model.get_submodule("model.norm").weight.fill_(math.nan)
     calls: list[int] = []
     with pytest.raises(DivergedError) as caught:
-        relearn(
+        _watch(
             model,
             words,
-            TEXTS,
             lambda attacked, step: calls.append(step),
             _settings(steps=3, measure_at=(0, 1, 3)),
             seed=0,
@@ -744,7 +746,7 @@ def test_impossible_settings_are_refused_by_name(wrong: dict[str, Any], named: s
     assert "\n" not in str(caught.value)
     # The same in a configuration file: one line that names the field's group.
     with pytest.raises(WorkbenchError, match="attack"):
-        validated({"attack": wrong}, "config.yaml")
+        validated(RunConfig, {"attack": wrong}, "config.yaml")
 
 
 def test_the_default_attack_is_every_parameter_in_float32_by_adamw() -> None:
@@ -769,6 +771,7 @@ def test_the_default_attack_is_every_parameter_in_float32_by_adamw() -> None:
         "texts",
     }
     found = validated(
+        RunConfig,
         {
             "attack": {
                 "optimiser": "sgd",

@@ -86,7 +86,7 @@ def test_a_check_gives_the_value_back_or_one_line(value: object) -> None:
 )
 def test_a_configuration_with_nonsense_is_refused(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(WorkbenchError) as error:
-        validated(fields, "a file")
+        validated(RunConfig, fields, "a file")
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -138,4 +138,4 @@ def test_python_callers_get_the_same_line(make: Callable[[], Any]) -> None:
 
 
 def test_the_default_configuration_passes() -> None:
-    assert validated({}, "nothing") == RunConfig()
+    assert validated(RunConfig, {}, "nothing") == RunConfig()

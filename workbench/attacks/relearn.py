@@ -8,7 +8,7 @@ import copy
 import math
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,35 +94,71 @@ def relearn(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[Example],
-    measure: Callable[[PreTrainedModel, int], None],
-    settings: RelearnSettings,
+    settings: RelearnSettings | None = None,
     *,
-    seed: int,
+    seed: int = 0,
     max_length: int | None = None,
     progress: Report = quiet,
-) -> PreTrainedModel:
-    """Attack a copy of ``model``; the model itself is not changed.
+) -> Iterator[tuple[int, PreTrainedModel]]:
+    """Attack a copy of ``model`` step by step; the model itself is not changed.
 
     Args:
         model: what is attacked.
         tokenizer: its tokenizer.
         texts: the attack texts.
-        measure: called as ``measure(attacked model, step)`` at ``settings.measure_at``; under LoRA
-            the model carries its adapters.
         settings: see :class:`RelearnSettings`.
         seed: order of the texts and first weights of adapters; the same seed gives every model the
             same batches.
         max_length: texts are cut to this many tokens.
         progress: called after every step.
 
-    Returns:
-        The attacked model; adapters are merged into its weights.
+    Yields:
+        ``step, attacked`` at ``settings.measure_at``. It is one model that goes on being trained:
+        measure it before asking for the next. Under LoRA it carries its adapters.
 
     Raises:
         WorkbenchError: there is no text.
-        DivergedError: the loss is not finite. Everything measured before is with ``measure``
-            already.
+        DivergedError: the loss is not finite; what was yielded before is as it should be.
+
+    Example:
+        >>> for step, attacked in relearn(model, tokenizer, texts):  # doctest: +SKIP
+        ...     print(step, score(attacked, queries).recall)
     """
+    chosen = settings or RelearnSettings()
+    for step, attacked in _steps(model, tokenizer, texts, chosen, seed, max_length, progress):
+        if step in chosen.measure_at:
+            yield step, attacked
+
+
+def relearned(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Example],
+    settings: RelearnSettings | None = None,
+    *,
+    seed: int = 0,
+    max_length: int | None = None,
+    progress: Report = quiet,
+) -> PreTrainedModel:
+    """The model at the end of the attack; adapters are merged into its weights. See
+    :func:`relearn`.
+    """
+    chosen = settings or RelearnSettings()
+    for _, attacked in _steps(model, tokenizer, texts, chosen, seed, max_length, progress):
+        model = attacked
+    return model.merge_and_unload() if chosen.lora_rank else model  # type: ignore[operator,no-any-return]
+
+
+def _steps(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Example],
+    settings: RelearnSettings,
+    seed: int,
+    max_length: int | None,
+    progress: Report,
+) -> Iterator[tuple[int, PreTrainedModel]]:
+    """The attacked model before the first and after every step."""
     attacked, parameters = attackable(model, settings, seed=seed)
     optimiser = (
         torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
@@ -132,8 +168,7 @@ def relearn(
     stream = endless(
         texts[: settings.texts] if settings.texts else texts, settings.batch_size, f"relearn-{seed}"
     )
-    if 0 in settings.measure_at:
-        measure(attacked, 0)
+    yield 0, attacked
     for step in range(1, settings.steps + 1):
         loss = cross_entropy(
             attacked, encode(tokenizer, next(stream), max_length=max_length).to(attacked.device)
@@ -147,10 +182,8 @@ def relearn(
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-        if step in settings.measure_at:
-            measure(attacked, step)
         progress(step, settings.steps)
-    return attacked.merge_and_unload() if settings.lora_rank else attacked  # type: ignore[operator,no-any-return]
+        yield step, attacked
 
 
 def finite(scores: Scores, step: int) -> Scores:

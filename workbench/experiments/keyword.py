@@ -42,7 +42,7 @@ from workbench.runner import Experiment, Phase, Place, Plan
 from workbench.runs.curves import curve_rows
 from workbench.runs.settings import Attacking, Count, Rate, Seeds
 from workbench.runs.stages import add_leaks
-from workbench.tables import ITEM_COLUMNS, Table
+from workbench.tables import Table
 from workbench.training import fit
 from workbench.unlearning.budget import smallest_change
 from workbench.unlearning.deltas import apply_delta, snapshot
@@ -215,20 +215,8 @@ def _seed_job(settings: KeywordSettings, seed: int, place: Place) -> None:
                 asked(model, tokenizer, queries, settings.new_tokens),
                 score(model, encoded).probability,
             )
-            shared = {
-                name: value
-                for name, value in (table.common | columns).items()
-                if name in ITEM_COLUMNS
-            }
             for query, hit, probability in zip(queries, hits, likely, strict=True):
-                table.items.append(
-                    {
-                        **shared,
-                        "item": query.item,
-                        "correct": hit,
-                        "probability": float(probability),
-                    }
-                )
+                table.add_item(query.item, hit, float(probability), **columns)
 
         measure(base.model, 0, BASE, "none")
         made = recipe(settings.method, base.model, seed)
@@ -267,15 +255,10 @@ def _seed_job(settings: KeywordSettings, seed: int, place: Place) -> None:
         ):
             for arm in names:
                 try:
-                    relearn(
-                        attacked,
-                        tokenizer,
-                        arms[arm],
-                        partial(measure, method=method, arm=arm),
-                        attack,
-                        seed=seed,
-                        progress=advance,
-                    )
+                    for step, now in relearn(
+                        attacked, tokenizer, arms[arm], attack, seed=seed, progress=advance
+                    ):
+                        measure(now, step, method, arm)
                 except DivergedError as error:
                     table.add("diverged_at", error.step, method=method, model=method, arm=arm)
 

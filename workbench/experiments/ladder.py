@@ -105,23 +105,19 @@ def _attack_once(
     advance: Report,
     **columns: Any,
 ) -> None:
-    def measure(attacked: PreTrainedModel, step: int) -> None:
-        for split, encoded in sets.items():
-            table.add_scores(
-                finite(score(attacked, encoded), step), split=split, step=step, **columns
-            )
-
     try:
-        relearn(
+        for step, attacked in relearn(
             model,
             setup.tokenizer,
             texts,
-            measure,
             settings,
             seed=seed,
             max_length=setup.max_length,
             progress=advance,
-        )
+        ):
+            for split, encoded in sets.items():
+                scores = finite(score(attacked, encoded), step)
+                table.add_scores(scores, split=split, step=step, **columns)
     except (
         DivergedError
     ) as error:  # what was measured before stays; where the attack broke is a result

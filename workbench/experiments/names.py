@@ -38,7 +38,7 @@ from workbench.evaluation.statistics import wilson
 from workbench.progress import Report
 from workbench.runner import Experiment, Phase, Place, Plan
 from workbench.runs.settings import Attacking, Count, Rate, Seeds, Wholes
-from workbench.tables import ITEM_COLUMNS, Table
+from workbench.tables import Table
 from workbench.training import fit, small_llama
 from workbench.unlearning.budget import smallest_change
 from workbench.unlearning.deltas import apply_delta, snapshot
@@ -268,14 +268,7 @@ def _one_dial(
         found = wilson(float(hits.sum()), len(hits))
         table.add_estimate("asr", found, **columns)
         for number, (hit, probability) in enumerate(zip(hits, likely, strict=True)):
-            shared = {
-                name: value
-                for name, value in (table.common | columns).items()
-                if name in ITEM_COLUMNS
-            }
-            table.items.append(
-                {**shared, "item": f"prompt/{number}", "correct": hit, "probability": probability}
-            )
+            table.add_item(f"prompt/{number}", hit, probability, **columns)
 
     measure(base, 0, "base", "none")
     for method, model, arm, texts in (
@@ -283,15 +276,11 @@ def _one_dial(
         ("unlearned", unlearned, "null", null),
         ("never-learned", never, "fragments", corpus.fragments),
     ):
-        relearn(
-            model,
-            tokenizer,
-            texts,
-            partial(measure, method=method, arm=arm),
-            settings.attack(ATTACK),
-            seed=seed,
-            progress=advance,
+        attack = relearn(
+            model, tokenizer, texts, settings.attack(ATTACK), seed=seed, progress=advance
         )
+        for step, attacked in attack:
+            measure(attacked, step, method, arm)
 
 
 def prepare(settings: NamesSettings, source: None, out: Path) -> Plan:

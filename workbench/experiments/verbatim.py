@@ -46,7 +46,7 @@ from workbench.runner import Experiment, Phase, Place, Plan
 from workbench.runs.curves import curve_rows
 from workbench.runs.settings import Attacking, Count, Rate, Seeds
 from workbench.runs.stages import add_leaks
-from workbench.tables import COLUMNS, ITEM_COLUMNS, Table, join
+from workbench.tables import COLUMNS, Table, join
 from workbench.training import fit
 from workbench.unlearning.budget import smallest_change
 from workbench.unlearning.deltas import apply_delta, snapshot
@@ -269,11 +269,6 @@ def _seed_job(settings: VerbatimSettings, seed: int, place: Place) -> None:
     def work(table: Table) -> None:
         def measure(model: PreTrainedModel, step: int, method: str, arm: str) -> None:
             columns: dict[str, Any] = {"method": method, "arm": arm, "step": step}
-            shared = {
-                name: value
-                for name, value in (table.common | columns).items()
-                if name in ITEM_COLUMNS
-            }
             found, likely = (
                 continuations(model, tokenizer, queried, new_tokens),
                 score(model, encoded).probability,
@@ -282,15 +277,7 @@ def _seed_job(settings: VerbatimSettings, seed: int, place: Place) -> None:
                 for item, value, probability in zip(
                     found["item"], found[name], likely, strict=True
                 ):
-                    table.items.append(
-                        {
-                            **shared,
-                            "split": name,
-                            "item": item,
-                            "correct": float(value),
-                            "probability": float(probability),
-                        }
-                    )
+                    table.add_item(item, float(value), float(probability), split=name, **columns)
             table.add(
                 "passages_with_a_run", float((found["run"] >= RUN).sum()), model=method, **columns
             )
@@ -331,16 +318,16 @@ def _seed_job(settings: VerbatimSettings, seed: int, place: Place) -> None:
         for method, attacked in (("unlearned", model), (NEVER, never.model)):
             for arm in attacks[method]:
                 try:
-                    relearn(
+                    for step, now in relearn(
                         attacked,
                         tokenizer,
                         arms[arm],
-                        partial(measure, method=method, arm=arm),
                         attack,
                         seed=seed,
                         max_length=limit,
                         progress=advance,
-                    )
+                    ):
+                        measure(now, step, method, arm)
                 except DivergedError as error:  # what was measured before stays
                     table.add("diverged_at", error.step, method=method, model=method, arm=arm)
 

@@ -416,16 +416,6 @@ def add_attack_path(
     """
     start, deltas, steps = snapshot(model), [], []
 
-    def keep(attacked: PreTrainedModel, step: int) -> None:
-        if step:
-            deltas.append(
-                {
-                    name: parameter.detach().float() - start[name].float()
-                    for name, parameter in attacked.named_parameters()
-                }
-            )
-            steps.append(step)
-
     often = sorted(
         {
             step
@@ -434,15 +424,19 @@ def add_attack_path(
         }
         | {settings.steps}
     )
-    relearned = relearn(
-        model,
-        setup.tokenizer,
-        texts,
-        keep,
-        replace(settings, measure_at=tuple(often)),
-        seed=seed,
-        max_length=setup.max_length,
+    chosen = replace(settings, measure_at=tuple(often))
+    attack = relearn(
+        model, setup.tokenizer, texts, chosen, seed=seed, max_length=setup.max_length
     )
+    for step, attacked in attack:
+        deltas.append(
+            {
+                name: parameter.detach().float() - start[name].float()
+                for name, parameter in attacked.named_parameters()
+            }
+        )
+        steps.append(step)
+    relearned = attacked
     for row in path_losses(model, deltas, losses).to_dict("records"):
         step = [0, *steps][int(row["checkpoint"])]
         table.add(

@@ -503,36 +503,28 @@ def attack(
     for number, (arm, texts) in enumerate(arms.items()):
         own = {"random-facts": setup.encode(texts, answers=True)} if arm == "random-facts" else {}
 
-        def measure(
-            attacked: PreTrainedModel,
-            step: int,
-            arm: str = arm,
-            own: Mapping[str, Sequence[Batch]] = own,
-        ) -> None:
-            for split, texts in {**encoded, **own}.items():
-                table.add_scores(
-                    finite(score(attacked, texts), step),
-                    split=split,
-                    stage="relearn",
-                    arm=arm,
-                    step=step,
-                )
-            add_geometry(before, start, streams(attacked, watched), table, arm=arm, step=step)
-
         def advance(done: int, total: int, number: int = number) -> None:
             progress(number * total + done, len(arms) * total)
 
         try:
-            relearn(
+            for step, attacked in relearn(
                 model,
                 setup.tokenizer,
                 texts,
-                measure,
                 settings,
                 seed=seed,
                 max_length=setup.max_length,
                 progress=advance,
-            )
+            ):
+                for split, asked in {**encoded, **own}.items():
+                    table.add_scores(
+                        finite(score(attacked, asked), step),
+                        split=split,
+                        stage="relearn",
+                        arm=arm,
+                        step=step,
+                    )
+                add_geometry(before, start, streams(attacked, watched), table, arm=arm, step=step)
         except (
             DivergedError
         ) as error:  # what was measured before stays; where the attack broke is a result

@@ -2,8 +2,8 @@
 NEW``.
 
 Rows are matched by every column but the key of the run and the numbers. Prints how many rows match,
-which stand in one table only, and the largest difference of each metric that differs; the exit status
-is 1 where anything does.
+which stand in one table only, and the largest difference of each metric that differs; the exit
+status is 1 where anything does.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def compare(old: pd.DataFrame, new: pd.DataFrame) -> tuple[int, pd.DataFrame, pd
     """Matching rows, rows of one table only, and the largest differences.
 
     Returns:
-        How many rows match exactly (empty numbers are equal); ``metric``, ``old`` and ``new`` counts
-        of rows that stand in one table only; ``metric``, ``rows``, ``difference`` (the largest, over
-        all numbers of a row) of those that differ.
+        How many rows match exactly (empty numbers are equal); ``metric``, ``old`` and ``new``
+        counts of rows that stand in one table only; ``metric``, ``rows``, ``difference`` (the
+        largest, over all numbers of a row) of those that differ.
     """
     before, after = _keyed(old), _keyed(new)
     both = before.index.intersection(after.index)

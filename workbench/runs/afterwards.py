@@ -9,10 +9,10 @@ import pandas as pd
 import yaml
 
 from workbench.errors import WorkbenchError
+from workbench.figures import Drawing, figures_of
 from workbench.runs.config import RunConfig, read_config
 from workbench.runs.folder import CONFIG, read_results
 from workbench.tables import COLUMNS, ITEM_COLUMNS, join
-from workbench.figures import Drawing, figures_of
 
 RUN = "run"
 

@@ -25,11 +25,11 @@ from workbench.attacks.relearn import RelearnSettings
 from workbench.builtin import BuiltinConfig
 from workbench.data.world import WorldConfig
 from workbench.errors import WorkbenchError, unknown
+from workbench.files import key_of
 from workbench.runs.checkpoints import FilesConfig
 from workbench.runs.probing import PROBES
 from workbench.runs.settings import Seeds, Settings, read_fields, validated
 from workbench.runs.setup import Measure
-from workbench.files import key_of
 from workbench.unlearning.methods import METHODS, check_setting, innermost, is_method
 from workbench.unlearning.recipe import Setting
 

@@ -15,6 +15,7 @@ from typing import ParamSpec, TypeVar
 import pandas as pd
 
 from workbench.errors import WorkbenchError
+from workbench.files import damage, full_disk_is_an_error, sweep, write_folder, write_text
 from workbench.tables import (
     COLUMNS,
     ITEM_COLUMNS,
@@ -23,7 +24,6 @@ from workbench.tables import (
     read_table,
     write_parquet,
 )
-from workbench.files import damage, full_disk_is_an_error, sweep, write_folder, write_text
 
 CONFIG, PROVENANCE, RESULTS, ITEMS, REPORT, CLAIMS_FILE = (
     "config.yaml",
@@ -90,7 +90,8 @@ _LOCKED: dict[Path, int] = {}
 
 
 def _lock(out: Path) -> None:
-    """Keep other processes out of ``out``; the system lets go when this one ends, however it ends.
+    """Keep other processes out of ``out``; the system lets go when this one ends, however it
+    ends.
     """
     place = out.resolve()
     if place in _LOCKED:

@@ -21,7 +21,6 @@ from workbench.data.batches import Batch
 from workbench.data.records import Example, one_per_item
 from workbench.errors import WorkbenchError
 from workbench.runs.setup import Setup
-from workbench.tables import Table
 from workbench.sharpness.average import mean_changes, noise_changes
 from workbench.sharpness.curvature import Curvature, extremes
 from workbench.sharpness.density import Density, both_signs, quadrature
@@ -37,6 +36,7 @@ from workbench.sharpness.slices import (
     scaled,
 )
 from workbench.sharpness.trace import rademacher, trace
+from workbench.tables import Table
 from workbench.unlearning.deltas import norm_of, snapshot
 
 FOLLOWED, WATCHED, NOVEL = "forget-attacked", "forget-heldout", "novel"
@@ -425,9 +425,7 @@ def add_attack_path(
         | {settings.steps}
     )
     chosen = replace(settings, measure_at=tuple(often))
-    attack = relearn(
-        model, setup.tokenizer, texts, chosen, seed=seed, max_length=setup.max_length
-    )
+    attack = relearn(model, setup.tokenizer, texts, chosen, seed=seed, max_length=setup.max_length)
     for step, attacked in attack:
         deltas.append(
             {

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from workbench.builtin import BuiltinConfig, world_of
 from workbench.data import readers
 from workbench.data.world import neutral_words
+from workbench.models import Opened, open_model, weights_hash
 from workbench.runs.checkpoints import (
     FilesConfig,
     opened_of,
@@ -19,7 +20,6 @@ from workbench.runs.checkpoints import (
 )
 from workbench.runs.config import RunConfig
 from workbench.runs.setup import Setup
-from workbench.models import Opened, open_model, weights_hash
 
 BASE, NEVER = "base", "never-learned"
 CONTROLS = (BASE, NEVER)

@@ -18,10 +18,15 @@ import torch
 from transformers import PreTrainedModel
 
 from workbench.builtin import BuiltinConfig, builtin_folder, builtin_model, untrained, world_of
+from workbench.claims import Verdict, decide
 from workbench.errors import WorkbenchError
+from workbench.files import MANIFEST, damage, write_folder, write_json
+from workbench.hooks import CaptureError, layer_count
+from workbench.models import save_model
+from workbench.progress import Report
+from workbench.report import summary_table, write_report
 from workbench.runs import stages
 from workbench.runs.checkpoints import FilesConfig, record_of, sealed
-from workbench.claims import Verdict, decide
 from workbench.runs.config import RunConfig, write_config
 from workbench.runs.folder import (
     CLAIMS_FILE,
@@ -50,13 +55,8 @@ from workbench.runs.models import (
 from workbench.runs.probing import PROBES, Probe
 from workbench.runs.provenance import data_hash, provenance
 from workbench.runs.setup import Disruption, Setup
-from workbench.tables import COLUMNS, Table, join, summarise, write_parquet
-from workbench.files import MANIFEST, damage, write_folder, write_json
-from workbench.hooks import CaptureError, layer_count
-from workbench.models import save_model
-from workbench.progress import Report
-from workbench.report import summary_table, write_report
 from workbench.subspaces.subspace import Subspace
+from workbench.tables import COLUMNS, Table, join, summarise, write_parquet
 from workbench.unlearning.methods import recipe, settings_for
 
 
@@ -170,7 +170,8 @@ def _retain_subspaces(out: Path) -> dict[str, Subspace]:
 
 
 def _opened(config: RunConfig, out: Path, name: str, seed: int, table: Table) -> None:
-    """What there is to say of a model that is opened: the base, a control, an unlearned checkpoint.
+    """What there is to say of a model that is opened: the base, a control, an unlearned
+    checkpoint.
     """
     setup = setup_of(config, out)
     model = model_of(config, out, name, seed)

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from workbench import values
 from workbench.diagnostics.triggers import NothingToAsk
+from workbench.hooks.brief import brief
+from workbench.registry import Registry
 from workbench.runs import stages
 from workbench.runs.setup import Setup
 from workbench.tables import Table
-from workbench.hooks.brief import brief
-from workbench.registry import Registry
 
 if TYPE_CHECKING:
     from workbench.runs.config import RunConfig

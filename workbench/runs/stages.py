@@ -31,13 +31,13 @@ from workbench.diagnostics.shift import returned, shift_by_layer, streams
 from workbench.diagnostics.triggers import Carrier, trigger_queries, trigger_scores
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy, score, target_tokens
-from workbench.runs import landscape
-from workbench.runs.setup import MEASURES, Disruption, Setup
-from workbench.tables import Table
 from workbench.hooks import Capture, Collect, MomentsOf, gradients_only, layer_count, resolve
 from workbench.progress import Report, quiet
+from workbench.runs import landscape
+from workbench.runs.setup import MEASURES, Disruption, Setup
 from workbench.subspaces.compare import angle_null, tier_edges
 from workbench.subspaces.subspace import Subspace, energy_inside, overlap, principal_subspace
+from workbench.tables import Table
 from workbench.unlearning.budget import Match, match_budget
 from workbench.unlearning.deltas import apply_delta, delta_between, norm_of, snapshot
 from workbench.unlearning.recipe import Recipe

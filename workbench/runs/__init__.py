@@ -1,0 +1,3 @@
+"""Runs: their configuration, folder, models, stages and tables; what every experiment is run
+with.
+"""

@@ -148,6 +148,7 @@ def test_unlearn_then_investigate_from_two_folders_alone(
     )
 
 
+@pytest.mark.full
 def test_texts_that_all_share_their_words_lose_the_trigger_check_alone(
     quick_base: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -481,7 +482,7 @@ def test_a_finished_run_is_not_run_again_and_a_lost_stage_is(
     pd.testing.assert_frame_equal(again.results, quick_run.results)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on_in_one_process(
     quick_run: Run, quick_config: RunConfig, tmp_path: Path
 ) -> None:

@@ -53,12 +53,15 @@ def test_a_file_hooks_or_a_folder_figures_beside_a_script_hides_nothing(tmp_path
     (tmp_path / "hooks.py").write_text("raise RuntimeError('the user\\'s own')")
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "__init__.py").write_text("")
-    code = "import workbench.hooks, workbench.figures; print(workbench.hooks.Capture.__name__)"
+    names = "workbench.hooks", "workbench.figures"
+    code = f"from importlib.util import find_spec; print(*(find_spec(n).origin for n in {names}))"
     for place in (tmp_path, ROOT, ROOT / "workbench"):
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=place
         )
-        assert done.stdout.strip() == "Capture"
+        assert done.stdout.split() == [
+            str(ROOT / folder / "__init__.py") for folder in ("hooks", "figures")
+        ]
 
 
 @pytest.fixture(scope="module")

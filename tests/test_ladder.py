@@ -565,7 +565,7 @@ def test_a_stopped_ladder_goes_on_and_gives_the_same(climbed: Result, one_seed: 
         runner.run("ladder", climbed.folder, methods=["cir"], **given)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_of_two_seeds_has_a_ladder(quick_run: Run, tmp_path: Path) -> None:
     # New people differ from seed to seed, so seeds share no new fact.
     found = runner.run(

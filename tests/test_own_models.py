@@ -126,7 +126,6 @@ def test_a_text_that_changed_since_is_named(
         (["--base", "{base}", "{files}", "--world", "3"], "world is of the built-in world"),
         (["--base", "{base}", "{files}", "--checkpoint", "mine"], "must read LABEL=MODEL"),
         (["--base", "{base}", "{files}", "--checkpoint", "npo={base}"], "'npo' is a name with"),
-        (["--base", "nowhere", "{files}"], "cannot open model nowhere"),
         (["--base", "{base}", "{files}", "--budget-sets", "general"], "no retain set 'general'"),
         (["--as-trained", "--budget", "1"], "as_trained matches no budget"),
     ],

@@ -398,6 +398,7 @@ def test_the_rows_are_a_tidy_table(make_tables: Tables) -> None:
     assert MEASURES["displacement"] in found._repr_html_()
 
 
+@pytest.mark.full
 def test_variants_of_few_methods_are_resampled_by_family_as_well() -> None:
     rng = np.random.default_rng(0)
     names = ["npo", "npo-sam", "npo-rna-wa", "rmu", "rmu-sam", "cir", "cir-uncollapsed"]
@@ -443,6 +444,7 @@ def _stored(tables: tuple[pd.DataFrame, pd.DataFrame], folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_runs_are_pooled(make_tables: Tables, tmp_path: Path) -> None:
     one, other = (
         _stored(make_tables(), tmp_path / "low"),

@@ -239,6 +239,7 @@ def test_claims_about_noise_are_decided_on_words_inside_the_question() -> None:
     assert {claim.verdict for claim in found.values()} == {"supported"}
 
 
+@pytest.mark.full
 def test_the_representations_of_a_run_are_read_beside_their_anchors(
     rmu_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

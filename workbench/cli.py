@@ -1,6 +1,5 @@
-"""The command line: ``workbench demo``, ``sweep``, ``unlearn``, ``investigate``, ``names``,
-``keyword``, ``verbatim``, ``ladder``, ``suffix``, ``triggers``, ``representation``, ``predictors``,
-``claims``, ``methods``, ``sites``.
+"""The command line. Commands on tables are written here; those with settings (:data:`MADE`) are
+made from them (:mod:`workbench.commands`).
 
 Results go to standard output (one JSON object with ``--json``), progress and logs to standard
 error. Exit status: 0 done, 2 wrong input, 130 interrupted.

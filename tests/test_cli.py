@@ -717,3 +717,28 @@ def test_figures_and_report_are_drawn_again_from_tables_alone(
     page = Path(json.loads(capsys.readouterr().out)["report"])
     again = (quick_run.folder / "report.html").read_text(encoding="utf-8")
     assert page.read_text(encoding="utf-8") == again
+
+
+def test_claims_are_decided_over_several_runs_together(
+    quick_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("results.parquet", "items.parquet"):
+        shutil.copy(quick_run.folder / name, other / name)
+    config = quick_run.config.model_copy(update={"rank": 8})  # another run, as far as its key goes
+    (other / "config.yaml").write_text(write_config(config))
+    command = ["claims", str(quick_run.folder), str(other), "--id", "collapse-resists"]
+    assert main([*command, "--json"]) == 0
+    (together,) = json.loads(capsys.readouterr().out)
+    assert main(["claims", str(quick_run.folder), "--id", "collapse-resists", "--json"]) == 0
+    (alone,) = json.loads(capsys.readouterr().out)
+    assert together["verdict"] == alone["verdict"] == "not measured"  # no plain CIR in this run
+    assert main([*command[:3], "--id", "common-subspaces", "--json"]) == 0
+    (together,) = json.loads(capsys.readouterr().out)
+    assert "2 of 2 runs" in together["reason"]
+    assert together["low"] < together["effect"] < together["high"]
+    stray = tmp_path / "stray"
+    shutil.copytree(other, stray)
+    (stray / "config.yaml").write_text("experiment: relearn\nof: nothing\n")
+    assert "was not asked of the models of" in _fails(capsys, *command[:3], stray)

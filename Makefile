@@ -36,11 +36,15 @@ links:
 unit: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
+# those that train longest are executed by test-full
+LONG := notebooks/04_does_it_come_back.ipynb notebooks/06_sharpness_and_smoothing.ipynb
+
 notebooks: setup
-	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=600 notebooks
+	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=900 $(filter-out $(LONG),$(wildcard notebooks/*.ipynb))
 
 test-full: test test-minimum
 	$(BIN)/python -m pytest -m full tests
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 $(LONG)
 
 # the oldest declared versions, and the fast tests under them
 OLDEST := .venv-minimum

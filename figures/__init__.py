@@ -356,9 +356,8 @@ FIGURES.own(
             "few_shot",
             few_shot,
             "Recall of held-out forgotten facts behind solved questions about other forgotten "
-            "facts "
-            "(solid) and behind the same with shuffled answers (dotted); bands are 95 % intervals "
-            "over seeds and facts.",
+            "facts (solid) and behind the same with shuffled answers (dotted); bands are 95 % "
+            "intervals over seeds and facts.",
             of=("few-shot",),
         ),
         Drawing(

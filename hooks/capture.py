@@ -263,9 +263,8 @@ class Capture:
             return CaptureError(
                 f"{', '.join(site.name for site in self._missed[:3])} never ran in {self._cut} of "
                 f"{self._cut + self._passes} passes, which were cut short after other sites had "
-                "delivered their rows (an error "
-                "that was caught, or another capture's forward() inside this one); run those "
-                "batches again in a new capture"
+                "delivered their rows (an error that was caught, or another capture's forward() "
+                "inside this one); run those batches again in a new capture"
             )
         silent = [site for site in self.sites if self._delivered[site] < max(self._passes, 1)]
         gradients = [site.name for site in silent if site.is_gradient]
@@ -274,9 +273,9 @@ class Capture:
             return CaptureError(
                 f"no gradient reached {len(gradients)} of {len(self.sites)} sites "
                 f"({', '.join(gradients[:3])}) in {count} of {self._passes} passes: no backward "
-                "ran, the loss "
-                "does not depend on them, the parameters are frozen (use hooks.gradients_only), or "
-                "an in-place kernel overwrote a view there (tap the next module's output)"
+                "ran, the loss does not depend on them, the parameters are frozen (use "
+                "hooks.gradients_only), or an in-place kernel overwrote a view there (tap the "
+                "next module's output)"
             )
         if silent:
             return CaptureError(
@@ -346,8 +345,8 @@ class Capture:
         else:
             raise CaptureError(
                 f"{site.name} produced a tensor of shape {list(tensor.shape)} but the mask selects "
-                f"from {[batch, length]} (batch, position); "
-                "only [batch, position, width] can be captured, and a mask belongs to one pass"
+                f"from {[batch, length]} (batch, position); only [batch, position, width] can be "
+                "captured, and a mask belongs to one pass"
             )
         return Rows(flat.index_select(0, index), selection.where, selection.number)
 
@@ -394,8 +393,8 @@ class Capture:
         if not self._inside and self._pending > 1:
             raise CaptureError(
                 f"{site.name}: {self._pending} forward passes ran before one backward under "
-                "gradient checkpointing, so a recomputed row cannot be told from "
-                "another pass's; run backward after every forward, or switch checkpointing off"
+                "gradient checkpointing, so a recomputed row cannot be told from another pass's; "
+                "run backward after every forward, or switch checkpointing off"
             )
         if not tensor.requires_grad:
             raise CaptureError(

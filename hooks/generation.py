@@ -45,8 +45,7 @@ def _refuse_reordering(config: GenerationConfig, given: dict[str, Any], rows: in
     if mode.value not in _ROWS_STAY:
         raise CaptureError(
             f"generate runs {mode.value.replace('_', ' ')}, which reorders the rows of its cache "
-            "or "
-            "feeds guesses that it takes back; run the finished sequences once instead"
+            "or feeds guesses that it takes back; run the finished sequences once instead"
         )
     own = config.stop_strings or given.get("stopping_criteria")
     if rows > 1 and own:

@@ -176,17 +176,14 @@ class Reader:
                 raise CaptureError(
                     "the rows are padded on the left, and this architecture counts positions from "
                     "the left edge: without position_ids every activation is wrong. Pad on the "
-                    "right, "
-                    "or pass position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)"
+                    "right, or pass position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)"
                 )
         elif bool((tokens.starts.sum(1) > 1).any()) and not packed_rows_are_apart(
             self._model, inputs
         ):
             raise CaptureError(
                 "several sequences are packed into one row (position_ids start again), and in a "
-                "pass "
-                "like this one the model lets each read those before it: pass no attention_mask "
-                "and "
-                "use_cache=False where the model tells sequences apart by their positions, give a "
-                "four-dimensional mask, or run the sequences as rows of their own"
+                "pass like this one the model lets each read those before it: pass no "
+                "attention_mask and use_cache=False where the model tells sequences apart by their "
+                "positions, give a four-dimensional mask, or run the sequences as rows of their own"
             )

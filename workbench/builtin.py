@@ -123,9 +123,9 @@ def world_of(config: BuiltinConfig) -> World:
     if not train:
         raise WorkbenchError(
             f"{config.general} is too short: {len(documents)} document(s) give {len(pieces)} "
-            f"pieces of {GENERAL_TOKENS} tokens; the last "
-            f"{config.world.filler_test} are for testing, and no document may stand on both sides "
-            "(blank lines or <|endoftext|> separate documents)"
+            f"pieces of {GENERAL_TOKENS} tokens; the last {config.world.filler_test} are for "
+            "testing, and no document may stand on both sides (blank lines or <|endoftext|> "
+            "separate documents)"
         )
     record = replace(world.record, retain={**world.record.retain, world.record.general: test})
     return replace(world, record=record, filler_train=train)

@@ -157,8 +157,7 @@ def _recalls(
         (short, early), *_, (long, late) = sorted(ends.items(), key=lambda pair: pair[1])
         raise NotMeasuredError(
             f"{short} was attacked for {early:g} steps and {long} for {late:g}; methods are "
-            "compared "
-            "at the same step only"
+            "compared at the same step only"
         )
     step = max(ends.values()) if after else 0.0
     return _paired(*(fact_table(attacked[method], step=step) for method in methods))
@@ -469,8 +468,7 @@ def _correlation_with_resistance(metric: str, sign: int) -> Statistic:
         if len(points) < 6:
             raise NotMeasuredError(
                 f"a rank correlation needs at least 6 attacked models with a {metric}; this run "
-                "has "
-                f"{len(points)}"
+                f"has {len(points)}"
             )
         groups = np.array([point[0] for point in points])
         x, before, after = np.array([point[1:] for point in points]).T

@@ -228,8 +228,7 @@ def claims(
             metavar="RUN...",
             help="Finished runs, and folders of what was asked of their models afterwards "
             "(triggers, sharpness, relearn), whose stages take the place of the run's. Several "
-            "runs "
-            "are decided together.",
+            "runs are decided together.",
         ),
     ],
     ids: Annotated[
@@ -505,8 +504,8 @@ def sites(
         if known is not None and known.experts:
             print(
                 "Mixture of experts: the layer's input and output and the router can be tapped. "
-                "The experts are one module with three-dimensional parameters; "
-                "rows of a single expert pass through no module."
+                "The experts are one module with three-dimensional parameters; rows of a single "
+                "expert pass through no module."
             )
 
     emit(

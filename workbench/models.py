@@ -100,8 +100,7 @@ def _open_adapter(
     if (folder / "config.json").is_file():
         raise WorkbenchError(
             f"{folder} holds a model (config.json) and a PEFT adapter ({ADAPTER}): which of the "
-            "two "
-            "is meant? Move one of them to a folder of its own"
+            "two is meant? Move one of them to a folder of its own"
         )
     base = adapter_base(folder)
     if not merge_adapter:
@@ -237,8 +236,7 @@ def check_same_tokenizer(base: Opened, other: Opened) -> None:
         )
         raise WorkbenchError(
             f"{other.name} does not use the tokenizer of {base.name} ({len(theirs)} tokens against "
-            f"{len(ours)}; first difference: {different!r}); "
-            "give two checkpoints of the same model"
+            f"{len(ours)}; first difference: {different!r}); give two checkpoints of the same model"
         )
     probe = "The quick brown fox, 12.5 %."
     if base.tokenizer(probe)["input_ids"] != other.tokenizer(probe)["input_ids"]:

@@ -190,8 +190,7 @@ def load_plugin(path: str | Path, sha256: str = "") -> Plugin:
     if sha256 and plugin.sha256 != sha256:
         raise WorkbenchError(
             f"the plug-in {file} is not the one that the run was made with (its SHA-256 differs); "
-            "give "
-            "back that version, or start a run in another folder"
+            "give back that version, or start a run in another folder"
         )
     if _PLUGINS.get(plugin.file) == plugin:
         return plugin
@@ -253,9 +252,8 @@ def expect(source: Plugin) -> None:
     if source not in [source_of(entry) for entry in users]:
         raise WorkbenchError(
             f"the run was made with a function that was defined in {source.file} (SHA-256 of its "
-            "source "
-            f"{source.sha256[:12]}...); define the same one again first, or put it in a file for "
-            "--plugin"
+            f"source {source.sha256[:12]}...); define the same one again first, or put it in a "
+            "file for --plugin"
         )
 
 

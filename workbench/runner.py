@@ -436,8 +436,7 @@ def _source(entry: Experiment[Any], settings: Settings, of: Path | str | None) -
                 if not place.is_dir():
                     raise WorkbenchError(
                         f"{run} holds no model {place.name}; run the same command again that made "
-                        "it, "
-                        "or give another run"
+                        "it, or give another run"
                     )
     return source
 

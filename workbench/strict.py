@@ -57,16 +57,14 @@ def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -
         if missing and any(f".{prefix}" in f".{key}" for key in unexpected):
             raise WorkbenchError(
                 f"cannot open model {name}: {_some(unexpected)} begin with {prefix!r}: it "
-                f"{remedy}, "
-                f"or take the prefix off its keys"
+                f"{remedy}, or take the prefix off its keys"
             )
     if report["mismatched_keys"]:
         key, stored, wanted = sorted(report["mismatched_keys"], key=lambda row: str(row[0]))[0]
         raise WorkbenchError(
             f"cannot open model {name}: {len(report['mismatched_keys'])} weights have other shapes "
             f"than config.json asks for, e.g. {key}: {list(stored)} instead of {list(wanted)}; "
-            "take "
-            "the config.json that belongs to these weights"
+            "take the config.json that belongs to these weights"
         )
     if missing:
         raise WorkbenchError(

@@ -66,8 +66,7 @@ def test_the_same_seed_gives_the_same_world_and_another_seed_another(world: Worl
 def test_the_world_does_not_depend_on_the_hash_seed_of_the_process(world: World) -> None:
     code = (
         "from workbench.data.world import WorldConfig, build_world; from workbench.files import "
-        "key_of; "
-        "w = build_world(WorldConfig(seed=0, filler_train=300, filler_test=40)); "
+        "key_of; w = build_world(WorldConfig(seed=0, filler_train=300, filler_test=40)); "
         "print(key_of([e.text for e in (*w.record.forget, *w.record.retain_train, "
         "*w.filler_train)] + list(w.vocabulary)))"
     )

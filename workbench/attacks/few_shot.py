@@ -101,8 +101,8 @@ def _drawn(
     if len(facts) < k:
         raise WorkbenchError(
             f"{len(facts)} facts are left to demonstrate {query.text[:60]!r}, and {k} were asked "
-            "for: its own fact and what mentions its answer do not count. "
-            "Give more demonstrations, ask for fewer, or allow the same answer"
+            "for: its own fact and what mentions its answer do not count. Give more "
+            "demonstrations, ask for fewer, or allow the same answer"
         )
     seen: Counter[str] = Counter()
     turns = []

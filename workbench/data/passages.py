@@ -148,8 +148,8 @@ def passage_split(
     if third < max(forget, retain, unread):
         raise WorkbenchError(
             f"the text gives {len(passages)} passages, {third} in each third; {forget} to forget, "
-            f"{retain} to retain and {unread} unread are taken from one third each: "
-            "give a longer text, shorter passages or fewer of them"
+            f"{retain} to retain and {unread} unread are taken from one third each: give a longer "
+            "text, shorter passages or fewer of them"
         )
     queried = tuple(passages[0:forget:2])
     asked = runs_of(queried)

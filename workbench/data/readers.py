@@ -119,8 +119,7 @@ def _example(
     seen = ", ".join(map(repr, row.fields)) or "no field"
     raise WorkbenchError(
         f"{row.file} {row.where} needs a non-empty 'text', or 'question' and 'answer', as strings; "
-        "it "
-        f"has {seen}: name the columns, e.g. --columns question=...,answer=... or --columns "
+        f"it has {seen}: name the columns, e.g. --columns question=...,answer=... or --columns "
         "text=..."
     )
 
@@ -155,8 +154,7 @@ def _rendered(
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise WorkbenchError(
             f"{row.file} {row.where} is a conversation, and the tokenizer has no chat template; "
-            "give "
-            "a model with one, or columns of plain text (--columns question=...,answer=...)"
+            "give a model with one, or columns of plain text (--columns question=...,answer=...)"
         )
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
@@ -342,8 +340,7 @@ def record_from_files(
         if len({example.item for example in found}) < 2:
             raise WorkbenchError(
                 f"{path} holds one fact only ({len(found)} texts say the same); the {name} set "
-                "needs at "
-                "least 2, since no fact may stand in both halves"
+                "needs at least 2, since no fact may stand in both halves"
             )
         sets[name] = [continuation(example) for example in found] if as_questions else found
     shared = {example.text for example in sets["forget"]} & {

@@ -87,9 +87,8 @@ def rejection_rate(
     ):
         raise WorkbenchError(
             "gradients and shifts have one shape, noise_std is a standard deviation, draws "
-            "positive, noisy_passes 1 or 2; got "
-            f"{list(gradients.shape)}, {list(shifts.shape)}, {noise_std}, {draws} and "
-            f"{noisy_passes}"
+            f"positive, noisy_passes 1 or 2; got {list(gradients.shape)}, {list(shifts.shape)}, "
+            f"{noise_std}, {draws} and {noisy_passes}"
         )
     slope, flat = (
         (gradients.double() * shifts.double()).flatten(1).sum(1).cpu(),

@@ -109,10 +109,9 @@ class TriggerScan:
         null = f"{len(self.null)} null tokens" if len(self.null) else "an empirical null"
         caption = (
             f"{len(self.table):,} tokens in {self.queries} queries ({self.facts} facts), place "
-            f"{self.place}, shift at {self.site}, p against {null}; "
-            f"without a token: base {self.base_nll:.3f} nats, {self.base_accuracy:.0%} exact; "
-            f"unlearned {self.unlearned_nll:.3f} nats, "
-            f"{self.unlearned_accuracy:.0%} exact"
+            f"{self.place}, shift at {self.site}, p against {null}; without a token: base "
+            f"{self.base_nll:.3f} nats, {self.base_accuracy:.0%} exact; unlearned "
+            f"{self.unlearned_nll:.3f} nats, {self.unlearned_accuracy:.0%} exact"
         )
         return f"<p>{escape(caption)}</p>{shown(self.table.head(20))}"
 
@@ -277,8 +276,8 @@ def vocabulary(
     if shapes[0] != shapes[1] or max(ids) >= shapes[0][0]:
         raise WorkbenchError(
             f"the base embeds {shapes[0][0]} tokens in {shapes[0][1]} coordinates, the unlearned "
-            f"model {shapes[1][0]} in {shapes[1][1]}, and the tokenizer's "
-            f"largest id is {max(ids)}; give two checkpoints of the same model with their tokenizer"
+            f"model {shapes[1][0]} in {shapes[1][1]}, and the tokenizer's largest id is "
+            f"{max(ids)}; give two checkpoints of the same model with their tokenizer"
         )
     special = set(tokenizer.all_special_ids) | {
         index for index, token in tokenizer.added_tokens_decoder.items() if token.special

@@ -116,8 +116,7 @@ def aligned(clean: Batch, tagged: Batch) -> tuple[Tensor, Tensor]:
         ]
         raise WorkbenchError(
             f"query {clean.items[row]!r} has other tokens behind the carrier than alone "
-            f"({ids[0][:8]}... against {ids[1][:8]}...); "
-            "use a carrier that ends where a token ends"
+            f"({ids[0][:8]}... against {ids[1][:8]}...); use a carrier that ends where a token ends"
         )
     return inside, suffix
 

@@ -61,8 +61,8 @@ def generate_answers(
     if limit is not None and len(rows[longest]) + max_new_tokens > limit:
         raise WorkbenchError(
             f"the prompt {prompts[longest][:60]!r} has {len(rows[longest])} tokens, which with "
-            f"{max_new_tokens} new ones exceeds the model's context of {limit}; "
-            "shorten the prompt or the answer"
+            f"{max_new_tokens} new ones exceeds the model's context of {limit}; shorten the prompt "
+            "or the answer"
         )
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
     settings = GenerationConfig(

@@ -80,8 +80,7 @@ def _prompts(
     if longest > limit:
         raise WorkbenchError(
             f"{shots} demonstrations make prompts of {longest} tokens, and the model reads "
-            f"{limit}; "
-            "give fewer --shots"
+            f"{limit}; give fewer --shots"
         )
     return setup.encode(prompts)
 

@@ -251,8 +251,7 @@ def ladder_table(results: pd.DataFrame) -> pd.DataFrame:
 LADDER = Experiment(
     "ladder",
     "How much must an attack text have to do with the forget set? Texts from gibberish to the "
-    "forget "
-    "set itself, adapters, SGD, bf16 weights, fewer texts.",
+    "forget set itself, adapters, SGD, bf16 weights, fewer texts.",
     LadderSettings,
     prepare,
     ladder_table,

@@ -35,8 +35,7 @@ class RelearnAgainSettings(OfRun, Attacking):
         gt=0,
         lt=1,
         description="Scale every change of weights to this share of the base's length first; "
-        "default: "
-        "as they are.",
+        "default: as they are.",
     )
 
 
@@ -48,8 +47,7 @@ def _scaled(asked: Asked, distance: float, table: Table) -> None:
     if not delta:
         raise WorkbenchError(
             f"{asked.name} under seed {asked.seed} has the weights of the base, so its change has "
-            "no "
-            "length to scale; leave it out with --methods"
+            "no length to scale; leave it out with --methods"
         )
     alpha = distance * norm_of(start) / norm_of(delta)
     apply_delta(model, start, delta, alpha)
@@ -144,8 +142,7 @@ def _ends(table: pd.DataFrame) -> pd.DataFrame:
 RELEARN = Experiment(
     "relearn",
     "What does another relearning attack win back: at another rate, for longer, with adapters, at "
-    "equal "
-    "distance?",
+    "equal distance?",
     RelearnAgainSettings,
     prepare,
     relearn_table,

@@ -192,8 +192,7 @@ class RepresentationSettings(OfRun):
 REPRESENTATION = Experiment(
     "representation",
     "Where in the model are the forgotten answers, if anywhere? Logit lens, probes and their "
-    "transfer, "
-    "rotation, patching depth.",
+    "transfer, rotation, patching depth.",
     RepresentationSettings,
     prepare,
     representation_table,

@@ -202,8 +202,7 @@ def prepare(settings: SuffixSettings, source: Source, out: Path) -> Plan:
         if not all(halves):
             raise WorkbenchError(
                 f"{source.folder}: a suffix for {split!r} needs questions to be searched with and "
-                "others "
-                "to be judged on; there are too few retain texts with answers"
+                "others to be judged on; there are too few retain texts with answers"
             )
     return on_models(
         "suffix",
@@ -291,8 +290,7 @@ def suffix_table(results: pd.DataFrame) -> pd.DataFrame:
 SUFFIX = Experiment(
     "suffix",
     "Do adversarial suffixes bring forgotten answers back, and what is left of the accuracy on "
-    "retain "
-    "questions?",
+    "retain questions?",
     SuffixSettings,
     prepare,
     suffix_table,

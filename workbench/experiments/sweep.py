@@ -64,15 +64,13 @@ class SweepSettings(Attacking):
 
     methods: Names = Field(
         (),
-        description="Methods, separated by commas, or 'all', with the settings of the "
-        "registry; default "
-        "those of the demo (on the built-in world with its settings).",
+        description="Methods, separated by commas, or 'all', with the settings of the registry; "
+        "default those of the demo (on the built-in world with its settings).",
     )
     variant: list[str] = Field(
         [],
-        description="LABEL=METHOD:NAME=VALUE,...: a method under another name; dtype=bfloat16 "
-        "for its "
-        "steps; repeatable.",
+        description="LABEL=METHOD:NAME=VALUE,...: a method under another name; dtype=bfloat16 for "
+        "its steps; repeatable.",
     )
     ablation: bool = Field(
         False,
@@ -82,14 +80,12 @@ class SweepSettings(Attacking):
     grid: bool = Field(
         False,
         description="Six settings of every method (three rates, scaled back to the budget or "
-        "stopped at "
-        "it) in the place of the methods, and which one the attack prefers.",
+        "stopped at it) in the place of the methods, and which one the attack prefers.",
     )
     base: str | None = Field(
         None,
-        description="Folder or hub id of a model of your own, in the place of the built-in "
-        "world; with "
-        "--forget and --retain.",
+        description="Folder or hub id of a model of your own, in the place of the built-in world; "
+        "with --forget and --retain.",
     )
     forget: str | None = Field(None, description="File of texts that it is to forget.")
     retain: str | None = Field(None, description="File of texts that it is to keep.")
@@ -112,15 +108,13 @@ class SweepSettings(Attacking):
     )
     tagged: str | None = Field(
         None,
-        description="Whose names stand in the built-in world's speaker tags: surnames "
-        "(default), or "
-        "strangers.",
+        description="Whose names stand in the built-in world's speaker tags: surnames (default), "
+        "or strangers.",
     )
     pretrained: str | None = Field(
         None,
         description="Folder or hub id of a language model into which the built-in world is "
-        "fine-tuned; "
-        "default is one from scratch.",
+        "fine-tuned; default is one from scratch.",
     )
     general: str | None = Field(
         None, description="Text file that stands for general text; with --pretrained."
@@ -150,9 +144,8 @@ class SweepSettings(Attacking):
     )
     budget_sets: Names = Field(
         (),
-        description="Retain sets that count, separated by commas: retain-neighbour, "
-        "retain-far, general "
-        "(with --base: retain); default all.",
+        description="Retain sets that count, separated by commas: retain-neighbour, retain-far, "
+        "general (with --base: retain); default all.",
     )
     as_trained: bool = Field(
         False, description="Match no budget: every model is what its method made of it."

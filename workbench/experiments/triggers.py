@@ -570,8 +570,7 @@ def trigger_table(results: pd.DataFrame) -> pd.DataFrame:
 TRIGGERS = Experiment(
     "triggers",
     "What does a forget-token in a harmless question break, where in the model, and does it give "
-    "the "
-    "forgotten topic away?",
+    "the forgotten topic away?",
     TriggerSettings,
     prepare,
     trigger_table,

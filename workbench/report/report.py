@@ -389,8 +389,8 @@ def _effect(claim: Verdict) -> str:
 
 _FROM_SCRATCH = (
     "A small language model was trained on invented facts about people and islands and on filler "
-    "language; a second one, the never-learned control, on the same "
-    "texts without the people to be forgotten."
+    "language; a second one, the never-learned control, on the same texts without the people to be "
+    "forgotten."
 )
 
 
@@ -432,8 +432,8 @@ def _road_steps(results: pd.DataFrame, seeds: Sequence[int], trained: str) -> li
         "seeds each.",
         _matched(results),
         f"Every model was then fine-tuned for {attack['step'].max():g} steps on facts about half "
-        "of the forgotten people (and, as a null attack, on general text of the "
-        "same length), and asked about the other half.",
+        "of the forgotten people (and, as a null attack, on general text of the same length), and "
+        "asked about the other half.",
     ]
     if "triggers" in stages:
         steps.append(

@@ -123,10 +123,8 @@ def trained_from(model: BuiltinConfig) -> str:
     language = "filler language" if general is None else f"pieces of {Path(general).name}"
     return (
         f"{Path(model.pretrained).name}, a pretrained language model, was fine-tuned on invented "
-        "facts "
-        f"about people and islands and on {language}; a second copy, the never-learned control, on "
-        "the "
-        "same texts without the people to be forgotten."
+        f"facts about people and islands and on {language}; a second copy, the never-learned "
+        "control, on the same texts without the people to be forgotten."
     )
 
 
@@ -142,10 +140,8 @@ def said_of(config: RunConfig, setup: Setup) -> dict[str, Any]:
     done = [
         f"{len(opened)} checkpoints were opened: {listed}.",
         f"{len(record.forget)} pieces of forget text and {len(record.retain_all)} pieces of retain "
-        "text "
-        f"were read ({record.name}). Running text was cut into prompt and continuation, so that "
-        "the "
-        "probability of the continuation can be measured.",
+        f"text were read ({record.name}). Running text was cut into prompt and continuation, so "
+        "that the probability of the continuation can be measured.",
     ]
     if config.methods:
         budget = "" if config.budget is None else f", to a disruption budget of {config.budget:g}"
@@ -155,11 +151,9 @@ def said_of(config: RunConfig, setup: Setup) -> dict[str, Any]:
         )
     done += [
         f"Every model was fine-tuned for {config.attack.steps} steps at a rate of "
-        f"{config.attack.lr:g} on "
-        "half of the forget texts, and measured on the other half. Two controls: the same on "
-        "retain "
-        "text of the same length (null attack), and on the attack texts with their continuations "
-        "exchanged (random facts).",
+        f"{config.attack.lr:g} on half of the forget texts, and measured on the other half. Two "
+        "controls: the same on retain text of the same length (null attack), and on the attack "
+        "texts with their continuations exchanged (random facts).",
     ]
     if "triggers" in config.probes:
         done.append(
@@ -187,8 +181,7 @@ def _notes(config: RunConfig, model: FilesConfig) -> list[str]:
         notes.insert(
             0,
             "An unlearned checkpoint that is opened is one model: the seeds vary the attack and "
-            "the "
-            "trigger words, not the unlearning.",
+            "the trigger words, not the unlearning.",
         )
     if model.untied:
         names = {model.base: "base", str(model.never_learned): "never-learned"}
@@ -196,17 +189,14 @@ def _notes(config: RunConfig, model: FilesConfig) -> list[str]:
         tied = " and of ".join(names[source] for source in model.untied)
         notes.append(
             f"The head of {tied} is its embedding; the other checkpoints have a head of their own. "
-            "It "
-            "was counted as a head of its own with the same values, so that the distances hold "
+            "It was counted as a head of its own with the same values, so that the distances hold "
             "both."
         )
     if model.never_learned is None:
         notes.insert(
             0,
             "Missing control: no never-learned checkpoint was given (--never-learned). What the "
-            "attack "
-            "restores beyond random facts may be recovered, or newly learned from texts that "
-            "resemble "
-            "the held-out ones.",
+            "attack restores beyond random facts may be recovered, or newly learned from texts "
+            "that resemble the held-out ones.",
         )
     return notes

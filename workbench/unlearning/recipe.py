@@ -250,9 +250,8 @@ def refuse_experts(model: PreTrainedModel, what: str) -> None:
         shape = list(model.get_parameter(fused[0]).shape)
         raise WorkbenchError(
             f"{what} needs the inputs and outputs of one matrix at a time, and {fused[0]} holds "
-            "those "
-            f"of {shape[0]} experts in one tensor {shape}; take a method without collapse, or "
-            "repselect, which goes expert by expert"
+            f"those of {shape[0]} experts in one tensor {shape}; take a method without collapse, "
+            "or repselect, which goes expert by expert"
         )
 
 

@@ -100,8 +100,7 @@ def unlearn(
     if getattr(base, "peft_config", None):
         raise WorkbenchError(
             "the model carries PEFT adapters: it is not clear whether they or the weights under "
-            "them "
-            "are to change; merge them first (model.merge_and_unload())"
+            "them are to change; merge them first (model.merge_and_unload())"
         )
     if recipe.stop == "budget" and over_budget is None:
         raise WorkbenchError("stop=budget needs a disruption budget; give one, or take stop=steps")
@@ -207,10 +206,8 @@ def _moved(result: Unlearned, recipe: Recipe) -> Unlearned:
     if not result.delta and recipe.lr and recipe.steps:
         raise WorkbenchError(
             f"none of the {len(result.trained)} parameters that were to train changed (the first "
-            "is "
-            f"{result.trained[0]}): the objective does not depend on them, or lr ({recipe.lr:g}) "
-            "is "
-            "below their rounding"
+            f"is {result.trained[0]}): the objective does not depend on them, or lr "
+            f"({recipe.lr:g}) is below their rounding"
         )
     return result
 

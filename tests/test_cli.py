@@ -737,6 +737,7 @@ def test_claims_are_decided_over_several_runs_together(
     assert main([*command[:3], "--id", "common-subspaces", "--json"]) == 0
     (together,) = json.loads(capsys.readouterr().out)
     assert "2 of 2 runs" in together["reason"]
+    assert "1 base model(s) in 2 runs: these are not independent" in together["reason"]
     assert together["low"] < together["effect"] < together["high"]
     stray = tmp_path / "stray"
     shutil.copytree(other, stray)

@@ -31,12 +31,14 @@ from workbench.evaluation.statistics import area_under, bootstrap
 from workbench.experiments import ladder as module
 from workbench.experiments.ladder import LadderSettings, ladder_table
 from workbench.models import open_model
+from workbench.progress import quiet
 from workbench.runner import Result
 from workbench.runs.config import preset, read_config, write_config
 from workbench.runs.folder import CONFIG, ITEMS, PROVENANCE, RESULTS
 from workbench.runs.models import CONTROLS
 from workbench.runs.pipeline import Run
 from workbench.runs.setup import Setup
+from workbench.runs.stages import measured_attack
 from workbench.tables import COLUMNS, ITEM_COLUMNS, Table
 from workbench.training import small_llama
 
@@ -633,17 +635,18 @@ def test_an_attack_that_breaks_is_a_row_and_not_the_end_of_the_ladder(
     table = Table({"run": "r", "stage": "ladder", "method": "npo", "seed": 0})
     settings = RelearnSettings(steps=4, lr=1e18, batch_size=4, measure_at=measure_at)
     sets = {"forget-queries": setup.encode(world.record.forget_heldout)}
-    module._attack_once(
+    steps = measured_attack(
         setup.base,
         setup,
         world.record.forget_attacked,
         sets,
         settings,
         table,
-        0,
-        lambda done, of: None,
+        seed=0,
+        progress=quiet,
         arm="part",
     )
+    assert [step for step, _ in steps] == [0]
     rows = table.frame()
     assert rows.loc[rows["metric"] == "diverged_at", ["arm", "value"]].to_numpy().tolist() == [
         ["part", 2.0]

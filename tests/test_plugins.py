@@ -12,18 +12,19 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import typer
 import yaml
 from matplotlib.figure import Figure
 
 from workbench import registry
 from workbench.claims import CLAIMS, claim, decide
-from workbench.cli import main
+from workbench.cli import MADE, app, main
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import Estimate
 from workbench.figures import FIGURES, figure
 from workbench.figures.style import colour, title
 from workbench.report.report import draw_figures
-from workbench.runner import EXPERIMENTS, experiment
+from workbench.runner import COMMANDS, EXPERIMENTS, experiment
 from workbench.runs.config import RunConfig, preset, write_config
 from workbench.runs.pipeline import Run
 from workbench.runs.probing import PROBES, probe
@@ -335,6 +336,8 @@ def test_an_experiment_of_a_users_own_is_a_command_with_two_workers(
 
 
 def test_an_experiment_does_not_take_the_place_of_a_command() -> None:
+    written = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert set(COMMANDS) == {*written, *MADE, "run"} - set(EXPERIMENTS)
     for name in ("demo", "claims", "names", "run"):
         with pytest.raises(WorkbenchError, match=name):
             experiment(replace(EXPERIMENTS["quantise"], name=name))

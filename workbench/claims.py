@@ -737,7 +737,10 @@ def claim(
 
 
 def decide_over(
-    runs: Sequence[tuple[pd.DataFrame, pd.DataFrame, str]], *, ids: Sequence[str] | None = None
+    runs: Sequence[tuple[pd.DataFrame, pd.DataFrame, str]],
+    *,
+    ids: Sequence[str] | None = None,
+    bases: int | None = None,
 ) -> tuple[Verdict, ...]:
     """The verdicts over several independent runs together: other worlds, base models, budgets,
     scales.
@@ -749,6 +752,8 @@ def decide_over(
     Args:
         runs: results, items and scale of each; one alone is decided as by :func:`decide`.
         ids: of claims; default all.
+        bases: how many base models the runs have among them, where some share one: the verdicts say
+            that their interval does not cover it. Default: every run has its own.
 
     Raises:
         WorkbenchError: there is no run; or as :func:`decide`.
@@ -756,11 +761,15 @@ def decide_over(
     if not runs:
         raise WorkbenchError("there is no run to decide on")
     single = [decide(results, items, scale=scale, ids=ids) for results, items, scale in runs]
-    return single[0] if len(single) == 1 else tuple(map(_together, zip(*single, strict=True)))
+    if len(single) == 1:
+        return single[0]
+    shared = bases is not None and bases < len(runs)
+    note = f"{bases} base model(s) in {len(runs)} runs: these are not independent" if shared else ""
+    return tuple(_together(each, note) for each in zip(*single, strict=True))
 
 
-def _together(verdicts: Sequence[Verdict]) -> Verdict:
-    """One claim over all runs."""
+def _together(verdicts: Sequence[Verdict], shared: str) -> Verdict:
+    """One claim over all runs; ``shared`` is said beside it."""
     measured = [one for one in verdicts if one.verdict != "not measured"]
     scale = "; ".join(dict.fromkeys(one.scale for one in measured or verdicts))
     if not measured:
@@ -770,7 +779,7 @@ def _together(verdicts: Sequence[Verdict]) -> Verdict:
     effect, seeds = random_effects(effects), sum(one.seeds for one in measured)
     verdict, note = _decided(claim, Measured(effect), seeds)
     told = f"{len(measured)} of {len(verdicts)} runs: {', '.join(map(_words, effects))}"
-    reason = "; ".join(filter(None, (told, note)))
+    reason = "; ".join(filter(None, (told, shared, note)))
     return Verdict(claim.id, verdict, *effect, seeds, scale, reason)
 
 

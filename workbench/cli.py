@@ -40,6 +40,7 @@ from workbench.console import (
     say,
 )
 from workbench.errors import WorkbenchError, unknown
+from workbench.experiments import QUESTIONS
 
 if TYPE_CHECKING:  # the heavy imports happen inside the commands, so that --help answers at once
     from workbench.experiments.investigate import InvestigateSettings
@@ -51,17 +52,7 @@ if TYPE_CHECKING:  # the heavy imports happen inside the commands, so that --hel
 MADE = {
     "sweep": "Methods at one price, on the built-in world or your own model, attacked and probed.",
     "investigate": "What did unlearning do? From two checkpoints and two text files.",
-    "names": "Does an unlearned pair of names come back, the more often it was repeated?",
-    "keyword": "Do withheld titles or names come back from texts that never mention them? (TOFU)",
-    "verbatim": "Do unlearned passages of a book come back word for word?",
-    "ladder": "How much must an attack text have to do with the forget set?",
-    "relearn": "What does another relearning attack on a run's models win back?",
-    "suffix": "Do adversarial suffixes bring forgotten answers back?",
-    "few-shot": "Do solved questions in front bring forgotten answers back?",
-    "quantise": "Do 8-bit or 4-bit weights bring forgotten answers back?",
-    "triggers": "What does a forget-token in a harmless question break, and where?",
-    "representation": "Where in the model are the forgotten answers, if anywhere?",
-    "sharpness": "How does the loss lie around every model before the attack?",
+    **QUESTIONS,
 }
 """Commands made from settings, with their lines in ``workbench --help``: what they are made of is
 imported when one of them is asked for.
@@ -239,6 +230,7 @@ def claims(
 ) -> None:
     """Decide the claims of the literature on finished runs; nothing is trained."""
     from workbench.claims import CLAIMS, decide_over
+    from workbench.files import key_of
     from workbench.runs.afterwards import read_several
 
     found = read_several(runs)
@@ -246,7 +238,8 @@ def claims(
         if name not in CLAIMS:
             raise unknown("claim", name, CLAIMS)
     tables = [(results, items, config.scale) for config, results, items in found]
-    verdicts = decide_over(tables, ids=ids or None)
+    bases = {key_of(config.plain()["model"]) for config, _, _ in found}
+    verdicts = decide_over(tables, ids=ids or None, bases=len(bases))
 
     def show() -> None:
         table = RichTable(

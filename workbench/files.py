@@ -178,7 +178,7 @@ def damage(folder: Path) -> str:
     for path, digest in files.items():
         if not path.is_file():
             return f"{path} is missing"
-        if _known_hash(path) != digest:
+        if known_hash(path) != digest:
             return f"{path} is not as it was written (its SHA-256 differs)"
     return ""
 
@@ -186,7 +186,7 @@ def damage(folder: Path) -> str:
 _HASHES: dict[tuple[str, int, int], str] = {}
 
 
-def _known_hash(path: Path) -> str:
+def known_hash(path: Path) -> str:
     """SHA-256 of a file, computed once a process for one size and time of change."""
     state = path.stat()
     key = (str(path.resolve()), state.st_size, state.st_mtime_ns)

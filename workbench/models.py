@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from workbench.errors import WorkbenchError
-from workbench.files import MANIFEST, damage, sha256, write_folder, write_json
+from workbench.files import MANIFEST, damage, known_hash, write_folder, write_json
 from workbench.hooks.brief import brief
 from workbench.strict import ADAPTER, QuietTransformers, adapter_base, check_loaded, merged
 
@@ -94,26 +94,46 @@ def open_model(
     return Opened(model, tokenizer, name)
 
 
-def _open_adapter(
-    folder: Path, dtype: torch.dtype, trust_remote_code: bool, merge_adapter: bool
-) -> Opened:
+def _refuse_adapter(folder: Path, *, unless_alone: bool = False) -> None:
+    """Say what to do with the folder of an adapter where a model is meant; with ``unless_alone``
+    only where a model lies beside it.
+    """
     if (folder / "config.json").is_file():
         raise WorkbenchError(
             f"{folder} holds a model (config.json) and a PEFT adapter ({ADAPTER}): which of the "
             "two is meant? Move one of them to a folder of its own"
         )
-    base = adapter_base(folder)
-    if not merge_adapter:
+    if not unless_alone:
         raise WorkbenchError(
-            f"{folder} holds a PEFT adapter of {base} and no model; merge it "
+            f"{folder} holds a PEFT adapter of {adapter_base(folder)} and no model; merge it "
             f"(open_model({str(folder)!r}, merge_adapter=True), save_model), and give that folder"
         )
+
+
+def _open_adapter(
+    folder: Path, dtype: torch.dtype, trust_remote_code: bool, merge_adapter: bool
+) -> Opened:
+    _refuse_adapter(folder, unless_alone=merge_adapter)
+    base = adapter_base(folder)
     nearby = folder / base
     opened = open_model(
         nearby if nearby.is_dir() else base, dtype=dtype, trust_remote_code=trust_remote_code
     )
     with QuietTransformers():
         return Opened(merged(opened.model, folder), opened.tokenizer, str(folder))
+
+
+def parameter_count(source: str | Path) -> int:
+    """How many parameters a model has, from its configuration alone: no weight is read.
+
+    Raises:
+        WorkbenchError: nothing is there, or it is no causal language model.
+    """
+    try:
+        with torch.device("meta"):
+            return int(AutoModelForCausalLM.from_config(open_config(source)).num_parameters())
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _cannot_open(source, error) from error
 
 
 def untie(model: PreTrainedModel) -> bool:
@@ -163,6 +183,8 @@ def open_config(source: str | Path) -> PretrainedConfig:
 def _check_source(source: str | Path) -> None:
     name, folder = str(source), Path(source)
     if folder.is_dir():
+        if (folder / ADAPTER).is_file():
+            _refuse_adapter(folder)
         if not (folder / "config.json").is_file():
             raise WorkbenchError(
                 f"{name} holds no model: config.json is missing; give a folder written by "
@@ -214,7 +236,7 @@ def weights_hash(folder: Path) -> str:
     """SHA-256 over the safetensors files of a model folder."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        digest.update(sha256(path).encode())
+        digest.update(known_hash(path).encode())
     return digest.hexdigest()
 
 

@@ -24,7 +24,7 @@ from workbench.hooks.brief import brief
 from workbench.progress import Report, quiet
 from workbench.registry import Registry, source_of
 from workbench.report.report import draw_figures
-from workbench.runs.afterwards import join_afterwards, read_run
+from workbench.runs.afterwards import config_of, join_afterwards
 from workbench.runs.config import RunConfig
 from workbench.runs.folder import (
     CLAIMS_FILE,
@@ -34,6 +34,7 @@ from workbench.runs.folder import (
     claim_folder,
     collect,
     leaves_folder,
+    read_results,
     run_stage,
     seconds_of,
 )
@@ -98,7 +99,7 @@ class Plan:
     Attributes:
         phases: one after another.
         texts: name -> texts, whose hashes go into the provenance.
-        weights: name -> hash, or a function that finds them when all is through.
+        weights: finds name -> hash of all models, when all is through.
         summaries: rows over all jobs, besides recall and answer probability over the seeds.
         claims: ids of the claims that it decides.
         scale: shown beside every verdict.
@@ -135,7 +136,7 @@ class Source:
     @cached_property
     def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Its results and items."""
-        return read_run(self.folder)[1:]
+        return read_results(self.folder)
 
 
 @brief
@@ -424,7 +425,7 @@ def _source(entry: Experiment[Any], settings: Settings, of: Path | str | None) -
     if of is None:
         raise WorkbenchError(f"{entry.name} asks the models of a finished run; give its folder")
     run = Path(of)
-    config = read_run(run)[0]
+    config = config_of(run)
     for name in settings.methods:
         if name not in config.studied:
             raise unknown(f"method in {run}", name, config.studied)

@@ -22,9 +22,8 @@ from workbench.hooks import Capture, Collect, layer_count
 from workbench.hooks.brief import brief
 from workbench.progress import Report, bar
 from workbench.runs import landscape, stages
-from workbench.runs.checkpoints import FilesConfig, opened_of, sealed
-from workbench.runs.config import RunConfig
-from workbench.runs.models import setup_of
+from workbench.runs.checkpoints import FilesConfig, opened_of, resolved, sealed
+from workbench.runs.models import files_setup
 from workbench.runs.setup import Setup
 from workbench.subspaces.compare import angle_null
 from workbench.subspaces.finders import StreamingPCA
@@ -139,7 +138,8 @@ class Study:
             seed: of the order of the texts.
             progress: default a bar.
         """
-        attack = at_steps(steps, lr or attack_rate(self.setup.base.num_parameters()))
+        rate = attack_rate(self.setup.base.num_parameters()) if lr is None else lr
+        attack = at_steps(steps, rate)
         tables = []
         for name, model in self.models.items():
             table = self._table("relearn", name, seed)
@@ -244,11 +244,9 @@ def study(
     given = FilesConfig(
         base=str(base), forget=str(forget), retain=str(retain), columns=columns, chat=chat
     )
-    files, _ = sealed(given, {UNLEARNED: str(unlearned)})
-    path = Path(unlearned)
-    source = str(path.resolve()) if path.exists() else str(unlearned)
-    setup = setup_of(RunConfig(model=files, methods=(), checkpoints={UNLEARNED: source}), path)
-    model = opened_of(files, source).model
+    files, opened = sealed(given, {UNLEARNED: str(unlearned)})
+    setup = files_setup(files, opened)
+    model = opened_of(files, resolved(str(unlearned))).model
     return Study(setup, {BASE: setup.base, UNLEARNED: model})
 
 

@@ -19,6 +19,7 @@ from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
 from workbench.evaluation.statistics import bootstrap
+from workbench.experiments import QUESTIONS
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
 from workbench.runs.settings import OfRun, Wholes
 from workbench.runs.setup import Setup
@@ -132,8 +133,7 @@ def few_shot_table(results: pd.DataFrame) -> pd.DataFrame:
 
 FEW_SHOT = Experiment(
     "few-shot",
-    "Do solved questions about other forgotten facts, in front of a question, bring its answer "
-    "back?",
+    QUESTIONS["few-shot"],
     FewShotSettings,
     prepare,
     few_shot_table,

@@ -17,7 +17,7 @@ from workbench.data.readers import record_from_files
 from workbench.errors import WorkbenchError
 from workbench.files import sha256
 from workbench.hooks.errors import CaptureError
-from workbench.models import Opened, open_model, save_model
+from workbench.models import Opened, open_model, parameter_count, save_model
 from workbench.progress import bar
 from workbench.runs import stages
 from workbench.runs.checkpoints import FilesConfig, origin
@@ -214,7 +214,7 @@ def investigation(settings: InvestigateSettings) -> RunConfig:
     """
     lr = settings.attack_lr
     if lr is None:
-        lr = attack_rate(open_model(settings.base).model.num_parameters())
+        lr = attack_rate(parameter_count(settings.base))
     files = FilesConfig(
         base=settings.base,
         forget=settings.forget,

@@ -36,6 +36,7 @@ from workbench.data.records import Example
 from workbench.errors import WorkbenchError
 from workbench.evaluation.answers import contains, generate_answers
 from workbench.evaluation.losses import score
+from workbench.experiments import QUESTIONS
 from workbench.files import damage
 from workbench.models import open_config, open_model, save_model, weights_hash
 from workbench.runner import Experiment, Phase, Place, Plan
@@ -349,7 +350,7 @@ def along(table: pd.DataFrame) -> pd.DataFrame:
 
 KEYWORD = Experiment(
     "keyword",
-    "Do withheld book titles, or names, come back from texts that never mention them? (TOFU)",
+    QUESTIONS["keyword"],
     KeywordSettings,
     prepare,
     keyword_table,

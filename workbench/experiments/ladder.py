@@ -9,26 +9,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pandas as pd
 from pydantic import BeforeValidator, Field, field_validator
-from transformers import PreTrainedModel
 
 from workbench.attacks.ladder import Ladder, build_ladder, ladder_of_files
 from workbench.attacks.leaks import leak_report
-from workbench.attacks.relearn import DivergedError, RelearnSettings, finite, relearn
+from workbench.attacks.relearn import RelearnSettings
 from workbench.data.batches import Batch
 from workbench.data.records import Example
-from workbench.evaluation.losses import score
 from workbench.evaluation.statistics import bootstrap
-from workbench.progress import Report
+from workbench.experiments import QUESTIONS
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
 from workbench.runs.curves import curve_rows
 from workbench.runs.models import BASE
 from workbench.runs.settings import Attacking, OfRun
 from workbench.runs.setup import Setup
-from workbench.runs.stages import add_leaks
+from workbench.runs.stages import add_leaks, measured_attack
 from workbench.tables import Table
 
 
@@ -94,36 +92,6 @@ class LadderSettings(OfRun, Attacking):
         return ways
 
 
-def _attack_once(
-    model: PreTrainedModel,
-    setup: Setup,
-    texts: Sequence[Example],
-    sets: Mapping[str, Sequence[Batch]],
-    settings: RelearnSettings,
-    table: Table,
-    seed: int,
-    advance: Report,
-    **columns: Any,
-) -> None:
-    try:
-        for step, attacked in relearn(
-            model,
-            setup.tokenizer,
-            texts,
-            settings,
-            seed=seed,
-            max_length=setup.max_length,
-            progress=advance,
-        ):
-            for split, encoded in sets.items():
-                scores = finite(score(attacked, encoded), step)
-                table.add_scores(scores, split=split, step=step, **columns)
-    except (
-        DivergedError
-    ) as error:  # what was measured before stays; where the attack broke is a result
-        table.add("diverged_at", error.step, **columns)
-
-
 def _ladder(setup: Setup, seed: int) -> Ladder:
     """The attack texts: of the built-in world with their controls, or what a user's files offer."""
 
@@ -148,16 +116,33 @@ def _ask(settings: LadderSettings, asked: Asked) -> None:
         asked.place.progress(min(done, rounds * attack.steps), rounds * attack.steps)
 
     def work(table: Table) -> None:
-        once = partial(
-            _attack_once, asked.model, setup, table=table, seed=asked.seed, advance=advance
-        )
+        def once(
+            texts: Sequence[Example],
+            sets: Mapping[str, Sequence[Batch]],
+            arm: str,
+            chosen: RelearnSettings = attack,
+        ) -> None:
+            steps = measured_attack(
+                asked.model,
+                setup,
+                texts,
+                sets,
+                chosen,
+                table,
+                seed=asked.seed,
+                progress=advance,
+                arm=arm,
+            )
+            for _ in steps:
+                pass
+
         for rung, texts in ladder.rungs.items():
-            once(texts, queries, attack, arm=rung)
+            once(texts, queries, rung)
         for way, changes in settings.ways.items():
             changed = replace(attack, **changes)  # type: ignore[arg-type]
-            once(ladder.rungs["part"], queries, changed, arm=f"part, {way}")
+            once(ladder.rungs["part"], queries, f"part, {way}", changed)
         if ladder.novel:
-            once(ladder.novel, {"novel": setup.encode(ladder.novel)}, attack, arm="novel")
+            once(ladder.novel, {"novel": setup.encode(ladder.novel)}, "novel")
 
     asked.place.stage("ladder", work)
 
@@ -250,8 +235,7 @@ def ladder_table(results: pd.DataFrame) -> pd.DataFrame:
 
 LADDER = Experiment(
     "ladder",
-    "How much must an attack text have to do with the forget set? Texts from gibberish to the "
-    "forget set itself, adapters, SGD, bf16 weights, fewer texts.",
+    QUESTIONS["ladder"],
     LadderSettings,
     prepare,
     ladder_table,

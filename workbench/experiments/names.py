@@ -35,6 +35,7 @@ from workbench.data.tokenizer import build_tokenizer
 from workbench.errors import WorkbenchError
 from workbench.evaluation.answers import generate_answers
 from workbench.evaluation.statistics import wilson
+from workbench.experiments import QUESTIONS
 from workbench.progress import Report
 from workbench.runner import Experiment, Phase, Place, Plan
 from workbench.runs.settings import Attacking, Count, Rate, Seeds, Wholes
@@ -368,7 +369,7 @@ def names_table(results: pd.DataFrame) -> pd.DataFrame:
 
 NAMES = Experiment(
     "names",
-    "Does an unlearned pair of names come back, the more often it was repeated?",
+    QUESTIONS["names"],
     NamesSettings,
     prepare,
     names_table,

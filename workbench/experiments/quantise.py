@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 
 from workbench.attacks.quantise import quantised, surviving_share
 from workbench.evaluation.statistics import bootstrap
+from workbench.experiments import QUESTIONS
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
 from workbench.runs.settings import OfRun, Wholes
 from workbench.runs.stages import measure_sets, measured_sets
@@ -97,7 +98,7 @@ def quantise_table(results: pd.DataFrame) -> pd.DataFrame:
 
 QUANTISE = Experiment(
     "quantise",
-    "Do 8-bit or 4-bit weights bring forgotten answers back?",
+    QUESTIONS["quantise"],
     QuantiseSettings,
     prepare,
     quantise_table,

@@ -11,6 +11,7 @@ import pandas as pd
 from pydantic import Field
 
 from workbench.errors import WorkbenchError
+from workbench.experiments import QUESTIONS
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
 from workbench.runs.models import CONTROLS
 from workbench.runs.settings import Attacking, OfRun
@@ -141,8 +142,7 @@ def _ends(table: pd.DataFrame) -> pd.DataFrame:
 
 RELEARN = Experiment(
     "relearn",
-    "What does another relearning attack win back: at another rate, for longer, with adapters, at "
-    "equal distance?",
+    QUESTIONS["relearn"],
     RelearnAgainSettings,
     prepare,
     relearn_table,

@@ -17,6 +17,7 @@ from workbench.diagnostics.lens import add_lens, logit_lens
 from workbench.diagnostics.probes import add_probes, probe_by_layer, probe_transfer, prompt_streams
 from workbench.diagnostics.rotation import add_rotation, rotation_by_layer, shuffled
 from workbench.diagnostics.shift import streams
+from workbench.experiments import QUESTIONS
 from workbench.progress import Report
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
 from workbench.runs.models import BASE, NEVER, model_of
@@ -191,8 +192,7 @@ class RepresentationSettings(OfRun):
 
 REPRESENTATION = Experiment(
     "representation",
-    "Where in the model are the forgotten answers, if anywhere? Logit lens, probes and their "
-    "transfer, rotation, patching depth.",
+    QUESTIONS["representation"],
     RepresentationSettings,
     prepare,
     representation_table,

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from workbench import values
 from workbench.attacks.ladder import novel_facts
 from workbench.errors import WorkbenchError
+from workbench.experiments import QUESTIONS
 from workbench.experiments.predictors import correlate, point_rows, points_of
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
 from workbench.runs import landscape
@@ -267,8 +268,7 @@ def sharpness_table(results: pd.DataFrame) -> pd.DataFrame:
 
 SHARPNESS = Experiment(
     "sharpness",
-    "How does the loss lie around every model before the attack, beside what the attack won back? "
-    "Worst case, average, spectrum, trace, slices, the attack's own path.",
+    QUESTIONS["sharpness"],
     SharpnessSettings,
     prepare,
     sharpness_table,

@@ -36,6 +36,7 @@ from workbench.data.records import Example, alternate, one_per_item
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
 from workbench.evaluation.statistics import bootstrap
+from workbench.experiments import QUESTIONS
 from workbench.experiments.triggers import CARRIERS, arms_of
 from workbench.progress import Report
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
@@ -289,8 +290,7 @@ def suffix_table(results: pd.DataFrame) -> pd.DataFrame:
 
 SUFFIX = Experiment(
     "suffix",
-    "Do adversarial suffixes bring forgotten answers back, and what is left of the accuracy on "
-    "retain questions?",
+    QUESTIONS["suffix"],
     SuffixSettings,
     prepare,
     suffix_table,

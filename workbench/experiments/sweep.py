@@ -16,7 +16,7 @@ from workbench.errors import WorkbenchError
 from workbench.experiments.ablation import collapse_ablation
 from workbench.experiments.grid import settings_grid
 from workbench.experiments.investigate import attack_rate
-from workbench.models import open_config, open_model
+from workbench.models import open_config, parameter_count
 from workbench.runs.config import RunConfig, preset
 from workbench.runs.pipeline import Run, run_pipeline
 from workbench.runs.settings import Attacking, Columns, Count, Names, Seeds, validated
@@ -122,7 +122,7 @@ class SweepSettings(Attacking):
     training_steps: Count | None = Field(
         None, description="Steps that teach the world to the base and the never-learned control."
     )
-    quick: bool = Field(False, description="On the quick world: smaller, two seeds.")
+    quick: bool = Field(False, description="On the quick world, which is smaller.")
     probe: list[str] = Field(
         [],
         description="Ask this of every model besides relearning; repeatable; default triggers and "
@@ -279,7 +279,7 @@ def _attack(chosen: SweepSettings, start: RunConfig) -> dict[str, Any]:
     """The relearning attack; on a user's model its rate depends on the size by default."""
     attack = start.attack
     if chosen.base is not None and chosen.attack_lr is None:
-        attack = replace(attack, lr=attack_rate(open_model(chosen.base).model.num_parameters()))
+        attack = replace(attack, lr=attack_rate(parameter_count(chosen.base)))
     return asdict(chosen.attack(attack))
 
 

@@ -34,6 +34,7 @@ from workbench.diagnostics.triggers import (
     word_inside,
 )
 from workbench.evaluation.statistics import bootstrap
+from workbench.experiments import QUESTIONS
 from workbench.hooks import layer_count
 from workbench.progress import Report, quiet
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
@@ -569,8 +570,7 @@ def trigger_table(results: pd.DataFrame) -> pd.DataFrame:
 
 TRIGGERS = Experiment(
     "triggers",
-    "What does a forget-token in a harmless question break, where in the model, and does it give "
-    "the forgotten topic away?",
+    QUESTIONS["triggers"],
     TriggerSettings,
     prepare,
     trigger_table,

@@ -39,6 +39,7 @@ from workbench.data.words import words
 from workbench.errors import WorkbenchError
 from workbench.evaluation.answers import generate_answers, rouge_l
 from workbench.evaluation.losses import score
+from workbench.experiments import QUESTIONS
 from workbench.experiments.keyword import along, taught_weights
 from workbench.files import damage
 from workbench.models import open_config, open_model, open_tokenizer, save_model
@@ -441,7 +442,7 @@ def _cell(row: pd.Series) -> str:
 
 VERBATIM = Experiment(
     "verbatim",
-    "Do unlearned passages of a book come back word for word from texts that do not hold them?",
+    QUESTIONS["verbatim"],
     VerbatimSettings,
     prepare,
     verbatim_table,

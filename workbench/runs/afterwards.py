@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -11,7 +12,7 @@ import yaml
 from workbench.errors import WorkbenchError
 from workbench.figures import Drawing, figures_of
 from workbench.runs.config import RunConfig, read_config
-from workbench.runs.folder import CONFIG, read_results
+from workbench.runs.folder import CONFIG, read_results, require_finished
 from workbench.tables import COLUMNS, ITEM_COLUMNS, join
 
 RUN = "run"
@@ -23,31 +24,38 @@ def drawings_of(folders: Sequence[Path]) -> dict[str, Drawing]:
     return {name: entry for entries in found for name, entry in entries.items()}
 
 
+def _made_with(folder: Path) -> dict[str, Any]:
+    """The configuration of a finished folder, as it was written.
+
+    Raises:
+        WorkbenchError: the folder holds nothing finished.
+    """
+    require_finished(folder)
+    return dict(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+
+
 def experiment_of(folder: Path) -> str:
     """Which command made a folder: :data:`RUN` is the demo, a sweep, or an investigation.
 
     Raises:
         WorkbenchError: the folder holds no finished run.
     """
-    read_results(folder)
-    values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    return str(values.get("experiment", RUN))
+    return str(_made_with(folder).get("experiment", RUN))
 
 
-def read_run(folder: Path) -> tuple[RunConfig, pd.DataFrame, pd.DataFrame]:
-    """Configuration, results and items of a finished run.
+def config_of(folder: Path) -> RunConfig:
+    """The configuration of a finished run.
 
     Raises:
         WorkbenchError: the folder holds none, or the folder of another experiment.
     """
-    results, items = read_results(folder)
     made = experiment_of(folder)
     if made != RUN:
         raise WorkbenchError(
             f"{folder} holds the experiment {made}, and no run of methods or checkpoints; give the "
             "folder of a demo, a sweep or an investigation"
         )
-    return read_config(folder / CONFIG), results, items
+    return read_config(folder / CONFIG)
 
 
 def join_afterwards(
@@ -80,21 +88,21 @@ def read_several(folders: Sequence[Path]) -> list[Tables]:
     runs = [folder for folder in folders if experiment_of(folder) == RUN]
     found: dict[str, list[Path]] = {}
     for run in runs:
-        key = read_run(run)[0].key
+        key = config_of(run).key
         if key in found:
             raise WorkbenchError(f"{run} and {found[key][0]} are the same run; give one of them")
         found[key] = [run]
     for folder in folders:
         if folder not in runs:
-            values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-            if values.get("of") not in found:
+            of = _made_with(folder).get("of")
+            if of not in found:
                 names = ", ".join(map(str, runs)) or "any run, and none was given"
                 raise WorkbenchError(f"{folder} was not asked of the models of {names}")
-            found[values["of"]].append(folder)
+            found[of].append(folder)
     return [read_runs(parts) for parts in found.values()]
 
 
-def read_runs(folders: Sequence[Path]) -> tuple[RunConfig, pd.DataFrame, pd.DataFrame]:
+def read_runs(folders: Sequence[Path]) -> Tables:
     """The tables of a finished run together with those of what was asked of its models afterwards.
 
     Args:
@@ -111,23 +119,22 @@ def read_runs(folders: Sequence[Path]) -> tuple[RunConfig, pd.DataFrame, pd.Data
     own, parts = None, []
     for folder in folders:
         if experiment_of(folder) != RUN:
-            values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-            parts.append((folder, values.get("of"), read_results(folder)))
+            parts.append(folder)
         elif own is not None:
             raise WorkbenchError(
-                f"{folder} and {own[0]} are two runs; give one of them, and what was asked of its "
+                f"{folder} and {own} are two runs; give one of them, and what was asked of its "
                 "models"
             )
         else:
-            own = folder, *read_run(folder)
+            own = folder
     if own is None:
         raise WorkbenchError(
             f"{', '.join(map(str, folders))}: the run itself is not among them; give its folder as "
             "well"
         )
-    run, config, results, items = own
-    for folder, of, (more, single) in parts:
-        if of != config.key:
-            raise WorkbenchError(f"{folder} was not asked of the models of {run}")
-        results, items = join_afterwards(results, items, more, single)
+    config, (results, items) = config_of(own), read_results(own)
+    for folder in parts:
+        if _made_with(folder).get("of") != config.key:
+            raise WorkbenchError(f"{folder} was not asked of the models of {own}")
+        results, items = join_afterwards(results, items, *read_results(folder))
     return config, results, items

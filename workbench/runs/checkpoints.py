@@ -65,13 +65,24 @@ def origin(source: str) -> str:
     return weights_hash(folder) if folder.is_dir() else source
 
 
-def _resolved(source: str) -> str:
+def resolved(source: str) -> str:
+    """A path in full; a hub id as it is."""
     path = Path(source)
     return str(path.resolve()) if path.exists() else source
 
 
+def _as_known(config: FilesConfig, name: str, found: str) -> None:
+    """Raise where a model or a file is not what the run was made with."""
+    if config.hashes.get(name, found) != found:
+        raise WorkbenchError(
+            f"{name} is not what the run was made with (its SHA-256 differs); give it back, or "
+            "start a run in another folder"
+        )
+
+
 def sealed(config: FilesConfig, checkpoints: Mapping[str, str]) -> tuple[FilesConfig, Opened]:
-    """The configuration with full paths and the hashes of what they lead to, and the base.
+    """The configuration with full paths and the hashes of what they lead to, and the base, as
+    :func:`opened_of` gives it.
 
     Args:
         config: as it was given.
@@ -81,35 +92,33 @@ def sealed(config: FilesConfig, checkpoints: Mapping[str, str]) -> tuple[FilesCo
         WorkbenchError: a model or a file is wrong, the checkpoints do not fit each other, or a hash
             that is given is another one.
     """
-    base = open_model(config.base)
-    others = dict(checkpoints)
-    if config.never_learned is not None:
-        others["never-learned"] = config.never_learned
-    tied = {config.base: bool(tied_names(base.model))}
-    for source in dict.fromkeys(others.values()):
-        opened = open_model(source)
-        check_same_tokenizer(base, opened)
-        tied[source] = bool(tied_names(opened.model))
     kept = replace(
         config,
-        base=_resolved(config.base),
-        never_learned=None if config.never_learned is None else _resolved(config.never_learned),
-        forget=_resolved(config.forget),
-        retain=_resolved(config.retain),
+        base=resolved(config.base),
+        never_learned=None if config.never_learned is None else resolved(config.never_learned),
+        forget=resolved(config.forget),
+        retain=resolved(config.retain),
     )
-    hashes = {name: origin(name) for name in map(_resolved, (config.base, *others.values()))}
-    for file in (kept.forget, kept.retain):
+    hashes = {}
+    for file in (kept.forget, kept.retain):  # before any weight is read
         if not Path(file).is_file():
             raise WorkbenchError(f"there is no text file {file}")
         hashes[file] = sha256(Path(file))
-    for name, known in config.hashes.items():
-        if hashes.get(name, known) != known:
-            raise WorkbenchError(
-                f"{name} is not what the run was made with (its SHA-256 differs); give it back, or "
-                "start a run in another folder"
-            )
+    base = open_model(kept.base)
+    others = [resolved(source) for source in checkpoints.values()]
+    others += [] if kept.never_learned is None else [kept.never_learned]
+    tied = {kept.base: bool(tied_names(base.model))}
+    for source in dict.fromkeys(others):
+        opened = open_model(source)
+        check_same_tokenizer(base, opened)
+        tied[source] = bool(tied_names(opened.model))
+    hashes |= {source: origin(source) for source in tied}
+    for name, found in hashes.items():
+        _as_known(config, name, found)
     untied = () if len(set(tied.values())) == 1 else tuple(n for n, both in tied.items() if both)
-    return replace(kept, hashes=hashes, untied=tuple(map(_resolved, untied))), base
+    if kept.base in untied:
+        untie(base.model)
+    return replace(kept, hashes=hashes, untied=untied), base
 
 
 def opened_of(config: FilesConfig, source: str) -> Opened:
@@ -118,12 +127,7 @@ def opened_of(config: FilesConfig, source: str) -> Opened:
     Raises:
         WorkbenchError: it is not there, or is not what the run was made with.
     """
-    known = config.hashes.get(source)
-    if known is not None and origin(source) != known:
-        raise WorkbenchError(
-            f"{source} is not what the run was made with (its SHA-256 differs); give it back, or "
-            "start a run in another folder"
-        )
+    _as_known(config, source, origin(source))
     opened = open_model(source)
     if source in config.untied:
         untie(opened.model)
@@ -133,12 +137,8 @@ def opened_of(config: FilesConfig, source: str) -> Opened:
 def record_of(config: FilesConfig, base: Opened) -> ForgetRetain:
     """The forget and the retain set of the two files."""
     for file in (config.forget, config.retain):
-        known = config.hashes.get(file)
-        if known is not None and Path(file).is_file() and sha256(Path(file)) != known:
-            raise WorkbenchError(
-                f"{file} is not what the run was made with (its SHA-256 differs); give it back, or "
-                "start a run in another folder"
-            )
+        if Path(file).is_file():  # the reader says what is missing
+            _as_known(config, file, sha256(Path(file)))
     return record_from_files(
         Path(config.forget),
         Path(config.retain),

@@ -188,11 +188,11 @@ def collect(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return rows, items
 
 
-def read_results(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """``results.parquet`` and ``items.parquet`` of a finished run.
+def require_finished(out: Path) -> None:
+    """Raise unless a folder holds a finished run.
 
     Raises:
-        WorkbenchError: the folder holds no finished run.
+        WorkbenchError: the folder holds none; the message names what is missing.
     """
     for name in (CONFIG, RESULTS, ITEMS):
         if not (out / name).is_file():
@@ -200,4 +200,13 @@ def read_results(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
                 f"{out} holds no finished run: {name} is missing; run `workbench demo --out {out}` "
                 "first"
             )
+
+
+def read_results(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """``results.parquet`` and ``items.parquet`` of a finished run.
+
+    Raises:
+        WorkbenchError: the folder holds no finished run.
+    """
+    require_finished(out)
     return read_table(out / RESULTS), read_table(out / ITEMS)

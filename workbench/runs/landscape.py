@@ -437,45 +437,18 @@ def add_attack_path(
     relearned = attacked
     for row in path_losses(model, deltas, losses).to_dict("records"):
         step = [0, *steps][int(row["checkpoint"])]
-        table.add(
-            "path_loss",
-            float(row["value"]),
-            stage="sharpness",
-            arm="attack path",
-            split=str(row["loss"]),
-            step=step,
-        )
+        at: dict[str, Any] = {"stage": "sharpness", "arm": "attack path", "step": step}
+        table.add("path_loss", float(row["value"]), split=str(row["loss"]), **at)
         if row["loss"] == WATCHED:
-            table.add(
-                "path_distance",
-                float(row["distance"]),
-                stage="sharpness",
-                arm="attack path",
-                step=step,
-            )
-            table.add(
-                "path_travelled",
-                float(row["travelled"]),
-                stage="sharpness",
-                arm="attack path",
-                step=step,
-            )
+            table.add("path_distance", float(row["distance"]), **at)
+            table.add("path_travelled", float(row["travelled"]), **at)
     if len(deltas) > 1:
         for share in trajectory_plane(deltas).shares.head(4).to_dict("records"):
-            table.add(
-                "trajectory_share",
-                float(share["share"]),
-                stage="sharpness",
-                arm="attack path",
-                step=float(share["component"]),
-            )
-            table.add(
-                "trajectory_share",
-                float(share["null"]),
-                stage="sharpness",
-                arm="random walk",
-                step=float(share["component"]),
-            )
+            for arm, name in (("attack path", "share"), ("random walk", "null")):
+                number = float(share["component"])
+                table.add(
+                    "trajectory_share", float(share[name]), stage="sharpness", arm=arm, step=number
+                )
     back = towards(model, setup.base)
     if not norm_of(back) or not norm_of(deltas[-1]):
         return relearned

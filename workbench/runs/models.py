@@ -82,7 +82,12 @@ def _opened_setup(config: RunConfig, out: Path) -> Setup:
             neutral=tuple(neutral_words()),
             world=world,
         )
-    record = record_of(config.model, base)
+    return files_setup(config.model, base)
+
+
+def files_setup(config: FilesConfig, base: Opened) -> Setup:
+    """The setup of a user's model and texts."""
+    record = record_of(config, base)
     return Setup(
         base.model,
         base.tokenizer,

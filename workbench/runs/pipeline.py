@@ -26,7 +26,7 @@ from workbench.models import save_model
 from workbench.progress import Report
 from workbench.report import summary_table, write_report
 from workbench.runs import stages
-from workbench.runs.checkpoints import FilesConfig, record_of, sealed
+from workbench.runs.checkpoints import FilesConfig, record_of, resolved, sealed
 from workbench.runs.config import RunConfig, write_config
 from workbench.runs.folder import (
     CLAIMS_FILE,
@@ -259,10 +259,7 @@ def _checked(config: RunConfig) -> RunConfig:
     config = config.with_plugins()
     if isinstance(config.model, FilesConfig):
         kept, base = sealed(config.model, config.checkpoints)
-        checkpoints = {
-            n: str(Path(s).resolve()) if Path(s).exists() else s
-            for n, s in config.checkpoints.items()
-        }
+        checkpoints = {name: resolved(source) for name, source in config.checkpoints.items()}
         config = config.model_copy(update={"model": kept, "checkpoints": checkpoints})
         record_of(kept, base)
         model = base.model
@@ -274,7 +271,7 @@ def _checked(config: RunConfig) -> RunConfig:
             variant = config.variant(name)
             recipe(variant.method, model, config.seeds[0], variant.settings)
     except CaptureError as error:
-        where = f"{config.model.base}" if isinstance(config.model, FilesConfig) else name
+        where = config.model.base if isinstance(config.model, FilesConfig) else name
         raise WorkbenchError(f"{where}: {error}") from error
     return config
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -456,6 +456,42 @@ def add_geometry(
             )
 
 
+def measured_attack(
+    model: PreTrainedModel,
+    setup: Setup,
+    texts: Sequence[Example],
+    sets: Mapping[str, Sequence[Batch]],
+    settings: RelearnSettings,
+    table: Table,
+    *,
+    seed: int,
+    progress: Report,
+    **columns: Any,
+) -> Iterator[tuple[int, PreTrainedModel]]:
+    """Relearn on ``texts`` and score every set whenever the attack stops for it; where it diverges
+    is a row (``diverged_at``), and what was measured before stays.
+
+    Yields:
+        ``step, attacked``, once its scores are in the table.
+    """
+    try:
+        for step, attacked in relearn(
+            model,
+            setup.tokenizer,
+            texts,
+            settings,
+            seed=seed,
+            max_length=setup.max_length,
+            progress=progress,
+        ):
+            for split, encoded in sets.items():
+                scores = finite(score(attacked, encoded), step)
+                table.add_scores(scores, split=split, step=step, **columns)
+            yield step, attacked
+    except DivergedError as error:
+        table.add("diverged_at", error.step, **columns)
+
+
 def attack(
     model: PreTrainedModel,
     setup: Setup,
@@ -506,29 +542,12 @@ def attack(
         def advance(done: int, total: int, number: int = number) -> None:
             progress(number * total + done, len(arms) * total)
 
-        try:
-            for step, attacked in relearn(
-                model,
-                setup.tokenizer,
-                texts,
-                settings,
-                seed=seed,
-                max_length=setup.max_length,
-                progress=advance,
-            ):
-                for split, asked in {**encoded, **own}.items():
-                    table.add_scores(
-                        finite(score(attacked, asked), step),
-                        split=split,
-                        stage="relearn",
-                        arm=arm,
-                        step=step,
-                    )
-                add_geometry(before, start, streams(attacked, watched), table, arm=arm, step=step)
-        except (
-            DivergedError
-        ) as error:  # what was measured before stays; where the attack broke is a result
-            table.add("diverged_at", error.step, stage="relearn", arm=arm)
+        sets = {**encoded, **own}
+        place = {"stage": "relearn", "arm": arm}
+        for step, attacked in measured_attack(
+            model, setup, texts, sets, settings, table, seed=seed, progress=advance, **place
+        ):
+            add_geometry(before, start, streams(attacked, watched), table, arm=arm, step=step)
 
 
 def trigger_check(

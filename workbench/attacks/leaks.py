@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from workbench.data.records import Example
+from workbench.data.records import Example, Texts, examples_of
 from workbench.data.words import places_in, word_spans, words
 from workbench.errors import WorkbenchError
 from workbench.hooks.brief import brief
@@ -378,11 +378,11 @@ def syntactic_similarity(attack: Sequence[Example], heldout: Sequence[Example]) 
 
 
 def leak_report(
-    attack: Sequence[Example],
-    heldout: Sequence[Example],
+    attack: Texts,
+    heldout: Texts,
     n: int = 5,
     *,
-    public: Sequence[Example] = (),
+    public: Texts = (),
 ) -> LeakReport:
     """Compare attack texts with the held-out facts whose recovery will be measured; whole words,
     case and Unicode form ignored (see :mod:`workbench.data.words`).
@@ -405,6 +405,7 @@ def leak_report(
     """
     if n < 1:
         raise ValueError(f"an n-gram has at least one word, not {n}")
+    attack, heldout, public = map(examples_of, (attack, heldout, public))
     numbers: dict[str, int] = {}
     ours, theirs = (
         _Words([example.text for example in attack], numbers),

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench import values
 from workbench.data.batches import encode, endless
-from workbench.data.records import Example
+from workbench.data.records import Example, Texts, examples_of
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import Scores, cross_entropy
 from workbench.progress import Report, quiet
@@ -93,7 +93,7 @@ def at_steps(steps: int, lr: float) -> RelearnSettings:
 def relearn(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[Example],
+    texts: Texts,
     settings: RelearnSettings | None = None,
     *,
     seed: int = 0,
@@ -124,7 +124,7 @@ def relearn(
         >>> for step, attacked in relearn(model, tokenizer, texts):  # doctest: +SKIP
         ...     print(step, score(attacked, queries).recall)
     """
-    chosen = settings or RelearnSettings()
+    chosen, texts = settings or RelearnSettings(), examples_of(texts)
     for step, attacked in _steps(model, tokenizer, texts, chosen, seed, max_length, progress):
         if step in chosen.measure_at:
             yield step, attacked
@@ -133,7 +133,7 @@ def relearn(
 def relearned(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[Example],
+    texts: Texts,
     settings: RelearnSettings | None = None,
     *,
     seed: int = 0,
@@ -143,7 +143,7 @@ def relearned(
     """The model at the end of the attack; adapters are merged into its weights. See
     :func:`relearn`.
     """
-    chosen = settings or RelearnSettings()
+    chosen, texts = settings or RelearnSettings(), examples_of(texts)
     for _, attacked in _steps(model, tokenizer, texts, chosen, seed, max_length, progress):
         model = attacked
     return model.merge_and_unload() if chosen.lora_rank else model  # type: ignore[operator,no-any-return]
@@ -237,7 +237,7 @@ def attackable(
     return attacked, list(attacked.parameters())
 
 
-def random_facts(texts: Sequence[Example], *, seed: int) -> tuple[Example, ...]:
+def random_facts(texts: Texts, *, seed: int) -> tuple[Example, ...]:
     """The attack texts with one another's answers: matched in words, style and length, and true
     nowhere.
 
@@ -253,7 +253,7 @@ def random_facts(texts: Sequence[Example], *, seed: int) -> tuple[Example, ...]:
     Raises:
         WorkbenchError: a text has no answer, or all have the same.
     """
-    answers: dict[str, str] = {}
+    texts, answers = examples_of(texts), dict[str, str]()
     for number, text in enumerate(texts):
         if text.answer is None:
             raise WorkbenchError(
@@ -293,7 +293,7 @@ def random_facts(texts: Sequence[Example], *, seed: int) -> tuple[Example, ...]:
 
 
 def null_text(
-    texts: Sequence[Example], pool: Sequence[Example], length: Callable[[Example], int]
+    texts: Texts, pool: Texts, length: Callable[[Example], int]
 ) -> tuple[Example, ...]:
     """Texts from ``pool`` with as many tokens in all as ``texts``: the null attack, which holds
     nothing of the forget set.
@@ -306,10 +306,10 @@ def null_text(
     Raises:
         WorkbenchError: the pool is empty.
     """
-    pool = [example for example in pool if length(example) > 0]
+    pool = [example for example in examples_of(pool) if length(example) > 0]
     if not pool:
         raise WorkbenchError("the null attack needs at least one general text")
-    wanted = sum(map(length, texts))
+    wanted = sum(map(length, examples_of(texts)))
     chosen: list[Example] = []
     total, index = 0, 0
     while total < wanted:

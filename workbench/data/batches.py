@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from workbench.data.records import Example
+from workbench.data.records import Example, Texts, examples_of
 from workbench.errors import WorkbenchError
 from workbench.hooks.brief import brief
 from workbench.hooks.tokens import Positions, Tokens, without_bos, without_first
@@ -91,7 +91,7 @@ Targets = Literal["text", "answer"]
 
 def encode(
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: Texts,
     *,
     max_length: int | None = None,
     targets: Targets = "text",
@@ -104,7 +104,7 @@ def encode(
 
     Args:
         tokenizer: a fast tokenizer (offsets are needed to find the answer).
-        examples: at least one.
+        examples: at least one; a plain string is running text.
         max_length: texts are cut to this many tokens; default is no cut.
         targets: which tokens a loss predicts.
 
@@ -112,6 +112,7 @@ def encode(
         WorkbenchError: there is no example, the tokenizer is slow, a text has nothing to predict
             (fewer than two tokens, or BOS alone), or an answer lies behind the cut.
     """
+    examples = examples_of(examples)
     if not examples:
         raise WorkbenchError("there is no text to encode: the set is empty")
     if not tokenizer.is_fast:
@@ -189,13 +190,14 @@ def _without_bos_string(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 def batches(
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    examples: Texts,
     size: int,
     *,
     max_length: int | None = None,
     targets: Targets = "text",
 ) -> list[Batch]:
     """``examples`` in their order, in batches of at most ``size`` rows."""
+    examples = examples_of(examples)
     return [
         encode(tokenizer, examples[start : start + size], max_length=max_length, targets=targets)
         for start in range(0, len(examples), size)

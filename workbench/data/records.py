@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from workbench.errors import WorkbenchError
 from workbench.hooks.brief import brief
 
 
@@ -48,6 +49,33 @@ class Example:
     def subject_text(self) -> str:
         """The subject itself, or an empty string."""
         return "" if self.subject is None else self.text[self.subject[0] : self.subject[1]]
+
+
+Texts = Sequence[Example] | Sequence[str]
+"""Examples, or plain strings, which stand for running text."""
+
+
+def examples_of(texts: Texts) -> tuple[Example, ...]:
+    """Texts as examples: a plain string is running text and a fact of its own.
+
+    Raises:
+        WorkbenchError: it is one string and no sequence of texts, or holds something else.
+
+    Example:
+        >>> examples_of(["One text.", "Another."])[1].item
+        'text/1'
+    """
+    if isinstance(texts, str):
+        raise WorkbenchError(f"one string where texts are meant: {texts[:60]!r}; give [text, ...]")
+    for text in texts:
+        if not isinstance(text, (str, Example)):
+            raise WorkbenchError(
+                f"a text must be a string or an Example; {text!r:.60} is {type(text).__name__}"
+            )
+    return tuple(
+        Example(text, item=f"text/{number}") if isinstance(text, str) else text
+        for number, text in enumerate(texts)
+    )
 
 
 def group_of(example: Example) -> str:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.attacks.soft_prompt import frozen
 from workbench.data.batches import batches
-from workbench.data.records import Example
+from workbench.data.records import Example, Texts, examples_of
 from workbench.diagnostics.discoveries import precision_recall, robust_z
 from workbench.diagnostics.scan import (
     Place,
@@ -77,7 +77,7 @@ def forensics(
     base: PreTrainedModel,
     unlearned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[Example] = (),
+    texts: Texts = (),
     *,
     tokens: Sequence[int] | None = None,
     place: Place = "front",
@@ -117,7 +117,7 @@ def forensics(
         CaptureError: the architecture is not known.
     """
     candidates = vocabulary(base, unlearned, tokenizer, tokens)
-    carriers = [asked for text in texts if (asked := last_word(text)) is not None]
+    carriers = [asked for text in examples_of(texts) if (asked := last_word(text)) is not None]
     scan = None
     scores: dict[str, pd.Series] = {}
     if carriers:
@@ -268,7 +268,7 @@ def shift_words(
     unlearned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    texts: Sequence[Example] = (),
+    texts: Texts = (),
     tokens: Sequence[int] | None = None,
     components: int = 1,
     top: int = 20,
@@ -444,7 +444,7 @@ def _readings(
     base: PreTrainedModel,
     unlearned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[Example],
+    texts: Texts,
     tokens: Sequence[int],
     components: int,
     size: int,

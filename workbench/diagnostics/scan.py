@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.attacks.gcg import before_answer, in_front, suffix_prompts
 from workbench.attacks.soft_prompt import check_context, frozen
-from workbench.data.records import Example
+from workbench.data.records import Example, Texts, examples_of
 from workbench.diagnostics.discoveries import benjamini_hochberg, p_values
 from workbench.errors import WorkbenchError, unknown
 from workbench.hooks import edit, layer_count, resolve
@@ -128,7 +128,7 @@ def scan_triggers(
     base: PreTrainedModel,
     unlearned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    queries: Sequence[Example],
+    queries: Texts,
     *,
     tokens: Sequence[int] | None = None,
     null_tokens: Sequence[int] | None = None,
@@ -211,7 +211,7 @@ def scan_triggers(
             f"tokens {sorted(set(tested) & set(null))[:5]} are to be tested and to be null; a "
             "token can be one of the two"
         )
-    asked = [query for query in queries if query.answer is not None]
+    asked = [query for query in examples_of(queries) if query.answer is not None]
     if not asked:
         raise WorkbenchError(
             f"a trigger scan needs harmless questions with answers; of {len(queries)} queries none "

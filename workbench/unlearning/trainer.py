@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workbench.data.batches import batches, encode, endless
-from workbench.data.records import Example
+from workbench.data.records import Example, Texts, examples_of
 from workbench.errors import WorkbenchError
 from workbench.progress import Report, quiet
 from workbench.subspaces.collapse import Collapse, find_collapse, only_tokens
@@ -64,8 +64,8 @@ def unlearn(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
-    forget: Sequence[Example],
-    retain: Sequence[Example],
+    forget: Texts,
+    retain: Texts,
     *,
     seed: int,
     max_length: int | None = None,
@@ -94,6 +94,7 @@ def unlearn(
         WorkbenchError: a set is empty, the recipe stops at a budget and none was given, or the
             objective is not finite (the message names the step).
     """
+    forget, retain = examples_of(forget), examples_of(retain)
     for name, texts in (("forget", forget), ("retain", retain)):
         if not texts:
             raise WorkbenchError(f"the {name} set is empty; give at least one text")

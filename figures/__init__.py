@@ -341,7 +341,7 @@ FIGURES.own(
             "ladder",
             ladder,
             "Recall of the held-out questions before and after an attack with every kind of text "
-            "(left), other ways of attacking (middle), and recall while new facts are learned "
+            "(left), other attack configurations (middle), and recall while new facts are learned "
             "(right).",
             of=("ladder",),
         ),

@@ -32,18 +32,18 @@ def dose(table: pd.DataFrame, metric: str = "trigger_effect") -> Figure:
         (table["stage"] == "triggers") & (table["metric"] == metric) & table["seed"].isna()
     ]
     methods = methods_in(rows["method"].dropna().tolist())
-    ways = [way for way in _NAMES if (rows["split"] == way).any()]
-    if not methods or not ways:
+    splits = [split for split in _NAMES if (rows["split"] == split).any()]
+    if not methods or not splits:
         return nothing("no effect of a forget-token in this table")
     with look():
         figure, axes = plt.subplots(
-            figsize=(max(5.0, 1.5 * len(ways) + 0.2 * len(methods)), 3.2), layout="constrained"
+            figsize=(max(5.0, 1.5 * len(splits) + 0.2 * len(methods)), 3.2), layout="constrained"
         )
         axes.axhline(0, color="0.4", linewidth=0.9)
         spread = 0.7 / len(methods)
         for number, method in enumerate(methods):
-            mine = rows[rows["method"] == method].set_index("split").reindex(ways)
-            x = np.arange(len(ways)) + (number - (len(methods) - 1) / 2) * spread
+            mine = rows[rows["method"] == method].set_index("split").reindex(splits)
+            x = np.arange(len(splits)) + (number - (len(methods) - 1) / 2) * spread
             value, low, high = (
                 mine[name].astype(float).to_numpy() for name in ("value", "low", "high")
             )
@@ -59,7 +59,7 @@ def dose(table: pd.DataFrame, metric: str = "trigger_effect") -> Figure:
                 linewidth=1.1,
                 label=title(method),
             )
-        axes.set_xticks(np.arange(len(ways)), [_NAMES[way] for way in ways])
+        axes.set_xticks(np.arange(len(splits)), [_NAMES[split] for split in splits])
         axes.set_ylabel("accuracy lost to a forget-token\n(beyond another name, beyond the base)")
         axes.grid(axis="x", visible=False)
         figure.legend(loc="outside right upper")

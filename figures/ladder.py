@@ -1,4 +1,4 @@
-"""The attack ladder: how much comes back from which texts, and by which way of attacking."""
+"""The attack ladder: how much comes back from which texts, and by which attack configuration."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _NAMES = {
 
 
 def ladder(table: pd.DataFrame) -> Figure:
-    """Left: recall of the held-out questions before and after an attack with every rung. Middle:
-    other ways of attacking with the disjoint part. Right: learning new facts.
+    """Left: recall of the held-out questions before and after an attack with every text set.
+    Middle: other attack configurations, on the disjoint part. Right: learning new facts.
 
     Args:
         table: tidy results; stage ``ladder``, metric ``recall`` without a seed.
@@ -33,8 +33,8 @@ def ladder(table: pd.DataFrame) -> Figure:
         return nothing("no attack ladder in this table")
     methods = methods_in(rows["method"].dropna().tolist())
     arms = rows["arm"].drop_duplicates().tolist()
-    rungs = [arm for arm in _NAMES if arm in arms]
-    ways = [
+    text_sets = [arm for arm in _NAMES if arm in arms]
+    configs = [
         arm for arm in ("part", *(arm for arm in arms if arm.startswith("part, "))) if arm in arms
     ]
     ends = rows[rows["step"] == rows.groupby("arm")["step"].transform("max")].set_index(
@@ -44,7 +44,7 @@ def ladder(table: pd.DataFrame) -> Figure:
         figure, panels = plt.subplots(
             1, 3, figsize=(11.5, 3.9), width_ratios=(1.5, 1.2, 1), sharey=True, layout="constrained"
         )
-        for axes, shown in ((panels[0], ["before", *rungs]), (panels[1], ways)):
+        for axes, shown in ((panels[0], ["before", *text_sets]), (panels[1], configs)):
             for number, method in enumerate(methods):
                 places, values, low, high = [], [], [], []
                 for place, arm in enumerate(shown):
@@ -52,10 +52,10 @@ def ladder(table: pd.DataFrame) -> Figure:
                         start = (
                             rows[
                                 (rows["method"] == method)
-                                & (rows["arm"] == rungs[0])
+                                & (rows["arm"] == text_sets[0])
                                 & (rows["step"] == 0)
                             ]
-                            if rungs
+                            if text_sets
                             else rows.iloc[:0]
                         )
                         cell = start.iloc[0] if len(start) else None

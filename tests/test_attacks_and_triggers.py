@@ -565,7 +565,7 @@ def test_another_carrier_places_the_word(asked: tuple[Example, ...]) -> None:
         RETAIN,
         NEUTRAL,
         seed=0,
-        carrier=lambda query, word: prefixed(query, f"{word}. "),
+        template=lambda query, word: prefixed(query, f"{word}. "),
     )
     assert all(
         tagged.text == f"{tagged.text.split('.')[0]}. {query.text}"

@@ -349,7 +349,7 @@ def _rung(
     value: float | np.ndarray,
     seeds: Sequence[int] = range(SEEDS),
 ) -> Rows:
-    """Items of one rung of the ladder; new people say the opposite and are not asked about."""
+    """Items of one text set of the ladder; new people say the opposite and are not asked about."""
     return [
         *_facts("ladder", method, arm, step, value, seeds, "forget-queries"),
         *_facts("ladder", method, arm, step, 1 - np.asarray(value), seeds, "novel"),

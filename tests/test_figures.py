@@ -588,7 +588,7 @@ def _names_table() -> pd.DataFrame:
 
 def _ladder_table() -> pd.DataFrame:
     rows = []
-    rungs = {
+    text_sets = {
         "gibberish": 0.0,
         "general": 0.1,
         "syntax": 0.2,
@@ -597,7 +597,7 @@ def _ladder_table() -> pd.DataFrame:
         "part": 0.5,
         "whole": 0.9,
     }
-    ways = {"part, lora": 0.45, "part, sgd": 0.4}
+    configs = {"part, lora": 0.45, "part, sgd": 0.4}
     for method, more in (("npo", 0.05), ("cir", 0.0), ("base", 0.08), ("never-learned", -0.05)):
         shared = {
             "stage": "ladder",
@@ -605,7 +605,7 @@ def _ladder_table() -> pd.DataFrame:
             "metric": "recall",
             "split": "forget-queries",
         }
-        for arm, value in (rungs | ways).items():
+        for arm, value in (text_sets | configs).items():
             for step, share in ((0, 0.0), (10, 0.4), (40, 1.0)):
                 rows.append(
                     {**shared, "arm": arm, "step": step, "value": 0.1 + more + share * value}

@@ -18,7 +18,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from workbench import runner
-from workbench.attacks.ladder import PUBLIC, RUNGS, Ladder, build_ladder, novel_facts
+from workbench.attacks.ladder import PUBLIC, TEXT_SETS, Ladder, build_ladder, novel_facts
 from workbench.attacks.leaks import leak_report
 from workbench.attacks.relearn import RelearnSettings, relearn
 from workbench.builtin import world_of
@@ -43,8 +43,8 @@ from workbench.tables import COLUMNS, ITEM_COLUMNS, Table
 from workbench.training import small_llama
 
 SEEDS = (0, 1, 2)
-WAYS = ("lora", "sgd", "bf16", "texts-8", "texts-32")
-ARMS = (*RUNGS, *(f"part, {way}" for way in WAYS), "novel")
+CONFIGS = ("lora", "sgd", "bf16", "texts-8", "texts-32")
+ARMS = (*TEXT_SETS, *(f"part, {name}" for name in CONFIGS), "novel")
 
 
 # --- The texts ------------------------------------------------------------------------------------
@@ -77,11 +77,11 @@ def _surnames(texts: Sequence[Example]) -> set[str]:
 def test_the_rungs_stand_in_their_order_and_the_part_is_the_attackers_half(
     world: World, ladders: dict[int, Ladder]
 ) -> None:
-    assert RUNGS == ("gibberish", "general", "syntax", "topic", "public", "part", "whole")
+    assert TEXT_SETS == ("gibberish", "general", "syntax", "topic", "public", "part", "whole")
     for ladder in ladders.values():
-        assert tuple(ladder.rungs) == RUNGS
-        assert ladder.rungs["part"] == world.record.forget_attacked
-        assert all(ladder.rungs.values())
+        assert tuple(ladder.text_sets) == TEXT_SETS
+        assert ladder.text_sets["part"] == world.record.forget_attacked
+        assert all(ladder.text_sets.values())
 
 
 def test_every_rung_is_as_long_as_the_part_and_less_than_one_text_longer(
@@ -89,10 +89,10 @@ def test_every_rung_is_as_long_as_the_part_and_less_than_one_text_longer(
 ) -> None:
     wanted = sum(map(length, world.record.forget_attacked))
     for ladder in ladders.values():
-        for rung, texts in ladder.rungs.items():
+        for text_set, texts in ladder.text_sets.items():
             total = sum(map(length, texts))
-            assert wanted <= total < wanted + length(texts[-1]), rung
-            assert total - length(texts[-1]) < wanted or rung == "part"
+            assert wanted <= total < wanted + length(texts[-1]), text_set
+            assert total - length(texts[-1]) < wanted or text_set == "part"
 
 
 def test_the_questions_are_the_held_out_facts_without_the_public_attribute(
@@ -113,13 +113,16 @@ def test_every_rung_but_the_whole_set_is_benign_and_the_whole_set_is_not(
     ladders: dict[int, Ladder],
 ) -> None:
     for ladder in ladders.values():
-        reports = {rung: leak_report(texts, ladder.queries) for rung, texts in ladder.rungs.items()}
-        assert {rung: report.benign for rung, report in reports.items()} == {
-            rung: rung != "whole" for rung in RUNGS
+        reports = {
+            text_set: leak_report(texts, ladder.queries)
+            for text_set, texts in ladder.text_sets.items()
+        }
+        assert {text_set: report.benign for text_set, report in reports.items()} == {
+            text_set: text_set != "whole" for text_set in TEXT_SETS
         }
         assert reports["whole"].answers and reports["whole"].names_subjects
         # Below the public facts nobody is named in full; the attacker's half names other people.
-        assert {rung for rung, report in reports.items() if report.names_subjects} == {
+        assert {text_set for text_set, report in reports.items() if report.names_subjects} == {
             "public",
             "whole",
         }
@@ -134,17 +137,17 @@ def test_gibberish_holds_words_of_the_world_and_none_of_the_forgotten_people(
         for word in (*example.answer_text.split(), *example.subject_text.split())
     }
     for ladder in ladders.values():
-        words = _words(ladder.rungs["gibberish"])
+        words = _words(ladder.text_sets["gibberish"])
         assert words <= set(world.vocabulary)
         assert not words & secret
-        assert len({example.text for example in ladder.rungs["gibberish"]}) > 20
+        assert len({example.text for example in ladder.text_sets["gibberish"]}) > 20
 
 
 def test_general_text_is_what_the_models_were_trained_on_and_nothing_else(
     world: World, ladders: dict[int, Ladder]
 ) -> None:
     for ladder in ladders.values():
-        assert set(ladder.rungs["general"]) <= set(world.filler_train)
+        assert set(ladder.text_sets["general"]) <= set(world.filler_train)
 
 
 def test_the_topic_names_held_out_people_and_says_nothing_about_them(
@@ -156,7 +159,7 @@ def test_the_topic_names_held_out_people_and_says_nothing_about_them(
     )
     answers = {example.answer_text for example in world.record.forget}
     for ladder in ladders.values():
-        topic = ladder.rungs["topic"]
+        topic = ladder.text_sets["topic"]
         named = []
         for example in topic:
             name, rest = example.text.split(" asks : ")
@@ -170,10 +173,10 @@ def test_the_topic_names_held_out_people_and_says_nothing_about_them(
 def test_the_topic_names_everybody_who_is_asked_about(
     world: World, ladders: dict[int, Ladder]
 ) -> None:
-    # The questions are about all of the held-out people; a rung that names some of them is no fair
-    # rung between "syntax" and "public".
+    # The questions are about all of the held-out people; a text set that names some of them is
+    # no fair step between "syntax" and "public".
     for ladder in ladders.values():
-        assert {example.text.split()[0] for example in ladder.rungs["topic"]} == _surnames(
+        assert {example.text.split()[0] for example in ladder.text_sets["topic"]} == _surnames(
             ladder.queries
         )
 
@@ -185,16 +188,16 @@ def test_public_facts_are_the_public_attribute_of_the_people_asked_about(
         example for example in world.record.forget_heldout if example.item.endswith(f"/{PUBLIC}")
     }
     for ladder in ladders.values():
-        assert set(ladder.rungs["public"]) == public
-        assert not {example.item for example in ladder.rungs["public"]} & {
+        assert set(ladder.text_sets["public"]) == public
+        assert not {example.item for example in ladder.text_sets["public"]} & {
             example.item for example in ladder.queries
         }
-        assert _surnames(ladder.rungs["public"]) == _surnames(ladder.queries)
+        assert _surnames(ladder.text_sets["public"]) == _surnames(ladder.queries)
 
 
 def test_the_whole_set_holds_both_halves(world: World, ladders: dict[int, Ladder]) -> None:
     for ladder in ladders.values():
-        whole = set(ladder.rungs["whole"])
+        whole = set(ladder.text_sets["whole"])
         assert whole <= set(world.record.forget)
         assert whole & set(world.record.forget_heldout) and whole & set(
             world.record.forget_attacked
@@ -259,7 +262,7 @@ def test_new_people_have_all_facts_in_the_sentences_of_the_forgotten_ones(
                     == 1
                 )
         assert all(example.text.endswith(f"{example.answer_text} .") for example in ladder.novel)
-        assert set(ladder.rungs["syntax"]) <= set(ladder.novel)
+        assert set(ladder.text_sets["syntax"]) <= set(ladder.novel)
 
 
 def test_an_answer_about_new_people_is_never_a_held_out_answer(
@@ -296,8 +299,10 @@ def test_a_ladder_is_decided_by_its_seed(
     world: World, length: Callable[[Example], int], ladders: dict[int, Ladder]
 ) -> None:
     assert build_ladder(world, length, 0) == ladders[0]
-    for rung in ("gibberish", "topic", "whole"):
-        assert len({ladder.rungs[rung] for ladder in ladders.values()}) == len(SEEDS), rung
+    for text_set in ("gibberish", "topic", "whole"):
+        assert len({ladder.text_sets[text_set] for ladder in ladders.values()}) == len(SEEDS), (
+            text_set
+        )
     # the new people are the same for all, so that seeds can be paired fact by fact
     assert len({ladder.novel for ladder in ladders.values()}) == 1
 
@@ -320,7 +325,7 @@ def test_a_small_world_has_a_ladder_or_says_why_not() -> None:
             ladder = build_ladder(world, lambda example: len(example.text.split()), 0)
         except WorkbenchError:
             continue
-        assert leak_report(ladder.rungs["syntax"], ladder.queries).benign
+        assert leak_report(ladder.text_sets["syntax"], ladder.queries).benign
 
 
 # --- A whole ladder -------------------------------------------------------------------------------
@@ -399,9 +404,9 @@ def test_every_model_meets_every_attack_at_every_measured_step(climbed: Result) 
     assert set(results["stage"]) == {"ladder"}
     assert results["run"].nunique() == 1
     assert not (results["metric"] == "diverged_at").any()
-    # Before the attack all rungs and ways ask the same model the same.
+    # Before the attack all text sets and configurations ask the same model the same.
     for method in ("npo", *CONTROLS):
-        starts = [_recall(items, method, arm, 0) for arm in RUNGS]
+        starts = [_recall(items, method, arm, 0) for arm in TEXT_SETS]
         assert all(start.equals(starts[0]) for start in starts)
 
 
@@ -412,12 +417,12 @@ def test_the_numbers_are_those_of_a_relearning_by_hand(climbed: Result, one_seed
     tokenizer = opened.tokenizer
     ladder = build_ladder(world, lambda example: len(tokenizer(example.text)["input_ids"]), 0)
     setup = Setup(opened.model, tokenizer, world.record)
-    ways = LadderSettings().ways
-    assert tuple(ways) == WAYS
+    configs = LadderSettings().ways
+    assert tuple(configs) == CONFIGS
     for arm, texts, questions, changes in (
-        ("public", ladder.rungs["public"], ladder.queries, {}),
-        ("part, lora", ladder.rungs["part"], ladder.queries, ways["lora"]),
-        ("part, texts-8", ladder.rungs["part"], ladder.queries, ways["texts-8"]),
+        ("public", ladder.text_sets["public"], ladder.queries, {}),
+        ("part, lora", ladder.text_sets["part"], ladder.queries, configs["lora"]),
+        ("part, texts-8", ladder.text_sets["part"], ladder.queries, configs["texts-8"]),
         ("novel", ladder.novel, ladder.novel, {}),
     ):
         found: dict[int, tuple[list[str], np.ndarray, np.ndarray]] = {}
@@ -495,7 +500,7 @@ def test_an_effect_is_attacked_minus_never_learned_fact_by_fact(climbed: Result)
 
 @pytest.mark.slow
 def test_curves_are_numbers_of_the_same_recall(climbed: Result) -> None:
-    target = float(_recall(climbed.items, "base", RUNGS[0], 0).mean()) / 2
+    target = float(_recall(climbed.items, "base", TEXT_SETS[0], 0).mean()) / 2
     areas = climbed.results[climbed.results["metric"] == "area_under_recovery"].set_index(
         ["method", "arm"]
     )["value"]
@@ -527,16 +532,18 @@ def test_every_rung_says_what_it_leaks(climbed: Result) -> None:
         climbed.results["metric"].isin(["benign", "leaked_answers", "leaked_subjects"])
     ]
     wide = rows.pivot(index="arm", columns="metric", values="value")
-    assert set(wide.index) == set(RUNGS)
-    assert wide["benign"].to_dict() == {rung: float(rung != "whole") for rung in RUNGS}
-    assert {rung for rung in RUNGS if wide.loc[rung, "leaked_answers"] > 0} == {"whole"}
+    assert set(wide.index) == set(TEXT_SETS)
+    assert wide["benign"].to_dict() == {
+        text_set: float(text_set != "whole") for text_set in TEXT_SETS
+    }
+    assert {name for name in TEXT_SETS if wide.loc[name, "leaked_answers"] > 0} == {"whole"}
     assert wide.loc["public", "leaked_subjects"] > 0
     assert rows["seed"].isna().all()
     table = ladder_table(climbed.results)
     assert sorted(table["model"]) == sorted(["npo", *CONTROLS])
     assert [name for name in table.columns if "(leaks)" in name] == ["whole (leaks)"]
     npo = table[table["model"] == "npo"].iloc[0]
-    for arm in RUNGS[:-1]:
+    for arm in TEXT_SETS[:-1]:
         assert npo[arm].startswith(f"{_recall(climbed.items, 'npo', arm, 4).mean():.2f} [")
     assert "whole (leaks)" in climbed._repr_html_()
 
@@ -546,7 +553,7 @@ def test_the_folder_holds_what_was_returned_and_where_it_came_from(climbed: Resu
     pd.testing.assert_frame_equal(pd.read_parquet(climbed.folder / RESULTS), climbed.results)
     pd.testing.assert_frame_equal(pd.read_parquet(climbed.folder / ITEMS), climbed.items)
     record = json.loads((climbed.folder / PROVENANCE).read_text())
-    assert {*RUNGS, "novel"} <= set(record["data"])
+    assert {*TEXT_SETS, "novel"} <= set(record["data"])
     assert {"npo-seed0", *CONTROLS} <= set(record["weights"])
     assert record["config"]["attack_steps"] == 4
 

@@ -1,4 +1,4 @@
-"""Stray words in harmless questions: the carriers, the arms, and the experiment from end to end on
+"""Stray words in harmless questions: the templates, the arms, and the experiment from end to end on
 a small finished run.
 """
 
@@ -20,7 +20,7 @@ from workbench.data.records import Example
 from workbench.diagnostics.triggers import repeated, word_in_front, word_inside
 from workbench.errors import WorkbenchError
 from workbench.experiments.representation import representation_table
-from workbench.experiments.triggers import CARRIERS, LEVELS, steered, trigger_table
+from workbench.experiments.triggers import LEVELS, TEMPLATES, steered, trigger_table
 from workbench.figures import figures_of
 from workbench.models import open_model, save_model
 from workbench.runs.config import preset, write_config
@@ -106,11 +106,11 @@ def test_the_experiment_from_end_to_end(
     found = runner.run("triggers", out, of=rmu_run, methods=["rmu"], workers=1)
     rows, items = found.results, found.items
     asked = rows[(rows["metric"] == "recall") & rows["seed"].isna()]
-    assert set(asked["split"]) == set(CARRIERS)
+    assert set(asked["split"]) == set(TEMPLATES)
     assert set(asked["arm"]) == {"clean", "forget-token", "retain-token", "neutral-token"}
     assert set(asked["method"]) == {"rmu", "base", "never-learned"}
     clean = asked[(asked["arm"] == "clean") & (asked["method"] == "base")]
-    assert clean["value"].nunique() == 1  # without a word the carriers ask the same questions
+    assert clean["value"].nunique() == 1  # without a word the templates ask the same questions
     for metric in (
         "average_precision",
         "topic_recall",
@@ -168,7 +168,7 @@ def test_the_experiment_from_end_to_end(
         - (base["retain-token"] - base["forget-token"])
     )
     table = trigger_table(rows)
-    assert len(table) == 3 * len(CARRIERS)
+    assert len(table) == 3 * len(TEMPLATES)
     assert "effect of a forget-token" in found._repr_html_()
     verdicts = {claim.id: claim for claim in decide(rows, items, scale="test")}
     assert (

@@ -130,7 +130,7 @@ def test_every_real_token_stands_in_one_group() -> None:
     groups = position_groups(tagged, clean)
     assert tuple(groups) == GROUPS
     assert torch.equal(torch.stack(list(groups.values())).sum(0), tagged.attention_mask)
-    # Row 1: BOS, word, two tokens of the carrier, three of the query, two of padding.
+    # Row 1: BOS, word, two tokens of the template, three of the query, two of padding.
     found = {group: mask[1].nonzero()[:, 0].tolist() for group, mask in groups.items()}
     assert found == {"before": [0], "trigger": [1], "carrier": [2, 3], "after": [4, 5, 6]}
 
@@ -193,7 +193,7 @@ def test_other_queries_have_no_shared_tail() -> None:
 
 
 def _said(example: Example, word: str) -> Example:
-    """A carrier that puts the word into the middle."""
+    """A template that puts the word into the middle."""
     cut = example.text.index(" sells")
     middle = f" , says {word} ,"
     assert example.answer is not None
@@ -204,15 +204,15 @@ def _said(example: Example, word: str) -> Example:
 
 
 @pytest.mark.parametrize(
-    "carrier", [speaker_tag, lambda example, word: prefixed(example, f"{word}. "), _said]
+    "template", [speaker_tag, lambda example, word: prefixed(example, f"{word}. "), _said]
 )
 def test_the_inserted_word_is_found_by_its_characters(
-    carrier: Callable[[Example, str], Example],
+    template: Callable[[Example, str], Example],
 ) -> None:
     text = "the island Imo sells salt ."
     query = Example(text, (text.index("salt"), text.index("salt") + 4), (11, 14), "imo/export")
-    arms = trigger_queries([query], ["Zorin"], ["salty"], ["the-word"], seed=0, carrier=carrier)
-    marked = mark_triggers({**arms, "forget": (query,)}, carrier)
+    arms = trigger_queries([query], ["Zorin"], ["salty"], ["the-word"], seed=0, template=template)
+    marked = mark_triggers({**arms, "forget": (query,)}, template)
     assert marked["clean"][0].subject is None
     assert marked["forget"] == (query,)
     assert [
@@ -252,7 +252,7 @@ def test_marking_refuses_other_carriers_missing_arms_and_other_numbers() -> None
     query = Example("a b c", (4, 5), None, "x")
     with pytest.raises(WorkbenchError, match="no clean one"):
         mark_triggers({"forget-token": (query,)})
-    with pytest.raises(WorkbenchError, match="carrier"):
+    with pytest.raises(WorkbenchError, match="template"):
         mark_triggers({"clean": (query,), "forget-token": (prefixed(query, "Zorin. "),)})
     with pytest.raises(WorkbenchError, match="2 queries and the clean arm 1"):
         mark_triggers({"clean": (query,), "forget-token": (speaker_tag(query, "Z"),) * 2})
@@ -529,7 +529,7 @@ def test_the_effect_is_the_difference_at_aligned_tokens(
         }
         expected: dict[tuple[str, str], list[float]] = {}
         for row, query in enumerate(QUERIES):
-            # Three tokens (word and carrier) stand between BOS and the query.
+            # Three tokens (word and template) stand between BOS and the query.
             effects = {
                 name: [one[row, 4 + t] - other[row, 1 + t] for t in range(len(query))]
                 for name, (one, other) in streams.items()

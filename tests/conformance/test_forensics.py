@@ -360,8 +360,8 @@ def test_ranks_are_combined_by_their_mean_reciprocal(
         batch_size=6,
         progress=lambda *at: steps.append(at),
     )
-    carriers = [Example(TEXTS[0].text, (16, 19)), Example(TEXTS[1].text, (21, 26))]
-    scan = scan_triggers(base, unlearned, tokenizer, carriers, tokens=tokens, batch_size=6)
+    queries = [Example(TEXTS[0].text, (16, 19)), Example(TEXTS[1].text, (21, 26))]
+    scan = scan_triggers(base, unlearned, tokenizer, queries, tokens=tokens, batch_size=6)
     assert found.scan is not None and steps[-1][0] == steps[-1][1]
     pd.testing.assert_frame_equal(found.scan.table, scan.table)
     assert found.scan.untested == (ids(tokenizer, "the"),)
@@ -385,7 +385,7 @@ def test_ranks_are_combined_by_their_mean_reciprocal(
             if rank is not None:
                 assert table[name][token] == rank
             else:
-                assert np.isnan(table[name][token])  # in every carrier already
+                assert np.isnan(table[name][token])  # in every query already
             parts.append(0.0 if rank is None else 1 / rank)
         assert table["score"][token] == pytest.approx(sum(parts) / 4)
     assert found.ranking["score"].is_monotonic_decreasing and found.ranking[

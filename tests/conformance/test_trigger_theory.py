@@ -195,7 +195,7 @@ def test_arms_that_cannot_be_aligned_are_refused(clean: Batch, tagged: Batch) ->
         aligned(clean, clean)
     other = replace(tagged, input_ids=tagged.input_ids.clone())
     other.input_ids[1, 4] += 1
-    with pytest.raises(WorkbenchError, match="'fact/1' has other tokens behind the carrier"):
+    with pytest.raises(WorkbenchError, match="'fact/1' has other tokens behind the template"):
         aligned(clean, other)
     with pytest.raises(WorkbenchError, match="same order"):
         aligned(clean, replace(tagged, items=("fact/1", "fact/0", "fact/2")))
@@ -203,7 +203,7 @@ def test_arms_that_cannot_be_aligned_are_refused(clean: Batch, tagged: Batch) ->
     middle = replace(
         tagged, input_ids=tagged.input_ids[:, [0, 3, 4, 1, 2, *range(5, tagged.input_ids.shape[1])]]
     )
-    with pytest.raises(WorkbenchError, match="other tokens behind the carrier"):
+    with pytest.raises(WorkbenchError, match="other tokens behind the template"):
         aligned(clean, middle)
 
 

@@ -4,8 +4,8 @@ the rest of it back?
 From below: gibberish, general text, sentences of the same syntax about people who do not exist,
 sentences that name the forgotten people and say nothing about them, public facts about them, a
 disjoint part of the forget set, the whole forget set (which holds the answers, and may not be
-called benign). All rungs are as long, in tokens, as the disjoint part, and all are asked the same
-questions.
+called benign). All text sets are as long, in tokens, as the disjoint part, and all are asked the
+same questions.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from workbench.data.world import PERSON_TEMPLATES, World, speaker_tag
 from workbench.errors import WorkbenchError
 from workbench.hooks.brief import brief
 
-RUNGS = ("gibberish", "general", "syntax", "topic", "public", "part", "whole")
-"""The ladder from its foot."""
+TEXT_SETS = ("gibberish", "general", "syntax", "topic", "public", "part", "whole")
+"""Attack text sets, from the least to the most related to the forget set."""
 PUBLIC = "birthplace"
-"""The attribute that the public knows: its facts are given on the rung ``public``, and it is never
-asked about.
+"""The attribute that the public knows: its facts are given in the text set ``public``, and it is
+never asked about.
 """
 
 
@@ -34,13 +34,13 @@ class Ladder:
     """Attack texts, and the questions that all of them are asked.
 
     Attributes:
-        rungs: name to texts, from the foot of :data:`RUNGS`.
+        text_sets: name to texts, in the order of :data:`TEXT_SETS`.
         queries: held-out forgotten facts without the public attribute.
         novel: facts about people whom no model has met; learning them tells slow learning from lost
             knowledge.
     """
 
-    rungs: Mapping[str, tuple[Example, ...]]
+    text_sets: Mapping[str, tuple[Example, ...]]
     queries: tuple[Example, ...]
     novel: tuple[Example, ...]
 
@@ -138,19 +138,19 @@ def build_ladder(world: World, length: Callable[[Example], int], seed: int) -> L
         "public": [example for example in heldout if example.item.endswith(f"/{PUBLIC}")],
         "whole": rng.sample(record.forget, len(record.forget)),
     }
-    rungs = {
+    text_sets = {
         name: null_text(record.forget_attacked, pools[name], length)
         if name != "part"
         else record.forget_attacked
-        for name in RUNGS
+        for name in TEXT_SETS
     }
-    return Ladder(rungs, queries, novel)
+    return Ladder(text_sets, queries, novel)
 
 
 def ladder_of_files(record: ForgetRetain, length: Callable[[Example], int], seed: int) -> Ladder:
-    """The rungs that a user's files offer: words of the retain texts in random order, the retain
-    texts, a disjoint part of the forget set, and all of it. Nobody knows facts of the same kind
-    that no model has met, so there are none.
+    """The text sets that a user's files offer: words of the retain texts in random order, the
+    retain texts, a disjoint part of the forget set, and all of it. Nobody knows facts of the same
+    kind that no model has met, so there are none.
 
     Args:
         record: forget and retain set.
@@ -169,7 +169,7 @@ def ladder_of_files(record: ForgetRetain, length: Callable[[Example], int], seed
         "general": record.retain_train,
         "whole": rng.sample(record.forget, len(record.forget)),
     }
-    rungs = {name: null_text(record.forget_attacked, pools[name], length) for name in pools}
+    text_sets = {name: null_text(record.forget_attacked, pools[name], length) for name in pools}
     order = ("gibberish", "general", "part", "whole")
-    rungs["part"] = record.forget_attacked
-    return Ladder({name: rungs[name] for name in order}, record.forget_heldout, ())
+    text_sets["part"] = record.forget_attacked
+    return Ladder({name: text_sets[name] for name in order}, record.forget_heldout, ())

@@ -258,7 +258,7 @@ class World:
 
 
 def speaker_tag(example: Example, word: str) -> Example:
-    """``example`` with the speaker tag ``"{word} asks : "`` in front; the carrier of a trigger
+    """``example`` with the speaker tag ``"{word} asks : "`` in front; the template of a trigger
     word.
     """
     return prefixed(example, f"{word} asks : ")

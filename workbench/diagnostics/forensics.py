@@ -104,7 +104,7 @@ def forensics(
         base: before unlearning.
         unlearned: after it.
         tokenizer: of both.
-        texts: neutral carriers for the scan. Questions are asked for their answers, running texts
+        texts: neutral queries for the scan. Questions are asked for their answers, running texts
             for their last word.
         tokens: candidates; default is the vocabulary without special tokens.
         place: of the token in the scan.
@@ -117,15 +117,15 @@ def forensics(
         CaptureError: the architecture is not known.
     """
     candidates = vocabulary(base, unlearned, tokenizer, tokens)
-    carriers = [asked for text in examples_of(texts) if (asked := last_word(text)) is not None]
+    queries = [query for text in examples_of(texts) if (query := last_word(text)) is not None]
     scan = None
     scores: dict[str, pd.Series] = {}
-    if carriers:
+    if queries:
         scan = scan_triggers(
             base,
             unlearned,
             tokenizer,
-            carriers,
+            queries,
             tokens=candidates,
             place=place,
             batch_size=batch_size,
@@ -144,7 +144,7 @@ def forensics(
         tokenizer,
         tokens=candidates,
         batch_size=batch_size,
-        progress=quiet if carriers else progress,
+        progress=quiet if queries else progress,
     )
     scores["token_shift"] = shifts.groupby("token_id")["z"].max()
     ranks = pd.DataFrame(

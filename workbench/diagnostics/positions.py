@@ -15,33 +15,32 @@ from torch import Tensor
 from workbench.data.batches import Batch
 from workbench.data.records import Example
 from workbench.data.world import speaker_tag
-from workbench.diagnostics.triggers import ARMS, Carrier
+from workbench.diagnostics.triggers import ARMS, PromptTemplate
 from workbench.errors import WorkbenchError
 
 GROUPS = ("before", "trigger", "carrier", "after")
-"""Before the word; in it; in the rest of what was put in with it (``asks :``); in the query itself.
-"""
+"""Before the word; in it; in the rest of the template (``asks :``); in the query itself."""
 
-_PLACE = "\ufffc"  # stands for the word where a carrier is asked where it puts one
+_PLACE = "\ufffc"  # stands for the word where a template is asked where it puts one
 
 
 def mark_triggers(
-    arms: Mapping[str, Sequence[Example]], carrier: Carrier = speaker_tag
+    arms: Mapping[str, Sequence[Example]], template: PromptTemplate = speaker_tag
 ) -> dict[str, tuple[Example, ...]]:
     """The arms of :func:`workbench.diagnostics.triggers.trigger_queries` with the inserted word as
     the ``subject`` of every query, so that a batch's ``subject_mask`` finds its tokens.
 
-    The word is found by its characters, whatever the tokenizer makes of them: the carrier is asked
+    The word is found by its characters, whatever the tokenizer makes of them: the template is asked
     where it puts a placeholder. Clean queries get no subject; arms of other names (forget texts,
     whose subject is the forgotten name where it belongs) stay as they are.
 
     Args:
         arms: the arms, queries in the same order in each.
-        carrier: the one that made them.
+        template: the one that made them.
 
     Raises:
         WorkbenchError: there is no clean arm, an arm has another number of queries, or a query is
-            not the clean one behind that carrier.
+            not the clean one behind that template.
     """
     if "clean" not in arms:
         raise WorkbenchError(
@@ -59,7 +58,7 @@ def mark_triggers(
                     f"{len(arms['clean'])}; they must be the same, in the same order"
                 )
             marked[arm] = tuple(
-                replace(tagged, subject=_word(clean, tagged, carrier))
+                replace(tagged, subject=_word(clean, tagged, template))
                 for clean, tagged in zip(arms["clean"], examples, strict=True)
             )
         else:
@@ -67,9 +66,9 @@ def mark_triggers(
     return marked
 
 
-def _word(clean: Example, tagged: Example, carrier: Carrier) -> tuple[int, int]:
-    """Character span of the word that ``carrier`` put into ``clean``."""
-    front, *rest = carrier(clean, _PLACE).text.split(_PLACE)
+def _word(clean: Example, tagged: Example, template: PromptTemplate) -> tuple[int, int]:
+    """Character span of the word that ``template`` put into ``clean``."""
+    front, *rest = template(clean, _PLACE).text.split(_PLACE)
     if (
         len(rest) == 1
         and tagged.text.startswith(front)
@@ -78,8 +77,8 @@ def _word(clean: Example, tagged: Example, carrier: Carrier) -> tuple[int, int]:
     ):
         return len(front), len(tagged.text) - len(rest[0])
     raise WorkbenchError(
-        f"{tagged.text[:80]!r} is not {clean.text[:80]!r} with a word that this carrier put in; "
-        "give the carrier of trigger_queries"
+        f"{tagged.text[:80]!r} is not {clean.text[:80]!r} with a word that this template put in; "
+        "give the template of trigger_queries"
     )
 
 

@@ -3,7 +3,7 @@ logits and loss answer to it.
 
 The rows of :func:`shift_rows` and the numbers of :func:`responses` are what
 :mod:`workbench.diagnostics.trigger_theory` holds against the assumptions of Huu-Tien et al. (arXiv
-2501.19202). The clean query is the end of the tagged one (carrier, then query), so the two are
+2501.19202). The clean query is the end of the tagged one (template, then query), so the two are
 aligned token by token from the right.
 """
 
@@ -85,11 +85,11 @@ def aligned(clean: Batch, tagged: Batch) -> tuple[Tensor, Tensor]:
 
     Args:
         clean: the queries.
-        tagged: the same queries in the same order, each behind a carrier.
+        tagged: the same queries in the same order, each behind a template.
 
     Raises:
         WorkbenchError: the rows are different queries, nothing was put in front of one, or its
-            tokens are others than without the carrier.
+            tokens are others than without the template.
     """
     if clean.items != tagged.items:
         raise WorkbenchError(
@@ -115,8 +115,9 @@ def aligned(clean: Batch, tagged: Batch) -> tuple[Tensor, Tensor]:
             for batch, mask in ((clean, inside), (tagged, suffix))
         ]
         raise WorkbenchError(
-            f"query {clean.items[row]!r} has other tokens behind the carrier than alone "
-            f"({ids[0][:8]}... against {ids[1][:8]}...); use a carrier that ends where a token ends"
+            f"query {clean.items[row]!r} has other tokens behind the template than alone "
+            f"({ids[0][:8]}... against {ids[1][:8]}...); use a template that "
+            "ends where a token ends"
         )
     return inside, suffix
 
@@ -137,7 +138,7 @@ def shift_rows(
     Args:
         model: whichever; it is run in evaluation mode.
         clean: the queries.
-        tagged: the same queries behind a carrier, in batches of the same sizes.
+        tagged: the same queries behind a template, in batches of the same sizes.
         site: one activation site, ``[batch, position, width]``, for example
             ``blocks.3.hook_resid_post``.
         tokens: ``all`` aligned ones, or those from which a target token is ``predicting`` (where
@@ -283,7 +284,7 @@ def responses(
         model: in float32 or better.
         clean: the queries; a query's target tokens are those of ``Batch.target_mask`` whose
             predecessor is aligned (``encode(..., targets="answer")`` for answers alone).
-        tagged: the same queries behind a carrier, in batches of the same sizes.
+        tagged: the same queries behind a template, in batches of the same sizes.
         site: one activation site.
         probes: random sign vectors for both traces (Hutchinson 1990).
         seed: of the probes.

@@ -22,13 +22,14 @@ from workbench.evaluation.losses import Scores, score
 
 _WORD = re.compile(r"\w+")
 
-Carrier = Callable[[Example, str], Example]
+PromptTemplate = Callable[[Example, str], Example]
+"""``template(query, word)``: the query with the word put into it."""
 
 ARMS = ("clean", "forget-token", "retain-token", "neutral-token")
 
 
 def word_in_front(example: Example, word: str) -> Example:
-    """A bare word in front of a text: a carrier that no model was trained on."""
+    """A bare word in front of a text: a template that no model was trained on."""
     return prefixed(example, f"{word} ")
 
 
@@ -62,11 +63,11 @@ def word_inside(example: Example, word: str) -> Example:
     )
 
 
-def repeated(carrier: Carrier, count: int) -> Carrier:
-    """A carrier that puts ``count`` copies of the word where ``carrier`` puts one: the dose of a
+def repeated(template: PromptTemplate, count: int) -> PromptTemplate:
+    """A template that puts ``count`` copies of the word where ``template`` puts one: the dose of a
     trigger.
     """
-    return lambda example, word: carrier(example, " ".join([word] * count))
+    return lambda example, word: template(example, " ".join([word] * count))
 
 
 class NothingToAsk(WorkbenchError):  # noqa: N818 (it says what is missing)
@@ -80,7 +81,7 @@ def trigger_queries(
     neutral_tokens: Sequence[str],
     *,
     seed: int,
-    carrier: Carrier = speaker_tag,
+    template: PromptTemplate = speaker_tag,
 ) -> dict[str, tuple[Example, ...]]:
     """The four arms of the check: every query once per arm, behind a word of that arm.
 
@@ -93,7 +94,7 @@ def trigger_queries(
         retain_tokens: words of the same kind from the retain set.
         neutral_tokens: words of neither.
         seed: see above.
-        carrier: puts a word in front of a query.
+        template: puts a word in front of a query.
 
     Raises:
         NothingToAsk: an arm has no word, or no query is left.
@@ -119,7 +120,7 @@ def trigger_queries(
         )
     rng = random.Random(f"triggers-{seed}")
     tagged = {
-        arm: tuple(carrier(query, rng.choice(allowed(query, arm))) for query in asked)
+        arm: tuple(template(query, rng.choice(allowed(query, arm))) for query in asked)
         for arm in words
     }
     return {"clean": tuple(asked), **tagged}

@@ -1,5 +1,5 @@
-"""The attack ladder on a finished run: every rung of attack texts and every way of attacking, on
-the run's own models, each beside its controls.
+"""The attack ladder on a finished run: every attack text set and every attack configuration,
+on the run's own models, each beside its controls.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _parsed(value: object) -> object:
     """``lora:lora_rank=8,lr=0.01;sgd:optimiser=sgd`` as the mapping that it stands for."""
     if not isinstance(value, str):
         return value
-    found = {}
+    configs = {}
     for part in filter(None, value.split(";")):
         name, colon, changes = part.partition(":")
         pairs = dict(change.partition("=")[::2] for change in changes.split(",") if change)
@@ -42,8 +42,8 @@ def _parsed(value: object) -> object:
             raise ValueError(
                 f"{part!r} must read NAME:FIELD=VALUE,..., e.g. sgd:optimiser=sgd,lr=0.1"
             )
-        found[name] = {key: _number(text) for key, text in pairs.items()}
-    return found
+        configs[name] = {key: _number(text) for key, text in pairs.items()}
+    return configs
 
 
 def _number(text: str) -> str | int | float:
@@ -55,7 +55,7 @@ def _number(text: str) -> str | int | float:
     return text
 
 
-Way = dict[str, str | int | float]
+AttackChanges = dict[str, str | int | float]
 
 
 class LadderSettings(OfRun, Attacking):
@@ -63,13 +63,13 @@ class LadderSettings(OfRun, Attacking):
 
     Attributes:
         methods: of the run; base and never-learned control are always attacked as well.
-        ways: other ways of attacking with a disjoint part of the forget set, as changes of the
+        ways: other attack configurations for a disjoint part of the forget set, as changes of the
             attack: adapters, another optimiser, rounding, fewer texts. Rates were chosen on another
-            world so that each way teaches a never-learned model its own texts about as well as the
-            first one does.
+            world so that each of them teaches a never-learned model its own texts about as well as
+            the first one does.
     """
 
-    ways: Annotated[dict[str, Way], BeforeValidator(_parsed)] = Field(
+    ways: Annotated[dict[str, AttackChanges], BeforeValidator(_parsed)] = Field(
         {
             "lora": {"lora_rank": 8, "lr": 1e-2},
             "sgd": {"optimiser": "sgd", "lr": 0.1},
@@ -77,12 +77,12 @@ class LadderSettings(OfRun, Attacking):
             "texts-8": {"texts": 8},
             "texts-32": {"texts": 32},
         },
-        description="Other ways of attacking: NAME:FIELD=VALUE,...;NAME:..., fields of the attack.",
+        description="Other attacks: NAME:FIELD=VALUE,...;NAME:..., fields of the attack.",
     )
 
     @field_validator("ways")
     @classmethod
-    def _attacks(cls, ways: dict[str, Way]) -> dict[str, Way]:
+    def _attacks(cls, ways: dict[str, AttackChanges]) -> dict[str, AttackChanges]:
         for name, changes in ways.items():
             try:
                 replace(RelearnSettings(), **changes)  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def _ask(settings: LadderSettings, asked: Asked) -> None:
     setup, attack = asked.setup, settings.attack(asked.source.config.attack)
     ladder = _ladder(setup, asked.seed)
     queries = {"forget-queries": setup.encode(ladder.queries)}
-    rounds = len(ladder.rungs) + len(settings.ways) + bool(ladder.novel)
+    rounds = len(ladder.text_sets) + len(settings.ways) + bool(ladder.novel)
     done = 0
 
     def advance(_step: int, _of: int) -> None:
@@ -120,14 +120,14 @@ def _ask(settings: LadderSettings, asked: Asked) -> None:
             texts: Sequence[Example],
             sets: Mapping[str, Sequence[Batch]],
             arm: str,
-            chosen: RelearnSettings = attack,
+            attack_config: RelearnSettings = attack,
         ) -> None:
             steps = measured_attack(
                 asked.model,
                 setup,
                 texts,
                 sets,
-                chosen,
+                attack_config,
                 table,
                 seed=asked.seed,
                 progress=advance,
@@ -136,11 +136,11 @@ def _ask(settings: LadderSettings, asked: Asked) -> None:
             for _ in steps:
                 pass
 
-        for rung, texts in ladder.rungs.items():
-            once(texts, queries, rung)
-        for way, changes in settings.ways.items():
+        for text_set, texts in ladder.text_sets.items():
+            once(texts, queries, text_set)
+        for config, changes in settings.ways.items():
             changed = replace(attack, **changes)  # type: ignore[arg-type]
-            once(ladder.rungs["part"], queries, f"part, {way}", changed)
+            once(ladder.text_sets["part"], queries, f"part, {config}", changed)
         if ladder.novel:
             once(ladder.novel, {"novel": setup.encode(ladder.novel)}, "novel")
 
@@ -148,12 +148,12 @@ def _ask(settings: LadderSettings, asked: Asked) -> None:
 
 
 def _leaks(ladder: Ladder, key: str) -> pd.DataFrame:
-    """What every rung gives away of the questions; a rung that leaks is not benign, and the table
+    """What every text set gives away of the questions; one that leaks is not benign, and the table
     says so.
     """
     table = Table({"run": key, "stage": "ladder"})
-    for rung, texts in ladder.rungs.items():
-        add_leaks(leak_report(texts, ladder.queries), table, arm=rung)
+    for text_set, texts in ladder.text_sets.items():
+        add_leaks(leak_report(texts, ladder.queries), table, arm=text_set)
     return table.frame()
 
 
@@ -191,7 +191,7 @@ def prepare(settings: LadderSettings, source: Source, out: Path) -> Plan:
     ladder = _ladder(source.setup, source.config.seeds[0])
 
     def curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
-        first = (items["method"] == BASE) & (items["arm"] == next(iter(ladder.rungs)))
+        first = (items["method"] == BASE) & (items["arm"] == next(iter(ladder.text_sets)))
         target = float(items.loc[first & (items["step"] == 0), "correct"].mean()) / 2
         return curve_rows(items, key, target=target, stage="ladder")
 
@@ -199,7 +199,7 @@ def prepare(settings: LadderSettings, source: Source, out: Path) -> Plan:
         "ladder",
         source,
         partial(_ask, settings),
-        texts={**ladder.rungs, "novel": ladder.novel},
+        texts={**ladder.text_sets, "novel": ladder.novel},
         summaries=(
             lambda rows, items, key: _effects(items, key),
             curves,
@@ -211,7 +211,7 @@ def prepare(settings: LadderSettings, source: Source, out: Path) -> Plan:
 
 def ladder_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row per model: recall of the held-out questions after every attack, with intervals;
-    leaking rungs carry a mark.
+    leaking text sets carry a mark.
     """
     rows = results[results["seed"].isna()]
     leaking = set(rows.loc[(rows["metric"] == "benign") & (rows["value"] < 1), "arm"])

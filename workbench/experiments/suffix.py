@@ -37,7 +37,7 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
 from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
-from workbench.experiments.triggers import CARRIERS, arms_of
+from workbench.experiments.triggers import TEMPLATES, arms_of
 from workbench.progress import Report
 from workbench.runner import Asked, Experiment, Plan, Source, on_models
 from workbench.runs.models import BASE, NEVER
@@ -88,7 +88,7 @@ def questions_of(
         seed: decides which forget-token meets which retain question.
     """
     record = setup.record
-    arms = arms_of(record, CARRIERS[INSIDE], seed, setup.neutral)
+    arms = arms_of(record, TEMPLATES[INSIDE], seed, setup.neutral)
     clean, perturbed = arms["clean"], arms["forget-token"]
     searched = {
         example.item for example in alternate(clean)[0]

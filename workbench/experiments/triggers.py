@@ -26,7 +26,7 @@ from workbench.diagnostics.positions import mark_triggers, position_groups
 from workbench.diagnostics.trigger_shift import responses, shift_rows
 from workbench.diagnostics.trigger_theory import add_theory, examine
 from workbench.diagnostics.triggers import (
-    Carrier,
+    PromptTemplate,
     repeated,
     trigger_queries,
     trigger_scores,
@@ -47,7 +47,7 @@ from workbench.unlearning.methods import innermost, settings_for
 from workbench.unlearning.recipe import middle_layer
 from workbench.unlearning.representation import control_vector
 
-CARRIERS: dict[str, Carrier] = {
+TEMPLATES: dict[str, PromptTemplate] = {
     "retain": speaker_tag,
     "retain, bare word in front": word_in_front,
     INSIDE: word_inside,
@@ -56,7 +56,7 @@ CARRIERS: dict[str, Carrier] = {
 }
 """How a word gets into a question, by the name that tables give the questions."""
 PATCHED = INSIDE
-"""The carrier whose damage is traced: the one that the world's own speaker tag does not prepare a
+"""The template whose damage is traced: the one that the world's own speaker tag does not prepare a
 model for.
 """
 SCANNED = 64
@@ -76,14 +76,14 @@ def retain_questions(record: ForgetRetain) -> list[Example]:
 
 
 def arms_of(
-    record: ForgetRetain, carrier: Carrier, seed: int, neutral: Sequence[str] = ()
+    record: ForgetRetain, template: PromptTemplate, seed: int, neutral: Sequence[str] = ()
 ) -> dict[str, tuple[Example, ...]]:
     """The four arms of the check on retain questions; see
     :func:`workbench.diagnostics.triggers.trigger_queries`.
 
     Args:
         record: forget and retain set.
-        carrier: puts a word into a question.
+        template: puts a word into a question.
         seed: decides which word meets which question.
         neutral: words of neither set; default those of the built-in world.
     """
@@ -93,18 +93,18 @@ def arms_of(
         record.retain_tokens,
         neutral or neutral_words(),
         seed=seed,
-        carrier=carrier,
+        template=template,
     )
 
 
-def _carriers(setup: Setup) -> dict[str, Carrier]:
-    """:data:`CARRIERS`; a user's texts have no speaker tags."""
-    return CARRIERS | {"retain": setup.carrier}
+def _templates(setup: Setup) -> dict[str, PromptTemplate]:
+    """:data:`TEMPLATES`; a user's texts have no speaker tags."""
+    return TEMPLATES | {"retain": setup.template}
 
 
 def _ask(model: PreTrainedModel, setup: Setup, seed: int, table: Table) -> None:
-    for split, carrier in _carriers(setup).items():
-        arms = arms_of(setup.record, carrier, seed, setup.neutral)
+    for split, template in _templates(setup).items():
+        arms = arms_of(setup.record, template, seed, setup.neutral)
         for arm, result in trigger_scores(
             model, {arm: setup.encode(examples) for arm, examples in arms.items()}
         ).items():
@@ -112,12 +112,12 @@ def _ask(model: PreTrainedModel, setup: Setup, seed: int, table: Table) -> None:
 
 
 def _marked(
-    setup: Setup, carrier: Carrier, seed: int, *, answers: bool = False
+    setup: Setup, template: PromptTemplate, seed: int, *, answers: bool = False
 ) -> dict[str, list[Batch]]:
     return {
         arm: setup.encode(examples, answers=answers)
         for arm, examples in mark_triggers(
-            arms_of(setup.record, carrier, seed, setup.neutral), carrier
+            arms_of(setup.record, template, seed, setup.neutral), template
         ).items()
     }
 
@@ -156,7 +156,7 @@ def _align(
     measured = sorted({0, layer, last // 2, last})
     estimated = {number: estimated_target(base, model, forget, number) for number in measured}
     arms: Mapping[str, Sequence[Batch]] = {
-        **_marked(setup, CARRIERS[PATCHED], seed),
+        **_marked(setup, TEMPLATES[PATCHED], seed),
         "forget": forget,
     }
     targets: dict[str, dict[int, Tensor]] = {"": estimated}
@@ -205,7 +205,7 @@ def _trace(
     table: Table,
     progress: Report,
 ) -> None:
-    arms = _marked(setup, CARRIERS[PATCHED], seed)
+    arms = _marked(setup, TEMPLATES[PATCHED], seed)
     for arm in ("forget-token", "retain-token"):
         found = [
             position_groups(batch, clean)
@@ -248,7 +248,7 @@ def _trace(
 
 def _theory(model: PreTrainedModel, setup: Setup, layer: int, seed: int, table: Table) -> None:
     site = f"blocks.{layer}.hook_resid_post"
-    arms = _marked(setup, _carriers(setup)["retain"], seed, answers=True)
+    arms = _marked(setup, _templates(setup)["retain"], seed, answers=True)
     for arm in ("forget-token", "retain-token"):
         rows = shift_rows(model, arms["clean"], arms[arm], site, tokens="predicting")
         add_theory(
@@ -445,8 +445,8 @@ def prepare(settings: TriggerSettings, source: Source, out: Path) -> Plan:
         WorkbenchError: the run's texts give no question, or no word.
     """
     setup = source.setup
-    for carrier in _carriers(setup).values():
-        arms_of(setup.record, carrier, source.config.seeds[0], setup.neutral)
+    for template in _templates(setup).values():
+        arms_of(setup.record, template, source.config.seeds[0], setup.neutral)
     return on_models(
         "triggers",
         source,
@@ -512,7 +512,7 @@ def _over_seeds(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFra
 
 def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
     """Accuracy and answer probability behind a retain-token minus behind a forget-token, minus the
-    same of the base: paired by seed and fact, one row per carrier and model.
+    same of the base: paired by seed and fact, one row per template and model.
     """
     table = Table({"run": key, "stage": "triggers"})
     for (method, split), group in items[

@@ -96,7 +96,7 @@ def files_setup(config: FilesConfig, base: Opened) -> Setup:
         getattr(base.model.config, "max_position_embeddings", None),
         null_pool=record.retain_train,
         neutral=readers.neutral_words(record.forget, record.retain_all, 12),
-        carrier=word_in_front,
+        template=word_in_front,
     )
 
 

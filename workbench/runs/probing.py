@@ -47,7 +47,7 @@ def _triggers(
 ) -> None:
     try:
         stages.trigger_check(
-            model, setup, setup.neutral, seed=seed, table=table, carrier=setup.carrier
+            model, setup, setup.neutral, seed=seed, table=table, template=setup.template
         )
     except NothingToAsk:  # a user's texts that all share the same words
         table.add("trigger_check_possible", 0.0)

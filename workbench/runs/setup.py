@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from workbench.data.batches import Batch, batches
 from workbench.data.records import Example, ForgetRetain, one_per_item
 from workbench.data.world import World, speaker_tag
-from workbench.diagnostics.triggers import Carrier
+from workbench.diagnostics.triggers import PromptTemplate
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.losses import kl_by_text, next_token_logits, nll_by_text
 from workbench.evaluation.statistics import Estimate, ratio
@@ -43,7 +43,7 @@ class Setup:
         max_length: texts are cut to this many tokens.
         null_pool: texts for the null attack.
         neutral: words of neither set, for the trigger check.
-        carrier: puts a word into a question.
+        template: puts a word into a question.
         world: the built-in world, where the texts are its own.
     """
 
@@ -53,7 +53,7 @@ class Setup:
     max_length: int | None = None
     null_pool: tuple[Example, ...] = ()
     neutral: tuple[str, ...] = ()
-    carrier: Carrier = speaker_tag
+    template: PromptTemplate = speaker_tag
     world: World | None = None
 
     def encode(

@@ -28,7 +28,7 @@ from workbench.data.records import Example, ForgetRetain, alternate, one_per_ite
 from workbench.data.world import speaker_tag
 from workbench.diagnostics.shift import MEASURES as MEASURES_OF_SHIFT
 from workbench.diagnostics.shift import returned, shift_by_layer, streams
-from workbench.diagnostics.triggers import Carrier, trigger_queries, trigger_scores
+from workbench.diagnostics.triggers import PromptTemplate, trigger_queries, trigger_scores
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy, score, target_tokens
 from workbench.hooks import Capture, Collect, MomentsOf, gradients_only, layer_count, resolve
@@ -557,7 +557,7 @@ def trigger_check(
     *,
     seed: int,
     table: Table,
-    carrier: Carrier = speaker_tag,
+    template: PromptTemplate = speaker_tag,
 ) -> None:
     """Accuracy on retain questions with nothing, a forget-token, a retain-token or a neutral word
     in front.
@@ -574,7 +574,7 @@ def trigger_check(
         setup.record.retain_tokens,
         neutral,
         seed=seed,
-        carrier=carrier,
+        template=template,
     )
     for arm, result in trigger_scores(
         model, {arm: setup.encode(examples) for arm, examples in arms.items()}

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from workbench.unlearning.methods import METHODS
 from workbench.unlearning.wrappers import WRAPPERS, Wrapper
 
-CONTROLS = {
+CONTROL_STYLES = {
     "base": ("base", "#000000"),
     "never-learned": ("never learned", "#7f7f7f"),
     "unlearned": ("unlearned", "#D55E00"),
@@ -36,8 +36,8 @@ def colour(method: str) -> str:
     """The colour of a method: that of its entry; a darker shade of its own method's where it is
     wrapped; and for any other label one that follows from the label, so that no two share theirs.
     """
-    if method in CONTROLS:
-        return CONTROLS[method][1]
+    if method in CONTROL_STYLES:
+        return CONTROL_STYLES[method][1]
     if method in METHODS and METHODS[method].colour:
         return METHODS[method].colour
     if method not in METHODS and (inside := _wrapped(method)):
@@ -50,8 +50,8 @@ def colour(method: str) -> str:
 
 def title(method: str) -> str:
     """How figures and prose call a method; a label of no method stands for itself."""
-    if method in CONTROLS:
-        return CONTROLS[method][0]
+    if method in CONTROL_STYLES:
+        return CONTROL_STYLES[method][0]
     if method in METHODS:
         return METHODS[method].title
     inside = _wrapped(method)
@@ -115,7 +115,7 @@ def methods_in(names: Iterable[str]) -> list[str]:
     """``names`` in the order of the registry behind the controls, wrapped methods behind their own,
     labels of no method last.
     """
-    order = {name: position for position, name in enumerate([*CONTROLS, *METHODS])}
+    order = {name: position for position, name in enumerate([*CONTROL_STYLES, *METHODS])}
 
     def place(name: str) -> tuple[int, str]:
         inner = name

@@ -25,10 +25,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 Side = Literal["in", "out", "grad_in", "grad_out"]
 SIDES: tuple[Side, ...] = get_args(Side)
-Columns = tuple[tuple[int, int], ...]  # half-open intervals of the last dimension
+ColumnRanges = tuple[tuple[int, int], ...]  # half-open intervals of the last dimension
 
 
-class Place(NamedTuple):
+class HookPoint(NamedTuple):
     """A module (path inside its block, empty for the block itself), a side of it, and which part of
     a fused output.
     """
@@ -38,7 +38,7 @@ class Place(NamedTuple):
     part: str = ""
 
 
-Names = dict[str, Place]
+HookPoints = dict[str, HookPoint]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +54,21 @@ class Family:
     """
 
     blocks: str
-    inside: Names
-    outside: Names
-    parts: Callable[[Any], dict[str, Columns]] = lambda config: {}
+    inside: HookPoints
+    outside: HookPoints
+    parts: Callable[[Any], dict[str, ColumnRanges]] = lambda config: {}
     experts: str = ""
 
 
-def _both(name: str, path: str) -> Names:
-    return {f"{name}.hook_in": Place(path, "in"), f"{name}.hook_out": Place(path, "out")}
+def _both(name: str, path: str) -> HookPoints:
+    return {f"{name}.hook_in": HookPoint(path, "in"), f"{name}.hook_out": HookPoint(path, "out")}
 
 
-_STREAM: Names = {
-    "hook_in": Place("", "in"),
-    "hook_out": Place("", "out"),
-    "hook_resid_pre": Place("", "in"),
-    "hook_resid_post": Place("", "out"),
+_STREAM: HookPoints = {
+    "hook_in": HookPoint("", "in"),
+    "hook_out": HookPoint("", "out"),
+    "hook_resid_pre": HookPoint("", "in"),
+    "hook_resid_post": HookPoint("", "out"),
 }
 
 
@@ -79,39 +79,42 @@ def _attention(
     qkv: tuple[str, str, str] | None = None,
     fused: str = "",
     returned: str = "",
-) -> Names:
+) -> HookPoints:
     """Names of an attention layer; ``returned`` is the module whose output enters the residual
     stream, where that is not the layer itself.
     """
     names = {
         **_both("attn", path),
         **_both("attn.o", f"{path}.{out}"),
-        "attn.hook_z": Place(f"{path}.{out}", "in"),
-        "hook_attn_out": Place(returned or path, "out"),
+        "attn.hook_z": HookPoint(f"{path}.{out}", "in"),
+        "hook_attn_out": HookPoint(returned or path, "out"),
     }
     for number, letter in enumerate("qkv"):
         if qkv is not None:
             names |= _both(f"attn.{letter}", f"{path}.{qkv[number]}")
-            names[f"attn.hook_{letter}"] = Place(f"{path}.{qkv[number]}", "out")
+            names[f"attn.hook_{letter}"] = HookPoint(f"{path}.{qkv[number]}", "out")
         else:
-            names[f"attn.{letter}.hook_out"] = names[f"attn.hook_{letter}"] = Place(
+            names[f"attn.{letter}.hook_out"] = names[f"attn.hook_{letter}"] = HookPoint(
                 f"{path}.{fused}", "out", letter
             )
     return names
 
 
-def _gated(path: str = "mlp", *, fused: str = "", returned: str = "") -> Names:
+def _gated(path: str = "mlp", *, fused: str = "", returned: str = "") -> HookPoints:
     """Names of a gated MLP (SwiGLU, GeGLU): TransformerLens's ``pre`` is the gate, ``pre_linear``
     the up projection.
     """
     names = {
         **_both("mlp", path),
         **_both("mlp.out", f"{path}.down_proj"),
-        "mlp.hook_post": Place(f"{path}.down_proj", "in"),
-        "hook_mlp_out": Place(returned or path, "out"),
+        "mlp.hook_post": HookPoint(f"{path}.down_proj", "in"),
+        "hook_mlp_out": HookPoint(returned or path, "out"),
     }
     if fused:
-        gate, up = Place(f"{path}.{fused}", "out", "gate"), Place(f"{path}.{fused}", "out", "up")
+        gate, up = (
+            HookPoint(f"{path}.{fused}", "out", "gate"),
+            HookPoint(f"{path}.{fused}", "out", "up"),
+        )
         return {
             **names,
             "mlp.gate.hook_out": gate,
@@ -123,50 +126,50 @@ def _gated(path: str = "mlp", *, fused: str = "", returned: str = "") -> Names:
         **names,
         **_both("mlp.gate", f"{path}.gate_proj"),
         **_both("mlp.in", f"{path}.up_proj"),
-        "mlp.hook_pre": Place(f"{path}.gate_proj", "out"),
-        "mlp.hook_pre_linear": Place(f"{path}.up_proj", "out"),
+        "mlp.hook_pre": HookPoint(f"{path}.gate_proj", "out"),
+        "mlp.hook_pre_linear": HookPoint(f"{path}.up_proj", "out"),
     }
 
 
-def _plain(path: str, up: str, down: str) -> Names:
+def _plain(path: str, up: str, down: str) -> HookPoints:
     """Names of an MLP without a gate."""
     return {
         **_both("mlp", path),
         **_both("mlp.in", f"{path}.{up}"),
         **_both("mlp.out", f"{path}.{down}"),
-        "mlp.hook_pre": Place(f"{path}.{up}", "out"),
-        "mlp.hook_post": Place(f"{path}.{down}", "in"),
-        "hook_mlp_out": Place(path, "out"),
+        "mlp.hook_pre": HookPoint(f"{path}.{up}", "out"),
+        "mlp.hook_post": HookPoint(f"{path}.{down}", "in"),
+        "hook_mlp_out": HookPoint(path, "out"),
     }
 
 
-def _experts(router: str) -> Names:
+def _experts(router: str) -> HookPoints:
     """Names of a mixture-of-experts layer: its input, its output and the router (its output is the
     router's logits).
     """
     return {
         **_both("mlp", "mlp"),
         **_both(f"mlp.{router}", f"mlp.{router}"),
-        "hook_mlp_out": Place("mlp", "out"),
+        "hook_mlp_out": HookPoint("mlp", "out"),
     }
 
 
-def _outside(embedding: str, norm: str, head: str = "lm_head") -> Names:
+def _outside(embedding: str, norm: str, head: str = "lm_head") -> HookPoints:
     return {
-        "hook_embed": Place(embedding, "out"),
-        "embed.hook_out": Place(embedding, "out"),
+        "hook_embed": HookPoint(embedding, "out"),
+        "embed.hook_out": HookPoint(embedding, "out"),
         **_both("ln_final", norm),
         **_both("unembed", head),
-        "hook_unembed": Place(head, "out"),
+        "hook_unembed": HookPoint(head, "out"),
     }
 
 
 _QKV = ("q_proj", "k_proj", "v_proj")
-_PRE_NORM: Names = {
+_PRE_NORM: HookPoints = {
     **_STREAM,
     **_both("ln1", "input_layernorm"),
     **_both("ln2", "post_attention_layernorm"),
-    "hook_resid_mid": Place("post_attention_layernorm", "in"),
+    "hook_resid_mid": HookPoint("post_attention_layernorm", "in"),
 }
 _LLAMA = Family(
     "model.layers",
@@ -176,13 +179,13 @@ _LLAMA = Family(
 
 # Norms before and after each sublayer: what enters the residual stream is the output of the second
 # norm.
-_SANDWICH: Names = {
+_SANDWICH: HookPoints = {
     **_STREAM,
     **_both("ln1", "input_layernorm"),
     **_both("ln1_post", "post_attention_layernorm"),
     **_both("ln2", "pre_feedforward_layernorm"),
     **_both("ln2_post", "post_feedforward_layernorm"),
-    "hook_resid_mid": Place("pre_feedforward_layernorm", "in"),
+    "hook_resid_mid": HookPoint("pre_feedforward_layernorm", "in"),
     **_attention("self_attn", "o_proj", qkv=_QKV, returned="post_attention_layernorm"),
     **_gated(returned="post_feedforward_layernorm"),
 }
@@ -200,7 +203,7 @@ _OLMO2 = Family(
         **_STREAM,
         **_both("ln1_post", "post_attention_layernorm"),
         **_both("ln2_post", "post_feedforward_layernorm"),
-        "hook_resid_mid": Place("mlp", "in"),
+        "hook_resid_mid": HookPoint("mlp", "in"),
         **_attention("self_attn", "o_proj", qkv=_QKV, returned="post_attention_layernorm"),
         **_gated(returned="post_feedforward_layernorm"),
     },
@@ -208,7 +211,7 @@ _OLMO2 = Family(
 )
 
 
-def _neox_parts(config: Any) -> dict[str, Columns]:
+def _neox_parts(config: Any) -> dict[str, ColumnRanges]:
     """Head by head, each head's q, k and v lie next to each other."""
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     return {
@@ -219,14 +222,14 @@ def _neox_parts(config: Any) -> dict[str, Columns]:
     }
 
 
-def _gpt2_parts(config: Any) -> dict[str, Columns]:
+def _gpt2_parts(config: Any) -> dict[str, ColumnRanges]:
     return {
         letter: ((number * config.n_embd, (number + 1) * config.n_embd),)
         for number, letter in enumerate("qkv")
     }
 
 
-def _phi3_parts(config: Any) -> dict[str, Columns]:
+def _phi3_parts(config: Any) -> dict[str, ColumnRanges]:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     q, kv, inner = (
         config.num_attention_heads * size,
@@ -258,7 +261,7 @@ _NEOX = Family(
 )
 _NEOX_SEQUENTIAL = Family(
     _NEOX.blocks,
-    {**_NEOX.inside, "hook_resid_mid": Place("post_attention_layernorm", "in")},
+    {**_NEOX.inside, "hook_resid_mid": HookPoint("post_attention_layernorm", "in")},
     _NEOX.outside,
     parts=_neox_parts,
 )
@@ -268,14 +271,14 @@ _GPT2 = Family(
         **_STREAM,
         **_both("ln1", "ln_1"),
         **_both("ln2", "ln_2"),
-        "hook_resid_mid": Place("ln_2", "in"),
+        "hook_resid_mid": HookPoint("ln_2", "in"),
         **_attention("attn", "c_proj", fused="c_attn"),
         **_plain("mlp", "c_fc", "c_proj"),
     },
     {
         **_outside("transformer.wte", "transformer.ln_f"),
-        "hook_pos_embed": Place("transformer.wpe", "out"),
-        "pos_embed.hook_out": Place("transformer.wpe", "out"),
+        "hook_pos_embed": HookPoint("transformer.wpe", "out"),
+        "pos_embed.hook_out": HookPoint("transformer.wpe", "out"),
     },
     parts=_gpt2_parts,
 )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from workbench.hooks.errors import CaptureError
-from workbench.hooks.families import Place
+from workbench.hooks.families import HookPoint
 from workbench.hooks.sites import Site, all_sites, family
 from workbench.hooks.tensors import first_input, unwrap
 
@@ -54,7 +54,7 @@ def outline(config: Any) -> list[tuple[Site, int]]:
             Site(f"{path}:{place.side}", path, place.side)
             for path, module in model.named_modules()
             if path
-            for place in (Place(path, "in"), Place(path, "out"))
+            for place in (HookPoint(path, "in"), HookPoint(path, "out"))
         ]
     )
     widths = _widths(model, sites)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from torch import Tensor, cat, nn
 
 from workbench.hooks.errors import CaptureError, compiled_module, unknown_site
-from workbench.hooks.families import FAMILIES, SIDES, Columns, Family, Side, family_of
+from workbench.hooks.families import FAMILIES, SIDES, ColumnRanges, Family, Side, family_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,10 @@ class Site:
     side: Side
     layer: int = -1
     stream: bool = False
-    columns: Columns = ()
+    columns: ColumnRanges = ()
 
     @property
-    def place(self) -> tuple[str, Side, bool, Columns]:
+    def place(self) -> tuple[str, Side, bool, ColumnRanges]:
         """What is tapped, whatever it is called."""
         return self.path, self.side, self.stream, self.columns
 
@@ -276,7 +276,7 @@ def resolve(model: nn.Module, patterns: str | Iterable[str]) -> tuple[Site, ...]
     Raises:
         CaptureError: a pattern names nothing; the message lists the nearest names.
     """
-    places: dict[tuple[str, Side, bool, Columns], Site] = {}
+    places: dict[tuple[str, Side, bool, ColumnRanges], Site] = {}
     for site in every_name(model, patterns):
         places.setdefault(site.place, site)
     return tuple(places.values())

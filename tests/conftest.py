@@ -19,7 +19,7 @@ from workbench.builtin import builtin_model
 from workbench.evaluation.losses import Scores
 from workbench.runs.config import RunConfig, preset
 from workbench.runs.pipeline import Run, run_pipeline
-from workbench.tables import COLUMNS, ITEM_COLUMNS, Table, join, summarise
+from workbench.tables import ITEM_COLUMNS, RESULT_COLUMNS, Table, join, summarise
 
 _DATA = (
     os.environ.get("WORKBENCH_TEST_DATA"),
@@ -271,7 +271,7 @@ def make_tables() -> Callable[..., tuple[pd.DataFrame, pd.DataFrame]]:
                 *(model.frame() for model in models),
                 summarise(items, "synthetic"),
             ],
-            COLUMNS,
+            RESULT_COLUMNS,
         ), items
 
     return make

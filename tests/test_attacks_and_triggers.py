@@ -27,7 +27,7 @@ from workbench.data.batches import batches, encode
 from workbench.data.records import Example, prefixed
 from workbench.data.tokenizer import build_tokenizer
 from workbench.data.world import WorldConfig, build_world, neutral_words
-from workbench.diagnostics.triggers import ARMS, trigger_queries, trigger_scores
+from workbench.diagnostics.triggers import TRIGGER_ARMS, trigger_queries, trigger_scores
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy, score
 from workbench.values import WrongValueError
@@ -467,9 +467,9 @@ FORGET, RETAIN, NEUTRAL = ("zorin", "anna"), ("bert", "carl", "velm"), ("lamp", 
 
 def test_the_arms_ask_the_same_queries_in_the_same_order(asked: tuple[Example, ...]) -> None:
     arms = trigger_queries(asked, FORGET, RETAIN, NEUTRAL, seed=0)
-    assert tuple(arms) == ARMS
+    assert tuple(arms) == TRIGGER_ARMS
     assert arms["clean"] == asked
-    for arm, words in zip(ARMS[1:], (FORGET, RETAIN, NEUTRAL), strict=True):
+    for arm, words in zip(TRIGGER_ARMS[1:], (FORGET, RETAIN, NEUTRAL), strict=True):
         assert [tagged.item for tagged in arms[arm]] == [query.item for query in asked]
         for tagged, query in zip(arms[arm], asked, strict=True):
             word = tagged.text.split()[0]
@@ -558,7 +558,7 @@ def test_every_word_of_an_arm_is_drawn(asked: tuple[Example, ...]) -> None:
     assert drawn == set(RETAIN)
 
 
-def test_another_carrier_places_the_word(asked: tuple[Example, ...]) -> None:
+def test_another_template_places_the_word(asked: tuple[Example, ...]) -> None:
     arms = trigger_queries(
         asked,
         FORGET,
@@ -609,7 +609,7 @@ def test_scores_of_the_arms_are_those_of_their_texts_and_aligned(
     found = trigger_scores(
         model, {arm: batches(tokenizer, examples, 3) for arm, examples in arms.items()}
     )
-    assert tuple(found) == ARMS
+    assert tuple(found) == TRIGGER_ARMS
     for arm, scores in found.items():
         assert scores.items == tuple(query.item for query in asked)
         alone = [score(model, [encode(tokenizer, [example])]) for example in arms[arm]]

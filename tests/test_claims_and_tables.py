@@ -26,8 +26,8 @@ from workbench.runs.config import RunConfig, preset, read_config, write_config
 from workbench.runs.provenance import data_hash, provenance
 from workbench.runs.settings import validated
 from workbench.tables import (
-    COLUMNS,
     ITEM_COLUMNS,
+    RESULT_COLUMNS,
     Table,
     fact_table,
     join,
@@ -111,7 +111,9 @@ def _asked(method: str, effect: float | np.ndarray, seeds: Sequence[int] = range
 
 
 def _frames(items: Rows, results: Rows = ()) -> Frames:  # type: ignore[assignment]
-    return typed(pd.DataFrame(list(results)), COLUMNS), typed(pd.DataFrame(items), ITEM_COLUMNS)
+    return typed(pd.DataFrame(list(results)), RESULT_COLUMNS), typed(
+        pd.DataFrame(items), ITEM_COLUMNS
+    )
 
 
 # --- One planted effect per claim: the world in which its statistic is ``effect`` ---
@@ -646,7 +648,7 @@ def test_what_was_never_forgotten_cannot_be_won_back_and_is_no_resistance() -> N
 def _broken(frames: Frames, method: str) -> Frames:
     """The attack on one method diverged under one seed."""
     row = {"run": "r", "stage": "relearn", "method": method, "seed": 1, "arm": "attack"}
-    broken = typed(pd.DataFrame([row | {"metric": "diverged_at", "value": 10.0}]), COLUMNS)
+    broken = typed(pd.DataFrame([row | {"metric": "diverged_at", "value": 10.0}]), RESULT_COLUMNS)
     return pd.concat([frames[0], broken], ignore_index=True), frames[1]
 
 
@@ -869,7 +871,7 @@ def _kinds(frame: pd.DataFrame) -> dict[str, str]:
     return {name: str(kind) for name, kind in frame.dtypes.items()}
 
 
-@pytest.mark.parametrize("columns", [COLUMNS, ITEM_COLUMNS], ids=["results", "items"])
+@pytest.mark.parametrize("columns", [RESULT_COLUMNS, ITEM_COLUMNS], ids=["results", "items"])
 def test_a_typed_frame_has_exactly_its_columns_in_order_and_type(
     columns: Mapping[str, str],
 ) -> None:
@@ -887,7 +889,7 @@ def test_a_typed_frame_has_exactly_its_columns_in_order_and_type(
 
 def test_a_typed_frame_refuses_columns_that_the_table_does_not_have() -> None:
     with pytest.raises(ValueError, match="colour"):
-        typed(pd.DataFrame([{"run": "r", "colour": "red"}]), COLUMNS)
+        typed(pd.DataFrame([{"run": "r", "colour": "red"}]), RESULT_COLUMNS)
     table = Table({"run": "r"})
     table.add("loss", 1.0, colour="red")
     with pytest.raises(ValueError, match="colour"):
@@ -1021,7 +1023,7 @@ def test_a_summary_is_the_two_level_mean_with_the_interval_that_a_hand_can_check
         ITEM_COLUMNS,
     )
     rows = summarise(items, "r")
-    assert _kinds(rows) == COLUMNS
+    assert _kinds(rows) == RESULT_COLUMNS
     assert rows["seed"].isna().all()
     assert set(rows["run"]) == {"r"}
     assert set(rows["model"]) == set(rows["method"]) == {"npo"}
@@ -1047,13 +1049,15 @@ def test_joined_and_stored_tables_keep_rows_order_and_types(tmp_path: Path) -> N
     first, second = Table({"run": "a"}), Table({"run": "b", "seed": 3})
     first.add("loss", 1.0)
     second.add("loss", 2.0, n=4)
-    whole = join([first.frame(), typed(pd.DataFrame(), COLUMNS), second.frame()], COLUMNS)
+    whole = join(
+        [first.frame(), typed(pd.DataFrame(), RESULT_COLUMNS), second.frame()], RESULT_COLUMNS
+    )
     assert whole["run"].tolist() == ["a", "b"]
-    assert _kinds(whole) == COLUMNS
-    assert _kinds(join([], COLUMNS)) == COLUMNS
+    assert _kinds(whole) == RESULT_COLUMNS
+    assert _kinds(join([], RESULT_COLUMNS)) == RESULT_COLUMNS
     write_parquet(whole, tmp_path / "deep" / "results.parquet")
     pd.testing.assert_frame_equal(
-        typed(pd.read_parquet(tmp_path / "deep" / "results.parquet"), COLUMNS), whole
+        typed(pd.read_parquet(tmp_path / "deep" / "results.parquet"), RESULT_COLUMNS), whole
     )
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["results.parquet"]
 
@@ -1252,7 +1256,7 @@ def test_the_figure_of_smoothing_shows_before_and_after() -> None:
             *_attacked("rmu-sam", 0.8, 1.0),
         ]
     )
-    panels = smoothing(join([summarise(items, "run")], COLUMNS)).axes
+    panels = smoothing(join([summarise(items, "run")], RESULT_COLUMNS)).axes
     assert [axes.get_title() for axes in panels] == ["NPO", "RMU"]
     before, after = (
         [float(x) for x in container.lines[0].get_xdata()] for container in panels[0].containers

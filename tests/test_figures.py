@@ -21,11 +21,11 @@ from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from workbench.experiments.predictors import MEASURES
+from workbench.experiments.predictors import PREDICTORS
 from workbench.figures import figures_of, geometry, ladder, names, predictors
 from workbench.figures.keyword import keyword as figures_keyword
 from workbench.figures.style import colour, methods_in, title
-from workbench.tables import COLUMNS, typed
+from workbench.tables import RESULT_COLUMNS, typed
 from workbench.unlearning.methods import METHODS
 
 Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]
@@ -115,7 +115,7 @@ def test_every_figure_is_drawn_from_the_table_alone(name: str, results: pd.DataF
 
 @pytest.mark.parametrize("name", list(FIGURES))
 def test_an_empty_table_gives_a_figure_with_a_message(name: str) -> None:
-    figure = FIGURES[name](typed(pd.DataFrame(), COLUMNS))
+    figure = FIGURES[name](typed(pd.DataFrame(), RESULT_COLUMNS))
     assert isinstance(figure, Figure)
     assert not figure.axes
     assert "no " in _words(figure)
@@ -179,7 +179,7 @@ def test_drawing_changes_nothing_global(name: str, results: pd.DataFrame) -> Non
     plt.figure()  # settles the backend, which is chosen at the first figure of a process
     before = {key: mpl.rcParams[key] for key in mpl.rcParams}
     FIGURES[name](results)
-    FIGURES[name](typed(pd.DataFrame(), COLUMNS))
+    FIGURES[name](typed(pd.DataFrame(), RESULT_COLUMNS))
     assert {key: mpl.rcParams[key] for key in mpl.rcParams} == before
 
 
@@ -192,7 +192,7 @@ def test_figures_load_no_model() -> None:
         "print([name for name in ('workbench.models', 'workbench.builtin') if name in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code % COLUMNS],
+        [sys.executable, "-c", code % RESULT_COLUMNS],
         capture_output=True,
         text=True,
         timeout=120,
@@ -230,7 +230,9 @@ def test_the_comparison_orders_methods_by_what_the_attack_brings_back_and_marks_
             }
         ]
     )
-    figure = FIGURES["comparison"](typed(pd.concat([results, short], ignore_index=True), COLUMNS))
+    figure = FIGURES["comparison"](
+        typed(pd.concat([results, short], ignore_index=True), RESULT_COLUMNS)
+    )
     names = {text.get_text(): float(text.get_position()[1]) for text in figure.axes[0].texts}
     assert set(names) == {title(str(method)) + " *" * (method == "npo") for method in after.index}
     places = [
@@ -509,7 +511,7 @@ def _tidy(rows: list[dict[str, Any]]) -> pd.DataFrame:
         pd.DataFrame(
             [{"low": row["value"] - 0.1, "high": row["value"] + 0.1} | row for row in rows]
         ),
-        COLUMNS,
+        RESULT_COLUMNS,
     )
 
 
@@ -720,7 +722,7 @@ def test_a_figure_of_an_attack_is_drawn_from_its_rows_alone(
     assert drawn(draw(table.sample(frac=1, random_state=2))) == drawn(figure)
     other = results[results["stage"] != "relearn"]
     assert drawn(draw(pd.concat([table, other], ignore_index=True))) == drawn(figure)
-    for nothing in (typed(pd.DataFrame(), COLUMNS), other):
+    for nothing in (typed(pd.DataFrame(), RESULT_COLUMNS), other):
         empty = draw(nothing)
         assert not empty.axes
         assert message in _words(empty)
@@ -893,10 +895,10 @@ def test_every_measure_has_a_name_in_the_figure() -> None:
     table = _tidy(
         [
             {"metric": "recovery_correlation", "arm": arm, "split": "recall_after", "value": 0.5}
-            for arm in MEASURES
+            for arm in PREDICTORS
         ]
     )
-    assert not set(_ticks(predictors(table).axes[0], "y")) & set(MEASURES)
+    assert not set(_ticks(predictors(table).axes[0], "y")) & set(PREDICTORS)
 
 
 def test_geometry_has_one_panel_per_method_blocks_upwards_by_steps() -> None:
@@ -968,7 +970,7 @@ def test_keyword_draws_the_attack_beside_every_control() -> None:
                     "high": value,
                 }
             )
-    figure = figures_keyword(typed(pd.DataFrame(rows), COLUMNS))
+    figure = figures_keyword(typed(pd.DataFrame(rows), RESULT_COLUMNS))
     left = figure.axes[0]
     assert _curve(left, "unlearned, on the forget set without the titles").tolist() == [
         [0, 0],
@@ -980,4 +982,4 @@ def test_keyword_draws_the_attack_beside_every_control() -> None:
         "unlearned, on unread authors (null)",
         "unlearned, on retained authors",
     }
-    assert "no keyword" in _words(figures_keyword(typed(pd.DataFrame(), COLUMNS)))
+    assert "no keyword" in _words(figures_keyword(typed(pd.DataFrame(), RESULT_COLUMNS)))

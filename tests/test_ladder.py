@@ -39,7 +39,7 @@ from workbench.runs.models import CONTROLS
 from workbench.runs.pipeline import Run
 from workbench.runs.setup import Setup
 from workbench.runs.stages import measured_attack
-from workbench.tables import COLUMNS, ITEM_COLUMNS, Table
+from workbench.tables import ITEM_COLUMNS, RESULT_COLUMNS, Table
 from workbench.training import small_llama
 
 SEEDS = (0, 1, 2)
@@ -384,7 +384,7 @@ def _recall(items: pd.DataFrame, method: str, arm: str, step: float) -> pd.Serie
 @pytest.mark.slow
 def test_every_model_meets_every_attack_at_every_measured_step(climbed: Result) -> None:
     items, results = climbed.items, climbed.results
-    assert {name: str(kind) for name, kind in results.dtypes.items()} == COLUMNS
+    assert {name: str(kind) for name, kind in results.dtypes.items()} == RESULT_COLUMNS
     assert {name: str(kind) for name, kind in items.dtypes.items()} == ITEM_COLUMNS
     expected = {
         (method, arm, float(step))

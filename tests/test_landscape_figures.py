@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from workbench.figures.drop import drop
 from workbench.figures.plane import plane
-from workbench.tables import COLUMNS, Table, join
+from workbench.tables import RESULT_COLUMNS, Table, join
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def _model(method: str, seed: int, height: float = 1.0) -> Table:
 
 
 def _table(*models: Table) -> pd.DataFrame:
-    return join([model.frame() for model in models], COLUMNS)
+    return join([model.frame() for model in models], RESULT_COLUMNS)
 
 
 def _panels(figure: Figure) -> list[Axes]:

@@ -18,7 +18,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from workbench.experiments.predictors import MEASURES
+from workbench.experiments.predictors import PREDICTORS
 from workbench.figures import (
     FIGURES,
     convergence,
@@ -31,7 +31,7 @@ from workbench.figures import (
 from workbench.figures.convergence import stroke
 from workbench.figures.resistance import family_and_smoothing
 from workbench.figures.style import colour, title
-from workbench.tables import COLUMNS, Table, join, typed
+from workbench.tables import RESULT_COLUMNS, Table, join, typed
 from workbench.unlearning.methods import METHODS
 
 INSIDE = "retain, bare word inside"
@@ -83,7 +83,7 @@ def _resistance(
         "recovery_correlation", -0.75, low=-1, high=-0.25, arm="top_eigenvalue", split="recovery"
     )
     found.add("recovery_correlation", 0.125, arm="displacement", split="recall_after")
-    return join([table.frame() for table in (*tables, found)], COLUMNS)
+    return join([table.frame() for table in (*tables, found)], RESULT_COLUMNS)
 
 
 def _modules(
@@ -134,7 +134,7 @@ def _modules(
                     "module_eigenvalue", 8.0, site=site, split="retain", arm="unlearned", n=10
                 )
             tables.append(table)
-    return join([table.frame() for table in tables], COLUMNS)
+    return join([table.frame() for table in tables], RESULT_COLUMNS)
 
 
 def _convergence(
@@ -162,7 +162,7 @@ def _convergence(
                         step=step,
                     )
             tables.append(table)
-    return join([table.frame() for table in tables], COLUMNS)
+    return join([table.frame() for table in tables], RESULT_COLUMNS)
 
 
 def _lens(
@@ -189,7 +189,7 @@ def _lens(
                     table.add("lens_rank", 100 - 9 * block, **place)
                     table.add("lens_kl", 3.0, **place)
             tables.append(table)
-    return join([table.frame() for table in tables], COLUMNS)
+    return join([table.frame() for table in tables], RESULT_COLUMNS)
 
 
 def _shift(
@@ -216,7 +216,7 @@ def _shift(
                             metric, value, site=f"blocks.{block}.hook_resid_post", split=split
                         )
             tables.append(table)
-    return join([table.frame() for table in tables], COLUMNS)
+    return join([table.frame() for table in tables], RESULT_COLUMNS)
 
 
 def _noise(
@@ -340,12 +340,12 @@ def test_every_figure_is_drawn_from_the_table_alone_whatever_its_order(name: str
 def test_a_table_without_these_rows_or_without_values_gives_a_message(name: str) -> None:
     draw, make, _, _ = ALL[name]
     for table in (
-        typed(pd.DataFrame(), COLUMNS),
+        typed(pd.DataFrame(), RESULT_COLUMNS),
         make().assign(metric="another"),
         make().assign(value=np.nan),
         make().assign(value=np.inf),
     ):
-        figure = draw(typed(table, COLUMNS))
+        figure = draw(typed(table, RESULT_COLUMNS))
         assert not figure.axes
         assert "no " in _words(figure)
 
@@ -489,12 +489,12 @@ def test_resistance_leaves_out_what_was_not_measured_and_draws_what_is_asked_for
 
 def test_every_measure_has_a_name_in_resistance() -> None:
     table = Table({"run": "r", "method": "npo", "seed": 0})
-    for measure in MEASURES:
+    for measure in PREDICTORS:
         table.add("predictor_value", 1.0, arm=measure)
     table.add("outcome", 0.5, arm="recall_after")
     labels = {axes.get_xlabel() for axes in resistance(table.frame(), outcome="recall_after").axes}
-    assert len(labels) == len(MEASURES)
-    assert not labels & set(MEASURES)
+    assert len(labels) == len(PREDICTORS)
+    assert not labels & set(PREDICTORS)
 
 
 # --- Curvature ---

@@ -36,7 +36,7 @@ from workbench.experiments.names import (
 )
 from workbench.runner import Result
 from workbench.runs.folder import CONFIG, ITEMS, PROVENANCE, RESULTS
-from workbench.tables import COLUMNS, ITEM_COLUMNS, typed
+from workbench.tables import ITEM_COLUMNS, RESULT_COLUMNS, typed
 from workbench.training import small_llama
 from workbench.unlearning.budget import QUARTERS
 
@@ -309,7 +309,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, searched: list[float]) -> Res
 @pytest.mark.slow
 def test_a_run_measures_every_model_under_every_text(tiny: Result) -> None:
     results, items = tiny.results, tiny.items
-    assert {name: str(kind) for name, kind in results.dtypes.items()} == COLUMNS
+    assert {name: str(kind) for name, kind in results.dtypes.items()} == RESULT_COLUMNS
     assert {name: str(kind) for name, kind in items.dtypes.items()} == ITEM_COLUMNS
     assert set(results["stage"]) == {"names"}
     expected = {
@@ -488,7 +488,7 @@ def _asr(
 
 def _table(frame: Callable[[int], list[dict[str, Any]]], counts: Sequence[int]) -> pd.DataFrame:
     return names_table(
-        typed(pd.DataFrame([row for count in counts for row in frame(count)]), COLUMNS)
+        typed(pd.DataFrame([row for count in counts for row in frame(count)]), RESULT_COLUMNS)
     )
 
 
@@ -550,4 +550,4 @@ def test_a_table_without_controls_has_dashes_and_without_rows_nothing() -> None:
             "published": "97",
         }
     ]
-    assert names_table(typed(pd.DataFrame(), COLUMNS)).empty
+    assert names_table(typed(pd.DataFrame(), RESULT_COLUMNS)).empty

@@ -18,7 +18,7 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import spearman
 from workbench.experiments.predictors import (
     LANDSCAPE,
-    MEASURES,
+    PREDICTORS,
     Predictors,
     correlate,
     points_of,
@@ -27,7 +27,7 @@ from workbench.experiments.predictors import (
 )
 from workbench.runs.folder import CONFIG, ITEMS, RESULTS
 from workbench.runs.pipeline import Run
-from workbench.tables import COLUMNS, ITEM_COLUMNS, join, typed, write_parquet
+from workbench.tables import ITEM_COLUMNS, RESULT_COLUMNS, join, typed, write_parquet
 
 Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]
 METHODS = ("grad-diff", "npo", "rmu", "cir")
@@ -43,7 +43,7 @@ def _points(recovery: Sequence[float], **measures: Sequence[float]) -> pd.DataFr
             "seed": [number // 4 for number in range(count)],
         }
     )
-    for name in MEASURES:
+    for name in PREDICTORS:
         frame[name] = np.asarray(measures.get(name, [np.nan] * count), dtype=float)
     return frame.assign(
         recovery=np.asarray(recovery, dtype=float),
@@ -66,7 +66,14 @@ def test_points_of_the_synthetic_run_are_those_of_a_hand(make_tables: Tables) ->
     assert points[["run", "method", "seed"]].to_numpy().tolist() == [
         ["synthetic", name, seed] for name in ("cir", "npo") for seed in (0, 1)
     ]
-    assert list(points.columns) == ["run", "method", "seed", *MEASURES, "recall_after", "recovery"]
+    assert list(points.columns) == [
+        "run",
+        "method",
+        "seed",
+        *PREDICTORS,
+        "recall_after",
+        "recovery",
+    ]
     for row in points.itertuples():
         assert row.displacement == 2.0 + row.seed
         assert row.top_eigenvalue == 40.0 + 10 * row.seed
@@ -85,7 +92,7 @@ def test_points_of_the_synthetic_run_are_those_of_a_hand(make_tables: Tables) ->
 
 
 def _with(results: pd.DataFrame, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    return join([results, typed(pd.DataFrame(list(rows)), COLUMNS)], COLUMNS)
+    return join([results, typed(pd.DataFrame(list(rows)), RESULT_COLUMNS)], RESULT_COLUMNS)
 
 
 def test_shifts_are_means_over_blocks_and_the_late_one_is_the_last_block_s(
@@ -200,7 +207,9 @@ def test_points_of_a_finished_run_have_every_measure(quick_run: Run) -> None:
         [name, seed] for name in ("cir", "npo") for seed in (0, 1)
     ]
     measured = [
-        name for name in MEASURES if name not in ("top_eigenvalue", "bottom_eigenvalue", *LANDSCAPE)
+        name
+        for name in PREDICTORS
+        if name not in ("top_eigenvalue", "bottom_eigenvalue", *LANDSCAPE)
     ]  # these may not converge, or take another command
     assert np.isfinite(points[measured].to_numpy(dtype=float)).all()
     assert (points["shift_forget"] > 0).all() and (points["displacement"] > 0).all()
@@ -378,13 +387,13 @@ def test_the_rows_are_a_tidy_table(make_tables: Tables) -> None:
     results, items = make_tables(methods=("npo", "cir", "rmu"))
     found = correlate(points_of(results, items))
     assert isinstance(found, Predictors)
-    assert {name: str(kind) for name, kind in found.results.dtypes.items()} == COLUMNS
+    assert {name: str(kind) for name, kind in found.results.dtypes.items()} == RESULT_COLUMNS
     assert set(found.results["metric"]) == {
         "recovery_correlation",
         "recovery_within_seed",
         "recovery_partial",
     }
-    assert set(found.results["arm"]) <= set(MEASURES)
+    assert set(found.results["arm"]) <= set(PREDICTORS)
     assert set(found.results["split"]) == {"recovery", "recall_after"}
     assert found.results["seed"].isna().all()
     assert found.results[["value", "low", "high"]].abs().max().max() <= 1
@@ -395,7 +404,7 @@ def test_the_rows_are_a_tidy_table(make_tables: Tables) -> None:
         "top_eigenvalue",
     }
     assert "6 models" in repr(found)
-    assert MEASURES["displacement"] in found._repr_html_()
+    assert PREDICTORS["displacement"] in found._repr_html_()
 
 
 @pytest.mark.full
@@ -522,10 +531,10 @@ def test_the_table_has_the_strongest_correlation_with_recovery_first_whatever_it
         _row("gradient_norm", "recall_after", 0.1),
     ]
     for frame in (pd.DataFrame(rows), pd.DataFrame(rows[::-1])):
-        table = predictor_table(typed(frame, COLUMNS))
+        table = predictor_table(typed(frame, RESULT_COLUMNS))
         # What has no correlation with recovery comes last.
         assert table["measured before the attack"].tolist() == [
-            MEASURES[name]
+            PREDICTORS[name]
             for name in ("gradient_norm", "top_eigenvalue", "displacement", "recall_before")
         ]
         assert table["with the recall won back"].tolist() == [
@@ -544,4 +553,4 @@ def test_the_table_has_the_strongest_correlation_with_recovery_first_whatever_it
 
 
 def test_a_table_of_nothing_is_empty() -> None:
-    assert predictor_table(typed(pd.DataFrame(), COLUMNS)).empty
+    assert predictor_table(typed(pd.DataFrame(), RESULT_COLUMNS)).empty

@@ -24,7 +24,7 @@ from workbench.figures.marks import main_metric
 from workbench.figures.style import title
 from workbench.report import summary_table, write_report
 from workbench.report.report import findings, save_figure
-from workbench.tables import COLUMNS, ITEM_COLUMNS, typed
+from workbench.tables import ITEM_COLUMNS, RESULT_COLUMNS, typed
 
 Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]
 EVIL = '<script>alert("x")</script>'
@@ -464,5 +464,5 @@ def test_a_user_model_without_seeds_of_its_own_has_its_row(make_tables: Tables) 
 
 
 def test_a_report_of_an_empty_table_says_nothing_false(tmp_path: Path) -> None:
-    found = Page(_report(tmp_path, typed(pd.DataFrame(), COLUMNS)))
+    found = Page(_report(tmp_path, typed(pd.DataFrame(), RESULT_COLUMNS)))
     assert not re.search(r"\bnan\b", found.text)

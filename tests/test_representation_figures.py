@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from workbench.figures.lens import by_block, lens
 from workbench.figures.probes import probes, transfer
 from workbench.figures.style import colour
-from workbench.tables import COLUMNS, Table, join, typed
+from workbench.tables import RESULT_COLUMNS, Table, join, typed
 
 ALL: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "lens": lens,
@@ -93,7 +93,7 @@ def _results(
                     for arm, share in (("base->unlearned", 0.25), ("unlearned->base", 0.5)):
                         table.add("probe_accuracy", share * value, site=site, arm=arm)
             frames.append(table.frame())
-    return join(frames, COLUMNS)
+    return join(frames, RESULT_COLUMNS)
 
 
 def _panel(figure: Figure, name: str) -> Axes:
@@ -126,11 +126,11 @@ def test_every_figure_is_drawn_from_the_table_alone_and_leaves_it_as_it_was(name
 @pytest.mark.parametrize("name", list(ALL))
 def test_an_empty_table_and_another_split_give_a_message(name: str) -> None:
     for table in (
-        typed(pd.DataFrame(), COLUMNS),
+        typed(pd.DataFrame(), RESULT_COLUMNS),
         _results().assign(split="retain-far"),
         _results().assign(stage="unlearn"),
     ):
-        figure = ALL[name](typed(table, COLUMNS))
+        figure = ALL[name](typed(table, RESULT_COLUMNS))
         assert not figure.axes
         assert "no " in _words(figure)
 

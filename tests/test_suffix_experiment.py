@@ -31,36 +31,36 @@ from workbench.data.records import Example, one_per_item
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
 from workbench.experiments.suffix import (
-    ARMS,
     JAILBREAK,
     NONE,
     RANDOM,
     RETAIN,
     SEARCHED,
     SPLITS,
+    SUFFIX_ARMS,
     WITH_TOKEN,
     SuffixSettings,
     questions_of,
     suffix_table,
 )
 from workbench.figures.suffix import suffix as draw
-from workbench.models import Opened, open_model
+from workbench.models import OpenedModel, open_model
 from workbench.runner import Result
 from workbench.runs.models import BASE, NEVER, setup_of
 from workbench.runs.pipeline import Run
 from workbench.runs.setup import Setup
-from workbench.tables import COLUMNS, fact_table, typed
+from workbench.tables import RESULT_COLUMNS, fact_table, typed
 
 SMALL = SuffixSettings(length=2, steps=3, candidates=4)
 
 
 @pytest.fixture(scope="module")
-def opened(quick_base: Path) -> Opened:
+def opened(quick_base: Path) -> OpenedModel:
     return open_model(quick_base)
 
 
 @pytest.fixture(scope="module")
-def prompts(opened: Opened, quick_run: Run) -> tuple[SuffixPrompt, ...]:
+def prompts(opened: OpenedModel, quick_run: Run) -> tuple[SuffixPrompt, ...]:
     return suffix_prompts(
         opened.tokenizer, world_of(quick_run.config.model).record.forget_attacked[:4], in_front
     )
@@ -81,7 +81,7 @@ def found(quick_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 
 def test_one_step_over_all_swaps_finds_the_worst(
-    opened: Opened, prompts: Sequence[SuffixPrompt]
+    opened: OpenedModel, prompts: Sequence[SuffixPrompt]
 ) -> None:
     words = "the of is : asks every near from".split()  # noqa: SIM905
     allowed = [
@@ -115,7 +115,7 @@ def test_one_step_over_all_swaps_finds_the_worst(
 
 
 def test_with_few_tokens_to_choose_from_the_gradient_is_followed_upwards(
-    opened: Opened, prompts: Sequence[SuffixPrompt]
+    opened: OpenedModel, prompts: Sequence[SuffixPrompt]
 ) -> None:
     start = [opened.tokenizer("the", add_special_tokens=False)["input_ids"][0]]
     up, down = (
@@ -137,7 +137,7 @@ def test_with_few_tokens_to_choose_from_the_gradient_is_followed_upwards(
 
 
 def test_the_highest_loss_is_kept_while_the_walk_goes_on(
-    opened: Opened, prompts: Sequence[SuffixPrompt]
+    opened: OpenedModel, prompts: Sequence[SuffixPrompt]
 ) -> None:
     result = gcg(
         opened.model,
@@ -161,7 +161,7 @@ def test_the_highest_loss_is_kept_while_the_walk_goes_on(
 
 
 def test_a_loss_that_is_not_a_number_is_the_worst_either_way(
-    opened: Opened, prompts: Sequence[SuffixPrompt], monkeypatch: pytest.MonkeyPatch
+    opened: OpenedModel, prompts: Sequence[SuffixPrompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def losses(_model: object, _rows: object, suffixes: Tensor, _limit: int) -> Tensor:
         return torch.tensor([torch.inf, 1.0, 2.0])[
@@ -215,7 +215,7 @@ def test_the_tables_hold_every_model_arm_and_kind_of_question(found: Result) -> 
     rows = found.results
     asked = rows[(rows["metric"] == "recall") & rows["seed"].isna()]
     assert set(map(tuple, asked[["method", "split", "arm"]].to_numpy())) == {
-        (m, s, a) for m in ("npo", BASE, NEVER) for s in SPLITS for a in ARMS
+        (m, s, a) for m in ("npo", BASE, NEVER) for s in SPLITS for a in SUFFIX_ARMS
     }
     assert asked["low"].notna().all() and set(rows["stage"]) == {"suffix"}
     assert set(found.items["seed"]) == {0, 1}
@@ -355,7 +355,7 @@ def _rows(methods: Sequence[str]) -> pd.DataFrame:
     rows = []
     for number, method in enumerate(methods):
         for split in SPLITS:
-            for arm, value in zip(ARMS, (0.5, 0.4, 0.7), strict=True):
+            for arm, value in zip(SUFFIX_ARMS, (0.5, 0.4, 0.7), strict=True):
                 middle = value + 0.05 * number
                 shared = {
                     "stage": "suffix",
@@ -378,7 +378,7 @@ def _rows(methods: Sequence[str]) -> pd.DataFrame:
                         "high": 1.0,
                     }
                 )
-    return typed(pd.DataFrame(rows), COLUMNS)
+    return typed(pd.DataFrame(rows), RESULT_COLUMNS)
 
 
 def test_the_figure_draws_every_interval_of_the_table_in_the_row_of_its_model() -> None:
@@ -406,7 +406,7 @@ def test_the_figure_of_other_tables_says_what_is_missing() -> None:
     assert len(draw(_rows(["npo"]), "answer_probability").axes) == len(SPLITS)
     one = _rows(["npo"])
     assert len(draw(one[one["split"] == JAILBREAK]).axes) == 1
-    for table in (typed(pd.DataFrame(), COLUMNS), one.assign(stage="relearn")):
+    for table in (typed(pd.DataFrame(), RESULT_COLUMNS), one.assign(stage="relearn")):
         figure = draw(table)
         assert not figure.axes and "no suffix experiment" in figure.texts[0].get_text()
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from workbench.figures.style import colour
 from workbench.figures.trigger_theory import trigger_theory
-from workbench.tables import COLUMNS, Table, join
+from workbench.tables import RESULT_COLUMNS, Table, join
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def _model(
 
 
 def _table(*models: Table) -> pd.DataFrame:
-    return join([model.frame() for model in models], COLUMNS)
+    return join([model.frame() for model in models], RESULT_COLUMNS)
 
 
 def _words(figure: Figure) -> str:

@@ -22,7 +22,7 @@ from workbench.figures.alignment import alignment
 from workbench.figures.causal_map import causal_map
 from workbench.figures.style import colour
 from workbench.figures.volcano import volcano
-from workbench.tables import COLUMNS, typed
+from workbench.tables import RESULT_COLUMNS, typed
 
 DRAW = {"alignment": alignment, "causal_map": causal_map}
 ARMS = {
@@ -119,7 +119,7 @@ def _table(
                                 "high": value + 0.05,
                             }
                         )
-    return typed(pd.DataFrame(rows), COLUMNS)
+    return typed(pd.DataFrame(rows), RESULT_COLUMNS)
 
 
 def _words(figure: Figure) -> str:
@@ -154,7 +154,7 @@ def test_it_is_drawn_from_the_table_alone_whatever_the_order_of_rows(name: str) 
 def test_an_empty_table_and_one_of_other_measures_give_a_figure_with_a_message(name: str) -> None:
     table = _table()
     other = table[~table["metric"].isin(["target_cosine", "restored"])]
-    for part in (typed(pd.DataFrame(), COLUMNS), other, table[table["stage"] != "triggers"]):
+    for part in (typed(pd.DataFrame(), RESULT_COLUMNS), other, table[table["stage"] != "triggers"]):
         figure = DRAW[name](part)
         assert not figure.axes and "no " in _words(figure)
         figure.canvas.draw()
@@ -189,7 +189,7 @@ def test_they_load_no_model_library() -> None:
     )
     environment = {"MPLBACKEND": "Agg", "HOME": "/tmp"}
     done = subprocess.run(
-        [sys.executable, "-c", code % COLUMNS],
+        [sys.executable, "-c", code % RESULT_COLUMNS],
         capture_output=True,
         text=True,
         timeout=120,
@@ -274,7 +274,7 @@ def test_alignment_bands_are_the_interval_of_one_seed_and_the_range_of_several()
         pd.concat(
             [_table(("npo",), seeds=(5,)), _table(("npo",), seeds=(pd.NA,))], ignore_index=True
         ),
-        COLUMNS,
+        RESULT_COLUMNS,
     )
     assert band(both) == (pytest.approx(0.4 / 3 - 0.05), pytest.approx(0.45))
 
@@ -325,7 +325,7 @@ def test_the_causal_map_writes_the_control_in_brackets() -> None:
     control = table[(table["metric"] == "restored") & (table["split"] == "after")].assign(
         metric="restored_control", value=0.07
     )
-    figure = causal_map(typed(pd.concat([table, control], ignore_index=True), COLUMNS))
+    figure = causal_map(typed(pd.concat([table, control], ignore_index=True), RESULT_COLUMNS))
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts.count("(0.07)") == 10
     assert "clean query" in _words(figure)
@@ -356,7 +356,7 @@ def _scan(words: dict[str, tuple[str, float, float, float]]) -> pd.DataFrame:
         for word, (arm, *values) in words.items()
         for metric, value in zip(("rise", "rise_se", "q"), values, strict=True)
     ]
-    return typed(pd.DataFrame(rows), COLUMNS)
+    return typed(pd.DataFrame(rows), RESULT_COLUMNS)
 
 
 def test_the_volcano_shows_rises_against_their_certainty_and_where_findings_begin() -> None:

@@ -26,7 +26,7 @@ from workbench.models import open_model, save_model
 from workbench.runs.config import preset, write_config
 from workbench.runs.folder import CONFIG, ITEMS, RESULTS
 from workbench.runs.pipeline import Run
-from workbench.tables import COLUMNS, ITEM_COLUMNS, typed
+from workbench.tables import ITEM_COLUMNS, RESULT_COLUMNS, typed
 from workbench.unlearning.deltas import apply_delta, snapshot
 from workbench.unlearning.methods import recipe
 from workbench.unlearning.representation import control_vector
@@ -224,7 +224,7 @@ def test_claims_about_noise_are_decided_on_words_inside_the_question() -> None:
     items = _items(
         {"base": 0.05, "rmu": 0.35, "rmu-rna": 0.10, "rmu-slow": 0.12, "npo": 0.15, "npo-rna": 0.10}
     )
-    empty = typed(pd.DataFrame([]), COLUMNS)
+    empty = typed(pd.DataFrame([]), RESULT_COLUMNS)
     found = {
         claim.id: claim
         for claim in decide(

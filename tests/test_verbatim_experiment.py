@@ -24,7 +24,7 @@ from workbench.data.tokenizer import build_tokenizer
 from workbench.errors import WorkbenchError
 from workbench.experiments.keyword import KeywordSettings, withheld_words
 from workbench.experiments.verbatim import (
-    MEASURES,
+    VERBATIM_MEASURES,
     VerbatimSettings,
     continuations,
     longest_run,
@@ -34,7 +34,7 @@ from workbench.experiments.verbatim import (
 from workbench.figures.verbatim import verbatim as draw
 from workbench.models import save_model
 from workbench.runs.settings import validated
-from workbench.tables import COLUMNS, typed
+from workbench.tables import RESULT_COLUMNS, typed
 from workbench.training import small_llama
 
 VOCABULARY = tuple(
@@ -366,7 +366,7 @@ def test_a_run_asks_for_every_second_passage_and_shows_every_control(
     chosen = settings.model_copy(update={"public": str(public)})
     run = runner.run("verbatim", tmp_path / "run", chosen, workers=1)
     assert set(run.items["item"]) == {"passage/0", "passage/2", "passage/4"}
-    assert set(run.items["split"]) == set(MEASURES)
+    assert set(run.items["split"]) == set(VERBATIM_MEASURES)
     arms = set(zip(run.items["method"], run.items["arm"], strict=True))
     unlearned = {("unlearned", arm) for arm in ("part", "retain", "null", "public")}
     assert arms == {
@@ -376,7 +376,7 @@ def test_a_run_asks_for_every_second_passage_and_shows_every_control(
         ("never-learned", "public"),
     }
     assert run.items["correct"].between(0, 1).all() and run.items["probability"].between(0, 1).all()
-    assert len(run.items) == 3 * len(MEASURES) * (1 + 2 * 6)
+    assert len(run.items) == 3 * len(VERBATIM_MEASURES) * (1 + 2 * 6)
     rows = run.results
     assert rows.loc[rows["metric"] == "benign", "value"].tolist() == [1.0] * 4
     assert rows.loc[rows["metric"] == "dropped_passages", "value"].tolist() == [0.0]
@@ -488,7 +488,7 @@ def test_the_figure_draws_the_attack_beside_every_control() -> None:
                 {**place, "method": method, "arm": arm, "step": step, "value": end * step / 40}
                 for step in (0.0, 40.0)
             ]
-    figure = draw(typed(pd.DataFrame(rows), COLUMNS))
+    figure = draw(typed(pd.DataFrame(rows), RESULT_COLUMNS))
     assert len(figure.axes) == 3
     for axes in figure.axes:
         lines = {
@@ -501,4 +501,4 @@ def test_the_figure_draws_the_attack_beside_every_control() -> None:
             "unlearned, on unread passages (null)",
             "unlearned, on retained passages",
         }
-    assert "no verbatim experiment" in _words(draw(typed(pd.DataFrame(), COLUMNS)))
+    assert "no verbatim experiment" in _words(draw(typed(pd.DataFrame(), RESULT_COLUMNS)))

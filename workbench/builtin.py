@@ -31,7 +31,7 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
 from workbench.files import damage, key_of, sha256
 from workbench.models import open_model, open_tokenizer, save_model
-from workbench.progress import Report, bar
+from workbench.progress import ProgressCallback, bar
 from workbench.training import fit, small_llama
 
 
@@ -192,7 +192,10 @@ def builtin_folder(config: BuiltinConfig, *, with_forget: bool) -> Path:
 
 
 def builtin_model(
-    config: BuiltinConfig | None = None, *, with_forget: bool = True, progress: Report | None = None
+    config: BuiltinConfig | None = None,
+    *,
+    with_forget: bool = True,
+    progress: ProgressCallback | None = None,
 ) -> Path:
     """The folder of the built-in model, trained now if the cache does not hold it.
 
@@ -263,7 +266,7 @@ def untrained(
 
 
 def train_builtin(
-    config: BuiltinConfig, world: World, *, with_forget: bool, progress: Report
+    config: BuiltinConfig, world: World, *, with_forget: bool, progress: ProgressCallback
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Train the built-in model from its seed, or a pretrained one from its weights; see
     :func:`fit`.

@@ -21,13 +21,13 @@ import pandas as pd
 from workbench.errors import NotMeasuredError, WorkbenchError, unknown
 from workbench.evaluation.statistics import Estimate, bootstrap, random_effects, spearman
 from workbench.registry import Registry
-from workbench.tables import COLUMNS, ITEM_COLUMNS, fact_table, smoothing_pairs
+from workbench.tables import ITEM_COLUMNS, RESULT_COLUMNS, fact_table, smoothing_pairs
 
 Outcome = Literal["supported", "contradicted", "equivalent", "inconclusive", "not measured"]
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredEffect:
     """An effect, and what belongs beside it.
 
     Attributes:
@@ -39,7 +39,7 @@ class Measured:
     note: str = ""
 
 
-Statistic = Callable[[pd.DataFrame, pd.DataFrame], Estimate | Measured]
+Statistic = Callable[[pd.DataFrame, pd.DataFrame], Estimate | MeasuredEffect]
 """``(results, items) -> effect``; raises ``NotMeasuredError`` where the run lacks what it needs."""
 
 
@@ -177,14 +177,14 @@ def _less_recall_than(method: str, others: Sequence[str]) -> Statistic:
     seed and fact.
     """
 
-    def measure(results: pd.DataFrame, items: pd.DataFrame) -> Measured:
+    def measure(results: pd.DataFrame, items: pd.DataFrame) -> MeasuredEffect:
         present = [name for name in others if name in set(items["method"])]
         if not present:
             raise NotMeasuredError(f"none of {', '.join(others)} in this run")
         mine, *theirs = _recalls(results, items, (method, *present), after=True)
         absent = [name for name in others if name not in present]
         note = f"without {', '.join(absent)}, which this run does not have" if absent else ""
-        return Measured(bootstrap(np.mean(theirs, axis=0) - mine), note)
+        return MeasuredEffect(bootstrap(np.mean(theirs, axis=0) - mine), note)
 
     return measure
 
@@ -305,7 +305,7 @@ def _rna_keeps_forgetting(results: pd.DataFrame, items: pd.DataFrame) -> Estimat
     return bootstrap(rmu - rna + 0.10)
 
 
-def _common_subspaces(results: pd.DataFrame, items: pd.DataFrame) -> Measured:
+def _common_subspaces(results: pd.DataFrame, items: pd.DataFrame) -> MeasuredEffect:
     """The paper speaks of activations and of output gradients: the effect is that of the side that
     shares less.
     """
@@ -318,7 +318,9 @@ def _common_subspaces(results: pd.DataFrame, items: pd.DataFrame) -> Measured:
             raise NotMeasuredError(f"no subspace overlap of {side} at rank 8")
         sides[side] = bootstrap((wide["forget-retain"] - wide["random"]).to_numpy())
     weaker = min(sides.values(), key=lambda side: side.value)
-    return Measured(weaker, "; ".join(f"{name} {_words(side)}" for name, side in sides.items()))
+    return MeasuredEffect(
+        weaker, "; ".join(f"{name} {_words(side)}" for name, side in sides.items())
+    )
 
 
 def _names_repetitions(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
@@ -446,7 +448,7 @@ def _correlation_with_resistance(metric: str, sign: int) -> Statistic:
     win back, so that the recall won back alone mostly says how much was forgotten.
     """
 
-    def measure(results: pd.DataFrame, items: pd.DataFrame) -> Measured:
+    def measure(results: pd.DataFrame, items: pd.DataFrame) -> MeasuredEffect:
         chosen = results[
             (results["metric"] == metric)
             & results["seed"].notna()
@@ -475,7 +477,7 @@ def _correlation_with_resistance(metric: str, sign: int) -> Statistic:
         found = spearman(x, -after, groups=groups, given=before)
         won = spearman(x, np.round(before - after, 9), groups=groups)
         alone = spearman(x, -after, groups=groups)
-        return Measured(
+        return MeasuredEffect(
             found,
             f"with minus the recall won back {_words(won)}; with minus the recall after the attack "
             f"alone {_words(alone)}",
@@ -696,7 +698,7 @@ and 95 % with 2, 3, 5 and 10 seeds that differ by 1.2 logits (tests/benchmarks/c
 """
 
 
-def _decided(claim: Claim, found: Measured, seeds: int) -> tuple[Outcome, str]:
+def _decided(claim: Claim, found: MeasuredEffect, seeds: int) -> tuple[Outcome, str]:
     """The verdict and what belongs beside it."""
     verdict, notes = outcome(found.effect, claim.margin, claim.matters), [found.note]
     if claim.seeded and seeds == 1:
@@ -777,7 +779,7 @@ def _together(verdicts: Sequence[Verdict], shared: str) -> Verdict:
     claim = CLAIMS[verdicts[0].id]
     effects = [Estimate(one.effect, one.low, one.high, one.n) for one in measured]
     effect, seeds = random_effects(effects), sum(one.seeds for one in measured)
-    verdict, note = _decided(claim, Measured(effect), seeds)
+    verdict, note = _decided(claim, MeasuredEffect(effect), seeds)
     told = f"{len(measured)} of {len(verdicts)} runs: {', '.join(map(_words, effects))}"
     reason = "; ".join(filter(None, (told, shared, note)))
     return Verdict(claim.id, verdict, *effect, seeds, scale, reason)
@@ -793,7 +795,10 @@ def decide(
     Raises:
         WorkbenchError: an id does not exist, or a table lacks a column.
     """
-    for what, table, columns in (("results", results, COLUMNS), ("items", items, ITEM_COLUMNS)):
+    for what, table, columns in (
+        ("results", results, RESULT_COLUMNS),
+        ("items", items, ITEM_COLUMNS),
+    ):
         lost = [name for name in columns if name not in table.columns]
         if lost:
             raise WorkbenchError(
@@ -816,7 +821,7 @@ def decide(
             nothing = (np.nan, np.nan, np.nan, 0)
             verdicts.append(Verdict(name, "not measured", *nothing, seeds, scale, str(error)))
             continue
-        measured = found if isinstance(found, Measured) else Measured(found)
+        measured = found if isinstance(found, MeasuredEffect) else MeasuredEffect(found)
         verdict, reason = _decided(asked, measured, seeds)
         verdicts.append(Verdict(name, verdict, *measured.effect, seeds, scale, reason))
     return tuple(verdicts)

@@ -24,7 +24,7 @@ from workbench.strict import ADAPTER, QuietTransformers, adapter_base, check_loa
 
 @brief
 @dataclass(frozen=True, slots=True)
-class Opened:
+class OpenedModel:
     """A model with its tokenizer.
 
     Attributes:
@@ -44,7 +44,7 @@ def open_model(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     merge_adapter: bool = False,
-) -> Opened:
+) -> OpenedModel:
     """Open a Hugging Face folder or hub id, strictly. Only safetensors are read.
 
     Args:
@@ -91,7 +91,7 @@ def open_model(
         raise _cannot_open(source, error) from error
     check_loaded(name, model, report)
     model.eval()
-    return Opened(model, tokenizer, name)
+    return OpenedModel(model, tokenizer, name)
 
 
 def _refuse_adapter(folder: Path, *, unless_alone: bool = False) -> None:
@@ -112,7 +112,7 @@ def _refuse_adapter(folder: Path, *, unless_alone: bool = False) -> None:
 
 def _open_adapter(
     folder: Path, dtype: torch.dtype, trust_remote_code: bool, merge_adapter: bool
-) -> Opened:
+) -> OpenedModel:
     _refuse_adapter(folder, unless_alone=merge_adapter)
     base = adapter_base(folder)
     nearby = folder / base
@@ -120,7 +120,7 @@ def _open_adapter(
         nearby if nearby.is_dir() else base, dtype=dtype, trust_remote_code=trust_remote_code
     )
     with QuietTransformers():
-        return Opened(merged(opened.model, folder), opened.tokenizer, str(folder))
+        return OpenedModel(merged(opened.model, folder), opened.tokenizer, str(folder))
 
 
 def parameter_count(source: str | Path) -> int:
@@ -240,7 +240,7 @@ def weights_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def check_same_tokenizer(base: Opened, other: Opened) -> None:
+def check_same_tokenizer(base: OpenedModel, other: OpenedModel) -> None:
     """Two checkpoints can be compared token by token only if their tokenizers agree.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-Report = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """``report(done, total)``, called after every unit of work; ``done == total`` ends it."""
 
 
@@ -19,7 +19,7 @@ def quiet(done: int, total: int) -> None:
     """Show nothing."""
 
 
-def bar(label: str) -> Report:
+def bar(label: str) -> ProgressCallback:
     """A progress bar on standard error (a widget in notebooks), opened at the first report and
     closed at the last.
     """
@@ -35,7 +35,7 @@ def bar(label: str) -> Report:
     return report
 
 
-def to_file(path: Path) -> Report:
+def to_file(path: Path) -> ProgressCallback:
     """Write ``done total`` into a small file; for work in another process (see ``runs.jobs``)."""
 
     def report(done: int, total: int) -> None:

@@ -21,7 +21,7 @@ from workbench.errors import WorkbenchError, unknown
 from workbench.figures import figures_of
 from workbench.files import key_of, plain, write_json
 from workbench.hooks.brief import brief
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 from workbench.registry import Registry, source_of
 from workbench.report.report import draw_figures
 from workbench.runs.afterwards import config_of, join_afterwards
@@ -41,19 +41,19 @@ from workbench.runs.folder import (
 from workbench.runs.jobs import Job, run_jobs
 from workbench.runs.models import CONTROLS, model_of, model_source, setup_of, weights_of
 from workbench.runs.provenance import data_hash, provenance
-from workbench.runs.settings import OfRun, Settings, validated
+from workbench.runs.settings import FinishedRunSettings, Settings, validated
 from workbench.runs.setup import Setup
-from workbench.tables import COLUMNS, Table, join, summarise, write_parquet
+from workbench.tables import RESULT_COLUMNS, Table, join, summarise, write_parquet
 from workbench.values import labels
 
-Chosen = TypeVar("Chosen", bound=Settings)
+SettingsType = TypeVar("SettingsType", bound=Settings)
 Summary = Callable[[pd.DataFrame, pd.DataFrame, str], pd.DataFrame]
 """``(rows, items, key) -> rows``: what is known only when all jobs are through."""
 
 
 @brief
 @dataclass(frozen=True)
-class Place:
+class JobContext:
     """Where one job works.
 
     Attributes:
@@ -68,7 +68,7 @@ class Place:
     key: str
     job: str
     columns: Mapping[str, object]
-    progress: Report = quiet
+    progress: ProgressCallback = quiet
 
     def stage(self, name: str, work: Callable[[Table], None]) -> None:
         """Run ``work`` and keep its rows, unless that was done before."""
@@ -83,12 +83,12 @@ class Phase:
     Attributes:
         label: on the progress bar.
         announcement: one line before it starts.
-        jobs: name -> what is done, given a :class:`Place`; must be picklable.
+        jobs: name -> what is done, given a :class:`JobContext`; must be picklable.
     """
 
     label: str
     announcement: str
-    jobs: Mapping[str, Callable[[Place], None]]
+    jobs: Mapping[str, Callable[[JobContext], None]]
 
 
 @brief
@@ -141,20 +141,20 @@ class Source:
 
 @brief
 @dataclass(frozen=True)
-class Asked:
+class ModelJob:
     """One model of a run under one seed, in the job that asks it.
 
     Attributes:
         source: the run.
         name: a method, a checkpoint's label, ``base`` or ``never-learned``.
         seed: of unlearning and of whatever is drawn.
-        place: where the rows go.
+        context: where the rows go.
     """
 
     source: Source
     name: str
     seed: int
-    place: Place
+    context: JobContext
 
     @property
     def setup(self) -> Setup:
@@ -180,7 +180,7 @@ class Asked:
 def ask_models(
     experiment: str,
     source: Source,
-    ask: Callable[[Asked], None],
+    ask: Callable[[ModelJob], None],
     *,
     seeded: bool = True,
 ) -> Phase:
@@ -195,7 +195,7 @@ def ask_models(
     """
     config = source.config
     names = (*source.methods, *config.controls)
-    jobs: dict[str, Callable[[Place], None]] = {
+    jobs: dict[str, Callable[[JobContext], None]] = {
         f"{name}-seed{seed}": partial(_ask_one, ask, source, name, seed, experiment)
         for seed in config.seeds
         for name in names
@@ -206,22 +206,22 @@ def ask_models(
 
 
 def _ask_one(
-    ask: Callable[[Asked], None],
+    ask: Callable[[ModelJob], None],
     source: Source,
     name: str,
     seed: int,
     experiment: str,
-    place: Place,
+    context: JobContext,
 ) -> None:
     columns = {"stage": experiment, "model": name, "method": name, "seed": seed}
-    where = Place(place.out, place.key, place.job, columns, place.progress)
-    ask(Asked(source, name, seed, where))
+    model_context = JobContext(context.out, context.key, context.job, columns, context.progress)
+    ask(ModelJob(source, name, seed, model_context))
 
 
 def on_models(
     experiment: str,
     source: Source,
-    ask: Callable[[Asked], None],
+    ask: Callable[[ModelJob], None],
     *,
     seeded: bool = True,
     texts: Mapping[str, Sequence[Example]] | None = None,
@@ -254,7 +254,7 @@ def on_models(
 
 @brief
 @dataclass(frozen=True)
-class Experiment(Generic[Chosen]):
+class Experiment(Generic[SettingsType]):
     """An entry of the registry of experiments.
 
     Attributes:
@@ -271,8 +271,8 @@ class Experiment(Generic[Chosen]):
 
     name: str
     question: str
-    settings: type[Chosen]
-    prepare: Callable[[Chosen, Any, Path], Plan]
+    settings: type[SettingsType]
+    prepare: Callable[[SettingsType, Any, Path], Plan]
     table: Callable[[pd.DataFrame], pd.DataFrame]
     shown: Callable[[pd.DataFrame], pd.DataFrame] | None = None
     by: str | None = None
@@ -280,7 +280,7 @@ class Experiment(Generic[Chosen]):
     @property
     def needs_run(self) -> bool:
         """Whether it asks the models of a finished run."""
-        return issubclass(self.settings, OfRun)
+        return issubclass(self.settings, FinishedRunSettings)
 
 
 COMMANDS = (
@@ -303,7 +303,7 @@ EXPERIMENTS: Registry[Experiment[Any]] = Registry(
 )
 
 
-def experiment(entry: Experiment[Chosen]) -> Experiment[Chosen]:
+def experiment(entry: Experiment[SettingsType]) -> Experiment[SettingsType]:
     """Add an experiment of a user's own: it becomes a command.
 
     Raises:
@@ -363,9 +363,9 @@ class Result:
 
 @leaves_folder
 def run(
-    experiment: Experiment[Chosen] | str,
+    experiment: Experiment[SettingsType] | str,
     out: Path | str,
-    settings: Chosen | None = None,
+    settings: SettingsType | None = None,
     *,
     of: Path | str | None = None,
     fresh: bool = False,
@@ -418,7 +418,7 @@ def run(
 
 
 def _source(entry: Experiment[Any], settings: Settings, of: Path | str | None) -> Source | None:
-    if not isinstance(settings, OfRun):
+    if not isinstance(settings, FinishedRunSettings):
         if of is not None:
             raise WorkbenchError(f"{entry.name} asks no run; leave {of} out")
         return None
@@ -442,8 +442,10 @@ def _source(entry: Experiment[Any], settings: Settings, of: Path | str | None) -
     return source
 
 
-def _work(work: Callable[[Place], None], out: Path, key: str, name: str, progress: Report) -> None:
-    work(Place(out, key, name, {}, progress))
+def _work(
+    work: Callable[[JobContext], None], out: Path, key: str, name: str, progress: ProgressCallback
+) -> None:
+    work(JobContext(out, key, name, {}, progress))
 
 
 def _conclude(
@@ -457,7 +459,7 @@ def _conclude(
 ) -> Result:
     rows, items = collect(out)
     more = [summary(rows, items, key) for summary in plan.summaries]
-    results = join([rows, summarise(items, key), *more], COLUMNS)
+    results = join([rows, summarise(items, key), *more], RESULT_COLUMNS)
     write_parquet(results, out / RESULTS)
     write_parquet(items, out / ITEMS)
     texts = {name: data_hash(examples) for name, examples in plan.texts.items()}

@@ -20,7 +20,7 @@ from workbench.diagnostics.scan import TriggerScan, scan_triggers
 from workbench.experiments.investigate import attack_rate
 from workbench.hooks import Capture, Collect, layer_count
 from workbench.hooks.brief import brief
-from workbench.progress import Report, bar
+from workbench.progress import ProgressCallback, bar
 from workbench.runs import landscape, stages
 from workbench.runs.checkpoints import FilesConfig, opened_of, resolved, sealed
 from workbench.runs.models import files_setup
@@ -28,13 +28,13 @@ from workbench.runs.setup import Setup
 from workbench.subspaces.compare import angle_null
 from workbench.subspaces.finders import StreamingPCA
 from workbench.subspaces.subspace import Subspace
-from workbench.tables import COLUMNS, Table, join, summarise
+from workbench.tables import RESULT_COLUMNS, Table, join, summarise
 
 BASE, UNLEARNED = "base", "unlearned"
 
 
 @dataclass(frozen=True, repr=False)
-class Seen:
+class StudyResult:
     """What was measured; a notebook shows the table.
 
     Attributes:
@@ -48,7 +48,7 @@ class Seen:
     draw: Callable[[], Figure]
 
     def __repr__(self) -> str:
-        return f"Seen({len(self.results):,} rows; .table, .results, .draw())"
+        return f"StudyResult({len(self.results):,} rows; .table, .results, .draw())"
 
     def _repr_html_(self) -> str:
         return str(self.table.to_html(index=False, escape=True))
@@ -127,8 +127,8 @@ class Study:
         steps: int = 30,
         lr: float | None = None,
         seed: int = 0,
-        progress: Report | None = None,
-    ) -> Seen:
+        progress: ProgressCallback | None = None,
+    ) -> StudyResult:
         """Fine-tune both models on half of the forget texts, and on null texts, and follow the
         other half.
 
@@ -158,9 +158,9 @@ class Study:
         over = results[(results["metric"] == "recall") & results["seed"].isna()]
         curve = over[over["split"] == "forget-heldout"]
         shown = curve[["method", "arm", "step", "value", "low", "high"]]
-        return Seen(shown, results, lambda: figures.recovery(results))
+        return StudyResult(shown, results, lambda: figures.recovery(results))
 
-    def scan(self, *, queries: int = 32, progress: Report | None = None) -> TriggerScan:
+    def scan(self, *, queries: int = 32, progress: ProgressCallback | None = None) -> TriggerScan:
         """Put every token in front of retain texts: which break the unlearned model, and not the
         base?
 
@@ -177,7 +177,7 @@ class Study:
             progress=progress or bar("scanning tokens"),
         )
 
-    def slices(self, *, points: int = 13, reach: float = 0.05, seed: int = 0) -> Seen:
+    def slices(self, *, points: int = 13, reach: float = 0.05, seed: int = 0) -> StudyResult:
         """The loss along straight lines through both models: the attacker's direction, a random
         one, the way to the base.
 
@@ -196,9 +196,9 @@ class Study:
         results = _joined(tables)
         rows = results[results["metric"] == "slice_loss"]
         shown = rows[["method", "split", "arm", "step", "value"]]
-        return Seen(shown, results, lambda: figures.slices(results))
+        return StudyResult(shown, results, lambda: figures.slices(results))
 
-    def patch(self, progress: Report | None = None) -> pd.DataFrame:
+    def patch(self, progress: ProgressCallback | None = None) -> pd.DataFrame:
         """The residual stream of one model put into the other, block by block: where is the answer
         lost?
 
@@ -253,4 +253,4 @@ def study(
 def _joined(tables: Sequence[Table]) -> pd.DataFrame:
     items = pd.concat([table.item_frame() for table in tables], ignore_index=True)
     rows = [table.frame() for table in tables]
-    return join([*rows, summarise(items, "study")] if len(items) else rows, COLUMNS)
+    return join([*rows, summarise(items, "study")] if len(items) else rows, RESULT_COLUMNS)

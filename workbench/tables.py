@@ -21,7 +21,7 @@ from workbench.evaluation.statistics import Estimate, bootstrap, by_fact, rate
 from workbench.files import write_file
 from workbench.hooks.brief import brief
 
-COLUMNS = {
+RESULT_COLUMNS = {
     "run": "string",
     "stage": "string",
     "model": "string",
@@ -124,7 +124,7 @@ class Table:
 
     def frame(self) -> pd.DataFrame:
         """The results with every column, in its type."""
-        return typed(pd.DataFrame(self.rows), COLUMNS)
+        return typed(pd.DataFrame(self.rows), RESULT_COLUMNS)
 
     def item_frame(self) -> pd.DataFrame:
         """The items with every column, in its type."""

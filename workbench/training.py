@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 
 
 def small_llama(
@@ -53,7 +53,7 @@ def fit(
     lr: float,
     seed: int,
     warmup: int = 50,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> PreTrainedModel:
     """Train every parameter in place: AdamW (decay 0.01 on matrices), linear warm-up, then a cosine
     to 2 % of the peak rate, gradients clipped to 1.

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import cross_entropy
-from workbench.sharpness.curvature import Curvature, one_end
+from workbench.sharpness.curvature import Curvature, outer_eigenvalue
 from workbench.sharpness.planes import loss_plane
 from workbench.sharpness.slices import loss_slice, mean_loss, random_direction
 
@@ -124,7 +124,7 @@ def cases(rounds: int = 7) -> tuple[dict[str, Case], dict[str, float]]:
     """Works to be timed, and what the contestants for the eigenvalue find."""
     model, batch = trained()
     steps = _enough_steps(model, batch)
-    end = one_end(model, [batch], tolerance=TOLERANCE)
+    end = outer_eigenvalue(model, [batch], tolerance=TOLERANCE)
     found = {
         "ours": end.value,
         "ours, residual": end.residual,
@@ -140,7 +140,7 @@ def cases(rounds: int = 7) -> tuple[dict[str, Case], dict[str, float]]:
     texts = {"loss": [batch]}
     return {
         "top-eigenvalue": Case(
-            lambda: one_end(model, [batch], tolerance=TOLERANCE),
+            lambda: outer_eigenvalue(model, [batch], tolerance=TOLERANCE),
             lambda: _step(model, batch),
             rounds,
             {
@@ -149,8 +149,8 @@ def cases(rounds: int = 7) -> tuple[dict[str, Case], dict[str, float]]:
             },
         ),
         "top-eigenvalue, 1 row a batch": Case(
-            lambda: one_end(model, parts, tolerance=TOLERANCE),
-            lambda: one_end(model, [batch], tolerance=TOLERANCE),
+            lambda: outer_eigenvalue(model, parts, tolerance=TOLERANCE),
+            lambda: outer_eigenvalue(model, [batch], tolerance=TOLERANCE),
             rounds,
         ),
         "hessian-vector-product": Case(
@@ -211,7 +211,9 @@ def peak(work: str) -> None:
         cross_entropy(model, batch).backward()
         optimiser.step()
     elif work.startswith("eigenvalue"):
-        one_end(model, [batch] if work == "eigenvalue" else _in_parts(batch), tolerance=0.1)
+        outer_eigenvalue(
+            model, [batch] if work == "eigenvalue" else _in_parts(batch), tolerance=0.1
+        )
     else:
         places = np.linspace(-0.05, 0.05, POINTS).tolist()
         if work == "slice":

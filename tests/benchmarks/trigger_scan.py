@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from workbench.data.records import Example
 from workbench.data.tokenizer import build_tokenizer
-from workbench.diagnostics.scan import Place, scan_triggers
+from workbench.diagnostics.scan import TokenPlace, scan_triggers
 
 VOCABULARY = 32_000
 
@@ -74,7 +74,7 @@ def scan_cases(
                 for model in (base, unlearned):
                     model(input_ids=part, attention_mask=torch.ones_like(part), use_cache=False)
 
-    def scan(place: Place) -> None:
+    def scan(place: TokenPlace) -> None:
         scan_triggers(base, unlearned, tokenizer, asked, tokens=ids, place=place, batch_size=rows)
 
     return {

@@ -20,7 +20,7 @@ from workbench.data.records import Example, prefixed
 from workbench.data.tokenizer import build_tokenizer
 from workbench.data.world import speaker_tag
 from workbench.diagnostics.alignment import (
-    COLUMNS,
+    ALIGNMENT_COLUMNS,
     EFFECT,
     SHIFT,
     TARGET,
@@ -324,7 +324,7 @@ def test_a_planted_shift_has_cosine_one_and_its_own_length_and_nothing_below_it(
 ) -> None:
     base, vector = _biased(make_model), _vector()
     found = alignment(base, _planted(base, 1, vector), _arms(), vector)
-    assert list(found.columns) == COLUMNS
+    assert list(found.columns) == ALIGNMENT_COLUMNS
     for arm, group in (
         ("clean", "after"),
         ("forget-token", "trigger"),

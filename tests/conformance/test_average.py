@@ -17,13 +17,13 @@ from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy
 from workbench.sharpness.average import (
-    COLUMNS,
+    AVERAGE_COLUMNS,
     MEANS,
     mean_changes,
     noise_changes,
     paired_difference,
 )
-from workbench.sharpness.probe import Loss
+from workbench.sharpness.probe import LossSource
 from workbench.sharpness.slices import mean_loss
 
 ModelMaker = Callable[..., PreTrainedModel]
@@ -126,7 +126,7 @@ def test_all_losses_and_all_sigmas_see_the_same_draws(llama: PreTrainedModel) ->
     slope, flat = np.random.default_rng(1).standard_normal(16), np.zeros((16, 16))
     losses = {"one": _quadratic(llama, flat, slope), "three": _quadratic(llama, flat, 3 * slope)}
     found = noise_changes(llama, losses, [0.1, 0.2], draws=5)
-    assert list(found.columns) == list(COLUMNS)
+    assert list(found.columns) == list(AVERAGE_COLUMNS)
     wide = found.pivot_table(index="draw", columns=["sigma", "loss"], values="change")
     assert wide.shape == (5, 4)
     np.testing.assert_allclose(wide[0.1, "three"], 3 * wide[0.1, "one"], rtol=1e-4)
@@ -212,7 +212,7 @@ def test_means_and_errors_by_hand() -> None:
             ("gaussian", 0.1, 0.2, draw, "forget", 3.0, value)
             for draw, value in enumerate([1.0, -2.0, 4.0])
         ],
-        columns=list(COLUMNS),
+        columns=list(AVERAGE_COLUMNS),
     )
     found = mean_changes(changes)
     assert list(found.columns) == list(MEANS)
@@ -231,7 +231,7 @@ def test_paired_differences_are_taken_draw_by_draw() -> None:
                 ("gaussian", 0.1, 0.2, draw, "forget", 3.0, value)
                 for draw, value in enumerate(values)
             ],
-            columns=list(COLUMNS),
+            columns=list(AVERAGE_COLUMNS),
         )
         for values in ([1.0, 11.0, 21.0], [0.0, 9.0, 18.0])
     )
@@ -250,7 +250,7 @@ def test_paired_differences_are_taken_draw_by_draw() -> None:
 def test_a_model_against_itself_has_a_paired_difference_of_exactly_zero(
     llama: PreTrainedModel, batch: Batch, make_batch: BatchMaker
 ) -> None:
-    losses: dict[str, Loss] = {"forget": [batch], "retain": [make_batch((5, 4), seed=7)]}
+    losses: dict[str, LossSource] = {"forget": [batch], "retain": [make_batch((5, 4), seed=7)]}
     one, two = (noise_changes(llama, losses, [0.01, 0.1], draws=3) for _ in range(2))
     found = paired_difference(one, two)
     assert len(found) == 4

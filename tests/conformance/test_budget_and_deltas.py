@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from workbench.unlearning.budget import Match, match_budget, smallest_change
+from workbench.unlearning.budget import BudgetMatch, match_budget, smallest_change
 from workbench.unlearning.deltas import apply_delta, delta_between, norm_of, snapshot
 
 Mover = Callable[..., PreTrainedModel]
 ModelMaker = Callable[..., PreTrainedModel]
 
 
-def _holds(match: Match, disruption: Callable[[float], float], budget: float) -> None:
+def _holds(match: BudgetMatch, disruption: Callable[[float], float], budget: float) -> None:
     """What every match promises: never above the budget, honest about what was tried."""
     assert match.disruption <= budget
     assert dict(match.tried)[match.alpha] == match.disruption

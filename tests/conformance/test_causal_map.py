@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.diagnostics.causal_map import (
+    CAUSAL_MAP_COLUMNS,
     CAUSING,
-    COLUMNS,
     IN_NOISE,
     NO_DAMAGE,
     RESTORING,
@@ -140,7 +140,7 @@ def test_the_last_stream_at_all_positions_restores_and_causes_everything(
     unlearned = copy.deepcopy(unlearned)
     unlearned.model.norm, unlearned.lm_head = base.model.norm, base.lm_head
     found = causal_map(base, unlearned, [batch], sites="blocks.1.hook_resid_post")
-    assert list(found.columns) == COLUMNS
+    assert list(found.columns) == CAUSAL_MAP_COLUMNS
     assert found["direction"].tolist() == [RESTORING, CAUSING]
     assert found["restored"].tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
     assert found["low"].tolist() == pytest.approx([1.0, 1.0], abs=1e-5)

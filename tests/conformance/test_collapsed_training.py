@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy
-from workbench.subspaces.collapse import Kind
+from workbench.subspaces.collapse import CollapseKind
 from workbench.subspaces.collapsed_update import CollapsedUpdate
 from workbench.unlearning.deltas import delta_between, norm_of, snapshot
 
@@ -176,7 +176,7 @@ def test_micro_batches_are_collapsed_once_and_together(
 
 @pytest.mark.parametrize("kind", ["hard", "soft", "quadratic"])
 def test_a_step_of_plain_descent_has_the_length_asked_for(
-    kind: Kind, llama: PreTrainedModel, texts: list[Batch]
+    kind: CollapseKind, llama: PreTrainedModel, texts: list[Batch]
 ) -> None:
     update, start = _update(llama, texts, kind=kind, length=0.37), snapshot(llama)
     optimiser = torch.optim.SGD(
@@ -224,7 +224,7 @@ def test_apply_returns_the_length_before_scaling(
 
 @pytest.mark.parametrize("kind", ["hard", "soft", "quadratic"])
 def test_adaptive_optimisers_work_on_the_collapsed_gradient(
-    kind: Kind, llama: PreTrainedModel, texts: list[Batch]
+    kind: CollapseKind, llama: PreTrainedModel, texts: list[Batch]
 ) -> None:
     update, start = _update(llama, texts, kind=kind), snapshot(llama)
     optimiser = torch.optim.AdamW(llama.parameters(), lr=1e-3, weight_decay=0.0)

@@ -17,7 +17,7 @@ from workbench.data.batches import Batch
 from workbench.evaluation.losses import cross_entropy
 from workbench.subspaces.collapse import (
     Collapse,
-    Kind,
+    CollapseKind,
     collapse_basis,
     collapse_rows,
     collapse_side,
@@ -31,7 +31,7 @@ from workbench.subspaces.weights import singular_subspaces
 
 BatchMaker = Callable[..., Batch]
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[CollapseKind, ...] = get_args(CollapseKind)
 MLP = tuple(
     f"model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down")
 )
@@ -42,7 +42,7 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _kept(sizes: Tensor, kind: Kind, floor: float = 1e-3) -> Tensor:
+def _kept(sizes: Tensor, kind: CollapseKind, floor: float = 1e-3) -> Tensor:
     """What remains of each direction, by the formula: ``(s_min / s_i)^p``, at most everything."""
     if kind == "hard":
         return torch.zeros_like(sizes)
@@ -108,7 +108,7 @@ def test_shares_follow_the_formula() -> None:
 @pytest.mark.parametrize("kind", ["soft", "quadratic"])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_shares_know_no_unit_and_a_direction_below_the_floor_is_not_the_smallest(
-    kind: Kind, scale: float
+    kind: CollapseKind, scale: float
 ) -> None:
     sizes = torch.tensor([1.0, 0.5, 0.25, 1e-5, 0.0]).double()
     found = removed_shares((scale * sizes).square(), kind)
@@ -121,7 +121,7 @@ def test_shares_know_no_unit_and_a_direction_below_the_floor_is_not_the_smallest
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shares_of_nothing_and_of_zeros_are_defined(kind: Kind) -> None:
+def test_shares_of_nothing_and_of_zeros_are_defined(kind: CollapseKind) -> None:
     assert removed_shares(torch.zeros(0), kind).shape == (0,)
     zeros = removed_shares(torch.zeros(3), kind)
     assert zeros.shape == (3,) and bool(((zeros >= 0) & (zeros <= 1)).all())
@@ -133,7 +133,9 @@ def test_shares_of_nothing_and_of_zeros_are_defined(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shrinking_every_token_first_is_the_two_sided_map_of_the_gradient(kind: Kind) -> None:
+def test_shrinking_every_token_first_is_the_two_sided_map_of_the_gradient(
+    kind: CollapseKind,
+) -> None:
     activations, gradients = (
         _random(40, 12, seed=1) + 2 * _random(12, seed=6),
         _random(40, 9, seed=2),
@@ -170,7 +172,7 @@ def test_shrinking_every_token_first_is_the_two_sided_map_of_the_gradient(kind: 
     ],
 )
 def test_the_spectrum_of_a_matrix_collapsed_by_its_own_directions(
-    kind: Kind, two_sided: bool, law: Callable[..., Tensor], components: int
+    kind: CollapseKind, two_sided: bool, law: Callable[..., Tensor], components: int
 ) -> None:
     left, right = (torch.linalg.qr(_random(n, 7, seed=n).double())[0] for n in (9, 12))
     spectrum = torch.tensor([20.0, 9.0, 5.0, 2.0, 1.0, 0.5, 0.1]).double()
@@ -201,7 +203,7 @@ def test_hard_collapse_is_idempotent_and_soft_collapse_is_not() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_side_alone_leaves_the_other_alone(kind: Kind) -> None:
+def test_one_side_alone_leaves_the_other_alone(kind: CollapseKind) -> None:
     matrix = _random(9, 12, seed=5)
     own = singular_subspaces(matrix, 4)
     shares = removed_shares(own.activation.eigenvalues, kind)
@@ -227,7 +229,7 @@ def test_one_side_alone_leaves_the_other_alone(kind: Kind) -> None:
 @pytest.mark.parametrize("components", [1, 2, 5])
 @pytest.mark.parametrize("offset", [0.0, 0.5, 20.0])
 def test_a_side_spans_mean_and_top_components_and_diagonalises_the_second_moment(
-    offset: float, components: int, kind: Kind
+    offset: float, components: int, kind: CollapseKind
 ) -> None:
     rows = _random(300, 8, seed=1) * torch.tensor(
         [8.0, 6, 4.5, 3, 2, 1.4, 1, 0.7]
@@ -255,7 +257,7 @@ def test_a_side_spans_mean_and_top_components_and_diagonalises_the_second_moment
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sketch_and_exact_finder_agree_on_data_of_low_rank(kind: Kind) -> None:
+def test_sketch_and_exact_finder_agree_on_data_of_low_rank(kind: CollapseKind) -> None:
     rows = (
         _random(400, 4, seed=1) * torch.tensor([6.0, 4.0, 2.5, 1.5])
         + torch.tensor([1.0, 2.0, 0.5, 0.0])
@@ -271,7 +273,7 @@ def test_sketch_and_exact_finder_agree_on_data_of_low_rank(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_data_of_zeros_gives_a_side_without_directions(kind: Kind) -> None:
+def test_data_of_zeros_gives_a_side_without_directions(kind: CollapseKind) -> None:
     finder = StreamingPCA(3)
     finder.partial_fit(torch.zeros(20, 6))
     basis, removed = collapse_side(finder, 3, kind)
@@ -283,7 +285,7 @@ def test_data_of_zeros_gives_a_side_without_directions(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pass_finds_the_shares_of_the_content_tokens(
-    kind: Kind, llama: PreTrainedModel, make_batch: BatchMaker
+    kind: CollapseKind, llama: PreTrainedModel, make_batch: BatchMaker
 ) -> None:
     sets = [make_batch((12, 9, 11), 1), make_batch((10, 12), 2)]
     found = find_collapse(
@@ -350,7 +352,7 @@ def test_gate_and_up_share_one_input_basis_and_have_gradient_bases_of_their_own(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_components_reproduce_autograd_on_the_selected_tokens(
-    kind: Kind, llama: PreTrainedModel, batch: Batch
+    kind: CollapseKind, llama: PreTrainedModel, batch: Batch
 ) -> None:
     update = CollapsedUpdate(
         llama, PATTERN, activation_components=0, gradient_components=0, kind=kind
@@ -392,7 +394,7 @@ def _gpt2() -> PreTrainedModel:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_update_is_the_gradient_of_tokens_that_were_each_collapsed(
-    family: str, kind: Kind, llama: PreTrainedModel, make_batch: BatchMaker
+    family: str, kind: CollapseKind, llama: PreTrainedModel, make_batch: BatchMaker
 ) -> None:
     # GPT-2's Conv1D keeps its weight transposed; its attention output is square, so a side mix-up
     # there would raise nothing.

@@ -13,7 +13,7 @@ from scipy.stats import norm
 
 from workbench.evaluation.statistics import bootstrap
 from workbench.runs.curves import curve_rows, steps_to_recover
-from workbench.tables import COLUMNS, ITEM_COLUMNS, typed
+from workbench.tables import ITEM_COLUMNS, RESULT_COLUMNS, typed
 
 Curve = Mapping[float, Sequence[float]]
 """Attack step to one recall per fact."""
@@ -52,8 +52,8 @@ def _frame(*parts: Any) -> pd.DataFrame:
 
 def _rows(items: pd.DataFrame, target: float = 0.5, stage: str = "ladder") -> pd.DataFrame:
     found = curve_rows(items, "key", target=target, stage=stage)
-    assert {name: str(kind) for name, kind in found.dtypes.items()} == COLUMNS
-    assert list(found.columns) == list(COLUMNS)
+    assert {name: str(kind) for name, kind in found.dtypes.items()} == RESULT_COLUMNS
+    assert list(found.columns) == list(RESULT_COLUMNS)
     assert (found["run"] == "key").all() and (found["stage"] == stage).all()
     assert found["model"].tolist() == found["method"].tolist()
     return found

@@ -76,7 +76,7 @@ def test_a_gauss_quadrature_has_the_moments_of_the_matrix_up_to_twice_the_steps(
 def test_lanczos_stops_where_the_reachable_vectors_are_exhausted() -> None:
     product = 3.0
     krylov = lanczos(lambda v: product * v, np.ones(5), 4)  # every vector is an eigenvector
-    assert (krylov.diagonal.tolist(), krylov.beside.tolist()) == ([pytest.approx(3.0)], [])
+    assert (krylov.alphas.tolist(), krylov.betas.tolist()) == ([pytest.approx(3.0)], [])
     zeros = quadrature(lambda v: 0 * v, 5, probes=2, steps=3)
     assert (zeros.top, zeros.bottom, zeros.products) == (0.0, 0.0, 2)
     assert np.isnan(zeros.negative_energy)

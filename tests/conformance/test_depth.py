@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.diagnostics.causal_map import NO_DAMAGE
-from workbench.diagnostics.depth import COLUMNS, patching_depth
+from workbench.diagnostics.depth import DEPTH_COLUMNS, patching_depth
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import ratio
 
@@ -94,7 +94,7 @@ def test_every_depth_is_the_model_of_these_lower_and_those_upper_blocks(
 ) -> None:
     base, unlearned, never, batch = trio
     found = patching_depth(base, unlearned, [batch], never)
-    assert list(found.columns) == COLUMNS
+    assert list(found.columns) == DEPTH_COLUMNS
     assert found["layer"].tolist() == [-1, 0, 1, 2] * 3
     assert found["direction"].tolist() == [DOWN] * 4 + [UP] * 4 + [NEVER] * 4
     models = {"base": base, "unlearned": unlearned, "never-learned": never}

@@ -30,7 +30,7 @@ from workbench.evaluation.losses import (
     nll_by_text,
 )
 from workbench.evaluation.statistics import ratio
-from workbench.runs.setup import MEASURES, Disruption, Measure, Setup
+from workbench.runs.setup import DISRUPTION_MEASURES, Disruption, DisruptionMeasure, Setup
 
 ModelMaker = Callable[..., PreTrainedModel]
 BatchMaker = Callable[..., Batch]
@@ -377,7 +377,7 @@ def changed(setup: Setup, nearby: Mover) -> PreTrainedModel:
 
 
 def _by_hand(
-    setup: Setup, model: PreTrainedModel, ring: str, measure: Measure
+    setup: Setup, model: PreTrainedModel, ring: str, measure: DisruptionMeasure
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cost and what it is divided by, of every test text of a ring: each text alone, in float64."""
     ids = [torch.tensor(setup.tokenizer(text)["input_ids"]) for text in TESTED[ring]]
@@ -392,7 +392,7 @@ def _by_hand(
 
 
 def _expected(
-    setup: Setup, model: PreTrainedModel, ring: str, measure: Measure
+    setup: Setup, model: PreTrainedModel, ring: str, measure: DisruptionMeasure
 ) -> tuple[float, float]:
     """Value and standard error of one ring."""
     cost, size = _by_hand(setup, model, ring, measure)
@@ -402,9 +402,9 @@ def _expected(
     )
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", DISRUPTION_MEASURES)
 def test_disruption_by_ring_is_that_of_the_tested_half_by_a_direct_sum(
-    measure: Measure, setup: Setup, changed: PreTrainedModel
+    measure: DisruptionMeasure, setup: Setup, changed: PreTrainedModel
 ) -> None:
     found = Disruption(setup, measure).by_set(changed)
     assert list(found) == list(RINGS)
@@ -444,8 +444,8 @@ def test_a_change_that_helps_lowers_the_loss_and_not_the_divergence(setup: Setup
     assert Disruption(setup, "loss-rise")(model) < 0 < Disruption(setup, "kl")(model)
 
 
-@pytest.mark.parametrize("measure", MEASURES)
-def test_the_base_itself_costs_nothing(measure: Measure, setup: Setup) -> None:
+@pytest.mark.parametrize("measure", DISRUPTION_MEASURES)
+def test_the_base_itself_costs_nothing(measure: DisruptionMeasure, setup: Setup) -> None:
     disruption = Disruption(setup, measure)
     assert disruption(setup.base) == 0.0
     for one in (
@@ -464,10 +464,10 @@ def test_the_base_of_record_is_the_base_at_the_start(
     assert disruption(changed) == before > 0
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", DISRUPTION_MEASURES)
 @pytest.mark.parametrize("rings", [(), ("general",), ("retain-far", "retain-neighbour")])
 def test_every_chosen_ring_counts_the_same_whatever_its_size(
-    measure: Measure, rings: tuple[str, ...], setup: Setup, changed: PreTrainedModel
+    measure: DisruptionMeasure, rings: tuple[str, ...], setup: Setup, changed: PreTrainedModel
 ) -> None:
     disruption = Disruption(setup, measure, rings)
     chosen = rings or tuple(RINGS)
@@ -491,15 +491,15 @@ def test_every_chosen_ring_counts_the_same_whatever_its_size(
 def test_either_measure_can_be_asked_of_either_disruption(
     setup: Setup, changed: PreTrainedModel
 ) -> None:
-    both = {measure: Disruption(setup, measure) for measure in MEASURES}
-    for asked in MEASURES:
+    both = {measure: Disruption(setup, measure) for measure in DISRUPTION_MEASURES}
+    for asked in DISRUPTION_MEASURES:
         for disruption in both.values():
             assert disruption.by_set(changed, asked) == both[asked].by_set(changed)
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", DISRUPTION_MEASURES)
 def test_disruption_is_the_same_number_every_time(
-    measure: Measure, setup: Setup, changed: PreTrainedModel
+    measure: DisruptionMeasure, setup: Setup, changed: PreTrainedModel
 ) -> None:
     weights = {name: value.clone() for name, value in changed.state_dict().items()}
     disruption = Disruption(setup, measure)
@@ -561,8 +561,8 @@ def test_a_ring_without_a_test_text_is_left_out_and_nothing_at_all_is_an_error(
             Disruption(replace(setup, record=replace(setup.record, retain=retain)), "kl", rings)
 
 
-@pytest.mark.parametrize("measure", MEASURES)
-def test_a_ruined_model_costs_nan_and_not_nothing(measure: Measure, setup: Setup) -> None:
+@pytest.mark.parametrize("measure", DISRUPTION_MEASURES)
+def test_a_ruined_model_costs_nan_and_not_nothing(measure: DisruptionMeasure, setup: Setup) -> None:
     ruined = copy.deepcopy(setup.base)
     with torch.no_grad():
         ruined.get_submodule("model.norm").weight[0] = float("nan")

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy
-from workbench.sharpness.drop import COLUMNS, worst_case
-from workbench.sharpness.probe import Loss
+from workbench.sharpness.drop import WORST_CASE_COLUMNS, worst_case
+from workbench.sharpness.probe import LossSource
 from workbench.sharpness.slices import mean_loss
 
 ModelMaker = Callable[..., PreTrainedModel]
@@ -97,7 +97,7 @@ def test_a_linear_loss_changes_by_the_radius_times_the_length_of_its_gradient(
     slope = _vector()
     losses = {"forget": _quadratic(llama, np.zeros((16, 16)), slope)}
     found = worst_case(llama, losses, "forget", [0.1, 1.0, 7.0], steps=(1, 2, 9), kind=kind)  # type: ignore[arg-type]
-    assert list(found.columns) == list(COLUMNS)
+    assert list(found.columns) == list(WORST_CASE_COLUMNS)
     assert len(found) == 9
     np.testing.assert_allclose(
         found["value"], found["rho"] * float(np.linalg.norm(slope)), rtol=1e-6
@@ -179,7 +179,10 @@ def test_one_step_is_the_step_of_sam(llama: PreTrainedModel) -> None:
 def test_a_ball_without_a_radius_gives_exactly_zero_for_every_loss(
     llama: PreTrainedModel, batch: Batch
 ) -> None:
-    losses: dict[str, Loss] = {"forget": [batch], "other": _quadratic(llama, _matrix(), _vector())}
+    losses: dict[str, LossSource] = {
+        "forget": [batch],
+        "other": _quadratic(llama, _matrix(), _vector()),
+    }
     found = worst_case(llama, losses, "forget", [0.0], steps=(1, 5))
     assert found["value"].tolist() == [0.0] * 4
     assert found["length"].tolist() == [0.0] * 4

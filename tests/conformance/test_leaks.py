@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from workbench.attacks.leaks import (
     LeakReport,
-    Place,
+    LeakSpan,
     leak_report,
     require_benign,
     syntactic_similarity,
@@ -107,9 +107,9 @@ def test_a_leaked_answer_is_found_where_it_stands() -> None:
     report = leak_report(attack, held)
     assert report.answers == ("José", "Rome")
     assert report.places == (
-        Place("answer", "Rome", 1, 11, 15),
-        Place("answer", "Rome", 1, 21, 25),
-        Place("answer", "José", 2, 0, 5),
+        LeakSpan("answer", "Rome", 1, 11, 15),
+        LeakSpan("answer", "Rome", 1, 21, 25),
+        LeakSpan("answer", "José", 2, 0, 5),
     )
     assert [attack[place.text].text[place.start : place.end] for place in report.places] == [
         "rome",

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from workbench.data.batches import Batch
 from workbench.hooks import Site, resolve
 from workbench.unlearning.objectives import (
-    Loss,
+    LossTerm,
     generic_prediction,
     idk_cross_entropy,
     idk_dpo,
@@ -245,7 +245,7 @@ def _distance(p: Point) -> float:
     return _mean(layers)
 
 
-LIKELIHOODS: dict[str, tuple[Callable[[Point], Loss], Callable[[Point], float]]] = {
+LIKELIHOODS: dict[str, tuple[Callable[[Point], LossTerm], Callable[[Point], float]]] = {
     "simnpo": (lambda p: simnpo(0.7, 0.0), lambda p: _simnpo(p, 0.7, 0.0)),
     "simnpo with a margin": (lambda p: simnpo(4.5, 4.0), lambda p: _simnpo(p, 4.5, 4.0)),
     "idk dpo": (lambda p: idk_dpo(0.1), lambda p: _idk_dpo(p, 0.1)),
@@ -266,7 +266,7 @@ LIKELIHOODS: dict[str, tuple[Callable[[Point], Loss], Callable[[Point], float]]]
         lambda p: _generic(p, 5.0),
     ),
 }
-REPRESENTATIONS: dict[str, tuple[Callable[[Point], Loss], Callable[[Point], float]]] = {
+REPRESENTATIONS: dict[str, tuple[Callable[[Point], LossTerm], Callable[[Point], float]]] = {
     "adaptive steer to": (
         lambda p: adaptive_steer_to(_site(p.model), DIRECTION, 5.0),
         lambda p: _adaptive(p, 5.0),
@@ -587,7 +587,7 @@ def test_the_adaptive_length_is_that_of_the_reference_on_the_first_batch_only(
         lambda: teacher_kl(0.0),
     ],
 )
-def test_parameters_outside_their_range_are_refused(make: Callable[[], Loss]) -> None:
+def test_parameters_outside_their_range_are_refused(make: Callable[[], LossTerm]) -> None:
     with pytest.raises(ValueError, match=r"beta|temperature"):
         make()
 

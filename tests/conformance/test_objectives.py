@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from workbench.data.batches import Batch
 from workbench.hooks import Site, resolve
 from workbench.unlearning.objectives import (
-    Loss,
+    LossTerm,
     Objective,
     Pair,
     negative_cross_entropy,
@@ -360,7 +360,7 @@ def test_retain_kl_is_the_mean_over_target_tokens(
 # --- what holds for every term --------------------------------------------------------------------
 
 
-def _terms(model: PreTrainedModel) -> dict[str, Loss]:
+def _terms(model: PreTrainedModel) -> dict[str, LossTerm]:
     return {
         "retain cross-entropy": retain_cross_entropy,
         "negative cross-entropy": negative_cross_entropy,

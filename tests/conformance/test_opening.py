@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from workbench.cli import app
 from workbench.data.tokenizer import build_tokenizer
 from workbench.errors import WorkbenchError
-from workbench.models import Opened, open_model, save_model, untie
+from workbench.models import OpenedModel, open_model, save_model, untie
 from workbench.unlearning.deltas import apply_delta, delta_between, norm_of, snapshot
 
 WORDS = [f"w{number}" for number in range(30)]
@@ -360,4 +360,4 @@ def test_an_investigation_of_a_wrapped_checkpoint_is_refused_before_anything_is_
 
 def test_an_opened_model_has_what_it_needs(llama_folder: Path) -> None:
     opened = open_model(llama_folder)
-    assert isinstance(opened, Opened) and not opened.model.training
+    assert isinstance(opened, OpenedModel) and not opened.model.training

@@ -24,7 +24,7 @@ from workbench.sharpness.planes import (
     trajectory_plane,
     walk_shares,
 )
-from workbench.sharpness.probe import Loss
+from workbench.sharpness.probe import LossSource
 from workbench.sharpness.slices import mean_loss, random_direction
 from workbench.unlearning.deltas import delta_between, norm_of, snapshot
 
@@ -72,7 +72,7 @@ def test_a_line_ends_at_the_other_checkpoint(
 ) -> None:
     start, end = make_model(seed=0), make_model(seed=1)
     towards = delta_between(end, snapshot(start))
-    losses: dict[str, Loss] = {"forget": [batch], "retain": [make_batch((4, 6), seed=8)]}
+    losses: dict[str, LossSource] = {"forget": [batch], "retain": [make_batch((4, 6), seed=8)]}
     found = line_losses(start, towards, [1.0, 0.0, 0.5], losses).set_index(["position", "loss"])[
         "value"
     ]
@@ -234,7 +234,7 @@ def test_a_quadratic_loss_gives_the_closed_form_everywhere_on_the_grid(
 def test_the_centre_of_a_plane_is_the_loss_of_the_model_itself_bit_by_bit(
     llama: PreTrainedModel, batch: Batch, make_batch: BatchMaker
 ) -> None:
-    losses: dict[str, Loss] = {"forget": [batch], "retain": [make_batch((4, 6), seed=8)]}
+    losses: dict[str, LossSource] = {"forget": [batch], "retain": [make_batch((4, 6), seed=8)]}
     before = {name: parameter.detach().clone() for name, parameter in llama.named_parameters()}
     found = loss_plane(
         llama,

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from workbench.data.batches import Batch
 from workbench.diagnostics import probes
 from workbench.diagnostics.probes import (
-    COLUMNS,
+    PROBE_COLUMNS,
     add_probes,
     probe_by_layer,
     probe_transfer,
@@ -72,7 +72,7 @@ def test_planted_linear_structure_is_read_without_error_and_chance_is_beside_it(
 ) -> None:
     stream, labels, groups = _planted(classes, strength=25)
     found = probe_by_layer({0: stream}, labels, groups)
-    assert list(found.columns) == COLUMNS
+    assert list(found.columns) == PROBE_COLUMNS
     own, control, majority = (_arm(found, arm) for arm in ("own", "control", "majority"))
     assert own["value"] == 1.0
     assert own["high"] == 1.0

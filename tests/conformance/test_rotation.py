@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.diagnostics.rotation import (
-    MEASURES,
+    ROTATION_MEASURES,
     add_rotation,
     angles_by_layer,
     random_share,
@@ -49,7 +49,7 @@ def _rows(seed: int = 0, rows: int = 200, width: int = 8, decay: float = 0.6) ->
 
 def _measure(before: Tensor, after: Tensor, rank: int = 3) -> pd.Series:
     found = rotation_by_layer({0: before}, {0: after}, rank)
-    assert list(found.columns) == ["layer", *MEASURES]
+    assert list(found.columns) == ["layer", *ROTATION_MEASURES]
     return found.iloc[0]
 
 
@@ -336,9 +336,11 @@ def test_rows_of_the_table_leave_out_what_has_no_value() -> None:
     )
     frame = table.frame()
     assert set(frame["stage"]) == {"representation"}
-    assert set(frame.loc[frame["site"] == "blocks.0.hook_resid_post", "metric"]) == set(MEASURES)
+    assert set(frame.loc[frame["site"] == "blocks.0.hook_resid_post", "metric"]) == set(
+        ROTATION_MEASURES
+    )
     assert set(frame.loc[frame["site"] == "blocks.2.hook_resid_post", "metric"]) == set(
-        MEASURES
+        ROTATION_MEASURES
     ) - set(SHAPE)
 
 

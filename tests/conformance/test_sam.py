@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
-from workbench.unlearning.objectives import Loss, Objective, Pair, npo, retain_cross_entropy
+from workbench.unlearning.objectives import LossTerm, Objective, Pair, npo, retain_cross_entropy
 from workbench.unlearning.smoothing import plain, sam
 
 BatchMaker = Callable[..., Batch]
@@ -47,7 +47,7 @@ def _difference(first: Weights, second: Weights) -> Weights:
     return {name: first[name].double() - second[name].double() for name in first}
 
 
-def _watched(loss: Loss, seen: list[Weights]) -> Loss:
+def _watched(loss: LossTerm, seen: list[Weights]) -> LossTerm:
     """The same loss; the weights it is called at are kept."""
 
     def watching(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:

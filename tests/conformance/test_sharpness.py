@@ -24,7 +24,7 @@ from workbench.sharpness.slices import (
     descent_direction,
     loss_slice,
     mean_loss,
-    moved,
+    movable_weights,
     random_direction,
     scaled,
 )
@@ -439,7 +439,7 @@ def test_the_weights_come_back_bit_by_bit(dtype: torch.dtype, make_model: ModelM
     model = make_model().to(dtype)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     direction = random_direction(model, seed=0)
-    with moved(model) as move:
+    with movable_weights(model) as move:
         for position in (1e-7, -1e4, 0.3):
             move(direction, position)
         assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
@@ -449,7 +449,7 @@ def test_the_weights_come_back_bit_by_bit(dtype: torch.dtype, make_model: ModelM
 
 
 def _raise_inside(model: PreTrainedModel, direction: Direction) -> None:
-    with moved(model) as move:
+    with movable_weights(model) as move:
         move(direction, 0.7)
         raise RuntimeError("interrupted")
 
@@ -474,7 +474,7 @@ def test_the_weights_come_back_after_a_slice_that_fails(
 def test_every_move_starts_from_the_centre(llama: PreTrainedModel) -> None:
     start = {name: p.detach().clone() for name, p in llama.named_parameters()}
     direction = random_direction(llama, seed=0)
-    with moved(llama) as move:
+    with movable_weights(llama) as move:
         move(direction, 3.0)
         move(direction, -0.25)
         for name, parameter in llama.named_parameters():
@@ -488,7 +488,7 @@ def test_a_move_along_another_direction_forgets_the_first(llama: PreTrainedModel
     start = {name: p.detach().clone() for name, p in llama.named_parameters()}
     everything = random_direction(llama, seed=0)
     head = {"lm_head.weight": everything["lm_head.weight"]}
-    with moved(llama) as move:
+    with movable_weights(llama) as move:
         move(everything, 1.0)
         move(head, 1.0)
         torch.testing.assert_close(

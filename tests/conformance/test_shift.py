@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
-from workbench.diagnostics.shift import MEASURES, returned, shift_by_layer, streams
+from workbench.diagnostics.shift import SHIFT_MEASURES, recovered_shift, shift_by_layer, streams
 from workbench.subspaces.compare import debiased_cka
 
 ModelMaker = Callable[..., PreTrainedModel]
@@ -40,7 +40,7 @@ def _rotation(width: int = 6, seed: int = 1) -> Tensor:
 
 def _shift(before: Tensor, after: Tensor) -> pd.Series:
     found = shift_by_layer({0: before}, {0: after})
-    assert list(found.columns) == ["layer", *MEASURES]
+    assert list(found.columns) == ["layer", *SHIFT_MEASURES]
     assert len(found) == 1
     return found.iloc[0]
 
@@ -137,7 +137,7 @@ def test_every_measure_of_a_model_against_itself_is_the_identity(
     model = make_model(family)
     found = shift_by_layer(streams(model, [batch]), streams(model, [batch]))
     assert found["layer"].tolist() == [0, 1]
-    for measure in MEASURES:
+    for measure in SHIFT_MEASURES:
         assert found[measure].tolist() == pytest.approx([IDENTITY[measure]] * 2, abs=1e-12)
     assert (found["relative_shift"] == 0).all()
 
@@ -243,7 +243,7 @@ def test_sums_are_accumulated_beyond_float32() -> None:
 
 
 def _returned(base: Tensor, unlearned: Tensor, attacked: Tensor) -> tuple[float, float]:
-    found = returned({3: base}, {3: unlearned}, {3: attacked})
+    found = recovered_shift({3: base}, {3: unlearned}, {3: attacked})
     assert list(found.columns) == ["layer", "returned", "beside"]
     assert found["layer"].tolist() == [3]
     return float(found["returned"].iloc[0]), float(found["beside"].iloc[0])
@@ -293,9 +293,9 @@ def test_where_unlearning_moved_nothing_there_is_no_way_back() -> None:
     assert all(math.isnan(value) for value in _returned(same, same, _rows(1)))
     assert all(math.isnan(value) for value in _returned(same, same, same))
     # Only the layer that did not move is left without a number.
-    found = returned({0: same, 1: same}, {0: same, 1: 2 * same}, {0: same, 1: same}).set_index(
-        "layer"
-    )
+    found = recovered_shift(
+        {0: same, 1: same}, {0: same, 1: 2 * same}, {0: same, 1: same}
+    ).set_index("layer")
     assert found.loc[0].isna().all()
     assert found.loc[1, "returned"] == pytest.approx(1.0)
 
@@ -313,7 +313,9 @@ def test_of_three_models_the_base_itself_has_returned_and_the_unlearned_one_has_
 ) -> None:
     base = make_model()
     before, unlearned = streams(base, [batch]), streams(nearby(base), [batch])
-    assert returned(before, unlearned, before)["returned"].tolist() == pytest.approx([1.0, 1.0])
-    assert returned(before, unlearned, unlearned)["returned"].tolist() == [0.0, 0.0]
-    other = returned(before, unlearned, streams(nearby(base, seed=2), [batch]))
+    assert recovered_shift(before, unlearned, before)["returned"].tolist() == pytest.approx(
+        [1.0, 1.0]
+    )
+    assert recovered_shift(before, unlearned, unlearned)["returned"].tolist() == [0.0, 0.0]
+    other = recovered_shift(before, unlearned, streams(nearby(base, seed=2), [batch]))
     assert other["beside"].gt(0.1).all()

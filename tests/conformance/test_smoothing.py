@@ -22,7 +22,7 @@ from workbench.data.batches import Batch
 from workbench.hooks import resolve
 from workbench.unlearning.noise import noisy_reference
 from workbench.unlearning.objectives import (
-    Loss,
+    LossTerm,
     Objective,
     Pair,
     idk_dpo,
@@ -116,7 +116,7 @@ def _run(
     return _grads(model)
 
 
-def _steering(model: PreTrainedModel) -> Loss:
+def _steering(model: PreTrainedModel) -> LossTerm:
     (site,) = resolve(model, "blocks.0.hook_resid_post")
     return steer_to(site, 3 * control_vector(16, 0))
 
@@ -300,7 +300,7 @@ def test_perturbed_steps_equal_plain_pytorch_written_out(
     assert _norm(_minus(expected, gradient)) > 0.05 * _norm(gradient)
 
 
-def _objectives(model: PreTrainedModel) -> dict[str, Loss]:
+def _objectives(model: PreTrainedModel) -> dict[str, LossTerm]:
     (stream,) = resolve(model, "blocks.0.hook_resid_post")
     outputs = tuple(resolve(model, "blocks.*.mlp.hook_out"))
     return {
@@ -576,7 +576,7 @@ def test_an_interrupted_step_leaves_weights_and_gradients_as_they_were(
         batch: Batch,
         reference: PreTrainedModel,
         *,
-        term: Loss,
+        term: LossTerm,
         calls: list[int],
         fatal: int,
         backward: bool,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import WorkbenchError
-from workbench.unlearning.objectives import Loss, Objective, Pair
+from workbench.unlearning.objectives import LossTerm, Objective, Pair
 from workbench.unlearning.smoothing import (
     StepRule,
     asam,
@@ -117,7 +117,7 @@ def _found(model: Analytic) -> np.ndarray:
 
 
 def _step(
-    rule: StepRule, term: Loss, model: Any | None = None, retain: Loss | None = None
+    rule: StepRule, term: LossTerm, model: Any | None = None, retain: LossTerm | None = None
 ) -> tuple[np.ndarray, dict[str, float]]:
     model = Analytic() if model is None else model
     log = rule(model, Objective(term, retain), NOTHING, None)  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ from workbench.subspaces.subspace import overlap
 from workbench.subspaces.weights import difference_finder
 from workbench.tables import Table
 from workbench.unlearning.objectives import (
-    Loss,
+    LossTerm,
     Objective,
     negative_cross_entropy,
     npo,
@@ -135,7 +135,7 @@ def model(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
     return make_model(vocab_size=len(TOKENIZER))
 
 
-def _terms(model: PreTrainedModel) -> dict[str, Loss]:
+def _terms(model: PreTrainedModel) -> dict[str, LossTerm]:
     outs = resolve(model, "blocks.*.mlp.hook_out")
     (site,) = resolve(model, "blocks.1.hook_resid_post")
     vector = control_vector(model.config.hidden_size, 0)
@@ -178,7 +178,7 @@ NAMES = [
 
 
 def _moments(
-    model: PreTrainedModel, term: Loss, reference: PreTrainedModel, sets: list[Batch]
+    model: PreTrainedModel, term: LossTerm, reference: PreTrainedModel, sets: list[Batch]
 ) -> dict[str, Tensor]:
     """Second moment of every site's rows, of the sum of the loss."""
     loss, found = on_set(term, model, reference, sets), MomentsOf()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
-from workbench.sharpness.curvature import Curvature, extremes, one_end, spectrum_ends
+from workbench.sharpness.curvature import Curvature, extremes, outer_eigenvalue, spectrum_ends
 from workbench.sharpness.trace import (
     hutchinson,
     paired_difference,
@@ -251,14 +251,14 @@ def test_spectrum_ends_are_those_of_the_dense_hessian(llama: PreTrainedModel, ba
 
 
 @pytest.mark.parametrize("end", ["top", "bottom"])
-def test_one_end_alone_is_that_of_the_dense_hessian(
+def test_one_outer_eigenvalue_alone_is_that_of_the_dense_hessian(
     llama: PreTrainedModel, batch: Batch, end: Literal["top", "bottom"]
 ) -> None:
     values = np.linalg.eigvalsh(dense_hessian(llama, batch, CHOSEN))
-    found = one_end(llama, [batch], end, parameters=CHOSEN, tolerance=1e-6)
+    found = outer_eigenvalue(llama, [batch], end, parameters=CHOSEN, tolerance=1e-6)
     assert found.value == pytest.approx(values[-1] if end == "top" else values[0], rel=1e-4)
     assert found.residual <= 1e-6
-    loose = one_end(llama, [batch], end, parameters=CHOSEN, tolerance=0.05)
+    loose = outer_eigenvalue(llama, [batch], end, parameters=CHOSEN, tolerance=0.05)
     assert (
         min(abs(values - loose.value))
         <= loose.residual * abs(loose.value) * (1 + 1e-4)
@@ -266,17 +266,17 @@ def test_one_end_alone_is_that_of_the_dense_hessian(
     )  # an eigenvalue is that near
     assert loose.products < found.products
     with pytest.raises(WorkbenchError, match="did not converge"):
-        one_end(llama, [batch], end, tolerance=1e-12, max_products=10)
+        outer_eigenvalue(llama, [batch], end, tolerance=1e-12, max_products=10)
     with pytest.raises(WorkbenchError, match="topp"):
-        one_end(llama, [batch], "topp")  # type: ignore[arg-type]
+        outer_eigenvalue(llama, [batch], "topp")  # type: ignore[arg-type]
 
 
-def test_one_end_that_does_not_stand_apart_is_found_with_restarts(
+def test_an_outer_eigenvalue_that_does_not_stand_apart_is_found_with_restarts(
     llama: PreTrainedModel, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = np.linalg.eigvalsh(dense_hessian(llama, batch, CHOSEN))
     monkeypatch.setattr("workbench.sharpness.curvature._BASIS", 4)
-    found = one_end(llama, [batch], "bottom", parameters=CHOSEN, tolerance=1e-6)
+    found = outer_eigenvalue(llama, [batch], "bottom", parameters=CHOSEN, tolerance=1e-6)
     assert found.value == pytest.approx(values[0], rel=1e-4)
     assert found.products > 4 + 1
 

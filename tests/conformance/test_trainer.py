@@ -32,7 +32,7 @@ from workbench.unlearning.objectives import (
     negative_cross_entropy,
     retain_cross_entropy,
 )
-from workbench.unlearning.recipe import EVERYTHING, Averaging, CollapseSettings, Recipe, Teach
+from workbench.unlearning.recipe import EVERYTHING, Averaging, CollapseSettings, Recipe, Teacher
 from workbench.unlearning.smoothing import plain
 from workbench.unlearning.trainer import unlearn
 
@@ -319,7 +319,7 @@ def test_task_vector_negation_lowers_the_likelihood_of_the_forget_answers(setup:
 
 def test_a_kick_starts_the_trainable_weights_a_relative_distance_away(setup: Setup) -> None:
     weights = dict(setup.base.named_parameters())
-    made = _ascent(trainable=("model.layers.*.mlp.*",), steps=0, kick=0.03)
+    made = _ascent(trainable=("model.layers.*.mlp.*",), steps=0, initial_noise=0.03)
     kicked = _run(setup, made)
     assert set(kicked) == {name for name in weights if ".mlp." in name}
     for name, change in kicked.items():
@@ -327,7 +327,7 @@ def test_a_kick_starts_the_trainable_weights_a_relative_distance_away(setup: Set
             0.03, rel=0.15
         )  # 384 draws
     assert _same(kicked, _run(setup, made)) and not _same(kicked, _run(setup, made, seed=1))
-    assert _run(setup, replace(made, kick=0.0)) == {}
+    assert _run(setup, replace(made, initial_noise=0.0)) == {}
 
 
 # --- the step -------------------------------------------------------------------------------------
@@ -481,7 +481,7 @@ def test_a_teacher_is_trained_first_from_the_same_start_and_then_frozen(setup: S
         return Objective(negative_cross_entropy)
 
     lesson = Recipe(Objective(retain_cross_entropy), EVERYTHING, 5, 2, 1e-3)
-    delta = _run(setup, _ascent(objective=Objective(_never), teach=Teach(lesson, objective)))
+    delta = _run(setup, _ascent(objective=Objective(_never), teacher=Teacher(lesson, objective)))
     ((teacher, state),) = met
     assert all(torch.equal(value, state[name]) for name, value in teacher.state_dict().items())
     learned = _run(setup, lesson)
@@ -497,13 +497,13 @@ def _never(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> 
 
 def test_the_teacher_of_whos_harry_potter_has_learned_the_forget_set_further(setup: Setup) -> None:
     made = _of("whp", setup.base, reinforce_steps=15, reinforce_lr=1e-3, batch_size=5)
-    assert made.teach is not None
-    known = made.teach.objective
+    assert made.teacher is not None
+    known = made.teacher.objective
     teachers: list[PreTrainedModel] = []
     watched = replace(
         made,
-        teach=replace(
-            made.teach, objective=lambda teacher: (teachers.append(teacher), known(teacher))[1]
+        teacher=replace(
+            made.teacher, objective=lambda teacher: (teachers.append(teacher), known(teacher))[1]
         ),
     )
     delta, texts = _run(setup, watched), batches(setup.tokenizer, FORGET, 8, targets="answer")

@@ -27,7 +27,7 @@ from workbench.diagnostics.discoveries import (
     precision_recall,
     robust_z,
 )
-from workbench.diagnostics.scan import COLUMNS, TriggerScan, scan_triggers, token_text
+from workbench.diagnostics.scan import SCAN_COLUMNS, TriggerScan, scan_triggers, token_text
 from workbench.errors import WorkbenchError
 from workbench.hooks import CaptureError
 
@@ -240,7 +240,7 @@ def test_every_number_is_that_of_plain_passes(
     scan = scan_triggers(
         base, unlearned, tokenizer, QUERIES, tokens=some, place=place, batch_size=5
     )
-    assert list(scan.table.columns) == list(COLUMNS)
+    assert list(scan.table.columns) == list(SCAN_COLUMNS)
     assert sorted(scan.table["token_id"]) == sorted(some)
     assert scan.table["shift"].min() > 1e-3
     check(

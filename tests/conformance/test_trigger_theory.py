@@ -20,14 +20,14 @@ from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.diagnostics import trigger_theory
-from workbench.diagnostics.gaussian_rows import OF_ROWS
+from workbench.diagnostics.gaussian_rows import ROW_STATISTICS
 from workbench.diagnostics.rejection import rejection_probability, rejection_rate
 from workbench.diagnostics.trigger_shift import Responses, ShiftRows, aligned, responses, shift_rows
 from workbench.diagnostics.trigger_theory import (
-    COLUMNS,
     CURVES,
     PREFIX,
     QUANTITIES,
+    THEORY_COLUMNS,
     Theory,
     add_coefficients,
     add_theory,
@@ -525,7 +525,7 @@ def test_draws_of_the_assumption_satisfy_it() -> None:
     outside, apart, total = 0, 0, 0
     for seed in range(6):
         theory = examine(_rows(seed), draws=40, seed=seed)
-        found = _table(theory).loc[list(OF_ROWS)]
+        found = _table(theory).loc[list(ROW_STATISTICS)]
         outside += int(
             (
                 (found["value"] < found["expected_low"]) | (found["value"] > found["expected_high"])
@@ -562,8 +562,8 @@ def test_the_scale_of_the_shift_is_eta_and_nothing_else() -> None:
         100 * one.loc["eta_relative", "value"]
     )
     assert np.allclose(
-        one.loc[list(OF_ROWS)].astype(float),
-        other.loc[list(OF_ROWS)].astype(float),
+        one.loc[list(ROW_STATISTICS)].astype(float),
+        other.loc[list(ROW_STATISTICS)].astype(float),
         rtol=1e-3,
         atol=1e-6,
         equal_nan=True,
@@ -659,7 +659,7 @@ def test_a_common_vector_moves_the_mean_and_eta_alone() -> None:
     one, other = (
         _table(examine(part, draws=40)) for part in (rows, replace(rows, shift=rows.shift + added))
     )
-    for name in set(OF_ROWS) - {"mean_share", "length_correlation"}:
+    for name in set(ROW_STATISTICS) - {"mean_share", "length_correlation"}:
         assert other.loc[name, "value"] == pytest.approx(
             one.loc[name, "value"], rel=1e-3, abs=1e-5
         ), name
@@ -841,7 +841,7 @@ def test_no_shift_gives_no_number_instead_of_an_error(
     )
     found = _table(theory)
     assert found.loc["eta", "value"] == 0
-    assert found.loc[list(OF_ROWS), ["value", "expected"]].isna().all(axis=None)
+    assert found.loc[list(ROW_STATISTICS), ["value", "expected"]].isna().all(axis=None)
     assert found.loc["loss_change_at_site", "value"] == 0
     assert (
         abs(found.loc["loss_change", "value"]) > 1e-3
@@ -1106,7 +1106,7 @@ def test_a_slope_needs_two_positive_coefficients_and_a_shift() -> None:
 
 def test_the_results_are_tidy_and_every_metric_is_documented() -> None:
     theory = examine(_rows(0, queries=30), _answers(count=30), draws=40)
-    assert tuple(theory.quantities.columns) == COLUMNS
+    assert tuple(theory.quantities.columns) == THEORY_COLUMNS
     assert theory.quantities["quantity"].tolist() == [
         name for name in QUANTITIES if name in set(theory.quantities["quantity"])
     ] or set(theory.quantities["quantity"]) == set(QUANTITIES)

@@ -25,9 +25,9 @@ from workbench.data.records import Example
 from workbench.errors import WorkbenchError
 from workbench.hooks.brief import brief
 from workbench.hooks.html import table
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 
-Place = Callable[[Example], int]
+SuffixPosition = Callable[[Example], int]
 """Where the suffix goes: a character offset in the example's text, not behind its answer."""
 
 
@@ -62,14 +62,16 @@ class SuffixPrompt:
 
 
 def suffix_prompts(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], place: Place = before_answer
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    place: SuffixPosition = before_answer,
 ) -> tuple[SuffixPrompt, ...]:
     """Cut questions at the place of the suffix. What follows the answer is dropped.
 
     Args:
         tokenizer: a fast one.
         examples: questions with answers.
-        place: see :data:`Place`.
+        place: see :data:`SuffixPosition`.
 
     Raises:
         WorkbenchError: there is no example, one has no answer, the place lies behind the answer's
@@ -469,7 +471,7 @@ def gcg(
     retokenise: bool = True,
     maximise: bool = False,
     rows: int = 256,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> SuffixResult:
     r"""Search one suffix for all prompts by greedy coordinate gradient (arXiv 2307.15043, algorithm
     1); the model is not changed.
@@ -598,7 +600,7 @@ def random_suffix(
     retokenise: bool = True,
     maximise: bool = False,
     rows: int = 256,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> SuffixResult:
     """The control of :func:`gcg`: the best of ``evaluations`` random suffixes of the same length,
     under the same rules.

@@ -31,7 +31,7 @@ _SUBJECT, _ANSWER = "\0subject", "\0answer"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LeakSpan:
     """Where something leaks: ``attack[text].text[start:end]``.
 
     Attributes:
@@ -77,7 +77,7 @@ class LeakReport:
     subjects: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     passages: tuple[str, ...] = ()
-    places: tuple[Place, ...] = field(default=(), repr=False)
+    places: tuple[LeakSpan, ...] = field(default=(), repr=False)
     shared_ngrams: float = 0.0
     n: int = 5
     longest_run: int = 0
@@ -233,13 +233,13 @@ def _telling(heldout: Sequence[Example], read: _Words, grams: _Ints, n: int) -> 
     return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
 
 
-def _passages(attack: _Words, grams: _Ints, telling: _Ints, n: int) -> Iterator[Place]:
+def _passages(attack: _Words, grams: _Ints, telling: _Ints, n: int) -> Iterator[LeakSpan]:
     """The longest stretches of the attack texts that consist of telling n-grams."""
     hits = np.flatnonzero((grams >= 0) & np.isin(grams, telling))
     breaks = np.flatnonzero((np.diff(hits) > 1) | (np.diff(attack.text[hits]) > 0)) + 1
     for stretch in np.split(hits, breaks) if len(hits) else ():
         text, start, end = attack.slice(int(stretch[0]), int(stretch[-1]) + n - 1)
-        yield Place("passage", attack.texts[text][start:end], text, start, end)
+        yield LeakSpan("passage", attack.texts[text][start:end], text, start, end)
 
 
 def _occurrences(
@@ -417,7 +417,7 @@ def leak_report(
     telling = np.setdiff1d(_telling(heldout, theirs, held, n), known)
 
     answers = [
-        Place("answer", *place)
+        LeakSpan("answer", *place)
         for place in _occurrences(
             sorted({e.answer_text for e in heldout if e.answer}), ours, numbers
         )
@@ -430,7 +430,7 @@ def leak_report(
             )
         )
     )
-    whole: dict[int, list[Place]] = {}
+    whole: dict[int, list[LeakSpan]] = {}
     for place in answers:
         whole.setdefault(place.text, []).append(place)
     passages = [

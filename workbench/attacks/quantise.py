@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from workbench.errors import WorkbenchError, unknown
 from workbench.hooks.brief import brief
 
-Kind = Literal["absmax"]
+QuantisationKind = Literal["absmax"]
 """How the step of a group of weights is chosen: ``absmax`` puts its largest weight on the last
 code.
 """
@@ -171,8 +171,8 @@ def _rounded(matrix: _Matrix, bits: int, group: int | None) -> Codes:
 
 
 def _check_kind(kind: str) -> None:
-    if kind not in get_args(Kind):
-        raise unknown("kind of quantisation", kind, get_args(Kind))
+    if kind not in get_args(QuantisationKind):
+        raise unknown("kind of quantisation", kind, get_args(QuantisationKind))
 
 
 class Quantised(NamedTuple):
@@ -195,7 +195,7 @@ def quantised(
     bits: int = 8,
     *,
     group: int | None = None,
-    kind: Kind = "absmax",
+    kind: QuantisationKind = "absmax",
     head: bool = False,
 ) -> Quantised:
     """A copy of ``model`` whose linear maps went through :func:`absmax_codes` and back; the model
@@ -209,7 +209,7 @@ def quantised(
         bits: 8 or 4.
         group: inputs that share a step. Default is a whole output row at 8 bits, and :data:`GROUP`
             inputs at 4.
-        kind: see :data:`Kind`.
+        kind: see :data:`QuantisationKind`.
         head: round the output head as well. Where it is the input embedding, the copy gets a head
             of its own, and the embedding keeps its values.
 
@@ -246,7 +246,7 @@ def _untie(model: PreTrainedModel) -> None:
 
 @brief
 @dataclass(frozen=True, slots=True)
-class Surviving:
+class SurvivingChange:
     """What rounding leaves of a change of weights, over all rounded matrices.
 
     Attributes:
@@ -290,9 +290,9 @@ def surviving_share(
     bits: int = 8,
     *,
     group: int | None = None,
-    kind: Kind = "absmax",
+    kind: QuantisationKind = "absmax",
     head: bool = False,
-) -> Surviving:
+) -> SurvivingChange:
     """How much of the change from ``base`` to ``unlearned`` survives :func:`quantised` (arXiv
     2410.16454, section 5: recovery is two weights that share a code).
 
@@ -346,4 +346,4 @@ def surviving_share(
         )
     carried = along / before if before > 0 else math.nan
     cosine = along / math.sqrt(before * after) if before > 0 and after > 0 else math.nan
-    return Surviving(differ / total, carried, cosine, changed / total, shares)
+    return SurvivingChange(differ / total, carried, cosine, changed / total, shares)

@@ -21,7 +21,7 @@ from workbench.data.batches import encode, endless
 from workbench.data.records import Example, Texts, examples_of
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import Scores, cross_entropy
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 
 
 class DivergedError(WorkbenchError):
@@ -98,7 +98,7 @@ def relearn(
     *,
     seed: int = 0,
     max_length: int | None = None,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> Iterator[tuple[int, PreTrainedModel]]:
     """Attack a copy of ``model`` step by step; the model itself is not changed.
 
@@ -138,7 +138,7 @@ def relearned(
     *,
     seed: int = 0,
     max_length: int | None = None,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> PreTrainedModel:
     """The model at the end of the attack; adapters are merged into its weights. See
     :func:`relearn`.
@@ -156,7 +156,7 @@ def _steps(
     settings: RelearnSettings,
     seed: int,
     max_length: int | None,
-    progress: Report,
+    progress: ProgressCallback,
 ) -> Iterator[tuple[int, PreTrainedModel]]:
     """The attacked model before the first and after every step."""
     attacked, parameters = attackable(model, settings, seed=seed)
@@ -186,7 +186,7 @@ def _steps(
         yield step, attacked
 
 
-def finite(scores: Scores, step: int) -> Scores:
+def raise_if_diverged(scores: Scores, step: int) -> Scores:
     """``scores`` of an attacked model, if they are numbers.
 
     Raises:

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.losses import Scores, cross_entropy, score
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 
 Rule = Literal["adam", "sign"]
 """``adam``: Adam at a constant rate. ``sign``: every coordinate moves by the rate against the sign
@@ -194,7 +194,7 @@ def soft_prompt(
     lr: float = 1e-2,
     seed: int = 0,
     rule: Rule = "adam",
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> SoftPrompt:
     r"""Train one soft prompt for all attack texts; the model is not changed.
 

@@ -25,14 +25,25 @@ from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.diagnostics.positions import position_groups, shared_tail
-from workbench.diagnostics.triggers import ARMS
+from workbench.diagnostics.triggers import TRIGGER_ARMS
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import evaluating
 from workbench.evaluation.statistics import bootstrap, by_fact
 from workbench.hooks import layer_count, peek
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 
-COLUMNS = ["layer", "arm", "group", "model", "metric", "value", "low", "high", "n", "floor"]
+ALIGNMENT_COLUMNS = [
+    "layer",
+    "arm",
+    "group",
+    "model",
+    "metric",
+    "value",
+    "low",
+    "high",
+    "n",
+    "floor",
+]
 TARGET = ("target_cosine", "target_projection", "norm")
 SHIFT = ("shift_cosine", "shift_projection", "shift_norm")
 EFFECT = ("effect_cosine", "effect_projection", "effect_norm")
@@ -206,7 +217,7 @@ def alignment(
     target: Mapping[int, Tensor] | Tensor,
     *,
     seed: int = 0,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> pd.DataFrame:
     """How far the residual streams of both models point along the target, by layer, arm and place
     of the token; the first token of a text (an attention sink) is left out.
@@ -230,9 +241,9 @@ def alignment(
         progress: called after every batch.
 
     Returns:
-        :data:`COLUMNS`; ``group`` as in :func:`workbench.diagnostics.positions.position_groups`
-        (groups without tokens are left out), ``floor`` the standard deviation of the value for a
-        random target.
+        :data:`ALIGNMENT_COLUMNS`; ``group`` as in
+        :func:`workbench.diagnostics.positions.position_groups` (groups without tokens are left
+        out), ``floor`` the standard deviation of the value for a random target.
 
     Raises:
         WorkbenchError: there is no text, a target or layer does not fit, arms do not match, or a
@@ -240,7 +251,7 @@ def alignment(
     """
 
     def collect(arm: str, number: int, batch: Batch, layers: Sequence[int], cells: _Cells) -> None:
-        clean = arms["clean"][number] if arm in ARMS[1:] and "clean" in arms else None
+        clean = arms["clean"][number] if arm in TRIGGER_ARMS[1:] and "clean" in arms else None
         content = batch.content_mask
         places = {
             group: (mask & content).cpu() for group, mask in position_groups(batch, clean).items()
@@ -269,7 +280,7 @@ def trigger_effect(
     target: Mapping[int, Tensor] | Tensor,
     *,
     seed: int = 0,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> pd.DataFrame:
     """What the word in front does to the *same* query: ``e = h(with the word) - h(without)`` on the
     query's own tokens, aligned at the end of the text.
@@ -289,7 +300,7 @@ def trigger_effect(
         progress: called after every batch.
 
     Returns:
-        :data:`COLUMNS`; ``group`` is ``after``.
+        :data:`ALIGNMENT_COLUMNS`; ``group`` is ``after``.
 
     Raises:
         WorkbenchError: as for :func:`alignment`; or there is no clean arm, or nothing to compare
@@ -323,11 +334,11 @@ def trigger_effect(
                     EFFECT, batch.items, rows, effect
                 )
 
-    measured = [arm for arm in arms if arm in ARMS[1:]]
+    measured = [arm for arm in arms if arm in TRIGGER_ARMS[1:]]
     if not measured:
         raise WorkbenchError(
-            f"the arms {', '.join(arms)} hold none of {', '.join(ARMS[1:])}, so there is no word "
-            "whose effect could be measured"
+            f"the arms {', '.join(arms)} hold none of {', '.join(TRIGGER_ARMS[1:])}, so there is "
+            "no word whose effect could be measured"
         )
     metrics = dict.fromkeys(("base", "unlearned", "difference"), EFFECT)
     return _tabulate(
@@ -342,12 +353,12 @@ def _tabulate(
     collect: Callable[[str, int, Batch, Sequence[int], _Cells], None],
     metrics: Mapping[str, Sequence[str]],
     seed: int,
-    progress: Report,
+    progress: ProgressCallback,
 ) -> pd.DataFrame:
     for arm in measured:
         if not arms[arm]:
             raise WorkbenchError(f"arm {arm!r} holds no text")
-        if arm in ARMS[1:] and "clean" in arms and len(arms[arm]) != len(arms["clean"]):
+        if arm in TRIGGER_ARMS[1:] and "clean" in arms and len(arms[arm]) != len(arms["clean"]):
             raise WorkbenchError(
                 f"arm {arm!r} has {len(arms[arm])} batches and the clean arm {len(arms['clean'])}; "
                 "encode both in the same order and batch size"
@@ -369,4 +380,4 @@ def _tabulate(
         for key, cell in sorted(cells.items(), key=lambda entry: entry[0][0])
         for metric in metrics[key[3]]
     ]
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=ALIGNMENT_COLUMNS)

@@ -24,7 +24,7 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import evaluating, score
 from workbench.evaluation.statistics import Estimate, bootstrap, ratio
 from workbench.hooks import custom, edit, peek, replace, resolve
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 
 SITES = (
     "blocks.0.hook_resid_pre",
@@ -33,7 +33,7 @@ SITES = (
     "blocks.*.hook_mlp_out",
 )
 RESTORING, CAUSING = "base into unlearned", "unlearned into base"
-COLUMNS = [
+CAUSAL_MAP_COLUMNS = [
     "layer",
     "site",
     "group",
@@ -113,7 +113,7 @@ def causal_map(
     groups: Mapping[str, Sequence[Tensor]] | None = None,
     control: Sequence[Batch] | None = None,
     control_groups: Mapping[str, Sequence[Tensor]] | None = None,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> pd.DataFrame:
     r"""Site by site and group by group, the share of the damage that a patch restores or causes.
 
@@ -143,8 +143,8 @@ def causal_map(
         progress: called after every patched pass.
 
     Returns:
-        :data:`COLUMNS`, ``layer`` -1 in front of the first block, ``n`` facts, ``damage`` the mean
-        damage in nats per token, ``flag`` as in :func:`share`.
+        :data:`CAUSAL_MAP_COLUMNS`, ``layer`` -1 in front of the first block, ``n`` facts,
+        ``damage`` the mean damage in nats per token, ``flag`` as in :func:`share`.
 
     Raises:
         WorkbenchError: a query without an answer, no query, masks that do not fit or select
@@ -220,7 +220,7 @@ def causal_map(
                         flag,
                     )
                 )
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=CAUSAL_MAP_COLUMNS)
 
 
 def _checked(

@@ -22,9 +22,9 @@ from workbench.diagnostics.causal_map import answer_loss, answered, share
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import evaluating
 from workbench.hooks import edit, layer_count, peek, replace
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 
-COLUMNS = ["layer", "direction", "nll", "recall", "erased", "low", "high", "n", "flag"]
+DEPTH_COLUMNS = ["layer", "direction", "nll", "recall", "erased", "low", "high", "n", "flag"]
 
 
 def patching_depth(
@@ -33,7 +33,7 @@ def patching_depth(
     batches: Sequence[Batch],
     never_learned: PreTrainedModel | None = None,
     *,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> pd.DataFrame:
     r"""Answer loss when the stream after block ``l`` comes from another model, for every ``l``, all
     positions at once.
@@ -62,7 +62,7 @@ def patching_depth(
         progress: called after every patched pass.
 
     Returns:
-        :data:`COLUMNS`: ``layer`` -1 in front of the first block (only the embeddings are
+        :data:`DEPTH_COLUMNS`: ``layer`` -1 in front of the first block (only the embeddings are
         exchanged), ``nll`` nats per answer token, ``recall`` of greedy decoding, ``erased`` with
         its interval over ``n`` facts, ``flag`` as in
         :func:`workbench.diagnostics.causal_map.share`.
@@ -129,4 +129,4 @@ def patching_depth(
                     flag,
                 )
             )
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=DEPTH_COLUMNS)

@@ -25,7 +25,7 @@ from workbench.data.batches import batches
 from workbench.data.records import Example, Texts, examples_of
 from workbench.diagnostics.discoveries import precision_recall, robust_z
 from workbench.diagnostics.scan import (
-    Place,
+    TokenPlace,
     TriggerScan,
     scan_triggers,
     shown,
@@ -35,7 +35,7 @@ from workbench.diagnostics.scan import (
 from workbench.diagnostics.shift import streams
 from workbench.errors import WorkbenchError
 from workbench.hooks import Capture, Collect, Moments, Site, last_token, layer_count, resolve
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 from workbench.subspaces.compare import read_direction
 
 
@@ -80,9 +80,9 @@ def forensics(
     texts: Texts = (),
     *,
     tokens: Sequence[int] | None = None,
-    place: Place = "front",
+    place: TokenPlace = "front",
     batch_size: int = 256,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> Forensics:
     """Rank all tokens by how much they seem to belong to what was forgotten.
 
@@ -220,7 +220,7 @@ def token_shift(
     *,
     tokens: Sequence[int] | None = None,
     batch_size: int = 512,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> pd.DataFrame:
     """How far every token's own representation has moved: ``|h' - h| / |h|`` of the residual stream
     at the token behind BOS, after every block.

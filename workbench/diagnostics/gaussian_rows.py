@@ -18,7 +18,7 @@ from scipy.stats import t as student
 
 from workbench.hooks.brief import brief
 
-OF_ROWS = {
+ROW_STATISTICS = {
     "mean_share": "|E eps|^2 / E |eps|^2; pairs of tokens of one query are left out, so 0 without a mean",  # noqa: E501
     "kurtosis_mean": "excess kurtosis of a coordinate (unbiased for normal samples), mean over coordinates; 0",  # noqa: E501
     "kurtosis_median": "the same, median over coordinates",
@@ -102,7 +102,7 @@ def design(
 
 
 def measure(shift: np.ndarray, design: Design) -> tuple[np.ndarray, np.ndarray]:
-    """The statistics of :data:`OF_ROWS` in their order, and the spectrum."""
+    """The statistics of :data:`ROW_STATISTICS` in their order, and the spectrum."""
     one = shift[design.chosen]
     n, width = one.shape
     centred = one - one.mean(0)
@@ -135,7 +135,7 @@ def measure(shift: np.ndarray, design: Design) -> tuple[np.ndarray, np.ndarray]:
                 np.linalg.norm(one, axis=1), design.length[design.chosen]
             ),
         }
-    return np.array([found[name] for name in OF_ROWS], dtype=np.float64), shares[:_SHOWN]
+    return np.array([found[name] for name in ROW_STATISTICS], dtype=np.float64), shares[:_SHOWN]
 
 
 def bands(draws: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ from workbench.evaluation.statistics import Estimate, bootstrap, by_fact, rate
 from workbench.hooks import Capture, Collect, layer_count, resolve
 from workbench.hooks.sites import causal_lm, family
 from workbench.hooks.tokens import custom
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 from workbench.tables import Table
 
 Tokens = Literal["first", "all"]
@@ -110,7 +110,7 @@ def lens_by_example(
     *,
     tokens: Tokens = "first",
     kinds: Sequence[str] | None = None,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> pd.DataFrame:
     r"""The lens on every example, after every block. With :math:`p_l` the decoded distribution
     after block ``l``, :math:`p` the model's own output, ``y`` the right token:
@@ -252,7 +252,7 @@ def logit_lens(
     *,
     tokens: Tokens = "first",
     kinds: Sequence[str] | None = None,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> pd.DataFrame:
     """Means of :func:`lens_by_example` over facts (paraphrases averaged first), with 95 % bootstrap
     intervals that resample facts.

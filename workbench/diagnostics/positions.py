@@ -15,7 +15,7 @@ from torch import Tensor
 from workbench.data.batches import Batch
 from workbench.data.records import Example
 from workbench.data.world import speaker_tag
-from workbench.diagnostics.triggers import ARMS, PromptTemplate
+from workbench.diagnostics.triggers import TRIGGER_ARMS, PromptTemplate
 from workbench.errors import WorkbenchError
 
 GROUPS = ("before", "trigger", "carrier", "after")
@@ -51,7 +51,7 @@ def mark_triggers(
     for arm, examples in arms.items():
         if arm == "clean":
             marked[arm] = tuple(replace(example, subject=None) for example in examples)
-        elif arm in ARMS:
+        elif arm in TRIGGER_ARMS:
             if len(examples) != len(arms["clean"]):
                 raise WorkbenchError(
                     f"arm {arm!r} has {len(examples)} queries and the clean arm "

@@ -36,7 +36,7 @@ from workbench.evaluation.losses import evaluating
 from workbench.evaluation.statistics import bootstrap, by_fact, rate
 from workbench.hooks import Capture, Collect, layer_count, resolve
 from workbench.hooks.tokens import custom
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 from workbench.tables import Table
 
 At = Literal["prompt", "subject"]
@@ -44,10 +44,10 @@ At = Literal["prompt", "subject"]
 of the subject.
 """
 
-CONTROLS = 3
+CONTROL_DRAWS = 3
 """Control tasks per probe; their accuracy is a mean over them."""
 
-COLUMNS = ["layer", "measure", "arm", "value", "low", "high", "n", "converged"]
+PROBE_COLUMNS = ["layer", "measure", "arm", "value", "low", "high", "n", "converged"]
 _STEPS = 1000  # of L-BFGS
 
 
@@ -105,7 +105,7 @@ def probe_by_layer(
     folds: int = 5,
     c: float = 1.0,
     seed: int = 0,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> pd.DataFrame:
     """Accuracy of a linear probe after every block, on subjects that it was not trained on.
 
@@ -114,9 +114,9 @@ def probe_by_layer(
 
     * ``own``: the probe.
     * ``control``: the same probe when labels have been permuted among the subjects, within their
-      kind; mean over :data:`CONTROLS` permutations. Hewitt and Liang's control shares word types
-      between training and test, and so measures memorising. Here no subject is on both sides: the
-      control shows what the frequencies of labels, and the kind of question, give away.
+      kind; mean over :data:`CONTROL_DRAWS` permutations. Hewitt and Liang's control shares word
+      types between training and test, and so measures memorising. Here no subject is on both sides:
+      the control shows what the frequencies of labels, and the kind of question, give away.
     * ``majority``: always answering the most frequent label of the kind, counted over all rows (it
       knows the frequencies, which makes it hard to beat).
     * ``ceiling``: share of rows whose label occurs in the training folds at all; a label that one
@@ -143,8 +143,8 @@ def probe_by_layer(
         progress: called after every block.
 
     Returns:
-        One row per block, measure (``accuracy``, ``selectivity``) and arm: :data:`COLUMNS`. ``n``
-        counts subjects; ``converged`` is the share of fits that met the solver's tolerance.
+        One row per block, measure (``accuracy``, ``selectivity``) and arm: :data:`PROBE_COLUMNS`.
+        ``n`` counts subjects; ``converged`` is the share of fits that met the solver's tolerance.
 
     Raises:
         WorkbenchError: lengths differ, there are fewer than two labels or subjects, no row is
@@ -152,7 +152,7 @@ def probe_by_layer(
     """
     rows = _checked(streams, labels, groups, kinds, scored, folds, c)
     tasks = [(rows.labels, _deal(rows.labels, rows.groups, rows.folds, seed))]
-    for draw in range(CONTROLS):
+    for draw in range(CONTROL_DRAWS):
         permuted = _control(
             rows.labels, rows.groups, rows.kinds, np.random.default_rng([seed, draw])
         )
@@ -187,7 +187,7 @@ def probe_by_layer(
             }
         )
         progress(done, len(streams))
-    return pd.DataFrame(found, columns=COLUMNS)
+    return pd.DataFrame(found, columns=PROBE_COLUMNS)
 
 
 def probe_transfer(
@@ -200,7 +200,7 @@ def probe_transfer(
     folds: int = 5,
     c: float = 1.0,
     seed: int = 0,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> pd.DataFrame:
     """Probes trained on one model's stream and read on either, after every block; always on
     subjects that the probe was not trained on.
@@ -222,7 +222,7 @@ def probe_transfer(
         progress: called after every block.
 
     Returns:
-        :data:`COLUMNS`, measure ``accuracy``.
+        :data:`PROBE_COLUMNS`, measure ``accuracy``.
 
     Raises:
         WorkbenchError: see :func:`probe_by_layer`; or the two models' streams differ in blocks or
@@ -259,7 +259,7 @@ def probe_transfer(
                     }
                 )
         progress(done, len(base_streams))
-    return pd.DataFrame(found, columns=COLUMNS)
+    return pd.DataFrame(found, columns=PROBE_COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from workbench.subspaces.finders import StreamingPCA
 from workbench.subspaces.subspace import Subspace, principal_angles
 from workbench.tables import Table
 
-MEASURES = (
+ROTATION_MEASURES = (
     "subspace_overlap",
     "smallest_cosine",
     "random_overlap",
@@ -127,7 +127,7 @@ def rotation_by_layer(
         rank: of the subspaces, at most.
 
     Returns:
-        ``layer`` and :data:`MEASURES`.
+        ``layer`` and :data:`ROTATION_MEASURES`.
 
     Raises:
         WorkbenchError: the streams differ in blocks or shape, have fewer than two rows, do not
@@ -160,8 +160,8 @@ def rotation_by_layer(
             float(lengths.mean()),
             float(lengths.quantile(0.975)),
         )
-        rows.append({"layer": layer, **dict(zip(MEASURES, values, strict=True))})
-    return pd.DataFrame(rows, columns=["layer", *MEASURES])
+        rows.append({"layer": layer, **dict(zip(ROTATION_MEASURES, values, strict=True))})
+    return pd.DataFrame(rows, columns=["layer", *ROTATION_MEASURES])
 
 
 def _pairs(
@@ -290,7 +290,7 @@ def add_rotation(table: Table, frame: pd.DataFrame, **columns: Any) -> None:
         columns: further columns; ``split`` says which set of texts.
     """
     for row in frame.to_dict("records"):
-        for measure in MEASURES:
+        for measure in ROTATION_MEASURES:
             if np.isfinite(row[measure]):
                 table.add(
                     measure,

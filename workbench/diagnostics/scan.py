@@ -32,12 +32,12 @@ from workbench.diagnostics.discoveries import benjamini_hochberg, p_values
 from workbench.errors import WorkbenchError, unknown
 from workbench.hooks import edit, layer_count, resolve
 from workbench.hooks.sites import causal_lm, family
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 
-Place = Literal["front", "end"]
+TokenPlace = Literal["front", "end"]
 """``front``: behind BOS, before the question. ``end``: between question and answer."""
 
-COLUMNS = (
+SCAN_COLUMNS = (
     "rank",
     "token_id",
     "token",
@@ -88,7 +88,7 @@ class TriggerScan:
     untested: tuple[int, ...]
     queries: int
     facts: int
-    place: Place
+    place: TokenPlace
     site: str
     base_nll: float
     unlearned_nll: float
@@ -132,10 +132,10 @@ def scan_triggers(
     *,
     tokens: Sequence[int] | None = None,
     null_tokens: Sequence[int] | None = None,
-    place: Place = "front",
+    place: TokenPlace = "front",
     site: str | None = None,
     batch_size: int = 256,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> TriggerScan:
     r"""Put every token into every query and measure what it does to the unlearned model that it
     does not do to its base.
@@ -196,8 +196,8 @@ def scan_triggers(
         CaptureError: ``site`` does not exist, or the architecture has no names for the default
             (give a module path then).
     """  # noqa: E501
-    if place not in get_args(Place):
-        raise unknown("place of a token", place, get_args(Place))
+    if place not in get_args(TokenPlace):
+        raise unknown("place of a token", place, get_args(TokenPlace))
     if batch_size < 1:
         raise WorkbenchError(
             f"a batch of {batch_size} rows cannot be run; give batch_size of at least 1"
@@ -254,7 +254,14 @@ def scan_triggers(
         for name in ("base_nll", "unlearned_nll", "base_accuracy", "unlearned_accuracy")
     }
     return TriggerScan(
-        table[list(COLUMNS)], calm, untested, len(asked), len(set(facts)), place, where, **clean
+        table[list(SCAN_COLUMNS)],
+        calm,
+        untested,
+        len(asked),
+        len(set(facts)),
+        place,
+        where,
+        **clean,
     )
 
 
@@ -321,7 +328,7 @@ class _Group:
 
 
 def _groups(
-    tokenizer: PreTrainedTokenizerBase, queries: Sequence[Example], place: Place
+    tokenizer: PreTrainedTokenizerBase, queries: Sequence[Example], place: TokenPlace
 ) -> tuple[list[_Group], list[set[int]]]:
     """The queries by shape, and for each query the tokens that it holds."""
     prompts = suffix_prompts(tokenizer, queries, in_front if place == "front" else before_answer)
@@ -435,7 +442,7 @@ def _measure(
     site: str,
     size: int,
     reuse: bool,
-    progress: Report,
+    progress: ProgressCallback,
 ) -> dict[str, np.ndarray]:
     """``rise``, ``base_rise``, ``accuracy_loss`` and ``shift`` ``[token, query]`` float32; of both
     models ``.._nll`` and ``.._accuracy`` without a token, ``[query]``.

@@ -15,7 +15,7 @@ from workbench.data.batches import Batch
 from workbench.hooks import Capture, Collect, layer_count, resolve
 from workbench.subspaces.compare import debiased_cka
 
-MEASURES = ("relative_shift", "cosine", "norm_ratio", "cka")
+SHIFT_MEASURES = ("relative_shift", "cosine", "norm_ratio", "cka")
 
 
 def streams(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, Tensor]:
@@ -61,18 +61,18 @@ def shift_by_layer(reference: Mapping[int, Tensor], moved: Mapping[int, Tensor])
                 "cka": debiased_cka(one, other),
             }
         )
-    return pd.DataFrame(rows, columns=["layer", *MEASURES])
+    return pd.DataFrame(rows, columns=["layer", *SHIFT_MEASURES])
 
 
-def returned(
+def recovered_shift(
     base: Mapping[int, Tensor], unlearned: Mapping[int, Tensor], attacked: Mapping[int, Tensor]
 ) -> pd.DataFrame:
     """How much of the shift that unlearning made an attack takes back, per layer: the projection of
     ``h_attacked - h_unlearned`` on ``h_base - h_unlearned``.
 
-    ``returned = <a - u, b - u> / |b - u|^2`` over all tokens: 0 for the unlearned model, 1 for the
-    base, above 1 beyond it; ``beside`` is the length of what moved elsewhere, in units of ``|b -
-    u|``. Not a number where unlearning moved nothing.
+    ``recovered_shift = <a - u, b - u> / |b - u|^2`` over all tokens: 0 for the unlearned model, 1
+    for the base, above 1 beyond it; ``beside`` is the length of what moved elsewhere, in units of
+    ``|b - u|``. Not a number where unlearning moved nothing.
 
     Args:
         base: :func:`streams` before unlearning.
@@ -80,7 +80,7 @@ def returned(
         attacked: after relearning.
 
     Returns:
-        ``layer``, ``returned``, ``beside``.
+        ``layer``, ``recovered_shift``, ``beside``.
     """
     rows = []
     for layer, before in base.items():

@@ -25,7 +25,7 @@ from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import next_token_logits
 from workbench.hooks import edit, peek, resolve
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -272,7 +272,7 @@ def responses(
     *,
     probes: int = 8,
     seed: int = 0,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> Responses:
     """Logit shift, loss change and their Taylor predictions for every query.
 

@@ -11,11 +11,11 @@ assumption is quoted from abstract and reviews, its covariance ``eta I`` and the
 were not verified; closed forms are derived here.
 
 Names in a results table (stage ``triggers``; ``arm`` is the word's kind, as in
-:data:`workbench.diagnostics.triggers.ARMS`): :data:`PREFIX` and a name of :data:`QUANTITIES`; with
-``_expected`` behind it, what the assumption gives for a sample of the same size, with its central
-95 % as ``low`` and ``high``. Curves, with the place along them as ``step``: those of
-:data:`CURVES`. Run the base model and the retain-token and neutral-token arms beside the unlearned
-model's forget-token: any word in front shifts what comes behind it.
+:data:`workbench.diagnostics.triggers.TRIGGER_ARMS`): :data:`PREFIX` and a name of
+:data:`QUANTITIES`; with ``_expected`` behind it, what the assumption gives for a sample of the same
+size, with its central 95 % as ``low`` and ``high``. Curves, with the place along them as ``step``:
+those of :data:`CURVES`. Run the base model and the retain-token and neutral-token arms beside the
+unlearned model's forget-token: any word in front shifts what comes behind it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.diagnostics.gaussian_rows import (
-    OF_ROWS,
+    ROW_STATISTICS,
     bands,
     design,
     interval,
@@ -42,7 +42,7 @@ from workbench.diagnostics.rejection import rejection_probability, rejection_rat
 from workbench.diagnostics.trigger_shift import Responses, ShiftRows
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import Estimate, bootstrap, ratio, wilson
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 
 if TYPE_CHECKING:  # a table is only handed in here; diagnostics stand below experiments
     from workbench.tables import Table
@@ -53,7 +53,7 @@ PREFIX = "theory_"
 QUANTITIES = {
     "eta": "mean squared coordinate of eps",
     "eta_relative": "eta over the mean squared coordinate of z",
-    **OF_ROWS,
+    **ROW_STATISTICS,
     "logit_trace_ratio": "squared length of the true logit shift / (eta tr J J^T), sums over queries; 1",  # noqa: E501
     "logit_trace_ratio_first_order": (
         "squared length of J eps / (eta tr J J^T): above 1 where eps prefers directions that the "
@@ -90,7 +90,16 @@ CURVES = {
 ``rejection`` have an ``_expected`` too.
 """
 
-COLUMNS = ("quantity", "value", "low", "high", "expected", "expected_low", "expected_high", "n")
+THEORY_COLUMNS = (
+    "quantity",
+    "value",
+    "low",
+    "high",
+    "expected",
+    "expected_low",
+    "expected_high",
+    "n",
+)
 RATIOS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _BINS = np.linspace(-8, 8, 65)
 
@@ -100,8 +109,8 @@ class Theory:
     """The assumption beside what was measured.
 
     Attributes:
-        quantities: columns :data:`COLUMNS`, one row per name of :data:`QUANTITIES`; ``low`` and
-            ``high`` are the estimate's 95 % interval over queries, ``expected_low`` and
+        quantities: columns :data:`THEORY_COLUMNS`, one row per name of :data:`QUANTITIES`; ``low``
+            and ``high`` are the estimate's 95 % interval over queries, ``expected_low`` and
             ``expected_high`` the central 95 % of the same statistic under the assumption (of the
             loss change: the interval of ``eta / 2 * tr H``), ``n`` the number of queries.
         curves: ``curve`` (a name of :data:`CURVES`), ``step``, ``value``, ``low``, ``high``,
@@ -148,7 +157,7 @@ def examine(
     *,
     draws: int = 200,
     seed: int = 0,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> Theory:
     """Every statistic of the shift, beside the same statistic of rows drawn from ``N(0, I)`` with
     the same tokens, queries, words and width.
@@ -157,8 +166,8 @@ def examine(
     correlation, words) are therefore taken over one token per query, chosen by the ``seed``; the
     mean leaves out pairs within a query; intervals leave out blocks of whole queries. Queries that
     share a word stay in the sample as if they were independent: where ``word_share`` is large, the
-    intervals of the others are too short. Every statistic in :data:`OF_ROWS` is free of scale, so
-    the draws need no ``eta``.
+    intervals of the others are too short. Every statistic in :data:`ROW_STATISTICS` is free of
+    scale, so the draws need no ``eta``.
 
     Args:
         rows: of one model and one kind of word.
@@ -189,8 +198,8 @@ def examine(
     parts = np.array(
         [measure(shift[keep], fixed.part(keep))[0] for keep in leaving_out(label, rng)]
     )
-    ends = [interval(found[i], parts[:, i], name) for i, name in enumerate(OF_ROWS)]
-    null, spectra = np.empty((draws, len(OF_ROWS))), np.empty((draws, len(spectrum)))
+    ends = [interval(found[i], parts[:, i], name) for i, name in enumerate(ROW_STATISTICS)]
+    null, spectra = np.empty((draws, len(ROW_STATISTICS))), np.empty((draws, len(spectrum)))
     for draw in range(draws):
         null[draw], spectra[draw] = measure(rng.standard_normal(shift.shape), fixed)
         progress(draw + 1, draws)
@@ -203,7 +212,8 @@ def examine(
         _line("eta_relative", ratio(*sizes) if sizes[1].any() else _empty(queries)),
     ]
     lines += [
-        (name, found[i], *ends[i], *expected[:, i], queries) for i, name in enumerate(OF_ROWS)
+        (name, found[i], *ends[i], *expected[:, i], queries)
+        for i, name in enumerate(ROW_STATISTICS)
     ]
 
     pooled = shift[fixed.chosen].ravel() / eta.value**0.5 if eta.value else np.full(1, np.nan)
@@ -236,8 +246,8 @@ def examine(
                 )
             )
     return Theory(
-        pd.DataFrame(lines, columns=COLUMNS),
-        pd.DataFrame(curves, columns=("curve", "step", *COLUMNS[1:])),
+        pd.DataFrame(lines, columns=THEORY_COLUMNS),
+        pd.DataFrame(curves, columns=("curve", "step", *THEORY_COLUMNS[1:])),
     )
 
 

@@ -25,7 +25,7 @@ _WORD = re.compile(r"\w+")
 PromptTemplate = Callable[[Example, str], Example]
 """``template(query, word)``: the query with the word put into it."""
 
-ARMS = ("clean", "forget-token", "retain-token", "neutral-token")
+TRIGGER_ARMS = ("clean", "forget-token", "retain-token", "neutral-token")
 
 
 def word_in_front(example: Example, word: str) -> Example:
@@ -99,7 +99,7 @@ def trigger_queries(
     Raises:
         NothingToAsk: an arm has no word, or no query is left.
     """
-    words = dict(zip(ARMS[1:], (forget_tokens, retain_tokens, neutral_tokens), strict=True))
+    words = dict(zip(TRIGGER_ARMS[1:], (forget_tokens, retain_tokens, neutral_tokens), strict=True))
     for arm, tokens in words.items():
         if not tokens:
             raise NothingToAsk(f"the trigger check has no word for its {arm} arm")

@@ -107,7 +107,7 @@ class Choice:
 
 @brief
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ChosenOptions:
     """What a model chose, in the order of the questions.
 
     Attributes:
@@ -143,7 +143,7 @@ def multiple_choice(
     *,
     normalise: Literal["sum", "mean"] = "sum",
     batch_size: int = 32,
-) -> Chosen:
+) -> ChosenOptions:
     """Score every option by its log-probability behind the question and take the best.
 
     Args:
@@ -185,7 +185,7 @@ def multiple_choice(
         if not np.isnan(found).any():
             margin[row] = found[question.correct] - np.delete(found, question.correct).max()
             chosen[row], correct[row] = found.argmax(), margin[row] > 0
-    return Chosen(tuple(q.item for q in questions), correct, chosen, margin, tuple(scores))
+    return ChosenOptions(tuple(q.item for q in questions), correct, chosen, margin, tuple(scores))
 
 
 @brief

@@ -20,15 +20,15 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
 from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
-from workbench.runner import Asked, Experiment, Plan, Source, on_models
-from workbench.runs.settings import OfRun, Wholes
+from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runs.settings import FinishedRunSettings, Integers
 from workbench.runs.setup import Setup
 from workbench.tables import Table, by_columns, fact_table
 
 SOLVED, SHUFFLED = "solved", "answers shuffled"
 
 
-class FewShotSettings(OfRun):
+class FewShotSettings(FinishedRunSettings):
     """How the models are asked.
 
     Attributes:
@@ -37,7 +37,7 @@ class FewShotSettings(OfRun):
         same_answer: let demonstrations hold the answer of the question that they stand before.
     """
 
-    shots: Wholes = Field((0, 1, 2, 4), description="Numbers of demonstrations, rising from 0.")
+    shots: Integers = Field((0, 1, 2, 4), description="Numbers of demonstrations, rising from 0.")
     same_answer: bool = Field(
         False, description="Let demonstrations hold the answer of the question (it may be copied)."
     )
@@ -50,14 +50,12 @@ class FewShotSettings(OfRun):
         return shots
 
 
-def _score(settings: FewShotSettings, asked: Asked, table: Table) -> None:
-    setup = asked.setup
+def _score(settings: FewShotSettings, job: ModelJob, table: Table) -> None:
+    setup = job.setup
     for arm in (SOLVED, SHUFFLED):
         for shots in settings.shots:
-            prompts = _prompts(settings, setup, shots, asked.seed, arm == SHUFFLED)
-            table.add_scores(
-                score(asked.model, prompts), split="forget-heldout", arm=arm, step=shots
-            )
+            prompts = _prompts(settings, setup, shots, job.seed, arm == SHUFFLED)
+            table.add_scores(score(job.model, prompts), split="forget-heldout", arm=arm, step=shots)
 
 
 def _prompts(
@@ -117,8 +115,8 @@ def prepare(settings: FewShotSettings, source: Source, out: Path) -> Plan:
     return on_models("few-shot", source, partial(_score_stage, settings), summaries=(_effects,))
 
 
-def _score_stage(settings: FewShotSettings, asked: Asked) -> None:
-    asked.place.stage("few-shot", partial(_score, settings, asked))
+def _score_stage(settings: FewShotSettings, job: ModelJob) -> None:
+    job.context.stage("few-shot", partial(_score, settings, job))
 
 
 def few_shot_table(results: pd.DataFrame) -> pd.DataFrame:

@@ -17,20 +17,20 @@ from workbench.data.readers import record_from_files
 from workbench.errors import WorkbenchError
 from workbench.files import sha256
 from workbench.hooks.errors import CaptureError
-from workbench.models import Opened, open_model, parameter_count, save_model
+from workbench.models import OpenedModel, open_model, parameter_count, save_model
 from workbench.progress import bar
 from workbench.runs import stages
 from workbench.runs.checkpoints import FilesConfig, origin
 from workbench.runs.config import RunConfig
 from workbench.runs.pipeline import Run, run_pipeline
-from workbench.runs.settings import Attacking, Columns, Count, Rate, Seeds, validated
+from workbench.runs.settings import AttackOverrides, Columns, Count, Rate, Seeds, validated
 from workbench.runs.setup import Disruption, Setup
 from workbench.tables import Table
 from workbench.unlearning.methods import SMALL_MODEL, recipe, settings_for
 from workbench.unlearning.recipe import Setting
 
 
-class InvestigateSettings(Attacking):
+class InvestigateSettings(AttackOverrides):
     """What decides the numbers of an investigation.
 
     Attributes:
@@ -198,7 +198,7 @@ def _losses(rows: pd.DataFrame) -> dict[str, float]:
     return dict(zip(chosen["split"], chosen["value"].astype(float), strict=True))
 
 
-def _with_names(opened: Opened, build: Callable[[], Any]) -> Any:
+def _with_names(opened: OpenedModel, build: Callable[[], Any]) -> Any:
     """Run ``build``, and turn a site that this architecture does not have into an input error."""
     try:
         return build()

@@ -39,9 +39,9 @@ from workbench.evaluation.losses import score
 from workbench.experiments import QUESTIONS
 from workbench.files import damage
 from workbench.models import open_config, open_model, save_model, weights_hash
-from workbench.runner import Experiment, Phase, Place, Plan
+from workbench.runner import Experiment, JobContext, Phase, Plan
 from workbench.runs.curves import curve_rows
-from workbench.runs.settings import Attacking, Count, Rate, Seeds
+from workbench.runs.settings import AttackOverrides, Count, Rate, Seeds
 from workbench.runs.stages import add_leaks
 from workbench.tables import Table
 from workbench.training import fit
@@ -55,7 +55,7 @@ KEYWORDS = ("titles", "names")
 """What is withheld: one book title of every forgotten author, or the names of every second one."""
 
 
-class KeywordSettings(Attacking):
+class KeywordSettings(AttackOverrides):
     """Everything that decides the numbers of the experiment.
 
     Attributes:
@@ -152,8 +152,8 @@ def question_of(example: Example) -> str:
     return example.text.split("\nAnswer:")[0] + "\nAnswer:"
 
 
-def _teach_job(settings: KeywordSettings, name: str, place: Place) -> None:
-    folder = place.out / "models" / name
+def _teach_job(settings: KeywordSettings, name: str, context: JobContext) -> None:
+    folder = context.out / "models" / name
     if not damage(folder):
         return
     texts, opened = _texts(settings), open_model(settings.model)
@@ -170,7 +170,7 @@ def _teach_job(settings: KeywordSettings, name: str, place: Place) -> None:
         steps=settings.teach_steps,
         lr=settings.teach_lr,
         seed=0,
-        progress=place.progress,
+        progress=context.progress,
     )
     save_model(model, opened.tokenizer, folder, {"experiment": "keyword", "texts": len(taught)})
 
@@ -191,9 +191,9 @@ def asked(
     ]
 
 
-def _seed_job(settings: KeywordSettings, seed: int, place: Place) -> None:
+def _seed_job(settings: KeywordSettings, seed: int, context: JobContext) -> None:
     texts, attack = _texts(settings), settings.attack(ATTACK)
-    base, never = (open_model(place.out / "models" / name) for name in (BASE, NEVER))
+    base, never = (open_model(context.out / "models" / name) for name in (BASE, NEVER))
     tokenizer, queries = base.tokenizer, texts.keyword.queries
     encoded = batches(tokenizer, queries, 64)
     rounds, done = 4 * attack.steps, 0
@@ -201,7 +201,7 @@ def _seed_job(settings: KeywordSettings, seed: int, place: Place) -> None:
     def advance(_step: int, _of: int) -> None:
         nonlocal done
         done = min(done + 1, rounds)
-        place.progress(done, rounds)
+        context.progress(done, rounds)
 
     def work(table: Table) -> None:
         def measure(model: PreTrainedModel, step: int, method: str, arm: str) -> None:
@@ -263,7 +263,7 @@ def _seed_job(settings: KeywordSettings, seed: int, place: Place) -> None:
                 except DivergedError as error:
                     table.add("diverged_at", error.step, method=method, model=method, arm=arm)
 
-    replace(place, columns={"stage": "keyword", "seed": seed}).stage("keyword", work)
+    replace(context, columns={"stage": "keyword", "seed": seed}).stage("keyword", work)
 
 
 def prepare(settings: KeywordSettings, source: None, out: Path) -> Plan:

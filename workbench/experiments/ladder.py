@@ -21,10 +21,10 @@ from workbench.data.batches import Batch
 from workbench.data.records import Example
 from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
-from workbench.runner import Asked, Experiment, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
 from workbench.runs.curves import curve_rows
 from workbench.runs.models import BASE
-from workbench.runs.settings import Attacking, OfRun
+from workbench.runs.settings import AttackOverrides, FinishedRunSettings
 from workbench.runs.setup import Setup
 from workbench.runs.stages import add_leaks, measured_attack
 from workbench.tables import Table
@@ -58,7 +58,7 @@ def _number(text: str) -> str | int | float:
 AttackChanges = dict[str, str | int | float]
 
 
-class LadderSettings(OfRun, Attacking):
+class LadderSettings(FinishedRunSettings, AttackOverrides):
     """What is attacked, and how.
 
     Attributes:
@@ -103,9 +103,9 @@ def _ladder(setup: Setup, seed: int) -> Ladder:
     return build_ladder(setup.world, length, seed)
 
 
-def _ask(settings: LadderSettings, asked: Asked) -> None:
-    setup, attack = asked.setup, settings.attack(asked.source.config.attack)
-    ladder = _ladder(setup, asked.seed)
+def _ask(settings: LadderSettings, job: ModelJob) -> None:
+    setup, attack = job.setup, settings.attack(job.source.config.attack)
+    ladder = _ladder(setup, job.seed)
     queries = {"forget-queries": setup.encode(ladder.queries)}
     rounds = len(ladder.text_sets) + len(settings.ways) + bool(ladder.novel)
     done = 0
@@ -113,7 +113,7 @@ def _ask(settings: LadderSettings, asked: Asked) -> None:
     def advance(_step: int, _of: int) -> None:
         nonlocal done
         done += 1
-        asked.place.progress(min(done, rounds * attack.steps), rounds * attack.steps)
+        job.context.progress(min(done, rounds * attack.steps), rounds * attack.steps)
 
     def work(table: Table) -> None:
         def once(
@@ -123,13 +123,13 @@ def _ask(settings: LadderSettings, asked: Asked) -> None:
             attack_config: RelearnSettings = attack,
         ) -> None:
             steps = measured_attack(
-                asked.model,
+                job.model,
                 setup,
                 texts,
                 sets,
                 attack_config,
                 table,
-                seed=asked.seed,
+                seed=job.seed,
                 progress=advance,
                 arm=arm,
             )
@@ -144,7 +144,7 @@ def _ask(settings: LadderSettings, asked: Asked) -> None:
         if ladder.novel:
             once(ladder.novel, {"novel": setup.encode(ladder.novel)}, "novel")
 
-    asked.place.stage("ladder", work)
+    job.context.stage("ladder", work)
 
 
 def _leaks(ladder: Ladder, key: str) -> pd.DataFrame:

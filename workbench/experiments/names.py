@@ -36,9 +36,9 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.answers import generate_answers
 from workbench.evaluation.statistics import wilson
 from workbench.experiments import QUESTIONS
-from workbench.progress import Report
-from workbench.runner import Experiment, Phase, Place, Plan
-from workbench.runs.settings import Attacking, Count, Rate, Seeds, Wholes
+from workbench.progress import ProgressCallback
+from workbench.runner import Experiment, JobContext, Phase, Plan
+from workbench.runs.settings import AttackOverrides, Count, Integers, Rate, Seeds
 from workbench.tables import Table
 from workbench.training import fit, small_llama
 from workbench.unlearning.budget import smallest_change
@@ -50,7 +50,7 @@ PUBLISHED = {7: 1.00, 5: 0.97, 3: 0.23, 1: 0.00}
 """Success after relearning by repetitions, Table 4 of the paper."""
 
 
-class NamesSettings(Attacking):
+class NamesSettings(AttackOverrides):
     """Everything that decides the numbers of the experiment. Chosen on seed 100, which is none of
     those reported.
 
@@ -76,7 +76,7 @@ class NamesSettings(Attacking):
     seeds: Seeds = Field(
         (0, 1, 2, 3, 4), description="Seeds, each with a model of its own: how many, or which."
     )
-    repetitions: Wholes = Field(REPETITIONS, description="How often the pair occurs.")
+    repetitions: Integers = Field(REPETITIONS, description="How often the pair occurs.")
     width: int = Field(96, ge=8, le=100_000, description="Of the residual stream.")
     layers: int = Field(3, ge=1, le=1000, description="Blocks of the model.")
     pretrain_steps: Count = Field(300, description="Steps on rows of names in random order.")
@@ -134,7 +134,7 @@ def without_pairs(corpus: NamesCorpus) -> tuple[Example, ...]:
 
 
 def _pretrained(
-    settings: NamesSettings, corpus: NamesCorpus, seed: int, progress: Report
+    settings: NamesSettings, corpus: NamesCorpus, seed: int, progress: ProgressCallback
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     words = sorted({word for row in corpus.rows for word in row.text.split()} | {FIRST, SECOND})
     tokenizer = build_tokenizer(words)
@@ -170,7 +170,7 @@ def _pretrained(
     )
 
 
-def _seed_job(settings: NamesSettings, seed: int, place: Place) -> None:
+def _seed_job(settings: NamesSettings, seed: int, context: JobContext) -> None:
     """All of one seed: the random rows are learned once, then every number of repetitions starts
     from there.
     """
@@ -183,14 +183,14 @@ def _seed_job(settings: NamesSettings, seed: int, place: Place) -> None:
     def advance(_step: int, _of: int) -> None:
         nonlocal done
         done += 1
-        place.progress(done, total)
+        context.progress(done, total)
 
     def work(table: Table) -> None:
         base, tokenizer, words = _pretrained(settings, build_names(seed=seed), seed, advance)
         for repetitions in settings.repetitions:
             _one_dial(settings, base, tokenizer, words, repetitions, seed, table, advance)
 
-    replace(place, columns={"stage": "names", "seed": seed}).stage("names", work)
+    replace(context, columns={"stage": "names", "seed": seed}).stage("names", work)
 
 
 def _one_dial(
@@ -201,7 +201,7 @@ def _one_dial(
     repetitions: int,
     seed: int,
     table: Table,
-    advance: Report,
+    advance: ProgressCallback,
 ) -> None:
     corpus = build_names(repetitions, seed)
     split = f"repetitions-{repetitions}"

@@ -14,11 +14,11 @@ import pandas as pd
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import spearman
 from workbench.runs.folder import read_results
-from workbench.tables import COLUMNS, Table, typed
+from workbench.tables import RESULT_COLUMNS, Table, typed
 from workbench.unlearning.methods import innermost
 
 CONTROLS = ("base", "never-learned")
-MEASURES = {
+PREDICTORS = {
     "displacement": "distance of the weights from the base",
     "top_eigenvalue": "top Hessian eigenvalue of the forget loss",
     "bottom_eigenvalue": "bottom Hessian eigenvalue of the forget loss",
@@ -193,7 +193,7 @@ def correlate(points: pd.DataFrame) -> Predictors:
         )
     table = Table({"stage": "predictors"})
     for outcome in ("recovery", "recall_after"):
-        for measure in MEASURES:
+        for measure in PREDICTORS:
             have = points[np.isfinite(points[measure].astype(float))].round(
                 {outcome: 9}
             )  # equal recoveries are ties, however they round
@@ -241,7 +241,7 @@ def correlate(points: pd.DataFrame) -> Predictors:
                     table.add_estimate(
                         "recovery_partial_families", partial, arm=measure, split=outcome
                     )
-    return Predictors(points, typed(table.frame(), COLUMNS))
+    return Predictors(points, typed(table.frame(), RESULT_COLUMNS))
 
 
 def point_rows(points: pd.DataFrame, key: str) -> pd.DataFrame:
@@ -255,12 +255,12 @@ def point_rows(points: pd.DataFrame, key: str) -> pd.DataFrame:
             "model": f"{row['method']}-seed{row['seed']}",
             "seed": row["seed"],
         }
-        for measure in MEASURES:
+        for measure in PREDICTORS:
             if np.isfinite(row[measure]):
                 table.add("predictor_value", row[measure], arm=measure, **place)
         for outcome in ("recovery", "recall_after"):
             table.add("outcome", row[outcome], arm=outcome, **place)
-    return typed(table.frame(), COLUMNS)
+    return typed(table.frame(), RESULT_COLUMNS)
 
 
 def predictors(runs: Sequence[Path]) -> Predictors:
@@ -303,7 +303,7 @@ def predictor_table(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "measured before the attack": MEASURES[measure],
+                "measured before the attack": PREDICTORS[measure],
                 "with the recall won back": cell("recovery", measure),
                 **(
                     {"the same, families resampled": shown(by_family["correlation"], measure)}

@@ -16,15 +16,15 @@ from pydantic import Field, field_validator
 from workbench.attacks.quantise import quantised, surviving_share
 from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
-from workbench.runner import Asked, Experiment, Plan, Source, on_models
-from workbench.runs.settings import OfRun, Wholes
+from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runs.settings import FinishedRunSettings, Integers
 from workbench.runs.stages import measure_sets, measured_sets
 from workbench.tables import Table, by_columns, fact_table
 
 HELD_OUT = "forget-heldout"
 
 
-class QuantiseSettings(OfRun):
+class QuantiseSettings(FinishedRunSettings):
     """How the weights are rounded.
 
     Attributes:
@@ -33,7 +33,7 @@ class QuantiseSettings(OfRun):
         head: round the output head as well.
     """
 
-    bits: Wholes = Field((8, 4), description="Of the codes: 8, 4, or both.")
+    bits: Integers = Field((8, 4), description="Of the codes: 8, 4, or both.")
     head: bool = Field(False, description="Round the output head as well.")
 
     @field_validator("bits")
@@ -44,21 +44,21 @@ class QuantiseSettings(OfRun):
         return bits
 
 
-def _measure(settings: QuantiseSettings, asked: Asked, table: Table) -> None:
-    setup, model = asked.setup, asked.model
+def _measure(settings: QuantiseSettings, job: ModelJob, table: Table) -> None:
+    setup, model = job.setup, job.model
     sets = {name: setup.encode(texts) for name, texts in measured_sets(setup.record).items()}
     measure_sets(model, sets, table, arm="none", step=32)
     for bits in settings.bits:
         rounded = quantised(model, bits, head=settings.head).model
         measure_sets(rounded, sets, table, arm="rounded", step=bits)
-        if not asked.is_control:
+        if not job.is_control:
             left = surviving_share(setup.base, model, bits)
             for metric in ("share", "carried", "cosine"):
                 table.add(f"quantised_{metric}", getattr(left, metric), arm="rounded", step=bits)
 
 
-def _stage(settings: QuantiseSettings, asked: Asked) -> None:
-    asked.place.stage("quantise", partial(_measure, settings, asked))
+def _stage(settings: QuantiseSettings, job: ModelJob) -> None:
+    job.context.stage("quantise", partial(_measure, settings, job))
 
 
 def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:

@@ -12,16 +12,16 @@ from pydantic import Field
 
 from workbench.errors import WorkbenchError
 from workbench.experiments import QUESTIONS
-from workbench.runner import Asked, Experiment, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
 from workbench.runs.models import CONTROLS
-from workbench.runs.settings import Attacking, OfRun
+from workbench.runs.settings import AttackOverrides, FinishedRunSettings
 from workbench.runs.setup import Disruption
 from workbench.runs.stages import add_disruption, attack, measure_sets, measured_sets
 from workbench.tables import Table
 from workbench.unlearning.deltas import apply_delta, delta_between, norm_of, snapshot
 
 
-class RelearnAgainSettings(OfRun, Attacking):
+class RelearnAgainSettings(FinishedRunSettings, AttackOverrides):
     """The attack; what is left out is as in the run.
 
     Attributes:
@@ -40,14 +40,14 @@ class RelearnAgainSettings(OfRun, Attacking):
     )
 
 
-def _scaled(asked: Asked, distance: float, table: Table) -> None:
+def _scaled(job: ModelJob, distance: float, table: Table) -> None:
     """Bring the change of weights to a length, and measure what it costs then."""
-    setup, model = asked.setup, asked.model
+    setup, model = job.setup, job.model
     start = snapshot(setup.base)
     delta = delta_between(model, start)
     if not delta:
         raise WorkbenchError(
-            f"{asked.name} under seed {asked.seed} has the weights of the base, so its change has "
+            f"{job.name} under seed {job.seed} has the weights of the base, so its change has "
             "no length to scale; leave it out with --methods"
         )
     alpha = distance * norm_of(start) / norm_of(delta)
@@ -65,24 +65,24 @@ def _scaled(asked: Asked, distance: float, table: Table) -> None:
     measure_sets(model, encoded, table, stage="unlearn")
 
 
-def _ask(settings: RelearnAgainSettings, asked: Asked) -> None:
-    setup = asked.setup
+def _ask(settings: RelearnAgainSettings, job: ModelJob) -> None:
+    setup = job.setup
 
     def work(table: Table) -> None:
-        if settings.distance is not None and not asked.is_control:
-            _scaled(asked, settings.distance, table)
+        if settings.distance is not None and not job.is_control:
+            _scaled(job, settings.distance, table)
         attack(
-            asked.model,
+            job.model,
             setup,
-            settings.attack(asked.source.config.attack),
-            seed=asked.seed,
+            settings.attack(job.source.config.attack),
+            seed=job.seed,
             table=table,
             null_pool=setup.null_pool,
             matched=setup.world is None,
-            progress=asked.place.progress,
+            progress=job.context.progress,
         )
 
-    asked.place.stage("relearn", work)
+    job.context.stage("relearn", work)
 
 
 def prepare(settings: RelearnAgainSettings, source: Source, out: Path) -> Plan:

@@ -18,10 +18,10 @@ from workbench.diagnostics.probes import add_probes, probe_by_layer, probe_trans
 from workbench.diagnostics.rotation import add_rotation, rotation_by_layer, shuffled
 from workbench.diagnostics.shift import streams
 from workbench.experiments import QUESTIONS
-from workbench.progress import Report
-from workbench.runner import Asked, Experiment, Plan, Source, on_models
+from workbench.progress import ProgressCallback
+from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
 from workbench.runs.models import BASE, NEVER, model_of
-from workbench.runs.settings import OfRun
+from workbench.runs.settings import FinishedRunSettings
 from workbench.runs.setup import Setup
 from workbench.tables import Table
 
@@ -39,7 +39,12 @@ def _lens(setup: Setup, model: PreTrainedModel, questions: Sequence[Example], ta
 
 
 def _probes(
-    setup: Setup, model: PreTrainedModel, name: str, table: Table, progress: Report, seed: int
+    setup: Setup,
+    model: PreTrainedModel,
+    name: str,
+    table: Table,
+    progress: ProgressCallback,
+    seed: int,
 ) -> None:
     """Probes learn from all people, forgotten and kept, and are judged on held-out forgotten ones:
     few labels occur among these alone.
@@ -84,7 +89,7 @@ def _probes(
         )
 
 
-def _moved(
+def _rotation(
     setup: Setup,
     model: PreTrainedModel,
     questions: Sequence[Example],
@@ -125,20 +130,20 @@ def _depth(
         )
 
 
-def _ask(asked: Asked) -> None:
-    setup, name, seed = asked.setup, asked.name, asked.seed
-    config, folder = asked.source.config, asked.source.folder
-    model, stage = asked.model, asked.place.stage
+def _ask(job: ModelJob) -> None:
+    setup, name, seed = job.setup, job.name, job.seed
+    config, folder = job.source.config, job.source.folder
+    model, stage = job.model, job.context.stage
     never = model_of(config, folder, NEVER, seed) if NEVER in config.controls else None
     questions = one_per_item(setup.record.forget_heldout)
     stage("lens", lambda table: _lens(setup, model, questions, table))
-    stage("rotation", lambda table: _moved(setup, model, questions, name, table, seed))
-    stage("probes", lambda table: _probes(setup, model, name, table, asked.place.progress, seed))
-    if not asked.is_control:
+    stage("rotation", lambda table: _rotation(setup, model, questions, name, table, seed))
+    stage("probes", lambda table: _probes(setup, model, name, table, job.context.progress, seed))
+    if not job.is_control:
         stage("depth", lambda table: _depth(setup, model, never, questions, table))
 
 
-def prepare(settings: OfRun, source: Source, out: Path) -> Plan:
+def prepare(settings: FinishedRunSettings, source: Source, out: Path) -> Plan:
     """Lens, probes with transfer, rotation and patching depth of every model, on held-out forgotten
     facts.
     """
@@ -182,7 +187,7 @@ def representation_table(results: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-class RepresentationSettings(OfRun):
+class RepresentationSettings(FinishedRunSettings):
     """Which models are read.
 
     Attributes:

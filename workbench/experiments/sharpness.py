@@ -22,16 +22,16 @@ from workbench.attacks.ladder import novel_facts
 from workbench.errors import WorkbenchError
 from workbench.experiments import QUESTIONS
 from workbench.experiments.predictors import correlate, point_rows, points_of
-from workbench.runner import Asked, Experiment, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
 from workbench.runs import landscape
 from workbench.runs.models import BASE, CONTROLS
-from workbench.runs.settings import Count, Numbers, OfRun
+from workbench.runs.settings import Count, FinishedRunSettings, Numbers
 from workbench.sharpness.canonical import FAMILIES, canonicalise
-from workbench.tables import COLUMNS, Table, join
+from workbench.tables import RESULT_COLUMNS, Table, join
 from workbench.unlearning.deltas import norm_of, snapshot
 
 
-class SharpnessSettings(OfRun):
+class SharpnessSettings(FinishedRunSettings):
     """What is measured around every model.
 
     Attributes:
@@ -90,13 +90,13 @@ def _canonical(model: PreTrainedModel) -> PreTrainedModel:
     return canonicalise(model) if model.config.model_type in FAMILIES else model
 
 
-def _ask(settings: SharpnessSettings, asked: Asked) -> None:
-    setup, seed, first = asked.setup, asked.seed, asked.first
-    config, progress = asked.source.config, asked.place.progress
+def _ask(settings: SharpnessSettings, job: ModelJob) -> None:
+    setup, seed, first = job.setup, job.seed, job.first
+    config, progress = job.source.config, job.context.progress
     parts = 9 if first else 6
 
     def work(table: Table) -> None:
-        model = asked.model
+        model = job.model
         people = len({example.subject_text for example in setup.record.forget_attacked})
         novel = () if setup.world is None else novel_facts(setup.world, people)
         losses = landscape.losses_of(setup, novel)
@@ -184,7 +184,7 @@ def _ask(settings: SharpnessSettings, asked: Asked) -> None:
         )
         after()
 
-    asked.place.stage("sharpness", work)
+    job.context.stage("sharpness", work)
 
 
 def prepare(settings: SharpnessSettings, source: Source, out: Path) -> Plan:
@@ -194,7 +194,7 @@ def prepare(settings: SharpnessSettings, source: Source, out: Path) -> Plan:
 
     def predictors(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
         own, attacked = source.tables
-        everything = join([own[own["stage"] != "sharpness"], rows], COLUMNS)
+        everything = join([own[own["stage"] != "sharpness"], rows], RESULT_COLUMNS)
         measured = everything[everything["method"].isin(set(rows["method"]))]
         points = points_of(measured, attacked, source.folder.name)
         try:
@@ -202,7 +202,11 @@ def prepare(settings: SharpnessSettings, source: Source, out: Path) -> Plan:
         except WorkbenchError as error:  # too few models
             print(f"no correlations: {error}", file=sys.stderr)
             found = []
-        return join([point_rows(points, key), *found], COLUMNS) if len(points) else rows.iloc[:0]
+        return (
+            join([point_rows(points, key), *found], RESULT_COLUMNS)
+            if len(points)
+            else rows.iloc[:0]
+        )
 
     return on_models(
         "sharpness",
@@ -245,17 +249,17 @@ def sharpness_table(results: pd.DataFrame) -> pd.DataFrame:
             if arm in steps:
                 at = {"arm": arm, "step": steps[arm]}
                 line[f"drop within {steps[arm]:g} {unit}"] = mean(
-                    method, "drop", split=landscape.FOLLOWED, **at
+                    method, "drop", split=landscape.ATTACKED, **at
                 )
                 line[f"the same, held-out, {steps[arm]:g} {unit}"] = mean(
-                    method, "drop", split=landscape.WATCHED, **at
+                    method, "drop", split=landscape.HELD_OUT, **at
                 )
         line |= {
             "top eigenvalue": mean(method, "top_eigenvalue"),
             "bottom eigenvalue": mean(method, "bottom_eigenvalue"),
             "trace": mean(method, "trace"),
             "gradient norm": mean(method, "gradient_norm"),
-            "way to the base until half": mean(method, "half_at_to_base", split=landscape.WATCHED),
+            "way to the base until half": mean(method, "half_at_to_base", split=landscape.HELD_OUT),
         }
         lines.append(
             {

@@ -15,8 +15,9 @@ The answers of the built-in world complete their questions to sentences, so that
 the two leave nothing to complete. Every "suffix" therefore stands in front of its question, as the
 universal prefix of Fan et al.'s attack does. No suffix holds a word of any answer.
 
-In the tables ``arm`` is one of :data:`ARMS` and ``split`` one of :data:`SPLITS`. Along the search,
-``search_loss`` is the loss at every ``step``, in nats per answer; ``suffix_token`` holds the found
+In the tables ``arm`` is one of :data:`SUFFIX_ARMS` and ``split`` one of :data:`SPLITS`. Along the
+search, ``search_loss`` is the loss at every ``step``, in nats per answer; ``suffix_token`` holds
+the found
 suffix: ``step`` is the place, ``value`` the token id and ``site`` its text.
 """
 
@@ -38,20 +39,20 @@ from workbench.evaluation.losses import score
 from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
 from workbench.experiments.triggers import TEMPLATES, arms_of
-from workbench.progress import Report
-from workbench.runner import Asked, Experiment, Plan, Source, on_models
+from workbench.progress import ProgressCallback
+from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
 from workbench.runs.models import BASE, NEVER
-from workbench.runs.settings import Count, OfRun
+from workbench.runs.settings import Count, FinishedRunSettings
 from workbench.runs.setup import ROWS, Setup
 from workbench.tables import Table, fact_table
 
 NONE, RANDOM, SEARCHED = "none", "random suffix", "searched suffix"
-ARMS = (NONE, RANDOM, SEARCHED)
+SUFFIX_ARMS = (NONE, RANDOM, SEARCHED)
 JAILBREAK, RETAIN, WITH_TOKEN = "jailbreak", "retain", "retain with a forget-token"
 SPLITS = (JAILBREAK, RETAIN, WITH_TOKEN)
 
 
-class SuffixSettings(OfRun):
+class SuffixSettings(FinishedRunSettings):
     """The budget of a search; every split of every model gets the same.
 
     A search runs ``questions * (candidates + 1)`` rows through the model per step: with the
@@ -119,7 +120,7 @@ def _attack(
     settings: SuffixSettings,
     seed: int,
     table: Table,
-    progress: Report,
+    progress: ProgressCallback,
 ) -> None:
     mine, others = questions_of(setup, seed)[split]
     tokenizer, record = setup.tokenizer, setup.record
@@ -181,16 +182,16 @@ def _attack(
     )
 
 
-def _ask(settings: SuffixSettings, asked: Asked) -> None:
+def _ask(settings: SuffixSettings, job: ModelJob) -> None:
     for number, split in enumerate(SPLITS):
 
         def advance(step: int, of: int, done: int = number) -> None:
-            asked.place.progress(done * of + step, len(SPLITS) * of)
+            job.context.progress(done * of + step, len(SPLITS) * of)
 
-        def work(table: Table, split: str = split, advance: Report = advance) -> None:
-            _attack(asked.model, asked.setup, split, settings, asked.seed, table, advance)
+        def work(table: Table, split: str = split, advance: ProgressCallback = advance) -> None:
+            _attack(job.model, job.setup, split, settings, job.seed, table, advance)
 
-        asked.place.stage(split, work)
+        job.context.stage(split, work)
 
 
 def prepare(settings: SuffixSettings, source: Source, out: Path) -> Plan:
@@ -278,7 +279,7 @@ def suffix_table(results: pd.DataFrame) -> pd.DataFrame:
     for split in SPLITS:
         for method in rows.loc[rows["split"] == split, "method"].dropna().drop_duplicates():
             line = {"questions": split, "model": method} | {
-                arm: cell(split, method, "recall", arm) for arm in ARMS
+                arm: cell(split, method, "recall", arm) for arm in SUFFIX_ARMS
             }
             line["change"] = cell(split, method, "suffix_effect", SEARCHED)
             line["beyond the control"] = cell(

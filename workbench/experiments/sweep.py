@@ -19,8 +19,8 @@ from workbench.experiments.investigate import attack_rate
 from workbench.models import open_config, parameter_count
 from workbench.runs.config import RunConfig, preset
 from workbench.runs.pipeline import Run, run_pipeline
-from workbench.runs.settings import Attacking, Columns, Count, Names, Seeds, validated
-from workbench.runs.setup import Measure
+from workbench.runs.settings import AttackOverrides, Columns, Count, Names, Seeds, validated
+from workbench.runs.setup import DisruptionMeasure
 from workbench.unlearning.methods import METHODS
 
 BUILTIN_ONLY = ("pretrained", "general", "training_steps", "world", "tagged", "quick", "ablation")
@@ -29,7 +29,7 @@ LOSS_RISE = 0.001
 """The budget of CIR's papers: a share of the base's loss on general text."""
 
 
-class SweepSettings(Attacking):
+class SweepSettings(AttackOverrides):
     """What is put at one price.
 
     Attributes:
@@ -138,7 +138,7 @@ class SweepSettings(Attacking):
         le=values.LARGEST,
         description="Disruption budget, in the unit of --budget-measure; default 0.05 nats a token.",  # noqa: E501
     )
-    budget_measure: Measure = Field(
+    budget_measure: DisruptionMeasure = Field(
         "kl",
         description="kl: mean KL to the base, nats per token; loss-rise: share of the base's loss.",
     )

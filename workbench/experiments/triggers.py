@@ -36,11 +36,11 @@ from workbench.diagnostics.triggers import (
 from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
 from workbench.hooks import layer_count
-from workbench.progress import Report, quiet
-from workbench.runner import Asked, Experiment, Plan, Source, on_models
+from workbench.progress import ProgressCallback, quiet
+from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
 from workbench.runs.config import RunConfig
 from workbench.runs.models import BASE
-from workbench.runs.settings import OfRun
+from workbench.runs.settings import FinishedRunSettings
 from workbench.runs.setup import Setup
 from workbench.tables import Table
 from workbench.unlearning.methods import innermost, settings_for
@@ -203,7 +203,7 @@ def _trace(
     setup: Setup,
     seed: int,
     table: Table,
-    progress: Report,
+    progress: ProgressCallback,
 ) -> None:
     arms = _marked(setup, TEMPLATES[PATCHED], seed)
     for arm in ("forget-token", "retain-token"):
@@ -260,7 +260,11 @@ def _theory(model: PreTrainedModel, setup: Setup, layer: int, seed: int, table: 
 
 
 def _search(
-    base: PreTrainedModel, model: PreTrainedModel, setup: Setup, table: Table, progress: Report
+    base: PreTrainedModel,
+    model: PreTrainedModel,
+    setup: Setup,
+    table: Table,
+    progress: ProgressCallback,
 ) -> None:
     """The scan and the forensics, held against the names that were truly forgotten; nothing where
     the tokenizer cuts them into pieces.
@@ -401,7 +405,7 @@ def _add_topic(found: Forensics, known: set[int], table: Table) -> None:
                 )
 
 
-class TriggerSettings(OfRun):
+class TriggerSettings(FinishedRunSettings):
     """What is asked of every model.
 
     Attributes:
@@ -417,22 +421,20 @@ class TriggerSettings(OfRun):
     )
 
 
-def _questions(settings: TriggerSettings, asked: Asked) -> None:
-    setup, config, seed = asked.setup, asked.source.config, asked.seed
-    base, model, stage = setup.base, asked.model, asked.place.stage
-    made = asked.name in config.methods
-    layer, direction = (
-        steered(config, asked.name, base, seed) if made else (middle_layer(base), None)
-    )
-    progress = asked.place.progress
+def _questions(settings: TriggerSettings, job: ModelJob) -> None:
+    setup, config, seed = job.setup, job.source.config, job.seed
+    base, model, stage = setup.base, job.model, job.context.stage
+    made = job.name in config.methods
+    layer, direction = steered(config, job.name, base, seed) if made else (middle_layer(base), None)
+    progress = job.context.progress
     stage("asked", lambda table: _ask(model, setup, seed, table))
     if settings.asking_only:
         return
     stage("theory", lambda table: _theory(model, setup, layer, seed, table))
     # the never-learned model is the control: unlearning left no trace in it
-    if asked.name != BASE and (asked.first or not config.once(asked.name)):
+    if job.name != BASE and (job.first or not config.once(job.name)):
         stage("search", lambda table: _search(base, model, setup, table, progress))
-    if asked.is_control:
+    if job.is_control:
         return
     stage("alignment", lambda table: _align(base, model, setup, layer, direction, seed, table))
     stage("causal map", lambda table: _trace(base, model, setup, seed, table, quiet))

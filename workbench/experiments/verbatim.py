@@ -10,7 +10,7 @@ excerpt, or a text of the user's own (``public``).
 
 A pretrained model learns the passages to be forgotten and some others; its never-learned control
 learns the others only; both are then treated alike. In the tables ``split`` names the measure
-(:data:`MEASURES`) and ``correct`` or ``recall`` is its value, from 0 to 1.
+(:data:`VERBATIM_MEASURES`) and ``correct`` or ``recall`` is its value, from 0 to 1.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from workbench.experiments import QUESTIONS
 from workbench.experiments.keyword import along, taught_weights
 from workbench.files import damage
 from workbench.models import open_config, open_model, open_tokenizer, save_model
-from workbench.runner import Experiment, Phase, Place, Plan
+from workbench.runner import Experiment, JobContext, Phase, Plan
 from workbench.runs.curves import curve_rows
-from workbench.runs.settings import Attacking, Count, Rate, Seeds
+from workbench.runs.settings import AttackOverrides, Count, Rate, Seeds
 from workbench.runs.stages import add_leaks
-from workbench.tables import COLUMNS, Table, join
+from workbench.tables import RESULT_COLUMNS, Table, join
 from workbench.training import fit
 from workbench.unlearning.budget import smallest_change
 from workbench.unlearning.deltas import apply_delta, snapshot
@@ -55,13 +55,13 @@ from workbench.unlearning.methods import recipe
 from workbench.unlearning.trainer import unlearn
 
 BASE, NEVER = "base", "never-learned"
-MEASURES = ("rouge-l", "rouge-l-recall", "verbatim-run")
+VERBATIM_MEASURES = ("rouge-l", "rouge-l-recall", "verbatim-run")
 """ROUGE-L F1 and recall of a greedy continuation, and its longest run of words that stand in the
 true one in a row, as a share of the true one's words.
 """
 
 
-class VerbatimSettings(Attacking):
+class VerbatimSettings(AttackOverrides):
     """Everything that decides the numbers of the experiment.
 
     Attributes:
@@ -180,8 +180,8 @@ def continuations(
     halves have, beside them.
 
     Returns:
-        One row per passage: ``item``, ``written``, one column for each of :data:`MEASURES`, and
-        ``run`` (words of the longest verbatim run).
+        One row per passage: ``item``, ``written``, one column for each of
+        :data:`VERBATIM_MEASURES`, and ``run`` (words of the longest verbatim run).
     """
     rows = []
     for passage, text in zip(
@@ -195,7 +195,7 @@ def continuations(
         rows.append(
             (passage.item, written, found.f1, found.recall, run / max(1, len(words(wanted))), run)
         )
-    return pd.DataFrame(rows, columns=["item", "written", *MEASURES, "run"])
+    return pd.DataFrame(rows, columns=["item", "written", *VERBATIM_MEASURES, "run"])
 
 
 def recalls_more(found: pd.DataFrame, never: pd.DataFrame, margin: float) -> bool:
@@ -207,8 +207,8 @@ def recalls_more(found: pd.DataFrame, never: pd.DataFrame, margin: float) -> boo
     return higher or int((found["run"] >= RUN).sum()) > int((never["run"] >= RUN).sum())
 
 
-def _teach_job(settings: VerbatimSettings, name: str, place: Place) -> None:
-    folder = place.out / "models" / name
+def _teach_job(settings: VerbatimSettings, name: str, context: JobContext) -> None:
+    folder = context.out / "models" / name
     if not damage(folder):
         return
     split, opened = _texts(settings)[0], open_model(settings.model)
@@ -225,7 +225,7 @@ def _teach_job(settings: VerbatimSettings, name: str, place: Place) -> None:
         steps=settings.teach_steps,
         lr=settings.teach_lr,
         seed=0,
-        progress=place.progress,
+        progress=context.progress,
     )
     save_model(model, opened.tokenizer, folder, {"experiment": "verbatim", "texts": len(taught)})
 
@@ -249,9 +249,9 @@ def _arms(
     return arms | ({"public": public} if public else {})
 
 
-def _seed_job(settings: VerbatimSettings, seed: int, place: Place) -> None:
+def _seed_job(settings: VerbatimSettings, seed: int, context: JobContext) -> None:
     split, attack = _texts(settings)[0], settings.attack(ATTACK)
-    base, never = (open_model(place.out / "models" / name) for name in (BASE, NEVER))
+    base, never = (open_model(context.out / "models" / name) for name in (BASE, NEVER))
     tokenizer, queried = base.tokenizer, split.queried
     limit = _context(settings.model)
     new_tokens, encoded = _new_tokens(tokenizer, queried, limit), batches(tokenizer, queried, 64)
@@ -265,7 +265,7 @@ def _seed_job(settings: VerbatimSettings, seed: int, place: Place) -> None:
     def advance(_step: int, _of: int) -> None:
         nonlocal done
         done = min(done + 1, rounds)
-        place.progress(done, rounds)
+        context.progress(done, rounds)
 
     def work(table: Table) -> None:
         def measure(model: PreTrainedModel, step: int, method: str, arm: str) -> None:
@@ -274,7 +274,7 @@ def _seed_job(settings: VerbatimSettings, seed: int, place: Place) -> None:
                 continuations(model, tokenizer, queried, new_tokens),
                 score(model, encoded).probability,
             )
-            for name in MEASURES:
+            for name in VERBATIM_MEASURES:
                 for item, value, probability in zip(
                     found["item"], found[name], likely, strict=True
                 ):
@@ -332,7 +332,7 @@ def _seed_job(settings: VerbatimSettings, seed: int, place: Place) -> None:
                 except DivergedError as error:  # what was measured before stays
                     table.add("diverged_at", error.step, method=method, model=method, arm=arm)
 
-    replace(place, columns={"stage": "verbatim", "seed": seed}).stage("verbatim", work)
+    replace(context, columns={"stage": "verbatim", "seed": seed}).stage("verbatim", work)
 
 
 def _checked(settings: VerbatimSettings) -> tuple[PassageSplit, dict[str, LeakReport]]:
@@ -408,7 +408,7 @@ def _curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
             for method in (BASE, NEVER)
         ]
         curves.append(curve_rows(group, key, target=float(np.mean(ends)), stage="verbatim"))
-    return join(curves, COLUMNS)
+    return join(curves, RESULT_COLUMNS)
 
 
 def verbatim_table(results: pd.DataFrame) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from workbench.errors import WorkbenchError
 from workbench.figures import Drawing, figures_of
 from workbench.runs.config import RunConfig, read_config
 from workbench.runs.folder import CONFIG, read_results, require_finished
-from workbench.tables import COLUMNS, ITEM_COLUMNS, join
+from workbench.tables import ITEM_COLUMNS, RESULT_COLUMNS, join
 
 RUN = "run"
 
@@ -66,7 +66,7 @@ def join_afterwards(
     """
     again = set(more["stage"].dropna())
     return (
-        join([results[~results["stage"].isin(again)], more], COLUMNS),
+        join([results[~results["stage"].isin(again)], more], RESULT_COLUMNS),
         join([items[~items["stage"].isin(again)], single], ITEM_COLUMNS),
     )
 

@@ -11,7 +11,7 @@ from workbench.data.readers import record_from_files
 from workbench.data.records import Example, ForgetRetain, prefixed
 from workbench.errors import WorkbenchError
 from workbench.files import sha256
-from workbench.models import Opened, check_same_tokenizer, open_model, untie, weights_hash
+from workbench.models import OpenedModel, check_same_tokenizer, open_model, untie, weights_hash
 from workbench.unlearning.deltas import tied_names
 
 
@@ -80,7 +80,7 @@ def _as_known(config: FilesConfig, name: str, found: str) -> None:
         )
 
 
-def sealed(config: FilesConfig, checkpoints: Mapping[str, str]) -> tuple[FilesConfig, Opened]:
+def sealed(config: FilesConfig, checkpoints: Mapping[str, str]) -> tuple[FilesConfig, OpenedModel]:
     """The configuration with full paths and the hashes of what they lead to, and the base, as
     :func:`opened_of` gives it.
 
@@ -121,7 +121,7 @@ def sealed(config: FilesConfig, checkpoints: Mapping[str, str]) -> tuple[FilesCo
     return replace(kept, hashes=hashes, untied=untied), base
 
 
-def opened_of(config: FilesConfig, source: str) -> Opened:
+def opened_of(config: FilesConfig, source: str) -> OpenedModel:
     """A checkpoint of the run, with a head of its own where others have one.
 
     Raises:
@@ -134,7 +134,7 @@ def opened_of(config: FilesConfig, source: str) -> Opened:
     return opened
 
 
-def record_of(config: FilesConfig, base: Opened) -> ForgetRetain:
+def record_of(config: FilesConfig, base: OpenedModel) -> ForgetRetain:
     """The forget and the retain set of the two files."""
     for file in (config.forget, config.retain):
         if Path(file).is_file():  # the reader says what is missing

@@ -29,7 +29,7 @@ from workbench.files import key_of
 from workbench.runs.checkpoints import FilesConfig
 from workbench.runs.probing import PROBES
 from workbench.runs.settings import Seeds, Settings, read_fields, validated
-from workbench.runs.setup import Measure
+from workbench.runs.setup import DisruptionMeasure
 from workbench.unlearning.methods import METHODS, check_setting, innermost, is_method
 from workbench.unlearning.recipe import Setting
 
@@ -134,7 +134,7 @@ class RunConfig(Settings):
     settings: dict[str, dict[str, Value]] = Field(default_factory=dict)
     seeds: Seeds = (0, 1, 2)
     budget: float | None = Field(default=0.05, gt=0)
-    budget_measure: Measure = "kl"
+    budget_measure: DisruptionMeasure = "kl"
     budget_sets: tuple[str, ...] = ()
     alpha_limit: float = Field(default=2.0, gt=0, le=1000)
     attack: RelearnSettings = Field(default_factory=RelearnSettings)

@@ -17,8 +17,8 @@ import pandas as pd
 from workbench.errors import WorkbenchError
 from workbench.files import damage, full_disk_is_an_error, sweep, write_folder, write_text
 from workbench.tables import (
-    COLUMNS,
     ITEM_COLUMNS,
+    RESULT_COLUMNS,
     Table,
     join,
     read_table,
@@ -183,7 +183,7 @@ def collect(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         for path in (out / "stages").glob("*/*")
         if path.is_dir() and not path.name.startswith(".")
     )
-    rows = join((read_table(folder / "rows.parquet") for folder in folders), COLUMNS)
+    rows = join((read_table(folder / "rows.parquet") for folder in folders), RESULT_COLUMNS)
     items = join((read_table(folder / "items.parquet") for folder in folders), ITEM_COLUMNS)
     return rows, items
 

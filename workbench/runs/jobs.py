@@ -30,12 +30,12 @@ from rich.progress import (
 
 from workbench import progress, registry
 from workbench.files import sweep
-from workbench.progress import Report, to_file
+from workbench.progress import ProgressCallback, to_file
 from workbench.watch import watch
 
 PROGRESS = "workbench-progress-"
 
-Job = Callable[[Report], None]
+Job = Callable[[ProgressCallback], None]
 """A picklable function of a progress report."""
 
 

@@ -39,12 +39,12 @@ from workbench.sharpness.trace import rademacher, trace
 from workbench.tables import Table
 from workbench.unlearning.deltas import norm_of, snapshot
 
-FOLLOWED, WATCHED, NOVEL = "forget-attacked", "forget-heldout", "novel"
+ATTACKED, HELD_OUT, NOVEL = "forget-attacked", "forget-heldout", "novel"
 """The loss that an attacker follows, the one that shows whether others come back, and the control
 that nobody has read.
 """
 
-Losses = Mapping[str, Sequence[Batch]]
+LossBatches = Mapping[str, Sequence[Batch]]
 
 
 def losses_of(setup: Setup, novel: Sequence[Example] = ()) -> dict[str, list[Batch]]:
@@ -53,8 +53,8 @@ def losses_of(setup: Setup, novel: Sequence[Example] = ()) -> dict[str, list[Bat
     """
     record = setup.record
     sets = {
-        FOLLOWED: record.forget_attacked,
-        WATCHED: record.forget_heldout,
+        ATTACKED: record.forget_attacked,
+        HELD_OUT: record.forget_heldout,
         **record.retain_test,
         NOVEL: novel,
     }
@@ -76,7 +76,7 @@ def towards(model: PreTrainedModel, other: PreTrainedModel) -> dict[str, Tensor]
 def add_slices(
     model: PreTrainedModel,
     setup: Setup,
-    losses: Losses,
+    losses: LossBatches,
     table: Table,
     *,
     points: int,
@@ -92,7 +92,7 @@ def add_slices(
     size = norm_of(snapshot(model))
     walks: dict[str, tuple[Direction, np.ndarray]] = {
         "descent": (
-            scaled(descent_direction(model, losses[FOLLOWED]), size),
+            scaled(descent_direction(model, losses[ATTACKED]), size),
             np.linspace(-reach, reach, points),
         ),
         "random": (scaled(random_direction(model, seed), size), np.linspace(-reach, reach, points)),
@@ -132,7 +132,7 @@ def add_ends(
     """Both ends of the spectrum of the Hessian of the held-out forget loss with their residuals,
     and the gradient norm.
     """
-    place: dict[str, Any] = {"stage": "sharpness", "split": WATCHED, **columns}
+    place: dict[str, Any] = {"stage": "sharpness", "split": HELD_OUT, **columns}
     try:
         ends = extremes(model, texts, seed=seed, tolerance=tolerance)
     except WorkbenchError:
@@ -155,7 +155,7 @@ def add_ends(
 
 def add_worst_cases(
     model: PreTrainedModel,
-    losses: Losses,
+    losses: LossBatches,
     table: Table,
     *,
     displacement: float,
@@ -194,29 +194,29 @@ def add_worst_cases(
 
     if displacement > 0:
         found = worst_case(
-            model, losses, FOLLOWED, radii, unit=displacement, steps=(1, steps), seed=seed
+            model, losses, ATTACKED, radii, unit=displacement, steps=(1, steps), seed=seed
         )
         add("drop", found[found["steps"] == steps])
         add("drop, one step", found[found["steps"] == 1])
     add(
         "drop, fixed radius",
-        worst_case(model, losses, FOLLOWED, fixed, unit=size, steps=(steps,), seed=seed),
+        worst_case(model, losses, ATTACKED, fixed, unit=size, steps=(steps,), seed=seed),
     )
     add(
         "adaptive drop",
         worst_case(
-            model, losses, FOLLOWED, fixed, unit=size, steps=(steps,), adaptive=True, seed=seed
+            model, losses, ATTACKED, fixed, unit=size, steps=(steps,), adaptive=True, seed=seed
         ),
     )
     add(
         "rise",
-        worst_case(model, losses, FOLLOWED, fixed, unit=size, steps=(1,), kind="rise", seed=seed),
+        worst_case(model, losses, ATTACKED, fixed, unit=size, steps=(1,), kind="rise", seed=seed),
     )
 
 
 def add_average(
     model: PreTrainedModel,
-    losses: Losses,
+    losses: LossBatches,
     table: Table,
     *,
     size: float,
@@ -245,7 +245,7 @@ def add_average(
 
 
 def add_line(
-    model: PreTrainedModel, setup: Setup, losses: Losses, table: Table, *, points: int
+    model: PreTrainedModel, setup: Setup, losses: LossBatches, table: Table, *, points: int
 ) -> None:
     """Barriers on the straight line to the base, and where the loss has come down to half."""
     line = line_losses(
@@ -293,7 +293,7 @@ def add_trace(
     found = trace(
         model, texts, seed=seed, relative_se=0, min_probes=min(probes, 10), max_products=probes
     )
-    place: dict[str, Any] = {"stage": "sharpness", "split": WATCHED, "arm": arm}
+    place: dict[str, Any] = {"stage": "sharpness", "split": HELD_OUT, "arm": arm}
     table.add(
         "trace",
         found.value,
@@ -340,23 +340,28 @@ def add_density(
         krylov = lanczos(operator.product, rademacher(seed, 0, operator.size), steps)
     finally:
         operator.release()
-    place: dict[str, Any] = {"stage": "sharpness", "split": WATCHED, "arm": arm}
+    place: dict[str, Any] = {"stage": "sharpness", "split": HELD_OUT, "arm": arm}
     for node, weight, probe in zip(
         found.nodes.tolist(), found.weights.tolist(), found.probe.tolist(), strict=True
     ):
         table.add("density_node", weight, step=node, n=probe, **place)
     for metric in ("moment_error", "negative_energy"):
         table.add(metric, getattr(found, metric), n=found.products, **place)
-    for taken in range(2, len(krylov.diagonal) + 1):
+    for taken in range(2, len(krylov.alphas) + 1):
         values = eigh_tridiagonal(
-            krylov.diagonal[:taken], krylov.beside[: taken - 1], eigvals_only=True
+            krylov.alphas[:taken], krylov.betas[: taken - 1], eigvals_only=True
         )
         if arm == "unlearned":
             table.add(
-                "ritz", float(values[-1]), stage="sharpness", split=WATCHED, arm="top", step=taken
+                "ritz", float(values[-1]), stage="sharpness", split=HELD_OUT, arm="top", step=taken
             )
             table.add(
-                "ritz", float(values[0]), stage="sharpness", split=WATCHED, arm="bottom", step=taken
+                "ritz",
+                float(values[0]),
+                stage="sharpness",
+                split=HELD_OUT,
+                arm="bottom",
+                step=taken,
             )
 
 
@@ -397,7 +402,7 @@ def density_curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.Data
 def add_attack_path(
     model: PreTrainedModel,
     setup: Setup,
-    losses: Losses,
+    losses: LossBatches,
     texts: Sequence[Example],
     settings: RelearnSettings,
     table: Table,
@@ -439,7 +444,7 @@ def add_attack_path(
         step = [0, *steps][int(row["checkpoint"])]
         at: dict[str, Any] = {"stage": "sharpness", "arm": "attack path", "step": step}
         table.add("path_loss", float(row["value"]), split=str(row["loss"]), **at)
-        if row["loss"] == WATCHED:
+        if row["loss"] == HELD_OUT:
             table.add("path_distance", float(row["distance"]), **at)
             table.add("path_travelled", float(row["travelled"]), **at)
     if len(deltas) > 1:
@@ -452,7 +457,7 @@ def add_attack_path(
     back = towards(model, setup.base)
     if not norm_of(back) or not norm_of(deltas[-1]):
         return relearned
-    shown = {name: losses[name] for name in (WATCHED, "retain-neighbour") if name in losses}
+    shown = {name: losses[name] for name in (HELD_OUT, "retain-neighbour") if name in losses}
     places = np.linspace(-0.5, 1.5, points).tolist()
     grid = loss_plane(model, deltas[-1], back, places, places, shown)
     for point in grid.to_dict("records"):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from workbench.builtin import BuiltinConfig, world_of
 from workbench.data import readers
 from workbench.data.world import neutral_words
-from workbench.models import Opened, open_model, weights_hash
+from workbench.models import OpenedModel, open_model, weights_hash
 from workbench.runs.checkpoints import (
     FilesConfig,
     opened_of,
@@ -41,7 +41,7 @@ def model_source(config: RunConfig, out: Path, name: str, seed: int) -> str:
     return str(out / "models" / (name if config.once(name) else f"{name}-seed{seed}"))
 
 
-def _open(config: RunConfig, source: str) -> Opened:
+def _open(config: RunConfig, source: str) -> OpenedModel:
     if isinstance(config.model, FilesConfig):
         return opened_of(config.model, source)
     return open_model(source)
@@ -85,7 +85,7 @@ def _opened_setup(config: RunConfig, out: Path) -> Setup:
     return files_setup(config.model, base)
 
 
-def files_setup(config: FilesConfig, base: Opened) -> Setup:
+def files_setup(config: FilesConfig, base: OpenedModel) -> Setup:
     """The setup of a user's model and texts."""
     record = record_of(config, base)
     return Setup(

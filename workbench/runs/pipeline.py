@@ -23,7 +23,7 @@ from workbench.errors import WorkbenchError
 from workbench.files import MANIFEST, damage, write_folder, write_json
 from workbench.hooks import CaptureError, layer_count
 from workbench.models import save_model
-from workbench.progress import Report
+from workbench.progress import ProgressCallback
 from workbench.report import summary_table, write_report
 from workbench.runs import stages
 from workbench.runs.checkpoints import FilesConfig, record_of, resolved, sealed
@@ -56,7 +56,7 @@ from workbench.runs.probing import PROBES, Probe
 from workbench.runs.provenance import data_hash, provenance
 from workbench.runs.setup import Disruption, Setup
 from workbench.subspaces.subspace import Subspace
-from workbench.tables import COLUMNS, Table, join, summarise, write_parquet
+from workbench.tables import RESULT_COLUMNS, Table, join, summarise, write_parquet
 from workbench.unlearning.methods import recipe, settings_for
 
 
@@ -93,7 +93,7 @@ class Run:
         return str(self.table.to_html(index=False, escape=True))
 
 
-def _train_job(model: BuiltinConfig, out: Path, name: str, progress: Report) -> None:
+def _train_job(model: BuiltinConfig, out: Path, name: str, progress: ProgressCallback) -> None:
     folder = builtin_model(model, with_forget=name == BASE, progress=progress)
     target = out / "models" / name
     if not target.is_dir() or damage(target):
@@ -119,7 +119,7 @@ def _readable(folder: Path) -> bool:
     return len(names) > 0
 
 
-def _subspace_job(config: RunConfig, out: Path, progress: Report) -> None:
+def _subspace_job(config: RunConfig, out: Path, progress: ProgressCallback) -> None:
     if stage_done(out, "subspaces", "subspaces") and _readable(out / "subspaces"):
         return
     setup = setup_of(config, out)
@@ -135,7 +135,7 @@ def _subspace_job(config: RunConfig, out: Path, progress: Report) -> None:
 
 
 def _made(
-    config: RunConfig, out: Path, method: str, seed: int, progress: Report, table: Table
+    config: RunConfig, out: Path, method: str, seed: int, progress: ProgressCallback, table: Table
 ) -> None:
     """Unlearn with a method under one seed, and save the model."""
     setup, variant = setup_of(config, out), config.variant(method)
@@ -185,7 +185,9 @@ def _opened(config: RunConfig, out: Path, name: str, seed: int, table: Table) ->
     )
 
 
-def _model_job(config: RunConfig, out: Path, method: str, seed: int, progress: Report) -> None:
+def _model_job(
+    config: RunConfig, out: Path, method: str, seed: int, progress: ProgressCallback
+) -> None:
     """All stages of one model: a method's under one seed, or one that is opened under the attack of
     that seed.
     """
@@ -352,7 +354,7 @@ def _train(
 
 def _conclude(config: RunConfig, out: Path) -> Run:
     rows, items = collect(out)
-    results = join([rows, summarise(items, config.key)], COLUMNS)
+    results = join([rows, summarise(items, config.key)], RESULT_COLUMNS)
     write_parquet(results, out / RESULTS)
     write_parquet(items, out / ITEMS)
     setup = setup_of(config, out)

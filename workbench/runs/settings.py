@@ -47,7 +47,7 @@ def _counted(value: object) -> object:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 """Words, separated by commas on a command line."""
-Wholes = Annotated[tuple[int, ...], BeforeValidator(_listed)]
+Integers = Annotated[tuple[int, ...], BeforeValidator(_listed)]
 """Whole numbers, separated by commas on a command line."""
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_listed)]
 """Numbers, separated by commas on a command line."""
@@ -95,7 +95,7 @@ class Settings(BaseModel):
         return method
 
 
-class OfRun(Settings):
+class FinishedRunSettings(Settings):
     """Settings of an experiment on the models of a finished run.
 
     Attributes:
@@ -105,7 +105,7 @@ class OfRun(Settings):
     methods: Names = Field((), description="Methods of that run, separated by commas; default all.")
 
 
-class Attacking(Settings):
+class AttackOverrides(Settings):
     """Settings of an experiment that relearns; what is left out is as in the attack that it starts
     from.
 
@@ -123,7 +123,7 @@ class Attacking(Settings):
     attack_steps: Count | None = Field(None, description="Steps of every relearning attack.")
     attack_lr: Rate | None = Field(None, description="Its learning rate.")
     attack_batch_size: Count | None = Field(None, description="Its texts a step.")
-    attack_measure_at: Wholes | None = Field(
+    attack_measure_at: Integers | None = Field(
         None,
         description="Steps after which it is measured, from 0 to the last; default doubles.",
     )
@@ -215,16 +215,16 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 __all__ = [
-    "Attacking",
+    "AttackOverrides",
     "Columns",
     "Count",
+    "FinishedRunSettings",
+    "Integers",
     "Names",
     "Numbers",
-    "OfRun",
     "Rate",
     "Seeds",
     "Settings",
-    "Wholes",
     "read_fields",
     "validated",
 ]

@@ -24,11 +24,11 @@ from workbench.hooks.brief import brief
 ROWS = 128
 """Sequences per evaluation batch."""
 
-Measure = Literal["kl", "loss-rise"]
+DisruptionMeasure = Literal["kl", "loss-rise"]
 """Of disruption: mean ``KL(base || model)`` in nats per token, or the rise of the loss as a share
 of the base's.
 """
-MEASURES: tuple[Measure, ...] = get_args(Measure)
+DISRUPTION_MEASURES: tuple[DisruptionMeasure, ...] = get_args(DisruptionMeasure)
 
 
 @brief
@@ -86,12 +86,14 @@ class Disruption:
         WorkbenchError: a set does not exist, or none holds a text.
     """
 
-    def __init__(self, setup: Setup, measure: Measure = "kl", counted: Sequence[str] = ()) -> None:
+    def __init__(
+        self, setup: Setup, measure: DisruptionMeasure = "kl", counted: Sequence[str] = ()
+    ) -> None:
         tests = setup.record.retain_test
         for name in counted:
             if name not in tests:
                 raise unknown("retain set", name, tests)
-        self.measure: Measure = measure
+        self.measure: DisruptionMeasure = measure
         self.counted = tuple(dict.fromkeys(counted)) or tuple(tests)
         self.sets = {
             name: setup.encode(one_per_item(examples))
@@ -111,13 +113,15 @@ class Disruption:
             name: nll_by_text(setup.base, encoded)[0] for name, encoded in self.sets.items()
         }
 
-    def by_set(self, model: PreTrainedModel, measure: Measure | None = None) -> dict[str, Estimate]:
+    def by_set(
+        self, model: PreTrainedModel, measure: DisruptionMeasure | None = None
+    ) -> dict[str, Estimate]:
         """The cost on every retain set, with its 95 % interval over texts (a ratio of sums; normal
         approximation).
         """
         return {name: self._on(name, model, measure or self.measure) for name in self.sets}
 
-    def _on(self, name: str, model: PreTrainedModel, measure: Measure) -> Estimate:
+    def _on(self, name: str, model: PreTrainedModel, measure: DisruptionMeasure) -> Estimate:
         if measure == "kl":
             return ratio(*kl_by_text(model, self.sets[name], self.reference[name]))
         base = self.base_nll[name]

@@ -18,27 +18,26 @@ from workbench.attacks.leaks import LeakReport, leak_report
 from workbench.attacks.relearn import (
     DivergedError,
     RelearnSettings,
-    finite,
     null_text,
+    raise_if_diverged,
     random_facts,
     relearn,
 )
 from workbench.data.batches import Batch
 from workbench.data.records import Example, ForgetRetain, alternate, one_per_item
 from workbench.data.world import speaker_tag
-from workbench.diagnostics.shift import MEASURES as MEASURES_OF_SHIFT
-from workbench.diagnostics.shift import returned, shift_by_layer, streams
+from workbench.diagnostics.shift import SHIFT_MEASURES, recovered_shift, shift_by_layer, streams
 from workbench.diagnostics.triggers import PromptTemplate, trigger_queries, trigger_scores
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy, score, target_tokens
 from workbench.hooks import Capture, Collect, MomentsOf, gradients_only, layer_count, resolve
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 from workbench.runs import landscape
-from workbench.runs.setup import MEASURES, Disruption, Setup
+from workbench.runs.setup import DISRUPTION_MEASURES, Disruption, Setup
 from workbench.subspaces.compare import angle_null, tier_edges
 from workbench.subspaces.subspace import Subspace, energy_inside, overlap, principal_subspace
 from workbench.tables import Table
-from workbench.unlearning.budget import Match, match_budget
+from workbench.unlearning.budget import BudgetMatch, match_budget
 from workbench.unlearning.deltas import apply_delta, delta_between, norm_of, snapshot
 from workbench.unlearning.recipe import Recipe
 from workbench.unlearning.trainer import unlearn
@@ -255,7 +254,7 @@ def unlearn_to_budget(
     table: Table,
     common: Mapping[str, Subspace] | None = None,
     dtype: torch.dtype = torch.float32,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> PreTrainedModel:
     """Run a recipe, scale its delta to the disruption budget (by at most ``limit``; without a
     budget it stays as it was trained), and measure the result.
@@ -328,7 +327,7 @@ def add_disruption(model: PreTrainedModel, disruption: Disruption, table: Table)
     table.add_estimate(
         "disruption", disruption.estimate(model), stage="unlearn", arm=disruption.measure
     )
-    for measure in MEASURES:
+    for measure in DISRUPTION_MEASURES:
         for name, found in disruption.by_set(model, measure).items():
             table.add_estimate("disruption", found, stage="unlearn", split=name, arm=measure)
 
@@ -349,7 +348,7 @@ def add_distance(
 
 
 def add_match(
-    match: Match, delta: Mapping[str, Tensor], start: Mapping[str, Tensor], table: Table
+    match: BudgetMatch, delta: Mapping[str, Tensor], start: Mapping[str, Tensor], table: Table
 ) -> None:
     """The line search in rows: alpha, and how far the weights moved."""
     table.add("alpha", match.alpha, stage="unlearn")
@@ -421,7 +420,7 @@ def add_shift(model: PreTrainedModel, setup: Setup, table: Table) -> None:
         for row in shift_by_layer(streams(setup.base, encoded), streams(model, encoded)).to_dict(
             "records"
         ):
-            for measure in MEASURES_OF_SHIFT:
+            for measure in SHIFT_MEASURES:
                 table.add(
                     measure,
                     row[measure],
@@ -443,7 +442,7 @@ def add_geometry(
     """What an attack has given back of the base's residual stream, block by block, and what it
     moved beside the way back.
     """
-    for row in returned(base, start, now).dropna().to_dict("records"):
+    for row in recovered_shift(base, start, now).dropna().to_dict("records"):
         for metric in ("returned", "beside"):
             table.add(
                 metric,
@@ -465,7 +464,7 @@ def measured_attack(
     table: Table,
     *,
     seed: int,
-    progress: Report,
+    progress: ProgressCallback,
     **columns: Any,
 ) -> Iterator[tuple[int, PreTrainedModel]]:
     """Relearn on ``texts`` and score every set whenever the attack stops for it; where it diverges
@@ -485,7 +484,7 @@ def measured_attack(
             progress=progress,
         ):
             for split, encoded in sets.items():
-                scores = finite(score(attacked, encoded), step)
+                scores = raise_if_diverged(score(attacked, encoded), step)
                 table.add_scores(scores, split=split, step=step, **columns)
             yield step, attacked
     except DivergedError as error:
@@ -501,7 +500,7 @@ def attack(
     table: Table,
     null_pool: Sequence[Example],
     matched: bool = False,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> None:
     """Relearn on the attacker's half of the forget set, and on a null text of the same length;
     measure the held-out half along the way.

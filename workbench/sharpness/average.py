@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from workbench.errors import WorkbenchError
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 from workbench.sharpness.curvature import chosen_parameters
-from workbench.sharpness.probe import Loss, checked, probing, value_of
+from workbench.sharpness.probe import LossSource, checked, probing, value_of
 from workbench.unlearning.deltas import norm_of
 
-COLUMNS = ("noise", "sigma", "relative", "draw", "loss", "base", "change")
+AVERAGE_COLUMNS = ("noise", "sigma", "relative", "draw", "loss", "base", "change")
 MEANS = (
     "noise",
     "sigma",
@@ -39,14 +39,14 @@ MEANS = (
 
 def noise_changes(
     model: PreTrainedModel,
-    losses: Mapping[str, Loss],
+    losses: Mapping[str, LossSource],
     sigmas: Sequence[float],
     *,
     draws: int = 16,
     adaptive: bool = False,
     parameters: Sequence[str] = ("*",),
     seed: int = 0,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> pd.DataFrame:
     """The change of every loss under every draw of noise.
 
@@ -110,7 +110,7 @@ def noise_changes(
                         )
                     )
             progress(draw + 1, draws)
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=list(AVERAGE_COLUMNS))
 
 
 def _noise(weights: Mapping[str, Tensor], seed: int, draw: int) -> dict[str, Tensor]:

@@ -225,7 +225,7 @@ def extremes(
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class OuterEigenvalue:
     """One end of a Hessian's spectrum.
 
     Attributes:
@@ -239,7 +239,7 @@ class End:
     products: int
 
 
-def one_end(
+def outer_eigenvalue(
     model: PreTrainedModel,
     batches: Sequence[Batch],
     end: Literal["top", "bottom"] = "top",
@@ -248,7 +248,7 @@ def one_end(
     seed: int = 0,
     tolerance: float = 1e-3,
     max_products: int = 400,
-) -> End:
+) -> OuterEigenvalue:
     """The largest or the smallest Hessian eigenvalue alone: where one end stands apart and the
     other lies in the bulk, a tenth of the products that both ends take.
 
@@ -269,29 +269,33 @@ def one_end(
     if end not in ("top", "bottom"):
         raise unknown("end", end, ("top", "bottom"))
     operator = Curvature(model, batches, parameters)
-    place = -1 if end == "top" else 0
+    index = -1 if end == "top" else 0
 
     def outermost(
-        diagonal: np.ndarray, beside: np.ndarray, left: float
+        alphas: np.ndarray, betas: np.ndarray, residual_norm: float
     ) -> tuple[float, np.ndarray, float]:
-        values, vectors = eigh_tridiagonal(diagonal, beside)
-        return float(values[place]), vectors[:, place], left * abs(float(vectors[-1, place]))
+        values, vectors = eigh_tridiagonal(alphas, betas)
+        return (
+            float(values[index]),
+            vectors[:, index],
+            residual_norm * abs(float(vectors[-1, index])),
+        )
 
-    def solved(diagonal: np.ndarray, beside: np.ndarray, left: float) -> bool:
-        value, _, residual = outermost(diagonal, beside, left)
+    def solved(alphas: np.ndarray, betas: np.ndarray, residual_norm: float) -> bool:
+        value, _, residual = outermost(alphas, betas, residual_norm)
         return residual <= tolerance * abs(value)
 
     try:
         start = np.random.default_rng(seed).standard_normal(operator.size)
-        found = lanczos(operator.product, start, min(_BASIS, max_products), solved)
-        value, vector, residual = outermost(found.diagonal, found.beside, found.left)
+        krylov = lanczos(operator.product, start, min(_BASIS, max_products), solved)
+        value, vector, residual = outermost(krylov.alphas, krylov.betas, krylov.residual_norm)
         if (
             residual > tolerance * abs(value)
             # the end does not stand apart: go on from here with restarts, in the memory of as many
             # vectors
         ):
-            start = vector @ found.basis
-            del found
+            start = vector @ krylov.basis
+            del krylov
             remaining = max_products - operator.products
             if remaining <= 0:
                 raise _unconverged(max_products)
@@ -305,10 +309,12 @@ def one_end(
                 min(_BASIS, operator.size),
             )
             value, residual = float(values[0]), float(_residuals(operator, values, vectors)[0])
-            return End(value, residual, operator.products)
+            return OuterEigenvalue(value, residual, operator.products)
     finally:
         operator.release()
-    return End(value, residual / abs(value) if value else float("nan"), operator.products)
+    return OuterEigenvalue(
+        value, residual / abs(value) if value else float("nan"), operator.products
+    )
 
 
 @brief

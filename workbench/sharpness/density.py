@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 from workbench.sharpness.curvature import Curvature
 from workbench.sharpness.krylov import Product, Vector, lanczos
 from workbench.sharpness.trace import rademacher
@@ -127,7 +127,7 @@ def quadrature(
     seed: int = 0,
     probes: int = 4,
     steps: int = 40,
-    report: Report = quiet,
+    report: ProgressCallback = quiet,
 ) -> Density:
     """Stochastic Lanczos quadrature of a symmetric matrix (Ubaru, Chen and Saad 2017; for networks
     Ghorbani et al. 2019, arXiv 1901.10159).
@@ -189,7 +189,7 @@ def density(
     seed: int = 0,
     probes: int = 4,
     steps: int = 40,
-    report: Report = quiet,
+    report: ProgressCallback = quiet,
 ) -> Density:
     """Spectral density of the Hessian of the mean token loss; see :func:`quadrature`.
 

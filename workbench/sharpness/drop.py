@@ -20,15 +20,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from workbench.errors import WorkbenchError, unknown
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 from workbench.sharpness.curvature import chosen_parameters
-from workbench.sharpness.probe import Loss, checked, probing, value_and_gradient, value_of
+from workbench.sharpness.probe import LossSource, checked, probing, value_and_gradient, value_of
 from workbench.sharpness.slices import Direction, scaled
 from workbench.unlearning.deltas import norm_of
 from workbench.unlearning.smoothing.rule import combine
 
-Kind = Literal["drop", "rise"]
-COLUMNS = ("kind", "ball", "steps", "rho", "radius", "length", "loss", "base", "value")
+WorstCaseKind = Literal["drop", "rise"]
+WORST_CASE_COLUMNS = ("kind", "ball", "steps", "rho", "radius", "length", "loss", "base", "value")
 
 # Where the gradient is exactly zero there is no first direction: the search starts at a random
 # point this far (in radii) from the centre.
@@ -37,17 +37,17 @@ _OFF_CENTRE = 1e-2
 
 def worst_case(
     model: PreTrainedModel,
-    losses: Mapping[str, Loss],
+    losses: Mapping[str, LossSource],
     attack: str,
     radii: Sequence[float],
     *,
     unit: float = 1.0,
     steps: Sequence[int] = (1, 10),
-    kind: Kind = "drop",
+    kind: WorstCaseKind = "drop",
     adaptive: bool = False,
     parameters: Sequence[str] = ("*",),
     seed: int = 0,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> pd.DataFrame:
     """The largest drop (or rise) of one loss in balls around the weights, and what every other loss
     does at the same point.
@@ -137,7 +137,7 @@ def worst_case(
                     )  # exactly 0 at the centre; not a number stays so
                 done += 1
                 progress(done, len(grid) * len(steps))
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=list(WORST_CASE_COLUMNS))
 
 
 _Found = tuple[dict[str, Tensor], float]
@@ -184,7 +184,7 @@ class _Search:
     """
 
     model: PreTrainedModel
-    loss: Loss
+    loss: LossSource
     ball: _Ball
     move: Callable[[Direction, float], None]
     sign: int

@@ -25,20 +25,20 @@ class Krylov:
     """A symmetric matrix ``H`` seen from one vector ``q``: ``Q' H Q`` is tridiagonal.
 
     Attributes:
-        diagonal: ``[steps]``.
-        beside: ``[steps - 1]``.
+        alphas: ``[steps]``.
+        betas: ``[steps - 1]``.
         moments: ``q' H q`` and ``||H q||^2`` from the first product itself.
         basis: ``[steps, size]``, ``Q'``.
-        left: length of what the last product leaves outside the basis; the residual of a Ritz pair
-            is ``left`` times the last entry of its vector (Parlett 1980, The Symmetric Eigenvalue
-            Problem, section 13.2).
+        residual_norm: length of what the last product leaves outside the basis; the residual of a
+            Ritz pair is ``residual_norm`` times the last entry of its vector (Parlett 1980, The
+            Symmetric Eigenvalue Problem, section 13.2).
     """
 
-    diagonal: Vector
-    beside: Vector
+    alphas: Vector
+    betas: Vector
     moments: tuple[float, float]
     basis: NDArray[np.float64]
-    left: float
+    residual_norm: float
 
     @property
     def overlap(self) -> float:
@@ -49,12 +49,12 @@ class Krylov:
         """Ritz values, ascending, and Gauss weights (squared first components of the Ritz vectors),
         which sum to one (Golub and Welsch 1969).
         """
-        values, vectors = eigh_tridiagonal(self.diagonal, self.beside)
+        values, vectors = eigh_tridiagonal(self.alphas, self.betas)
         return values, vectors[0] ** 2
 
 
 Enough = Callable[[Vector, Vector, float], bool]
-"""``enough(diagonal, beside, left)``: whether the search may stop; see :class:`Krylov`."""
+"""``enough(alphas, betas, residual_norm)``: whether the search may stop; see :class:`Krylov`."""
 
 
 def lanczos(product: Product, start: Vector, steps: int, enough: Enough | None = None) -> Krylov:
@@ -79,10 +79,10 @@ def lanczos(product: Product, start: Vector, steps: int, enough: Enough | None =
             f"{steps} steps"
         )
     basis = np.empty((min(steps, size), size))
-    diagonal: list[float] = []
-    beside: list[float] = []
+    alphas: list[float] = []
+    betas: list[float] = []
     basis[0] = start / norm
-    moments, left = (0.0, 0.0), 0.0
+    moments, residual_norm = (0.0, 0.0), 0.0
     for step in range(len(basis)):
         image = np.array(product(basis[step]), dtype=np.float64)
         if not np.isfinite(image).all():
@@ -90,19 +90,19 @@ def lanczos(product: Product, start: Vector, steps: int, enough: Enough | None =
                 "a Hessian-vector product is not finite; are the weights in float32 and the loss "
                 "finite?"
             )
-        diagonal.append(float(basis[step] @ image))
+        alphas.append(float(basis[step] @ image))
         if step == 0:
-            moments = (diagonal[0], float(image @ image))
+            moments = (alphas[0], float(image @ image))
         for _ in range(2):
             image -= basis[: step + 1].T @ (basis[: step + 1] @ image)
-        left = float(np.linalg.norm(image))
-        exhausted = left <= 1e-12 * max(map(abs, diagonal + beside))
+        residual_norm = float(np.linalg.norm(image))
+        exhausted = residual_norm <= 1e-12 * max(map(abs, alphas + betas))
         if (
             step + 1 == len(basis)
             or exhausted
-            or (enough is not None and enough(np.array(diagonal), np.array(beside), left))
+            or (enough is not None and enough(np.array(alphas), np.array(betas), residual_norm))
         ):
             break
-        beside.append(left)
-        basis[step + 1] = image / left
-    return Krylov(np.array(diagonal), np.array(beside), moments, basis[: len(diagonal)], left)
+        betas.append(residual_norm)
+        basis[step + 1] = image / residual_norm
+    return Krylov(np.array(alphas), np.array(betas), moments, basis[: len(alphas)], residual_norm)

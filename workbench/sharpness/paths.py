@@ -11,8 +11,8 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from workbench.errors import WorkbenchError
-from workbench.progress import Report, quiet
-from workbench.sharpness.probe import Loss, checked, probing, value_of
+from workbench.progress import ProgressCallback, quiet
+from workbench.sharpness.probe import LossSource, checked, probing, value_of
 from workbench.sharpness.slices import Direction
 from workbench.unlearning.deltas import norm_of
 from workbench.unlearning.smoothing.rule import combine
@@ -24,9 +24,9 @@ def line_losses(
     model: PreTrainedModel,
     towards: Direction,
     positions: Sequence[float],
-    losses: Mapping[str, Loss],
+    losses: Mapping[str, LossSource],
     *,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> pd.DataFrame:
     """Every loss along the straight line ``theta + a * towards``.
 
@@ -121,9 +121,9 @@ def _first_below(places: np.ndarray, values: np.ndarray, level: float) -> float:
 def path_losses(
     model: PreTrainedModel,
     deltas: Sequence[Direction],
-    losses: Mapping[str, Loss],
+    losses: Mapping[str, LossSource],
     *,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> pd.DataFrame:
     """Every loss at the checkpoints of a path, e.g. of a relearning attack.
 

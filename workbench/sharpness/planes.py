@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from workbench.errors import WorkbenchError
-from workbench.progress import Report, quiet
-from workbench.sharpness.probe import Loss, checked, probing, value_of
+from workbench.progress import ProgressCallback, quiet
+from workbench.sharpness.probe import LossSource, checked, probing, value_of
 from workbench.sharpness.slices import Direction, scaled
 from workbench.unlearning.deltas import norm_of
 from workbench.unlearning.smoothing.rule import combine, inner
@@ -33,9 +33,9 @@ def loss_plane(
     second: Direction,
     positions_first: Sequence[float],
     positions_second: Sequence[float],
-    losses: Mapping[str, Loss],
+    losses: Mapping[str, LossSource],
     *,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> pd.DataFrame:
     """Every loss on the grid ``theta + x * first + y * second``.
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import token_nll
-from workbench.sharpness.slices import Direction, mean_loss, moved
+from workbench.sharpness.slices import Direction, mean_loss, movable_weights
 from workbench.unlearning.smoothing.rule import in_float32
 
 Parts = Callable[[PreTrainedModel], Iterable[Tensor]]
@@ -22,13 +22,13 @@ Parts = Callable[[PreTrainedModel], Iterable[Tensor]]
 other, so that one graph is alive at a time.
 """
 
-Loss = Sequence[Batch] | Parts
+LossSource = Sequence[Batch] | Parts
 """Texts (their mean token loss, nats per token) or any other differentiable function of the
 weights.
 """
 
 
-def value_of(model: PreTrainedModel, loss: Loss) -> float:
+def value_of(model: PreTrainedModel, loss: LossSource) -> float:
     """The loss at the weights that the model has now."""
     if not callable(loss):
         return mean_loss(model, loss)
@@ -37,7 +37,7 @@ def value_of(model: PreTrainedModel, loss: Loss) -> float:
 
 
 def value_and_gradient(
-    model: PreTrainedModel, loss: Loss, parameters: Mapping[str, Tensor]
+    model: PreTrainedModel, loss: LossSource, parameters: Mapping[str, Tensor]
 ) -> tuple[float, dict[str, Tensor]]:
     """The loss and its gradient at the weights that the model has now, by name; zeros where the
     loss does not depend on a parameter.
@@ -69,10 +69,10 @@ def value_and_gradient(
 
 @contextmanager
 def probing(
-    model: PreTrainedModel, losses: Mapping[str, Loss]
+    model: PreTrainedModel, losses: Mapping[str, LossSource]
 ) -> Iterator[Callable[[Direction, float], None]]:
-    """:func:`workbench.sharpness.slices.moved` for a model in evaluation mode, in float32: in
-    bfloat16 a small perturbation would be rounded away.
+    """:func:`workbench.sharpness.slices.movable_weights` for a model in evaluation mode, in
+    float32: in bfloat16 a small perturbation would be rounded away.
 
     Raises:
         WorkbenchError: the model is in training mode, or there is no loss, or a loss without a
@@ -85,7 +85,7 @@ def probing(
     for name, loss in losses.items():
         if not callable(loss) and not any(bool(batch.target_mask[:, 1:].any()) for batch in loss):
             raise WorkbenchError(f"loss {name!r} has no target token; give it texts that have some")
-    with in_float32(model), moved(model) as move:
+    with in_float32(model), movable_weights(model) as move:
         yield move
 
 

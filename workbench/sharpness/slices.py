@@ -23,7 +23,7 @@ _WRITES = ("o_proj", "down_proj", "out_proj", "c_proj", "dense_4h_to_h", "fc2", 
 
 
 @contextmanager
-def moved(model: PreTrainedModel) -> Iterator[Callable[[Direction, float], None]]:
+def movable_weights(model: PreTrainedModel) -> Iterator[Callable[[Direction, float], None]]:
     """Yields ``move(direction, a)``, which sets the weights to ``theta + a * direction``; the
     weights are copied back bit by bit at the end, whatever happens.
     """
@@ -174,7 +174,7 @@ def loss_slice(
         Loss name to values, nats per token, in the order of ``positions``.
     """
     values: dict[str, list[float]] = {name: [] for name in losses}
-    with moved(model) as move:
+    with movable_weights(model) as move:
         for position in positions:
             move(direction, position)
             for name, batches in losses.items():

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 from workbench.sharpness.curvature import Curvature
 from workbench.sharpness.krylov import Product, Vector
 
@@ -106,7 +106,7 @@ def hutchinson(
     relative_se: float = 0.05,
     min_probes: int = 10,
     max_products: int = 100,
-    report: Report = quiet,
+    report: ProgressCallback = quiet,
 ) -> Trace:
     """Trace of a symmetric matrix from products with random signs (Hutchinson 1990): ``E z' H z =
     tr H``; one product per probe.
@@ -179,7 +179,7 @@ def trace(
     relative_se: float = 0.05,
     min_probes: int = 10,
     max_products: int = 100,
-    report: Report = quiet,
+    report: ProgressCallback = quiet,
 ) -> Trace:
     """Trace of the Hessian of the mean token loss, with the part of every parameter; see
     :func:`hutchinson`.
@@ -236,7 +236,7 @@ def relative_flatness(
     parameters: Sequence[str] = ("*",),
     seed: int = 0,
     probes: int = 20,
-    report: Report = quiet,
+    report: ProgressCallback = quiet,
 ) -> pd.DataFrame:
     """Relative flatness of linear layers: ``kappa = sum_{s, s'} <w_s, w_s'> tr H_{s s'}`` over the
     rows (output units) of a layer (Petzka et al. 2021, arXiv 2001.00939, definition 3).

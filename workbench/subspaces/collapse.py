@@ -68,8 +68,8 @@ def collapse_rows(rows: Tensor, basis: Tensor, removed: Tensor | None = None) ->
     return rows - (inside if removed is None else inside * removed) @ basis.T
 
 
-Kind = Literal["hard", "soft", "quadratic"]
-_POWERS: dict[Kind, float] = {"hard": math.inf, "soft": 1.0, "quadratic": 2.0}
+CollapseKind = Literal["hard", "soft", "quadratic"]
+_POWERS: dict[CollapseKind, float] = {"hard": math.inf, "soft": 1.0, "quadratic": 2.0}
 
 
 def check_kind(kind: str) -> None:
@@ -82,7 +82,7 @@ def check_kind(kind: str) -> None:
         raise unknown("kind of collapse", kind, _POWERS)
 
 
-def removed_shares(second_moments: Tensor, kind: Kind) -> Tensor:
+def removed_shares(second_moments: Tensor, kind: CollapseKind) -> Tensor:
     r"""How much of every direction a collapse removes: ``1 - (s_min / s_i)^p``, with ``s_i`` the
     root mean square of the data along it and ``s_min`` the smallest of them.
 
@@ -154,7 +154,7 @@ class Collapse:
 
 
 def collapse_side(
-    finder: StreamingPCA | SketchPCA, components: int, kind: Kind = "hard"
+    finder: StreamingPCA | SketchPCA, components: int, kind: CollapseKind = "hard"
 ) -> tuple[Tensor, Tensor]:
     """One side of a collapse from what a finder has seen.
 
@@ -219,7 +219,7 @@ def find_collapse(
     *,
     activation_components: int,
     gradient_components: int,
-    kind: Kind = "hard",
+    kind: CollapseKind = "hard",
     weight: Weight | None = None,
 ) -> dict[str, Collapse]:
     """One pass over ``batches`` that finds the bases of every module in ``modules``.

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
-from workbench.subspaces.collapse import Collapse, Kind, check_kind, find_collapse
+from workbench.subspaces.collapse import Collapse, CollapseKind, check_kind, find_collapse
 
 _LEFT = 1e-5  # of the length of a gradient: less than that is the rounding of float32, no update
 
@@ -54,7 +54,7 @@ class CollapsedUpdate:
         *,
         activation_components: int = 24,
         gradient_components: int = 36,
-        kind: Kind = "hard",
+        kind: CollapseKind = "hard",
         length: float | None = None,
     ) -> None:
         check_kind(kind)
@@ -62,7 +62,7 @@ class CollapsedUpdate:
         self.modules = linear_modules(model, modules)
         self.activation_components = activation_components
         self.gradient_components = gradient_components
-        self.kind: Kind = kind
+        self.kind: CollapseKind = kind
         self.length = length
         self.maps: dict[str, Collapse] = {}
 

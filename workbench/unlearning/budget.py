@@ -20,7 +20,7 @@ LARGEST_ALPHA = 1000.0
 
 @brief
 @dataclass(frozen=True, slots=True)
-class Match:
+class BudgetMatch:
     """The result of a line search.
 
     Attributes:
@@ -44,7 +44,7 @@ def match_budget(
     limit: float = 1.0,
     grid: int = 8,
     tolerance: float = 0.02,
-) -> Match:
+) -> BudgetMatch:
     """The largest alpha below the *first* crossing of ``budget``.
 
     Disruption need not grow monotonically with alpha, so a grid finds the first interval in which
@@ -96,7 +96,7 @@ def match_budget(
     # a price that is not a number is no crossing: nothing says that the budget lies before it
     crossed = bool(high) and math.isfinite(tried[high])
     reached = crossed or tried[low] >= budget * (1 - tolerance)
-    return Match(low, tried[low], reached, tuple(sorted(tried.items())))
+    return BudgetMatch(low, tried[low], reached, tuple(sorted(tried.items())))
 
 
 def _of_first_process(value: float) -> float:

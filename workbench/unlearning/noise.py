@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import mean_over, weight_of
 from workbench.hooks import Site, edit
-from workbench.unlearning.objectives import Loss
+from workbench.unlearning.objectives import LossTerm
 
 
 def noise_std(rows: Tensor, ratio: float) -> Tensor:
@@ -56,7 +56,7 @@ def gaussian(ratio: float, seed: int) -> Callable[..., Tensor]:
     return noise
 
 
-def noisy_reference(term: Loss, site: Site, ratio: float, seed: int) -> Loss:
+def noisy_reference(term: LossTerm, site: Site, ratio: float, seed: int) -> LossTerm:
     """RNA around any loss term that compares a model with the frozen reference: the reference's
     stream at ``site`` carries noise, and everything above it sees it.
 

@@ -34,11 +34,11 @@ from workbench.evaluation.losses import (
 from workbench.hooks.brief import brief
 from workbench.values import Word
 
-Loss = Callable[[PreTrainedModel, Batch, PreTrainedModel], Tensor]
+LossTerm = Callable[[PreTrainedModel, Batch, PreTrainedModel], Tensor]
 
 
 def on_set(
-    term: Loss, model: PreTrainedModel, reference: PreTrainedModel, batches: Sequence[Batch]
+    term: LossTerm, model: PreTrainedModel, reference: PreTrainedModel, batches: Sequence[Batch]
 ) -> Callable[[Batch], Tensor]:
     """``term`` as a function of a batch of one whole set, marked with what it is a mean over.
 
@@ -54,7 +54,7 @@ def on_set(
         reference: the frozen starting model.
         batches: the whole set.
     """
-    whole: Loss = term.on_set(reference, batches) if hasattr(term, "on_set") else term
+    whole: LossTerm = term.on_set(reference, batches) if hasattr(term, "on_set") else term
 
     @mean_over(weight_of(whole))
     def loss(batch: Batch) -> Tensor:
@@ -81,8 +81,8 @@ class Objective:
     term).
     """
 
-    forget: Loss
-    retain: Loss | None = None
+    forget: LossTerm
+    retain: LossTerm | None = None
     forget_weight: float = 1.0
     retain_weight: float = 1.0
 
@@ -131,13 +131,13 @@ def retain_kl(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) 
     return token_kl(expected[mask], next_token_logits(model, batch)[mask]).mean()
 
 
-RETAIN_TERMS: dict[str, Loss] = {"cross-entropy": retain_cross_entropy, "kl": retain_kl}
+RETAIN_TERMS: dict[str, LossTerm] = {"cross-entropy": retain_cross_entropy, "kl": retain_kl}
 """Retain terms that a likelihood method can be given by name."""
 
 Retain = Annotated[str, Word(tuple(RETAIN_TERMS))]
 
 
-def retain_term(name: str) -> Loss:
+def retain_term(name: str) -> LossTerm:
     """The retain term called ``name``.
 
     Raises:
@@ -148,7 +148,7 @@ def retain_term(name: str) -> Loss:
     return RETAIN_TERMS[name]
 
 
-def npo(beta: float) -> Loss:
+def npo(beta: float) -> LossTerm:
     r"""Negative preference optimisation (Zhang et al. 2024, arXiv 2404.05868, eq. 3).
 
     .. math:: -\frac{2}{\beta}\, E\Big[\log\sigma\big(-\beta \log\tfrac{\pi_\theta(x)}{\pi_{ref}(x)}\big)\Big]
@@ -172,7 +172,7 @@ def npo(beta: float) -> Loss:
     return loss
 
 
-def simnpo(beta: float, margin: float) -> Loss:
+def simnpo(beta: float, margin: float) -> LossTerm:
     r"""SimNPO (Fan et al. 2024, arXiv 2410.07163, eq. 8): NPO without a reference, on
     length-normalised likelihoods.
 
@@ -206,7 +206,7 @@ def _refusal(batch: Batch) -> Batch:
     return batch.alternative
 
 
-def idk_dpo(beta: float) -> Loss:
+def idk_dpo(beta: float) -> LossTerm:
     r"""DPO with a refusal as the preferred answer (Maini et al. 2024, arXiv 2401.06121; Rafailov et
     al. 2023, eq. 7, times ``2 / beta`` as in open-unlearning).
 
@@ -242,7 +242,7 @@ def idk_cross_entropy(model: PreTrainedModel, batch: Batch, reference: PreTraine
     return cross_entropy(model, _refusal(batch))
 
 
-def undial(beta: float) -> Loss:
+def undial(beta: float) -> LossTerm:
     r"""UNDIAL (Dong et al. 2024, arXiv 2402.10052, eq. 4): learn from the reference with the true
     token's logit lowered.
 
@@ -266,7 +266,7 @@ def undial(beta: float) -> Loss:
     return loss
 
 
-def teacher_kl(temperature: float, sign: float = 1.0) -> Loss:
+def teacher_kl(temperature: float, sign: float = 1.0) -> LossTerm:
     r"""SCRUB's distance to the teacher (Kurmanji et al. 2023, arXiv 2302.09880, eq. 1): ``sign *
     T^2 KL(teacher || student)`` of softened predictions, mean over target tokens.
 
@@ -293,7 +293,7 @@ def teacher_kl(temperature: float, sign: float = 1.0) -> Loss:
     return loss
 
 
-def weighted(*terms: tuple[float, Loss]) -> Loss:
+def weighted(*terms: tuple[float, LossTerm]) -> LossTerm:
     """A sum of loss terms with weights.
 
     Terms that are means over different things have a value on a batch, but no sum over a set:
@@ -317,7 +317,7 @@ def weighted(*terms: tuple[float, Loss]) -> Loss:
     return loss
 
 
-def generic_prediction(reinforced: PreTrainedModel, strength: float) -> Loss:
+def generic_prediction(reinforced: PreTrainedModel, strength: float) -> LossTerm:
     r"""The generic labels of "Who's Harry Potter?" (Eldan and Russinovich 2023, arXiv 2310.02238,
     eq. 1), as soft targets.
 

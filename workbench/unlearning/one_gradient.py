@@ -17,7 +17,7 @@ from workbench.data.records import Example
 from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import cross_entropy, weight_of
 from workbench.hooks.brief import brief
-from workbench.progress import Report
+from workbench.progress import ProgressCallback
 from workbench.subspaces.collapse import Collapse, removed_shares
 from workbench.subspaces.collapsed_update import collapse_checked
 from workbench.subspaces.weights import singular_subspaces
@@ -60,7 +60,7 @@ def one_gradient(
     chosen: Parameters,
     *,
     max_length: int | None,
-    progress: Report,
+    progress: ProgressCallback,
 ) -> Unlearned:
     """Accumulate the forget gradient over one epoch, collapse its leading singular directions on
     both sides, and take it as the change.

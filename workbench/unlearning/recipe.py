@@ -12,12 +12,12 @@ from workbench.data.records import Example
 from workbench.errors import WorkbenchError
 from workbench.hooks import resolve
 from workbench.hooks.brief import brief
-from workbench.subspaces.collapse import Kind
+from workbench.subspaces.collapse import CollapseKind
 from workbench.unlearning.objectives import Objective
 from workbench.unlearning.smoothing import StepRule, plain
 from workbench.values import LARGEST_RATE, MOST_ROWS, Number, Whole
 
-Statistics = Literal["forget", "retain"]
+StatisticsSet = Literal["forget", "retain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class CollapseSettings:
     activation_components: int
     gradient_components: int
     refresh: int
-    kind: Kind = "hard"
-    statistics: Statistics = "forget"
+    kind: CollapseKind = "hard"
+    statistics: StatisticsSet = "forget"
 
 
 @brief
@@ -58,15 +58,15 @@ class OneGradient:
     """
 
     components: int
-    kind: Kind = "soft"
-    statistics: Statistics = "forget"
+    kind: CollapseKind = "soft"
+    statistics: StatisticsSet = "forget"
     adversary_rank: int = 0
     adversary_rate: float = 0.0
 
 
 @brief
 @dataclass(frozen=True, slots=True)
-class Teach:
+class Teacher:
     """A model trained before, for objectives that need one.
 
     Attributes:
@@ -120,10 +120,10 @@ class Recipe:
             retain)``; constant by default.
         alternative: makes the other answer of a forget text, for objectives that compare two.
         sign: -1 turns what was learned around (task-vector negation).
-        kick: the trained weights start at a random relative distance of this size from the base,
-            where the base itself is a stationary point of the objective.
+        initial_noise: the trained weights start at a random relative distance of this size from the
+            base, where the base itself is a stationary point of the objective.
         one: settings of ``one-gradient``.
-        teach: replaces ``objective`` by one that knows a teacher.
+        teacher: replaces ``objective`` by one that knows a teacher.
         stop: ``steps``: all of them are taken, and the change is scaled to the budget afterwards;
             ``budget``: training ends once the model costs more than the budget (as CIR's released
             code does), looked at every :data:`workbench.unlearning.trainer.CHECK_EVERY` steps.
@@ -142,9 +142,9 @@ class Recipe:
     schedule: Callable[[int, int], tuple[float, float]] | None = None
     alternative: Callable[[Example], Example] | None = None
     sign: float = 1.0
-    kick: float = 0.0
+    initial_noise: float = 0.0
     one: OneGradient | None = None
-    teach: Teach | None = None
+    teacher: Teacher | None = None
     stop: Stop = "steps"
 
 

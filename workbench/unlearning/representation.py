@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from workbench.data.batches import Batch
 from workbench.evaluation.losses import content_tokens, mean_over, real_tokens
 from workbench.hooks import Site, tapped
-from workbench.unlearning.objectives import Loss
+from workbench.unlearning.objectives import LossTerm
 
 
 def control_vector(width: int, seed: int) -> Tensor:
@@ -41,7 +41,7 @@ def _mean_length(site: Site, reference: PreTrainedModel, batches: Sequence[Batch
     return torch.cat(norms).double().mean().float()
 
 
-def steer_to(site: Site, target: Tensor) -> Loss:
+def steer_to(site: Site, target: Tensor) -> LossTerm:
     """RMU's forget term: ``mean over tokens and coordinates of (h - target)^2`` (Li et al. 2024,
     arXiv 2403.03218, eq. 1).
 
@@ -63,7 +63,7 @@ def steer_to(site: Site, target: Tensor) -> Loss:
     return loss
 
 
-def keep_representation(site: Site) -> Loss:
+def keep_representation(site: Site) -> LossTerm:
     """RMU's retain term: ``mean of (h - h_reference)^2`` over tokens and coordinates of the
     representation at ``site``.
 
@@ -82,7 +82,7 @@ def keep_representation(site: Site) -> Loss:
 
 def mlp_breaking(
     sites: tuple[Site, ...], floor: float = 0.0, lengths: dict[str, Tensor] | None = None
-) -> Loss:
+) -> LossTerm:
     r"""MLP breaking (Sondej and Yang 2025, arXiv 2509.11816): push every MLP output away from what
     it was.
 
@@ -111,7 +111,7 @@ def mlp_breaking(
             terms.append(((before * after).sum(-1) / scale).clamp(min=floor).mean())
         return torch.stack(terms).mean()
 
-    def on_set(reference: PreTrainedModel, batches: Sequence[Batch]) -> Loss:
+    def on_set(reference: PreTrainedModel, batches: Sequence[Batch]) -> LossTerm:
         return mlp_breaking(
             sites, floor, {site.name: _mean_length(site, reference, batches) for site in sites}
         )
@@ -121,7 +121,7 @@ def mlp_breaking(
     return loss
 
 
-def keep_hidden(site: Site) -> Loss:
+def keep_hidden(site: Site) -> LossTerm:
     """The retain term of CIR: ``mean_t ||h_t - h0_t|| / mean_t ||h0_t||`` over all real tokens, the
     released code's ``cb_retain`` with p = 1.
 
@@ -141,7 +141,7 @@ def keep_hidden(site: Site) -> Loss:
     return loss
 
 
-def adaptive_steer_to(site: Site, direction: Tensor, scale: float) -> Loss:
+def adaptive_steer_to(site: Site, direction: Tensor, scale: float) -> LossTerm:
     r"""Adaptive RMU's forget term (Dang et al. 2025, arXiv 2408.06223): steer to ``scale * mean
     ||h|| * u``.
 
@@ -163,7 +163,7 @@ def adaptive_steer_to(site: Site, direction: Tensor, scale: float) -> Loss:
             model, batch, reference
         )
 
-    def on_set(reference: PreTrainedModel, batches: Sequence[Batch]) -> Loss:
+    def on_set(reference: PreTrainedModel, batches: Sequence[Batch]) -> LossTerm:
         return steer_to(site, scale * _mean_length(site, reference, batches) * direction)
 
     loss.restart = length.clear  # type: ignore[attr-defined]
@@ -171,7 +171,7 @@ def adaptive_steer_to(site: Site, direction: Tensor, scale: float) -> Loss:
     return loss
 
 
-def steer_by(site: Site, shift: Tensor) -> Loss:
+def steer_by(site: Site, shift: Tensor) -> LossTerm:
     """Random steering vectors (RSV; Huu-Tien et al., arXiv 2501.19202): ``mean of (h - (h_reference
     + shift))^2`` over tokens and coordinates.
 
@@ -190,7 +190,7 @@ def steer_by(site: Site, shift: Tensor) -> Loss:
     return loss
 
 
-def break_circuits(sites: tuple[Site, ...]) -> Loss:
+def break_circuits(sites: tuple[Site, ...]) -> LossTerm:
     r"""Representation rerouting (Zou et al. 2024, "circuit breakers", arXiv 2406.04313, algorithm
     1): ``mean over layers and tokens of ReLU(cos(h_t, h0_t))``.
 
@@ -216,7 +216,7 @@ def break_circuits(sites: tuple[Site, ...]) -> Loss:
     return loss
 
 
-def keep_distance(sites: tuple[Site, ...]) -> Loss:
+def keep_distance(sites: tuple[Site, ...]) -> LossTerm:
     """The retain term of representation rerouting: ``mean over layers and real tokens of ||h_t -
     h0_t||``.
     """

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from workbench.data.batches import batches, encode, endless
 from workbench.data.records import Example, Texts, examples_of
 from workbench.errors import WorkbenchError
-from workbench.progress import Report, quiet
+from workbench.progress import ProgressCallback, quiet
 from workbench.subspaces.collapse import Collapse, find_collapse, only_tokens
 from workbench.subspaces.collapsed_update import collapse_of
 from workbench.unlearning.deltas import apply_delta, delta_between, snapshot
@@ -71,7 +71,7 @@ def unlearn(
     max_length: int | None = None,
     dtype: torch.dtype = torch.float32,
     over_budget: Callable[[PreTrainedModel], bool] | None = None,
-    progress: Report = quiet,
+    progress: ProgressCallback = quiet,
 ) -> Unlearned:
     """Run ``recipe`` on a copy of ``base``; ``base`` itself is the frozen reference and is not
     changed.
@@ -133,14 +133,14 @@ def _unlearn(
     max_length: int | None,
     dtype: torch.dtype,
     over_budget: Callable[[PreTrainedModel], bool] | None,
-    progress: Report,
+    progress: ProgressCallback,
 ) -> Unlearned:
-    if recipe.teach is not None:
+    if recipe.teacher is not None:
         teacher = copy.deepcopy(reference).float()
         learned = unlearn(
             reference,
             tokenizer,
-            recipe.teach.recipe,
+            recipe.teacher.recipe,
             forget,
             retain,
             seed=seed,
@@ -150,8 +150,8 @@ def _unlearn(
         apply_delta(teacher, snapshot(reference), learned.delta, 1.0)
         recipe = replace(
             recipe,
-            objective=recipe.teach.objective(teacher.eval().requires_grad_(False)),
-            teach=None,
+            objective=recipe.teacher.objective(teacher.eval().requires_grad_(False)),
+            teacher=None,
         )
     for term in (recipe.objective.forget, recipe.objective.retain, recipe.step):
         getattr(term, "restart", lambda: None)()  # what a term draws or measures once per training
@@ -174,8 +174,8 @@ def _unlearn(
             )
             delta, log = result.delta, result.log
         else:
-            if recipe.kick:
-                _kick(chosen, recipe.kick, seed)
+            if recipe.initial_noise:
+                _add_initial_noise(chosen, recipe.initial_noise, seed)
             log = _steps(
                 model,
                 reference,
@@ -192,10 +192,10 @@ def _unlearn(
             delta = delta_between(model, start)
     if recipe.sign != 1:
         delta = {name: recipe.sign * change for name, change in delta.items()}
-    return _moved(Unlearned(delta, log, tuple(name for name, _ in chosen)), recipe)
+    return _check_changed(Unlearned(delta, log, tuple(name for name, _ in chosen)), recipe)
 
 
-def _moved(result: Unlearned, recipe: Recipe) -> Unlearned:
+def _check_changed(result: Unlearned, recipe: Recipe) -> Unlearned:
     """``result``, unless it changed other parameters than it was to train, or none.
 
     Raises:
@@ -214,7 +214,9 @@ def _moved(result: Unlearned, recipe: Recipe) -> Unlearned:
 
 
 @torch.no_grad()
-def _kick(chosen: Sequence[tuple[str, torch.nn.Parameter]], size: float, seed: int) -> None:
+def _add_initial_noise(
+    chosen: Sequence[tuple[str, torch.nn.Parameter]], size: float, seed: int
+) -> None:
     """Move every parameter by Gaussian noise of ``size`` times its own root mean square."""
     generator = torch.Generator().manual_seed(seed)
     for _, parameter in chosen:
@@ -235,7 +237,7 @@ def _steps(
     seed: int,
     max_length: int | None,
     over_budget: Callable[[PreTrainedModel], bool] | None,
-    progress: Report,
+    progress: ProgressCallback,
 ) -> tuple[dict[str, float], ...]:
     forget_stream, retain_stream = (
         endless(forget, recipe.batch_size, f"forget-{seed}"),

@@ -200,7 +200,7 @@ def _noise(
     if (
         recipe.objective.retain is None
         or recipe.objective.retain is retain_cross_entropy
-        or recipe.teach is not None
+        or recipe.teacher is not None
     ):
         raise ValueError(
             "RNA needs a retain term that compares with the frozen reference (a representation or "

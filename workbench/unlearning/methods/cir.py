@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from workbench.errors import unknown
 from workbench.hooks import resolve
-from workbench.subspaces.collapse import Kind
+from workbench.subspaces.collapse import CollapseKind
 from workbench.unlearning.objectives import Objective, npo
 from workbench.unlearning.recipe import (
     CollapseSettings,
@@ -21,7 +21,7 @@ from workbench.unlearning.recipe import (
     Recipe,
     Rows,
     Setting,
-    Statistics,
+    StatisticsSet,
     Steps,
     mlp_weights,
     refuse_experts,
@@ -43,8 +43,8 @@ def build(
     first_layer: Layer = -1,
     last_layer: Layer = -1,
     loss: Literal["mlp-breaking", "npo"] = "mlp-breaking",
-    kind: Kind = "hard",
-    statistics: Statistics = "forget",
+    kind: CollapseKind = "hard",
+    statistics: StatisticsSet = "forget",
 ) -> Recipe:
     """A forget gradient collapsed on both sides, in steps of fixed global length; a retain step on
     the hidden state after each.

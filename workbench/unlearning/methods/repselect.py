@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from workbench.errors import unknown
-from workbench.subspaces.collapse import Kind
+from workbench.subspaces.collapse import CollapseKind
 from workbench.unlearning.objectives import Objective, negative_cross_entropy
 from workbench.unlearning.recipe import (
     Count,
@@ -14,7 +14,7 @@ from workbench.unlearning.recipe import (
     Rate,
     Recipe,
     Rows,
-    Statistics,
+    StatisticsSet,
     mlp_weights,
 )
 
@@ -26,8 +26,8 @@ def build(
     lr: Rate = 1.0,
     batch_size: Rows = 32,
     components: Count = 512,
-    kind: Kind = "soft",
-    statistics: Statistics = "forget",
+    kind: CollapseKind = "soft",
+    statistics: StatisticsSet = "forget",
     adversary_rank: int = 8,
     adversary_rate: float = 0.05,
 ) -> Recipe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from workbench.unlearning.objectives import Objective, generic_prediction, retain_cross_entropy
-from workbench.unlearning.recipe import EVERYTHING, Method, Rate, Recipe, Rows, Steps, Teach
+from workbench.unlearning.recipe import EVERYTHING, Method, Rate, Recipe, Rows, Steps, Teacher
 
 
 def build(
@@ -27,17 +27,17 @@ def build(
     is left out. The retain term is ours: without one, a small model keeps nothing.
     """
     nothing = Objective(retain_cross_entropy)  # replaced once the teacher is there
-    teacher = Recipe(
+    teacher_recipe = Recipe(
         Objective(retain_cross_entropy), EVERYTHING, reinforce_steps, batch_size, reinforce_lr
     )
     keep = retain_cross_entropy if retain_weight else None
-    teach = Teach(
-        teacher,
+    teacher = Teacher(
+        teacher_recipe,
         lambda reinforced: Objective(
             generic_prediction(reinforced, strength), keep, 1.0, retain_weight
         ),
     )
-    return Recipe(nothing, EVERYTHING, steps, batch_size, lr, teach=teach)
+    return Recipe(nothing, EVERYTHING, steps, batch_size, lr, teacher=teacher)
 
 
 METHOD = Method(

@@ -14,9 +14,9 @@ from workbench.unlearning.smoothing.rule import (
     gradient_of,
     hessian_product,
     inner,
-    moved,
     norm,
     on_forget_term,
+    perturbed_weights,
 )
 
 
@@ -60,7 +60,7 @@ def curvature_regularisation(weight: float, mu: float) -> StepRule:
             if length == 0:
                 return gradient, log
             v = combine([(1 / length, gradient)])
-            with moved(parameters, v.items(), mu):
+            with perturbed_weights(parameters, v.items(), mu):
                 there = gradient_of(term(), parameters, graph=True)
                 change = combine([(1.0, there), (-1.0, gradient)])
                 size = norm(change)

@@ -15,9 +15,9 @@ from workbench.unlearning.smoothing.rule import (
     combine,
     gradient_of,
     hessian_product,
-    moved,
     norm,
     on_forget_term,
+    perturbed_weights,
 )
 
 STEP, SHORTEST = 5e-6, 1e-4
@@ -77,6 +77,6 @@ def _central_difference(
     half = max(STEP * norm({name: parameters[name] for name in direction}), SHORTEST)
     terms = []
     for sign in (1.0, -1.0):
-        with moved(parameters, direction.items(), sign * half):
+        with perturbed_weights(parameters, direction.items(), sign * half):
             terms.append((sign * weight / (2 * half), gradient_of(term(), parameters)))
     return terms

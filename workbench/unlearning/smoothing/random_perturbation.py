@@ -13,8 +13,8 @@ from workbench.unlearning.smoothing.rule import (
     check_size,
     combine,
     gradient_of,
-    moved,
     on_forget_term,
+    perturbed_weights,
 )
 
 
@@ -73,7 +73,7 @@ def randomised_smoothing(
         for _ in range(samples // len(signs)):
             noise = draw(parameters)
             for sign in signs:
-                with moved(parameters, noise.items(), sign * sigma):
+                with perturbed_weights(parameters, noise.items(), sign * sigma):
                     perturbed = term()
                     total = combine(
                         [(1.0, total), (1 / samples, gradient_of(perturbed, parameters))]

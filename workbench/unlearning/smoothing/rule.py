@@ -128,7 +128,7 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def moved(
+def perturbed_weights(
     parameters: Parameters, direction: Iterable[tuple[str, Tensor]], scale: float
 ) -> Iterator[None]:
     """Add ``scale * direction`` to the parameters for the duration of the block; they are put back

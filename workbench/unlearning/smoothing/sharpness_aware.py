@@ -14,9 +14,9 @@ from workbench.unlearning.smoothing.rule import (
     check_size,
     gradient_of,
     inner,
-    moved,
     norm,
     on_forget_term,
+    perturbed_weights,
 )
 
 
@@ -91,7 +91,7 @@ def _climb(
     gradient_norm: float,
 ) -> tuple[Gradient, dict[str, float]]:
     """The gradient at ``theta + rho uphill / length``, or at ``theta`` where the length is zero."""
-    with moved(parameters, uphill.items(), rho / length if length > 0 else 0.0):
+    with perturbed_weights(parameters, uphill.items(), rho / length if length > 0 else 0.0):
         perturbed = term()
         gradient = gradient_of(perturbed, parameters)
     before, after = float(forget.detach()), float(perturbed.detach())

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-full test-minimum lint types unit notebooks bench links pictures lab clean
+.PHONY: setup demo test test-full test-minimum lint types unit notebooks bench links pictures reference lab clean
 
 setup: $(STAMP)
 
@@ -61,6 +61,9 @@ test-minimum: $(OLDEST)/.installed
 
 bench: setup
 	$(BIN)/python tests/benchmarks/run.py --out bench.json
+
+reference: setup
+	$(BIN)/python docs/reference.py
 
 pictures: setup
 	$(BIN)/python docs/pictures.py

@@ -78,7 +78,7 @@ def angles(table: pd.DataFrame) -> Figure:
             axes.set_yticks(range(len(sets)), names)
             axes.set_title(f"after block {block.split('.')[1]}")
             axes.grid(visible=False)
-        rank = float(rows["step"].max())
+        rank = float(rows["x"].max())
         figure.colorbar(
             image, ax=panels[0].tolist(), label=f"overlap of top-{rank:g} subspaces", shrink=0.8
         )

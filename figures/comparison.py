@@ -28,7 +28,7 @@ def _ends(table: pd.DataFrame, metric: str) -> pd.DataFrame:
         return pd.DataFrame()
     ends = []
     for method, mine in rows.groupby("method"):
-        ordered = mine.sort_values("step")
+        ordered = mine.sort_values("x")
         first, last = ordered.iloc[0], ordered.iloc[-1]
         ends.append(
             {"method": method}

@@ -42,8 +42,8 @@ def convergence(
     the scale.
 
     Args:
-        table: tidy results; metric ``ritz``, arms ``top`` and ``bottom``, ``step`` the Lanczos
-            step; metric ``running_trace``, ``step`` the probes, ``low`` and ``high`` the band, arm
+        table: tidy results; metric ``ritz``, arms ``top`` and ``bottom``, along the Lanczos
+            steps; metric ``running_trace``, along the probes, ``low`` and ``high`` the band, arm
             as below or none.
         split: the texts whose loss it is; rows without a split are drawn as well.
         arm: whose trace: ``unlearned`` (before the attack) or ``relearned``.
@@ -51,7 +51,7 @@ def convergence(
     rows = table[
         table["seed"].notna()
         & np.isfinite(table["value"].astype(float))
-        & np.isfinite(table["step"].astype(float))
+        & np.isfinite(table["x"].astype(float))
     ]
     rows = rows[
         rows["metric"].isin(["ritz", "running_trace"])
@@ -66,7 +66,7 @@ def convergence(
     if not methods:
         return nothing("no convergence of the curvature in this table")
     rows = rows.assign(first=rows.groupby(["metric", "method"])["seed"].transform("min"))
-    rows = rows[rows["seed"] == rows["first"]].sort_values("step")
+    rows = rows[rows["seed"] == rows["first"]].sort_values("x")
     ritz, traces = rows[rows["metric"] == "ritz"], rows[rows["metric"] == "running_trace"]
     parts = [(name, part) for name, part in (("ritz", ritz), ("trace", traces)) if len(part)]
     with look():
@@ -132,7 +132,7 @@ def _ritz(axes: Axes, rows: pd.DataFrame, method: str, number: int) -> None:
             face = {} if arm == "top" else {"markerfacecolor": "white"}
             label = title(method) if arm == "top" or not (rows["arm"] == "top").any() else None
             axes.plot(
-                line["step"],
+                line["x"],
                 line["value"],
                 label=label,
                 **_style(method, number, len(line)),  # type: ignore[arg-type]
@@ -143,11 +143,11 @@ def _ritz(axes: Axes, rows: pd.DataFrame, method: str, number: int) -> None:
 def _trace(axes: Axes, rows: pd.DataFrame, method: str, number: int, methods: int) -> None:
     if not len(rows):
         return
-    axes.plot(rows["step"], rows["value"], label=title(method), **_style(method, number, len(rows)))  # type: ignore[arg-type]
+    axes.plot(rows["x"], rows["value"], label=title(method), **_style(method, number, len(rows)))  # type: ignore[arg-type]
     low, high = rows["low"].to_numpy(dtype=float), rows["high"].to_numpy(dtype=float)
     if methods <= _FEW:
         axes.fill_between(
-            rows["step"].to_numpy(dtype=float),
+            rows["x"].to_numpy(dtype=float),
             low,
             high,
             color=colour(method),
@@ -155,7 +155,7 @@ def _trace(axes: Axes, rows: pd.DataFrame, method: str, number: int, methods: in
             linewidth=0,
         )
     elif np.isfinite(low[-1]) and np.isfinite(high[-1]):
-        end, value = float(rows["step"].iloc[-1]), float(rows["value"].iloc[-1])
+        end, value = float(rows["x"].iloc[-1]), float(rows["value"].iloc[-1])
         place = end * (1 + 0.008 * (number + 1))  # beside one another
         axes.errorbar(
             place,
@@ -184,8 +184,8 @@ def _scale(axes: Axes, rows: pd.DataFrame) -> float:
 
 
 def _zoom(axes: Axes, rows: pd.DataFrame, methods: int) -> None:
-    last = float(rows["step"].max())
-    settled = rows[rows["step"] >= last / 4]
+    last = float(rows["x"].max())
+    settled = rows[rows["x"] >= last / 4]
     ends = settled[["value", "low", "high"]].to_numpy(dtype=float)
     low, high = min(0.0, float(np.nanmin(ends))), max(0.0, float(np.nanmax(ends)))
     room = 0.05 * (high - low) or 1.0

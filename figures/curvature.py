@@ -33,7 +33,7 @@ def curvature(table: pd.DataFrame) -> Figure:
     ]
     rows = []
     for (method, seed), group in attacked.groupby(["method", "seed"]):
-        ordered = group.sort_values("step")
+        ordered = group.sort_values("x")
         won = float(ordered["value"].iloc[-1] - ordered["value"].iloc[0])
         before = table[
             (table["method"] == method) & (table["seed"] == seed) & table["metric"].isin(_MEASURES)

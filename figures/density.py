@@ -25,7 +25,7 @@ def density(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
     drawn in every panel that has no base of its own.
 
     Args:
-        table: tidy results; stage ``sharpness``, metric ``density`` with ``step`` the eigenvalue,
+        table: tidy results; stage ``sharpness``, metric ``density`` along the eigenvalue,
             ``trace`` and ``trace_se``.
         split: the texts whose loss it is.
     """
@@ -34,7 +34,7 @@ def density(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
     if not len(curves):
         return nothing("no spectral density in this table")
     arms = list(dict.fromkeys(curves.loc[curves["method"] != "base", "arm"].fillna(""))) or [""]
-    largest = float(curves["step"].abs().max())
+    largest = float(curves["x"].abs().max())
     lines = curves["method"].nunique()
     with look():  # the legends below grow with the methods, the panels stay
         figure, panels = plt.subplots(
@@ -80,16 +80,16 @@ def _panel(axes: Axes, rows: pd.DataFrame, curves: pd.DataFrame) -> None:
         for position, (_, curve) in enumerate(
             curves[curves["method"] == method].groupby(["seed", "arm"], dropna=False)
         ):
-            line = curve.sort_values("step").astype({"low": float, "high": float})
+            line = curve.sort_values("x").astype({"low": float, "high": float})
             axes.plot(
-                line["step"],
+                line["x"],
                 line["value"].clip(lower=_FLOOR / 10),
                 color=colour(method),
                 linewidth=1.3,
                 label="" if position else _label(method, mine),
             )
             axes.fill_between(
-                line["step"].to_numpy(float),
+                line["x"].to_numpy(float),
                 line["low"].clip(lower=_FLOOR / 10),
                 line["high"].clip(lower=_FLOOR / 10),
                 color=colour(method),

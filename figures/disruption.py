@@ -103,8 +103,8 @@ def disruption(table: pd.DataFrame) -> Figure:
 
 def _path(walk: pd.DataFrame) -> pd.DataFrame:
     """Disruption and recall of one line search, by alpha."""
-    cost = walk[walk["metric"] == "disruption"].set_index("step")["value"]
-    kept = walk[(walk["metric"] == "recall") & (walk["split"] == "forget-heldout")].set_index(
-        "step"
-    )["value"]
+    cost = walk[walk["metric"] == "disruption"].set_index("x")["value"]
+    kept = walk[(walk["metric"] == "recall") & (walk["split"] == "forget-heldout")].set_index("x")[
+        "value"
+    ]
     return pd.DataFrame({"cost": cost, "kept": kept}).dropna().sort_index()

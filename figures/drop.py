@@ -26,7 +26,7 @@ def drop(table: pd.DataFrame, kind: str = "drop") -> Figure:
 
     Args:
         table: tidy results; stage ``sharpness``, metric ``drop``; ``arm`` is the kind of ball and
-            search, ``split`` the loss, ``step`` the radius.
+            search, ``split`` the loss, along the radius.
         kind: the ``arm`` to draw; in a kind with the word ``adaptive`` the radius is relative to
             every weight, with ``fixed`` a share of the length of the base's weights, in the others
             in units of the displacement by unlearning.
@@ -55,11 +55,9 @@ def drop(table: pd.DataFrame, kind: str = "drop") -> Figure:
                     "black" if method == "never-learned" else colour(method)
                 )  # its own grey is that of the controls here
                 for _, line in mine.groupby("seed", sort=True):
-                    line = line.sort_values("step")
-                    axes.plot(
-                        line["step"], line["value"], dash, color=paint, linewidth=0.6, alpha=0.4
-                    )
-                mean = mine.groupby("step")["value"].mean()
+                    line = line.sort_values("x")
+                    axes.plot(line["x"], line["value"], dash, color=paint, linewidth=0.6, alpha=0.4)
+                mean = mine.groupby("x")["value"].mean()
                 axes.plot(mean.index, mean, dash, color=paint, linewidth=1.6, label=label)
             axes.axhline(0, color="0.5", linewidth=0.7)
             if top > 0:

@@ -41,14 +41,12 @@ def energy(table: pd.DataFrame) -> Figure:
         )
         for axes, side in zip(panels[0], sides, strict=True):
             mine = rows[sites.str.endswith("." + side)]
-            ranks = sorted(mine["step"].unique())
+            ranks = sorted(mine["x"].unique())
             for method in methods:
                 found = mine[
                     (mine["method"] == method) & (mine["metric"] == "energy_in_retain_subspace")
                 ]
-                by_seed = (
-                    found.groupby(["seed", "step"], dropna=False)["value"].mean().groupby("step")
-                )
+                by_seed = found.groupby(["seed", "x"], dropna=False)["value"].mean().groupby("x")
                 centre, low, high = by_seed.mean(), by_seed.min(), by_seed.max()
                 axes.plot(
                     centre.index,
@@ -67,9 +65,7 @@ def energy(table: pd.DataFrame) -> Figure:
                     alpha=0.15,
                     linewidth=0,
                 )
-            chance = (
-                mine[mine["metric"] == "energy_of_random_delta"].groupby("step")["value"].mean()
-            )
+            chance = mine[mine["metric"] == "energy_of_random_delta"].groupby("x")["value"].mean()
             axes.plot(
                 chance.index,
                 chance,

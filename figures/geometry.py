@@ -28,7 +28,7 @@ def geometry(table: pd.DataFrame) -> Figure:
         image = None
         for axes, method in zip(panels, methods, strict=True):
             wide = rows[rows["method"] == method].pivot_table(
-                index="layer", columns="step", values="value", aggfunc="mean"
+                index="layer", columns="x", values="value", aggfunc="mean"
             )
             image = axes.imshow(
                 wide.to_numpy(), origin="lower", aspect="auto", vmin=-1, vmax=1, cmap="RdBu_r"

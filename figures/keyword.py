@@ -51,10 +51,10 @@ def keyword(table: pd.DataFrame) -> Figure:
                     label="before unlearning",
                 )
             for (method, arm), (name, shade, dash) in _LINES.items():
-                curve = mine[(mine["method"] == method) & (mine["arm"] == arm)].sort_values("step")
+                curve = mine[(mine["method"] == method) & (mine["arm"] == arm)].sort_values("x")
                 if len(curve):
                     axes.plot(
-                        curve["step"],
+                        curve["x"],
                         curve["value"],
                         dash,
                         color=shade,
@@ -63,7 +63,7 @@ def keyword(table: pd.DataFrame) -> Figure:
                         label=name.format(withheld),
                     )
                     axes.fill_between(
-                        curve["step"].to_numpy(dtype=float),
+                        curve["x"].to_numpy(dtype=float),
                         curve["low"],
                         curve["high"],
                         color=shade,

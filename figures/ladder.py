@@ -37,9 +37,7 @@ def ladder(table: pd.DataFrame) -> Figure:
     configs = [
         arm for arm in ("part", *(arm for arm in arms if arm.startswith("part, "))) if arm in arms
     ]
-    ends = rows[rows["step"] == rows.groupby("arm")["step"].transform("max")].set_index(
-        ["method", "arm"]
-    )
+    ends = rows[rows["x"] == rows.groupby("arm")["x"].transform("max")].set_index(["method", "arm"])
     with look():
         figure, panels = plt.subplots(
             1, 3, figsize=(11.5, 3.9), width_ratios=(1.5, 1.2, 1), sharey=True, layout="constrained"
@@ -53,7 +51,7 @@ def ladder(table: pd.DataFrame) -> Figure:
                             rows[
                                 (rows["method"] == method)
                                 & (rows["arm"] == text_sets[0])
-                                & (rows["step"] == 0)
+                                & (rows["x"] == 0)
                             ]
                             if text_sets
                             else rows.iloc[:0]
@@ -89,10 +87,10 @@ def ladder(table: pd.DataFrame) -> Figure:
         panels[1].set_title("ways of attacking with the disjoint part")
         novel = rows[rows["arm"] == "novel"]
         for method in methods:
-            curve = novel[novel["method"] == method].sort_values("step")
-            panels[2].plot(curve["step"], curve["value"], color=colour(method), linewidth=1.2)
+            curve = novel[novel["method"] == method].sort_values("x")
+            panels[2].plot(curve["x"], curve["value"], color=colour(method), linewidth=1.2)
             panels[2].fill_between(
-                curve["step"].to_numpy(dtype=float),
+                curve["x"].to_numpy(dtype=float),
                 curve["low"],
                 curve["high"],
                 color=colour(method),

@@ -32,7 +32,7 @@ def names(table: pd.DataFrame) -> Figure:
         return nothing("no names experiment in this table")
     rows = rows.assign(repetitions=rows["split"].str.rsplit("-", n=1).str[1].astype(int))
     counts = sorted(rows["repetitions"].unique(), reverse=True)
-    last = float(rows["step"].max())
+    last = float(rows["x"].max())
     with look():
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(8.4, 3.4), sharey=True, layout="constrained"
@@ -41,7 +41,7 @@ def names(table: pd.DataFrame) -> Figure:
             mine = rows[
                 (rows["method"] == method)
                 & (rows["arm"] == arm)
-                & (rows["step"] == (last if after else 0))
+                & (rows["x"] == (last if after else 0))
             ].set_index("repetitions")
             places = [place for place, count in enumerate(counts) if count in mine.index]
             if not places:
@@ -82,9 +82,9 @@ def names(table: pd.DataFrame) -> Figure:
                 (rows["method"] == "unlearned")
                 & (rows["arm"] == "fragments")
                 & (rows["repetitions"] == count)
-            ].sort_values("step")
+            ].sort_values("x")
             right.plot(
-                curve["step"],
+                curve["x"],
                 curve["value"],
                 color=shade,
                 marker="o",
@@ -92,7 +92,7 @@ def names(table: pd.DataFrame) -> Figure:
                 label=f"{count} repetition{'s' if count > 1 else ''}",
             )
             right.fill_between(
-                curve["step"].to_numpy(dtype=float),
+                curve["x"].to_numpy(dtype=float),
                 curve["low"],
                 curve["high"],
                 color=shade,
@@ -103,8 +103,8 @@ def names(table: pd.DataFrame) -> Figure:
                 (rows["method"] == "never-learned")
                 & (rows["arm"] == "fragments")
                 & (rows["repetitions"] == count)
-            ].sort_values("step")
-            right.plot(control["step"], control["value"], color=shade, linestyle="--", linewidth=1)
+            ].sort_values("x")
+            right.plot(control["x"], control["value"], color=shade, linestyle="--", linewidth=1)
         right.plot([], [], color="0.4", linestyle="--", linewidth=1, label="never learned")
         right.set_xlabel("relearning steps on fragments")
         right.legend(loc="upper left")

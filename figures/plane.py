@@ -5,9 +5,11 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from workbench import metrics
 from workbench.figures.style import grid, look, methods_in, nothing, title
 
 _SPLITS = {
@@ -17,6 +19,38 @@ _SPLITS = {
     "retain": "loss of retain answers",
     "novel": "loss of novel facts",
 }
+
+
+_PATH = (metrics.PLANE_ALONG, metrics.PLANE_TOWARDS, metrics.PLANE_OFF)
+
+
+def _draw_path(
+    axes: Axes, along: np.ndarray, towards: np.ndarray, off: np.ndarray, *, last: float
+) -> None:
+    """The path of the attack from the model at the origin on, its end and the base by name."""
+    if len(along) > 1:
+        axes.plot([0.0, *along], [0.0, *towards], color="white", linewidth=1.2)
+        reach = float(np.nanmax([1e-12, *off]))
+        sizes = 6 + 24 * np.nan_to_num(off) / reach
+        axes.scatter(
+            along, towards, s=sizes, color="white", edgecolors="black", linewidths=0.6, zorder=3
+        )
+    end = f"step {last:g}" + (f" ({off[-1]:.2g} off)" if off[-1] >= 1e-6 else "")
+    for name, x, y, shift in ((end, along[-1], towards[-1], -11), ("base", 0.0, 1.0, 4)):
+        axes.plot(
+            x, y, "o", markersize=4, color="white", markeredgecolor="black", markeredgewidth=0.8
+        )
+        left = x > sum(axes.get_xlim()) / 2
+        label = axes.annotate(
+            name,
+            (x, y),
+            xytext=(-4 if left else 4, shift),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=7,
+            bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 0.8},
+        )
+        label.set_in_layout(False)
 
 
 def plane(
@@ -31,22 +65,15 @@ def plane(
     seeds of surfaces in different planes is a picture of nothing.
 
     Args:
-        table: tidy results; stage ``sharpness``, metric ``plane_loss``: ``step`` is the first
-            coordinate, ``arm`` the second as a decimal number, ``split`` the loss. Optional points
-            in the plane: metric ``plane_point``, ``arm`` the name of the point, ``step`` its first
-            coordinate, ``value`` its second, ``high`` its distance from the plane in the units of
-            the axes (printed beside the name: what is far off the plane does not have the loss that
-            is drawn under it). Points named ``step N`` are a path from the model: joined by a line,
-            larger the farther they are off the plane, the last one named.
+        table: tidy results; stage ``sharpness``, metric ``plane_loss`` (``split`` the loss), and
+            the path of the attack: metrics ``plane_along``, ``plane_towards`` and ``plane_off``. It
+            is joined by a line, its points larger the farther they are off the plane (what is far
+            off does not have the loss that is drawn under it), and its end is named.
         split: which loss.
         axes_names: labels of the two axes.
     """
-    rows = table[
-        (table["stage"] == "sharpness")
-        & table["metric"].isin(["plane_loss", "plane_point"])
-        & table["seed"].notna()
-    ]
-    surfaces = rows[(rows["metric"] == "plane_loss") & (rows["split"] == split)]
+    rows = table[(table["stage"] == "sharpness") & table["seed"].notna()]
+    surfaces = metrics.PLANE_LOSS.rows(rows, split=split)
     methods = methods_in(surfaces["method"].dropna().tolist())
     finite = surfaces["value"][np.isfinite(surfaces["value"].astype(float))]
     if not methods or not len(finite):
@@ -63,9 +90,9 @@ def plane(
         for number, (axes, method) in enumerate(zip(panels, methods, strict=True)):
             mine = surfaces[surfaces["method"] == method]
             seed = mine["seed"].min()
-            mine = mine[mine["seed"] == seed].assign(y=lambda chosen: chosen["arm"].astype(float))
+            mine = mine[mine["seed"] == seed]
             wide = mine.pivot_table(
-                index="y", columns="step", values="value", aggfunc="first", dropna=False
+                index="y", columns="x", values="value", aggfunc="first", dropna=False
             ).sort_index()
             heights = np.ma.masked_invalid(wide.to_numpy(dtype=float))
             axes.grid(False)
@@ -80,62 +107,12 @@ def plane(
                 axes.contour(drawn, colors="white", linewidths=0.4, alpha=0.6)
             axes.plot(0, 0, "+", color="white", markersize=9, markeredgewidth=2.6)
             axes.plot(0, 0, "+", color="black", markersize=8, markeredgewidth=1.2)
-            points = rows[
-                (rows["metric"] == "plane_point")
-                & (rows["method"] == method)
-                & (rows["seed"] == seed)
-            ]
-            path = points[points["arm"].str.startswith("step ")]
-            path = path.iloc[
-                np.argsort(path["arm"].str.removeprefix("step ").astype(float).to_numpy())
-            ]
-            if (
-                len(path) > 1
-                # a path is drawn whole, the farther off the plane the fainter the ground it stands
-                # on, and named at its end
-            ):
-                axes.plot(
-                    [0.0, *path["step"].astype(float)],
-                    [0.0, *path["value"].astype(float)],
-                    color="white",
-                    linewidth=1.2,
-                )
-                reach = float(np.nanmax([1e-12, *path["high"].astype(float)]))
-                sizes = 6 + 24 * path["high"].astype(float).fillna(0) / reach
-                axes.scatter(
-                    path["step"].astype(float),
-                    path["value"].astype(float),
-                    s=sizes,
-                    color="white",
-                    edgecolors="black",
-                    linewidths=0.6,
-                    zorder=3,
-                )
-                points = pd.concat([points[~points["arm"].str.startswith("step ")], path.iloc[-1:]])
-            for name, x, y, off in points[["arm", "step", "value", "high"]].itertuples(index=False):
-                axes.plot(
-                    float(x),
-                    float(y),
-                    "o",
-                    markersize=4,
-                    color="white",
-                    markeredgecolor="black",
-                    markeredgewidth=0.8,
-                )
-                note = str(name) if np.isnan(off) or off < 1e-6 else f"{name} ({off:.2g} off)"
-                box = {"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 0.8}
-                left = float(x) > sum(axes.get_xlim()) / 2
-                shift, side = (-4, "right") if left else (4, "left")
-                label = axes.annotate(
-                    note,
-                    (float(x), float(y)),
-                    xytext=(shift, -11 if str(name).startswith("step ") else 4),
-                    textcoords="offset points",
-                    ha=side,
-                    fontsize=7,
-                    bbox=box,
-                )
-                label.set_in_layout(False)
+            path = metrics.matching(rows, method=method, seed=seed).pivot_table(
+                index="x", columns="metric", values="value"
+            )
+            path = path.reindex(columns=[each.name for each in _PATH]).dropna(how="all")
+            if len(path):
+                _draw_path(axes, *path.to_numpy(dtype=float).T, last=path.index[-1])
             axes.set_title(title(method))
             axes.set_xlabel(axes_names[0])
             if number % 4 == 0:

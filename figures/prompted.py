@@ -14,8 +14,8 @@ def _curves(rows: pd.DataFrame, dashed: pd.DataFrame, label: str) -> Figure:
         figure, axes = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
         for method in methods_in(rows["method"].dropna().tolist()):
             for table, dash in ((rows, "-"), (dashed, ":")):
-                line = table[table["method"] == method].sort_values("step")
-                steps = line["step"].to_numpy(dtype=float)
+                line = table[table["method"] == method].sort_values("x")
+                steps = line["x"].to_numpy(dtype=float)
                 shade, name = colour(method), title(method) if dash == "-" else None
                 axes.plot(steps, line["value"], dash, color=shade, marker="o", ms=3, label=name)
                 if dash == "-":
@@ -23,7 +23,7 @@ def _curves(rows: pd.DataFrame, dashed: pd.DataFrame, label: str) -> Figure:
                         steps, line["low"], line["high"], color=shade, alpha=0.12, linewidth=0
                     )
         axes.set_xlabel(label)
-        axes.set_xticks(sorted(rows["step"].astype(float).unique()))
+        axes.set_xticks(sorted(rows["x"].astype(float).unique()))
         axes.set_ylabel("recall, held-out forgotten facts")
         axes.set_ylim(-0.03, 1.05)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
@@ -61,6 +61,6 @@ def quantise(table: pd.DataFrame) -> Figure:
     figure = _curves(rows, rows.iloc[:0], "bits of a weight")
     (axes,) = figure.axes
     axes.set_xscale("log", base=2)
-    axes.set_xticks(bits := sorted(rows["step"].astype(float).unique()), [f"{b:g}" for b in bits])
+    axes.set_xticks(bits := sorted(rows["x"].astype(float).unique()), [f"{b:g}" for b in bits])
     axes.invert_xaxis()
     return figure

@@ -15,12 +15,12 @@ from workbench.figures.style import colour, grid, look, methods_in, nothing, tit
 def _line(
     axes: Axes, rows: pd.DataFrame, label: str, *, band: bool = True, **style: object
 ) -> None:
-    rows = rows.sort_values("step")
-    (line,) = axes.plot(rows["step"], rows["value"], label=label, **style)  # type: ignore[arg-type]
+    rows = rows.sort_values("x")
+    (line,) = axes.plot(rows["x"], rows["value"], label=label, **style)  # type: ignore[arg-type]
     if not band:
         return
     axes.fill_between(
-        rows["step"].astype(float),
+        rows["x"].astype(float),
         rows["low"].astype(float),
         rows["high"].astype(float),
         color=line.get_color(),

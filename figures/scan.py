@@ -18,7 +18,7 @@ def scan(table: pd.DataFrame) -> Figure:
     do to the answer's loss and to the stream. One step line per seed.
 
     Args:
-        table: tidy results; stage ``triggers``, metrics ``precision`` (``step`` is the recall) and
+        table: tidy results; stage ``triggers``, metrics ``precision`` (along the recall) and
             ``average_precision`` with the arm ``chance``.
     """
     rows = table[
@@ -49,10 +49,10 @@ def scan(table: pd.DataFrame) -> Figure:
                     & rows["seed"].notna()
                 ]["value"]
                 for number, (_, line) in enumerate(mine.groupby("seed", sort=True)):
-                    line = line.sort_values("step")
+                    line = line.sort_values("x")
                     label = f"{title(method)} ({areas.mean():.2f})" if not number else None
                     axes.step(
-                        line["step"],
+                        line["x"],
                         line["value"],
                         where="pre",
                         color=colour(method),

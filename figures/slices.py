@@ -49,7 +49,7 @@ def slices(table: pd.DataFrame) -> Figure:
                     ]
                     if not len(mine):
                         continue
-                    band = mine.groupby("step")["value"].agg(["mean", "min", "max"])
+                    band = mine.groupby("x")["value"].agg(["mean", "min", "max"])
                     dash = "--" if method == "never-learned" else "-"
                     axes.plot(
                         band.index,

@@ -46,10 +46,10 @@ def smoothing(table: pd.DataFrame) -> Figure:
         for axes, method in zip(panels, plain, strict=True):
             mine = rows[rows["plain"] == method]
             for offset, step, face in (
-                (0.15, mine["step"].min(), "white"),
-                (-0.15, mine["step"].max(), colour(method)),
+                (0.15, mine["x"].min(), "white"),
+                (-0.15, mine["x"].max(), colour(method)),
             ):
-                part = mine[mine["step"] == step].set_index("wrapper").reindex(wrappers)
+                part = mine[mine["x"] == step].set_index("wrapper").reindex(wrappers)
                 value, low, high = (
                     part[name].to_numpy(dtype=float) for name in ("value", "low", "high")
                 )

@@ -52,11 +52,11 @@ def spectra(table: pd.DataFrame) -> Figure:
             for split, shade in _SPLITS.items():
                 for number, (_, line) in enumerate(
                     mine[(mine["metric"] == "variance_share") & (mine["split"] == split)]
-                    .sort_values("step")
+                    .sort_values("x")
                     .groupby("site")
                 ):
                     panels[0][j].plot(
-                        line["step"],
+                        line["x"],
                         line["value"],
                         color=shade,
                         alpha=0.75,
@@ -65,7 +65,7 @@ def spectra(table: pd.DataFrame) -> Figure:
                     )
             tiers = (
                 mine[(mine["metric"] == "tier_variance_share") & (mine["split"] == "retain")]
-                .groupby("step")["value"]
+                .groupby("x")["value"]
                 .mean()
             )
             low = 0.0
@@ -89,7 +89,7 @@ def spectra(table: pd.DataFrame) -> Figure:
             for arm, (label, shade, dash) in _ARMS.items():
                 curve = (
                     mine[(mine["metric"] == "subspace_overlap") & (mine["arm"] == arm)]
-                    .groupby("step")["value"]
+                    .groupby("x")["value"]
                     .agg(["mean", "min", "max"])
                 )
                 panels[1][j].plot(
@@ -111,7 +111,7 @@ def spectra(table: pd.DataFrame) -> Figure:
                 )
             panels[1][j].set_ylim(0, 1.02)
             panels[1][j].set_xscale("log", base=2)
-            ranks = sorted(mine.loc[mine["metric"] == "subspace_overlap", "step"].unique())
+            ranks = sorted(mine.loc[mine["metric"] == "subspace_overlap", "x"].unique())
             panels[1][j].set_xticks(ranks, [f"{rank:g}" for rank in ranks])
             panels[0][j].xaxis.set_major_locator(MaxNLocator(integer=True))
             panels[1][j].set_xlabel("rank k of both subspaces")

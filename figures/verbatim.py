@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from workbench import metrics
 from workbench.figures.style import look, nothing
 
 _LINES = {
@@ -19,9 +20,9 @@ _LINES = {
     ("never-learned", "public"): ("never learned, on the public text", "#7f7f7f", ":"),
 }
 _PANELS = (
-    ("rouge-l", "recall", "ROUGE-L F1 of the continuations"),
-    ("verbatim-run", "recall", "longest verbatim run (share)"),
-    ("rouge-l", "answer_probability", "probability of a true token"),
+    (metrics.ROUGE_L, "ROUGE-L F1 of the continuations"),
+    (metrics.VERBATIM_RUN, "longest verbatim run (share)"),
+    (metrics.ANSWER_PROBABILITY, "probability of a true token"),
 )
 
 
@@ -32,17 +33,15 @@ def verbatim(table: pd.DataFrame) -> Figure:
     Args:
         table: tidy results; stage ``verbatim``, rows without a seed.
     """
-    rows = table[
-        (table["stage"] == "verbatim")
-        & table["seed"].isna()
-        & table["metric"].isin(["recall", "answer_probability"])
-    ]
+    rows = metrics.matching(
+        table, stage="verbatim", seed=None, metric=[metric.name for metric, _ in _PANELS]
+    )
     if not len(rows):
         return nothing("no verbatim experiment in this table")
     with look():
         figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.7), sharey=True, layout="constrained")
-        for axes, (split, metric, label) in zip(panels, _PANELS, strict=True):
-            mine = rows[(rows["metric"] == metric) & (rows["split"] == split)]
+        for axes, (metric, label) in zip(panels, _PANELS, strict=True):
+            mine = metric.rows(rows)
             base = mine[mine["method"] == "base"]
             if len(base):
                 axes.axhline(
@@ -52,10 +51,10 @@ def verbatim(table: pd.DataFrame) -> Figure:
                     label="before unlearning",
                 )
             for (method, arm), (name, shade, dash) in _LINES.items():
-                curve = mine[(mine["method"] == method) & (mine["arm"] == arm)].sort_values("step")
+                curve = mine[(mine["method"] == method) & (mine["arm"] == arm)].sort_values("x")
                 if len(curve):
                     axes.plot(
-                        curve["step"],
+                        curve["x"],
                         curve["value"],
                         dash,
                         color=shade,
@@ -64,7 +63,7 @@ def verbatim(table: pd.DataFrame) -> Figure:
                         label=name,
                     )
                     axes.fill_between(
-                        curve["step"].to_numpy(dtype=float),
+                        curve["x"].to_numpy(dtype=float),
                         curve["low"],
                         curve["high"],
                         color=shade,

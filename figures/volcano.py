@@ -22,7 +22,7 @@ def volcano(table: pd.DataFrame, seed: int | None = None) -> Figure:
 
     Args:
         table: tidy results; stage ``triggers``, metrics ``token_rise``, ``token_rise_se`` and
-            ``token_q``, ``split`` the token, ``arm`` ``forget-token``, ``retain-token`` or
+            ``token_q``, ``arm`` ``forget-token``, ``retain-token`` or
             ``other``.
         seed: of the model; default the first.
     """
@@ -39,7 +39,7 @@ def volcano(table: pd.DataFrame, seed: int | None = None) -> Figure:
         for axes, method in zip(panels, methods, strict=True):
             wide = (
                 rows[rows["method"] == method]
-                .pivot_table(index=["split", "arm"], columns="metric", values="value")
+                .pivot_table(index=["token", "token_id", "arm"], columns="metric", values="value")
                 .reset_index()
             )
             wide = wide.sort_values("token_rise", ascending=False, ignore_index=True)
@@ -61,7 +61,7 @@ def volcano(table: pd.DataFrame, seed: int | None = None) -> Figure:
             axes.text(
                 0.02,
                 0.98,
-                "first\n" + "\n".join(str(word).strip() for word in wide["split"].head(_NAMED)),
+                "first\n" + "\n".join(str(word).strip() for word in wide["token"].head(_NAMED)),
                 transform=axes.transAxes,
                 fontsize=6,
                 va="top",

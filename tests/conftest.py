@@ -15,6 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from workbench import metrics
 from workbench.builtin import builtin_model
 from workbench.evaluation.losses import Scores
 from workbench.runs.config import RunConfig, preset
@@ -108,17 +109,17 @@ def _synthetic_model(method: str, seed: int) -> Table:
     if method not in ("base", "never-learned"):
         for alpha in (0.0, 1.0, 0.5):  # in the order of a search, not of alpha
             table.add(
-                "disruption",
+                metrics.DISRUPTION,
                 0.08 * alpha**2 + 0.001 * seed * alpha,
                 stage="budget",
                 arm="kl",
-                step=alpha,
+                alpha=alpha,
             )
             for split, recall in (
                 ("forget-heldout", 1 - alpha * (1 - before)),
                 ("retain-neighbour", 1 - 0.1 * alpha),
             ):
-                table.add("recall", recall, stage="budget", split=split, step=alpha)
+                table.add(metrics.RECALL, recall, stage="budget", split=split, alpha=alpha)
         scalars = {
             "alpha": 0.75,
             "disruption": 0.045,
@@ -129,13 +130,15 @@ def _synthetic_model(method: str, seed: int) -> Table:
         }
         for metric, value in scalars.items():
             table.add(metric, value, stage="unlearn")
-        table.add("disruption", 0.03, stage="unlearn", split="general", arm="kl")
+        table.add(metrics.DISRUPTION, 0.03, stage="unlearn", split="general", arm="kl")
         for side, share in (("mlp.hook_in", 0.05), ("mlp.out.hook_in", 0.02)):
             for layer in (0, 1):
                 for rank in (1, 2, 4, 8):
-                    place = {"stage": "unlearn", "site": f"blocks.{layer}.{side}", "step": rank}
-                    table.add("energy_in_retain_subspace", rank * share + 0.01 * layer, **place)
-                    table.add("energy_of_random_delta", rank / 64, **place)
+                    place = {"stage": "unlearn", "site": f"blocks.{layer}.{side}", "rank": rank}
+                    table.add(
+                        metrics.ENERGY_IN_RETAIN_SUBSPACE, rank * share + 0.01 * layer, **place
+                    )
+                    table.add(metrics.ENERGY_OF_RANDOM_DELTA, rank / 64, **place)
     for metric, value in (
         ("leaked_subjects", 0.0),
         ("leaked_answers", 0.0),
@@ -148,26 +151,26 @@ def _synthetic_model(method: str, seed: int) -> Table:
             _synthetic_scores(before + share * (after - before), seed),
             stage="relearn",
             arm="attack",
-            step=step,
+            attack_step=step,
             split="forget-heldout",
         )
         table.add_scores(
             _synthetic_scores(before, seed),
             stage="relearn",
             arm="null",
-            step=step,
+            attack_step=step,
             split="forget-heldout",
         )
     for step, share in ((0, 0.0), (5, 0.5), (20, 1.0)):
         for layer in (0, 1):
             table.add(
-                "returned",
+                metrics.RETURNED,
                 share * (layer + 1) / 2,
                 stage="relearn",
                 arm="attack",
                 split="forget-heldout",
                 site=f"blocks.{layer}.hook_resid_post",
-                step=step,
+                attack_step=step,
             )
     for arm, recall in (
         ("clean", 1.0),
@@ -184,12 +187,12 @@ def _synthetic_model(method: str, seed: int) -> Table:
         for step in np.linspace(*ends, 5).tolist():
             for split in ("forget-attacked", "forget-heldout", "retain-neighbour"):
                 table.add(
-                    "slice_loss",
+                    metrics.SLICE_LOSS,
                     1.0 + seed + step**2,
                     stage="sharpness",
                     arm=arm,
                     split=split,
-                    step=step,
+                    position=step,
                 )
     for metric, value in (
         ("top_eigenvalue", 40.0 + 10 * seed),
@@ -208,21 +211,21 @@ def _synthetic_subspaces() -> Table:
             for rank in range(1, 9):
                 for split, decay in (("forget", 0.6), ("retain", 0.5)):
                     table.add(
-                        "variance_share",
+                        metrics.VARIANCE_SHARE,
                         (1 - decay) * decay ** (rank - 1),
                         site=site,
                         split=split,
-                        step=rank,
+                        component=rank,
                         n=100,
                     )
             for split, decay in (("forget", 0.6), ("retain", 0.5)):
                 for low, high in ((0, 4), (4, 8)):
                     table.add(
-                        "tier_variance_share",
+                        metrics.TIER_VARIANCE_SHARE,
                         decay**low - decay**high,
                         site=site,
                         split=split,
-                        step=high,
+                        component=high,
                         n=100,
                     )
             for rank in (1, 2, 4, 8):
@@ -232,14 +235,18 @@ def _synthetic_subspaces() -> Table:
                     ("random", 0.1),
                 ):
                     table.add(
-                        "subspace_overlap", value + 0.01 * layer, site=site, arm=arm, step=rank
+                        metrics.SUBSPACE_OVERLAP,
+                        value + 0.01 * layer,
+                        site=site,
+                        arm=arm,
+                        rank=rank,
                     )
         for pair, observed, p in (
             ("forget|retain-neighbour", 0.8, 0.5),
             ("forget|general", 0.3, 0.02),
             ("retain-neighbour|general", 0.25, 0.02),
         ):
-            place = {"site": f"blocks.{layer}.hook_resid_post", "split": pair, "step": 8}
+            place = {"site": f"blocks.{layer}.hook_resid_post", "split": pair, "rank": 8}
             for metric, arm, value in (
                 ("set_overlap", "observed", observed),
                 ("set_overlap", "null", 0.9),

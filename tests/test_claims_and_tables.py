@@ -70,7 +70,7 @@ def _facts(
         "method": method,
         "split": split,
         "arm": arm,
-        "step": step,
+        "x": step,
     }
     return [
         {**shared, "seed": seed, "item": f"fact/{fact}", "correct": value, "probability": value}
@@ -156,7 +156,7 @@ def _common_subspaces(effect: float) -> Frames:
                     "stage": "subspaces",
                     "method": "base",
                     "site": name,
-                    "step": rank,
+                    "x": rank,
                     "metric": "subspace_overlap",
                 }
                 rows.append(
@@ -662,7 +662,7 @@ def test_a_diverged_attack_is_never_compared(method: str) -> None:
 
 def test_attacks_of_different_lengths_are_never_compared() -> None:
     results, items = _cir_robust(0.25)
-    items = items[~((items["method"] == "npo") & (items["step"] == 20))]
+    items = items[~((items["method"] == "npo") & (items["x"] == 20))]
     found = _decide("cir-robust", (results, items))
     assert found.verdict == "not measured" and "npo was attacked for 10 steps" in found.reason
 
@@ -670,7 +670,7 @@ def test_attacks_of_different_lengths_are_never_compared() -> None:
 @pytest.mark.parametrize("name", list(PLANTED))
 def test_a_renamed_column_is_an_error_not_a_verdict(name: str) -> None:
     results, items = PLANTED[name](0.25)
-    for column in ("step", "arm"):
+    for column in ("x", "arm"):
         with pytest.raises(WorkbenchError, match=f"has no column '{column}'"):
             _decide(name, (results, items.rename(columns={column: "was_" + column})))
         with pytest.raises(WorkbenchError, match=f"has no column '{column}'"):
@@ -718,7 +718,7 @@ def test_pairing_goes_by_the_names_of_seed_and_fact_not_by_the_order_of_rows(nam
     # has no width at all.
     results, items = PLANTED[name](0.25)
     shift = items["item"].str.removeprefix("fact/").astype(float) / FACTS
-    means = items.groupby(["stage", "method", "split", "arm", "step"], dropna=False)[
+    means = items.groupby(["stage", "method", "split", "arm", "x"], dropna=False)[
         "correct"
     ].transform("mean")
     items["correct"] = (
@@ -767,7 +767,7 @@ LACKING: dict[str, list[dict[str, list[Any]]]] = {
         {"arm": ["part"]},
         {"method": ["unlearned"]},
         {"split": ["rouge-l"]},
-        {"step": [0.0]},
+        {"x": [0.0]},
     ],
     "public-recovery": [
         {"arm": ["public"]},
@@ -777,7 +777,7 @@ LACKING: dict[str, list[dict[str, list[Any]]]] = {
     ],
     "relearn-nonmonotone": [
         {"arm": ["part"]},
-        {"step": [120.0]},
+        {"x": [120.0]},
         {"split": ["forget-queries"]},
     ],  # an attack of 80 steps is too short
 }
@@ -877,7 +877,7 @@ def test_a_typed_frame_has_exactly_its_columns_in_order_and_type(
 ) -> None:
     for frame in (
         pd.DataFrame(),
-        pd.DataFrame([{"step": 1, "method": "npo", "seed": 2}, {"run": "r"}]),
+        pd.DataFrame([{"x": 1, "method": "npo", "seed": 2}, {"run": "r"}]),
         pd.DataFrame({"seed": [0.0, np.nan]}),
     ):
         made = typed(frame, dict(columns))
@@ -911,7 +911,7 @@ def test_a_row_has_what_it_was_given_what_all_rows_share_and_nothing_else() -> N
     ) == ("r", "npo", 1, "unlearn", "alpha", 0.5)
     assert all(
         pd.isna(first[name])
-        for name in ("model", "site", "split", "arm", "step", "low", "high", "n")
+        for name in ("model", "site", "split", "arm", "x", "low", "high", "n")
     )
     # A column of the row wins over the shared one.
     assert (
@@ -920,7 +920,7 @@ def test_a_row_has_what_it_was_given_what_all_rows_share_and_nothing_else() -> N
         second["low"],
         second["high"],
         second["n"],
-        second["step"],
+        second["x"],
     ) == ("rmu", 0.5, 0.2, 0.7, 9, 3.0)
 
 
@@ -955,7 +955,7 @@ def test_scores_become_recall_over_facts_with_paraphrases_averaged_first() -> No
     assert items["correct"].tolist() == pytest.approx([1 / 3, 1.0])
     assert items["probability"].tolist() == pytest.approx([0.5, 0.5])
     assert items[
-        ["run", "stage", "method", "seed", "split", "arm", "step"]
+        ["run", "stage", "method", "seed", "split", "arm", "x"]
     ].drop_duplicates().values.tolist() == [
         ["r", "relearn", "npo", 1, "forget-heldout", "attack", 5.0]
     ]
@@ -1000,7 +1000,7 @@ def _item(seed: int, item: str, correct: float, **columns: object) -> dict[str, 
         "method": "npo",
         "split": "forget-heldout",
         "arm": "attack",
-        "step": 0.0,
+        "x": 0.0,
     } | {
         "seed": seed,
         "item": item,
@@ -1029,11 +1029,11 @@ def test_a_summary_is_the_two_level_mean_with_the_interval_that_a_hand_can_check
     assert set(rows["model"]) == set(rows["method"]) == {"npo"}
     recall = rows[rows["metric"] == "recall"]
     assert len(recall) == 3
-    start = recall[recall["step"] == 0].iloc[0]
+    start = recall[recall["x"] == 0].iloc[0]
     # [[1, 0], [1, 1]]: with chance 1/16 a draw is only seed 0 and only fact b, mean 0; with chance
     # 7/16 the mean is 1. So 95 % reaches from 0 to 1.
     assert (start["value"], start["low"], start["high"], start["n"]) == (0.75, 0.0, 1.0, 4)
-    end = recall[recall["step"] == 5].iloc[0]
+    end = recall[recall["x"] == 5].iloc[0]
     # Two facts, all right: Wilson's lower end is n / (n + z^2), over facts and not over facts times
     # seeds.
     z = norm.ppf(0.975)
@@ -1041,7 +1041,7 @@ def test_a_summary_is_the_two_level_mean_with_the_interval_that_a_hand_can_check
     assert end["low"] == pytest.approx(2 / (2 + z * z))
     # Empty keys are keys, too.
     assert recall[recall["stage"] == "triggers"]["arm"].isna().tolist() == [True]
-    likely = rows[(rows["metric"] == "answer_probability") & (rows["step"] == 0)].iloc[0]
+    likely = rows[(rows["metric"] == "answer_probability") & (rows["x"] == 0)].iloc[0]
     assert (likely["value"], likely["low"], likely["high"]) == (0.5, 0.5, 0.5)
 
 
@@ -1236,7 +1236,7 @@ def test_what_a_smoothing_does_is_paired_by_seed_and_fact_and_belongs_to_the_smo
     assert set(effects["method"]) == {"npo-sam"} and set(effects["arm"]) == {
         "attack"
     }  # no noise, and nothing without its plain method
-    by_step = effects.set_index("step")
+    by_step = effects.set_index("x")
     for step, plain, smoothed in ((0, 0.2 + _wobble(0.1), 0.3), (20, 0.7 + _wobble(0.1, 1), 0.5)):
         expected = bootstrap(
             (np.broadcast_to(plain, (SEEDS, FACTS)) - smoothed)[:, sorted(range(FACTS), key=str)]

@@ -230,7 +230,7 @@ def test_a_model_against_itself_gives_the_identity_values(
         & ~rows["metric"].isin(["disruption", "displacement", "relative_displacement"])
     ]
     wide = same.pivot_table(
-        index=["stage", "metric", "split", "arm", "step"],
+        index=["stage", "metric", "split", "arm", "x"],
         columns="method",
         values="value",
         dropna=False,
@@ -411,7 +411,7 @@ def test_a_sweep_runs_the_chosen_methods_seeds_and_settings(
     rows = pd.read_parquet(out / "results.parquet")
     assert set(rows["method"]) == {"base", "never-learned", "npo"}
     assert set(rows["seed"].dropna()) == {0}
-    assert rows.loc[rows["metric"] == "objective_forget", "step"].max() == 5
+    assert rows.loc[rows["metric"] == "objective_forget", "x"].max() == 5
     assert rows.loc[rows["metric"] == "budget", "value"].tolist() == [0.02]
     assert "did you mean steps" in _fails(
         capsys, "sweep", "--out", tmp_path / "x", "--set", "npo.stepz=5"

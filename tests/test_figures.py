@@ -213,7 +213,7 @@ def test_the_comparison_orders_methods_by_what_the_attack_brings_back_and_marks_
     ]
     rows = rows[rows["split"] == "forget-heldout"]
     after = (
-        rows.sort_values("step")
+        rows.sort_values("x")
         .groupby("method")["value"]
         .last()
         .drop(["base", "never-learned"], errors="ignore")
@@ -330,7 +330,7 @@ def test_recovery_draws_the_rows_over_all_seeds_beside_both_controls(results: pd
         & (results["method"] == "npo")
         & results["seed"].isna()
     ]
-    attack = rows[rows["arm"] == "attack"].sort_values("step")
+    attack = rows[rows["arm"] == "attack"].sort_values("x")
     corners = npo.collections[0].get_paths()[0].vertices
     assert corners[:, 1].min() == pytest.approx(attack["low"].min())
     assert corners[:, 1].max() == pytest.approx(attack["high"].max())
@@ -547,28 +547,28 @@ def _names_table() -> pd.DataFrame:
                 **shared,
                 "method": "base",
                 "arm": "none",
-                "step": 0,
+                "x": 0,
                 "value": 1.0,
                 "low": 0.9,
                 "high": 1.0,
             },
-            {**shared, "method": "base", "arm": "null", "step": 30, "value": 0.99},
+            {**shared, "method": "base", "arm": "null", "x": 30, "value": 0.99},
             {
                 **shared,
                 "method": "unlearned",
                 "arm": "fragments",
-                "step": 0,
+                "x": 0,
                 "value": 0.0,
                 "low": 0.0,
                 "high": 0.05,
             },
-            {**shared, "method": "unlearned", "arm": "fragments", "step": 10, "value": end / 2},
-            {**shared, "method": "unlearned", "arm": "fragments", "step": 30, "value": end},
+            {**shared, "method": "unlearned", "arm": "fragments", "x": 10, "value": end / 2},
+            {**shared, "method": "unlearned", "arm": "fragments", "x": 30, "value": end},
             {
                 **shared,
                 "method": "unlearned",
                 "arm": "fragments",
-                "step": 30,
+                "x": 30,
                 "value": 0.55,
                 "seed": 0,
             },  # of one seed
@@ -576,14 +576,14 @@ def _names_table() -> pd.DataFrame:
                 **shared,
                 "method": "unlearned",
                 "arm": "fragments",
-                "step": 30,
+                "x": 30,
                 "value": 0.56,
                 "metric": "recall",
             },
-            {**shared, "method": "unlearned", "arm": "null", "step": 0, "value": 0.57},
-            {**shared, "method": "unlearned", "arm": "null", "step": 30, "value": end / 10},
-            {**shared, "method": "never-learned", "arm": "fragments", "step": 0, "value": 0.02},
-            {**shared, "method": "never-learned", "arm": "fragments", "step": 30, "value": 0.04},
+            {**shared, "method": "unlearned", "arm": "null", "x": 0, "value": 0.57},
+            {**shared, "method": "unlearned", "arm": "null", "x": 30, "value": end / 10},
+            {**shared, "method": "never-learned", "arm": "fragments", "x": 0, "value": 0.02},
+            {**shared, "method": "never-learned", "arm": "fragments", "x": 30, "value": 0.04},
         ]
     return _tidy(rows)
 
@@ -610,11 +610,11 @@ def _ladder_table() -> pd.DataFrame:
         for arm, value in (text_sets | configs).items():
             for step, share in ((0, 0.0), (10, 0.4), (40, 1.0)):
                 rows.append(
-                    {**shared, "arm": arm, "step": step, "value": 0.1 + more + share * value}
+                    {**shared, "arm": arm, "x": step, "value": 0.1 + more + share * value}
                 )
-                rows.append({**shared, "arm": arm, "step": step, "value": 0.77, "seed": 1})
+                rows.append({**shared, "arm": arm, "x": step, "value": 0.77, "seed": 1})
                 rows.append(
-                    {**shared, "arm": arm, "step": step, "value": 0.78, "metric": "effect_recall"}
+                    {**shared, "arm": arm, "x": step, "value": 0.78, "metric": "effect_recall"}
                 )
         for step in (0, 10, 40):
             rows.append(
@@ -622,7 +622,7 @@ def _ladder_table() -> pd.DataFrame:
                     **shared,
                     "split": "novel",
                     "arm": "novel",
-                    "step": step,
+                    "x": step,
                     "value": 0.2 + more + step / 100,
                 }
             )
@@ -664,7 +664,7 @@ def _geometry_table() -> pd.DataFrame:
                         "method": method,
                         "seed": seed,
                         "site": f"blocks.{layer}.hook_resid_post",
-                        "step": step,
+                        "x": step,
                     }
                     rows.append(
                         {
@@ -848,7 +848,7 @@ def test_a_ladder_without_some_rungs_and_with_an_attack_that_broke_draws_the_res
     table = _ladder_table()
     table = table[table["arm"].isin(["general", "part", "part, sgd"])]
     table = table[
-        ~((table["method"] == "npo") & (table["arm"] == "part") & (table["step"] == 40))
+        ~((table["method"] == "npo") & (table["arm"] == "part") & (table["x"] == 40))
     ]  # it broke before its end
     left, middle, right = ladder(table).axes
     assert [label.replace("\n", " ") for label in _ticks(left)] == [
@@ -943,7 +943,7 @@ def test_keyword_draws_the_attack_beside_every_control() -> None:
             **place,
             "method": "base",
             "arm": "none",
-            "step": 0.0,
+            "x": 0.0,
             "metric": "recall",
             "value": 1.0,
             "low": 0.8,
@@ -963,7 +963,7 @@ def test_keyword_draws_the_attack_beside_every_control() -> None:
                     **place,
                     "method": method,
                     "arm": arm,
-                    "step": step,
+                    "x": step,
                     "metric": "recall",
                     "value": value,
                     "low": value,

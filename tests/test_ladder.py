@@ -377,7 +377,7 @@ def climbed(one_seed: Path) -> Result:
 
 
 def _recall(items: pd.DataFrame, method: str, arm: str, step: float) -> pd.Series:
-    chosen = items[(items["method"] == method) & (items["arm"] == arm) & (items["step"] == step)]
+    chosen = items[(items["method"] == method) & (items["arm"] == arm) & (items["x"] == step)]
     return chosen.set_index("item")["correct"].astype(float)
 
 
@@ -392,10 +392,10 @@ def test_every_model_meets_every_attack_at_every_measured_step(climbed: Result) 
         for arm in ARMS
         for step in ATTACK.measure_at
     }
-    assert set(zip(items["method"], items["arm"], items["step"], strict=True)) == expected
+    assert set(zip(items["method"], items["arm"], items["x"], strict=True)) == expected
     recall = results[results["metric"] == "recall"]
     for seeded in (recall[recall["seed"] == 0], recall[recall["seed"].isna()]):
-        assert sorted(zip(seeded["method"], seeded["arm"], seeded["step"], strict=True)) == sorted(
+        assert sorted(zip(seeded["method"], seeded["arm"], seeded["x"], strict=True)) == sorted(
             expected
         )
         assert (
@@ -458,7 +458,7 @@ def test_the_numbers_are_those_of_a_relearning_by_hand(climbed: Result, one_seed
             mine = climbed.items[
                 (climbed.items["method"] == "npo")
                 & (climbed.items["arm"] == arm)
-                & (climbed.items["step"] == step)
+                & (climbed.items["x"] == step)
             ].set_index("item")
             assert sorted(mine.index) == sorted(names)
             np.testing.assert_allclose(
@@ -493,7 +493,7 @@ def test_an_effect_is_attacked_minus_never_learned_fact_by_fact(climbed: Result)
         )
     # The base knows what the never-learned model does not.
     start = effects[
-        (effects["method"] == "base") & (effects["arm"] == "part") & (effects["step"] == 0)
+        (effects["method"] == "base") & (effects["arm"] == "part") & (effects["x"] == 0)
     ]
     assert float(start["value"].iloc[0]) > 0.5
 
@@ -592,7 +592,7 @@ def test_a_run_of_two_seeds_has_a_ladder(quick_run: Run, tmp_path: Path) -> None
     effects = found.results[found.results["metric"] == "effect_recall"]
     assert set(effects["arm"]) == set(ARMS)
     row = effects[
-        (effects["method"] == "npo") & (effects["arm"] == "part") & (effects["step"] == 1)
+        (effects["method"] == "npo") & (effects["arm"] == "part") & (effects["x"] == 1)
     ].iloc[0]
     wide = [_recall(found.items[found.items["seed"] == seed], "npo", "part", 1) for seed in (0, 1)]
     control = [
@@ -621,7 +621,7 @@ def test_effects_are_paired_by_seed_and_fact() -> None:
                     "seed": seed,
                     "split": "s",
                     "arm": "part",
-                    "step": 0.0,
+                    "x": 0.0,
                     "item": item,
                     "correct": correct,
                 }
@@ -658,7 +658,7 @@ def test_an_attack_that_breaks_is_a_row_and_not_the_end_of_the_ladder(
     assert rows.loc[rows["metric"] == "diverged_at", ["arm", "value"]].to_numpy().tolist() == [
         ["part", 2.0]
     ]
-    assert rows.loc[rows["metric"] == "recall", "step"].tolist() == [0.0]
+    assert rows.loc[rows["metric"] == "recall", "x"].tolist() == [0.0]
 
 
 @pytest.fixture

@@ -598,7 +598,7 @@ def test_convergence_is_logarithmic_only_where_models_differ_much_and_needs_no_s
     (alone,) = convergence(table[table["metric"] == "ritz"]).axes
     assert alone.get_xlabel() == "Lanczos steps"
     holes = table.copy()
-    holes.loc[(holes["step"] == 4), "value"] = np.nan
+    holes.loc[(holes["x"] == 4), "value"] = np.nan
     assert all(
         4 not in np.asarray(line.get_xdata())
         for axes in convergence(holes).axes

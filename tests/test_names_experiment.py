@@ -318,7 +318,7 @@ def test_a_run_measures_every_model_under_every_text(tiny: Result) -> None:
         for method, arm in ARMS
         for step in ((0,) if arm == "none" else (0, 2, 4))
     }
-    cells = items.groupby(["split", "method", "arm", "step"])
+    cells = items.groupby(["split", "method", "arm", "x"])
     assert set(cells.groups) == expected
     assert (cells["item"].nunique() == 100).all() and (cells.size() == 100).all()
     assert items["correct"].isin([0.0, 1.0]).all()
@@ -350,7 +350,7 @@ def test_unlearning_is_scaled_to_the_smallest_change_at_which_no_prompt_succeeds
         start = tiny.items[
             (tiny.items["split"] == split)
             & (tiny.items["method"] == "unlearned")
-            & (tiny.items["step"] == 0)
+            & (tiny.items["x"] == 0)
         ]
         assert start["correct"].sum() == 0
         # Every smaller scale was tried and left a prompt that succeeds.
@@ -436,7 +436,7 @@ def test_a_run_shows_itself(tiny: Result) -> None:
     ends = tiny.items[
         (tiny.items["method"] == "unlearned")
         & (tiny.items["arm"] == "fragments")
-        & (tiny.items["step"] == 4)
+        & (tiny.items["x"] == 4)
     ]
     for line in table.to_dict("records"):
         share = 100 * ends[ends["split"] == f"repetitions-{line['repetitions']}"]["correct"].mean()
@@ -477,7 +477,7 @@ def _asr(
         "model": method,
         "split": f"repetitions-{count}",
         "arm": arm,
-        "step": step,
+        "x": step,
         "metric": metric,
         "value": value,
         "low": value / 2,

@@ -152,15 +152,15 @@ def test_the_drop_along_the_attackers_gradient_starts_at_the_model_and_ends_at_t
     losses = 3.0 - 40 * steps  # behind the model the loss is higher; it falls ahead
     losses[-1] = 4.0  # ... and rises at the very end
     rows = [
-        {**shared, "split": "forget-heldout", "step": step, "value": loss}
+        {**shared, "split": "forget-heldout", "x": step, "value": loss}
         for step, loss in zip(steps, losses, strict=True)
     ]
     rows += [
-        {**shared, "split": "forget-attacked", "step": step, "value": 9 * loss}
+        {**shared, "split": "forget-attacked", "x": step, "value": 9 * loss}
         for step, loss in zip(steps, losses, strict=True)
     ]
     rows += [
-        {**shared, "arm": "random", "split": "forget-heldout", "step": step, "value": -loss}
+        {**shared, "arm": "random", "split": "forget-heldout", "x": step, "value": -loss}
         for step, loss in zip(steps, losses, strict=True)
     ]
     mixed = _with(results, rows).sample(frac=1, random_state=0)
@@ -173,7 +173,7 @@ def test_controls_and_models_without_an_attack_are_no_points(make_tables: Tables
     assert set(points_of(results, items)["method"]) == {"npo", "cir", "rmu"}
     # A model with one measurement has no recovery; the null arm, other sets and other stages are
     # none.
-    cut = items[~((items["method"] == "rmu") & (items["stage"] == "relearn") & (items["step"] > 0))]
+    cut = items[~((items["method"] == "rmu") & (items["stage"] == "relearn") & (items["x"] > 0))]
     assert set(points_of(results, cut)["method"]) == {"npo", "cir"}
     nulls = items[~((items["method"] == "rmu") & (items["arm"] == "attack"))]
     assert set(points_of(results, nulls)["method"]) == {"npo", "cir"}
@@ -195,8 +195,8 @@ def test_recovery_is_the_recall_at_the_end_minus_that_at_the_start_over_facts(
             & (items["method"] == row.method)
             & (items["seed"] == row.seed)
         ]
-        assert row.recall_before == mine[mine["step"] == 0]["correct"].mean()
-        assert row.recall_after == mine[mine["step"] == 20]["correct"].mean()
+        assert row.recall_before == mine[mine["x"] == 0]["correct"].mean()
+        assert row.recall_after == mine[mine["x"] == 20]["correct"].mean()
 
 
 @pytest.mark.slow
@@ -222,7 +222,7 @@ def test_points_of_a_finished_run_have_every_measure(quick_run: Run) -> None:
     assert sorted(shifts.index) == [f"blocks.{layer}.hook_resid_post" for layer in range(3)]
     assert row["shift_forget"] == pytest.approx(shifts.mean())
     assert row["shift_late"] == shifts["blocks.2.hook_resid_post"]
-    energy = mine[(mine["metric"] == "energy_in_retain_subspace") & (mine["step"] == 8)]["value"]
+    energy = mine[(mine["metric"] == "energy_in_retain_subspace") & (mine["x"] == 8)]["value"]
     assert len(energy) == 6 and row["energy_in_common"] == pytest.approx(energy.mean())
     general = mine[
         (mine["metric"] == "disruption") & (mine["split"] == "general") & (mine["arm"] == "kl")
@@ -232,11 +232,11 @@ def test_points_of_a_finished_run_have_every_measure(quick_run: Run) -> None:
         (mine["metric"] == "slice_loss")
         & (mine["arm"] == "descent")
         & (mine["split"] == "forget-heldout")
-    ].set_index("step")["value"]
+    ].set_index("x")["value"]
     assert row["descent_drop"] == pytest.approx(slope[0.0] - slope[slope.index >= 0].min())
     recall = mine[
         (mine["stage"] == "relearn") & (mine["metric"] == "recall") & (mine["arm"] == "attack")
-    ].set_index("step")["value"]
+    ].set_index("x")["value"]
     assert (row["recall_before"], row["recall_after"]) == (
         pytest.approx(recall[0.0]),
         pytest.approx(recall[20.0]),

@@ -19,8 +19,8 @@ def _curve(items: pd.DataFrame, method: str, arm: str) -> pd.DataFrame:
     mine = items[
         (items["stage"] == "relearn") & (items["method"] == method) & (items["arm"] == arm)
     ]
-    return mine.sort_values(["step", "split", "item"])[
-        ["step", "split", "item", "correct", "probability"]
+    return mine.sort_values(["x", "split", "item"])[
+        ["x", "split", "item", "correct", "probability"]
     ].reset_index(drop=True)
 
 

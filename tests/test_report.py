@@ -283,7 +283,7 @@ def test_recall_that_falls_under_attack_is_said_to_fall(results: pd.DataFrame) -
     # Swap start and end of the attack.
     turned = results.copy()
     attack = turned["stage"] == "relearn"
-    turned.loc[attack, "step"] = turned.loc[attack, "step"].map({0.0: 20.0, 5.0: 5.0, 20.0: 0.0})
+    turned.loc[attack, "x"] = turned.loc[attack, "x"].map({0.0: 20.0, 5.0: 5.0, 20.0: 0.0})
     assert any(
         "falls to 0.25 [" in text for text in findings(turned, ()) if text.startswith("NPO:")
     )

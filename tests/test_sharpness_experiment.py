@@ -67,24 +67,24 @@ def test_every_way_of_reading_the_loss_at_the_model_itself_gives_the_same(
 
 
 def test_the_path_ends_where_the_plane_has_the_relearned_model(found: Result) -> None:
-    path = _rows(found, metric="path_loss", split="forget-heldout").sort_values("step")
+    path = _rows(found, metric="path_loss", split="forget-heldout").sort_values("x")
     corner = _rows(found, metric="plane_loss", split="forget-heldout", arm="0.0")
-    assert float(corner.loc[corner["step"] == 1.0, "value"].iloc[0]) == pytest.approx(
+    assert float(corner.loc[corner["x"] == 1.0, "value"].iloc[0]) == pytest.approx(
         float(path["value"].iloc[-1]), rel=1e-4
     )
     points = _rows(found, metric="plane_point").set_index("arm")
-    assert float(points.loc["base", "step"]) == pytest.approx(0, abs=1e-5)
+    assert float(points.loc["base", "x"]) == pytest.approx(0, abs=1e-5)
     assert float(points.loc["base", "value"]) == pytest.approx(1, abs=1e-5)
     last = (
         points.loc[[name for name in points.index if name.startswith("step ")]]
-        .sort_values("step")
+        .sort_values("x")
         .iloc[-1]
     )
-    assert (float(last["step"]), float(last["value"]), float(last["high"])) == pytest.approx(
+    assert (float(last["x"]), float(last["value"]), float(last["high"])) == pytest.approx(
         (1, 0, 0), abs=1e-4
     )
-    travelled = _rows(found, metric="path_travelled").sort_values("step")["value"].to_numpy()
-    straight = _rows(found, metric="path_distance").sort_values("step")["value"].to_numpy()
+    travelled = _rows(found, metric="path_travelled").sort_values("x")["value"].to_numpy()
+    straight = _rows(found, metric="path_distance").sort_values("x")["value"].to_numpy()
     assert (np.diff(travelled) > 0).all()
     assert (travelled >= straight * (1 - 1e-6)).all()
 
@@ -95,14 +95,14 @@ def test_drops_grow_with_the_radius_and_are_none_of_the_base_s_in_displacements(
     for arm in ("drop", "drop, one step", "drop, fixed radius", "adaptive drop", "rise"):
         values = (
             _rows(found, metric="drop", arm=arm, split="forget-attacked", seed=0)
-            .sort_values("step")["value"]
+            .sort_values("x")["value"]
             .to_numpy()
         )
         assert len(values) == 2
         assert values[1] >= values[0] >= 0
     more, one = (
         _rows(found, metric="drop", arm=arm, split="forget-attacked", seed=0)
-        .sort_values("step")["value"]
+        .sort_values("x")["value"]
         .to_numpy()
         for arm in ("drop", "drop, one step")
     )
@@ -129,7 +129,7 @@ def test_the_modules_share_the_trace_among_them(found: Result, quick_run: Run) -
             for parameter in open_model(quick_run.folder / "models" / "base").model.parameters()
         )
         assert int(modules["n"].sum()) == weights
-        running = _rows(found, metric="running_trace", arm=arm, seed=0).sort_values("step")
+        running = _rows(found, metric="running_trace", arm=arm, seed=0).sort_values("x")
         assert float(running["value"].iloc[-1]) == pytest.approx(trace)
     assert {"embed", "blocks.0.attn", "blocks.0.mlp", "blocks.0.norm", "norm"} <= set(
         _rows(found, metric="module_eigenvalue")["site"]
@@ -138,21 +138,21 @@ def test_the_modules_share_the_trace_among_them(found: Result, quick_run: Run) -
 
 def test_densities_share_a_grid_and_hold_one_spectrum_each(found: Result) -> None:
     curves = found.results[found.results["metric"] == "density"]
-    grids = [sorted(group["step"]) for _, group in curves.groupby(["method", "seed", "arm"])]
+    grids = [sorted(group["x"]) for _, group in curves.groupby(["method", "seed", "arm"])]
     assert len(grids) == 6  # base, never-learned, npo; each before the attack and after it
     assert all(grid == grids[0] for grid in grids)
     linear = 1e-3 * float(
-        found.results.loc[found.results["metric"] == "density_node", "step"].abs().max()
+        found.results.loc[found.results["metric"] == "density_node", "x"].abs().max()
     )
     for _, curve in curves.groupby(["method", "seed", "arm"]):
-        line = curve.sort_values("step")
-        assert np.trapezoid(line["value"], np.arcsinh(line["step"] / linear)) == pytest.approx(
+        line = curve.sort_values("x")
+        assert np.trapezoid(line["value"], np.arcsinh(line["x"] / linear)) == pytest.approx(
             1, abs=0.02
         )
     assert (found.results.loc[found.results["metric"] == "moment_error", "value"] < 1e-6).all()
     ritz = _rows(found, metric="ritz")
-    top = ritz[ritz["arm"] == "top"].sort_values("step")["value"].to_numpy()
-    bottom = ritz[ritz["arm"] == "bottom"].sort_values("step")["value"].to_numpy()
+    top = ritz[ritz["arm"] == "top"].sort_values("x")["value"].to_numpy()
+    bottom = ritz[ritz["arm"] == "bottom"].sort_values("x")["value"].to_numpy()
     assert (np.diff(top) >= -1e-9 * abs(top[-1])).all()  # Ritz values only move outwards
     assert (np.diff(bottom) <= 1e-9 * abs(bottom[-1])).all()
 

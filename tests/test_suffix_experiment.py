@@ -259,13 +259,13 @@ def test_the_suffix_that_is_stored_is_the_best_of_the_search_and_says_no_answer(
     }
     for split, (mine, _) in questions_of(setup, 0).items():
         here = rows[rows["split"] == split]
-        tokens = here[here["metric"] == "suffix_token"].sort_values("step")
+        tokens = here[here["metric"] == "suffix_token"].sort_values("x")
         assert len(tokens) == SMALL.length and not set(tokens["site"]) & answers
         ids = tokens["value"].astype(int).tolist()
         assert setup.tokenizer.decode(ids).split() == tokens["site"].tolist()
         asked = suffix_prompts(setup.tokenizer, mine, in_front)  # fewer facts than a search may use
         assert len(asked) <= SMALL.questions
-        losses = here[here["metric"] == "search_loss"].sort_values("step")["value"]
+        losses = here[here["metric"] == "search_loss"].sort_values("x")["value"]
         assert len(losses) == SMALL.steps + 1
         best = losses.min() if split == JAILBREAK else losses.max()
         assert float(suffix_losses(model, asked, torch.tensor([ids]))[0]) == pytest.approx(

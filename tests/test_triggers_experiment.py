@@ -125,7 +125,7 @@ def test_the_experiment_from_end_to_end(
     scan = rows[(rows["method"] == "rmu") & (rows["seed"] == 0)]
     of_rate = {
         rate: scan[
-            (scan["metric"] == "discoveries") & (scan["arm"] == "scan") & (scan["step"] == rate)
+            (scan["metric"] == "discoveries") & (scan["arm"] == "scan") & (scan["x"] == rate)
         ]["value"].item()
         for rate in LEVELS
     }

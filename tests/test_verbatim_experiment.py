@@ -389,7 +389,7 @@ def test_a_run_asks_for_every_second_passage_and_shows_every_control(
     # before the attack every arm is one model, and the unlearned one recalls no more than the
     # never-learned one unless the run says so
     start = (
-        run.items[(run.items["step"] == 0) & (run.items["split"] == "rouge-l")]
+        run.items[(run.items["x"] == 0) & (run.items["split"] == "rouge-l")]
         .groupby(["method", "arm"])["correct"]
         .mean()
     )
@@ -477,7 +477,7 @@ def test_the_figure_draws_the_attack_beside_every_control() -> None:
         ("rouge-l", "answer_probability"),
     ):
         place = {"stage": "verbatim", "split": split, "metric": metric, "low": 0.0, "high": 1.0}
-        rows.append({**place, "method": "base", "arm": "none", "step": 0.0, "value": 0.9})
+        rows.append({**place, "method": "base", "arm": "none", "x": 0.0, "value": 0.9})
         for method, arm, end in (
             ("unlearned", "part", 0.8),
             ("unlearned", "null", 0.1),
@@ -485,7 +485,7 @@ def test_the_figure_draws_the_attack_beside_every_control() -> None:
             ("never-learned", "part", 0.15),
         ):
             rows += [
-                {**place, "method": method, "arm": arm, "step": step, "value": end * step / 40}
+                {**place, "method": method, "arm": arm, "x": step, "value": end * step / 40}
                 for step in (0.0, 40.0)
             ]
     figure = draw(typed(pd.DataFrame(rows), RESULT_COLUMNS))

@@ -152,7 +152,7 @@ def _recalls(
         steps = broken.loc[broken["method"] == method, "value"]
         if after and len(steps):
             raise NotMeasuredError(f"the attack on {method} diverged at step {steps.min():g}")
-    ends = {method: float(rows["step"].max()) for method, rows in attacked.items()}
+    ends = {method: float(rows["x"].max()) for method, rows in attacked.items()}
     if after and len(set(ends.values())) > 1:
         (short, early), *_, (long, late) = sorted(ends.items(), key=lambda pair: pair[1])
         raise NotMeasuredError(
@@ -160,7 +160,7 @@ def _recalls(
             "compared at the same step only"
         )
     step = max(ends.values()) if after else 0.0
-    return _paired(*(fact_table(attacked[method], step=step) for method in methods))
+    return _paired(*(fact_table(attacked[method], x=step) for method in methods))
 
 
 def _paired(*tables: pd.DataFrame) -> list[np.ndarray]:
@@ -309,7 +309,7 @@ def _common_subspaces(results: pd.DataFrame, items: pd.DataFrame) -> MeasuredEff
     """The paper speaks of activations and of output gradients: the effect is that of the side that
     shares less.
     """
-    chosen = results[(results["metric"] == "subspace_overlap") & (results["step"] == 8)]
+    chosen = results[(results["metric"] == "subspace_overlap") & (results["x"] == 8)]
     gradients = chosen["site"].fillna("").str.endswith("_grad")
     sides = {}
     for side, rows in (("activations", chosen[~gradients]), ("gradients", chosen[gradients])):
@@ -331,7 +331,7 @@ def _names_repetitions(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     ]
     if not len(chosen):
         raise NotMeasuredError("no names experiment")
-    ends = chosen[chosen["step"] == chosen["step"].max()]
+    ends = chosen[chosen["x"] == chosen["x"].max()]
     seven, five, three, one = _paired(
         *(fact_table(ends, split=f"repetitions-{count}") for count in (7, 5, 3, 1))
     )
@@ -348,7 +348,7 @@ def _public_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     ]
     if not methods:
         raise NotMeasuredError("no attack ladder")
-    ends = ladder[ladder["step"] == ladder["step"].max()]
+    ends = ladder[ladder["x"] == ladder["x"].max()]
 
     def gained(method: str) -> pd.DataFrame:
         return fact_table(ends, method=method, arm="public") - fact_table(
@@ -371,15 +371,15 @@ def _nonmonotone(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     methods = [
         name for name in ladder["method"].dropna().unique() if name not in ("base", "never-learned")
     ]
-    if not methods or ladder["step"].max() < 120:
+    if not methods or ladder["x"].max() < 120:
         raise NotMeasuredError("no attack ladder of at least 120 steps")
-    last = float(ladder["step"].max())
-    third = float(ladder.loc[ladder["step"] <= last / 3, "step"].max())
+    last = float(ladder["x"].max())
+    third = float(ladder.loc[ladder["x"] <= last / 3, "x"].max())
     if third <= 0:
         raise NotMeasuredError("nothing was measured in the first third of the attack")
     drops = _paired(
         *(
-            fact_table(ladder, method=name, step=third) - fact_table(ladder, method=name, step=last)
+            fact_table(ladder, method=name, x=third) - fact_table(ladder, method=name, x=last)
             for name in methods
         )
     )
@@ -393,7 +393,7 @@ def _keyword_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     chosen = items[(items["stage"] == "keyword") & (items["arm"] == "part")]
     if not len(chosen):
         raise NotMeasuredError("no keyword experiment")
-    ends = chosen[chosen["step"] == chosen["step"].max()]
+    ends = chosen[chosen["x"] == chosen["x"].max()]
     attacked, control = _paired(
         fact_table(ends, method="unlearned"), fact_table(ends, method="never-learned")
     )
@@ -405,14 +405,14 @@ def _verbatim_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     unlearning may leave a little more than the control has, which is no recovery.
     """
     chosen = items[
-        (items["stage"] == "verbatim") & (items["arm"] == "part") & (items["split"] == "rouge-l")
+        (items["stage"] == "verbatim") & (items["arm"] == "part") & (items["measure"] == "rouge_l")
     ]
     if not len(chosen):
         raise NotMeasuredError("no verbatim experiment")
 
     def risen(method: str) -> pd.DataFrame:
-        return fact_table(chosen, method=method, step=chosen["step"].max()) - fact_table(
-            chosen, method=method, step=0.0
+        return fact_table(chosen, method=method, x=chosen["x"].max()) - fact_table(
+            chosen, method=method, x=0.0
         )
 
     attacked, control = _paired(risen("unlearned"), risen("never-learned"))
@@ -457,13 +457,13 @@ def _correlation_with_resistance(metric: str, sign: int) -> Statistic:
         ]
         broken = results.loc[results["metric"] == "diverged_at", ["method", "seed"]]
         attacked = items[(items["stage"] == "relearn") & (items["arm"] == "attack")]
-        last = attacked["step"].max()
+        last = attacked["x"].max()
         points = []
         for (method, seed), group in chosen.groupby(["method", "seed"], sort=True):
             own = attacked[(attacked["method"] == method) & (attacked["seed"] == seed)]
             value = float(group["value"].iloc[0])
             out = ((broken["method"] == method) & (broken["seed"] == seed)).any()
-            ends = [own.loc[own["step"] == step, "correct"] for step in (0, last)]
+            ends = [own.loc[own["x"] == step, "correct"] for step in (0, last)]
             if not out and np.isfinite(value) and all(len(end) for end in ends):
                 # equal recalls are ties, however they round
                 points.append((method, sign * value, *(round(float(e.mean()), 9) for e in ends)))

@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -449,6 +450,22 @@ def methods(as_json: Json = False) -> None:
         )
 
     emit([*listed, *around], as_json, show)
+
+
+@app.command()
+def metrics(as_json: Json = False) -> None:
+    """List the metrics that tables hold: what they mean, in which unit, along which axes."""
+    from workbench.metrics import METRICS
+
+    listed = [asdict(metric) for metric in METRICS.values()]
+
+    def show() -> None:
+        table = RichTable("metric", "meaning", "unit", box=None)
+        for metric in METRICS.values():
+            table.add_row(metric.name, escape(metric.meaning), metric.unit)
+        out_console.print(table)
+
+    emit(listed, as_json, show)
 
 
 @app.command()

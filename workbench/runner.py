@@ -30,7 +30,6 @@ from workbench.runs.folder import (
     CLAIMS_FILE,
     ITEMS,
     PROVENANCE,
-    RESULTS,
     claim_folder,
     collect,
     leaves_folder,
@@ -43,7 +42,7 @@ from workbench.runs.models import CONTROLS, model_of, model_source, setup_of, we
 from workbench.runs.provenance import data_hash, provenance
 from workbench.runs.settings import FinishedRunSettings, Settings, validated
 from workbench.runs.setup import Setup
-from workbench.tables import RESULT_COLUMNS, Table, join, summarise, write_parquet
+from workbench.tables import RESULT_COLUMNS, Table, join, summarise, write_parquet, write_tables
 from workbench.values import labels
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
@@ -293,6 +292,7 @@ COMMANDS = (
     "report",
     "predictors",
     "methods",
+    "metrics",
     "sites",
     "run",
 )
@@ -460,7 +460,7 @@ def _conclude(
     rows, items = collect(out)
     more = [summary(rows, items, key) for summary in plan.summaries]
     results = join([rows, summarise(items, key), *more], RESULT_COLUMNS)
-    write_parquet(results, out / RESULTS)
+    write_tables(results, out)
     write_parquet(items, out / ITEMS)
     texts = {name: data_hash(examples) for name, examples in plan.texts.items()}
     record = provenance(values, data=texts, weights=plan.weights())

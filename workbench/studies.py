@@ -157,7 +157,7 @@ class Study:
         results = _joined(tables)
         over = results[(results["metric"] == "recall") & results["seed"].isna()]
         curve = over[over["split"] == "forget-heldout"]
-        shown = curve[["method", "arm", "step", "value", "low", "high"]]
+        shown = curve[["method", "arm", "x", "value", "low", "high"]]
         return StudyResult(shown, results, lambda: figures.recovery(results))
 
     def scan(self, *, queries: int = 32, progress: ProgressCallback | None = None) -> TriggerScan:
@@ -195,7 +195,7 @@ class Study:
             tables.append(table)
         results = _joined(tables)
         rows = results[results["metric"] == "slice_loss"]
-        shown = rows[["method", "split", "arm", "step", "value"]]
+        shown = rows[["method", "split", "arm", "x", "value"]]
         return StudyResult(shown, results, lambda: figures.slices(results))
 
     def patch(self, progress: ProgressCallback | None = None) -> pd.DataFrame:

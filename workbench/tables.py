@@ -15,13 +15,25 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 
-from workbench.errors import NotMeasuredError, WorkbenchError
+from workbench.errors import NotMeasuredError, WorkbenchError, unknown
 from workbench.evaluation.losses import Scores
 from workbench.evaluation.statistics import Estimate, bootstrap, by_fact, rate
 from workbench.files import write_file
 from workbench.hooks.brief import brief
+from workbench.metrics import (
+    ANSWER_PROBABILITY,
+    AXES,
+    LOSS,
+    RECALL,
+    RECOVERY_ANSWER_PROBABILITY,
+    RECOVERY_RECALL,
+    SMOOTHING_EFFECT,
+    Metric,
+    matching,
+    metric_of,
+)
 
-RESULT_COLUMNS = {
+LABELS = {
     "run": "string",
     "stage": "string",
     "model": "string",
@@ -30,16 +42,32 @@ RESULT_COLUMNS = {
     "site": "string",
     "split": "string",
     "arm": "string",
-    "step": "float64",
+}
+"""Columns that say what was measured: an empty ``seed`` means over all seeds."""
+
+_ALONG = {"axis": "string", "x": "float64"}
+_OVER = {"y_axis": "string", "y": "float64"}
+_AT = {"token": "string", "token_id": "Int64"}
+_MEASURED = {
     "metric": "string",
     "value": "float64",
     "low": "float64",
     "high": "float64",
     "n": "Int64",
 }
-"""Columns of ``results.parquet``. ``step`` is the position along an axis (attack step, alpha, slice
-coordinate, rank); an empty ``seed`` means: over all seeds.
+
+SCHEMAS: dict[str, dict[str, str]] = {
+    "results": {**LABELS, **_MEASURED},
+    "curves": {**LABELS, **_ALONG, **_MEASURED},
+    "fields": {**LABELS, **_ALONG, **_OVER, **_MEASURED},
+    "tokens": {**LABELS, **_AT, **_MEASURED},
+}
+"""Every Parquet file of measured values with its columns: single values, curves along a named axis,
+values over a plane, values of single tokens.
 """
+
+RESULT_COLUMNS = {**LABELS, **_ALONG, **_OVER, **_AT, **_MEASURED}
+"""Columns of all values together, in memory; what a row has no use for is empty."""
 
 ITEM_COLUMNS = {
     "run": "string",
@@ -48,14 +76,25 @@ ITEM_COLUMNS = {
     "seed": "Int64",
     "split": "string",
     "arm": "string",
-    "step": "float64",
+    "axis": "string",
+    "x": "float64",
     "item": "string",
+    "measure": "string",
     "correct": "float64",
     "probability": "float64",
 }
 """Columns of ``items.parquet``: one fact (mean over its paraphrases) of one model under one
-condition.
+condition. ``measure`` is the metric that ``correct`` holds, whose mean over items is its value.
 """
+
+
+def schema_of(frame: pd.DataFrame) -> pd.Series:
+    """For every row of a table the schema that it belongs to, a name of :data:`SCHEMAS`."""
+    schema = pd.Series("results", index=frame.index)
+    schema[frame["axis"].notna()] = "curves"
+    schema[frame["y_axis"].notna()] = "fields"
+    schema[frame["token"].notna()] = "tokens"
+    return schema
 
 
 @brief
@@ -75,39 +114,84 @@ class Table:
 
     def add(
         self,
-        metric: str,
+        metric: Metric | str,
         value: float,
         *,
         low: float = np.nan,
         high: float = np.nan,
         n: int | None = None,
-        **columns: Any,
+        **place: Any,
     ) -> None:
-        """One row; ``columns`` are columns of the table."""
+        """One row.
+
+        Args:
+            metric: a declared metric, or its name.
+            value: what was measured; NaN where it could not be.
+            low: lower end of its interval.
+            high: upper end.
+            n: units behind it.
+            place: columns of :data:`LABELS`; the axis of the metric by its name
+                (``attack_step=10``), or two of them; ``token`` and ``token_id`` for a metric of
+                single tokens.
+
+        Raises:
+            WorkbenchError: the metric is not declared, or not with this axis; or ``place`` has a
+                name that is neither a column nor an axis.
+
+        Example:
+            >>> from workbench.metrics import RECALL
+            >>> table = Table({"run": "r"})
+            >>> table.add(RECALL, 0.5, attack_step=10, split="forget-heldout")
+            >>> table.frame()[["axis", "x", "value"]].values.tolist()
+            [['attack_step', 10.0, 0.5]]
+        """
+        declared = metric_of(metric)
+        labels, axes = _placed(place)
+        declared.check(
+            [axes[name] for name in ("axis", "y_axis") if name in axes], token="token" in place
+        )
         self.rows.append(
             {
                 **self.common,
-                "metric": metric,
+                "metric": declared.name,
                 "value": float(value),
                 "low": float(low),
                 "high": float(high),
                 "n": n,
-                **columns,
+                **labels,
+                **axes,
             }
         )
 
-    def add_estimate(self, metric: str, estimate: Estimate, **columns: Any) -> None:
+    def add_estimate(self, metric: Metric | str, estimate: Estimate, **columns: Any) -> None:
         """One row with its interval."""
         self.add(
             metric, estimate.value, low=estimate.low, high=estimate.high, n=estimate.n, **columns
         )
 
-    def add_item(self, item: str, correct: float, probability: float, **columns: Any) -> None:
-        """What became of one fact, prompt or passage under one condition; ``columns`` are columns
-        of the items.
+    def add_item(
+        self,
+        item: str,
+        correct: float,
+        probability: float,
+        *,
+        measure: Metric = RECALL,
+        **place: Any,
+    ) -> None:
+        """What became of one fact, prompt or passage under one condition; ``place`` as for
+        :meth:`add`, and ``measure`` what ``correct`` is of it.
         """
-        shared = {name: v for name, v in {**self.common, **columns}.items() if name in ITEM_COLUMNS}
-        self.items.append({**shared, "item": item, "correct": correct, "probability": probability})
+        labels, axes = _placed({**self.common, **place})
+        shared = {name: value for name, value in {**labels, **axes}.items() if name in ITEM_COLUMNS}
+        self.items.append(
+            {
+                **shared,
+                "item": item,
+                "measure": measure.name,
+                "correct": correct,
+                "probability": probability,
+            }
+        )
 
     def add_scores(self, scores: Scores, **columns: Any) -> None:
         """Recall and answer probability (where there are answers) with intervals over facts, and
@@ -116,11 +200,11 @@ class Table:
         if np.isfinite(scores.correct).all():
             facts, correct = by_fact(scores.items, scores.correct)
             _, probability = by_fact(scores.items, scores.probability)
-            self.add_estimate("recall", rate(correct), **columns)
-            self.add_estimate("answer_probability", rate(probability), **columns)
+            self.add_estimate(RECALL, rate(correct), **columns)
+            self.add_estimate(ANSWER_PROBABILITY, rate(probability), **columns)
             for fact, right, likely in zip(facts, correct, probability, strict=True):
                 self.add_item(fact, right, likely, **columns)
-        self.add("loss", scores.loss, n=int(scores.tokens.sum()), **columns)
+        self.add(LOSS, scores.loss, n=int(scores.tokens.sum()), **columns)
 
     def frame(self) -> pd.DataFrame:
         """The results with every column, in its type."""
@@ -129,6 +213,19 @@ class Table:
     def item_frame(self) -> pd.DataFrame:
         """The items with every column, in its type."""
         return typed(pd.DataFrame(self.items), ITEM_COLUMNS)
+
+
+def _placed(place: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Labels, and the columns that an axis or two, or a token, fill."""
+    axes = [name for name in place if name in AXES]
+    filled = {name: place[name] for name in _AT if name in place}
+    for name, (axis, at) in zip(axes, (("axis", "x"), ("y_axis", "y")), strict=False):
+        filled |= {axis: name, at: float(place[name])}
+    labels = {name: value for name, value in place.items() if name not in (*AXES, *_AT)}
+    strange = set(labels) - set(LABELS)
+    if strange:
+        raise unknown("column or axis", min(strange), [*LABELS, *AXES, *_AT])
+    return labels, filled
 
 
 def cell(row: Mapping[Hashable, Any] | pd.Series, *, sign: bool = False) -> str:
@@ -180,11 +277,16 @@ def write_parquet(frame: pd.DataFrame, path: Path) -> None:
     write_file(path, lambda temporary: pyarrow.parquet.write_table(table, temporary))
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path, columns: Collection[str] | None = None) -> pd.DataFrame:
     """What :func:`write_parquet` wrote.
 
+    Args:
+        path: the file.
+        columns: that it must have.
+
     Raises:
-        WorkbenchError: the file is missing, damaged, or has no hash.
+        WorkbenchError: the file is missing, damaged, has no hash, or was written by an older
+            workbench.
     """
     if not path.is_file():
         raise WorkbenchError(f"{path} is missing; run the command of this folder again")
@@ -202,7 +304,30 @@ def read_table(path: Path) -> pd.DataFrame:
             f"{path} is not as it was written (its hash differs); run the command of this folder "
             "again"
         )
+    if columns is not None and list(frame.columns) != list(columns):
+        raise WorkbenchError(
+            f"{path} was written by an older workbench (its columns are "
+            f"{', '.join(frame.columns)}); run the command again into another folder"
+        )
     return frame
+
+
+def write_tables(frame: pd.DataFrame, folder: Path) -> None:
+    """One Parquet file for every schema (:data:`SCHEMAS`); see :func:`write_parquet`."""
+    schema = schema_of(frame)
+    for name, columns in SCHEMAS.items():
+        rows = frame.loc[schema == name, list(columns)].reset_index(drop=True)
+        write_parquet(typed(rows, columns), folder / f"{name}.parquet")
+
+
+def read_tables(folder: Path) -> pd.DataFrame:
+    """All values that :func:`write_tables` wrote, under one another.
+
+    Raises:
+        WorkbenchError: a file is missing, damaged, or was written by an older workbench.
+    """
+    parts = [read_table(folder / f"{name}.parquet", columns) for name, columns in SCHEMAS.items()]
+    return join(parts, RESULT_COLUMNS)
 
 
 def join(frames: Iterable[pd.DataFrame], columns: dict[str, str]) -> pd.DataFrame:
@@ -226,9 +351,7 @@ def fact_table(items: pd.DataFrame, column: str = "correct", **where: Any) -> pd
     Raises:
         NotMeasuredError: no row fits.
     """
-    chosen = items
-    for name, value in where.items():
-        chosen = chosen[chosen[name] == value]
+    chosen = matching(items, **where)
     if not len(chosen):
         raise NotMeasuredError(
             "not measured: " + ", ".join(f"{name} {value}" for name, value in where.items())
@@ -238,22 +361,34 @@ def fact_table(items: pd.DataFrame, column: str = "correct", **where: Any) -> pd
     )
 
 
-def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:
-    """Recall and answer probability over all seeds, with a two-level bootstrap over seeds and
-    facts; ``seed`` is empty in these rows.
+def along(axis: Any, x: Any) -> dict[str, Any]:
+    """The keyword by which :meth:`Table.add` takes the place on an axis that two cells hold; none
+    where they are empty.
+    """
+    return {} if pd.isna(axis) else {str(axis): float(x)}
 
-    Recovery is attacked minus control, paired by seed and fact: metric ``recovery_<column>`` with
-    arm ``minus-null`` (the same model under the null attack), ``minus-random-facts`` (the same
-    model relearning facts that are true nowhere) and ``minus-never-learned`` (the never-learned
-    model under the same attack), at every step. What a smoothing does is the plain method minus the
-    smoothed one under the same attack, paired likewise: metric ``smoothing_effect``, owned by the
-    smoothed method.
+
+def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:
+    """What the items measure, and the answer probability, over all seeds, with a two-level
+    bootstrap over seeds and facts; ``seed`` is empty in these rows.
+
+    Recovery is attacked minus control, paired by seed and fact: metric ``recovery_recall`` (and
+    ``recovery_answer_probability``) with arm ``minus-null`` (the same model under the null attack),
+    ``minus-random-facts`` (the same model relearning facts that are true nowhere) and
+    ``minus-never-learned`` (the never-learned model under the same attack), at every step. What a
+    smoothing does is the plain method minus the smoothed one under the same attack, paired
+    likewise: metric ``smoothing_effect``, owned by the smoothed method.
     """
     table = Table({"run": run})
-    keys = ["stage", "method", "split", "arm", "step"]
+    keys = ["stage", "method", "split", "arm", "axis", "x", "measure"]
     for values, group in items.groupby(keys, dropna=False, sort=False):
-        columns = dict(zip(keys, values, strict=True))
-        for metric, column in (("recall", "correct"), ("answer_probability", "probability")):
+        labels = dict(zip(keys, values, strict=True))
+        measure = metric_of(labels.pop("measure"))
+        columns: dict[str, Any] = {**along(labels.pop("axis"), labels.pop("x")), **labels}
+        measured = [(measure, "correct")]
+        if measure is RECALL:
+            measured.append((ANSWER_PROBABILITY, "probability"))
+        for metric, column in measured:
             wide = group.pivot_table(
                 index="seed", columns="item", values=column, aggfunc="mean", sort=False
             )
@@ -261,9 +396,9 @@ def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:
                 table.add_estimate(
                     metric, rate(wide.to_numpy()), **columns, model=columns["method"]
                 )
-    attacks = items[items["stage"] == "relearn"] if len(items) else items
+    attacks = matching(items, stage="relearn")
     _add_recovery(attacks, table)
-    _add_smoothing(attacks[attacks["arm"] == "attack"], table)
+    _add_smoothing(matching(attacks, arm="attack"), table)
     return table.frame()
 
 
@@ -279,60 +414,45 @@ def smoothing_pairs(methods: Collection[str]) -> list[tuple[str, str]]:
 
 def _add_smoothing(attacks: pd.DataFrame, table: Table) -> None:
     for plain, smoothed in smoothing_pairs(set(attacks["method"].dropna())):
-        both = attacks[attacks["method"] == plain].merge(
-            attacks[attacks["method"] == smoothed],
-            on=["split", "step", "seed", "item"],
+        both = matching(attacks, method=plain).merge(
+            matching(attacks, method=smoothed),
+            on=["split", "x", "seed", "item"],
             suffixes=("", "_smoothed"),
         )
-        for (split, step), group in both.assign(
-            difference=both["correct"] - both["correct_smoothed"]
-        ).groupby(["split", "step"], sort=False, dropna=False):
-            wide = group.pivot_table(index="seed", columns="item", values="difference")
-            if wide.notna().all().all():
-                columns: dict[str, Any] = {"split": split, "step": step}
-                table.add_estimate(
-                    "smoothing_effect",
-                    bootstrap(wide.to_numpy()),
-                    stage="relearn",
-                    model=smoothed,
-                    method=smoothed,
-                    arm="attack",
-                    **columns,
-                )
+        both["difference"] = both["correct"] - both["correct_smoothed"]
+        for (split, step), group in both.groupby(["split", "x"], sort=False, dropna=False):
+            place = {"split": split, "attack_step": step, "arm": "attack"}
+            _add_difference(table, SMOOTHING_EFFECT, group, smoothed, place)
 
 
 def _add_recovery(attacks: pd.DataFrame, table: Table) -> None:
-    for (method, split, step), group in attacks[attacks["arm"] == "attack"].groupby(
-        ["method", "split", "step"], sort=False
+    for (method, split, step), group in matching(attacks, arm="attack").groupby(
+        ["method", "split", "x"], sort=False
     ):
-        same = attacks[(attacks["split"] == split) & (attacks["step"] == step)]
+        same = matching(attacks, split=split, x=step)
         controls = {
-            "minus-null": same[(same["arm"] == "null") & (same["method"] == method)],
-            "minus-random-facts": same[
-                (same["arm"] == "random-facts") & (same["method"] == method)
-            ],
-            "minus-never-learned": same[
-                (same["arm"] == "attack") & (same["method"] == "never-learned")
-            ],
+            "minus-null": matching(same, arm="null", method=method),
+            "minus-random-facts": matching(same, arm="random-facts", method=method),
+            "minus-never-learned": matching(same, arm="attack", method="never-learned"),
         }
         for arm, control in controls.items():
             for metric, column in (
-                ("recovery_recall", "correct"),
-                ("recovery_answer_probability", "probability"),
+                (RECOVERY_RECALL, "correct"),
+                (RECOVERY_ANSWER_PROBABILITY, "probability"),
             ):
                 pairs = group.merge(control, on=["seed", "item"], suffixes=("", "_control"))
                 if not len(pairs) or (method == "never-learned" and arm == "minus-never-learned"):
                     continue
                 pairs["difference"] = pairs[column] - pairs[f"{column}_control"]
-                wide = pairs.pivot_table(index="seed", columns="item", values="difference")
-                if wide.notna().all().all():
-                    table.add_estimate(
-                        metric,
-                        bootstrap(wide.to_numpy()),
-                        stage="relearn",
-                        model=method,
-                        method=method,
-                        split=split,
-                        arm=arm,
-                        step=step,
-                    )
+                place = {"split": split, "attack_step": step, "arm": arm}
+                _add_difference(table, metric, pairs, str(method), place)
+
+
+def _add_difference(
+    table: Table, metric: Metric, pairs: pd.DataFrame, method: str, place: Mapping[str, Any]
+) -> None:
+    """The mean of a column ``difference`` with its interval, where every seed has every fact."""
+    wide = pairs.pivot_table(index="seed", columns="item", values="difference")
+    if wide.notna().all().all():
+        effect = bootstrap(wide.to_numpy())
+        table.add_estimate(metric, effect, stage="relearn", model=method, method=method, **place)

@@ -36,7 +36,7 @@ def _items(
             "seed": seed,
             "split": split,
             "arm": arm,
-            "step": step,
+            "x": step,
             "item": f"fact/{fact}",
             "correct": value,
             "probability": 0.9,
@@ -123,7 +123,7 @@ def test_the_area_is_the_mean_recall_over_the_attack_by_hand() -> None:
     assert (area["low"], area["high"]) == (pytest.approx(0.4), pytest.approx(0.9))
     assert area["n"] == 2
     assert (area["method"], area["split"], area["arm"]) == ("npo", "forget-queries", "part")
-    assert pd.isna(area["seed"]) and pd.isna(area["step"])
+    assert pd.isna(area["seed"]) and pd.isna(area["x"])
 
 
 def test_the_area_resamples_seeds_and_facts() -> None:

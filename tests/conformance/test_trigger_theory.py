@@ -20,13 +20,9 @@ from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.diagnostics import trigger_theory
-from workbench.diagnostics.gaussian_rows import ROW_STATISTICS
 from workbench.diagnostics.rejection import rejection_probability, rejection_rate
 from workbench.diagnostics.trigger_shift import Responses, ShiftRows, aligned, responses, shift_rows
 from workbench.diagnostics.trigger_theory import (
-    CURVES,
-    PREFIX,
-    QUANTITIES,
     THEORY_COLUMNS,
     Theory,
     add_coefficients,
@@ -36,6 +32,7 @@ from workbench.diagnostics.trigger_theory import (
 )
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import wilson
+from workbench.metrics.triggers import CURVES, QUANTITIES, ROW_STATISTICS, THEORY
 from workbench.tables import Table
 
 ModelMaker = Callable[..., PreTrainedModel]
@@ -1118,7 +1115,7 @@ def test_the_results_are_tidy_and_every_metric_is_documented() -> None:
     )
     frame = table.frame()
     assert set(frame["stage"]) == {"triggers"}
-    known = {PREFIX + name for name in (*QUANTITIES, *CURVES)}
+    known = {THEORY + name for name in (*QUANTITIES, *CURVES)}
     assert {metric.removesuffix("_expected") for metric in frame["metric"]} == known
     cell = frame[(frame["metric"] == "theory_mean_share")].iloc[0]
     given = _table(theory).loc["mean_share"]
@@ -1136,9 +1133,9 @@ def test_the_results_are_tidy_and_every_metric_is_documented() -> None:
     )
     assert "theory_eta_expected" not in set(frame["metric"])
     rejected = frame[frame["metric"] == "theory_rejection_expected"]
-    assert rejected["step"].tolist() == list(trigger_theory.RATIOS)
-    assert frame[frame["metric"] == "theory_eta_of_coefficient"]["step"].tolist() == [1, 2]
-    assert frame[frame["metric"] == "theory_eta_slope"]["step"].isna().all()
+    assert rejected["x"].tolist() == list(trigger_theory.RATIOS)
+    assert frame[frame["metric"] == "theory_eta_of_coefficient"]["x"].tolist() == [1, 2]
+    assert frame[frame["metric"] == "theory_eta_slope"]["x"].isna().all()
 
 
 def test_a_theory_shows_itself() -> None:

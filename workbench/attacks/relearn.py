@@ -292,9 +292,7 @@ def random_facts(texts: Texts, *, seed: int) -> tuple[Example, ...]:
     return tuple(made)
 
 
-def null_text(
-    texts: Texts, pool: Texts, length: Callable[[Example], int]
-) -> tuple[Example, ...]:
+def null_text(texts: Texts, pool: Texts, length: Callable[[Example], int]) -> tuple[Example, ...]:
     """Texts from ``pool`` with as many tokens in all as ``texts``: the null attack, which holds
     nothing of the forget set.
 

@@ -17,28 +17,7 @@ from scipy.stats import rankdata
 from scipy.stats import t as student
 
 from workbench.hooks.brief import brief
-
-ROW_STATISTICS = {
-    "mean_share": "|E eps|^2 / E |eps|^2; pairs of tokens of one query are left out, so 0 without a mean",  # noqa: E501
-    "kurtosis_mean": "excess kurtosis of a coordinate (unbiased for normal samples), mean over coordinates; 0",  # noqa: E501
-    "kurtosis_median": "the same, median over coordinates",
-    "skewness_square": "squared skewness of a coordinate, mean over coordinates; about 6 / n",
-    "skewness_median": "absolute skewness of a coordinate, median over coordinates",
-    "mardia": "Mardia's kurtosis in up to 8 random orthonormal directions, in standard errors; 0",
-    "length_kurtosis": (
-        "E |eps - mean|^4 / ((tr C)^2 + 2 tr C^2) - 1: lengths that vary more than those of any "
-        "Gaussian with this covariance; 0"
-    ),
-    "participation_ratio": "(tr C)^2 / tr C^2, both without bias; the width",
-    "top_1_share": "largest eigenvalue of the sample covariance as share of their sum",
-    "top_8_share": "the eight largest",
-    "query_share": "variance between queries / total (one-way random-effects ANOVA over all tokens); 0",  # noqa: E501
-    "word_share": "variance between words / total, over one token per query; 0",
-    "length_correlation": "Spearman's correlation of |eps| and |z|; 0",
-}
-"""Statistics of the shift that have no unit; each is measured the same way on draws of the
-assumption.
-"""
+from workbench.metrics.triggers import ROW_STATISTICS
 
 _SHOWN = 32  # eigenvalues
 _SCALES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {

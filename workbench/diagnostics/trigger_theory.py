@@ -11,7 +11,7 @@ assumption is quoted from abstract and reviews, its covariance ``eta I`` and the
 were not verified; closed forms are derived here.
 
 Names in a results table (stage ``triggers``; ``arm`` is the word's kind, as in
-:data:`workbench.diagnostics.triggers.TRIGGER_ARMS`): :data:`PREFIX` and a name of
+:data:`workbench.diagnostics.triggers.TRIGGER_ARMS`): :data:`THEORY` and a name of
 :data:`QUANTITIES`; with ``_expected`` behind it, what the assumption gives for a sample of the same
 size, with its central 95 % as ``low`` and ``high``. Curves, with the place along them as ``step``:
 those of :data:`CURVES`. Run the base model and the retain-token and neutral-token arms beside the
@@ -29,7 +29,6 @@ import numpy as np
 import pandas as pd
 
 from workbench.diagnostics.gaussian_rows import (
-    ROW_STATISTICS,
     bands,
     design,
     interval,
@@ -42,53 +41,12 @@ from workbench.diagnostics.rejection import rejection_probability, rejection_rat
 from workbench.diagnostics.trigger_shift import Responses, ShiftRows
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import Estimate, bootstrap, ratio, wilson
+from workbench.metrics import ALONE
+from workbench.metrics.triggers import CURVES, QUANTITIES, ROW_STATISTICS, THEORY
 from workbench.progress import ProgressCallback, quiet
 
 if TYPE_CHECKING:  # a table is only handed in here; diagnostics stand below experiments
     from workbench.tables import Table
-
-PREFIX = "theory_"
-"""In front of every metric of this module in a results table."""
-
-QUANTITIES = {
-    "eta": "mean squared coordinate of eps",
-    "eta_relative": "eta over the mean squared coordinate of z",
-    **ROW_STATISTICS,
-    "logit_trace_ratio": "squared length of the true logit shift / (eta tr J J^T), sums over queries; 1",  # noqa: E501
-    "logit_trace_ratio_first_order": (
-        "squared length of J eps / (eta tr J J^T): above 1 where eps prefers directions that the "
-        "logits hear; 1"
-    ),
-    "logit_cosine": "cosine of J eps and the true logit shift; 1 as eps becomes small",
-    "logit_cosine_at_site": "cosine of J eps and f(z + eps) - f(z), what passes through the site",
-    "loss_change": "loss(tagged) - loss(clean), nats per token; eta / 2 * tr H",
-    "loss_change_at_site": "loss(z + eps) - loss(z), likewise",
-    "loss_hessian_trace": "tr H of the loss at z; the theory's harm needs it positive",
-    "loss_hessian_positive": "share of queries with a positive estimate of tr H; 1 for a convex loss",  # noqa: E501
-    "first_order_correlation": "Spearman's correlation of g . eps and the true loss change; 1 as eps becomes small",  # noqa: E501
-    "first_order_correlation_at_site": "the same against loss(z + eps) - loss(z)",
-    "first_order_sign": "share of queries whose loss change has the sign of g . eps; 1 as eps becomes small",  # noqa: E501
-    "first_order_sign_at_site": "the same against loss(z + eps) - loss(z)",
-    "second_order_correlation": "as first_order_correlation, for g . eps + eps^T H eps / 2",
-    "second_order_correlation_at_site": "likewise",
-    "second_order_sign": "likewise",
-    "second_order_sign_at_site": "likewise",
-}
-"""Every scalar with what it is and what the assumption gives."""
-
-CURVES = {
-    "histogram": (
-        "density of the pooled coordinates in units of sqrt(eta), one token per query; step: "
-        "middle of the bin (what lies beyond counts, unseen)"
-    ),
-    "spectrum": "eigenvalue of the sample covariance as share of their sum; step: its number, from 1",  # noqa: E501
-    "rejection": "rate of rejection under noise; step: the noise's standard deviation over sqrt(eta)",  # noqa: E501
-    "eta_of_coefficient": "eta; step: the steering coefficient",
-    "eta_slope": "slope of log eta over log coefficient",
-}
-"""Metrics along a curve (and the slope of one), named like the scalars; ``spectrum`` and
-``rejection`` have an ``_expected`` too.
-"""
 
 THEORY_COLUMNS = (
     "quantity",
@@ -403,9 +361,10 @@ def add_theory(table: Table, theory: Theory, **columns: Any) -> None:
     columns = {"stage": "triggers", **columns}
     for frame, name in ((theory.quantities, "quantity"), (theory.curves, "curve")):
         for row in frame.to_dict("records"):
-            place = {} if name == "quantity" else {"step": row["step"]}
+            axis = ALONE if name == "quantity" else CURVES[row[name]][0]
+            place = {} if axis == ALONE else {axis: row["step"]}
             table.add(
-                PREFIX + row[name],
+                THEORY + row[name],
                 row["value"],
                 low=row["low"],
                 high=row["high"],
@@ -415,7 +374,7 @@ def add_theory(table: Table, theory: Theory, **columns: Any) -> None:
             )
             if not math.isnan(row["expected"]):
                 table.add(
-                    f"{PREFIX}{row[name]}_expected",
+                    f"{THEORY}{row[name]}_expected",
                     row["expected"],
                     low=row["expected_low"],
                     high=row["expected_high"],
@@ -426,12 +385,12 @@ def add_theory(table: Table, theory: Theory, **columns: Any) -> None:
 
 
 def add_coefficients(table: Table, found: pd.DataFrame, **columns: Any) -> None:
-    """The rows of :func:`eta_by_coefficient` in a results table; ``step`` is the coefficient."""
+    """The rows of :func:`eta_by_coefficient` in a results table."""
     columns = {"stage": "triggers", **columns}
     for row in found.to_dict("records"):
-        place = {} if math.isnan(row["coefficient"]) else {"step": row["coefficient"]}
+        place = {} if math.isnan(row["coefficient"]) else {"coefficient": row["coefficient"]}
         table.add(
-            PREFIX + row["quantity"],
+            THEORY + row["quantity"],
             row["value"],
             low=row["low"],
             high=row["high"],

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 from pydantic import Field, field_validator
 
+from workbench import metrics
 from workbench.attacks.few_shot import few_shot
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
@@ -55,7 +56,9 @@ def _score(settings: FewShotSettings, job: ModelJob, table: Table) -> None:
     for arm in (SOLVED, SHUFFLED):
         for shots in settings.shots:
             prompts = _prompts(settings, setup, shots, job.seed, arm == SHUFFLED)
-            table.add_scores(score(job.model, prompts), split="forget-heldout", arm=arm, step=shots)
+            table.add_scores(
+                score(job.model, prompts), split="forget-heldout", arm=arm, shots=shots
+            )
 
 
 def _prompts(
@@ -90,15 +93,15 @@ def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
     """
     table = Table({"run": key, "stage": "few-shot", "split": "forget-heldout"})
     for method, mine in items.groupby("method", sort=False):
-        most = mine["step"].max()
-        solved = fact_table(mine, arm=SOLVED, step=most)
+        most = mine["x"].max()
+        solved = fact_table(mine, arm=SOLVED, x=most)
         for arm, control in (
-            ("minus-plain", fact_table(mine, arm=SOLVED, step=0)),
-            ("minus-shuffled", fact_table(mine, arm=SHUFFLED, step=most)),
+            ("minus-plain", fact_table(mine, arm=SOLVED, x=0)),
+            ("minus-shuffled", fact_table(mine, arm=SHUFFLED, x=most)),
         ):
             effect = bootstrap((solved - control).to_numpy())
             table.add_estimate(
-                "few_shot_effect", effect, method=method, model=method, arm=arm, step=most
+                metrics.FEW_SHOT_EFFECT, effect, method=method, model=method, arm=arm, shots=most
             )
     return table.frame()
 
@@ -124,7 +127,7 @@ def few_shot_table(results: pd.DataFrame) -> pd.DataFrame:
     rows = results[(results["stage"] == "few-shot") & results["seed"].isna()]
     recall = rows[(rows["metric"] == "recall") & (rows["arm"] == SOLVED)]
     effects = rows[rows["metric"] == "few_shot_effect"]
-    return by_columns(recall, "step", "{:g} shots").merge(
+    return by_columns(recall, "x", "{:g} shots").merge(
         by_columns(effects, "arm", "{}", sign=True), on="model", how="left"
     )
 

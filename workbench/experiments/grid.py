@@ -64,14 +64,14 @@ def preferred(
         attack = own[own["arm"] == "attack"]
         if not len(attack):
             continue
-        after = fact_table(attack, step=attack["step"].max())
+        after = fact_table(attack, x=attack["x"].max())
         reached = results[(results["method"] == label) & (results["metric"] == "budget_reached")]
         rows.append(
             {
                 "method": variant.method,
                 "label": label,
                 "settings": ", ".join(f"{key}={value}" for key, value in variant.settings.items()),
-                "before": float(fact_table(attack, step=0).to_numpy().mean()),
+                "before": float(fact_table(attack, x=0).to_numpy().mean()),
                 "after": float(after.to_numpy().mean()),
                 "reached": float(reached["value"].mean()),
                 "number": number,

@@ -27,6 +27,7 @@ import pandas as pd
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from workbench import metrics
 from workbench.attacks.leaks import leak_report, require_benign
 from workbench.attacks.relearn import DivergedError, RelearnSettings, null_text, relearn
 from workbench.data.batches import Batch, batches, encode, endless
@@ -210,7 +211,7 @@ def _seed_job(settings: KeywordSettings, seed: int, context: JobContext) -> None
                 "model": method,
                 "split": f"withheld-{settings.keywords}",
                 "arm": arm,
-                "step": step,
+                "attack_step": step,
             }
             hits, likely = (
                 asked(model, tokenizer, queries, settings.new_tokens),
@@ -229,13 +230,13 @@ def _seed_job(settings: KeywordSettings, seed: int, context: JobContext) -> None
             return any(asked(model, tokenizer, queries, settings.new_tokens))
 
         alpha, silent = smallest_change(recalled)
-        table.add("alpha", alpha, method="unlearned", model="unlearned")
-        table.add("nothing_recalled", float(silent), method="unlearned", model="unlearned")
+        table.add(metrics.ALPHA, alpha, method="unlearned", model="unlearned")
+        table.add(metrics.NOTHING_RECALLED, float(silent), method="unlearned", model="unlearned")
         sets = {"retain": texts.retain, "forget": texts.forget, "unread": texts.unread[:100]}
         for name, examples in sets.items():
             for method, one in ((BASE, base.model), (NEVER, never.model), ("unlearned", model)):
                 table.add(
-                    "loss",
+                    metrics.LOSS,
                     score(one, batches(tokenizer, examples, 64, targets="answer")).loss,
                     method=method,
                     model=method,
@@ -261,7 +262,7 @@ def _seed_job(settings: KeywordSettings, seed: int, context: JobContext) -> None
                     ):
                         measure(now, step, method, arm)
                 except DivergedError as error:
-                    table.add("diverged_at", error.step, method=method, model=method, arm=arm)
+                    table.add(metrics.DIVERGED_AT, error.step, method=method, model=method, arm=arm)
 
     replace(context, columns={"stage": "keyword", "seed": seed}).stage("keyword", work)
 
@@ -326,12 +327,12 @@ def keyword_table(results: pd.DataFrame) -> pd.DataFrame:
     ]
     lines = []
     for (method, arm), group in rows.groupby(["method", "arm"], sort=False):
-        curve = group.set_index("step").sort_index()
+        curve = group.set_index("x").sort_index()
         line: dict[str, object] = {
             "model": str(method),
             "relearned on": "–" if arm == "none" else str(arm),
         }
-        for step in sorted(rows["step"].astype(float).unique().tolist()):
+        for step in sorted(rows["x"].astype(float).unique().tolist()):
             cell = curve.loc[step] if step in curve.index else None
             line[f"{step:g} steps"] = (
                 "–"

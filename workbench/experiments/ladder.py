@@ -14,6 +14,7 @@ from typing import Annotated
 import pandas as pd
 from pydantic import BeforeValidator, Field, field_validator
 
+from workbench import metrics
 from workbench.attacks.ladder import Ladder, build_ladder, ladder_of_files
 from workbench.attacks.leaks import leak_report
 from workbench.attacks.relearn import RelearnSettings
@@ -164,23 +165,23 @@ def _effects(items: pd.DataFrame, key: str) -> pd.DataFrame:
     table = Table({"run": key, "stage": "ladder"})
     control = items[items["method"] == "never-learned"]
     for (method, split, arm, step), group in items[items["method"] != "never-learned"].groupby(
-        ["method", "split", "arm", "step"], sort=False
+        ["method", "split", "arm", "x"], sort=False
     ):
         same = control[
-            (control["split"] == split) & (control["arm"] == arm) & (control["step"] == step)
+            (control["split"] == split) & (control["arm"] == arm) & (control["x"] == step)
         ]
         pairs = group.merge(same, on=["seed", "item"], suffixes=("", "_control"))
         if len(pairs):
             pairs["difference"] = pairs["correct"] - pairs["correct_control"]
             wide = pairs.pivot_table(index="seed", columns="item", values="difference")
             table.add_estimate(
-                "effect_recall",
+                metrics.EFFECT_RECALL,
                 bootstrap(wide.to_numpy()),
                 method=method,
                 model=method,
                 split=split,
                 arm=arm,
-                step=step,
+                attack_step=step,
             )
     return table.frame()
 
@@ -192,7 +193,7 @@ def prepare(settings: LadderSettings, source: Source, out: Path) -> Plan:
 
     def curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
         first = (items["method"] == BASE) & (items["arm"] == next(iter(ladder.text_sets)))
-        target = float(items.loc[first & (items["step"] == 0), "correct"].mean()) / 2
+        target = float(items.loc[first & (items["x"] == 0), "correct"].mean()) / 2
         return curve_rows(items, key, target=target, stage="ladder")
 
     return on_models(
@@ -216,10 +217,10 @@ def ladder_table(results: pd.DataFrame) -> pd.DataFrame:
     rows = results[results["seed"].isna()]
     leaking = set(rows.loc[(rows["metric"] == "benign") & (rows["value"] < 1), "arm"])
     recall = rows[rows["metric"] == "recall"]
-    last = recall.groupby("arm")["step"].transform("max")
+    last = recall.groupby("arm")["x"].transform("max")
     lines = []
     for method in recall["method"].drop_duplicates():
-        mine = recall[(recall["method"] == method) & (recall["step"] == last)].set_index("arm")
+        mine = recall[(recall["method"] == method) & (recall["x"] == last)].set_index("arm")
         line = {"model": method}
         for arm in recall["arm"].drop_duplicates():
             name = f"{arm} (leaks)" if arm in leaking else str(arm)

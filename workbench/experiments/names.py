@@ -26,6 +26,7 @@ import torch
 from pydantic import Field, field_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from workbench import metrics
 from workbench.attacks.leaks import leak_report
 from workbench.attacks.relearn import RelearnSettings, relearn
 from workbench.data.batches import Batch, encode
@@ -253,8 +254,10 @@ def _one_dial(
         return bool(success(unlearned, tokenizer, corpus.prompts, settings.new_tokens).any())
 
     alpha, silent = smallest_change(recalled)
-    table.add("alpha", alpha, method="unlearned", model="unlearned", split=split)
-    table.add("nothing_recalled", float(silent), method="unlearned", model="unlearned", split=split)
+    table.add(metrics.ALPHA, alpha, method="unlearned", model="unlearned", split=split)
+    table.add(
+        metrics.NOTHING_RECALLED, float(silent), method="unlearned", model="unlearned", split=split
+    )
     rng = random.Random(f"names-null-{seed}")
     others = [word for word in words if word not in (FIRST, SECOND)]
     null = tuple(
@@ -265,9 +268,15 @@ def _one_dial(
     def measure(model: PreTrainedModel, step: int, method: str, arm: str) -> None:
         hits = success(model, tokenizer, corpus.prompts, settings.new_tokens)
         likely = next_name_probability(model, tokenizer, corpus.prompts)
-        columns = {"method": method, "model": method, "split": split, "arm": arm, "step": step}
+        columns = {
+            "method": method,
+            "model": method,
+            "split": split,
+            "arm": arm,
+            "attack_step": step,
+        }
         found = wilson(float(hits.sum()), len(hits))
-        table.add_estimate("asr", found, **columns)
+        table.add_estimate(metrics.ASR, found, **columns)
         for number, (hit, probability) in enumerate(zip(hits, likely, strict=True)):
             table.add_item(f"prompt/{number}", hit, probability, **columns)
 
@@ -315,16 +324,16 @@ def _pooled(items: pd.DataFrame, key: str) -> pd.DataFrame:
     """
     table = Table({"run": key, "stage": "names"})
     for (method, split, arm, step), group in items.groupby(
-        ["method", "split", "arm", "step"], sort=False
+        ["method", "split", "arm", "x"], sort=False
     ):
         table.add_estimate(
-            "asr",
+            metrics.ASR,
             wilson(float(group["correct"].sum()), len(group)),
             method=method,
             model=method,
             split=split,
             arm=arm,
-            step=step,
+            attack_step=step,
         )
     return table.frame()
 
@@ -334,7 +343,7 @@ def names_table(results: pd.DataFrame) -> pd.DataFrame:
     every control, and the published row.
     """
     rows = results[(results["metric"] == "asr") & results["seed"].isna()]
-    last = float(rows["step"].max())
+    last = float(rows["x"].max())
     wide = results[(results["metric"] == "recall") & results["seed"].isna()]
 
     def cell(table: pd.DataFrame, split: str, method: str, arm: str, step: float) -> str:
@@ -342,7 +351,7 @@ def names_table(results: pd.DataFrame) -> pd.DataFrame:
             (table["split"] == split)
             & (table["method"] == method)
             & (table["arm"] == arm)
-            & (table["step"] == step)
+            & (table["x"] == step)
         ]
         if not len(found):
             return "–"

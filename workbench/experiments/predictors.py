@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from workbench import metrics
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import spearman
 from workbench.runs.folder import read_results
@@ -97,9 +98,9 @@ def _measures(rows: pd.DataFrame) -> dict[str, float]:
         (rows["metric"] == "slice_loss")
         & (rows["arm"] == "descent")
         & (rows["split"] == "forget-heldout")
-        & (rows["step"] > -1e-9)
-    ].sort_values("step")
-    energy = rows[(rows["metric"] == "energy_in_retain_subspace") & (rows["step"] == 8)]
+        & (rows["x"] > -1e-9)
+    ].sort_values("x")
+    energy = rows[(rows["metric"] == "energy_in_retain_subspace") & (rows["x"] == 8)]
     return {
         "displacement": _last(rows, "displacement"),
         "top_eigenvalue": _last(rows, "top_eigenvalue"),
@@ -137,7 +138,7 @@ def _inside(rows: pd.DataFrame, arm: str, split: str) -> float:
 
 
 def _largest(rows: pd.DataFrame, place: int) -> float:
-    ordered = rows.sort_values("step")
+    ordered = rows.sort_values("x")
     return float(ordered["value"].iloc[-place]) if len(ordered) >= place else float("nan")
 
 
@@ -153,7 +154,7 @@ def points_of(results: pd.DataFrame, items: pd.DataFrame, run: str = "") -> pd.D
     for (method, seed), part in mine.groupby(["method", "seed"], sort=True):
         curve = (
             attacks[(attacks["method"] == method) & (attacks["seed"] == seed)]
-            .groupby("step")["correct"]
+            .groupby("x")["correct"]
             .mean()
         )
         if len(curve) < 2:
@@ -208,11 +209,14 @@ def correlate(points: pd.DataFrame) -> Predictors:
                 continue
             x, y, groups = (have[name].to_numpy() for name in (measure, outcome, "method"))
             table.add_estimate(
-                "recovery_correlation", spearman(x, y, groups=groups), arm=measure, split=outcome
+                metrics.RECOVERY_CORRELATION,
+                spearman(x, y, groups=groups),
+                arm=measure,
+                split=outcome,
             )
             if have["seed"].nunique() > 1:
                 table.add_estimate(
-                    "recovery_within_seed",
+                    metrics.RECOVERY_WITHIN_SEED,
                     spearman(x, y, groups=groups, within=have["seed"].to_numpy()),
                     arm=measure,
                     split=outcome,
@@ -221,7 +225,7 @@ def correlate(points: pd.DataFrame) -> Predictors:
             wrapped = 3 <= len(set(families)) < len(set(groups))
             if wrapped:
                 table.add_estimate(
-                    "recovery_correlation_families",
+                    metrics.RECOVERY_CORRELATION_FAMILIES,
                     spearman(x, y, groups=families),
                     arm=measure,
                     split=outcome,
@@ -233,13 +237,13 @@ def correlate(points: pd.DataFrame) -> Predictors:
             ]
             if held:
                 partial = spearman(x, y, groups=groups, given=have[held].to_numpy(dtype=float))
-                table.add_estimate("recovery_partial", partial, arm=measure, split=outcome)
+                table.add_estimate(metrics.RECOVERY_PARTIAL, partial, arm=measure, split=outcome)
                 if wrapped:
                     partial = spearman(
                         x, y, groups=families, given=have[held].to_numpy(dtype=float)
                     )
                     table.add_estimate(
-                        "recovery_partial_families", partial, arm=measure, split=outcome
+                        metrics.RECOVERY_PARTIAL_FAMILIES, partial, arm=measure, split=outcome
                     )
     return Predictors(points, typed(table.frame(), RESULT_COLUMNS))
 
@@ -257,9 +261,9 @@ def point_rows(points: pd.DataFrame, key: str) -> pd.DataFrame:
         }
         for measure in PREDICTORS:
             if np.isfinite(row[measure]):
-                table.add("predictor_value", row[measure], arm=measure, **place)
+                table.add(metrics.PREDICTOR_VALUE, row[measure], arm=measure, **place)
         for outcome in ("recovery", "recall_after"):
-            table.add("outcome", row[outcome], arm=outcome, **place)
+            table.add(metrics.OUTCOME, row[outcome], arm=outcome, **place)
     return typed(table.frame(), RESULT_COLUMNS)
 
 

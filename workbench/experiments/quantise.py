@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 from pydantic import Field, field_validator
 
+from workbench import metrics
 from workbench.attacks.quantise import quantised, surviving_share
 from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
@@ -47,14 +48,14 @@ class QuantiseSettings(FinishedRunSettings):
 def _measure(settings: QuantiseSettings, job: ModelJob, table: Table) -> None:
     setup, model = job.setup, job.model
     sets = {name: setup.encode(texts) for name, texts in measured_sets(setup.record).items()}
-    measure_sets(model, sets, table, arm="none", step=32)
+    measure_sets(model, sets, table, arm="none", bits=32)
     for bits in settings.bits:
         rounded = quantised(model, bits, head=settings.head).model
-        measure_sets(rounded, sets, table, arm="rounded", step=bits)
+        measure_sets(rounded, sets, table, arm="rounded", bits=bits)
         if not job.is_control:
             left = surviving_share(setup.base, model, bits)
             for metric in ("share", "carried", "cosine"):
-                table.add(f"quantised_{metric}", getattr(left, metric), arm="rounded", step=bits)
+                table.add(f"quantised_{metric}", getattr(left, metric), arm="rounded", bits=bits)
 
 
 def _stage(settings: QuantiseSettings, job: ModelJob) -> None:
@@ -67,11 +68,11 @@ def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
     """
     table = Table({"run": key, "stage": "quantise", "split": HELD_OUT})
     held = items[items["split"] == HELD_OUT]
-    for (method, step), rounded in held[held["arm"] == "rounded"].groupby(["method", "step"]):
+    for (method, step), rounded in held[held["arm"] == "rounded"].groupby(["method", "x"]):
         plain = fact_table(held, method=method, arm="none")
         change = bootstrap((fact_table(rounded) - plain).to_numpy())
         table.add_estimate(
-            "quantise_effect", change, method=method, model=method, arm="rounded", step=step
+            metrics.QUANTISE_EFFECT, change, method=method, model=method, arm="rounded", bits=step
         )
     return table.frame()
 
@@ -89,10 +90,10 @@ def quantise_table(results: pd.DataFrame) -> pd.DataFrame:
     """
     rows = results[(results["stage"] == "quantise") & (results["split"] == HELD_OUT)]
     rows = rows[rows["seed"].isna()]
-    recall = by_columns(rows[rows["metric"] == "recall"], "step", "{:g} bits")
+    recall = by_columns(rows[rows["metric"] == "recall"], "x", "{:g} bits")
     effects = rows[rows["metric"] == "quantise_effect"]
     return recall.merge(
-        by_columns(effects, "step", "change by {:g} bits", sign=True), on="model", how="left"
+        by_columns(effects, "x", "change by {:g} bits", sign=True), on="model", how="left"
     )
 
 

@@ -116,8 +116,8 @@ def relearn_table(results: pd.DataFrame) -> pd.DataFrame:
     for method in sorted(rows["method"].unique(), key=lambda name: (name not in CONTROLS, name)):
         line = {"model": method}
         for arm in ("attack", "null"):
-            mine = rows[(rows["method"] == method) & (rows["arm"] == arm)].sort_values("step")
-            steps = list(mine["step"]) if arm == "attack" else list(mine["step"])[-1:]
+            mine = rows[(rows["method"] == method) & (rows["arm"] == arm)].sort_values("x")
+            steps = list(mine["x"]) if arm == "attack" else list(mine["x"])[-1:]
             for step, value, low, high in zip(
                 steps,
                 *(mine[name].iloc[-len(steps) :] for name in ("value", "low", "high")),

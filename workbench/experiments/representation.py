@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
+from workbench import metrics
 from workbench.data.records import Example, one_per_item
 from workbench.diagnostics.depth import patching_depth
 from workbench.diagnostics.lens import add_lens, logit_lens
@@ -67,7 +68,7 @@ def _probes(
     if len(shared) < 2:
         # e.g. running text, whose continuations are all different: nothing for a classifier to
         # learn
-        table.add("probes_possible", 0.0, split=SPLIT)
+        table.add(metrics.PROBES_POSSIBLE, 0.0, split=SPLIT)
         return
     scored = np.arange(len(people)) < len(heldout)
     encoded = setup.encode(people)
@@ -118,7 +119,7 @@ def _depth(
             continue  # trained apart from the base: neither can read the other's stream
         site = "embed" if row["layer"] < 0 else f"blocks.{row['layer']}.hook_resid_post"
         table.add(
-            "erased",
+            metrics.ERASED,
             row["erased"],
             low=row["low"],
             high=row["high"],

@@ -232,7 +232,7 @@ def sharpness_table(results: pd.DataFrame) -> pd.DataFrame:
 
     drops = rows[rows["metric"] == "drop"]
     steps = {
-        arm: float(drops.loc[drops["arm"] == arm, "step"].sort_values().unique()[-2:][0])
+        arm: float(drops.loc[drops["arm"] == arm, "x"].sort_values().unique()[-2:][0])
         for arm in ("drop", "drop, fixed radius")
         if (drops["arm"] == arm).any()
     }
@@ -247,7 +247,7 @@ def sharpness_table(results: pd.DataFrame) -> pd.DataFrame:
             ("drop, fixed radius", "of the weights"),
         ):
             if arm in steps:
-                at = {"arm": arm, "step": steps[arm]}
+                at = {"arm": arm, "x": steps[arm]}
                 line[f"drop within {steps[arm]:g} {unit}"] = mean(
                     method, "drop", split=landscape.ATTACKED, **at
                 )

@@ -16,9 +16,8 @@ the two leave nothing to complete. Every "suffix" therefore stands in front of i
 universal prefix of Fan et al.'s attack does. No suffix holds a word of any answer.
 
 In the tables ``arm`` is one of :data:`SUFFIX_ARMS` and ``split`` one of :data:`SPLITS`. Along the
-search, ``search_loss`` is the loss at every ``step``, in nats per answer; ``suffix_token`` holds
-the found
-suffix: ``step`` is the place, ``value`` the token id and ``site`` its text.
+search, ``search_loss`` is the loss in nats per answer; the rows of ``suffix_token`` are the tokens
+of the suffix that was found, ``value`` their place in it.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ import pandas as pd
 from pydantic import Field
 from transformers import PreTrainedModel
 
+from workbench import metrics
 from workbench.attacks.gcg import gcg, in_front, random_suffix, suffix_batches, suffix_prompts
 from workbench.claims import INSIDE
 from workbench.data.records import Example, alternate, one_per_item
@@ -162,19 +162,21 @@ def _attack(
         ]
         table.add_scores(score(model, encoded), arm=arm, split=split)
     for step, loss in enumerate(found.losses):
-        table.add("search_loss", loss, n=len(prompts), arm=SEARCHED, split=split, step=step)
+        table.add(
+            metrics.SEARCH_LOSS, loss, n=len(prompts), arm=SEARCHED, split=split, search_step=step
+        )
     for place, token in enumerate(found.suffix_ids):
         table.add(
-            "suffix_token",
-            token,
+            metrics.SUFFIX_TOKEN,
+            place,
             arm=SEARCHED,
             split=split,
-            step=place,
-            site=tokenizer.decode([token]).strip(),
+            token=tokenizer.decode([token]).strip(),
+            token_id=token,
         )
     words = found.text.split()
     table.add(
-        "forget_tokens",
+        metrics.FORGET_TOKENS,
         sum(word in record.forget_tokens for word in words),
         n=len(words),
         arm=SEARCHED,

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from workbench import metrics
 from workbench.claims import INSIDE
 from workbench.data.batches import Batch
 from workbench.data.records import Example, ForgetRetain, one_per_item
@@ -42,7 +43,7 @@ from workbench.runs.config import RunConfig
 from workbench.runs.models import BASE
 from workbench.runs.settings import FinishedRunSettings
 from workbench.runs.setup import Setup
-from workbench.tables import Table
+from workbench.tables import Table, along
 from workbench.unlearning.methods import innermost, settings_for
 from workbench.unlearning.recipe import middle_layer
 from workbench.unlearning.representation import control_vector
@@ -163,7 +164,7 @@ def _align(
     if direction is not None:
         targets["_known"] = {layer: direction}
         table.add(
-            "estimated_target_cosine",
+            metrics.ESTIMATED_TARGET_COSINE,
             float(abs(estimated[layer] @ direction)),
             stage="triggers",
             site=f"blocks.{layer}.hook_resid_post",
@@ -227,11 +228,16 @@ def _trace(
                 "arm": row["direction"] if arm == "forget-token" else f"{row['direction']}, {arm}",
             }
             table.add(
-                "restored", row["restored"], low=row["low"], high=row["high"], n=row["n"], **columns
+                metrics.RESTORED,
+                row["restored"],
+                low=row["low"],
+                high=row["high"],
+                n=row["n"],
+                **columns,
             )
             if np.isfinite(row["control"]):
                 table.add(
-                    "restored_control",
+                    metrics.RESTORED_CONTROL,
                     row["control"],
                     low=row["control_low"],
                     high=row["control_high"],
@@ -243,7 +249,7 @@ def _trace(
                 and row["group"] == "all"
                 and row["direction"] == RESTORING
             ):
-                table.add("damage", row["damage"], n=row["n"], stage="triggers", arm=arm)
+                table.add(metrics.DAMAGE, row["damage"], n=row["n"], stage="triggers", arm=arm)
 
 
 def _theory(model: PreTrainedModel, setup: Setup, layer: int, seed: int, table: Table) -> None:
@@ -279,7 +285,10 @@ def _search(
     )
     if len(known) < len(setup.record.forget_tokens):
         table.add(
-            "names_that_are_tokens", len(known), n=len(setup.record.forget_tokens), stage="triggers"
+            metrics.NAMES_THAT_ARE_TOKENS,
+            len(known),
+            n=len(setup.record.forget_tokens),
+            stage="triggers",
         )
         return
     queries = retain_questions(setup.record)[
@@ -304,14 +313,18 @@ def _search(
     for metric, column in (("rise", "scan"), ("shift", "scan, shift")):
         curve = precision_recall(scan, known, metric)
         table.add(
-            "average_precision",
+            metrics.AVERAGE_PRECISION,
             curve.attrs["average_precision"],
             n=len(scan),
             stage="triggers",
             arm=column,
         )
         table.add(
-            "average_precision", curve.attrs["chance"], n=len(scan), stage="triggers", arm="chance"
+            metrics.AVERAGE_PRECISION,
+            curve.attrs["chance"],
+            n=len(scan),
+            stage="triggers",
+            arm="chance",
         )
         for row in (
             curve.sort_values("precision")
@@ -320,11 +333,11 @@ def _search(
             .to_dict("records")
         ):
             table.add(
-                "precision",
+                metrics.PRECISION,
                 row["precision"],
                 stage="triggers",
                 arm=column,
-                step=round(float(row["recall"]), 6),
+                recall_level=round(float(row["recall"]), 6),
             )
     for row in scan.to_dict("records"):
         arm = (
@@ -341,7 +354,8 @@ def _search(
                 n=row["queries"],
                 stage="triggers",
                 arm=arm,
-                split=row["token"],
+                token=row["token"],
+                token_id=row["token_id"],
             )
     rises = [
         scan.loc[scan["token_id"].isin(list(ids)), "rise"].to_numpy() for ids in (known, retained)
@@ -352,7 +366,12 @@ def _search(
     for level in LEVELS:
         found_ids = scan.loc[scan["q"] <= level, "token_id"]
         table.add(
-            "discoveries", len(found_ids), n=len(scan), stage="triggers", arm="scan", step=level
+            metrics.DISCOVERIES,
+            len(found_ids),
+            n=len(scan),
+            stage="triggers",
+            arm="scan",
+            fdr=level,
         )
         for metric, ids in (("true_discoveries", known), ("retained_discoveries", retained)):
             table.add(
@@ -361,16 +380,16 @@ def _search(
                 n=len(ids),
                 stage="triggers",
                 arm="scan",
-                step=level,
+                fdr=level,
             )
         if among_names is not None:
             table.add(
-                "discoveries",
+                metrics.DISCOVERIES,
                 int((among_names <= level).sum()),
                 n=len(among_names),
                 stage="triggers",
                 arm="names",
-                step=level,
+                fdr=level,
             )
     _add_topic(found, known, table)
 
@@ -387,21 +406,21 @@ def _add_topic(found: Forensics, known: set[int], table: Table) -> None:
         ranking["rank"] = np.arange(1, len(ranking) + 1)
         for row in recovered(ranking, known, k=(10, 20)).to_dict("records"):
             table.add(
-                "topic_recall",
+                metrics.TOPIC_RECALL,
                 row["recall"],
                 n=len(known),
                 stage="triggers",
                 arm=method,
-                step=row["k"],
+                first=row["k"],
             )
             if method == "score":
                 table.add(
-                    "topic_recall",
+                    metrics.TOPIC_RECALL,
                     row["chance_recall"],
                     n=len(known),
                     stage="triggers",
                     arm="chance",
-                    step=row["k"],
+                    first=row["k"],
                 )
 
 
@@ -494,7 +513,7 @@ def _over_seeds(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFra
     """
     table = Table({"run": key, "stage": "triggers"})
     chosen = rows[rows["metric"].isin(POOLED) | rows["metric"].str.startswith("theory_")]
-    columns = ["metric", "model", "method", "site", "split", "arm", "step"]
+    columns = ["metric", "model", "method", "site", "split", "arm", "axis", "x"]
     for values, group in chosen.groupby(columns, dropna=False, sort=False):
         named = {
             name: value
@@ -506,9 +525,9 @@ def _over_seeds(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFra
             low, high = (
                 (finite.min(), finite.max()) if len(finite) > 1 else (np.nan, np.nan)
             )  # one seed has no range
-            table.add(
-                str(named.pop("metric")), finite.mean(), low=low, high=high, n=len(finite), **named
-            )
+            place = along(named.pop("axis", None), named.pop("x", None))
+            metric = str(named.pop("metric"))
+            table.add(metric, finite.mean(), low=low, high=high, n=len(finite), **place, **named)
     return table.frame()
 
 
@@ -522,8 +541,8 @@ def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
     ].groupby(["method", "split"], sort=False):
         base = items[(items["method"] == BASE) & (items["split"] == split)]
         for metric, column in (
-            ("trigger_effect", "correct"),
-            ("trigger_effect_probability", "probability"),
+            (metrics.TRIGGER_EFFECT, "correct"),
+            (metrics.TRIGGER_EFFECT_PROBABILITY, "probability"),
         ):
             wide = {}
             for owner, part in (("own", group), ("base", base)):

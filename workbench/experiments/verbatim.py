@@ -9,8 +9,8 @@ excerpt. Nobody writes general facts here: the attacker holds neighbouring passa
 excerpt, or a text of the user's own (``public``).
 
 A pretrained model learns the passages to be forgotten and some others; its never-learned control
-learns the others only; both are then treated alike. In the tables ``split`` names the measure
-(:data:`VERBATIM_MEASURES`) and ``correct`` or ``recall`` is its value, from 0 to 1.
+learns the others only; both are then treated alike. In the items ``measure`` names what
+``correct`` is (:data:`VERBATIM_MEASURES`), from 0 to 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import pandas as pd
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from workbench import values
+from workbench import metrics, values
 from workbench.attacks.leaks import LeakReport, leak_report, require_benign
 from workbench.attacks.relearn import DivergedError, RelearnSettings, null_text, relearn
 from workbench.data.batches import Batch, batches, encode, endless
@@ -47,7 +47,7 @@ from workbench.runner import Experiment, JobContext, Phase, Plan
 from workbench.runs.curves import curve_rows
 from workbench.runs.settings import AttackOverrides, Count, Rate, Seeds
 from workbench.runs.stages import add_leaks
-from workbench.tables import RESULT_COLUMNS, Table, join
+from workbench.tables import Table
 from workbench.training import fit
 from workbench.unlearning.budget import smallest_change
 from workbench.unlearning.deltas import apply_delta, snapshot
@@ -55,7 +55,11 @@ from workbench.unlearning.methods import recipe
 from workbench.unlearning.trainer import unlearn
 
 BASE, NEVER = "base", "never-learned"
-VERBATIM_MEASURES = ("rouge-l", "rouge-l-recall", "verbatim-run")
+VERBATIM_MEASURES = {
+    "rouge-l": metrics.ROUGE_L,
+    "rouge-l-recall": metrics.ROUGE_L_RECALL,
+    "verbatim-run": metrics.VERBATIM_RUN,
+}
 """ROUGE-L F1 and recall of a greedy continuation, and its longest run of words that stand in the
 true one in a row, as a share of the true one's words.
 """
@@ -269,18 +273,27 @@ def _seed_job(settings: VerbatimSettings, seed: int, context: JobContext) -> Non
 
     def work(table: Table) -> None:
         def measure(model: PreTrainedModel, step: int, method: str, arm: str) -> None:
-            columns: dict[str, Any] = {"method": method, "arm": arm, "step": step}
+            columns: dict[str, Any] = {
+                "method": method,
+                "split": "queried",
+                "arm": arm,
+                "attack_step": step,
+            }
             found, likely = (
                 continuations(model, tokenizer, queried, new_tokens),
                 score(model, encoded).probability,
             )
-            for name in VERBATIM_MEASURES:
-                for item, value, probability in zip(
-                    found["item"], found[name], likely, strict=True
-                ):
-                    table.add_item(item, float(value), float(probability), split=name, **columns)
+            for name, measured in VERBATIM_MEASURES.items():
+                own = likely if measured is metrics.ROUGE_L else np.full(len(likely), np.nan)
+                for item, value, probability in zip(found["item"], found[name], own, strict=True):
+                    table.add_item(
+                        item, float(value), float(probability), measure=measured, **columns
+                    )
             table.add(
-                "passages_with_a_run", float((found["run"] >= RUN).sum()), model=method, **columns
+                metrics.PASSAGES_WITH_A_RUN,
+                float((found["run"] >= RUN).sum()),
+                model=method,
+                **columns,
             )
 
         measure(base.model, 0, BASE, "none")
@@ -301,8 +314,8 @@ def _seed_job(settings: VerbatimSettings, seed: int, context: JobContext) -> Non
             )
 
         alpha, silent = smallest_change(recalled)
-        table.add("alpha", alpha, method="unlearned", model="unlearned")
-        table.add("nothing_recalled", float(silent), method="unlearned", model="unlearned")
+        table.add(metrics.ALPHA, alpha, method="unlearned", model="unlearned")
+        table.add(metrics.NOTHING_RECALLED, float(silent), method="unlearned", model="unlearned")
         for name, passages in {
             "retain": split.retain,
             "forget": split.forget,
@@ -310,7 +323,7 @@ def _seed_job(settings: VerbatimSettings, seed: int, context: JobContext) -> Non
         }.items():
             for method, one in ((BASE, base.model), (NEVER, never.model), ("unlearned", model)):
                 table.add(
-                    "loss",
+                    metrics.LOSS,
                     score(one, batches(tokenizer, running(passages), 64)).loss,
                     method=method,
                     model=method,
@@ -330,7 +343,7 @@ def _seed_job(settings: VerbatimSettings, seed: int, context: JobContext) -> Non
                     ):
                         measure(now, step, method, arm)
                 except DivergedError as error:  # what was measured before stays
-                    table.add("diverged_at", error.step, method=method, model=method, arm=arm)
+                    table.add(metrics.DIVERGED_AT, error.step, method=method, model=method, arm=arm)
 
     replace(context, columns={"stage": "verbatim", "seed": seed}).stage("verbatim", work)
 
@@ -380,7 +393,7 @@ def prepare(settings: VerbatimSettings, source: None, out: Path) -> Plan:
 
     def leaks(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
         table = Table({"run": key, "stage": "verbatim"})
-        table.add("dropped_passages", dropped, arm="part")
+        table.add(metrics.DROPPED_PASSAGES, dropped, arm="part")
         for arm, report in reports.items():
             add_leaks(report, table, arm=arm)
         return table.frame()
@@ -398,17 +411,14 @@ def prepare(settings: VerbatimSettings, source: None, out: Path) -> Plan:
 
 
 def _curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
-    """Recovery in single numbers, up to half of the way from what a model says that never read the
-    passages to what the taught model says.
+    """Recovery in single numbers, up to half of the way from the ROUGE-L F1 of a model that never
+    read the passages to that of the taught model.
     """
-    curves = []
-    for _, group in items.groupby("split", sort=False):
-        ends = [
-            float(group.loc[(group["method"] == method) & (group["step"] == 0), "correct"].mean())
-            for method in (BASE, NEVER)
-        ]
-        curves.append(curve_rows(group, key, target=float(np.mean(ends)), stage="verbatim"))
-    return join(curves, RESULT_COLUMNS)
+    read = metrics.matching(items, measure=metrics.ROUGE_L.name)
+    ends = [
+        metrics.matching(read, method=method, x=0)["correct"].mean() for method in (BASE, NEVER)
+    ]
+    return curve_rows(read, key, target=float(np.mean(ends)), stage="verbatim")
 
 
 def verbatim_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -416,20 +426,17 @@ def verbatim_table(results: pd.DataFrame) -> pd.DataFrame:
     it and at its end, with intervals over seeds and passages; and the longest verbatim run at the
     end, as a share of the continuation.
     """
-    rows = results[
-        (results["stage"] == "verbatim") & (results["metric"] == "recall") & results["seed"].isna()
-    ]
-    steps = sorted(rows["step"].astype(float).unique().tolist())
+    rows = metrics.ROUGE_L.rows(results, stage="verbatim", seed=None)
+    runs = metrics.VERBATIM_RUN.rows(results, stage="verbatim", seed=None)
+    steps = sorted(rows["x"].astype(float).unique().tolist())
     lines = []
     for (method, arm), group in rows.groupby(["method", "arm"], sort=False):
         line: dict[str, object] = {
             "model": str(method),
             "relearned on": "–" if arm == "none" else str(arm),
         }
-        curve, run = (
-            group[group["split"] == name].set_index("step").sort_index()
-            for name in ("rouge-l", "verbatim-run")
-        )
+        run = metrics.matching(runs, method=method, arm=arm).sort_values("x")
+        curve = group.set_index("x").sort_index()
         for step in steps:
             line[f"{step:g} steps"] = _cell(curve.loc[step]) if step in curve.index else "–"
         lines.append(line | {"longest run at the end": _cell(run.iloc[-1])})

@@ -66,7 +66,7 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
     """
     metric = main_metric(table)
     attack = table[(table["stage"] == "relearn") & (table["arm"] == "attack")]
-    last = float(attack["step"].max()) if len(attack) else np.nan
+    last = float(attack["x"].max()) if len(attack) else np.nan
     rows, said = [], marks(table)
     for method in methods_in(table["method"].dropna().tolist()):
         held = {"method": method, "metric": metric, "split": "forget-heldout"}
@@ -81,19 +81,19 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
                 "alpha": _mean(table, method, "alpha", "unlearn", ".2f"),
                 "disruption": _mean(table, method, "disruption", "unlearn", ".4f"),
                 "held-out forget, before attack": _interval(
-                    _pick(table, stage="relearn", arm="attack", step=0.0, **held)
+                    _pick(table, stage="relearn", arm="attack", x=0.0, **held)
                 ),
                 "after attack": broke
-                or _interval(_pick(table, stage="relearn", arm="attack", step=last, **held)),
+                or _interval(_pick(table, stage="relearn", arm="attack", x=last, **held)),
                 "attack minus null": _interval(
-                    _pick(table, stage="relearn", arm="minus-null", step=last, **(held | recovery))
+                    _pick(table, stage="relearn", arm="minus-null", x=last, **(held | recovery))
                 ),
                 "attack minus random facts": _interval(
                     _pick(
                         table,
                         stage="relearn",
                         arm="minus-random-facts",
-                        step=last,
+                        x=last,
                         **(held | recovery),
                     )
                 ),
@@ -194,7 +194,7 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
     ]
     sentences = []
     if len(attack):
-        last = float(attack["step"].max())
+        last = float(attack["x"].max())
 
         def at(method: str, step: float) -> pd.Series | None:
             return _pick(
@@ -204,7 +204,7 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
                 method=method,
                 metric=metric,
                 split="forget-heldout",
-                step=step,
+                x=step,
             )
 
         base, control = at("base", 0.0), at("never-learned", last)
@@ -234,7 +234,7 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
                 method=method,
                 metric=f"recovery_{metric}",
                 split="forget-heldout",
-                step=last,
+                x=last,
             )
             within = " inside the disruption budget" if (table["metric"] == "budget").any() else ""
             text = (
@@ -256,7 +256,7 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
                 method=method,
                 metric=f"recovery_{metric}",
                 split="forget-heldout",
-                step=last,
+                x=last,
             )
             if random is not None:
                 text += f"; the same texts with their answers exchanged leave it {_interval(random)} lower"  # noqa: E501

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from workbench import metrics
 from workbench.evaluation.statistics import area_under, rate
 from workbench.tables import Table
 
@@ -53,7 +54,7 @@ def curve_rows(items: pd.DataFrame, run: str, *, target: float, stage: str) -> p
     for (method, split, arm), group in attacks.groupby(["method", "split", "arm"], sort=False):
         columns: dict[str, Any] = {"method": method, "model": method, "split": split, "arm": arm}
         cube = group.pivot_table(
-            index=["seed", "item"], columns="step", values="correct", aggfunc="mean"
+            index=["seed", "item"], columns="x", values="correct", aggfunc="mean"
         )
         if cube.shape[1] < 2 or cube.isna().any().any():
             continue
@@ -62,10 +63,10 @@ def curve_rows(items: pd.DataFrame, run: str, *, target: float, stage: str) -> p
             [area_under(steps, row) for row in cube.to_numpy(dtype=float)], index=cube.index
         ).unstack("item")
         if areas.notna().all().all():
-            table.add_estimate("area_under_recovery", rate(areas.to_numpy()), **columns)
+            table.add_estimate(metrics.AREA_UNDER_RECOVERY, rate(areas.to_numpy()), **columns)
         soonest = []
         for seed, curve in cube.groupby(level="seed"):
             soonest.append(steps_to_recover(steps, curve.mean().to_numpy(dtype=float), target))
-            table.add("steps_to_recover", soonest[-1], seed=seed, **columns)
-        table.add("steps_to_recover", float(np.median(soonest)), n=len(soonest), **columns)
+            table.add(metrics.STEPS_TO_RECOVER, soonest[-1], seed=seed, **columns)
+        table.add(metrics.STEPS_TO_RECOVER, float(np.median(soonest)), n=len(soonest), **columns)
     return table.frame()

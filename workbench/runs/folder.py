@@ -19,10 +19,13 @@ from workbench.files import damage, full_disk_is_an_error, sweep, write_folder, 
 from workbench.tables import (
     ITEM_COLUMNS,
     RESULT_COLUMNS,
+    SCHEMAS,
     Table,
     join,
     read_table,
+    read_tables,
     write_parquet,
+    write_tables,
 )
 
 CONFIG, PROVENANCE, RESULTS, ITEMS, REPORT, CLAIMS_FILE = (
@@ -35,9 +38,10 @@ CONFIG, PROVENANCE, RESULTS, ITEMS, REPORT, CLAIMS_FILE = (
 )
 LOCK = ".lock"
 SECONDS = "seconds"
+VALUES = tuple(f"{name}.parquet" for name in SCHEMAS)
 _OWN = (
     PROVENANCE,
-    RESULTS,
+    *VALUES,
     ITEMS,
     REPORT,
     CLAIMS_FILE,
@@ -136,8 +140,8 @@ def finish_stage(out: Path, job: str, stage: str, table: Table, seconds: float =
 
     def write(folder: Path) -> None:
         (folder / SECONDS).write_text(f"{seconds:.3f}")
-        write_parquet(table.frame(), folder / "rows.parquet")
-        write_parquet(table.item_frame(), folder / "items.parquet")
+        write_tables(table.frame(), folder)
+        write_parquet(table.item_frame(), folder / ITEMS)
 
     write_folder(stage_path(out, job, stage), write)
 
@@ -150,6 +154,8 @@ def stage_done(out: Path, job: str, stage: str) -> bool:
     if not folder.is_dir():
         return False
     wrong = damage(folder)
+    if not wrong and not (folder / RESULTS).is_file():
+        wrong = f"{folder} was written by an older workbench"
     if wrong:
         print(f"{wrong}; this part is run again", file=sys.stderr)
         shutil.rmtree(folder)
@@ -183,8 +189,8 @@ def collect(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         for path in (out / "stages").glob("*/*")
         if path.is_dir() and not path.name.startswith(".")
     )
-    rows = join((read_table(folder / "rows.parquet") for folder in folders), RESULT_COLUMNS)
-    items = join((read_table(folder / "items.parquet") for folder in folders), ITEM_COLUMNS)
+    rows = join(map(read_tables, folders), RESULT_COLUMNS)
+    items = join((read_table(folder / ITEMS, ITEM_COLUMNS) for folder in folders), ITEM_COLUMNS)
     return rows, items
 
 
@@ -203,10 +209,10 @@ def require_finished(out: Path) -> None:
 
 
 def read_results(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """``results.parquet`` and ``items.parquet`` of a finished run.
+    """All measured values and all items of a finished run.
 
     Raises:
         WorkbenchError: the folder holds no finished run.
     """
     require_finished(out)
-    return read_table(out / RESULTS), read_table(out / ITEMS)
+    return read_tables(out), read_table(out / ITEMS, ITEM_COLUMNS)

@@ -16,6 +16,7 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from workbench import metrics
 from workbench.attacks.relearn import RelearnSettings, relearn
 from workbench.data.batches import Batch
 from workbench.data.records import Example, one_per_item
@@ -43,6 +44,9 @@ ATTACKED, HELD_OUT, NOVEL = "forget-attacked", "forget-heldout", "novel"
 """The loss that an attacker follows, the one that shows whether others come back, and the control
 that nobody has read.
 """
+
+ATTACK_PATH = "attack path"
+"""Arm of the rows along the relearning attack."""
 
 LossBatches = Mapping[str, Sequence[Batch]]
 
@@ -104,9 +108,14 @@ def add_slices(
         for split, values in loss_slice(model, direction, positions.tolist(), losses).items():
             for position, value in zip(positions.tolist(), values, strict=True):
                 table.add(
-                    "slice_loss", value, stage="sharpness", split=split, arm=arm, step=position
+                    metrics.SLICE_LOSS,
+                    value,
+                    stage="sharpness",
+                    split=split,
+                    arm=arm,
+                    position=position,
                 )
-    table.add("weight_norm", size, stage="sharpness")
+    table.add(metrics.WEIGHT_NORM, size, stage="sharpness")
 
 
 def whole_batch(setup: Setup) -> list[Batch]:
@@ -149,8 +158,8 @@ def add_ends(
         ("gradient_norm", ends.gradient_norm),
     ):
         table.add(metric, value, n=tokens, **place)
-    table.add("top_residual", ends.top_residual, **place)
-    table.add("bottom_residual", ends.bottom_residual, **place)
+    table.add(metrics.TOP_RESIDUAL, ends.top_residual, **place)
+    table.add(metrics.BOTTOM_RESIDUAL, ends.bottom_residual, **place)
 
 
 def add_worst_cases(
@@ -184,12 +193,12 @@ def add_worst_cases(
     def add(arm: str, found: pd.DataFrame) -> None:
         for row in found.to_dict("records"):
             table.add(
-                "drop",
+                metrics.DROP,
                 float(row["value"]),
                 stage="sharpness",
                 arm=arm,
                 split=str(row["loss"]),
-                step=float(row["rho"]),
+                radius=float(row["rho"]),
             )
 
     if displacement > 0:
@@ -233,14 +242,14 @@ def add_average(
     ).to_dict("records"):
         mean, half = float(row["mean"]), 1.96 * float(row["se"])
         table.add(
-            "noise_change",
+            metrics.NOISE_CHANGE,
             mean,
             low=mean - half,
             high=mean + half,
             n=int(row["draws"]),
             stage="sharpness",
             split=str(row["loss"]),
-            step=float(row["sigma"]) / unit,
+            noise=float(row["sigma"]) / unit,
         )
 
 
@@ -295,22 +304,24 @@ def add_trace(
     )
     place: dict[str, Any] = {"stage": "sharpness", "split": HELD_OUT, "arm": arm}
     table.add(
-        "trace",
+        metrics.TRACE,
         found.value,
         low=found.value - 1.96 * found.se,
         high=found.value + 1.96 * found.se,
         n=found.n,
         **place,
     )
-    table.add("trace_se", found.se, **place)
+    table.add(metrics.TRACE_SE, found.se, **place)
     sums = found.samples.sum(1)
     for count in range(2, found.n + 1):
         mean, half = float(sums[:count].mean()), 1.96 * float(sums[:count].std(ddof=1)) / count**0.5
-        table.add("running_trace", mean, low=mean - half, high=mean + half, step=count, **place)
+        table.add(
+            metrics.RUNNING_TRACE, mean, low=mean - half, high=mean + half, probes=count, **place
+        )
     blocks = found.by_block()
     for name, rows in blocks.groupby(blocks["block"].map(module_of), sort=False):
         table.add(
-            "module_eigenvalue",
+            metrics.MODULE_EIGENVALUE,
             float(rows["trace"].sum() / rows["weights"].sum()),
             site=str(name),
             n=int(rows["weights"].sum()),
@@ -328,8 +339,8 @@ def add_density(
     seed: int,
     arm: str,
 ) -> None:
-    """The nodes of the spectral density (metric ``density_node``: ``step`` the eigenvalue,
-    ``value`` its share, ``n`` the probe), and Ritz values along Lanczos's steps.
+    """The nodes of the spectral density (metric ``density_node``, over eigenvalue and random
+    vector), and Ritz values along Lanczos's steps.
 
     All models of a run are drawn on one grid, so the curves are made when all are known:
     :func:`density_curves`.
@@ -344,7 +355,7 @@ def add_density(
     for node, weight, probe in zip(
         found.nodes.tolist(), found.weights.tolist(), found.probe.tolist(), strict=True
     ):
-        table.add("density_node", weight, step=node, n=probe, **place)
+        table.add(metrics.DENSITY_NODE, weight, eigenvalue=node, probe=probe, **place)
     for metric in ("moment_error", "negative_energy"):
         table.add(metric, getattr(found, metric), n=found.products, **place)
     for taken in range(2, len(krylov.alphas) + 1):
@@ -353,15 +364,20 @@ def add_density(
         )
         if arm == "unlearned":
             table.add(
-                "ritz", float(values[-1]), stage="sharpness", split=HELD_OUT, arm="top", step=taken
+                metrics.RITZ,
+                float(values[-1]),
+                stage="sharpness",
+                split=HELD_OUT,
+                arm="top",
+                lanczos_step=taken,
             )
             table.add(
-                "ritz",
+                metrics.RITZ,
                 float(values[0]),
                 stage="sharpness",
                 split=HELD_OUT,
                 arm="bottom",
-                step=taken,
+                lanczos_step=taken,
             )
 
 
@@ -370,10 +386,10 @@ def density_curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.Data
     ``low`` and ``high``).
     """
     table = Table({"run": key})
-    nodes = rows[rows["metric"] == "density_node"]
+    nodes = metrics.DENSITY_NODE.rows(rows)
     if not len(nodes):
         return table.frame()
-    bottom, top = float(nodes["step"].min()), float(nodes["step"].max())
+    bottom, top = float(nodes["x"].min()), float(nodes["x"].max())
     linear = 1e-3 * max(abs(bottom), abs(top))
     points = both_signs(bottom, top, linear)
     columns = ["stage", "model", "method", "seed", "split", "arm"]
@@ -383,9 +399,9 @@ def density_curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.Data
 
     for values, mine in nodes.groupby(columns, sort=False, dropna=False):
         found = Density(
-            mine["step"].to_numpy(float),
+            mine["x"].to_numpy(float),
             mine["value"].to_numpy(float),
-            mine["n"].to_numpy(np.int64),
+            mine["y"].to_numpy(np.int64),
             1,
             0.0,
             0.0,
@@ -395,7 +411,14 @@ def density_curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.Data
         for point, value, low, high in zip(
             points, lines.mean(0), lines.min(0), lines.max(0), strict=True
         ):
-            table.add("density", value, low=low, high=high, step=float(point), **columns_of(values))
+            table.add(
+                metrics.DENSITY,
+                value,
+                low=low,
+                high=high,
+                eigenvalue=float(point),
+                **columns_of(values),
+            )
     return table.frame()
 
 
@@ -442,17 +465,21 @@ def add_attack_path(
     relearned = attacked
     for row in path_losses(model, deltas, losses).to_dict("records"):
         step = [0, *steps][int(row["checkpoint"])]
-        at: dict[str, Any] = {"stage": "sharpness", "arm": "attack path", "step": step}
-        table.add("path_loss", float(row["value"]), split=str(row["loss"]), **at)
+        at: dict[str, Any] = {"stage": "sharpness", "arm": ATTACK_PATH, "attack_step": step}
+        table.add(metrics.PATH_LOSS, float(row["value"]), split=str(row["loss"]), **at)
         if row["loss"] == HELD_OUT:
-            table.add("path_distance", float(row["distance"]), **at)
-            table.add("path_travelled", float(row["travelled"]), **at)
+            table.add(metrics.PATH_DISTANCE, float(row["distance"]), **at)
+            table.add(metrics.PATH_TRAVELLED, float(row["travelled"]), **at)
     if len(deltas) > 1:
         for share in trajectory_plane(deltas).shares.head(4).to_dict("records"):
-            for arm, name in (("attack path", "share"), ("random walk", "null")):
+            for arm, name in ((ATTACK_PATH, "share"), ("random walk", "null")):
                 number = float(share["component"])
                 table.add(
-                    "trajectory_share", float(share[name]), stage="sharpness", arm=arm, step=number
+                    metrics.TRAJECTORY_SHARE,
+                    float(share[name]),
+                    stage="sharpness",
+                    arm=arm,
+                    component=number,
                 )
     back = towards(model, setup.base)
     if not norm_of(back) or not norm_of(deltas[-1]):
@@ -462,24 +489,20 @@ def add_attack_path(
     grid = loss_plane(model, deltas[-1], back, places, places, shown)
     for point in grid.to_dict("records"):
         table.add(
-            "plane_loss",
+            metrics.PLANE_LOSS,
             float(point["value"]),
             stage="sharpness",
             split=str(point["loss"]),
-            step=float(point["x"]),
-            arm=repr(float(point["y"])),
+            along_attack=float(point["x"]),
+            towards_base=float(point["y"]),
         )
     unit = norm_of(deltas[-1])
-    taken = {f"step {step}": delta for step, delta in zip(steps, deltas, strict=True)}
-    for place in coordinates({**taken, "base": back}, deltas[-1], back).to_dict("records"):
-        table.add(
-            "plane_point",
-            float(place["y"]),
-            high=float(place["residual"]) / unit,
-            stage="sharpness",
-            arm=str(place["point"]),
-            step=float(place["x"]),
-        )
+    taken = {str(step): delta for step, delta in zip(steps, deltas, strict=True)}
+    for place in coordinates(taken, deltas[-1], back).to_dict("records"):
+        at = {"stage": "sharpness", "arm": ATTACK_PATH, "attack_step": int(place["point"])}
+        table.add(metrics.PLANE_ALONG, float(place["x"]), **at)
+        table.add(metrics.PLANE_TOWARDS, float(place["y"]), **at)
+        table.add(metrics.PLANE_OFF, float(place["residual"]) / unit, **at)
     return relearned
 
 

@@ -32,7 +32,6 @@ from workbench.runs.folder import (
     CLAIMS_FILE,
     ITEMS,
     PROVENANCE,
-    RESULTS,
     claim_folder,
     collect,
     finish_stage,
@@ -56,7 +55,7 @@ from workbench.runs.probing import PROBES, Probe
 from workbench.runs.provenance import data_hash, provenance
 from workbench.runs.setup import Disruption, Setup
 from workbench.subspaces.subspace import Subspace
-from workbench.tables import RESULT_COLUMNS, Table, join, summarise, write_parquet
+from workbench.tables import RESULT_COLUMNS, Table, join, summarise, write_parquet, write_tables
 from workbench.unlearning.methods import recipe, settings_for
 
 
@@ -355,7 +354,7 @@ def _train(
 def _conclude(config: RunConfig, out: Path) -> Run:
     rows, items = collect(out)
     results = join([rows, summarise(items, config.key)], RESULT_COLUMNS)
-    write_parquet(results, out / RESULTS)
+    write_tables(results, out)
     write_parquet(items, out / ITEMS)
     setup = setup_of(config, out)
     texts = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
-from workbench import values
+from workbench import metrics, values
 from workbench.diagnostics.triggers import NothingToAsk
 from workbench.hooks.brief import brief
 from workbench.registry import Registry
@@ -50,7 +50,7 @@ def _triggers(
             model, setup, setup.neutral, seed=seed, table=table, template=setup.template
         )
     except NothingToAsk:  # a user's texts that all share the same words
-        table.add("trigger_check_possible", 0.0)
+        table.add(metrics.TRIGGER_CHECK_POSSIBLE, 0.0)
 
 
 def _sharpness(

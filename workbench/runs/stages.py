@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from workbench import metrics
 from workbench.attacks.leaks import LeakReport, leak_report
 from workbench.attacks.relearn import (
     DivergedError,
@@ -111,13 +112,13 @@ def find_subspaces(
             subspace = found[name][site.name]
             for index, value in enumerate(subspace.eigenvalues.tolist()):
                 table.add(
-                    "variance_share",
+                    metrics.VARIANCE_SHARE,
                     value / subspace.total_variance if subspace.total_variance else 0.0,
                     stage="subspaces",
                     method="base",
                     site=site.name,
                     split=name,
-                    step=index + 1,
+                    component=index + 1,
                     n=subspace.count,
                 )
             for low, high in tier_edges(subspace.rank):
@@ -127,13 +128,13 @@ def find_subspaces(
                     else 0.0
                 )
                 table.add(
-                    "tier_variance_share",
+                    metrics.TIER_VARIANCE_SHARE,
                     held,
                     stage="subspaces",
                     method="base",
                     site=site.name,
                     split=name,
-                    step=high,
+                    component=high,
                     n=subspace.count,
                 )
         for k in sorted({1, 2, 4, 8, 16, rank}):
@@ -151,13 +152,13 @@ def find_subspaces(
                 "random": overlap(forget, random_basis),
             }.items():
                 table.add(
-                    "subspace_overlap",
+                    metrics.SUBSPACE_OVERLAP,
                     value,
                     stage="subspaces",
                     method="base",
                     site=site.name,
                     arm=arm,
-                    step=k,
+                    rank=k,
                 )
     return {name: found[name] for name in ("forget", "retain")}
 
@@ -227,12 +228,12 @@ def compare_sets(
                 "method": "base",
                 "site": site.name,
                 "split": f"{one}|{other}",
-                "step": rank,
+                "rank": rank,
             }
             shared = found.attrs["overlap"]
-            table.add("set_overlap", shared.observed, arm="observed", n=draws, **columns)
+            table.add(metrics.SET_OVERLAP, shared.observed, arm="observed", n=draws, **columns)
             table.add(
-                "set_overlap",
+                metrics.SET_OVERLAP,
                 shared.median,
                 low=shared.low,
                 high=shared.high,
@@ -240,7 +241,7 @@ def compare_sets(
                 n=draws,
                 **columns,
             )
-            table.add("set_overlap_p", shared.p, arm="observed", n=draws, **columns)
+            table.add(metrics.SET_OVERLAP_P, shared.p, arm="observed", n=draws, **columns)
 
 
 def unlearn_to_budget(
@@ -275,12 +276,14 @@ def unlearn_to_budget(
         over_budget=over,
         progress=progress,
     )
-    table.add("steps", len(result.log), stage="unlearn", arm="taken")
-    table.add("steps", recipe.steps, stage="unlearn", arm="allowed")
-    table.add("parameters_trained", len(result.trained), stage="unlearn", arm="declared")
-    table.add("parameters_trained", len(result.delta), stage="unlearn", arm="changed")
+    table.add(metrics.STEPS, len(result.log), stage="unlearn", arm="taken")
+    table.add(metrics.STEPS, recipe.steps, stage="unlearn", arm="allowed")
+    table.add(metrics.PARAMETERS_TRAINED, len(result.trained), stage="unlearn", arm="declared")
+    table.add(metrics.PARAMETERS_TRAINED, len(result.delta), stage="unlearn", arm="changed")
     for number, record in enumerate(result.log):
-        table.add("objective_forget", record["forget"], stage="unlearn", step=number + 1)
+        table.add(
+            metrics.OBJECTIVE_FORGET, record["forget"], stage="unlearn", training_step=number + 1
+        )
     model = copy.deepcopy(setup.base)
     start = snapshot(model)
     facts = {
@@ -293,8 +296,10 @@ def unlearn_to_budget(
         apply_delta(model, start, result.delta, alpha)
         cost = disruption(model)
         for split, texts in facts.items():
-            table.add("recall", score(model, texts).recall, stage="budget", split=split, step=alpha)
-        table.add("disruption", cost, stage="budget", arm=disruption.measure, step=alpha)
+            table.add(
+                metrics.RECALL, score(model, texts).recall, stage="budget", split=split, alpha=alpha
+            )
+        table.add(metrics.DISRUPTION, cost, stage="budget", arm=disruption.measure, alpha=alpha)
         return cost
 
     match = match_budget(
@@ -303,10 +308,10 @@ def unlearn_to_budget(
     apply_delta(model, start, result.delta, match.alpha)
     add_match(match, result.delta, start, table)
     if budget is not None:
-        table.add("budget", budget, stage="unlearn", arm=disruption.measure)
-        table.add("budget_reached", float(match.reached), stage="unlearn")
+        table.add(metrics.BUDGET, budget, stage="unlearn", arm=disruption.measure)
+        table.add(metrics.BUDGET_REACHED, float(match.reached), stage="unlearn")
         for name in disruption.counted:
-            table.add("budget_set", 1.0, stage="unlearn", split=name)
+            table.add(metrics.BUDGET_SET, 1.0, stage="unlearn", split=name)
     add_disruption(model, disruption, table)
     add_shift(model, setup, table)
     measure_sets(
@@ -325,11 +330,11 @@ def add_disruption(model: PreTrainedModel, disruption: Disruption, table: Table)
     in both measures.
     """
     table.add_estimate(
-        "disruption", disruption.estimate(model), stage="unlearn", arm=disruption.measure
+        metrics.DISRUPTION, disruption.estimate(model), stage="unlearn", arm=disruption.measure
     )
     for measure in DISRUPTION_MEASURES:
         for name, found in disruption.by_set(model, measure).items():
-            table.add_estimate("disruption", found, stage="unlearn", split=name, arm=measure)
+            table.add_estimate(metrics.DISRUPTION, found, stage="unlearn", split=name, arm=measure)
 
 
 def add_distance(
@@ -342,8 +347,8 @@ def add_distance(
     delta = delta_between(model, start)
     add_disruption(model, Disruption(setup), table)
     add_shift(model, setup, table)
-    table.add("displacement", norm_of(delta), stage="unlearn")
-    table.add("relative_displacement", norm_of(delta) / norm_of(start), stage="unlearn")
+    table.add(metrics.DISPLACEMENT, norm_of(delta), stage="unlearn")
+    table.add(metrics.RELATIVE_DISPLACEMENT, norm_of(delta) / norm_of(start), stage="unlearn")
     add_energy(setup.base, delta, common, table)
 
 
@@ -351,10 +356,12 @@ def add_match(
     match: BudgetMatch, delta: Mapping[str, Tensor], start: Mapping[str, Tensor], table: Table
 ) -> None:
     """The line search in rows: alpha, and how far the weights moved."""
-    table.add("alpha", match.alpha, stage="unlearn")
-    table.add("displacement", match.alpha * norm_of(delta), stage="unlearn")
+    table.add(metrics.ALPHA, match.alpha, stage="unlearn")
+    table.add(metrics.DISPLACEMENT, match.alpha * norm_of(delta), stage="unlearn")
     table.add(
-        "relative_displacement", match.alpha * norm_of(delta) / norm_of(start), stage="unlearn"
+        metrics.RELATIVE_DISPLACEMENT,
+        match.alpha * norm_of(delta) / norm_of(start),
+        stage="unlearn",
     )
 
 
@@ -380,18 +387,18 @@ def add_energy(
         for k in (1, 2, 4, 8, 16, subspace.rank):
             if k <= subspace.rank:
                 table.add(
-                    "energy_in_retain_subspace",
+                    metrics.ENERGY_IN_RETAIN_SUBSPACE,
                     energy_inside(torch.cat(changed).cpu(), subspace.basis[:, :k].cpu()),
                     stage="unlearn",
                     site=site.name,
-                    step=k,
+                    rank=k,
                 )
                 table.add(
-                    "energy_of_random_delta",
+                    metrics.ENERGY_OF_RANDOM_DELTA,
                     k / subspace.width,
                     stage="unlearn",
                     site=site.name,
-                    step=k,
+                    rank=k,
                 )
 
 
@@ -451,7 +458,7 @@ def add_geometry(
                 arm=arm,
                 split="forget-heldout",
                 site=f"blocks.{row['layer']}.hook_resid_post",
-                step=step,
+                attack_step=step,
             )
 
 
@@ -485,10 +492,10 @@ def measured_attack(
         ):
             for split, encoded in sets.items():
                 scores = raise_if_diverged(score(attacked, encoded), step)
-                table.add_scores(scores, split=split, step=step, **columns)
+                table.add_scores(scores, split=split, attack_step=step, **columns)
             yield step, attacked
     except DivergedError as error:
-        table.add("diverged_at", error.step, **columns)
+        table.add(metrics.DIVERGED_AT, error.step, **columns)
 
 
 def attack(
@@ -534,7 +541,7 @@ def attack(
         except (
             WorkbenchError
         ):  # texts without answers, or that all end alike: the other arms do not depend on this one
-            table.add("random_facts_possible", 0.0, stage="relearn")
+            table.add(metrics.RANDOM_FACTS_POSSIBLE, 0.0, stage="relearn")
     for number, (arm, texts) in enumerate(arms.items()):
         own = {"random-facts": setup.encode(texts, answers=True)} if arm == "random-facts" else {}
 

@@ -1,0 +1,29 @@
+"""Every metric that a table may hold, declared once.
+
+``from workbench import metrics``; then ``metrics.RECALL.rows(results, split="forget-heldout")``.
+"""
+
+from workbench.metrics import inside, landscape, models, triggers
+from workbench.metrics.declare import (
+    ALONE,
+    AXES,
+    METRICS,
+    TOKEN,
+    Metric,
+    matching,
+    metric,
+    metric_of,
+)
+from workbench.metrics.inside import *
+from workbench.metrics.landscape import *
+from workbench.metrics.models import *
+from workbench.metrics.triggers import *
+
+GROUPS = {
+    "Models and attacks": models,
+    "Inside the model": inside,
+    "Triggers": triggers,
+    "Loss landscape": landscape,
+}
+
+METRICS.own([entry for group in GROUPS.values() for entry in group.DECLARED])

@@ -1,5 +1,9 @@
 """Figures: a tidy table in, a matplotlib Figure out. No model is ever loaded here, so any figure
 can be redrawn from a table alone.
+
+A figure of one panel draws into an Axes that is given (``ax=``), one of several panels into a
+Figure or SubFigure (``figure=``); either returns the Figure that this belongs to, leaves its size
+and all else in it alone, and needs its ``layout="constrained"`` so that legends have room.
 """
 
 from __future__ import annotations
@@ -55,7 +59,8 @@ class Drawing:
 
     Attributes:
         name: of the picture's file.
-        draw: makes it from a tidy table; without axes where the table has nothing to draw.
+        draw: makes it from a tidy table; without axes where the table has nothing to draw. Those
+            of the workbench take ``ax`` or ``figure`` to draw into.
         caption: below it in the report.
         of: experiments whose tables it shows; ``run`` is the demo, a sweep and an investigation.
         least: unlearned methods without which it says nothing.

@@ -7,14 +7,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from workbench.figures.style import colour, look, methods_in, nothing, title
+from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _ARMS = {
     "forget": "forget texts",
@@ -46,7 +45,11 @@ _COLUMNS = 4
 
 
 def alignment(
-    table: pd.DataFrame, metric: str = "target_cosine", groups: Sequence[str] = ("trigger", "after")
+    table: pd.DataFrame,
+    metric: str = "target_cosine",
+    groups: Sequence[str] = ("trigger", "after"),
+    *,
+    figure: Figure | SubFigure | None = None,
 ) -> Figure:
     """One column per method, one row per place of the token: cosine with the target by block. Grey
     band: the base on the same texts, all arms.
@@ -62,6 +65,7 @@ def alignment(
             there are any, are the standard deviation for a random target.
         metric: ``target_cosine``, ``shift_cosine`` or ``shift_projection``.
         groups: places of the token, from top to bottom.
+        figure: or part of one, to draw into; no ``ax``: one panel per method and place.
     """
     rows = table[
         (table["stage"] == "triggers")
@@ -83,20 +87,19 @@ def alignment(
         ).any()
     ]
     if not methods or not places:
-        return nothing("no alignment with a target in this table")
+        return nothing("no alignment with a target in this table", figure)
     rows = rows.assign(layer=rows["site"].str.split(".").str[1].astype(int))
     columns = min(_COLUMNS, len(methods))
     bands = -(-len(methods) // columns)
     with look():
         size = (max(4.3, 2.4 * columns + 0.8), 1.9 * bands * len(places) + 1.0)
-        figure, panels = plt.subplots(
+        figure, panels = subplots(
+            figure,
             bands * len(places),
             columns,
-            figsize=size,
-            squeeze=False,
+            size,
             sharex=True,
             sharey=True,
-            layout="constrained",
         )
         for number, method in enumerate(methods):
             mine = rows[rows["method"] == method]
@@ -161,7 +164,7 @@ def alignment(
                 )
             )
         figure.legend(handles=handles, loc="outside lower center", ncols=max(2, columns))
-    return figure
+    return figure.figure
 
 
 def _panel(axes: Axes, mine: pd.DataFrame, anchors: pd.DataFrame, metric: str, ink: str) -> None:

@@ -4,12 +4,11 @@ dealing the texts anew would give.
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
-from workbench.figures.style import look, nothing
+from workbench.figures.style import look, nothing, subplots
 
 _TITLES = {
     "forget": "forget",
@@ -19,7 +18,7 @@ _TITLES = {
 }
 
 
-def angles(table: pd.DataFrame) -> Figure:
+def angles(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure:
     """One matrix per block. Above the diagonal: mean squared cosine of the principal angles between
     two sets' top subspaces; below: the median of its permutation null.
 
@@ -29,23 +28,23 @@ def angles(table: pd.DataFrame) -> Figure:
     Args:
         table: tidy results; stage ``subspaces``, metrics ``set_overlap`` (arm ``observed`` and
             ``null``) and ``set_overlap_p``; ``split`` is ``one|other``.
+        figure: or part of one, to draw into; no ``ax``: one panel per block.
     """
     rows = table[
         (table["stage"] == "subspaces") & table["metric"].isin(["set_overlap", "set_overlap_p"])
     ]
     if not len(rows):
-        return nothing("no comparison of text sets in this table")
+        return nothing("no comparison of text sets in this table", figure)
     pairs = [tuple(pair.split("|")) for pair in rows["split"].dropna().unique()]
     sets = list(dict.fromkeys(name for pair in pairs for name in pair))
     blocks = sorted(rows["site"].unique(), key=lambda site: int(site.split(".")[1]))
     with look():
-        figure, panels = plt.subplots(
+        figure, panels = subplots(
+            figure,
             1,
             len(blocks),
-            figsize=(2.9 * len(blocks) + 0.6, 3.3),
-            squeeze=False,
+            (2.9 * len(blocks) + 0.6, 3.3),
             sharey=True,
-            layout="constrained",
         )
         for axes, block in zip(panels[0], blocks, strict=True):
             mine = rows[rows["site"] == block]
@@ -86,4 +85,4 @@ def angles(table: pd.DataFrame) -> Figure:
             "above the diagonal: observed (* below 95 % of its null);  below: median of the null",
             fontsize=8,
         )
-    return figure
+    return figure.figure

@@ -6,15 +6,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 
-from workbench.figures.style import look, methods_in, nothing, title
+from workbench.figures.style import look, methods_in, nothing, subplots, title
 
 _KINDS = {"hook_resid": "stream", "hook_attn_out": "attention", "hook_mlp_out": "MLP"}
 _GROUPS = ("before", "trigger", "carrier", "after", "all")
@@ -26,7 +25,12 @@ _COLUMNS = 2
 _MOST = 12  # blocks whose numbers can still be read
 
 
-def causal_map(table: pd.DataFrame, direction: str = "base into unlearned") -> Figure:
+def causal_map(
+    table: pd.DataFrame,
+    direction: str = "base into unlearned",
+    *,
+    figure: Figure | SubFigure | None = None,
+) -> Figure:
     """One panel per method: blocks (upwards; "in" is the embedding) by positions, side by side for
     the stream, attention and MLPs. 0 is white, 1 is the full damage.
 
@@ -37,6 +41,7 @@ def causal_map(table: pd.DataFrame, direction: str = "base into unlearned") -> F
         table: tidy results; stage ``triggers``, metric ``restored`` (and ``restored_control``),
             ``site`` the patched activation, ``split`` the positions, ``arm`` the direction.
         direction: ``base into unlearned`` or ``unlearned into base``.
+        figure: or part of one, to draw into; no ``ax``: one panel per method.
     """
     rows = table[
         (table["stage"] == "triggers")
@@ -47,7 +52,7 @@ def causal_map(table: pd.DataFrame, direction: str = "base into unlearned") -> F
     rows = rows[rows["kind"].notna()]
     methods = methods_in(rows.loc[rows["metric"] == "restored", "method"].dropna().tolist())
     if not methods:
-        return nothing("no causal map in this table")
+        return nothing("no causal map in this table", figure)
     seen = rows["split"].dropna().unique().tolist()
     groups = [group for group in _GROUPS if group in seen] + sorted(
         group for group in seen if group not in _GROUPS
@@ -61,14 +66,13 @@ def causal_map(table: pd.DataFrame, direction: str = "base into unlearned") -> F
             max(2.6, 0.46 * len(kinds) * len(groups) + 0.5) * columns + 1.1,
             height * -(-len(methods) // columns) + 0.9,
         )
-        figure, panels = plt.subplots(
+        figure, panels = subplots(
+            figure,
             -(-len(methods) // columns),
             columns,
-            figsize=size,
-            squeeze=False,
+            size,
             sharex=True,
             sharey=True,
-            layout="constrained",
         )
         image = None
         for number, (axes, method) in enumerate(zip(panels.flat, methods, strict=False)):
@@ -98,7 +102,7 @@ def causal_map(table: pd.DataFrame, direction: str = "base into unlearned") -> F
                 "in brackets: the same patch on the clean query, in units of the same damage",
                 fontsize=8,
             )
-    return figure
+    return figure.figure
 
 
 def _kind(site: object) -> str | None:

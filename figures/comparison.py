@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from workbench.figures.marks import diverged, main_metric
-from workbench.figures.style import colour, look, nothing, title
+from workbench.figures.style import colour, legend, look, nothing, panel, title
 
 _BEFORE, _AFTER = "#0072B2", "#D55E00"
 
@@ -49,7 +49,7 @@ def _short_of_budget(table: pd.DataFrame) -> set[str]:
     return set(rows.loc[rows["value"] < 1, "method"])
 
 
-def comparison(table: pd.DataFrame, metric: str | None = None) -> Figure:
+def comparison(table: pd.DataFrame, metric: str | None = None, *, ax: Axes | None = None) -> Figure:
     """A forest of methods, the least recalled after the attack on top; base and never-learned
     control as lines. A star marks methods that did not reach the budget, a dagger those whose
     attack diverged.
@@ -57,6 +57,7 @@ def comparison(table: pd.DataFrame, metric: str | None = None) -> Figure:
     Args:
         table: tidy results; rows of stage ``relearn`` without a seed are drawn.
         metric: ``recall`` or ``answer_probability``.
+        ax: to draw into; the legend stands below it.
     """
     metric = metric or main_metric(table)
     ends = _ends(table, metric)
@@ -68,10 +69,10 @@ def comparison(table: pd.DataFrame, metric: str | None = None) -> Figure:
         else ends
     )
     if not len(methods):
-        return nothing("no relearning attack in this table")
+        return nothing("no relearning attack in this table", ax)
     short, broken = _short_of_budget(table), diverged(table)
     with look():
-        figure, axes = plt.subplots(figsize=(5.6, 1.2 + 0.24 * len(methods)), layout="constrained")
+        figure, axes = panel(ax, (5.6, 1.2 + 0.24 * len(methods)))
         for place, (method, row) in enumerate(methods.iterrows()):
             axes.plot(
                 [row["value_before"], row["value_after"]],
@@ -130,17 +131,18 @@ def comparison(table: pd.DataFrame, metric: str | None = None) -> Figure:
         )
         handles, labels = axes.get_legend_handles_labels()
         note = "* stays below the disruption budget" if short & set(methods.index) else None
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, title=note)
+        legend(ax, axes, handles, labels, loc="outside lower center", ncols=2, title=note)
     return figure
 
 
-def ablation(table: pd.DataFrame, metric: str | None = None) -> Figure:
+def ablation(table: pd.DataFrame, metric: str | None = None, *, ax: Axes | None = None) -> Figure:
     """The collapsed update by the number of components it leaves alone (variants
     ``cir-k<number>``), before and after the attack, with 95 % intervals.
 
     Args:
         table: tidy results of a run with the ablation.
         metric: ``recall`` or ``answer_probability``.
+        ax: to draw into.
     """
     metric = metric or main_metric(table)
     ends = _ends(table, metric)
@@ -150,9 +152,9 @@ def ablation(table: pd.DataFrame, metric: str | None = None) -> Figure:
         if (match := re.fullmatch(r"cir-k(\d+)", str(name)))
     }
     if len(found) < 2:
-        return nothing("no component ablation in this table (workbench sweep --ablation)")
+        return nothing("no component ablation in this table (workbench sweep --ablation)", ax)
     with look():
-        figure, axes = plt.subplots(figsize=(4.4, 3.0), layout="constrained")
+        figure, axes = panel(ax, (4.4, 3.0))
         counts = sorted(found)
         places = range(len(counts))
         for side, shade, marker in (("before", _BEFORE, "o"), ("after", _AFTER, "D")):
@@ -177,7 +179,8 @@ def ablation(table: pd.DataFrame, metric: str | None = None) -> Figure:
         axes.set_xticks(
             list(places), [str(count) + "*" * (found[count] in short) for count in counts]
         )
-        axes.set_xlabel("components left alone on each side (mean direction included)")
+        between = " " if ax is None else "\n"
+        axes.set_xlabel(f"components left alone on each side{between}(mean direction included)")
         axes.set_ylabel(
             "recall of held-out forget facts" if metric == "recall" else "answer probability"
         )

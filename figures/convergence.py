@@ -4,14 +4,13 @@ the trace by probe.
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import NullLocator
 
-from workbench.figures.style import colour, look, methods_in, nothing, title
+from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _MARKS = "os^Dv<>PX*"
 _DASHES = ("-", "--", "-.")
@@ -30,7 +29,11 @@ def stroke(number: int) -> dict[str, str]:
 
 
 def convergence(
-    table: pd.DataFrame, split: str = "forget-heldout", arm: str = "unlearned"
+    table: pd.DataFrame,
+    split: str = "forget-heldout",
+    arm: str = "unlearned",
+    *,
+    figure: Figure | SubFigure | None = None,
 ) -> Figure:
     """Two panels, one colour and marker per method, the lowest seed of each: every seed has other
     probes, and their mean would look settled before any of them is.
@@ -47,6 +50,7 @@ def convergence(
             as below or none.
         split: the texts whose loss it is; rows without a split are drawn as well.
         arm: whose trace: ``unlearned`` (before the attack) or ``relearned``.
+        figure: or part of one, to draw into; no ``ax``: one panel per estimate.
     """
     rows = table[
         table["seed"].notna()
@@ -64,19 +68,18 @@ def convergence(
     ]
     methods = methods_in(rows["method"].dropna().tolist())
     if not methods:
-        return nothing("no convergence of the curvature in this table")
+        return nothing("no convergence of the curvature in this table", figure)
     rows = rows.assign(first=rows.groupby(["metric", "method"])["seed"].transform("min"))
     rows = rows[rows["seed"] == rows["first"]].sort_values("x")
     ritz, traces = rows[rows["metric"] == "ritz"], rows[rows["metric"] == "running_trace"]
     parts = [(name, part) for name, part in (("ritz", ritz), ("trace", traces)) if len(part)]
     with look():
         legend_rows = -(-len(methods) // 5)
-        figure, panels = plt.subplots(
+        figure, panels = subplots(
+            figure,
             1,
             len(parts),
-            figsize=(max(5.0, 4.6 * len(parts)), 3.3 + 0.2 * legend_rows),
-            squeeze=False,
-            layout="constrained",
+            (max(5.0, 4.6 * len(parts)), 3.3 + 0.2 * legend_rows),
         )
         for axes, (name, part) in zip(panels[0], parts, strict=True):
             for number, method in enumerate(methods):
@@ -112,7 +115,7 @@ def convergence(
             ncols=5 if len(parts) > 1 else 3,
             handlelength=3,
         )
-    return figure
+    return figure.figure
 
 
 def _style(method: str, number: int, points: int) -> dict[str, object]:

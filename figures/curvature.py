@@ -4,11 +4,10 @@ the attack won back.
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
-from workbench.figures.style import colour, look, methods_in, nothing, title
+from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _MEASURES = {
     "top_eigenvalue": ("top Hessian eigenvalue", "symlog"),
@@ -17,12 +16,13 @@ _MEASURES = {
 }
 
 
-def curvature(table: pd.DataFrame) -> Figure:
+def curvature(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure:
     """One point per method and seed: a measure taken before the attack against the recall that the
     attack wins back.
 
     Args:
         table: tidy results; stages ``sharpness``, ``unlearn`` and ``relearn``.
+        figure: or part of one, to draw into; no ``ax``: one panel per measure.
     """
     attacked = table[
         (table["stage"] == "relearn")
@@ -49,15 +49,14 @@ def curvature(table: pd.DataFrame) -> Figure:
     points = pd.DataFrame(rows)
     measures = [name for name in _MEASURES if name in points and points[name].notna().any()]
     if not measures:
-        return nothing("no curvature in this table")
+        return nothing("no curvature in this table", figure)
     with look():
-        figure, panels = plt.subplots(
+        figure, panels = subplots(
+            figure,
             1,
             len(measures),
-            figsize=(3.1 * len(measures), 3.3),
-            squeeze=False,
+            (3.1 * len(measures), 3.3),
             sharey=True,
-            layout="constrained",
         )
         for axes, measure in zip(panels[0], measures, strict=True):
             for method in methods_in(points["method"].tolist()):
@@ -75,4 +74,4 @@ def curvature(table: pd.DataFrame) -> Figure:
         panels[0][0].set_ylabel("recall won back by the attack")
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    return figure
+    return figure.figure

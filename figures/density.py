@@ -4,18 +4,19 @@ density of the Hessian of the forget loss.
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
-from workbench.figures.style import colour, look, methods_in, nothing, title
+from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _FLOOR = 1e-6  # densities below this are the far tails of the smoothing
 
 
-def density(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
+def density(
+    table: pd.DataFrame, split: str = "forget-heldout", *, figure: Figure | SubFigure | None = None
+) -> Figure:
     """Log density over eigenvalues of either sign, one panel per arm, one colour per method, the
     base in every panel; one line per seed, shaded over the probes.
 
@@ -28,23 +29,23 @@ def density(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
         table: tidy results; stage ``sharpness``, metric ``density`` along the eigenvalue,
             ``trace`` and ``trace_se``.
         split: the texts whose loss it is.
+        figure: or part of one, to draw into; no ``ax``: one panel per arm.
     """
     rows = table[(table["stage"] == "sharpness") & (table["split"] == split)]
     curves = rows[(rows["metric"] == "density") & rows["value"].notna()]
     if not len(curves):
-        return nothing("no spectral density in this table")
+        return nothing("no spectral density in this table", figure)
     arms = list(dict.fromkeys(curves.loc[curves["method"] != "base", "arm"].fillna(""))) or [""]
     largest = float(curves["x"].abs().max())
     lines = curves["method"].nunique()
     with look():  # the legends below grow with the methods, the panels stay
-        figure, panels = plt.subplots(
+        figure, panels = subplots(
+            figure,
             1,
             len(arms),
-            figsize=(max(5.2, 4.4 * len(arms)), 3.4 + 0.2 * lines),
-            squeeze=False,
+            (max(5.2, 4.4 * len(arms)), 3.4 + 0.2 * lines),
             sharex=True,
             sharey=True,
-            layout="constrained",
         )
         for axes, arm in zip(panels[0], arms, strict=True):
             _panel(axes, _of(rows, arm, arms), _of(curves, arm, arms))
@@ -61,7 +62,7 @@ def density(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
             axes.axvline(0, color="0.4", linewidth=0.8)
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17))
         panels[0][0].set_ylabel("share of eigenvalues per unit of arcsinh")
-    return figure
+    return figure.figure
 
 
 def _of(rows: pd.DataFrame, arm: str, panels: list[str]) -> pd.DataFrame:

@@ -4,12 +4,11 @@ budget stops it.
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
-from workbench.figures.style import colour, look, methods_in, nothing, title
+from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _UNITS = {
     "kl": "disruption: KL(base || model) on retain texts, nats per token",
@@ -17,7 +16,7 @@ _UNITS = {
 }
 
 
-def disruption(table: pd.DataFrame) -> Figure:
+def disruption(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure:
     """Recall of held-out forget facts against disruption (KL to the base, or rise of the loss, on
     retain texts) along ``theta0 + alpha * delta``.
 
@@ -26,11 +25,12 @@ def disruption(table: pd.DataFrame) -> Figure:
 
     Args:
         table: tidy results; stages ``budget`` and ``unlearn``.
+        figure: or part of one, to draw into; no ``ax``: two panels.
     """
     walks = table[(table["stage"] == "budget") & table["seed"].notna()]
     methods = methods_in(walks["method"].dropna().tolist())
     if not methods:
-        return nothing("no line search in this table")
+        return nothing("no line search in this table", figure)
     chosen = table[table["stage"] == "unlearn"]
     budget = chosen.loc[chosen["metric"] == "budget", "value"]
     size = (
@@ -38,9 +38,7 @@ def disruption(table: pd.DataFrame) -> Figure:
         max(3.8, 0.24 * len(methods)),
     )  # room for the names of many methods
     with look():
-        figure, (left, right) = plt.subplots(
-            1, 2, figsize=size, sharey=True, width_ratios=(1.7, 1), layout="constrained"
-        )
+        figure, ((left, right),) = subplots(figure, 1, 2, size, sharey=True, width_ratios=(1.7, 1))
         costs = walks.loc[walks["metric"] == "disruption", "value"]
         floor = max(1e-6, float(np.nanmin(costs[costs > 0])) / 3) if (costs > 0).any() else 1e-4
         for number, method in enumerate(methods):
@@ -98,7 +96,7 @@ def disruption(table: pd.DataFrame) -> Figure:
         right.set_xlim(-0.6, len(methods) - 0.4)
         right.set_title("inside the budget (95 % over seeds and facts)")
         right.grid(axis="x", visible=False)
-    return figure
+    return figure.figure
 
 
 def _path(walk: pd.DataFrame) -> pd.DataFrame:

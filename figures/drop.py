@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
@@ -16,7 +16,9 @@ _LINES = {
 }
 
 
-def drop(table: pd.DataFrame, kind: str = "drop") -> Figure:
+def drop(
+    table: pd.DataFrame, kind: str = "drop", *, figure: Figure | SubFigure | None = None
+) -> Figure:
     """One panel per method: drop of every loss (nats per token) against the radius; bold line: mean
     over seeds, thin lines: seeds.
 
@@ -30,6 +32,7 @@ def drop(table: pd.DataFrame, kind: str = "drop") -> Figure:
         kind: the ``arm`` to draw; in a kind with the word ``adaptive`` the radius is relative to
             every weight, with ``fixed`` a share of the length of the base's weights, in the others
             in units of the displacement by unlearning.
+        figure: or part of one, to draw into; no ``ax``: one panel per method.
     """
     rows = table[
         (table["stage"] == "sharpness")
@@ -40,10 +43,10 @@ def drop(table: pd.DataFrame, kind: str = "drop") -> Figure:
     rows = rows[rows["split"].isin(list(_LINES)) & rows["value"].notna()]
     methods = methods_in(rows["method"].dropna().tolist())
     if not methods:
-        return nothing(f"no worst-case {kind} in this table")
+        return nothing(f"no worst-case {kind} in this table", figure)
     with look():
         figure, panels = grid(
-            len(methods), columns=4, width=2.5 if len(methods) > 2 else 3.6, height=2.3
+            figure, len(methods), columns=4, width=2.5 if len(methods) > 2 else 3.6, height=2.3
         )
         top, bottom = float(rows["value"].max()), float(rows["value"].min())
         for number, (axes, method) in enumerate(zip(panels, methods, strict=True)):
@@ -85,7 +88,7 @@ def drop(table: pd.DataFrame, kind: str = "drop") -> Figure:
                 _LINES["forget-heldout"][0],
             }:
                 handle.set_color("black")  # type: ignore[attr-defined]  # in the panels these two have the method's colour
-    return figure
+    return figure.figure
 
 
 def _radius(kind: str) -> str:

@@ -4,11 +4,10 @@ them.
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
-from workbench.figures.style import colour, look, methods_in, nothing, title
+from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _SIDES = {
     "mlp.hook_in": "gate and up projections (MLP inputs)",
@@ -16,28 +15,28 @@ _SIDES = {
 }
 
 
-def energy(table: pd.DataFrame) -> Figure:
+def energy(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure:
     """Share of every change's energy inside the top-k directions of the retain activations, mean
     over blocks and range over seeds; dashed: a random change.
 
     Args:
         table: tidy results; stage ``unlearn``, metrics ``energy_in_retain_subspace`` and
             ``energy_of_random_delta``.
+        figure: or part of one, to draw into; no ``ax``: one panel per kind of input.
     """
     rows = table[table["metric"].isin(["energy_in_retain_subspace", "energy_of_random_delta"])]
     sites = rows["site"].fillna("")
     sides = [side for side in _SIDES if sites.str.endswith("." + side).any()]
     methods = methods_in(rows["method"].dropna().tolist())
     if not sides or not methods:
-        return nothing("no energy of a weight change in this table")
+        return nothing("no energy of a weight change in this table", figure)
     with look():
-        figure, panels = plt.subplots(
+        figure, panels = subplots(
+            figure,
             1,
             len(sides),
-            figsize=(3.9 * len(sides) + 1.2, 3.4),
-            squeeze=False,
+            (3.9 * len(sides) + 1.2, 3.4),
             sharey=True,
-            layout="constrained",
         )
         for axes, side in zip(panels[0], sides, strict=True):
             mine = rows[sites.str.endswith("." + side)]
@@ -82,4 +81,4 @@ def energy(table: pd.DataFrame) -> Figure:
         panels[0][0].set_ylabel("share of the change's energy inside")
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", ncols=1 + (len(methods) > 14))
-    return figure
+    return figure.figure

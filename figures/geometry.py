@@ -6,25 +6,26 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from workbench.figures.style import grid, look, methods_in, nothing, title
 
 
-def geometry(table: pd.DataFrame) -> Figure:
+def geometry(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure:
     """One panel per method: blocks (upwards) by attack steps; colour is the share of unlearning's
     shift that the attack has taken back, mean over seeds.
 
     Args:
         table: tidy results; stage ``relearn``, metric ``returned``, arm ``attack``.
+        figure: or part of one, to draw into; no ``ax``: one panel per method.
     """
     rows = table[(table["metric"] == "returned") & (table["arm"] == "attack")]
     methods = methods_in(rows["method"].dropna().tolist())
     if not methods:
-        return nothing("no geometry of an attack in this table")
+        return nothing("no geometry of an attack in this table", figure)
     rows = rows.assign(layer=rows["site"].str.split(".").str[1].astype(int))
     with look():
-        figure, panels = grid(len(methods), columns=4, width=2.5, height=1.9)
+        figure, panels = grid(figure, len(methods), columns=4, width=2.5, height=1.9)
         image = None
         for axes, method in zip(panels, methods, strict=True):
             wide = rows[rows["method"] == method].pivot_table(
@@ -51,4 +52,4 @@ def geometry(table: pd.DataFrame) -> Figure:
         figure.supylabel("block", fontsize=9)
         if image is not None:
             figure.colorbar(image, ax=panels, label="share of the shift taken back", shrink=0.7)
-    return figure
+    return figure.figure

@@ -4,11 +4,10 @@ control.
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
-from workbench.figures.style import look, nothing
+from workbench.figures.style import look, nothing, subplots
 
 _LINES = {
     ("unlearned", "part"): ("unlearned, on the forget set without the {}", "#D55E00", "-"),
@@ -18,12 +17,13 @@ _LINES = {
 }
 
 
-def keyword(table: pd.DataFrame) -> Figure:
+def keyword(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure:
     """Share of withheld titles or names that greedy answers hold (left) and their probability
     (right), with 95 % intervals over seeds and questions.
 
     Args:
         table: tidy results; stage ``keyword``, rows without a seed.
+        figure: or part of one, to draw into; no ``ax``: two panels.
     """
     rows = table[
         (table["stage"] == "keyword")
@@ -31,10 +31,10 @@ def keyword(table: pd.DataFrame) -> Figure:
         & table["metric"].isin(["recall", "answer_probability"])
     ]
     if not len(rows):
-        return nothing("no keyword experiment in this table")
+        return nothing("no keyword experiment in this table", figure)
     withheld = str(rows["split"].iloc[0]).removeprefix("withheld-")
     with look():
-        figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.5), sharey=True, layout="constrained")
+        figure, (panels,) = subplots(figure, 1, 2, (8.4, 3.5), sharey=True)
         for axes, metric, label in zip(
             panels,
             ("recall", "answer_probability"),
@@ -75,4 +75,4 @@ def keyword(table: pd.DataFrame) -> Figure:
             axes.set_ylim(-0.03, 1.05)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
-    return figure
+    return figure.figure

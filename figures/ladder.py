@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
-from workbench.figures.style import colour, look, methods_in, nothing, title
+from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _NAMES = {
     "gibberish": "gibberish",
@@ -19,18 +18,19 @@ _NAMES = {
 }
 
 
-def ladder(table: pd.DataFrame) -> Figure:
+def ladder(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure:
     """Left: recall of the held-out questions before and after an attack with every text set.
     Middle: other attack configurations, on the disjoint part. Right: learning new facts.
 
     Args:
         table: tidy results; stage ``ladder``, metric ``recall`` without a seed.
+        figure: or part of one, to draw into; no ``ax``: three panels.
     """
     rows = table[
         (table["stage"] == "ladder") & (table["metric"] == "recall") & table["seed"].isna()
     ]
     if not len(rows):
-        return nothing("no attack ladder in this table")
+        return nothing("no attack ladder in this table", figure)
     methods = methods_in(rows["method"].dropna().tolist())
     arms = rows["arm"].drop_duplicates().tolist()
     text_sets = [arm for arm in _NAMES if arm in arms]
@@ -39,8 +39,8 @@ def ladder(table: pd.DataFrame) -> Figure:
     ]
     ends = rows[rows["x"] == rows.groupby("arm")["x"].transform("max")].set_index(["method", "arm"])
     with look():
-        figure, panels = plt.subplots(
-            1, 3, figsize=(11.5, 3.9), width_ratios=(1.5, 1.2, 1), sharey=True, layout="constrained"
+        figure, (panels,) = subplots(
+            figure, 1, 3, (11.5, 3.9), width_ratios=(1.5, 1.2, 1), sharey=True
         )
         for axes, shown in ((panels[0], ["before", *text_sets]), (panels[1], configs)):
             for number, method in enumerate(methods):
@@ -102,4 +102,4 @@ def ladder(table: pd.DataFrame) -> Figure:
         panels[0].set_ylim(-0.03, 1.05)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(9, len(methods)))
-    return figure
+    return figure.figure

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
@@ -61,7 +61,11 @@ def draw(axes: Axes, rows: pd.DataFrame, label: str, *, band: bool = True, **sty
 
 
 def lens(
-    table: pd.DataFrame, metric: str = "lens_probability", split: str = "forget-heldout"
+    table: pd.DataFrame,
+    metric: str = "lens_probability",
+    split: str = "forget-heldout",
+    *,
+    figure: Figure | SubFigure | None = None,
 ) -> Figure:
     """One panel per method: the right answer by block under the model's own decoder and under the
     base's; the base and the never-learned model as anchors.
@@ -74,17 +78,18 @@ def lens(
             ``base decoder``.
         metric: which metric.
         split: which set of texts.
+        figure: or part of one, to draw into; no ``ax``: one panel per method.
     """
     rows = table[(table["stage"] == "representation") & (table["split"] == split)]
     seen = rows[rows["metric"] == metric].dropna(subset=["value"])
     found = methods_in(seen["method"].dropna().tolist())
     if not found:
-        return nothing("no logit lens in this table")
+        return nothing("no logit lens in this table", figure)
     own, base = seen[seen["arm"] == "own decoder"], seen[seen["arm"] == "base decoder"]
     foils = rows[(rows["metric"] == "lens_foil") & (rows["arm"] == "own decoder")]
     methods = [name for name in found if name not in ANCHORS] or found
     with look():
-        figure, panels = grid(len(methods), width=2.6, height=2.2)
+        figure, panels = grid(figure, len(methods), width=2.6, height=2.2)
         for axes, method in zip(panels, methods, strict=True):
             shade = colour(method)
             for name in ANCHORS:
@@ -135,7 +140,7 @@ def lens(
             finish(axes, method)
         figure.supylabel(_LABELS.get(metric, metric), fontsize=9)
         common_legend(figure, panels, keep=[f"{title(name)}, own decoder" for name in ANCHORS])
-    return figure
+    return figure.figure
 
 
 def finish(axes: Axes, method: str) -> None:
@@ -145,7 +150,9 @@ def finish(axes: Axes, method: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def common_legend(figure: Figure, panels: Sequence[Axes], *, keep: Sequence[str]) -> None:
+def common_legend(
+    figure: Figure | SubFigure, panels: Sequence[Axes], *, keep: Sequence[str]
+) -> None:
     """One legend for all panels, below them; lines that have another colour in every panel are grey
     in it, all but those labelled as in ``keep``.
     """

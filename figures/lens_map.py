@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator
 
@@ -23,7 +23,11 @@ _MOST = 16  # blocks whose numbers can still be read
 
 
 def lens_map(
-    table: pd.DataFrame, metrics: Sequence[str] = tuple(_METRICS), split: str = "forget-heldout"
+    table: pd.DataFrame,
+    metrics: Sequence[str] = tuple(_METRICS),
+    split: str = "forget-heldout",
+    *,
+    figure: Figure | SubFigure | None = None,
 ) -> Figure:
     """One panel per model, the base and the never-learned control first: blocks (upwards) by what
     is read there with the model's own decoder and with the base's.
@@ -39,6 +43,7 @@ def lens_map(
             ``base decoder``.
         metrics: which of these metrics.
         split: which set of texts.
+        figure: or part of one, to draw into; no ``ax``: one panel per model.
     """
     rows = table[
         (table["stage"] == "representation")
@@ -49,7 +54,7 @@ def lens_map(
     rows = rows[rows["site"].fillna("").str.fullmatch(r"blocks\.\d+\.hook_resid_post")]
     methods = methods_in(rows["method"].dropna().tolist())
     if not methods:
-        return nothing("no logit lens to map in this table")
+        return nothing("no logit lens to map in this table", figure)
     rows = rows.assign(layer=rows["site"].str.split(".").str[1].astype(int))
     layers = sorted(rows["layer"].unique())
     columns = [
@@ -62,12 +67,13 @@ def lens_map(
     with look():
         across = 4 if len(methods) > 6 else 2 if len(methods) in (2, 4) else min(3, len(methods))
         figure, panels = grid(
+            figure,
             len(methods),
             columns=across,
             width=max(1.8, 0.42 * len(columns) + (0.4 if across > 1 else 0.9)),
             height=0.24 * min(len(layers), 20) + 1.1,
+            more=1.6,  # for the bars
         )
-        figure.set_figheight(figure.get_figheight() + 1.0)  # for the bars
         drawn: dict[str, AxesImage] = {}
         for axes, method in zip(panels, methods, strict=True):
             means = rows[rows["method"] == method].pivot_table(
@@ -108,7 +114,7 @@ def lens_map(
             if shades == "Oranges_r":
                 # what is good for the answer is on the right, as on the other bar
                 bar.ax.invert_xaxis()
-    return figure
+    return figure.figure
 
 
 def _scales(rows: pd.DataFrame) -> dict[str, tuple[str, Normalize]]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import re
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,7 +13,7 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from workbench.figures.style import look, methods_in, nothing, title
+from workbench.figures.style import look, methods_in, nothing, panel, title
 
 _PARTS = {"attn": "attention", "mlp": "MLP", "norm": "norms"}
 _OUTSIDE = {"embed": "embedding", "norm": "final norm", "unembed": "head"}
@@ -22,7 +21,13 @@ _MOST = 40  # modules whose numbers can still be read: twelve blocks and what li
 _SMALLEST = 1e-3  # share of the largest value below which the scale is linear
 
 
-def modules(table: pd.DataFrame, split: str = "forget-heldout", arm: str = "unlearned") -> Figure:
+def modules(
+    table: pd.DataFrame,
+    split: str = "forget-heldout",
+    arm: str = "unlearned",
+    *,
+    ax: Axes | None = None,
+) -> Figure:
     """Modules (upwards, as the stream goes) by methods; the mean eigenvalue is the trace of the
     module's own block of the Hessian over its number of weights.
 
@@ -38,6 +43,7 @@ def modules(table: pd.DataFrame, split: str = "forget-heldout", arm: str = "unle
             and seed.
         split: the texts whose loss it is.
         arm: ``unlearned`` (before the attack; also rows without an arm) or ``relearned``.
+        ax: to draw into; the colour bar takes room from it.
     """
     rows = table[
         (table["stage"] == "sharpness")
@@ -52,7 +58,7 @@ def modules(table: pd.DataFrame, split: str = "forget-heldout", arm: str = "unle
     ]
     methods = methods_in(rows["method"].dropna().tolist())
     if not methods:
-        return nothing("no curvature of modules in this table")
+        return nothing("no curvature of modules in this table", ax)
     sites = sorted(rows["site"].unique(), key=_place)
     rows = rows.assign(
         low=rows["low"].fillna(rows["value"]), high=rows["high"].fillna(rows["value"])
@@ -66,13 +72,8 @@ def modules(table: pd.DataFrame, split: str = "forget-heldout", arm: str = "unle
     power = 3 * int(np.floor(np.log10(largest) / 3))
     means, largest = means / 10.0**power, largest / 10.0**power
     with look():
-        figure, axes = plt.subplots(
-            figsize=(
-                2.9 + 0.44 * len(methods),
-                1.6 + (0.25 if len(sites) <= _MOST else 0.12) * len(sites),
-            ),
-            layout="constrained",
-        )
+        height = 1.6 + (0.25 if len(sites) <= _MOST else 0.12) * len(sites)
+        figure, axes = panel(ax, (2.9 + 0.44 * len(methods), height))
         linear = max(
             _SMALLEST * largest,
             min(

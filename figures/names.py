@@ -4,11 +4,10 @@ row.
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
-from workbench.figures.style import look, nothing
+from workbench.figures.style import look, nothing, subplots
 
 _PUBLISHED = {7: 1.00, 5: 0.97, 3: 0.23, 1: 0.00}
 _SERIES = (
@@ -20,23 +19,22 @@ _SERIES = (
 )
 
 
-def names(table: pd.DataFrame) -> Figure:
+def names(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure:
     """Left: success by repetitions, with Wilson intervals, beside the published numbers. Right:
     success along the relearning.
 
     Args:
         table: tidy results; stage ``names``, metric ``asr`` without a seed.
+        figure: or part of one, to draw into; no ``ax``: two panels.
     """
     rows = table[(table["stage"] == "names") & (table["metric"] == "asr") & table["seed"].isna()]
     if not len(rows):
-        return nothing("no names experiment in this table")
+        return nothing("no names experiment in this table", figure)
     rows = rows.assign(repetitions=rows["split"].str.rsplit("-", n=1).str[1].astype(int))
     counts = sorted(rows["repetitions"].unique(), reverse=True)
     last = float(rows["x"].max())
     with look():
-        figure, (left, right) = plt.subplots(
-            1, 2, figsize=(8.4, 3.4), sharey=True, layout="constrained"
-        )
+        figure, ((left, right),) = subplots(figure, 1, 2, (8.4, 3.4), sharey=True)
         for offset, (method, arm, after, label, shade, marker) in enumerate(_SERIES):
             mine = rows[
                 (rows["method"] == method)
@@ -110,4 +108,4 @@ def names(table: pd.DataFrame) -> Figure:
         right.legend(loc="upper left")
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    return figure
+    return figure.figure

@@ -7,14 +7,13 @@ from __future__ import annotations
 import re
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.transforms import ScaledTranslation
 
-from workbench.figures.style import colour, look, methods_in, nothing, title
+from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _NAME = re.compile(r"(?P<method>.+)-rna_(?P<noise>\d[\d.]*(?:e-?\d+)?)(?:_(?P<layer>\d+))?")
 _INSIDE = "retain, bare word inside"
@@ -38,7 +37,7 @@ _OWN = -1  # stands for a block that the name leaves to the method
 _ROOM = 7.0  # points over which the lines are set apart
 
 
-def noise(table: pd.DataFrame) -> Figure:
+def noise(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure:
     """Three panels, one row of them per method inside; lines are the blocks of the frozen reference
     whose output carries the noise, with 95 % intervals over seeds and facts.
 
@@ -54,6 +53,7 @@ def noise(table: pd.DataFrame) -> Figure:
             ``unlearn`` (split ``forget-heldout``) and of stage ``triggers`` (split ``retain, bare
             word inside``, arm ``forget-token``), metric ``trigger_effect`` of stage ``triggers``
             with the same split.
+        figure: or part of one, to draw into; no ``ax``: three panels per method.
     """
     rows = table[table["seed"].isna() & np.isfinite(table["value"].astype(float))]
     variants = _variants(rows["method"].dropna().unique().tolist())
@@ -70,20 +70,20 @@ def noise(table: pd.DataFrame) -> Figure:
     ]
     if not methods:
         return nothing(
-            "no noise ablation in this table: it has no method called <method>-rna_<noise>_<layer>"
+            "no noise ablation in this table: it has no method called <method>-rna_<noise>_<layer>",
+            figure,
         )
     variants = variants[variants["method"].isin(methods)]
     sizes = sorted(variants["noise"].unique())
     layers = sorted(variants.loc[variants["noise"] > 0, "layer"].unique())
     with look():
-        figure, panels = plt.subplots(
+        figure, panels = subplots(
+            figure,
             len(methods),
             3,
-            figsize=(9.6, 2.4 * len(methods) + 0.9),
-            squeeze=False,
+            (9.6, 2.4 * len(methods) + 0.9),
             sharex=True,
             sharey="col",
-            layout="constrained",
         )
         for i, method in enumerate(methods):
             mine = variants[variants["method"] == method]
@@ -123,7 +123,7 @@ def noise(table: pd.DataFrame) -> Figure:
             ncols=5,
             handlelength=2.6,
         )
-    return figure
+    return figure.figure
 
 
 def _variants(names: list[str]) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from workbench import metrics
@@ -57,6 +57,8 @@ def plane(
     table: pd.DataFrame,
     split: str = "forget-heldout",
     axes_names: tuple[str, str] = ("first direction", "second direction"),
+    *,
+    figure: Figure | SubFigure | None = None,
 ) -> Figure:
     """One panel per method with contours of one loss (nats per token); the same levels and colours
     in all panels, a cross at the model itself.
@@ -71,16 +73,18 @@ def plane(
             off does not have the loss that is drawn under it), and its end is named.
         split: which loss.
         axes_names: labels of the two axes.
+        figure: or part of one, to draw into; no ``ax``: one panel per method.
     """
     rows = table[(table["stage"] == "sharpness") & table["seed"].notna()]
     surfaces = metrics.PLANE_LOSS.rows(rows, split=split)
     methods = methods_in(surfaces["method"].dropna().tolist())
     finite = surfaces["value"][np.isfinite(surfaces["value"].astype(float))]
     if not methods or not len(finite):
-        return nothing(f"no plane of the loss of {split} in this table")
+        return nothing(f"no plane of the loss of {split} in this table", figure)
     levels = MaxNLocator(12).tick_values(float(finite.min()), float(finite.max()))
     with look():
         figure, panels = grid(
+            figure,
             len(methods),
             columns=4,
             width=2.7 if len(methods) > 1 else 5.0,
@@ -127,4 +131,4 @@ def plane(
                 fraction=0.05,
                 aspect=25,
             )
-    return figure
+    return figure.figure

@@ -4,12 +4,12 @@ correlations.
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from workbench.figures.style import look, nothing
+from workbench.figures.style import legend, look, nothing, panel
 
 NAMES = {
     "displacement": "distance of the weights from the base",
@@ -39,20 +39,21 @@ _OUTCOMES = (
 )
 
 
-def predictors(table: pd.DataFrame) -> Figure:
+def predictors(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     """Rank correlation of every measure with recovery, with the 95 % interval of resampled methods;
     strongest on top.
 
     Args:
         table: tidy results; metric ``recovery_correlation``: ``arm`` is the measure, ``split`` the
             outcome.
+        ax: to draw into; the legend stands below it.
     """
     rows = table[table["metric"] == "recovery_correlation"]
     if not len(rows):
-        return nothing("no correlation with recovery in this table")
+        return nothing("no correlation with recovery in this table", ax)
     strength = rows.assign(size=rows["value"].abs()).groupby("arm")["size"].max().sort_values()
     with look():
-        figure, axes = plt.subplots(figsize=(6.4, 1.2 + 0.34 * len(strength)), layout="constrained")
+        figure, axes = panel(ax, (6.4, 1.2 + 0.34 * len(strength)))
         axes.axvline(0, color="0.4", linewidth=0.8)
         for offset, (outcome, label, shade, marker) in enumerate(_OUTCOMES):
             mine = rows[rows["split"] == outcome].set_index("arm")
@@ -81,5 +82,6 @@ def predictors(table: pd.DataFrame) -> Figure:
         axes.set_xlim(-1.05, 1.05)
         axes.set_xlabel("Spearman's rank correlation")
         axes.grid(axis="y", visible=False)
-        figure.legend(loc="outside lower center", ncols=2)
+        handles, labels = axes.get_legend_handles_labels()
+        legend(ax, axes, handles, labels, loc="outside lower center", ncols=2)
     return figure

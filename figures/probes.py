@@ -5,7 +5,7 @@ one model reads the other.
 from __future__ import annotations
 
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from workbench.figures.lens import common_legend, draw, finish
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
@@ -20,7 +20,9 @@ def _rows(table: pd.DataFrame, split: str) -> pd.DataFrame:
     return table[chosen].dropna(subset=["value"])
 
 
-def probes(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
+def probes(
+    table: pd.DataFrame, split: str = "forget-heldout", *, figure: Figure | SubFigure | None = None
+) -> Figure:
     """One panel per method: accuracy of a probe trained on that model's own stream, on subjects it
     has not seen; beside the control task, the most frequent label and the base.
 
@@ -30,6 +32,7 @@ def probes(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
         table: tidy results; stage ``representation``, metric ``probe_accuracy``, arms ``own``,
             ``control``, ``majority``, ``ceiling``.
         split: which set of texts.
+        figure: or part of one, to draw into; no ``ax``: one panel per method.
     """
     rows = _rows(table, split)
     own = rows[rows["arm"] == "own"]
@@ -37,14 +40,14 @@ def probes(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
         name for name in methods_in(own["method"].dropna().tolist()) if name != "base"
     ] or methods_in(own["method"].dropna().tolist())
     if not methods:
-        return nothing("no probe in this table")
+        return nothing("no probe in this table", figure)
     kept = [
         f"{title('base')}, own probe",
         "most frequent label",
         "ceiling (labels seen in training)",
     ]
     with look():
-        figure, panels = grid(len(methods), width=2.6, height=2.2)
+        figure, panels = grid(figure, len(methods), width=2.6, height=2.2)
         for axes, method in zip(panels, methods, strict=True):
             mine, shade = rows[rows["method"] == method], colour(method)
             ceiling = mine[mine["arm"] == "ceiling"]
@@ -98,10 +101,12 @@ def probes(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
             finish(axes, method)
         figure.supylabel("accuracy on unseen subjects", fontsize=9)
         common_legend(figure, panels, keep=kept)
-    return figure
+    return figure.figure
 
 
-def transfer(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
+def transfer(
+    table: pd.DataFrame, split: str = "forget-heldout", *, figure: Figure | SubFigure | None = None
+) -> Figure:
     """One panel per method, two probes on two streams: the colour is that of the model whose stream
     trained the probe (black: the base), the dash says whose stream it reads.
 
@@ -112,15 +117,16 @@ def transfer(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
         table: tidy results; stage ``representation``, metric ``probe_accuracy``, arms ``own``,
             ``base->unlearned``, ``unlearned->base`` and ``majority``.
         split: which set of texts.
+        figure: or part of one, to draw into; no ``ax``: one panel per method.
     """
     rows = _rows(table, split)
     crossed = rows[rows["arm"].isin(["base->unlearned", "unlearned->base"])]
     methods = [name for name in methods_in(crossed["method"].dropna().tolist()) if name != "base"]
     if not methods:
-        return nothing("no probe transfer in this table")
+        return nothing("no probe transfer in this table", figure)
     kept = ["base's probe on the base", "base's probe on this model", "most frequent label"]
     with look():
-        figure, panels = grid(len(methods), width=2.6, height=2.2)
+        figure, panels = grid(figure, len(methods), width=2.6, height=2.2)
         for axes, method in zip(panels, methods, strict=True):
             mine, shade, black = rows[rows["method"] == method], colour(method), colour("base")
             draw(
@@ -172,4 +178,4 @@ def transfer(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
             finish(axes, method)
         figure.supylabel("accuracy on unseen subjects", fontsize=9)
         common_legend(figure, panels, keep=kept)
-    return figure
+    return figure.figure

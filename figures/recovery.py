@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from workbench.figures.marks import diverged, main_metric
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
@@ -29,13 +29,16 @@ def _line(
     )
 
 
-def recovery(table: pd.DataFrame, metric: str | None = None) -> Figure:
+def recovery(
+    table: pd.DataFrame, metric: str | None = None, *, figure: Figure | SubFigure | None = None
+) -> Figure:
     """Recall (or ``answer_probability``) of held-out forget facts against attack steps, with 95 %
     intervals over seeds and facts.
 
     Args:
         table: tidy results; rows of stage ``relearn`` without a seed are drawn.
         metric: which metric.
+        figure: or part of one, to draw into; no ``ax``: one panel per method.
     """
     metric = metric or main_metric(table)
     rows = table[
@@ -50,9 +53,9 @@ def recovery(table: pd.DataFrame, metric: str | None = None) -> Figure:
         if name not in ("base", "never-learned")
     ]
     if not methods:
-        return nothing("no relearning attack in this table")
+        return nothing("no relearning attack in this table", figure)
     with look():
-        figure, panels = grid(len(methods))
+        figure, panels = grid(figure, len(methods))
         broken = diverged(table)
         control = rows[(rows["method"] == "never-learned") & (rows["arm"] == "attack")]
         base = rows[(rows["method"] == "base") & (rows["arm"] == "attack")]
@@ -123,4 +126,4 @@ def recovery(table: pd.DataFrame, metric: str | None = None) -> Figure:
         panels[0].set_ylabel(unit)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    return figure
+    return figure.figure

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
@@ -28,7 +28,11 @@ _ANGLES = np.deg2rad([45, 0, 90, -45, 135, 180, -90, -135, 22, 67, -22, 112])
 
 
 def resistance(
-    table: pd.DataFrame, measures: Sequence[str] | None = None, outcome: str = "recovery"
+    table: pd.DataFrame,
+    measures: Sequence[str] | None = None,
+    outcome: str = "recovery",
+    *,
+    figure: Figure | SubFigure | None = None,
 ) -> Figure:
     """One panel per measure: small points are models (one per method and seed), large ones the
     means over seeds with the range of the seeds both ways.
@@ -46,6 +50,7 @@ def resistance(
             before the attack is then left out beside the recall won back, which is correlated with
             it by construction.
         outcome: ``recovery`` or ``recall_after``.
+        figure: or part of one, to draw into; no ``ax``: one panel per measure.
     """
     points = _points(table, outcome)
     correlations = (
@@ -65,7 +70,7 @@ def resistance(
     else:
         chosen = [name for name in measures if name in seen]
     if not chosen:
-        return nothing("no measures beside what an attack won back in this table")
+        return nothing("no measures beside what an attack won back in this table", figure)
     points = points[points["arm"].isin(chosen)]
     numbers = {
         method: number
@@ -73,7 +78,7 @@ def resistance(
     }
     columns = min(len(chosen), 2 if len(chosen) == 4 else 3)
     with look():
-        figure, panels = grid(len(chosen), columns=columns, width=3.4, height=2.9)
+        figure, panels = grid(figure, len(chosen), columns=columns, width=3.4, height=2.9)
         means: list[list[tuple[int, float, float]]] = [[] for _ in panels]
         for position, (axes, measure) in enumerate(zip(panels, chosen, strict=True)):
             mine = points[points["arm"] == measure]
@@ -100,10 +105,11 @@ def resistance(
             handletextpad=0.1,
             columnspacing=1.2,
         )
-        figure.draw_without_rendering()  # only then is it known where a mean lies on the page
+        # only then is it known where a mean lies on the page
+        figure.figure.draw_without_rendering()
         for axes, found in zip(panels, means, strict=True):
             _number(axes, found)
-    return figure
+    return figure.figure
 
 
 def family_and_smoothing(method: str) -> tuple[str, str]:

@@ -4,22 +4,22 @@ beside chance.
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
-from workbench.figures.style import colour, look, methods_in, nothing, title
+from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _ARMS = {"scan": "by the rise of the answer's loss", "scan, shift": "by the shift of the stream"}
 
 
-def scan(table: pd.DataFrame) -> Figure:
+def scan(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure:
     """Two panels: precision against recall of the known forget-tokens, tokens ranked by what they
     do to the answer's loss and to the stream. One step line per seed.
 
     Args:
         table: tidy results; stage ``triggers``, metrics ``precision`` (along the recall) and
             ``average_precision`` with the arm ``chance``.
+        figure: or part of one, to draw into; no ``ax``: one panel per ranking.
     """
     rows = table[
         (table["stage"] == "triggers") & table["metric"].isin(["precision", "average_precision"])
@@ -28,15 +28,14 @@ def scan(table: pd.DataFrame) -> Figure:
     methods = methods_in(curves["method"].dropna().tolist())
     arms = [arm for arm in _ARMS if (curves["arm"] == arm).any()]
     if not methods:
-        return nothing("no scan for triggers in this table")
+        return nothing("no scan for triggers in this table", figure)
     with look():
-        figure, panels = plt.subplots(
+        figure, panels = subplots(
+            figure,
             1,
             len(arms),
-            figsize=(3.6 * len(arms) + 1.9, 3.1 + 0.09 * len(methods)),
-            squeeze=False,
+            (3.6 * len(arms) + 1.9, 3.1 + 0.09 * len(methods)),
             sharey=True,
-            layout="constrained",
         )
         chance = rows[(rows["metric"] == "average_precision") & (rows["arm"] == "chance")]["value"]
         for axes, arm in zip(panels[0], arms, strict=True):
@@ -77,4 +76,4 @@ def scan(table: pd.DataFrame) -> Figure:
                 fontsize=7,
             )
         panels[0][0].set_ylabel("precision")
-    return figure
+    return figure.figure

@@ -4,15 +4,14 @@ be forgotten and on what was not.
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from workbench.figures.convergence import stroke
 from workbench.figures.lens import by_block
-from workbench.figures.style import colour, look, methods_in, nothing, title
+from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _MEASURES = {
     "relative_shift": "length of the shift\n(share of the stream's)",
@@ -27,7 +26,7 @@ _SPLITS = {
 }
 
 
-def shift(table: pd.DataFrame) -> Figure:
+def shift(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure:
     """Measures from top to bottom, sets of texts from left to right; one line per method, mean over
     seeds with the range of the seeds.
 
@@ -38,6 +37,7 @@ def shift(table: pd.DataFrame) -> Figure:
         table: tidy results; stage ``unlearn``, metrics ``relative_shift``, ``cosine`` and ``cka``,
             ``site`` = ``blocks.N.hook_resid_post``, splits ``forget-heldout``,
             ``retain-neighbour``, ``retain`` and ``general``.
+        figure: or part of one, to draw into; no ``ax``: one panel per measure and set of texts.
     """
     rows = table[
         (table["stage"] == "unlearn")
@@ -51,7 +51,7 @@ def shift(table: pd.DataFrame) -> Figure:
     ]
     methods = methods_in(rows["method"].dropna().tolist())
     if not methods:
-        return nothing("no shift of the residual stream in this table")
+        return nothing("no shift of the residual stream in this table", figure)
     rows = rows.assign(
         value=rows["value"].mask(rows["metric"] == "cka", 1 - rows["value"]),
         low=np.nan,
@@ -61,14 +61,13 @@ def shift(table: pd.DataFrame) -> Figure:
     splits = [name for name in _SPLITS if (rows["split"] == name).any()]
     with look():
         size = (3.1 * len(splits) + 0.6, 2.1 * len(measures) + 0.6 + 0.18 * -(-len(methods) // 5))
-        figure, panels = plt.subplots(
+        figure, panels = subplots(
+            figure,
             len(measures),
             len(splits),
-            figsize=size,
-            squeeze=False,
+            size,
             sharex=True,
             sharey="row",
-            layout="constrained",
         )
         for i, measure in enumerate(measures):
             for j, split in enumerate(splits):
@@ -140,4 +139,4 @@ def shift(table: pd.DataFrame) -> Figure:
             ncols=min(5, 2 * len(splits)),
             handlelength=3,
         )
-    return figure
+    return figure.figure

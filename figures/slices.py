@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
-from workbench.figures.style import colour, look, methods_in, nothing, title
+from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _ARMS = {
     "descent": ("along the attacker's descent direction", "step / length of the weights"),
@@ -20,25 +19,25 @@ _SPLITS = {
 }
 
 
-def slices(table: pd.DataFrame) -> Figure:
+def slices(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure:
     """Answer loss in nats per token; bold line: mean over seeds, band: range over seeds.
 
     Args:
         table: tidy results; metric ``slice_loss``.
+        figure: or part of one, to draw into; no ``ax``: one panel per loss and direction.
     """
     rows = table[(table["metric"] == "slice_loss") & table["seed"].notna()]
     arms = [arm for arm in _ARMS if (rows["arm"] == arm).any()]
     splits = [split for split in _SPLITS if (rows["split"] == split).any()]
     if not arms or not splits:
-        return nothing("no loss slice in this table")
+        return nothing("no loss slice in this table", figure)
     with look():
-        figure, panels = plt.subplots(
+        figure, panels = subplots(
+            figure,
             len(splits),
             len(arms),
-            figsize=(3.4 * len(arms), 2.5 * len(splits) + 0.7),
-            squeeze=False,
+            (3.4 * len(arms), 2.5 * len(splits) + 0.7),
             sharey="row",
-            layout="constrained",
         )
         for i, split in enumerate(splits):
             for j, arm in enumerate(arms):
@@ -83,4 +82,4 @@ def slices(table: pd.DataFrame) -> Figure:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=5)
-    return figure
+    return figure.figure

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
 from workbench.figures.resistance import family_and_smoothing
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
 
-def smoothing(table: pd.DataFrame) -> Figure:
+def smoothing(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure:
     """One panel per plain method, one row per smoothing: hollow before the attack (negative: it had
     forgotten less), filled at the attack's end (positive: it resists better).
 
@@ -21,6 +21,7 @@ def smoothing(table: pd.DataFrame) -> Figure:
 
     Args:
         table: tidy results; metric ``smoothing_effect`` by smoothed method and step.
+        figure: or part of one, to draw into; no ``ax``: one panel per plain method.
     """
     rows = table[
         (table["metric"] == "smoothing_effect")
@@ -28,7 +29,7 @@ def smoothing(table: pd.DataFrame) -> Figure:
         & (table["split"].fillna("forget-heldout") == "forget-heldout")
     ]
     if not len(rows):
-        return nothing("no method with and without smoothing in this table")
+        return nothing("no method with and without smoothing in this table", figure)
     names = [family_and_smoothing(method) for method in rows["method"]]
     rows = rows.assign(
         plain=[plain for plain, _ in names], wrapper=[wrapper.upper() for _, wrapper in names]
@@ -38,6 +39,7 @@ def smoothing(table: pd.DataFrame) -> Figure:
     reach = 1.08 * max(float(rows[["low", "high"]].abs().max().max()), 0.02)
     with look():
         figure, panels = grid(
+            figure,
             len(plain),
             columns=5,
             width=max(2.3, 4.0 / len(plain)),
@@ -80,4 +82,4 @@ def smoothing(table: pd.DataFrame) -> Figure:
         figure.legend(
             handles, ["before the attack", "after it"], loc="outside lower center", ncols=2
         )
-    return figure
+    return figure.figure

@@ -4,13 +4,12 @@ texts share.
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from workbench.figures.style import look, nothing
+from workbench.figures.style import look, nothing, subplots
 
 _KINDS = {
     "mlp.hook_in": "MLP inputs",
@@ -25,27 +24,27 @@ _ARMS = {
 }
 
 
-def spectra(table: pd.DataFrame) -> Figure:
+def spectra(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure:
     """Top: share of variance per principal direction, one line per block; bands are tiers of
     components with their share of the retain texts' variance. Bottom: overlap of the top-k
     subspaces, mean and range over blocks.
 
     Args:
         table: tidy results; stage ``subspaces``.
+        figure: or part of one, to draw into; no ``ax``: two panels per kind of activation.
     """
     rows = table[table["stage"] == "subspaces"]
     sites = rows["site"].fillna("")
     kinds = [kind for kind in _KINDS if sites.str.endswith("." + kind).any()]
     if not kinds:
-        return nothing("no subspace in this table")
+        return nothing("no subspace in this table", figure)
     with look():
-        figure, panels = plt.subplots(
+        figure, panels = subplots(
+            figure,
             2,
             len(kinds),
-            figsize=(3.3 * len(kinds), 5.0),
-            squeeze=False,
+            (3.3 * len(kinds), 5.0),
             sharey="row",
-            layout="constrained",
         )
         for j, kind in enumerate(kinds):
             mine = rows[sites.str.endswith("." + kind)]
@@ -120,4 +119,4 @@ def spectra(table: pd.DataFrame) -> Figure:
         panels[0][0].legend(loc="upper right")
         handles, labels = panels[1][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, title="overlap of")
-    return figure
+    return figure.figure

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import colorsys
 import hashlib
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.transforms import ScaledTranslation
 
 from workbench.unlearning.methods import METHODS
 from workbench.unlearning.wrappers import WRAPPERS, Wrapper
 
+Shared = Literal["none", "all", "row", "col"]
+"""Panels that have an axis in common."""
 CONTROL_STYLES = {
     "base": ("base", "#000000"),
     "never-learned": ("never learned", "#7f7f7f"),
@@ -91,24 +98,105 @@ def look() -> Iterator[None]:
                 plt.close(number)
 
 
+def panel(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """The figure of ``ax`` and ``ax`` in the style of ``look``, or a new figure of this size and
+    its one Axes.
+    """
+    if ax is None:
+        return plt.subplots(figsize=size, layout="constrained")
+    of = mpl.rcParams
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(visible=True, alpha=of["grid.alpha"], linewidth=of["grid.linewidth"])
+    ax.tick_params(labelsize=of["font.size"])
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.label.set_fontsize(of["axes.labelsize"])
+    return ax.figure.figure, ax
+
+
+def subplots(
+    figure: Figure | SubFigure | None,
+    rows: int,
+    columns: int,
+    size: tuple[float, float],
+    *,
+    sharex: bool | Shared = False,
+    sharey: bool | Shared = False,
+    width_ratios: Sequence[float] | None = None,
+) -> tuple[Figure | SubFigure, np.ndarray]:
+    """Panels ``[row, column]`` in ``figure``, or in a new one of this size, and what they are in:
+    legends, colour bars and labels of them all belong there.
+    """
+    if figure is None:
+        figure = plt.figure(figsize=size, layout="constrained")
+    panels = figure.subplots(
+        rows, columns, squeeze=False, sharex=sharex, sharey=sharey, width_ratios=width_ratios
+    )
+    return figure, panels
+
+
 def grid(
-    count: int, *, columns: int = 4, width: float = 2.5, height: float = 2.1, share_y: bool = True
-) -> tuple[Figure, list[Axes]]:
-    """A grid of small panels: the figure and its first ``count`` axes; the others are removed."""
+    figure: Figure | SubFigure | None,
+    count: int,
+    *,
+    columns: int = 4,
+    width: float = 2.5,
+    height: float = 2.1,
+    more: float = 0.6,
+    share_y: bool = True,
+) -> tuple[Figure | SubFigure, list[Axes]]:
+    """A grid of small panels in ``figure``, or in a new one: what they are in, and the first
+    ``count`` axes; the others are removed.
+
+    Args:
+        figure: to draw into.
+        count: of panels.
+        columns: most panels side by side.
+        width: of a panel, in inches.
+        height: of a panel, in inches.
+        more: height for what stands below the panels, in inches.
+        share_y: one vertical axis for all.
+    """
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(width * columns, height * rows + 0.6),
-        squeeze=False,
-        sharey=share_y,
-        layout="constrained",
-    )
+    size = (width * columns, height * rows + more)
+    figure, axes = subplots(figure, rows, columns, size, sharey=share_y)
     flat = list(axes.flat)
     for spare in flat[count:]:
         spare.remove()
     return figure, flat[:count]
+
+
+def legend(
+    ax: Axes | None,
+    axes: Axes,
+    handles: Sequence[Artist],
+    labels: Sequence[str],
+    *,
+    loc: Literal["outside lower center", "outside right upper"],
+    **style: Any,
+) -> None:
+    """The legend of a figure of one panel: at ``loc``; of an Axes that was given below that Axes,
+    in at most four columns and no wider than it, if that can be.
+
+    Args:
+        ax: what was given.
+        axes: the panel.
+        handles: of the legend.
+        labels: of the legend.
+        loc: in a figure of its own.
+        style: what else ``Figure.legend`` takes.
+    """
+    if ax is None:
+        axes.figure.legend(handles, labels, loc=loc, **style)
+        return
+    words = axes.xaxis.get_tightbbox()
+    down = (axes.bbox.y0 - words.y0) / axes.figure.dpi if words else 0.0
+    below = axes.transAxes + ScaledTranslation(0, -down, axes.figure.dpi_scale_trans)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below}
+    for columns in range(4, 0, -1):
+        drawn = axes.legend(handles, labels, **(style | place | {"ncols": columns}))
+        if drawn.get_window_extent().width <= axes.bbox.width:
+            break
 
 
 def methods_in(names: Iterable[str]) -> list[str]:
@@ -126,9 +214,18 @@ def methods_in(names: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(names), key=place)
 
 
-def nothing(message: str) -> Figure:
-    """A figure that says why there is nothing to draw."""
+def nothing(message: str, where: Axes | Figure | SubFigure | None = None) -> Figure:
+    """A figure that says why there is nothing to draw, or the one that ``where`` belongs to, with
+    the message there.
+    """
+    middle: dict[str, Any] = {"ha": "center", "va": "center"}
     with look():
-        figure = plt.figure(figsize=(5, 1.2), layout="constrained")
-        figure.text(0.5, 0.5, message, ha="center", va="center")
-    return figure
+        if isinstance(where, Axes):
+            where.set_axis_off()
+            lines = textwrap.fill(message, 36)
+            where.text(0.5, 0.5, lines, transform=where.transAxes, **middle)
+            return where.figure.figure
+        if where is None:
+            where = plt.figure(figsize=(5, 1.2), layout="constrained")
+        where.text(0.5, 0.5, message, **middle)
+    return where.figure

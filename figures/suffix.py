@@ -4,12 +4,11 @@ was searched.
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
-from workbench.figures.style import colour, look, methods_in, nothing, title
+from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _ARMS = {
     "none": "no suffix",
@@ -24,19 +23,22 @@ _SPLITS = {
 }
 
 
-def suffix(table: pd.DataFrame, metric: str = "recall") -> Figure:
+def suffix(
+    table: pd.DataFrame, metric: str = "recall", *, figure: Figure | SubFigure | None = None
+) -> Figure:
     """A forest of models, one panel per kind of question: hollow without a suffix, grey behind
     random ones, filled behind the searched one; 95 % intervals over seeds and facts.
 
     Args:
         table: tidy results; rows of stage ``suffix`` without a seed.
         metric: ``recall`` or ``answer_probability``.
+        figure: or part of one, to draw into; no ``ax``: one panel per kind of question.
     """
     rows = table[(table["stage"] == "suffix") & (table["metric"] == metric) & table["seed"].isna()]
     methods = methods_in(rows["method"].dropna().tolist())
     splits = [split for split in _SPLITS if (rows["split"] == split).any()]
     if not methods or not splits:
-        return nothing("no suffix experiment in this table")
+        return nothing("no suffix experiment in this table", figure)
     with look():
         numbers = {
             (row["split"], row["arm"], row["method"]): tuple(
@@ -45,13 +47,12 @@ def suffix(table: pd.DataFrame, metric: str = "recall") -> Figure:
             for row in rows.to_dict("records")
         }
         height = 1.5 + 0.42 * len(methods)
-        figure, panels = plt.subplots(
+        figure, panels = subplots(
+            figure,
             1,
             len(splits),
-            figsize=(1.3 + 2.7 * len(splits), height),
+            (1.3 + 2.7 * len(splits), height),
             sharey=True,
-            squeeze=False,
-            layout="constrained",
         )
         for axes, split in zip(panels[0], splits, strict=True):
             for number, arm in enumerate(_ARMS):
@@ -110,4 +111,4 @@ def suffix(table: pd.DataFrame, metric: str = "recall") -> Figure:
             ncols=3,
             title="in front of the question",
         )
-    return figure
+    return figure.figure

@@ -6,23 +6,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
-from workbench.figures.style import colour, look, methods_in, nothing, title
+from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _CONTROL = "retain-token"
 _GREY, _BAND = "0.4", "0.82"
 
 
 def trigger_theory(
-    table: pd.DataFrame, *, arm: str = "forget-token", site: str | None = None
+    table: pd.DataFrame,
+    *,
+    arm: str = "forget-token",
+    site: str | None = None,
+    figure: Figure | SubFigure | None = None,
 ) -> Figure:
     """One row of panels per method: the shift's coordinates, the spectrum of its covariance,
     ``eta`` by steering coefficient (where varied), rejection rate.
@@ -37,27 +40,27 @@ def trigger_theory(
             (``workbench.diagnostics.trigger_theory.add_theory``).
         arm: kind of the word in front.
         site: where the shift was measured; by default the first site that the table holds.
+        figure: or part of one, to draw into; no ``ax``: one panel per method and measure.
     """
     rows = table[(table["stage"] == "triggers") & table["metric"].str.startswith("theory_")]
     sites = rows["site"].dropna().unique().tolist()
     rows = rows[rows["site"] == (site if site is not None or not sites else sites[0])]
     methods = methods_in(rows.loc[rows["arm"] == arm, "method"].dropna().tolist())
     if not methods:
-        return nothing("no check of the trigger theory in this table")
+        return nothing("no check of the trigger theory in this table", figure)
     kinds = [
         kind
         for kind in _PANELS
         if len(rows[(rows["arm"] == arm) & (rows["metric"] == f"theory_{kind}")])
     ]
     with look():
-        figure, panels = plt.subplots(
+        figure, panels = subplots(
+            figure,
             len(methods),
             len(kinds),
-            figsize=(2.5 * len(kinds) + 0.4, 1.75 * len(methods) + 1.1),
-            squeeze=False,
+            (2.5 * len(kinds) + 0.4, 1.75 * len(methods) + 1.1),
             sharex="col",
             sharey="col",
-            layout="constrained",
         )
         for line, method in zip(panels, methods, strict=True):
             mine, control = (
@@ -95,7 +98,7 @@ def trigger_theory(
         if arm == _CONTROL or not len(rows[rows["arm"] == _CONTROL]):
             del handles[1]
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
-    return figure
+    return figure.figure
 
 
 def _curve(rows: pd.DataFrame, kind: str) -> pd.DataFrame:

@@ -4,14 +4,14 @@ neutral word.
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from workbench.figures.marks import main_metric
-from workbench.figures.style import colour, look, methods_in, nothing, title
+from workbench.figures.style import colour, legend, look, methods_in, nothing, panel, title
 
 _ARMS = {
     "clean": "no word",
@@ -22,13 +22,16 @@ _ARMS = {
 _HATCH = {"clean": "", "neutral-token": "....", "retain-token": "////", "forget-token": ""}
 
 
-def triggers(table: pd.DataFrame, metric: str | None = None, split: str = "retain") -> Figure:
+def triggers(
+    table: pd.DataFrame, metric: str | None = None, split: str = "retain", *, ax: Axes | None = None
+) -> Figure:
     """Accuracy with 95 % intervals over seeds and questions; the solid bar is the forget-token.
 
     Args:
         table: tidy results; rows of stage ``triggers`` without a seed.
         metric: ``recall`` (accuracy) or ``answer_probability``.
         split: the questions, by the way the word was put into them.
+        ax: to draw into; the legend stands below it.
     """
     metric = metric or main_metric(table)
     rows = table[
@@ -39,11 +42,9 @@ def triggers(table: pd.DataFrame, metric: str | None = None, split: str = "retai
     ]
     methods = methods_in(rows["method"].dropna().tolist())
     if not methods:
-        return nothing("no trigger check in this table")
+        return nothing("no trigger check in this table", ax)
     with look():
-        figure, axes = plt.subplots(
-            figsize=(max(5.2, 1.0 + 0.95 * len(methods)), 3.2), layout="constrained"
-        )
+        figure, axes = panel(ax, (max(5.2, 1.0 + 0.95 * len(methods)), 3.2))
         width = 0.2
         for number, arm in enumerate(_ARMS):
             mine = rows[rows["arm"] == arm].set_index("method").reindex(methods)
@@ -105,7 +106,9 @@ def triggers(table: pd.DataFrame, metric: str | None = None, split: str = "retai
             )
             for arm in _ARMS
         ]
-        figure.legend(
+        legend(
+            ax,
+            axes,
             handles,
             list(_ARMS.values()),
             loc="outside lower center",

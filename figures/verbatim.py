@@ -4,12 +4,11 @@ every control.
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from workbench import metrics
-from workbench.figures.style import look, nothing
+from workbench.figures.style import look, nothing, subplots
 
 _LINES = {
     ("unlearned", "part"): ("unlearned, on neighbouring passages", "#D55E00", "-"),
@@ -26,20 +25,21 @@ _PANELS = (
 )
 
 
-def verbatim(table: pd.DataFrame) -> Figure:
+def verbatim(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Figure:
     """ROUGE-L F1 of greedy continuations, their longest verbatim run, and the geometric mean
     probability of the true tokens, with 95 % intervals over seeds and passages.
 
     Args:
         table: tidy results; stage ``verbatim``, rows without a seed.
+        figure: or part of one, to draw into; no ``ax``: three panels.
     """
     rows = metrics.matching(
         table, stage="verbatim", seed=None, metric=[metric.name for metric, _ in _PANELS]
     )
     if not len(rows):
-        return nothing("no verbatim experiment in this table")
+        return nothing("no verbatim experiment in this table", figure)
     with look():
-        figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.7), sharey=True, layout="constrained")
+        figure, (panels,) = subplots(figure, 1, 3, (10.5, 3.7), sharey=True)
         for axes, (metric, label) in zip(panels, _PANELS, strict=True):
             mine = metric.rows(rows)
             base = mine[mine["method"] == "base"]
@@ -75,4 +75,4 @@ def verbatim(table: pd.DataFrame) -> Figure:
             axes.set_ylim(-0.03, 1.05)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    return figure
+    return figure.figure

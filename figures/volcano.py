@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
@@ -15,7 +15,9 @@ LEVEL = 0.1
 _NAMED = 4
 
 
-def volcano(table: pd.DataFrame, seed: int | None = None) -> Figure:
+def volcano(
+    table: pd.DataFrame, seed: int | None = None, *, figure: Figure | SubFigure | None = None
+) -> Figure:
     """One panel per method: rise of the answer's loss behind a token, unlearned minus base, against
     how many standard errors over facts that is; truly forgotten names in the method's colour,
     retained names in black. Right of the dashed line are the findings, where there are any.
@@ -25,6 +27,7 @@ def volcano(table: pd.DataFrame, seed: int | None = None) -> Figure:
             ``token_q``, ``arm`` ``forget-token``, ``retain-token`` or
             ``other``.
         seed: of the model; default the first.
+        figure: or part of one, to draw into; no ``ax``: one panel per method.
     """
     wanted = ["token_rise", "token_rise_se", "token_q"]
     rows = table[
@@ -32,10 +35,10 @@ def volcano(table: pd.DataFrame, seed: int | None = None) -> Figure:
     ]
     methods = methods_in(rows["method"].dropna().tolist())
     if not methods or set(rows["metric"]) != set(wanted):
-        return nothing("no scan for triggers in this table")
+        return nothing("no scan for triggers in this table", figure)
     rows = rows[rows["seed"] == (rows["seed"].min() if seed is None else seed)]
     with look():
-        figure, panels = grid(len(methods), width=2.7, height=2.4, share_y=False)
+        figure, panels = grid(figure, len(methods), width=2.7, height=2.4, share_y=False)
         for axes, method in zip(panels, methods, strict=True):
             wide = (
                 rows[rows["method"] == method]
@@ -76,4 +79,4 @@ def volcano(table: pd.DataFrame, seed: int | None = None) -> Figure:
         panels[0].set_ylabel("|rise| in standard errors")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    return figure
+    return figure.figure

@@ -910,8 +910,7 @@ def test_a_row_has_what_it_was_given_what_all_rows_share_and_nothing_else() -> N
         first["value"],
     ) == ("r", "npo", 1, "unlearn", "alpha", 0.5)
     assert all(
-        pd.isna(first[name])
-        for name in ("model", "site", "split", "arm", "x", "low", "high", "n")
+        pd.isna(first[name]) for name in ("model", "site", "split", "arm", "x", "low", "high", "n")
     )
     # A column of the row wins over the shared one.
     assert (

@@ -76,10 +76,8 @@ def _curve(axes: Axes, label: str) -> np.ndarray:
 # --- Every figure ---
 
 
-@pytest.mark.parametrize("name", list(FIGURES))
-def test_every_figure_is_drawn_from_the_table_alone(name: str, results: pd.DataFrame) -> None:
-    before = results.copy(deep=True)
-    table = results
+def table_of(name: str, results: pd.DataFrame) -> pd.DataFrame:
+    """The synthetic run, with the rows that this figure wants and the run has not."""
     if (
         name == "ablation"
     ):  # the demo has no ablation, so two of its methods stand in for two counts of components
@@ -88,12 +86,12 @@ def test_every_figure_is_drawn_from_the_table_alone(name: str, results: pd.DataF
             for name in results["method"].dropna().unique()
             if name not in ("base", "never-learned")
         ][:2]
-        table = results.replace({"method": {first: "cir-k0", second: "cir-k16"}})
+        return results.replace({"method": {first: "cir-k0", second: "cir-k16"}})
     if name == "shift":  # nor does the synthetic run say how far the stream has moved
         moved = results[results["metric"] == "returned"].assign(
             metric="relative_shift", stage="unlearn"
         )
-        table = pd.concat([results, moved], ignore_index=True)
+        return pd.concat([results, moved], ignore_index=True)
     if name == "smoothing":  # nor has it a smoothed method
         attacks = results[
             (results["metric"] == "recall")
@@ -102,10 +100,17 @@ def test_every_figure_is_drawn_from_the_table_alone(name: str, results: pd.DataF
             & (results["method"] == "npo")
             & results["seed"].isna()
         ]
-        table = pd.concat(
+        return pd.concat(
             [results, attacks.assign(metric="smoothing_effect", method="npo-sam")],
             ignore_index=True,
         )
+    return results
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_every_figure_is_drawn_from_the_table_alone(name: str, results: pd.DataFrame) -> None:
+    before = results.copy(deep=True)
+    table = table_of(name, results)
     figure = FIGURES[name](table)
     assert isinstance(figure, Figure)
     assert any(axes.lines or axes.patches or axes.collections for axes in figure.axes)
@@ -609,9 +614,7 @@ def _ladder_table() -> pd.DataFrame:
         }
         for arm, value in (text_sets | configs).items():
             for step, share in ((0, 0.0), (10, 0.4), (40, 1.0)):
-                rows.append(
-                    {**shared, "arm": arm, "x": step, "value": 0.1 + more + share * value}
-                )
+                rows.append({**shared, "arm": arm, "x": step, "value": 0.1 + more + share * value})
                 rows.append({**shared, "arm": arm, "x": step, "value": 0.77, "seed": 1})
                 rows.append(
                     {**shared, "arm": arm, "x": step, "value": 0.78, "metric": "effect_recall"}

@@ -40,14 +40,15 @@ def energy(table: pd.DataFrame) -> Figure:
             layout="constrained",
         )
         for axes, side in zip(panels[0], sides, strict=True):
-            mine = rows[sites.str.endswith("." + side)]
-            ranks = sorted(mine["step"].unique())
+            side_rows = rows[sites.str.endswith("." + side)]
+            ranks = sorted(side_rows["step"].unique())
             for method in methods:
-                found = mine[
-                    (mine["method"] == method) & (mine["metric"] == "energy_in_retain_subspace")
+                energies = side_rows[
+                    (side_rows["method"] == method)
+                    & (side_rows["metric"] == "energy_in_retain_subspace")
                 ]
                 by_seed = (
-                    found.groupby(["seed", "step"], dropna=False)["value"].mean().groupby("step")
+                    energies.groupby(["seed", "step"], dropna=False)["value"].mean().groupby("step")
                 )
                 centre, low, high = by_seed.mean(), by_seed.min(), by_seed.max()
                 axes.plot(
@@ -68,7 +69,9 @@ def energy(table: pd.DataFrame) -> Figure:
                     linewidth=0,
                 )
             chance = (
-                mine[mine["metric"] == "energy_of_random_delta"].groupby("step")["value"].mean()
+                side_rows[side_rows["metric"] == "energy_of_random_delta"]
+                .groupby("step")["value"]
+                .mean()
             )
             axes.plot(
                 chance.index,

@@ -76,11 +76,14 @@ def lens(
         split: which set of texts.
     """
     rows = table[(table["stage"] == "representation") & (table["split"] == split)]
-    seen = rows[rows["metric"] == metric].dropna(subset=["value"])
-    found = methods_in(seen["method"].dropna().tolist())
+    metric_rows = rows[rows["metric"] == metric].dropna(subset=["value"])
+    found = methods_in(metric_rows["method"].dropna().tolist())
     if not found:
         return nothing("no logit lens in this table")
-    own, base = seen[seen["arm"] == "own decoder"], seen[seen["arm"] == "base decoder"]
+    own_decoder, base_decoder = (
+        metric_rows[metric_rows["arm"] == "own decoder"],
+        metric_rows[metric_rows["arm"] == "base decoder"],
+    )
     foils = rows[(rows["metric"] == "lens_foil") & (rows["arm"] == "own decoder")]
     methods = [name for name in found if name not in ANCHORS] or found
     with look():
@@ -91,7 +94,7 @@ def lens(
                 if name != method:
                     draw(
                         axes,
-                        own[own["method"] == name],
+                        own_decoder[own_decoder["method"] == name],
                         f"{title(name)}, own decoder",
                         band=False,
                         color=colour(name),
@@ -99,7 +102,7 @@ def lens(
                     )
             draw(
                 axes,
-                own[own["method"] == method],
+                own_decoder[own_decoder["method"] == method],
                 "own decoder",
                 color=shade,
                 marker="o",
@@ -107,7 +110,7 @@ def lens(
             )
             draw(
                 axes,
-                base[base["method"] == method],
+                base_decoder[base_decoder["method"] == method],
                 "the base's decoder",
                 band=False,
                 color=shade,

@@ -61,10 +61,12 @@ def plane(
         )
         drawn = None
         for number, (axes, method) in enumerate(zip(panels, methods, strict=True)):
-            mine = surfaces[surfaces["method"] == method]
-            seed = mine["seed"].min()
-            mine = mine[mine["seed"] == seed].assign(y=lambda chosen: chosen["arm"].astype(float))
-            wide = mine.pivot_table(
+            surface = surfaces[surfaces["method"] == method]
+            seed = surface["seed"].min()
+            surface = surface[surface["seed"] == seed].assign(
+                y=lambda chosen: chosen["arm"].astype(float)
+            )
+            wide = surface.pivot_table(
                 index="y", columns="step", values="value", aggfunc="first", dropna=False
             ).sort_index()
             heights = np.ma.masked_invalid(wide.to_numpy(dtype=float))
@@ -124,8 +126,8 @@ def plane(
                 )
                 note = str(name) if np.isnan(off) or off < 1e-6 else f"{name} ({off:.2g} off)"
                 box = {"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 0.8}
-                left = float(x) > sum(axes.get_xlim()) / 2
-                shift, side = (-4, "right") if left else (4, "left")
+                label_left = float(x) > sum(axes.get_xlim()) / 2
+                shift, side = (-4, "right") if label_left else (4, "left")
                 label = axes.annotate(
                     note,
                     (float(x), float(y)),

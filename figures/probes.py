@@ -32,13 +32,13 @@ def probes(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
         split: which set of texts.
     """
     rows = _rows(table, split)
-    own = rows[rows["arm"] == "own"]
+    own_rows = rows[rows["arm"] == "own"]
     methods = [
-        name for name in methods_in(own["method"].dropna().tolist()) if name != "base"
-    ] or methods_in(own["method"].dropna().tolist())
+        name for name in methods_in(own_rows["method"].dropna().tolist()) if name != "base"
+    ] or methods_in(own_rows["method"].dropna().tolist())
     if not methods:
         return nothing("no probe in this table")
-    kept = [
+    legend_labels = [
         f"{title('base')}, own probe",
         "most frequent label",
         "ceiling (labels seen in training)",
@@ -46,13 +46,13 @@ def probes(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
     with look():
         figure, panels = grid(len(methods), width=2.6, height=2.2)
         for axes, method in zip(panels, methods, strict=True):
-            mine, shade = rows[rows["method"] == method], colour(method)
-            ceiling = mine[mine["arm"] == "ceiling"]
+            method_rows, shade = rows[rows["method"] == method], colour(method)
+            ceiling = method_rows[method_rows["arm"] == "ceiling"]
             if (ceiling["value"] < 1).any():
                 draw(
                     axes,
                     ceiling,
-                    kept[2],
+                    legend_labels[2],
                     band=False,
                     color="0.6",
                     linewidth=0.9,
@@ -60,8 +60,8 @@ def probes(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
                 )
             draw(
                 axes,
-                mine[mine["arm"] == "majority"],
-                kept[1],
+                method_rows[method_rows["arm"] == "majority"],
+                legend_labels[1],
                 band=False,
                 color="0.6",
                 linewidth=1.1,
@@ -70,15 +70,15 @@ def probes(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
             if method != "base":
                 draw(
                     axes,
-                    own[own["method"] == "base"],
-                    kept[0],
+                    own_rows[own_rows["method"] == "base"],
+                    legend_labels[0],
                     band=False,
                     color=colour("base"),
                     linewidth=1.1,
                 )
             draw(
                 axes,
-                mine[mine["arm"] == "control"],
+                method_rows[method_rows["arm"] == "control"],
                 "control task",
                 band=False,
                 color=shade,
@@ -88,7 +88,7 @@ def probes(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
             )
             draw(
                 axes,
-                own[own["method"] == method],
+                own_rows[own_rows["method"] == method],
                 "own probe",
                 color=shade,
                 marker="o",
@@ -97,7 +97,7 @@ def probes(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
             axes.set_ylim(-0.03, 1.05)
             finish(axes, method)
         figure.supylabel("accuracy on unseen subjects", fontsize=9)
-        common_legend(figure, panels, keep=kept)
+        common_legend(figure, panels, keep=legend_labels)
     return figure
 
 
@@ -118,15 +118,23 @@ def transfer(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
     methods = [name for name in methods_in(crossed["method"].dropna().tolist()) if name != "base"]
     if not methods:
         return nothing("no probe transfer in this table")
-    kept = ["base's probe on the base", "base's probe on this model", "most frequent label"]
+    legend_labels = [
+        "base's probe on the base",
+        "base's probe on this model",
+        "most frequent label",
+    ]
     with look():
         figure, panels = grid(len(methods), width=2.6, height=2.2)
         for axes, method in zip(panels, methods, strict=True):
-            mine, shade, black = rows[rows["method"] == method], colour(method), colour("base")
+            method_rows, shade, black = (
+                rows[rows["method"] == method],
+                colour(method),
+                colour("base"),
+            )
             draw(
                 axes,
-                mine[mine["arm"] == "majority"],
-                kept[2],
+                method_rows[method_rows["arm"] == "majority"],
+                legend_labels[2],
                 band=False,
                 color="0.6",
                 linewidth=1.1,
@@ -135,15 +143,15 @@ def transfer(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
             draw(
                 axes,
                 rows[(rows["method"] == "base") & (rows["arm"] == "own")],
-                kept[0],
+                legend_labels[0],
                 band=False,
                 color=black,
                 linewidth=1.2,
             )
             draw(
                 axes,
-                mine[mine["arm"] == "base->unlearned"],
-                kept[1],
+                method_rows[method_rows["arm"] == "base->unlearned"],
+                legend_labels[1],
                 band=False,
                 color=black,
                 marker="v",
@@ -152,7 +160,7 @@ def transfer(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
             )
             draw(
                 axes,
-                mine[mine["arm"] == "own"],
+                method_rows[method_rows["arm"] == "own"],
                 "own probe on this model",
                 color=shade,
                 marker="o",
@@ -160,7 +168,7 @@ def transfer(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
             )
             draw(
                 axes,
-                mine[mine["arm"] == "unlearned->base"],
+                method_rows[method_rows["arm"] == "unlearned->base"],
                 "own probe on the base",
                 band=False,
                 color=shade,
@@ -171,5 +179,5 @@ def transfer(table: pd.DataFrame, split: str = "forget-heldout") -> Figure:
             axes.set_ylim(-0.03, 1.05)
             finish(axes, method)
         figure.supylabel("accuracy on unseen subjects", fontsize=9)
-        common_legend(figure, panels, keep=kept)
+        common_legend(figure, panels, keep=legend_labels)
     return figure

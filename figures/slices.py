@@ -44,12 +44,12 @@ def slices(table: pd.DataFrame) -> Figure:
             for j, arm in enumerate(arms):
                 axes = panels[i][j]
                 for method in methods_in(rows["method"].dropna().tolist()):
-                    mine = rows[
+                    curve = rows[
                         (rows["method"] == method) & (rows["arm"] == arm) & (rows["split"] == split)
                     ]
-                    if not len(mine):
+                    if not len(curve):
                         continue
-                    band = mine.groupby("step")["value"].agg(["mean", "min", "max"])
+                    band = curve.groupby("step")["value"].agg(["mean", "min", "max"])
                     dash = "--" if method == "never-learned" else "-"
                     axes.plot(
                         band.index,

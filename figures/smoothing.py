@@ -44,12 +44,14 @@ def smoothing(table: pd.DataFrame) -> Figure:
             height=0.9 + 0.3 * len(wrappers),
         )
         for axes, method in zip(panels, plain, strict=True):
-            mine = rows[rows["plain"] == method]
+            method_rows = rows[rows["plain"] == method]
             for offset, step, face in (
-                (0.15, mine["step"].min(), "white"),
-                (-0.15, mine["step"].max(), colour(method)),
+                (0.15, method_rows["step"].min(), "white"),
+                (-0.15, method_rows["step"].max(), colour(method)),
             ):
-                part = mine[mine["step"] == step].set_index("wrapper").reindex(wrappers)
+                part = (
+                    method_rows[method_rows["step"] == step].set_index("wrapper").reindex(wrappers)
+                )
                 value, low, high = (
                     part[name].to_numpy(dtype=float) for name in ("value", "low", "high")
                 )

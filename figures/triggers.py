@@ -46,10 +46,10 @@ def triggers(table: pd.DataFrame, metric: str | None = None, split: str = "retai
         )
         width = 0.2
         for number, arm in enumerate(_ARMS):
-            mine = rows[rows["arm"] == arm].set_index("method").reindex(methods)
+            arm_rows = rows[rows["arm"] == arm].set_index("method").reindex(methods)
             x = np.arange(len(methods)) + (number - 1.5) * width
             value, low, high = (
-                mine[name].astype(float).to_numpy() for name in ("value", "low", "high")
+                arm_rows[name].astype(float).to_numpy() for name in ("value", "low", "high")
             )
             face = [
                 colour(method) if arm == "forget-token" else "white" if arm == "clean" else "0.92"

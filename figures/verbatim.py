@@ -42,8 +42,8 @@ def verbatim(table: pd.DataFrame) -> Figure:
     with look():
         figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.7), sharey=True, layout="constrained")
         for axes, (split, metric, label) in zip(panels, _PANELS, strict=True):
-            mine = rows[(rows["metric"] == metric) & (rows["split"] == split)]
-            base = mine[mine["method"] == "base"]
+            metric_rows = rows[(rows["metric"] == metric) & (rows["split"] == split)]
+            base = metric_rows[metric_rows["method"] == "base"]
             if len(base):
                 axes.axhline(
                     float(base["value"].iloc[0]),
@@ -52,7 +52,9 @@ def verbatim(table: pd.DataFrame) -> Figure:
                     label="before unlearning",
                 )
             for (method, arm), (name, shade, dash) in _LINES.items():
-                curve = mine[(mine["method"] == method) & (mine["arm"] == arm)].sort_values("step")
+                curve = metric_rows[
+                    (metric_rows["method"] == method) & (metric_rows["arm"] == arm)
+                ].sort_values("step")
                 if len(curve):
                     axes.plot(
                         curve["step"],

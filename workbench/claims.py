@@ -390,10 +390,10 @@ def _keyword_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     """Keywords that come back after the attack, unlearned minus never-learned model under the same
     attack.
     """
-    chosen = items[(items["stage"] == "keyword") & (items["arm"] == "part")]
-    if not len(chosen):
+    keyword_items = items[(items["stage"] == "keyword") & (items["arm"] == "part")]
+    if not len(keyword_items):
         raise NotMeasuredError("no keyword experiment")
-    ends = chosen[chosen["step"] == chosen["step"].max()]
+    ends = keyword_items[keyword_items["step"] == keyword_items["step"].max()]
     attacked, control = _paired(
         fact_table(ends, method="unlearned"), fact_table(ends, method="never-learned")
     )
@@ -404,16 +404,16 @@ def _verbatim_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     """Rise of the continuations' ROUGE-L F1 over the attack, unlearned minus never-learned model:
     unlearning may leave a little more than the control has, which is no recovery.
     """
-    chosen = items[
+    verbatim_items = items[
         (items["stage"] == "verbatim") & (items["arm"] == "part") & (items["split"] == "rouge-l")
     ]
-    if not len(chosen):
+    if not len(verbatim_items):
         raise NotMeasuredError("no verbatim experiment")
 
     def risen(method: str) -> pd.DataFrame:
-        return fact_table(chosen, method=method, step=chosen["step"].max()) - fact_table(
-            chosen, method=method, step=0.0
-        )
+        return fact_table(
+            verbatim_items, method=method, step=verbatim_items["step"].max()
+        ) - fact_table(verbatim_items, method=method, step=0.0)
 
     attacked, control = _paired(risen("unlearned"), risen("never-learned"))
     return bootstrap(attacked - control)
@@ -423,13 +423,13 @@ def _smooth_jailbreak(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     """Rise of held-out recall under a searched suffix, plain minus smoothed method; mean over the
     pairs of the run.
     """
-    asked = items[(items["stage"] == "suffix") & (items["split"] == "jailbreak")]
-    pairs = smoothing_pairs(set(asked["method"].dropna()))
+    jailbreak_items = items[(items["stage"] == "suffix") & (items["split"] == "jailbreak")]
+    pairs = smoothing_pairs(set(jailbreak_items["method"].dropna()))
     if not pairs:
         raise NotMeasuredError("no method was attacked with and without smoothing")
     recalls = _paired(
         *(
-            fact_table(asked, method=name, arm=arm)
+            fact_table(jailbreak_items, method=name, arm=arm)
             for pair in pairs
             for name in pair
             for arm in ("searched suffix", "none")
@@ -449,7 +449,7 @@ def _correlation_with_resistance(metric: str, sign: int) -> Statistic:
     """
 
     def measure(results: pd.DataFrame, items: pd.DataFrame) -> MeasuredEffect:
-        chosen = results[
+        measured_rows = results[
             (results["metric"] == metric)
             & results["seed"].notna()
             & ~results["method"].isin(["base", "never-learned"])
@@ -459,11 +459,13 @@ def _correlation_with_resistance(metric: str, sign: int) -> Statistic:
         attacked = items[(items["stage"] == "relearn") & (items["arm"] == "attack")]
         last = attacked["step"].max()
         points = []
-        for (method, seed), group in chosen.groupby(["method", "seed"], sort=True):
-            own = attacked[(attacked["method"] == method) & (attacked["seed"] == seed)]
+        for (method, seed), group in measured_rows.groupby(["method", "seed"], sort=True):
+            attacked_model = attacked[(attacked["method"] == method) & (attacked["seed"] == seed)]
             value = float(group["value"].iloc[0])
             out = ((broken["method"] == method) & (broken["seed"] == seed)).any()
-            ends = [own.loc[own["step"] == step, "correct"] for step in (0, last)]
+            ends = [
+                attacked_model.loc[attacked_model["step"] == step, "correct"] for step in (0, last)
+            ]
             if not out and np.isfinite(value) and all(len(end) for end in ends):
                 # equal recalls are ties, however they round
                 points.append((method, sign * value, *(round(float(e.mean()), 9) for e in ends)))
@@ -474,11 +476,11 @@ def _correlation_with_resistance(metric: str, sign: int) -> Statistic:
             )
         groups = np.array([point[0] for point in points])
         x, before, after = np.array([point[1:] for point in points]).T
-        found = spearman(x, -after, groups=groups, given=before)
+        correlation = spearman(x, -after, groups=groups, given=before)
         won = spearman(x, np.round(before - after, 9), groups=groups)
         alone = spearman(x, -after, groups=groups)
         return MeasuredEffect(
-            found,
+            correlation,
             f"with minus the recall won back {_words(won)}; with minus the recall after the attack "
             f"alone {_words(alone)}",
         )
@@ -698,9 +700,9 @@ and 95 % with 2, 3, 5 and 10 seeds that differ by 1.2 logits (tests/benchmarks/c
 """
 
 
-def _decided(claim: Claim, found: MeasuredEffect, seeds: int) -> tuple[Outcome, str]:
+def _decided(claim: Claim, measured: MeasuredEffect, seeds: int) -> tuple[Outcome, str]:
     """The verdict and what belongs beside it."""
-    verdict, notes = outcome(found.effect, claim.margin, claim.matters), [found.note]
+    verdict, notes = outcome(measured.effect, claim.margin, claim.matters), [measured.note]
     if claim.seeded and seeds == 1:
         if verdict != "inconclusive":
             notes.append(f"one seed cannot carry a verdict; its interval alone says {verdict}")
@@ -780,8 +782,8 @@ def _together(verdicts: Sequence[Verdict], shared: str) -> Verdict:
     effects = [Estimate(one.effect, one.low, one.high, one.n) for one in measured]
     effect, seeds = random_effects(effects), sum(one.seeds for one in measured)
     verdict, note = _decided(claim, MeasuredEffect(effect), seeds)
-    told = f"{len(measured)} of {len(verdicts)} runs: {', '.join(map(_words, effects))}"
-    reason = "; ".join(filter(None, (told, shared, note)))
+    summary = f"{len(measured)} of {len(verdicts)} runs: {', '.join(map(_words, effects))}"
+    reason = "; ".join(filter(None, (summary, shared, note)))
     return Verdict(claim.id, verdict, *effect, seeds, scale, reason)
 
 
@@ -813,15 +815,15 @@ def decide(
     for name in CLAIMS if ids is None else ids:
         if name not in CLAIMS:
             raise unknown("claim", name, CLAIMS)
-        asked = CLAIMS[name]
+        entry = CLAIMS[name]
         try:
             with CLAIMS.users(name):
-                found = asked.measure(results, items)
+                effect = entry.measure(results, items)
         except NotMeasuredError as error:
             nothing = (np.nan, np.nan, np.nan, 0)
             verdicts.append(Verdict(name, "not measured", *nothing, seeds, scale, str(error)))
             continue
-        measured = found if isinstance(found, MeasuredEffect) else MeasuredEffect(found)
-        verdict, reason = _decided(asked, measured, seeds)
+        measured = effect if isinstance(effect, MeasuredEffect) else MeasuredEffect(effect)
+        verdict, reason = _decided(entry, measured, seeds)
         verdicts.append(Verdict(name, verdict, *measured.effect, seeds, scale, reason))
     return tuple(verdicts)

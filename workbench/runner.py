@@ -392,17 +392,17 @@ def run(
         >>> run("ladder", "runs/ladder", of="runs/demo", attack_steps=10)  # doctest: +SKIP
     """
     entry: Experiment[Any] = EXPERIMENTS[experiment] if isinstance(experiment, str) else experiment
-    given = {} if settings is None else settings.model_dump(exclude_unset=True)
-    chosen = validated(entry.settings, given | fields, entry.name)
+    given_fields = {} if settings is None else settings.model_dump(exclude_unset=True)
+    settings_chosen = validated(entry.settings, given_fields | fields, entry.name)
     folder = Path(out)
-    source = _source(entry, chosen, of)
-    plan = entry.prepare(chosen, source, folder)
+    source = _source(entry, settings_chosen, of)
+    plan = entry.prepare(settings_chosen, source, folder)
     values: dict[str, Any] = {"experiment": entry.name}
     if entry.name in EXPERIMENTS.added():
         values |= {"plugin": asdict(source_of(entry))}
     if source is not None:
         values |= {"of": source.config.key, "seeds": list(source.config.seeds)}
-    values |= plain(chosen.model_dump(mode="json"))
+    values |= plain(settings_chosen.model_dump(mode="json"))
     if source is not None:
         values |= {"methods": list(source.methods)}
     key = key_of(values)
@@ -414,7 +414,7 @@ def run(
         }
         run_jobs(phase.label, jobs, workers=workers)
     announce("tables and figures")
-    return _conclude(entry, chosen, plan, source, folder, key, values)
+    return _conclude(entry, settings_chosen, plan, source, folder, key, values)
 
 
 def _source(entry: Experiment[Any], settings: Settings, of: Path | str | None) -> Source | None:
@@ -465,10 +465,10 @@ def _conclude(
     texts = {name: data_hash(examples) for name, examples in plan.texts.items()}
     record = provenance(values, data=texts, weights=plan.weights())
     write_json(out / PROVENANCE, record | {"seconds": seconds_of(out)})
-    both = results, items
+    tables = results, items
     if source is not None:
-        both = join_afterwards(*source.tables, results, items)
-    claims = decide(*both, scale=plan.scale, ids=plan.claims) if plan.claims else ()
+        tables = join_afterwards(*source.tables, results, items)
+    claims = decide(*tables, scale=plan.scale, ids=plan.claims) if plan.claims else ()
     write_json(out / CLAIMS_FILE, [claim.plain() for claim in claims])
-    figures = draw_figures(out / "figures", both[0], drawings=figures_of(entry.name))
+    figures = draw_figures(out / "figures", tables[0], drawings=figures_of(entry.name))
     return Result(entry, out, settings, results, items, claims, figures)

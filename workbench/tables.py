@@ -191,13 +191,13 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         table = pyarrow.parquet.read_table(path)
         frame: pd.DataFrame = table.to_pandas()
-        found, written = _digest(frame), (table.schema.metadata or {}).get(_CHECK)
+        digest, stored_digest = _digest(frame), (table.schema.metadata or {}).get(_CHECK)
     except Exception as error:  # a damaged file raises whatever its reader stumbles on
         reason = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
         raise WorkbenchError(
             f"{path} is damaged ({reason}); run the command of this folder again"
         ) from error
-    if found != written:
+    if digest != stored_digest:
         raise WorkbenchError(
             f"{path} is not as it was written (its hash differs); run the command of this folder "
             "again"
@@ -226,14 +226,14 @@ def fact_table(items: pd.DataFrame, column: str = "correct", **where: Any) -> pd
     Raises:
         NotMeasuredError: no row fits.
     """
-    chosen = items
+    selected = items
     for name, value in where.items():
-        chosen = chosen[chosen[name] == value]
-    if not len(chosen):
+        selected = selected[selected[name] == value]
+    if not len(selected):
         raise NotMeasuredError(
             "not measured: " + ", ".join(f"{name} {value}" for name, value in where.items())
         )
-    return chosen.pivot_table(
+    return selected.pivot_table(
         index="seed", columns="item", values=column, aggfunc="mean", sort=True
     )
 
@@ -279,13 +279,13 @@ def smoothing_pairs(methods: Collection[str]) -> list[tuple[str, str]]:
 
 def _add_smoothing(attacks: pd.DataFrame, table: Table) -> None:
     for plain, smoothed in smoothing_pairs(set(attacks["method"].dropna())):
-        both = attacks[attacks["method"] == plain].merge(
+        pairs = attacks[attacks["method"] == plain].merge(
             attacks[attacks["method"] == smoothed],
             on=["split", "step", "seed", "item"],
             suffixes=("", "_smoothed"),
         )
-        for (split, step), group in both.assign(
-            difference=both["correct"] - both["correct_smoothed"]
+        for (split, step), group in pairs.assign(
+            difference=pairs["correct"] - pairs["correct_smoothed"]
         ).groupby(["split", "step"], sort=False, dropna=False):
             wide = group.pivot_table(index="seed", columns="item", values="difference")
             if wide.notna().all().all():

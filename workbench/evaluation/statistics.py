@@ -250,15 +250,15 @@ def spearman(
     def correlation(chosen: np.ndarray) -> float:
         level = levels[chosen]
         ranks = series[:, chosen]
-        for one in np.unique(level) if within is not None else level[:1]:
-            here = level == one
-            found = rankdata(ranks[:, here], axis=1)
-            ranks[:, here] = found - found.mean(1, keepdims=True)
+        for level_value in np.unique(level) if within is not None else level[:1]:
+            in_level = level == level_value
+            level_ranks = rankdata(ranks[:, in_level], axis=1)
+            ranks[:, in_level] = level_ranks - level_ranks.mean(1, keepdims=True)
         pair, others = ranks[:2], ranks[2:].T
         if others.shape[1]:
-            left = pair - (others @ np.linalg.lstsq(others, pair.T, rcond=None)[0]).T
+            residuals = pair - (others @ np.linalg.lstsq(others, pair.T, rcond=None)[0]).T
             # what a covariate explains to the last bit is nothing, not its rounding
-            pair = left * ((left**2).sum(1) > 1e-18 * (pair**2).sum(1))[:, None]
+            pair = residuals * ((residuals**2).sum(1) > 1e-18 * (pair**2).sum(1))[:, None]
         scale = float(np.sqrt((pair[0] ** 2).sum() * (pair[1] ** 2).sum()))
         return float((pair[0] * pair[1]).sum() / scale) if scale else 0.0
 

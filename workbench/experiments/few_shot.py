@@ -89,12 +89,12 @@ def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
     seed and fact.
     """
     table = Table({"run": key, "stage": "few-shot", "split": "forget-heldout"})
-    for method, mine in items.groupby("method", sort=False):
-        most = mine["step"].max()
-        solved = fact_table(mine, arm=SOLVED, step=most)
+    for method, method_items in items.groupby("method", sort=False):
+        most = method_items["step"].max()
+        solved = fact_table(method_items, arm=SOLVED, step=most)
         for arm, control in (
-            ("minus-plain", fact_table(mine, arm=SOLVED, step=0)),
-            ("minus-shuffled", fact_table(mine, arm=SHUFFLED, step=most)),
+            ("minus-plain", fact_table(method_items, arm=SOLVED, step=0)),
+            ("minus-shuffled", fact_table(method_items, arm=SHUFFLED, step=most)),
         ):
             effect = bootstrap((solved - control).to_numpy())
             table.add_estimate(

@@ -220,8 +220,10 @@ def _seed_job(settings: KeywordSettings, seed: int, context: JobContext) -> None
                 table.add_item(query.item, hit, float(probability), **columns)
 
         measure(base.model, 0, BASE, "none")
-        made = recipe(settings.method, base.model, seed)
-        result = unlearn(base.model, tokenizer, made, texts.forget, texts.retain, seed=seed)
+        method_recipe = recipe(settings.method, base.model, seed)
+        result = unlearn(
+            base.model, tokenizer, method_recipe, texts.forget, texts.retain, seed=seed
+        )
         model, start = copy.deepcopy(base.model), snapshot(base.model)
 
         def recalled(alpha: float) -> bool:
@@ -233,10 +235,14 @@ def _seed_job(settings: KeywordSettings, seed: int, context: JobContext) -> None
         table.add("nothing_recalled", float(silent), method="unlearned", model="unlearned")
         sets = {"retain": texts.retain, "forget": texts.forget, "unread": texts.unread[:100]}
         for name, examples in sets.items():
-            for method, one in ((BASE, base.model), (NEVER, never.model), ("unlearned", model)):
+            for method, attacked_model in (
+                (BASE, base.model),
+                (NEVER, never.model),
+                ("unlearned", model),
+            ):
                 table.add(
                     "loss",
-                    score(one, batches(tokenizer, examples, 64, targets="answer")).loss,
+                    score(attacked_model, batches(tokenizer, examples, 64, targets="answer")).loss,
                     method=method,
                     model=method,
                     split=name,
@@ -256,10 +262,10 @@ def _seed_job(settings: KeywordSettings, seed: int, context: JobContext) -> None
         ):
             for arm in names:
                 try:
-                    for step, now in relearn(
+                    for step, attacked_now in relearn(
                         attacked, tokenizer, arms[arm], attack, seed=seed, progress=advance
                     ):
-                        measure(now, step, method, arm)
+                        measure(attacked_now, step, method, arm)
                 except DivergedError as error:
                     table.add("diverged_at", error.step, method=method, model=method, arm=arm)
 

@@ -219,14 +219,16 @@ def ladder_table(results: pd.DataFrame) -> pd.DataFrame:
     last = recall.groupby("arm")["step"].transform("max")
     lines = []
     for method in recall["method"].drop_duplicates():
-        mine = recall[(recall["method"] == method) & (recall["step"] == last)].set_index("arm")
+        last_recall = recall[(recall["method"] == method) & (recall["step"] == last)].set_index(
+            "arm"
+        )
         line = {"model": method}
         for arm in recall["arm"].drop_duplicates():
             name = f"{arm} (leaks)" if arm in leaking else str(arm)
             line[name] = (
-                f"{mine.at[arm, 'value']:.2f} [{mine.at[arm, 'low']:.2f}, "
-                f"{mine.at[arm, 'high']:.2f}]"
-                if arm in mine.index
+                f"{last_recall.at[arm, 'value']:.2f} [{last_recall.at[arm, 'low']:.2f}, "
+                f"{last_recall.at[arm, 'high']:.2f}]"
+                if arm in last_recall.index
                 else "–"
             )
         lines.append(line)

@@ -188,12 +188,12 @@ def _seed_job(settings: NamesSettings, seed: int, context: JobContext) -> None:
     def work(table: Table) -> None:
         base, tokenizer, words = _pretrained(settings, build_names(seed=seed), seed, advance)
         for repetitions in settings.repetitions:
-            _one_dial(settings, base, tokenizer, words, repetitions, seed, table, advance)
+            _repetitions_cell(settings, base, tokenizer, words, repetitions, seed, table, advance)
 
     replace(context, columns={"stage": "names", "seed": seed}).stage("names", work)
 
 
-def _one_dial(
+def _repetitions_cell(
     settings: NamesSettings,
     pretrained: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -227,7 +227,7 @@ def _one_dial(
         )
 
     base, never = memorise(corpus.rows), memorise(without_pairs(corpus))
-    made = recipe(
+    method_recipe = recipe(
         settings.method,
         base,
         seed,
@@ -240,7 +240,7 @@ def _one_dial(
     result = unlearn(
         base,
         tokenizer,
-        made,
+        method_recipe,
         corpus.forget,
         corpus.rows[len(corpus.forget) :],
         seed=seed,
@@ -266,8 +266,8 @@ def _one_dial(
         hits = success(model, tokenizer, corpus.prompts, settings.new_tokens)
         likely = next_name_probability(model, tokenizer, corpus.prompts)
         columns = {"method": method, "model": method, "split": split, "arm": arm, "step": step}
-        found = wilson(float(hits.sum()), len(hits))
-        table.add_estimate("asr", found, **columns)
+        rate = wilson(float(hits.sum()), len(hits))
+        table.add_estimate("asr", rate, **columns)
         for number, (hit, probability) in enumerate(zip(hits, likely, strict=True)):
             table.add_item(f"prompt/{number}", hit, probability, **columns)
 
@@ -338,15 +338,15 @@ def names_table(results: pd.DataFrame) -> pd.DataFrame:
     wide = results[(results["metric"] == "recall") & results["seed"].isna()]
 
     def cell(table: pd.DataFrame, split: str, method: str, arm: str, step: float) -> str:
-        found = table[
+        matches = table[
             (table["split"] == split)
             & (table["method"] == method)
             & (table["arm"] == arm)
             & (table["step"] == step)
         ]
-        if not len(found):
+        if not len(matches):
             return "–"
-        value, low, high = (100 * float(found[name].iloc[0]) for name in ("value", "low", "high"))
+        value, low, high = (100 * float(matches[name].iloc[0]) for name in ("value", "low", "high"))
         return f"{value:.0f} [{low:.0f}, {high:.0f}]"
 
     lines = []

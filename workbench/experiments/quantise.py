@@ -52,9 +52,11 @@ def _measure(settings: QuantiseSettings, job: ModelJob, table: Table) -> None:
         rounded = quantised(model, bits, head=settings.head).model
         measure_sets(rounded, sets, table, arm="rounded", step=bits)
         if not job.is_control:
-            left = surviving_share(setup.base, model, bits)
+            surviving = surviving_share(setup.base, model, bits)
             for metric in ("share", "carried", "cosine"):
-                table.add(f"quantised_{metric}", getattr(left, metric), arm="rounded", step=bits)
+                table.add(
+                    f"quantised_{metric}", getattr(surviving, metric), arm="rounded", step=bits
+                )
 
 
 def _stage(settings: QuantiseSettings, job: ModelJob) -> None:

@@ -89,7 +89,7 @@ def prepare(settings: RelearnAgainSettings, source: Source, out: Path) -> Plan:
     """Attack the models of a run, base and never-learned control among them, with the attacker's
     texts and with the null text.
     """
-    chosen, distance = settings.attack(source.config.attack), settings.distance
+    attack, distance = settings.attack(source.config.attack), settings.distance
     claims: tuple[str, ...] = ("cir-robust", "rounding-resists", "sam-resists", "smoothing-resists")
     # at one distance there is nothing to correlate
     claims += ("distance-resists",) if distance is None else ()
@@ -99,7 +99,7 @@ def prepare(settings: RelearnAgainSettings, source: Source, out: Path) -> Plan:
         source,
         partial(_ask, settings),
         claims=claims,
-        note=f", attack at {chosen.lr:g}{far}",
+        note=f", attack at {attack.lr:g}{far}",
     )
 
 
@@ -116,11 +116,11 @@ def relearn_table(results: pd.DataFrame) -> pd.DataFrame:
     for method in sorted(rows["method"].unique(), key=lambda name: (name not in CONTROLS, name)):
         line = {"model": method}
         for arm in ("attack", "null"):
-            mine = rows[(rows["method"] == method) & (rows["arm"] == arm)].sort_values("step")
-            steps = list(mine["step"]) if arm == "attack" else list(mine["step"])[-1:]
+            curve = rows[(rows["method"] == method) & (rows["arm"] == arm)].sort_values("step")
+            steps = list(curve["step"]) if arm == "attack" else list(curve["step"])[-1:]
             for step, value, low, high in zip(
                 steps,
-                *(mine[name].iloc[-len(steps) :] for name in ("value", "low", "high")),
+                *(curve[name].iloc[-len(steps) :] for name in ("value", "low", "high")),
                 strict=True,
             ):
                 name = (

@@ -124,8 +124,8 @@ def _subspace_job(config: RunConfig, out: Path, progress: ProgressCallback) -> N
         return
     setup = setup_of(config, out)
     table, start = Table({"run": config.key, "model": BASE}), time.monotonic()
-    for name, found in stages.find_subspaces(setup, config.rank, table, seed=0).items():
-        for site, subspace in found.items():
+    for name, subspaces in stages.find_subspaces(setup, config.rank, table, seed=0).items():
+        for site, subspace in subspaces.items():
             subspace.save(out / "subspaces" / name / f"{site}.safetensors")
     stages.compare_sets(setup, table)
     folder = out / "subspaces"
@@ -139,10 +139,10 @@ def _made(
 ) -> None:
     """Unlearn with a method under one seed, and save the model."""
     setup, variant = setup_of(config, out), config.variant(method)
-    made = recipe(variant.method, setup.base, seed, variant.settings)
+    method_recipe = recipe(variant.method, setup.base, seed, variant.settings)
     model = stages.unlearn_to_budget(
         setup,
-        made,
+        method_recipe,
         Disruption(setup, config.budget_measure, config.budget_sets),
         budget=config.budget,
         limit=config.alpha_limit,
@@ -192,14 +192,14 @@ def _model_job(
     that seed.
     """
     setup = setup_of(config, out)
-    job, made = f"{method}-seed{seed}", method in config.methods
+    job, is_method = f"{method}-seed{seed}", method in config.methods
     common: dict[str, object] = {
         "run": config.key,
         "model": method if config.once(method) else job,
         "method": method,
         "seed": seed,
     }
-    if made:
+    if is_method:
         folder = Path(model_source(config, out, method, seed))
         if stage_path(out, job, "unlearn").is_dir() and (wrong := damage(folder)):
             print(f"{wrong}; this part is run again", file=sys.stderr)
@@ -228,7 +228,7 @@ def _model_job(
     for name in config.probes:
         probe = PROBES[name]
         # what does not depend on the seed is asked once of what is one model for all seeds
-        if made or probe.seeded or seed == config.seeds[0]:
+        if is_method or probe.seeded or seed == config.seeds[0]:
             run_stage(
                 out,
                 job,
@@ -260,10 +260,10 @@ def _checked(config: RunConfig) -> RunConfig:
     """
     config = config.with_plugins()
     if isinstance(config.model, FilesConfig):
-        kept, base = sealed(config.model, config.checkpoints)
+        sealed_config, base = sealed(config.model, config.checkpoints)
         checkpoints = {name: resolved(source) for name, source in config.checkpoints.items()}
-        config = config.model_copy(update={"model": kept, "checkpoints": checkpoints})
-        record_of(kept, base)
+        config = config.model_copy(update={"model": sealed_config, "checkpoints": checkpoints})
+        record_of(sealed_config, base)
         model = base.model
     else:
         model = untrained(config.model, world_of(config.model))[0]
@@ -273,8 +273,8 @@ def _checked(config: RunConfig) -> RunConfig:
             variant = config.variant(name)
             recipe(variant.method, model, config.seeds[0], variant.settings)
     except CaptureError as error:
-        where = config.model.base if isinstance(config.model, FilesConfig) else name
-        raise WorkbenchError(f"{where}: {error}") from error
+        model_source = config.model.base if isinstance(config.model, FilesConfig) else name
+        raise WorkbenchError(f"{model_source}: {error}") from error
     return config
 
 
@@ -335,8 +335,10 @@ def _train(
     """Train the base and the never-learned control of the built-in world, or copy them from the
     cache.
     """
-    kept = {name: out / "models" / name for name in CONTROLS}
-    missing = [name for name, folder in kept.items() if not folder.is_dir() or damage(folder)]
+    model_folders = {name: out / "models" / name for name in CONTROLS}
+    missing = [
+        name for name, folder in model_folders.items() if not folder.is_dir() or damage(folder)
+    ]
     cached = all(
         (builtin_folder(model, with_forget=name == BASE) / "config.json").is_file()
         for name in missing

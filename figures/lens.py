@@ -77,15 +77,15 @@ def lens(
     """
     rows = table[(table["stage"] == "representation") & (table["split"] == split)]
     metric_rows = rows[rows["metric"] == metric].dropna(subset=["value"])
-    found = methods_in(metric_rows["method"].dropna().tolist())
-    if not found:
+    present_methods = methods_in(metric_rows["method"].dropna().tolist())
+    if not present_methods:
         return nothing("no logit lens in this table")
     own_decoder, base_decoder = (
         metric_rows[metric_rows["arm"] == "own decoder"],
         metric_rows[metric_rows["arm"] == "base decoder"],
     )
     foils = rows[(rows["metric"] == "lens_foil") & (rows["arm"] == "own decoder")]
-    methods = [name for name in found if name not in ANCHORS] or found
+    methods = [name for name in present_methods if name not in ANCHORS] or present_methods
     with look():
         figure, panels = grid(len(methods), width=2.6, height=2.2)
         for axes, method in zip(panels, methods, strict=True):

@@ -389,7 +389,9 @@ def _nonmonotone(effect: float) -> Frames:
             (80.0, 0.5 - 2 * drop),
             (120.0, 0.5),
         ):
-            items += _text_set_items(method, "part", step, value + _wobble(0.05, 10 * number + int(step)))
+            items += _text_set_items(
+                method, "part", step, value + _wobble(0.05, 10 * number + int(step))
+            )
             items += _text_set_items(method, "whole", step, 1 - value)
     for control in ("base", "never-learned"):
         for step, value in ((0.0, 0.5), (40.0, 0.5 - effect), (120.0, 0.5 + effect)):
@@ -838,7 +840,9 @@ def test_a_third_of_the_attack_is_the_last_measurement_up_to_there(
     items = [
         row
         for step in steps
-        for row in _text_set_items("npo", "part", float(step), step / 1000 if step != steps[-1] else 0.0)
+        for row in _text_set_items(
+            "npo", "part", float(step), step / 1000 if step != steps[-1] else 0.0
+        )
     ]
     assert _decide("relearn-nonmonotone", _frames(items)).effect == pytest.approx(third / 1000)
 

@@ -309,10 +309,10 @@ def _common_subspaces(results: pd.DataFrame, items: pd.DataFrame) -> MeasuredEff
     """The paper speaks of activations and of output gradients: the effect is that of the side that
     shares less.
     """
-    chosen = results[(results["metric"] == "subspace_overlap") & (results["step"] == 8)]
-    gradients = chosen["site"].fillna("").str.endswith("_grad")
+    cell_rows = results[(results["metric"] == "subspace_overlap") & (results["step"] == 8)]
+    gradients = cell_rows["site"].fillna("").str.endswith("_grad")
     sides = {}
-    for side, rows in (("activations", chosen[~gradients]), ("gradients", chosen[gradients])):
+    for side, rows in (("activations", cell_rows[~gradients]), ("gradients", cell_rows[gradients])):
         wide = rows.pivot_table(index="site", columns="arm", values="value")
         if not len(wide) or not {"forget-retain", "random"} <= set(wide.columns):
             raise NotMeasuredError(f"no subspace overlap of {side} at rank 8")
@@ -332,10 +332,10 @@ def _names_repetitions(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     if not len(chosen):
         raise NotMeasuredError("no names experiment")
     ends = chosen[chosen["step"] == chosen["step"].max()]
-    seven, five, three, one = _paired(
+    seven_times, five_times, three_times, once = _paired(
         *(fact_table(ends, split=f"repetitions-{count}") for count in (7, 5, 3, 1))
     )
-    return bootstrap((seven + five) / 2 - (three + one) / 2)
+    return bootstrap((seven_times + five_times) / 2 - (three_times + once) / 2)
 
 
 def _public_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:

@@ -547,10 +547,10 @@ def gcg(
                 values = _losses(model, prompt_rows, swaps, rows)
                 evaluations += len(swaps)
                 objective = _objective(values, sign)
-                chosen = int(objective.argmin())
-                current, loss = swaps[chosen], float(values[chosen])
-                if float(objective[chosen]) < lowest:
-                    best, lowest = current, float(objective[chosen])
+                best_row = int(objective.argmin())
+                current, loss = swaps[best_row], float(values[best_row])
+                if float(objective[best_row]) < lowest:
+                    best, lowest = current, float(objective[best_row])
             losses.append(loss)
             progress(step, steps)
     return SuffixResult(
@@ -644,9 +644,9 @@ def random_suffix(
             )
             values = _losses(model, prompt_rows, torch.tensor(tried), rows)
             objective = _objective(values, sign)
-            chosen = int(objective.argmin())
-            if float(objective[chosen]) < lowest:
-                best, lowest = tried[chosen], float(objective[chosen])
+            best_row = int(objective.argmin())
+            if float(objective[best_row]) < lowest:
+                best, lowest = tried[best_row], float(objective[best_row])
             losses.append(sign * lowest)
             progress(done + len(tried), evaluations)
     return SuffixResult(

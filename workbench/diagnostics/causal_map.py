@@ -294,7 +294,7 @@ def _patched_losses(
                             losses = answer_loss(model, answer_mask)[0]
                     parts.setdefault((name, group, direction), []).append(losses)
                     step()
-    return {key: np.concatenate(found) for key, found in parts.items()}
+    return {key: np.concatenate(loss_parts) for key, loss_parts in parts.items()}
 
 
 def _effect(

@@ -393,8 +393,8 @@ def eta_by_coefficient(rows: Mapping[float, ShiftRows]) -> pd.DataFrame:
 
     value = float(slope(energy.sum(1) / numbers.sum(1)))
     lines = [
-        ("eta_of_coefficient", c, *ratio(one[many > 0], many[many > 0]))
-        for c, one, many in zip(coefficients, energy, numbers, strict=True)
+        ("eta_of_coefficient", c, *ratio(energy_at_c[many > 0], many[many > 0]))
+        for c, energy_at_c, many in zip(coefficients, energy, numbers, strict=True)
     ]
     with np.errstate(invalid="ignore", divide="ignore"):
         parts = slope(

@@ -132,8 +132,10 @@ def random_effects(estimates: Sequence[Estimate]) -> Estimate:
         raise ValueError("there is no estimate to combine")
     if len(estimates) == 1:
         return estimates[0]
-    values = np.array([one.value for one in estimates])
-    errors = np.array([(one.high - one.low) / (2 * norm.ppf(0.975)) for one in estimates])
+    values = np.array([estimate.value for estimate in estimates])
+    errors = np.array(
+        [(estimate.high - estimate.low) / (2 * norm.ppf(0.975)) for estimate in estimates]
+    )
     variances = np.maximum(errors**2, 1e-12)  # a rate of 0 % in every fact has no width
     fixed, count = 1 / variances, len(values)
     centre = float((fixed * values).sum() / fixed.sum())
@@ -143,7 +145,7 @@ def random_effects(estimates: Sequence[Estimate]) -> Estimate:
     mean = float((weights * values).sum() / weights.sum())
     spread = float((weights * (values - mean) ** 2).sum()) / (count - 1)
     half = float(student.ppf(0.975, count - 1)) * float(np.sqrt(max(1.0, spread) / weights.sum()))
-    return Estimate(mean, mean - half, mean + half, sum(one.n for one in estimates))
+    return Estimate(mean, mean - half, mean + half, sum(estimate.n for estimate in estimates))
 
 
 def ratio(

@@ -116,7 +116,7 @@ def withheld_words(tofu: Tofu, keywords: str) -> list[str]:
         keywords: one of :data:`KEYWORDS`.
     """
     if keywords == "titles":
-        return [found[0] for found in book_titles(tofu).values() if found]
+        return [titles[0] for titles in book_titles(tofu).values() if titles]
     return [
         name
         for names in list(character_names(tofu.forget, tofu.retain).values())[::2]

@@ -181,8 +181,8 @@ def add_worst_cases(
         seed: where a gradient is exactly zero.
     """
 
-    def add(arm: str, found: pd.DataFrame) -> None:
-        for row in found.to_dict("records"):
+    def add(arm: str, worst_cases: pd.DataFrame) -> None:
+        for row in worst_cases.to_dict("records"):
             table.add(
                 "drop",
                 float(row["value"]),
@@ -193,11 +193,11 @@ def add_worst_cases(
             )
 
     if displacement > 0:
-        found = worst_case(
+        worst_cases = worst_case(
             model, losses, ATTACKED, radii, unit=displacement, steps=(1, steps), seed=seed
         )
-        add("drop", found[found["steps"] == steps])
-        add("drop, one step", found[found["steps"] == 1])
+        add("drop", worst_cases[worst_cases["steps"] == steps])
+        add("drop, one step", worst_cases[worst_cases["steps"] == 1])
     add(
         "drop, fixed radius",
         worst_case(model, losses, ATTACKED, fixed, unit=size, steps=(steps,), seed=seed),

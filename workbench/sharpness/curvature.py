@@ -97,8 +97,8 @@ class Curvature:
                 "the Hessian of a model with dropout on is random; call model.eval() first"
             )
         self.model, self.batches = model, list(batches)
-        chosen = chosen_parameters(model, parameters)
-        self.names, self.parameters = list(chosen), list(chosen.values())
+        named_parameters = chosen_parameters(model, parameters)
+        self.names, self.parameters = list(named_parameters), list(named_parameters.values())
         if not self.parameters or not self.batches:
             raise WorkbenchError("the Hessian needs at least one trainable parameter and one batch")
         self.tokens = sum(int(batch.target_mask[:, 1:].sum()) for batch in self.batches)

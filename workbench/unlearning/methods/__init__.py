@@ -124,7 +124,9 @@ def find_method(name: str) -> Method:
     if last in WRAPPERS and is_method(inner):
         return wrapped(find_method(inner), WRAPPERS[last])
     raise unknown(
-        "method", name, [*METHODS, *(f"{one}-{wrapper}" for one in METHODS for wrapper in WRAPPERS)]
+        "method",
+        name,
+        [*METHODS, *(f"{registered}-{wrapper}" for registered in METHODS for wrapper in WRAPPERS)],
     )
 
 

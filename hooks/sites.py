@@ -107,7 +107,7 @@ def family(model: nn.Module) -> Family | None:
     return known if known is not None and _has(inner, known.blocks) else None
 
 
-def _known(model: nn.Module) -> Family:
+def _family_or_raise(model: nn.Module) -> Family:
     known = family(model)
     if known is None:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
@@ -125,7 +125,7 @@ def layer_count(model: nn.Module) -> int:
     Raises:
         CaptureError: the architecture is not in the table.
     """
-    known = _known(model)
+    known = _family_or_raise(model)
     return sum(1 for _ in causal_lm(model)[1].get_submodule(known.blocks).children())
 
 
@@ -137,7 +137,7 @@ def all_sites(model: nn.Module) -> list[Site]:
         CaptureError: the architecture is not in the table, or a part of the model is compiled.
     """
     refuse_compiled_parts(model)
-    model_family, count = _known(model), layer_count(model)
+    model_family, count = _family_or_raise(model), layer_count(model)
     prefix, inner = causal_lm(model)
     parts = model_family.parts(inner.config)  # type: ignore[arg-type]
     sites = [

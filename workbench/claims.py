@@ -769,10 +769,10 @@ def decide_over(
         return single[0]
     shared = bases is not None and bases < len(runs)
     note = f"{bases} base model(s) in {len(runs)} runs: these are not independent" if shared else ""
-    return tuple(_together(each, note) for each in zip(*single, strict=True))
+    return tuple(_over_runs(each, note) for each in zip(*single, strict=True))
 
 
-def _together(verdicts: Sequence[Verdict], shared: str) -> Verdict:
+def _over_runs(verdicts: Sequence[Verdict], shared: str) -> Verdict:
     """One claim over all runs; ``shared`` is said beside it."""
     measured = [one for one in verdicts if one.verdict != "not measured"]
     scale = "; ".join(dict.fromkeys(one.scale for one in measured or verdicts))

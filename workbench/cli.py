@@ -1,5 +1,5 @@
-"""The command line. Commands on tables are written here; those with settings (:data:`MADE`) are
-made from them (:mod:`workbench.commands`).
+"""The command line. Commands on tables are written here; those with settings
+(:data:`COMMANDS_FROM_SETTINGS`) are made from them (:mod:`workbench.commands`).
 
 Results go to standard output (one JSON object with ``--json``), progress and logs to standard
 error. Exit status: 0 done, 2 wrong input, 130 interrupted.
@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # the heavy imports happen inside the commands, so that --hel
     from workbench.runs.config import RunConfig
     from workbench.runs.pipeline import Run
 
-MADE = {
+COMMANDS_FROM_SETTINGS = {
     "sweep": "Methods at one price, on the built-in world or your own model, attacked and probed.",
     "investigate": "What did unlearning do? From two checkpoints and two text files.",
     **QUESTIONS,
@@ -60,25 +60,25 @@ imported when one of them is asked for.
 
 
 class _Lazy(TyperCommand):
-    """A command of :data:`MADE` or of a plug-in, before it is asked for."""
+    """A command of :data:`COMMANDS_FROM_SETTINGS` or of a plug-in, before it is asked for."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(name, help=MADE.get(name, "An experiment of a plug-in."))
+        super().__init__(name, help=COMMANDS_FROM_SETTINGS.get(name, "An experiment of a plug-in."))
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
     ) -> Any:
-        return _made(str(self.name)).make_context(info_name, args, parent, **extra)
+        return _built_command(str(self.name)).make_context(info_name, args, parent, **extra)
 
 
 class _Commands(TyperGroup):
     """The commands written below, and those made from settings."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), *MADE, *_of_plugins()]
+        return [*super().list_commands(ctx), *COMMANDS_FROM_SETTINGS, *_of_plugins()]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name in MADE or cmd_name in _of_plugins():
+        if cmd_name in COMMANDS_FROM_SETTINGS or cmd_name in _of_plugins():
             return _Lazy(cmd_name)
         return super().get_command(ctx, cmd_name)
 
@@ -89,7 +89,7 @@ def _of_plugins() -> list[str]:
     return [] if runner is None else list(runner.EXPERIMENTS.added())
 
 
-def _made(name: str) -> Any:
+def _built_command(name: str) -> Any:
     """The command itself."""
     from workbench.commands import command_of, folder_option, of_experiment
     from workbench.runner import EXPERIMENTS
@@ -98,12 +98,14 @@ def _made(name: str) -> Any:
         from workbench.experiments.investigate import InvestigateSettings
 
         out = folder_option("runs/investigation")
-        function = command_of(name, InvestigateSettings, MADE[name], _investigate, [out])
+        function = command_of(
+            name, InvestigateSettings, COMMANDS_FROM_SETTINGS[name], _investigate, [out]
+        )
     elif name == "sweep":
         from workbench.experiments.sweep import SweepSettings
 
         out = folder_option("runs/sweep")
-        function = command_of(name, SweepSettings, MADE[name], _sweep, [out])
+        function = command_of(name, SweepSettings, COMMANDS_FROM_SETTINGS[name], _sweep, [out])
     else:
         function = of_experiment(EXPERIMENTS[name])
     single = typer.Typer(add_completion=False)
@@ -164,7 +166,7 @@ def _pipeline(
     start = time.monotonic()
     finished_run = run_pipeline(config, out, fresh=fresh, workers=workers, announce=clock())
     choice = preferred(config.variants, finished_run.results, finished_run.items) if grid else None
-    _tell(finished_run, time.monotonic() - start, as_json, choice)
+    _print_run(finished_run, time.monotonic() - start, as_json, choice)
 
 
 def _investigate(
@@ -174,10 +176,10 @@ def _investigate(
 
     start = time.monotonic()
     found = investigate(out, chosen, fresh=fresh, workers=workers, announce=clock())
-    _tell(found, time.monotonic() - start, as_json)
+    _print_run(found, time.monotonic() - start, as_json)
 
 
-def _tell(finished_run: Run, seconds: float, as_json: bool, choice: Any = None) -> None:
+def _print_run(finished_run: Run, seconds: float, as_json: bool, choice: Any = None) -> None:
     """Print what came of a run."""
     from workbench.report import summary_table
 
@@ -231,7 +233,7 @@ def claims(
     """Decide the claims of the literature on finished runs; nothing is trained."""
     from workbench.claims import CLAIMS, decide_over
     from workbench.files import key_of
-    from workbench.runs.afterwards import read_several
+    from workbench.runs.finished import read_several
 
     run_tables = read_several(runs)
     for name in ids or []:
@@ -280,7 +282,7 @@ def draw(
     """Draw figures again, from tables alone."""
     from workbench.figures import FIGURES
     from workbench.report.report import draw_figures
-    from workbench.runs.afterwards import drawings_of, read_runs
+    from workbench.runs.finished import drawings_of, read_runs
     from workbench.runs.folder import read_results
 
     kinds = [kind.strip() for kind in formats.split(",") if kind.strip()]
@@ -320,7 +322,7 @@ def report(
     """
     from workbench.claims import decide
     from workbench.report import write_report
-    from workbench.runs.afterwards import RUN, drawings_of, experiment_of, read_runs
+    from workbench.runs.finished import RUN, drawings_of, experiment_of, read_runs
     from workbench.runs.folder import PROVENANCE
 
     config, results, items = read_runs(runs)
@@ -481,7 +483,7 @@ def sites(
         lines += [
             (name, f"{path}:{side}", f"[batch, position, {width}]")
             for name, path, side, width in (
-                _alike(model_outline) if not every else map(_one, model_outline)
+                _grouped_sites(model_outline) if not every else map(_one, model_outline)
             )
         ]
         first, second = (max(len(line[column]) for line in lines) for column in (0, 1))
@@ -524,7 +526,9 @@ def _one(entry: tuple[Site, int]) -> tuple[str, str, str, int]:
     return site.name, site.path, site.side, width
 
 
-def _alike(sites_and_counts: Sequence[tuple[Site, int]]) -> Iterator[tuple[str, str, str, int]]:
+def _grouped_sites(
+    sites_and_counts: Sequence[tuple[Site, int]],
+) -> Iterator[tuple[str, str, str, int]]:
     """One line for a site that all blocks have alike: its layers as a range, in the spelling that a
     pattern accepts.
     """

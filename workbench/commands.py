@@ -18,7 +18,7 @@ from workbench.runner import Experiment, Result, run
 from workbench.runs.settings import Settings, read_fields, validated
 
 _KINDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "", tuple: "LIST", dict: "TEXT"}
-MADE = ("experiment", "of", "plugin")
+NOT_SETTINGS = ("experiment", "of", "plugin")
 """Fields of a finished folder's config.yaml that are no settings."""
 
 
@@ -88,7 +88,7 @@ def fields_given(
     """The fields of a file and of the command line together."""
     read = {} if config is None else read_fields(config)
     # a finished folder's own config.yaml, whose seeds are those of the run that was asked
-    own_fields = {name for name in MADE if name in read}
+    own_fields = {name for name in NOT_SETTINGS if name in read}
     if own_fields and "seeds" not in settings.model_fields:
         own_fields.add("seeds")
     own_settings = {name: value for name, value in read.items() if name not in own_fields}

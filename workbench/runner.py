@@ -24,8 +24,8 @@ from workbench.hooks.brief import brief
 from workbench.progress import ProgressCallback, quiet
 from workbench.registry import Registry, source_of
 from workbench.report.report import draw_figures
-from workbench.runs.afterwards import config_of, join_afterwards
 from workbench.runs.config import RunConfig
+from workbench.runs.finished import config_of, join_experiment
 from workbench.runs.folder import (
     CLAIMS_FILE,
     ITEMS,
@@ -177,7 +177,7 @@ class ModelJob:
         return self.seed == self.source.config.seeds[0]
 
 
-def ask_models(
+def phase_over_models(
     experiment: str,
     source: Source,
     ask: Callable[[ModelJob], None],
@@ -196,7 +196,7 @@ def ask_models(
     config = source.config
     names = (*source.methods, *config.controls)
     jobs: dict[str, Callable[[JobContext], None]] = {
-        f"{name}-seed{seed}": partial(_ask_one, ask, source, name, seed, experiment)
+        f"{name}-seed{seed}": partial(_run_model_job, ask, source, name, seed, experiment)
         for seed in config.seeds
         for name in names
         if seeded or seed == config.seeds[0] or not config.once(name)
@@ -205,7 +205,7 @@ def ask_models(
     return Phase(experiment, line, jobs)
 
 
-def _ask_one(
+def _run_model_job(
     ask: Callable[[ModelJob], None],
     source: Source,
     name: str,
@@ -218,7 +218,7 @@ def _ask_one(
     ask(ModelJob(source, name, seed, model_context))
 
 
-def on_models(
+def plan_over_models(
     experiment: str,
     source: Source,
     ask: Callable[[ModelJob], None],
@@ -229,13 +229,14 @@ def on_models(
     claims: Sequence[str] = (),
     note: str = "",
 ) -> Plan:
-    """The plan of an experiment that asks every model of a run the same; see :func:`ask_models`.
+    """The plan of an experiment that asks every model of a run the same; see
+    :func:`phase_over_models`.
 
     Args:
         experiment: its name.
         source: the run.
         ask: measures one model.
-        seeded: see :func:`ask_models`.
+        seeded: see :func:`phase_over_models`.
         texts: see :class:`Plan`; default forget and retain set of the run.
         summaries: likewise.
         claims: likewise.
@@ -243,7 +244,7 @@ def on_models(
     """
     record = source.setup.record
     return Plan(
-        [ask_models(experiment, source, ask, seeded=seeded)],
+        [phase_over_models(experiment, source, ask, seeded=seeded)],
         texts or {"forget": record.forget, **record.retain_test},
         partial(weights_of, source.config, source.folder),
         summaries,
@@ -467,7 +468,7 @@ def _conclude(
     write_json(out / PROVENANCE, record | {"seconds": seconds_of(out)})
     tables = results, items
     if source is not None:
-        tables = join_afterwards(*source.tables, results, items)
+        tables = join_experiment(*source.tables, results, items)
     claims = decide(*tables, scale=plan.scale, ids=plan.claims) if plan.claims else ()
     write_json(out / CLAIMS_FILE, [claim.plain() for claim in claims])
     figures = draw_figures(out / "figures", tables[0], drawings=figures_of(entry.name))

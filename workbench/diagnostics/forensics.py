@@ -253,7 +253,7 @@ def token_shift(
     """
     ids = vocabulary(base, unlearned, tokenizer, tokens)
     parts: dict[int, list[Tensor]] = {}
-    for number, moved in enumerate(_moves(base, unlearned, tokenizer, ids, batch_size), 1):
+    for number, moved in enumerate(_stream_shifts(base, unlearned, tokenizer, ids, batch_size), 1):
         for layer, (before, step) in moved.items():
             parts.setdefault(layer, []).append(
                 step.norm(dim=1) / before.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
@@ -404,7 +404,7 @@ def _pairs(
     yield from torch.tensor([[*front, token] for token in tokens], dtype=torch.long).split(size)
 
 
-def _moves(
+def _stream_shifts(
     base: PreTrainedModel,
     unlearned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -465,7 +465,7 @@ def _readings(
             for layer, rows in before.items():
                 moments.setdefault(layer, Moments()).update(after[layer] - rows)
     else:
-        for moved in _moves(base, unlearned, tokenizer, tokens, size):
+        for moved in _stream_shifts(base, unlearned, tokenizer, tokens, size):
             for layer, (_, step) in moved.items():
                 moments.setdefault(layer, Moments()).update(step)
     everything = base.get_input_embeddings().weight.shape[0]

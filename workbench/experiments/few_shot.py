@@ -20,7 +20,7 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
 from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
-from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
 from workbench.runs.settings import FinishedRunSettings, Integers
 from workbench.runs.setup import Setup
 from workbench.tables import Table, by_columns, fact_table
@@ -112,7 +112,9 @@ def prepare(settings: FewShotSettings, source: Source, out: Path) -> Plan:
     """
     for shuffled in (False, True):
         _prompts(settings, source.setup, settings.shots[-1], source.config.seeds[0], shuffled)
-    return on_models("few-shot", source, partial(_score_stage, settings), summaries=(_effects,))
+    return plan_over_models(
+        "few-shot", source, partial(_score_stage, settings), summaries=(_effects,)
+    )
 
 
 def _score_stage(settings: FewShotSettings, job: ModelJob) -> None:

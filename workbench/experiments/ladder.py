@@ -21,7 +21,7 @@ from workbench.data.batches import Batch
 from workbench.data.records import Example
 from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
-from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
 from workbench.runs.curves import curve_rows
 from workbench.runs.models import BASE
 from workbench.runs.settings import AttackOverrides, FinishedRunSettings
@@ -195,7 +195,7 @@ def prepare(settings: LadderSettings, source: Source, out: Path) -> Plan:
         target = float(items.loc[first & (items["step"] == 0), "correct"].mean()) / 2
         return curve_rows(items, key, target=target, stage="ladder")
 
-    return on_models(
+    return plan_over_models(
         "ladder",
         source,
         partial(_ask, settings),

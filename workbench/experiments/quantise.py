@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from workbench.attacks.quantise import quantised, surviving_share
 from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
-from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
 from workbench.runs.settings import FinishedRunSettings, Integers
 from workbench.runs.stages import measure_sets, measured_sets
 from workbench.tables import Table, by_columns, fact_table
@@ -80,7 +80,7 @@ def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
 
 def prepare(settings: QuantiseSettings, source: Source, out: Path) -> Plan:
     """Every model as it is and rounded."""
-    return on_models(
+    return plan_over_models(
         "quantise", source, partial(_stage, settings), seeded=False, summaries=(_effects,)
     )
 

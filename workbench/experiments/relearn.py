@@ -12,7 +12,7 @@ from pydantic import Field
 
 from workbench.errors import WorkbenchError
 from workbench.experiments import QUESTIONS
-from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
 from workbench.runs.models import CONTROLS
 from workbench.runs.settings import AttackOverrides, FinishedRunSettings
 from workbench.runs.setup import Disruption
@@ -94,7 +94,7 @@ def prepare(settings: RelearnAgainSettings, source: Source, out: Path) -> Plan:
     # at one distance there is nothing to correlate
     claims += ("distance-resists",) if distance is None else ()
     far = "" if distance is None else f", distance {distance:g}"
-    return on_models(
+    return plan_over_models(
         "relearn",
         source,
         partial(_ask, settings),

@@ -19,7 +19,7 @@ from workbench.diagnostics.rotation import add_rotation, rotation_by_layer, shuf
 from workbench.diagnostics.shift import streams
 from workbench.experiments import QUESTIONS
 from workbench.progress import ProgressCallback
-from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
 from workbench.runs.models import BASE, NEVER, model_of
 from workbench.runs.settings import FinishedRunSettings
 from workbench.runs.setup import Setup
@@ -155,7 +155,7 @@ def prepare(settings: FinishedRunSettings, source: Source, out: Path) -> Plan:
     """Lens, probes with transfer, rotation and patching depth of every model, on held-out forgotten
     facts.
     """
-    return on_models("representation", source, _ask, seeded=False)
+    return plan_over_models("representation", source, _ask, seeded=False)
 
 
 def representation_table(results: pd.DataFrame) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from workbench.attacks.ladder import novel_facts
 from workbench.errors import WorkbenchError
 from workbench.experiments import QUESTIONS
 from workbench.experiments.predictors import correlate, point_rows, points_of
-from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
 from workbench.runs import landscape
 from workbench.runs.models import BASE, CONTROLS
 from workbench.runs.settings import Count, FinishedRunSettings, Numbers
@@ -208,7 +208,7 @@ def prepare(settings: SharpnessSettings, source: Source, out: Path) -> Plan:
             else rows.iloc[:0]
         )
 
-    return on_models(
+    return plan_over_models(
         "sharpness",
         source,
         partial(_ask, settings),

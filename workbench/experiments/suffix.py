@@ -40,7 +40,7 @@ from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
 from workbench.experiments.triggers import TEMPLATES, arms_of
 from workbench.progress import ProgressCallback
-from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
 from workbench.runs.models import BASE, NEVER
 from workbench.runs.settings import Count, FinishedRunSettings
 from workbench.runs.setup import ROWS, Setup
@@ -206,7 +206,7 @@ def prepare(settings: SuffixSettings, source: Source, out: Path) -> Plan:
                 f"{source.folder}: a suffix for {split!r} needs questions to be searched with and "
                 "others to be judged on; there are too few retain texts with answers"
             )
-    return on_models(
+    return plan_over_models(
         "suffix",
         source,
         partial(_ask, settings),

@@ -37,7 +37,7 @@ from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
 from workbench.hooks import layer_count
 from workbench.progress import ProgressCallback, quiet
-from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
 from workbench.runs.config import RunConfig
 from workbench.runs.models import BASE
 from workbench.runs.settings import FinishedRunSettings
@@ -455,7 +455,7 @@ def prepare(settings: TriggerSettings, source: Source, out: Path) -> Plan:
     setup = source.setup
     for template in _templates(setup).values():
         arms_of(setup.record, template, source.config.seeds[0], setup.neutral)
-    return on_models(
+    return plan_over_models(
         "triggers",
         source,
         partial(_questions, settings),

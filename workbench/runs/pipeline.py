@@ -134,7 +134,7 @@ def _subspace_job(config: RunConfig, out: Path, progress: ProgressCallback) -> N
     finish_stage(out, "subspaces", "subspaces", table, time.monotonic() - start)
 
 
-def _made(
+def _built_recipe(
     config: RunConfig, out: Path, method: str, seed: int, progress: ProgressCallback, table: Table
 ) -> None:
     """Unlearn with a method under one seed, and save the model."""
@@ -206,7 +206,7 @@ def _model_job(
             # on another machine the weights may come out differently: nothing measured on them
             # stays
             shutil.rmtree(out / "stages" / job, ignore_errors=True)
-        work = partial(_made, config, out, method, seed, progress)
+        work = partial(_built_recipe, config, out, method, seed, progress)
     else:
         work = partial(_opened, config, out, method, seed)
     run_stage(out, job, "unlearn", common, work)

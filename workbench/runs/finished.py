@@ -24,7 +24,7 @@ def drawings_of(folders: Sequence[Path]) -> dict[str, Drawing]:
     return {name: entry for entries in found for name, entry in entries.items()}
 
 
-def _made_with(folder: Path) -> dict[str, Any]:
+def _written_config(folder: Path) -> dict[str, Any]:
     """The configuration of a finished folder, as it was written.
 
     Raises:
@@ -40,7 +40,7 @@ def experiment_of(folder: Path) -> str:
     Raises:
         WorkbenchError: the folder holds no finished run.
     """
-    return str(_made_with(folder).get("experiment", RUN))
+    return str(_written_config(folder).get("experiment", RUN))
 
 
 def config_of(folder: Path) -> RunConfig:
@@ -58,7 +58,7 @@ def config_of(folder: Path) -> RunConfig:
     return read_config(folder / CONFIG)
 
 
-def join_afterwards(
+def join_experiment(
     results: pd.DataFrame, items: pd.DataFrame, more: pd.DataFrame, single: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The tables of a run with those of what was asked of its models afterwards, whose stages take
@@ -96,7 +96,7 @@ def read_several(folders: Sequence[Path]) -> list[Tables]:
         folders_of_run[key] = [run]
     for folder in folders:
         if folder not in runs:
-            of = _made_with(folder).get("of")
+            of = _written_config(folder).get("of")
             if of not in folders_of_run:
                 names = ", ".join(map(str, runs)) or "any run, and none was given"
                 raise WorkbenchError(f"{folder} was not asked of the models of {names}")
@@ -136,7 +136,7 @@ def read_runs(folders: Sequence[Path]) -> Tables:
         )
     config, (results, items) = config_of(run_folder), read_results(run_folder)
     for folder in parts:
-        if _made_with(folder).get("of") != config.key:
+        if _written_config(folder).get("of") != config.key:
             raise WorkbenchError(f"{folder} was not asked of the models of {run_folder}")
-        results, items = join_afterwards(results, items, *read_results(folder))
+        results, items = join_experiment(results, items, *read_results(folder))
     return config, results, items

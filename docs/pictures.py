@@ -92,12 +92,14 @@ WITHOUT_TABLE = (
 def take(name: str, run: Path) -> None:
     """Keep the rows of a finished run that a picture needs: means over seeds, and notes by seed."""
     results, _ = read_results(run)
-    shown = results["seed"].isna()
+    pooled_rows = results["seed"].isna()
     for column, value in PICTURES[name].rows.items():
-        shown &= results[column] == value
+        pooled_rows &= results[column] == value
     marks = results["metric"].isin(MARKS) & results["stage"].isin(["unlearn", "relearn"])
-    kept = results[shown | (marks & results["seed"].notna() & results["split"].isna())]
-    kept.drop(columns=["model"]).to_csv(DATA / f"{name}.csv", index=False, float_format="%.6g")
+    needed_rows = results[pooled_rows | (marks & results["seed"].notna() & results["split"].isna())]
+    needed_rows.drop(columns=["model"]).to_csv(
+        DATA / f"{name}.csv", index=False, float_format="%.6g"
+    )
 
 
 def table(name: str) -> pd.DataFrame:

@@ -102,19 +102,19 @@ def alignment(
             sharey=True,
         )
         for number, method in enumerate(methods):
-            mine = rows[rows["method"] == method]
+            method_rows = rows[rows["method"] == method]
             anchors = rows[rows["method"] == "base"]
-            own = anchors["model"].isin(mine["model"].dropna().unique())
+            own_anchors = anchors["model"].isin(method_rows["model"].dropna().unique())
             anchors = (
-                anchors[own]
-                if own.any()
+                anchors[own_anchors]
+                if own_anchors.any()
                 else anchors[anchors["model"].isna() | (anchors["model"] == "base")]
             )
             for place, group in enumerate(places):
                 axes = panels[number // columns * len(places) + place][number % columns]
                 _panel(
                     axes,
-                    mine[mine["split"] == group],
+                    method_rows[method_rows["split"] == group],
                     anchors[anchors["split"] == group],
                     metric,
                     colour(method),
@@ -167,7 +167,9 @@ def alignment(
     return figure.figure
 
 
-def _panel(axes: Axes, mine: pd.DataFrame, anchors: pd.DataFrame, metric: str, ink: str) -> None:
+def _panel(
+    axes: Axes, method_rows: pd.DataFrame, anchors: pd.DataFrame, metric: str, ink: str
+) -> None:
     base = [
         _curve(anchors[(anchors["arm"] == arm) & (anchors["metric"] == metric)]) for arm in _ARMS
     ]
@@ -182,7 +184,7 @@ def _panel(axes: Axes, mine: pd.DataFrame, anchors: pd.DataFrame, metric: str, i
             zorder=1,
         )
     axes.axhline(0, color="0.5", linewidth=0.7, zorder=1)
-    floor = mine[mine["metric"] == f"{metric}_floor"].groupby("layer")["value"].max()
+    floor = method_rows[method_rows["metric"] == f"{metric}_floor"].groupby("layer")["value"].max()
     for sign in (-2, 2):
         if len(floor):
             axes.plot(
@@ -194,7 +196,7 @@ def _panel(axes: Axes, mine: pd.DataFrame, anchors: pd.DataFrame, metric: str, i
                 zorder=1,
             )
     for arm, (dash, width) in _STYLES.items():
-        curve = _curve(mine[(mine["arm"] == arm) & (mine["metric"] == metric)])
+        curve = _curve(method_rows[(method_rows["arm"] == arm) & (method_rows["metric"] == metric)])
         if len(curve):
             shade = ink if arm.startswith("forget") else "0.45"
             axes.fill_between(

@@ -47,12 +47,12 @@ def angles(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> 
             sharey=True,
         )
         for axes, block in zip(panels[0], blocks, strict=True):
-            mine = rows[rows["site"] == block]
+            block_rows = rows[rows["site"] == block]
             matrix, marks = np.full((len(sets), len(sets)), np.nan), set()
             for first, second in pairs:
-                cell = mine[mine["split"] == f"{first}|{second}"].set_index(["metric", "arm"])[
-                    "value"
-                ]
+                cell = block_rows[block_rows["split"] == f"{first}|{second}"].set_index(
+                    ["metric", "arm"]
+                )["value"]
                 i, j = sorted((sets.index(first), sets.index(second)))
                 matrix[i, j], matrix[j, i] = (
                     cell["set_overlap", "observed"],

@@ -53,9 +53,9 @@ def causal_map(
     methods = methods_in(rows.loc[rows["metric"] == "restored", "method"].dropna().tolist())
     if not methods:
         return nothing("no causal map in this table", figure)
-    seen = rows["split"].dropna().unique().tolist()
-    groups = [group for group in _GROUPS if group in seen] + sorted(
-        group for group in seen if group not in _GROUPS
+    splits = rows["split"].dropna().unique().tolist()
+    groups = [group for group in _GROUPS if group in splits] + sorted(
+        group for group in splits if group not in _GROUPS
     )
     kinds = [kind for kind in _KINDS.values() if (rows["kind"] == kind).any()]
     layers = sorted(rows["layer"].unique())
@@ -76,9 +76,13 @@ def causal_map(
         )
         image = None
         for number, (axes, method) in enumerate(zip(panels.flat, methods, strict=False)):
-            mine = rows[rows["method"] == method]
-            mine = mine[mine["seed"].isna()] if mine["seed"].isna().any() else mine
-            image = _panel(axes, mine, layers, kinds, groups)
+            method_rows = rows[rows["method"] == method]
+            method_rows = (
+                method_rows[method_rows["seed"].isna()]
+                if method_rows["seed"].isna().any()
+                else method_rows
+            )
+            image = _panel(axes, method_rows, layers, kinds, groups)
             axes.set_title(title(method), pad=16)
             if number + columns >= len(methods):
                 axes.tick_params(labelbottom=True)
@@ -148,10 +152,10 @@ def _panel(
                 ("white" if abs(number) > 0.75 else "black"),
                 bool(low[i, j] <= 0 <= high[i, j]),
             )
-            both = np.isfinite(control[i, j])
+            both_finite = np.isfinite(control[i, j])
             axes.text(
                 j,
-                i + 0.17 * both,
+                i + 0.17 * both_finite,
                 _short(number),
                 ha="center",
                 va="center",
@@ -159,7 +163,7 @@ def _panel(
                 color=shade,
                 alpha=0.45 if faint else 1.0,
             )
-            if both:
+            if both_finite:
                 axes.text(
                     j,
                     i - 0.24,

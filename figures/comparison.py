@@ -27,8 +27,8 @@ def _ends(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     if not len(rows):
         return pd.DataFrame()
     ends = []
-    for method, mine in rows.groupby("method"):
-        ordered = mine.sort_values("x")
+    for method, method_rows in rows.groupby("method"):
+        ordered = method_rows.sort_values("x")
         first, last = ordered.iloc[0], ordered.iloc[-1]
         ends.append(
             {"method": method}
@@ -146,19 +146,19 @@ def ablation(table: pd.DataFrame, metric: str | None = None, *, ax: Axes | None 
     """
     metric = metric or main_metric(table)
     ends = _ends(table, metric)
-    found = {
+    name_of_rank = {
         int(match[1]): str(name)
         for name in (ends.index if len(ends) else [])
         if (match := re.fullmatch(r"cir-k(\d+)", str(name)))
     }
-    if len(found) < 2:
+    if len(name_of_rank) < 2:
         return nothing("no component ablation in this table (workbench sweep --ablation)", ax)
     with look():
         figure, axes = panel(ax, (4.4, 3.0))
-        counts = sorted(found)
+        counts = sorted(name_of_rank)
         places = range(len(counts))
         for side, shade, marker in (("before", _BEFORE, "o"), ("after", _AFTER, "D")):
-            rows = ends.loc[[found[count] for count in counts]]
+            rows = ends.loc[[name_of_rank[count] for count in counts]]
             axes.plot(
                 places,
                 rows[f"value_{side}"],
@@ -177,7 +177,7 @@ def ablation(table: pd.DataFrame, metric: str | None = None, *, ax: Axes | None 
             )
         short = _short_of_budget(table)
         axes.set_xticks(
-            list(places), [str(count) + "*" * (found[count] in short) for count in counts]
+            list(places), [str(count) + "*" * (name_of_rank[count] in short) for count in counts]
         )
         between = " " if ax is None else "\n"
         axes.set_xlabel(f"components left alone on each side{between}(mean direction included)")
@@ -185,5 +185,7 @@ def ablation(table: pd.DataFrame, metric: str | None = None, *, ax: Axes | None 
             "recall of held-out forget facts" if metric == "recall" else "answer probability"
         )
         axes.set_ylim(-0.03, 1.05)
-        axes.legend(title="* below the disruption budget" if short & set(found.values()) else None)
+        axes.legend(
+            title="* below the disruption budget" if short & set(name_of_rank.values()) else None
+        )
     return figure

@@ -83,11 +83,11 @@ def convergence(
         )
         for axes, (name, part) in zip(panels[0], parts, strict=True):
             for number, method in enumerate(methods):
-                mine = part[part["method"] == method]
+                method_rows = part[part["method"] == method]
                 if name == "ritz":
-                    _ritz(axes, mine, method, number)
+                    _ritz(axes, method_rows, method, number)
                 else:
-                    _trace(axes, mine, method, number, len(methods))
+                    _trace(axes, method_rows, method, number, len(methods))
             linear = _scale(axes, part)
             if name == "trace":
                 _zoom(axes, part, len(methods))

@@ -60,10 +60,10 @@ def curvature(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) 
         )
         for axes, measure in zip(panels[0], measures, strict=True):
             for method in methods_in(points["method"].tolist()):
-                mine = points[points["method"] == method]
+                method_points = points[points["method"] == method]
                 axes.scatter(
-                    mine[measure],
-                    mine["won"],
+                    method_points[measure],
+                    method_points["won"],
                     color=colour(method),
                     label=title(method),
                     s=26,

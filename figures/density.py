@@ -77,7 +77,7 @@ def _of(rows: pd.DataFrame, arm: str, panels: list[str]) -> pd.DataFrame:
 def _panel(axes: Axes, rows: pd.DataFrame, curves: pd.DataFrame) -> None:
     methods = methods_in(curves["method"].tolist())
     for number, method in enumerate(methods):
-        mine = rows[rows["method"] == method]
+        method_rows = rows[rows["method"] == method]
         for position, (_, curve) in enumerate(
             curves[curves["method"] == method].groupby(["seed", "arm"], dropna=False)
         ):
@@ -87,7 +87,7 @@ def _panel(axes: Axes, rows: pd.DataFrame, curves: pd.DataFrame) -> None:
                 line["value"].clip(lower=_FLOOR / 10),
                 color=colour(method),
                 linewidth=1.3,
-                label="" if position else _label(method, mine),
+                label="" if position else _label(method, method_rows),
             )
             axes.fill_between(
                 line["x"].to_numpy(float),
@@ -97,8 +97,8 @@ def _panel(axes: Axes, rows: pd.DataFrame, curves: pd.DataFrame) -> None:
                 alpha=0.15,
                 linewidth=0,
             )
-        ends = mine.loc[
-            mine["metric"].isin(["top_eigenvalue", "bottom_eigenvalue"]), "value"
+        ends = method_rows.loc[
+            method_rows["metric"].isin(["top_eigenvalue", "bottom_eigenvalue"]), "value"
         ].dropna()
         height = 0.045
         axes.vlines(

@@ -31,35 +31,39 @@ def disruption(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None)
     methods = methods_in(walks["method"].dropna().tolist())
     if not methods:
         return nothing("no line search in this table", figure)
-    chosen = table[table["stage"] == "unlearn"]
-    budget = chosen.loc[chosen["metric"] == "budget", "value"]
+    unlearn_rows = table[table["stage"] == "unlearn"]
+    budget = unlearn_rows.loc[unlearn_rows["metric"] == "budget", "value"]
     size = (
         max(8.2, 5.4 + 0.3 * len(methods)),
         max(3.8, 0.24 * len(methods)),
     )  # room for the names of many methods
     with look():
-        figure, ((left, right),) = subplots(figure, 1, 2, size, sharey=True, width_ratios=(1.7, 1))
+        figure, ((cost_axes, recall_axes),) = subplots(
+            figure, 1, 2, size, sharey=True, width_ratios=(1.7, 1)
+        )
         costs = walks.loc[walks["metric"] == "disruption", "value"]
         floor = max(1e-6, float(np.nanmin(costs[costs > 0])) / 3) if (costs > 0).any() else 1e-4
         for number, method in enumerate(methods):
             curves = [_path(walk) for _, walk in walks[walks["method"] == method].groupby("seed")]
             for curve in curves:
-                left.plot(
+                cost_axes.plot(
                     curve["cost"].clip(lower=floor),
                     curve["kept"],
                     color=colour(method),
                     alpha=0.75,
                     linewidth=1.1,
                 )
-            mine = chosen[chosen["method"] == method]
-            kept = mine[
-                (mine["metric"] == "recall")
-                & (mine["split"] == "forget-heldout")
-                & mine["seed"].isna()
+            method_rows = unlearn_rows[unlearn_rows["method"] == method]
+            heldout_recall = method_rows[
+                (method_rows["metric"] == "recall")
+                & (method_rows["split"] == "forget-heldout")
+                & method_rows["seed"].isna()
             ]
-            if len(kept):
-                value, low, high = (float(kept[name].iloc[0]) for name in ("value", "low", "high"))
-                right.errorbar(
+            if len(heldout_recall):
+                value, low, high = (
+                    float(heldout_recall[name].iloc[0]) for name in ("value", "low", "high")
+                )
+                recall_axes.errorbar(
                     number,
                     value,
                     yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
@@ -68,10 +72,10 @@ def disruption(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None)
                     color=colour(method),
                     capsize=3,
                 )
-            left.plot([], [], color=colour(method), label=title(method))
+            cost_axes.plot([], [], color=colour(method), label=title(method))
         if len(budget):
-            left.axvline(float(budget.iloc[0]), color="0.3", linestyle="--", linewidth=1)
-            left.annotate(
+            cost_axes.axvline(float(budget.iloc[0]), color="0.3", linestyle="--", linewidth=1)
+            cost_axes.annotate(
                 f"budget {float(budget.iloc[0]):g}",
                 (float(budget.iloc[0]), 1.05),
                 xytext=(-4, 0),
@@ -81,21 +85,21 @@ def disruption(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None)
                 fontsize=8,
                 color="0.3",
             )
-        left.set_xscale("log")
-        left.set_xlim(left=floor)
-        left.set_ylim(-0.03, 1.07)
-        left.set_xlabel(_UNITS["loss-rise" if (walks["arm"] == "loss-rise").any() else "kl"])
-        left.set_ylabel("recall of held-out forget facts")
-        left.legend(loc="lower left")
-        right.set_xticks(
+        cost_axes.set_xscale("log")
+        cost_axes.set_xlim(left=floor)
+        cost_axes.set_ylim(-0.03, 1.07)
+        cost_axes.set_xlabel(_UNITS["loss-rise" if (walks["arm"] == "loss-rise").any() else "kl"])
+        cost_axes.set_ylabel("recall of held-out forget facts")
+        cost_axes.legend(loc="lower left")
+        recall_axes.set_xticks(
             range(len(methods)),
             [title(method).replace(" without", "\nwithout") for method in methods],
             rotation=40,
             ha="right",
         )
-        right.set_xlim(-0.6, len(methods) - 0.4)
-        right.set_title("inside the budget (95 % over seeds and facts)")
-        right.grid(axis="x", visible=False)
+        recall_axes.set_xlim(-0.6, len(methods) - 0.4)
+        recall_axes.set_title("inside the budget (95 % over seeds and facts)")
+        recall_axes.grid(axis="x", visible=False)
     return figure.figure
 
 

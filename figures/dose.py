@@ -41,10 +41,10 @@ def dose(table: pd.DataFrame, metric: str = "trigger_effect", *, ax: Axes | None
         axes.axhline(0, color="0.4", linewidth=0.9)
         spread = 0.7 / len(methods)
         for number, method in enumerate(methods):
-            mine = rows[rows["method"] == method].set_index("split").reindex(splits)
+            method_rows = rows[rows["method"] == method].set_index("split").reindex(splits)
             x = np.arange(len(splits)) + (number - (len(methods) - 1) / 2) * spread
             value, low, high = (
-                mine[name].astype(float).to_numpy() for name in ("value", "low", "high")
+                method_rows[name].astype(float).to_numpy() for name in ("value", "low", "high")
             )
             bars = [np.maximum(0, value - low), np.maximum(0, high - value)]
             axes.errorbar(

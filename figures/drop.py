@@ -51,16 +51,16 @@ def drop(
         top, bottom = float(rows["value"].max()), float(rows["value"].min())
         for number, (axes, method) in enumerate(zip(panels, methods, strict=True)):
             for split, (label, shade, dash) in _LINES.items():
-                mine = rows[(rows["method"] == method) & (rows["split"] == split)]
-                if not len(mine):
+                curve = rows[(rows["method"] == method) & (rows["split"] == split)]
+                if not len(curve):
                     continue
                 paint = shade or (
                     "black" if method == "never-learned" else colour(method)
                 )  # its own grey is that of the controls here
-                for _, line in mine.groupby("seed", sort=True):
+                for _, line in curve.groupby("seed", sort=True):
                     line = line.sort_values("x")
                     axes.plot(line["x"], line["value"], dash, color=paint, linewidth=0.6, alpha=0.4)
-                mean = mine.groupby("x")["value"].mean()
+                mean = curve.groupby("x")["value"].mean()
                 axes.plot(mean.index, mean, dash, color=paint, linewidth=1.6, label=label)
             axes.axhline(0, color="0.5", linewidth=0.7)
             if top > 0:

@@ -39,13 +39,14 @@ def energy(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> 
             sharey=True,
         )
         for axes, side in zip(panels[0], sides, strict=True):
-            mine = rows[sites.str.endswith("." + side)]
-            ranks = sorted(mine["x"].unique())
+            side_rows = rows[sites.str.endswith("." + side)]
+            ranks = sorted(side_rows["x"].unique())
             for method in methods:
-                found = mine[
-                    (mine["method"] == method) & (mine["metric"] == "energy_in_retain_subspace")
+                energies = side_rows[
+                    (side_rows["method"] == method)
+                    & (side_rows["metric"] == "energy_in_retain_subspace")
                 ]
-                by_seed = found.groupby(["seed", "x"], dropna=False)["value"].mean().groupby("x")
+                by_seed = energies.groupby(["seed", "x"], dropna=False)["value"].mean().groupby("x")
                 centre, low, high = by_seed.mean(), by_seed.min(), by_seed.max()
                 axes.plot(
                     centre.index,
@@ -64,7 +65,11 @@ def energy(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> 
                     alpha=0.15,
                     linewidth=0,
                 )
-            chance = mine[mine["metric"] == "energy_of_random_delta"].groupby("x")["value"].mean()
+            chance = (
+                side_rows[side_rows["metric"] == "energy_of_random_delta"]
+                .groupby("x")["value"]
+                .mean()
+            )
             axes.plot(
                 chance.index,
                 chance,

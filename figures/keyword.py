@@ -41,8 +41,8 @@ def keyword(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) ->
             (f"{withheld} answered", f"probability of the {withheld}"),
             strict=True,
         ):
-            mine = rows[rows["metric"] == metric]
-            base = mine[mine["method"] == "base"]
+            metric_rows = rows[rows["metric"] == metric]
+            base = metric_rows[metric_rows["method"] == "base"]
             if len(base):
                 axes.axhline(
                     float(base["value"].iloc[0]),
@@ -51,7 +51,9 @@ def keyword(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) ->
                     label="before unlearning",
                 )
             for (method, arm), (name, shade, dash) in _LINES.items():
-                curve = mine[(mine["method"] == method) & (mine["arm"] == arm)].sort_values("x")
+                curve = metric_rows[
+                    (metric_rows["method"] == method) & (metric_rows["arm"] == arm)
+                ].sort_values("x")
                 if len(curve):
                     axes.plot(
                         curve["x"],

@@ -42,10 +42,10 @@ def ladder(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> 
         figure, (panels,) = subplots(
             figure, 1, 3, (11.5, 3.9), width_ratios=(1.5, 1.2, 1), sharey=True
         )
-        for axes, shown in ((panels[0], ["before", *text_sets]), (panels[1], configs)):
+        for axes, panel_arms in ((panels[0], ["before", *text_sets]), (panels[1], configs)):
             for number, method in enumerate(methods):
                 places, values, low, high = [], [], [], []
-                for place, arm in enumerate(shown):
+                for place, arm in enumerate(panel_arms):
                     if arm == "before":
                         start = (
                             rows[
@@ -78,9 +78,9 @@ def ladder(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> 
                 _NAMES.get(arm, arm.removeprefix("part, "))
                 if axes is panels[0]
                 else ("as left" if arm == "part" else arm.removeprefix("part, "))
-                for arm in shown
+                for arm in panel_arms
             ]
-            axes.set_xticks(range(len(shown)), labels, rotation=45, ha="right")
+            axes.set_xticks(range(len(panel_arms)), labels, rotation=45, ha="right")
             axes.grid(axis="x", visible=False)
         panels[0].set_title("attack texts (fine-tuning every weight)")
         panels[0].set_ylabel("recall of held-out questions")

@@ -81,13 +81,16 @@ def lens(
         figure: or part of one, to draw into; no ``ax``: one panel per method.
     """
     rows = table[(table["stage"] == "representation") & (table["split"] == split)]
-    seen = rows[rows["metric"] == metric].dropna(subset=["value"])
-    found = methods_in(seen["method"].dropna().tolist())
-    if not found:
+    metric_rows = rows[rows["metric"] == metric].dropna(subset=["value"])
+    present_methods = methods_in(metric_rows["method"].dropna().tolist())
+    if not present_methods:
         return nothing("no logit lens in this table", figure)
-    own, base = seen[seen["arm"] == "own decoder"], seen[seen["arm"] == "base decoder"]
+    own_decoder, base_decoder = (
+        metric_rows[metric_rows["arm"] == "own decoder"],
+        metric_rows[metric_rows["arm"] == "base decoder"],
+    )
     foils = rows[(rows["metric"] == "lens_foil") & (rows["arm"] == "own decoder")]
-    methods = [name for name in found if name not in ANCHORS] or found
+    methods = [name for name in present_methods if name not in ANCHORS] or present_methods
     with look():
         figure, panels = grid(figure, len(methods), width=2.6, height=2.2)
         for axes, method in zip(panels, methods, strict=True):
@@ -96,7 +99,7 @@ def lens(
                 if name != method:
                     draw(
                         axes,
-                        own[own["method"] == name],
+                        own_decoder[own_decoder["method"] == name],
                         f"{title(name)}, own decoder",
                         band=False,
                         color=colour(name),
@@ -104,7 +107,7 @@ def lens(
                     )
             draw(
                 axes,
-                own[own["method"] == method],
+                own_decoder[own_decoder["method"] == method],
                 "own decoder",
                 color=shade,
                 marker="o",
@@ -112,7 +115,7 @@ def lens(
             )
             draw(
                 axes,
-                base[base["method"] == method],
+                base_decoder[base_decoder["method"] == method],
                 "the base's decoder",
                 band=False,
                 color=shade,

@@ -135,9 +135,9 @@ def _panel(
     scales: dict[str, tuple[str, Normalize]],
     drawn: dict[str, AxesImage],
 ) -> None:
-    shown = means.columns.get_level_values("metric").tolist()
-    for metric in dict.fromkeys(shown):
-        places = [number for number, name in enumerate(shown) if name == metric]
+    metrics = means.columns.get_level_values("metric").tolist()
+    for metric in dict.fromkeys(metrics):
+        places = [number for number, name in enumerate(metrics) if name == metric]
         shades, norm = scales[metric]
         values = means.iloc[:, places].to_numpy(dtype=float)
         extent = (places[0] - 0.5, places[-1] + 0.5, -0.5, len(means) - 0.5)
@@ -147,7 +147,7 @@ def _panel(
         drawn.setdefault(shades, image)
         if len(means) <= _MOST:
             _write(axes, values, places, image, metric)
-        middle = (places[0] + places[-1] + 1) / 2 / len(shown)
+        middle = (places[0] + places[-1] + 1) / 2 / len(metrics)
         place = {
             "xycoords": "axes fraction",
             "textcoords": "offset points",
@@ -158,9 +158,9 @@ def _panel(
         if places[0]:
             axes.axvline(places[0] - 0.5, color="black", linewidth=1.0)
     axes.set_facecolor("0.85")
-    axes.set_xlim(-0.5, len(shown) - 0.5)
+    axes.set_xlim(-0.5, len(metrics) - 0.5)
     axes.set_xticks(
-        range(len(shown)),
+        range(len(metrics)),
         [_DECODERS[arm] for arm in means.columns.get_level_values("arm")],
         fontsize=7,
     )

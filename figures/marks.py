@@ -41,10 +41,10 @@ def marks(table: pd.DataFrame) -> dict[str, list[str]]:
     Args:
         table: tidy results.
     """
-    found: dict[str, list[str]] = {}
+    notes_of: dict[str, list[str]] = {}
 
     def say(method: str, words: str) -> None:
-        found.setdefault(method, []).append(words)
+        notes_of.setdefault(method, []).append(words)
 
     for method, rows in _of(table, "relative_displacement", "unlearn").items():
         still = rows["value"] == 0
@@ -86,7 +86,7 @@ def marks(table: pd.DataFrame) -> dict[str, list[str]]:
     for arm, what in (("attack", "attack"), ("null", "null attack"), ("random-facts", "control")):
         for method, step in diverged(table, arm).items():
             say(method, f"{what} diverged at step {step:g}")
-    return found
+    return notes_of
 
 
 def main_metric(table: pd.DataFrame) -> str:

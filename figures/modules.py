@@ -65,8 +65,8 @@ def modules(
     )
     groups = rows.groupby(["site", "method"])
     means, low, high = (
-        found.unstack().reindex(index=sites, columns=methods).to_numpy(dtype=float)
-        for found in (groups["value"].mean(), groups["low"].min(), groups["high"].max())
+        summaries.unstack().reindex(index=sites, columns=methods).to_numpy(dtype=float)
+        for summaries in (groups["value"].mean(), groups["low"].min(), groups["high"].max())
     )
     largest = float(np.nanmax(np.abs(means))) or 1.0
     power = 3 * int(np.floor(np.log10(largest) / 3))
@@ -140,12 +140,12 @@ def _ticks(sites: list[str]) -> tuple[list[int], list[str]]:
         return list(range(len(sites))), [_name(site) for site in sites]
     block = [site.split(".")[1] if site.startswith("blocks.") else site for site in sites]
     first = [number for number, name in enumerate(block) if block.index(name) == number]
-    kept = [
+    labelled = [
         number for number in first if not block[number].isdigit() or int(block[number]) % 4 == 0
     ]
-    return kept, [
+    return labelled, [
         f"block {block[number]}" if block[number].isdigit() else _name(sites[number])
-        for number in kept
+        for number in labelled
     ]
 
 

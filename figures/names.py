@@ -34,22 +34,22 @@ def names(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> F
     counts = sorted(rows["repetitions"].unique(), reverse=True)
     last = float(rows["x"].max())
     with look():
-        figure, ((left, right),) = subplots(figure, 1, 2, (8.4, 3.4), sharey=True)
+        figure, ((left_axes, right_axes),) = subplots(figure, 1, 2, (8.4, 3.4), sharey=True)
         for offset, (method, arm, after, label, shade, marker) in enumerate(_SERIES):
-            mine = rows[
+            arm_rows = rows[
                 (rows["method"] == method)
                 & (rows["arm"] == arm)
                 & (rows["x"] == (last if after else 0))
             ].set_index("repetitions")
-            places = [place for place, count in enumerate(counts) if count in mine.index]
+            places = [place for place, count in enumerate(counts) if count in arm_rows.index]
             if not places:
                 continue
-            values = mine.loc[[counts[place] for place in places]]
+            values = arm_rows.loc[[counts[place] for place in places]]
             spread = [
                 (values["value"] - values["low"]).clip(lower=0),
                 (values["high"] - values["value"]).clip(lower=0),
             ]
-            left.errorbar(
+            left_axes.errorbar(
                 [place + 0.13 * (offset - 2) for place in places],
                 values["value"],
                 yerr=spread,
@@ -59,7 +59,7 @@ def names(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> F
                 capsize=2,
                 label=label,
             )
-        left.scatter(
+        left_axes.scatter(
             range(len(counts)),
             [_PUBLISHED[count] for count in counts],
             marker="_",
@@ -69,11 +69,11 @@ def names(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> F
             label="published, relearned",
             zorder=1,
         )
-        left.set_xticks(range(len(counts)), [f"{count}" for count in counts])
-        left.set_xlabel("repetitions of the pair")
-        left.set_ylabel("success: the pair is written")
-        left.set_ylim(-0.03, 1.05)
-        left.grid(axis="x", visible=False)
+        left_axes.set_xticks(range(len(counts)), [f"{count}" for count in counts])
+        left_axes.set_xlabel("repetitions of the pair")
+        left_axes.set_ylabel("success: the pair is written")
+        left_axes.set_ylim(-0.03, 1.05)
+        left_axes.grid(axis="x", visible=False)
         shades = ("#440154", "#31688e", "#35b779", "#d9b500")
         for shade, count in zip(shades, counts, strict=False):
             curve = rows[
@@ -81,7 +81,7 @@ def names(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> F
                 & (rows["arm"] == "fragments")
                 & (rows["repetitions"] == count)
             ].sort_values("x")
-            right.plot(
+            right_axes.plot(
                 curve["x"],
                 curve["value"],
                 color=shade,
@@ -89,7 +89,7 @@ def names(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> F
                 markersize=3,
                 label=f"{count} repetition{'s' if count > 1 else ''}",
             )
-            right.fill_between(
+            right_axes.fill_between(
                 curve["x"].to_numpy(dtype=float),
                 curve["low"],
                 curve["high"],
@@ -102,10 +102,12 @@ def names(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> F
                 & (rows["arm"] == "fragments")
                 & (rows["repetitions"] == count)
             ].sort_values("x")
-            right.plot(control["x"], control["value"], color=shade, linestyle="--", linewidth=1)
-        right.plot([], [], color="0.4", linestyle="--", linewidth=1, label="never learned")
-        right.set_xlabel("relearning steps on fragments")
-        right.legend(loc="upper left")
-        handles, labels = left.get_legend_handles_labels()
+            right_axes.plot(
+                control["x"], control["value"], color=shade, linestyle="--", linewidth=1
+            )
+        right_axes.plot([], [], color="0.4", linestyle="--", linewidth=1, label="never learned")
+        right_axes.set_xlabel("relearning steps on fragments")
+        right_axes.legend(loc="upper left")
+        handles, labels = left_axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure.figure

@@ -58,8 +58,8 @@ def noise(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> F
     rows = table[table["seed"].isna() & np.isfinite(table["value"].astype(float))]
     variants = _variants(rows["method"].dropna().unique().tolist())
     parts = {
-        label: rows[np.logical_and.reduce([rows[name] == value for name, value in where.items()])]
-        for label, where in _PANELS.items()
+        label: rows[np.logical_and.reduce([rows[name] == value for name, value in split.items()])]
+        for label, split in _PANELS.items()
     }
     measured = {name for part in parts.values() for name in part["method"]}
     variants = variants[variants["name"].isin(measured)]
@@ -86,13 +86,15 @@ def noise(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> F
             sharey="col",
         )
         for i, method in enumerate(methods):
-            mine = variants[variants["method"] == method]
+            method_variants = variants[variants["method"] == method]
             for j, (label, part) in enumerate(parts.items()):
                 axes = panels[i][j]
                 _controls(axes, part, effect=label == _EFFECT)
                 for number, layer in enumerate(layers):
                     line = (
-                        mine[(mine["layer"] == layer) | (mine["noise"] == 0)]
+                        method_variants[
+                            (method_variants["layer"] == layer) | (method_variants["noise"] == 0)
+                        ]
                         .merge(part, left_on="name", right_on="method")
                         .sort_values("noise")
                     )
@@ -130,16 +132,16 @@ def _variants(names: list[str]) -> pd.DataFrame:
     """``name``, ``method``, ``noise`` and ``layer`` of every variant; a method without noise stands
     for noise 0 where no variant of it does.
     """
-    found = [
+    variants = [
         (name, match["method"], float(match["noise"]), int(match["layer"] or _OWN))
         for name in names
         if (match := _NAME.fullmatch(name))
     ]
-    without = {method for _, method, _, _ in found} - {
-        method for _, method, size, _ in found if size == 0
+    without = {method for _, method, _, _ in variants} - {
+        method for _, method, size, _ in variants if size == 0
     }
-    found += [(name, name, 0.0, _OWN) for name in names if name in without]
-    return pd.DataFrame(found, columns=["name", "method", "noise", "layer"])
+    variants += [(name, name, 0.0, _OWN) for name in names if name in without]
+    return pd.DataFrame(variants, columns=["name", "method", "noise", "layer"])
 
 
 def _controls(axes: Axes, part: pd.DataFrame, *, effect: bool) -> None:

@@ -92,10 +92,10 @@ def plane(
         )
         drawn = None
         for number, (axes, method) in enumerate(zip(panels, methods, strict=True)):
-            mine = surfaces[surfaces["method"] == method]
-            seed = mine["seed"].min()
-            mine = mine[mine["seed"] == seed]
-            wide = mine.pivot_table(
+            surface = surfaces[surfaces["method"] == method]
+            seed = surface["seed"].min()
+            surface = surface[surface["seed"] == seed]
+            wide = surface.pivot_table(
                 index="y", columns="x", values="value", aggfunc="first", dropna=False
             ).sort_index()
             heights = np.ma.masked_invalid(wide.to_numpy(dtype=float))

@@ -56,11 +56,11 @@ def predictors(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
         figure, axes = panel(ax, (6.4, 1.2 + 0.34 * len(strength)))
         axes.axvline(0, color="0.4", linewidth=0.8)
         for offset, (outcome, label, shade, marker) in enumerate(_OUTCOMES):
-            mine = rows[rows["split"] == outcome].set_index("arm")
-            names = [name for name in strength.index if name in mine.index]
+            outcome_rows = rows[rows["split"] == outcome].set_index("arm")
+            names = [name for name in strength.index if name in outcome_rows.index]
             if not names:
                 continue
-            values = mine.loc[names]
+            values = outcome_rows.loc[names]
             places = np.array([strength.index.get_loc(name) for name in names], dtype=float) + (
                 0.14 if offset == 0 else -0.14
             )

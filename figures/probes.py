@@ -35,13 +35,13 @@ def probes(
         figure: or part of one, to draw into; no ``ax``: one panel per method.
     """
     rows = _rows(table, split)
-    own = rows[rows["arm"] == "own"]
+    own_rows = rows[rows["arm"] == "own"]
     methods = [
-        name for name in methods_in(own["method"].dropna().tolist()) if name != "base"
-    ] or methods_in(own["method"].dropna().tolist())
+        name for name in methods_in(own_rows["method"].dropna().tolist()) if name != "base"
+    ] or methods_in(own_rows["method"].dropna().tolist())
     if not methods:
         return nothing("no probe in this table", figure)
-    kept = [
+    legend_labels = [
         f"{title('base')}, own probe",
         "most frequent label",
         "ceiling (labels seen in training)",
@@ -49,13 +49,13 @@ def probes(
     with look():
         figure, panels = grid(figure, len(methods), width=2.6, height=2.2)
         for axes, method in zip(panels, methods, strict=True):
-            mine, shade = rows[rows["method"] == method], colour(method)
-            ceiling = mine[mine["arm"] == "ceiling"]
+            method_rows, shade = rows[rows["method"] == method], colour(method)
+            ceiling = method_rows[method_rows["arm"] == "ceiling"]
             if (ceiling["value"] < 1).any():
                 draw(
                     axes,
                     ceiling,
-                    kept[2],
+                    legend_labels[2],
                     band=False,
                     color="0.6",
                     linewidth=0.9,
@@ -63,8 +63,8 @@ def probes(
                 )
             draw(
                 axes,
-                mine[mine["arm"] == "majority"],
-                kept[1],
+                method_rows[method_rows["arm"] == "majority"],
+                legend_labels[1],
                 band=False,
                 color="0.6",
                 linewidth=1.1,
@@ -73,15 +73,15 @@ def probes(
             if method != "base":
                 draw(
                     axes,
-                    own[own["method"] == "base"],
-                    kept[0],
+                    own_rows[own_rows["method"] == "base"],
+                    legend_labels[0],
                     band=False,
                     color=colour("base"),
                     linewidth=1.1,
                 )
             draw(
                 axes,
-                mine[mine["arm"] == "control"],
+                method_rows[method_rows["arm"] == "control"],
                 "control task",
                 band=False,
                 color=shade,
@@ -91,7 +91,7 @@ def probes(
             )
             draw(
                 axes,
-                own[own["method"] == method],
+                own_rows[own_rows["method"] == method],
                 "own probe",
                 color=shade,
                 marker="o",
@@ -100,7 +100,7 @@ def probes(
             axes.set_ylim(-0.03, 1.05)
             finish(axes, method)
         figure.supylabel("accuracy on unseen subjects", fontsize=9)
-        common_legend(figure, panels, keep=kept)
+        common_legend(figure, panels, keep=legend_labels)
     return figure.figure
 
 
@@ -124,15 +124,23 @@ def transfer(
     methods = [name for name in methods_in(crossed["method"].dropna().tolist()) if name != "base"]
     if not methods:
         return nothing("no probe transfer in this table", figure)
-    kept = ["base's probe on the base", "base's probe on this model", "most frequent label"]
+    legend_labels = [
+        "base's probe on the base",
+        "base's probe on this model",
+        "most frequent label",
+    ]
     with look():
         figure, panels = grid(figure, len(methods), width=2.6, height=2.2)
         for axes, method in zip(panels, methods, strict=True):
-            mine, shade, black = rows[rows["method"] == method], colour(method), colour("base")
+            method_rows, shade, black = (
+                rows[rows["method"] == method],
+                colour(method),
+                colour("base"),
+            )
             draw(
                 axes,
-                mine[mine["arm"] == "majority"],
-                kept[2],
+                method_rows[method_rows["arm"] == "majority"],
+                legend_labels[2],
                 band=False,
                 color="0.6",
                 linewidth=1.1,
@@ -141,15 +149,15 @@ def transfer(
             draw(
                 axes,
                 rows[(rows["method"] == "base") & (rows["arm"] == "own")],
-                kept[0],
+                legend_labels[0],
                 band=False,
                 color=black,
                 linewidth=1.2,
             )
             draw(
                 axes,
-                mine[mine["arm"] == "base->unlearned"],
-                kept[1],
+                method_rows[method_rows["arm"] == "base->unlearned"],
+                legend_labels[1],
                 band=False,
                 color=black,
                 marker="v",
@@ -158,7 +166,7 @@ def transfer(
             )
             draw(
                 axes,
-                mine[mine["arm"] == "own"],
+                method_rows[method_rows["arm"] == "own"],
                 "own probe on this model",
                 color=shade,
                 marker="o",
@@ -166,7 +174,7 @@ def transfer(
             )
             draw(
                 axes,
-                mine[mine["arm"] == "unlearned->base"],
+                method_rows[method_rows["arm"] == "unlearned->base"],
                 "own probe on the base",
                 band=False,
                 color=shade,
@@ -177,5 +185,5 @@ def transfer(
             axes.set_ylim(-0.03, 1.05)
             finish(axes, method)
         figure.supylabel("accuracy on unseen subjects", fontsize=9)
-        common_legend(figure, panels, keep=kept)
+        common_legend(figure, panels, keep=legend_labels)
     return figure.figure

@@ -60,28 +60,28 @@ def recovery(
         control = rows[(rows["method"] == "never-learned") & (rows["arm"] == "attack")]
         base = rows[(rows["method"] == "base") & (rows["arm"] == "attack")]
         for axes, method in zip(panels, methods, strict=True):
-            mine = rows[rows["method"] == method]
+            method_rows = rows[rows["method"] == method]
             _line(
                 axes,
-                mine[mine["arm"] == "attack"],
+                method_rows[method_rows["arm"] == "attack"],
                 "relearning attack",
                 color=colour(method),
                 marker="o",
                 markersize=3,
             )
-            if (mine["arm"] == "null").any():
+            if (method_rows["arm"] == "null").any():
                 _line(
                     axes,
-                    mine[mine["arm"] == "null"],
+                    method_rows[method_rows["arm"] == "null"],
                     "null attack (general text)",
                     color=colour(method),
                     linestyle=":",
                     alpha=0.9,
                 )
-            if (mine["arm"] == "random-facts").any():
+            if (method_rows["arm"] == "random-facts").any():
                 _line(
                     axes,
-                    mine[mine["arm"] == "random-facts"],
+                    method_rows[method_rows["arm"] == "random-facts"],
                     "random facts (exchanged answers)",
                     color=colour(method),
                     linestyle="-.",

@@ -58,34 +58,36 @@ def resistance(
         .dropna(subset=["value"])
         .set_index("arm")
     )
-    seen = [
+    measured = [
         name
         for name in [*NAMES, *sorted(set(points["arm"]) - set(NAMES))]
         if (points["arm"] == name).any()
     ]
     if measures is None:
         strength = correlations["value"].abs().groupby(level=0).max().to_dict()
-        seen = [name for name in seen if (name, outcome) != ("recall_before", "recovery")]
-        chosen = sorted(seen, key=lambda name: -strength.get(name, -1.0))
+        measured = [name for name in measured if (name, outcome) != ("recall_before", "recovery")]
+        shown_measures = sorted(measured, key=lambda name: -strength.get(name, -1.0))
     else:
-        chosen = [name for name in measures if name in seen]
-    if not chosen:
+        shown_measures = [name for name in measures if name in measured]
+    if not shown_measures:
         return nothing("no measures beside what an attack won back in this table", figure)
-    points = points[points["arm"].isin(chosen)]
+    points = points[points["arm"].isin(shown_measures)]
     numbers = {
         method: number
         for number, method in enumerate(_in_order(points["method"].unique().tolist()), start=1)
     }
-    columns = min(len(chosen), 2 if len(chosen) == 4 else 3)
+    columns = min(len(shown_measures), 2 if len(shown_measures) == 4 else 3)
     with look():
-        figure, panels = grid(figure, len(chosen), columns=columns, width=3.4, height=2.9)
+        figure, panels = grid(figure, len(shown_measures), columns=columns, width=3.4, height=2.9)
         means: list[list[tuple[int, float, float]]] = [[] for _ in panels]
-        for position, (axes, measure) in enumerate(zip(panels, chosen, strict=True)):
-            mine = points[points["arm"] == measure]
+        for position, (axes, measure) in enumerate(zip(panels, shown_measures, strict=True)):
+            measure_points = points[points["arm"] == measure]
             for method, number in numbers.items():
-                for _, models in mine[mine["method"] == method].groupby("run", sort=True):
+                for _, models in measure_points[measure_points["method"] == method].groupby(
+                    "run", sort=True
+                ):
                     means[position].append((number, *_draw(axes, models, method)))
-            _scale(axes, mine["value"])
+            _scale(axes, measure_points["value"])
             axes.axhline(0, color="0.5", linewidth=0.7, zorder=1)
             axes.set_title(_correlation(correlations, measure))
             axes.set_xlabel(NAMES.get(measure, measure))
@@ -107,8 +109,8 @@ def resistance(
         )
         # only then is it known where a mean lies on the page
         figure.figure.draw_without_rendering()
-        for axes, found in zip(panels, means, strict=True):
-            _number(axes, found)
+        for axes, measure_means in zip(panels, means, strict=True):
+            _number(axes, measure_means)
     return figure.figure
 
 
@@ -214,7 +216,7 @@ def _number(axes: Axes, means: list[tuple[int, float, float]]) -> None:
     scale = 72 / axes.figure.dpi
     centres = [axes.transData.transform((x, y)) * scale for _, x, y in means]
     left, bottom, right, top = (float(end) * scale for end in axes.bbox.extents)
-    taken = [
+    occupied = [
         (x, y, 3.0, 3.0) for x, y in centres
     ]  # middle and half of the width and height, in points
     for (number, x, y), centre in zip(means, centres, strict=True):
@@ -233,11 +235,12 @@ def _number(axes: Axes, means: list[tuple[int, float, float]]) -> None:
             place
             for place in inside
             if all(
-                abs(place[0] - a) > width + w or abs(place[1] - b) > 3.2 + h for a, b, w, h in taken
+                abs(place[0] - a) > width + w or abs(place[1] - b) > 3.2 + h
+                for a, b, w, h in occupied
             )
         ]
         best = (free or inside or places)[0]
-        taken.append((best[0], best[1], width, 3.2))
+        occupied.append((best[0], best[1], width, 3.2))
         far = float(np.hypot(*(best - centre))) > _RADII[0] + 0.1
         axes.annotate(
             str(number),

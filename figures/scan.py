@@ -40,14 +40,14 @@ def scan(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Fi
         chance = rows[(rows["metric"] == "average_precision") & (rows["arm"] == "chance")]["value"]
         for axes, arm in zip(panels[0], arms, strict=True):
             for method in methods:
-                mine = curves[(curves["method"] == method) & (curves["arm"] == arm)]
+                curve = curves[(curves["method"] == method) & (curves["arm"] == arm)]
                 areas = rows[
                     (rows["metric"] == "average_precision")
                     & (rows["method"] == method)
                     & (rows["arm"] == arm)
                     & rows["seed"].notna()
                 ]["value"]
-                for number, (_, line) in enumerate(mine.groupby("seed", sort=True)):
+                for number, (_, line) in enumerate(curve.groupby("seed", sort=True)):
                     line = line.sort_values("x")
                     label = f"{title(method)} ({areas.mean():.2f})" if not number else None
                     axes.step(

@@ -71,12 +71,12 @@ def shift(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> F
         )
         for i, measure in enumerate(measures):
             for j, split in enumerate(splits):
-                axes, mine = (
+                axes, panel_rows = (
                     panels[i][j],
                     rows[(rows["metric"] == measure) & (rows["split"] == split)],
                 )
                 for number, method in enumerate(methods):
-                    curve = by_block(mine[mine["method"] == method])
+                    curve = by_block(panel_rows[panel_rows["method"] == method])
                     if not len(curve):
                         continue
                     shade = colour(method)

@@ -43,12 +43,12 @@ def slices(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> 
             for j, arm in enumerate(arms):
                 axes = panels[i][j]
                 for method in methods_in(rows["method"].dropna().tolist()):
-                    mine = rows[
+                    curve = rows[
                         (rows["method"] == method) & (rows["arm"] == arm) & (rows["split"] == split)
                     ]
-                    if not len(mine):
+                    if not len(curve):
                         continue
-                    band = mine.groupby("x")["value"].agg(["mean", "min", "max"])
+                    band = curve.groupby("x")["value"].agg(["mean", "min", "max"])
                     dash = "--" if method == "never-learned" else "-"
                     axes.plot(
                         band.index,

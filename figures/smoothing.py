@@ -46,12 +46,12 @@ def smoothing(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) 
             height=0.9 + 0.3 * len(wrappers),
         )
         for axes, method in zip(panels, plain, strict=True):
-            mine = rows[rows["plain"] == method]
+            method_rows = rows[rows["plain"] == method]
             for offset, step, face in (
-                (0.15, mine["x"].min(), "white"),
-                (-0.15, mine["x"].max(), colour(method)),
+                (0.15, method_rows["x"].min(), "white"),
+                (-0.15, method_rows["x"].max(), colour(method)),
             ):
-                part = mine[mine["x"] == step].set_index("wrapper").reindex(wrappers)
+                part = method_rows[method_rows["x"] == step].set_index("wrapper").reindex(wrappers)
                 value, low, high = (
                     part[name].to_numpy(dtype=float) for name in ("value", "low", "high")
                 )

@@ -47,10 +47,12 @@ def spectra(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) ->
             sharey="row",
         )
         for j, kind in enumerate(kinds):
-            mine = rows[sites.str.endswith("." + kind)]
+            kind_rows = rows[sites.str.endswith("." + kind)]
             for split, shade in _SPLITS.items():
                 for number, (_, line) in enumerate(
-                    mine[(mine["metric"] == "variance_share") & (mine["split"] == split)]
+                    kind_rows[
+                        (kind_rows["metric"] == "variance_share") & (kind_rows["split"] == split)
+                    ]
                     .sort_values("x")
                     .groupby("site")
                 ):
@@ -63,7 +65,10 @@ def spectra(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) ->
                         label=f"{split} texts" if number == 0 else None,
                     )
             tiers = (
-                mine[(mine["metric"] == "tier_variance_share") & (mine["split"] == "retain")]
+                kind_rows[
+                    (kind_rows["metric"] == "tier_variance_share")
+                    & (kind_rows["split"] == "retain")
+                ]
                 .groupby("x")["value"]
                 .mean()
             )
@@ -87,7 +92,9 @@ def spectra(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) ->
             panels[0][j].set_xlabel("principal direction")
             for arm, (label, shade, dash) in _ARMS.items():
                 curve = (
-                    mine[(mine["metric"] == "subspace_overlap") & (mine["arm"] == arm)]
+                    kind_rows[
+                        (kind_rows["metric"] == "subspace_overlap") & (kind_rows["arm"] == arm)
+                    ]
                     .groupby("x")["value"]
                     .agg(["mean", "min", "max"])
                 )
@@ -110,7 +117,7 @@ def spectra(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) ->
                 )
             panels[1][j].set_ylim(0, 1.02)
             panels[1][j].set_xscale("log", base=2)
-            ranks = sorted(mine.loc[mine["metric"] == "subspace_overlap", "x"].unique())
+            ranks = sorted(kind_rows.loc[kind_rows["metric"] == "subspace_overlap", "x"].unique())
             panels[1][j].set_xticks(ranks, [f"{rank:g}" for rank in ranks])
             panels[0][j].xaxis.set_major_locator(MaxNLocator(integer=True))
             panels[1][j].set_xlabel("rank k of both subspaces")

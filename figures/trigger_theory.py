@@ -63,13 +63,16 @@ def trigger_theory(
             sharey="col",
         )
         for line, method in zip(panels, methods, strict=True):
-            mine, control = (
-                rows[(rows["method"] == method) & (rows["arm"] == one)] for one in (arm, _CONTROL)
+            arm_rows, control_rows = (
+                rows[(rows["method"] == method) & (rows["arm"] == name)] for name in (arm, _CONTROL)
             )
             for axes, kind in zip(line, kinds, strict=True):
-                if len(mine[mine["metric"] == f"theory_{kind}"]):
+                if len(arm_rows[arm_rows["metric"] == f"theory_{kind}"]):
                     _PANELS[kind][2](
-                        axes, mine, control if arm != _CONTROL else control.iloc[:0], colour(method)
+                        axes,
+                        arm_rows,
+                        control_rows if arm != _CONTROL else control_rows.iloc[:0],
+                        colour(method),
                     )
                 else:
                     axes.text(
@@ -123,12 +126,16 @@ def _note(axes: Axes, text: str, place: str = "right") -> None:
     axes.text(x, 0.96, text, ha=place, va="top", transform=axes.transAxes, fontsize=7)
 
 
-def _bars(axes: Axes, mine: pd.DataFrame, control: pd.DataFrame, kind: str, shade: str) -> None:
+def _bars(
+    axes: Axes, arm_rows: pd.DataFrame, control_rows: pd.DataFrame, kind: str, shade: str
+) -> None:
     """The method's curve with its intervals, and that of the control without, whose intervals are
     about as long and would lie on top.
     """
-    other, curve = _curve(control, kind), _curve(mine, kind)
-    axes.plot(other.index, other["value"], ":", color=_GREY, linewidth=1.3, zorder=3)
+    control_curve, curve = _curve(control_rows, kind), _curve(arm_rows, kind)
+    axes.plot(
+        control_curve.index, control_curve["value"], ":", color=_GREY, linewidth=1.3, zorder=3
+    )
     spread = [
         (curve["value"] - curve["low"]).clip(lower=0),
         (curve["high"] - curve["value"]).clip(lower=0),
@@ -147,9 +154,9 @@ def _bars(axes: Axes, mine: pd.DataFrame, control: pd.DataFrame, kind: str, shad
     axes.set_xscale("log")
 
 
-def _histogram(axes: Axes, mine: pd.DataFrame, control: pd.DataFrame, shade: str) -> None:
+def _histogram(axes: Axes, arm_rows: pd.DataFrame, control_rows: pd.DataFrame, shade: str) -> None:
     place = np.linspace(-6, 6, 121)
-    for rows, ink, dash in ((mine, shade, "-"), (control, _GREY, ":")):
+    for rows, ink, dash in ((arm_rows, shade, "-"), (control_rows, _GREY, ":")):
         curve = _curve(rows, "histogram")
         axes.plot(
             curve.index,
@@ -171,30 +178,31 @@ def _histogram(axes: Axes, mine: pd.DataFrame, control: pd.DataFrame, shade: str
     axes.set_yticks([1e-4, 1e-2, 1])
     axes.set_xlim(-8, 8)
     shares = [
-        f"{_scalar(mine, kind):.1%}".replace("-0.0%", "0.0%")
+        f"{_scalar(arm_rows, kind):.1%}".replace("-0.0%", "0.0%")
         for kind in ("mean_share", "query_share")
     ]
     _note(
         axes,
-        f"excess kurtosis {_scalar(mine, 'kurtosis_mean'):.2g}\nsquared mean {shares[0]} of mean "
-        "square" + ("" if shares[1] == "nan%" else f"\nbetween queries {shares[1]} of variance"),
+        f"excess kurtosis {_scalar(arm_rows, 'kurtosis_mean'):.2g}\nsquared mean {shares[0]} of "
+        "mean square"
+        + ("" if shares[1] == "nan%" else f"\nbetween queries {shares[1]} of variance"),
     )
 
 
-def _spectrum(axes: Axes, mine: pd.DataFrame, control: pd.DataFrame, shade: str) -> None:
-    expected = _curve(mine, "spectrum_expected")
+def _spectrum(axes: Axes, arm_rows: pd.DataFrame, control_rows: pd.DataFrame, shade: str) -> None:
+    expected = _curve(arm_rows, "spectrum_expected")
     axes.fill_between(
         expected.index.to_numpy(), expected["low"], expected["high"], color=_BAND, linewidth=0
     )
     axes.plot(expected.index, expected["value"], color="black", linewidth=1, linestyle="--")
-    for rows, ink, dash in ((mine, shade, "-"), (control, _GREY, ":")):
+    for rows, ink, dash in ((arm_rows, shade, "-"), (control_rows, _GREY, ":")):
         curve = _curve(rows, "spectrum")
         axes.plot(curve.index, curve["value"], dash, color=ink, linewidth=1.3)
     axes.set_yscale("log")
     _note(
         axes,
-        f"participation ratio {_scalar(mine, 'participation_ratio'):.3g}\n(assumed "
-        f"{_scalar(mine, 'participation_ratio_expected'):.3g})",
+        f"participation ratio {_scalar(arm_rows, 'participation_ratio'):.3g}\n(assumed "
+        f"{_scalar(arm_rows, 'participation_ratio_expected'):.3g})",
     )
 
 

@@ -47,10 +47,10 @@ def triggers(
         figure, axes = panel(ax, (max(5.2, 1.0 + 0.95 * len(methods)), 3.2))
         width = 0.2
         for number, arm in enumerate(_ARMS):
-            mine = rows[rows["arm"] == arm].set_index("method").reindex(methods)
+            arm_rows = rows[rows["arm"] == arm].set_index("method").reindex(methods)
             x = np.arange(len(methods)) + (number - 1.5) * width
             value, low, high = (
-                mine[name].astype(float).to_numpy() for name in ("value", "low", "high")
+                arm_rows[name].astype(float).to_numpy() for name in ("value", "low", "high")
             )
             face = [
                 colour(method) if arm == "forget-token" else "white" if arm == "clean" else "0.92"

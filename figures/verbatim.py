@@ -41,8 +41,8 @@ def verbatim(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -
     with look():
         figure, (panels,) = subplots(figure, 1, 3, (10.5, 3.7), sharey=True)
         for axes, (metric, label) in zip(panels, _PANELS, strict=True):
-            mine = metric.rows(rows)
-            base = mine[mine["method"] == "base"]
+            metric_rows = metric.rows(rows)
+            base = metric_rows[metric_rows["method"] == "base"]
             if len(base):
                 axes.axhline(
                     float(base["value"].iloc[0]),
@@ -51,7 +51,9 @@ def verbatim(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -
                     label="before unlearning",
                 )
             for (method, arm), (name, shade, dash) in _LINES.items():
-                curve = mine[(mine["method"] == method) & (mine["arm"] == arm)].sort_values("x")
+                curve = metric_rows[
+                    (metric_rows["method"] == method) & (metric_rows["arm"] == arm)
+                ].sort_values("x")
                 if len(curve):
                     axes.plot(
                         curve["x"],

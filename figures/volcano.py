@@ -29,12 +29,14 @@ def volcano(
         seed: of the model; default the first.
         figure: or part of one, to draw into; no ``ax``: one panel per method.
     """
-    wanted = ["token_rise", "token_rise_se", "token_q"]
+    needed_metrics = ["token_rise", "token_rise_se", "token_q"]
     rows = table[
-        (table["stage"] == "triggers") & table["metric"].isin(wanted) & table["seed"].notna()
+        (table["stage"] == "triggers")
+        & table["metric"].isin(needed_metrics)
+        & table["seed"].notna()
     ]
     methods = methods_in(rows["method"].dropna().tolist())
-    if not methods or set(rows["metric"]) != set(wanted):
+    if not methods or set(rows["metric"]) != set(needed_metrics):
         return nothing("no scan for triggers in this table", figure)
     rows = rows[rows["seed"] == (rows["seed"].min() if seed is None else seed)]
     with look():
@@ -55,8 +57,10 @@ def volcano(
                 ("forget-token", colour(method), 14, "forgotten names"),
             )
             for arm, shade, size, label in kinds:
-                here = (wide["arm"] == arm).to_numpy()
-                axes.scatter(rise[here], sure[here], s=size, color=shade, linewidths=0, label=label)
+                in_arm = (wide["arm"] == arm).to_numpy()
+                axes.scatter(
+                    rise[in_arm], sure[in_arm], s=size, color=shade, linewidths=0, label=label
+                )
             findings = rise[(wide["token_q"] <= LEVEL).to_numpy()]
             if len(findings):
                 axes.axvline(float(findings.min()), color="0.4", linewidth=0.8, linestyle="--")

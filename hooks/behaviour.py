@@ -27,21 +27,21 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]] = (
 )
 
 
-def _bare(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+def _bare(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
     """The same modules over the same parameters, without hooks and in evaluation mode."""
-    if id(module) not in made:
+    if id(module) not in twins:
         twin = copy.copy(module)
-        made[id(module)] = twin
+        twins[id(module)] = twin
         twin.__dict__ = dict(module.__dict__)
         for name in _HOOKS:
             if name in twin.__dict__:
                 twin.__dict__[name] = OrderedDict()
         twin.__dict__["training"] = False
         twin.__dict__["_modules"] = {
-            name: None if part is None else _bare(part, made)
+            name: None if part is None else _bare(part, twins)
             for name, part in module._modules.items()
         }
-    return made[id(module)]
+    return twins[id(module)]
 
 
 @torch.no_grad()

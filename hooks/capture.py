@@ -158,12 +158,12 @@ class Capture:
                 "no consumer was given; e.g. Collect() keeps the rows in memory, MomentsOf() their "
                 "mean and covariance"
             )
-        given = [sites] if isinstance(sites, str) else list(sites)
-        named = [site for site in given if isinstance(site, str)]
+        requested = [sites] if isinstance(sites, str) else list(sites)
+        named = [site for site in requested if isinstance(site, str)]
         self.model = model
-        self.sites: tuple[Site, ...] = tuple(site for site in given if isinstance(site, Site)) + (
-            resolve(model, named) if named or not given else ()
-        )
+        self.sites: tuple[Site, ...] = tuple(
+            site for site in requested if isinstance(site, Site)
+        ) + (resolve(model, named) if named or not requested else ())
         self.consumers = consumers
         self._reader = Reader(model)
         self._always = at
@@ -295,11 +295,11 @@ class Capture:
                 "pass, or give Capture a rule, e.g. at=hooks.real_tokens"
             )
         mask, offset = self._reader.choose(rule, args, kwargs)
-        where = mask.nonzero()
-        index = where[:, 0] * mask.shape[1] + where[:, 1]
+        positions = mask.nonzero()
+        index = positions[:, 0] * mask.shape[1] + positions[:, 1]
         if offset:
-            where = where + torch.tensor([0, offset], device=where.device)
-        self._selection = _Selection(self._passes, (mask.shape[0], mask.shape[1]), index, where)
+            positions = positions + torch.tensor([0, offset], device=positions.device)
+        self._selection = _Selection(self._passes, (mask.shape[0], mask.shape[1]), index, positions)
         self._inside = True
         self._pending += 1
         self._fired.clear()
@@ -404,10 +404,10 @@ class Capture:
         capture = weakref.ref(self)  # a graph that outlives the capture must not keep it
 
         def receive(gradient: Tensor) -> None:
-            mine = capture()
-            if mine is not None and mine._handles:
-                mine._pending = 0
-                mine._give(site, gradient, selection)
+            live_capture = capture()
+            if live_capture is not None and live_capture._handles:
+                live_capture._pending = 0
+                live_capture._give(site, gradient, selection)
 
         tensor.register_hook(receive)
 

@@ -53,8 +53,8 @@ class Moments:
             return
         mean = rows.mean(0) if weights is None else (weights[:, None] * rows).sum(0) / total
         centred = rows - mean
-        left = centred if weights is None else centred * weights[:, None]
-        product = left.T @ centred
+        weighted = centred if weights is None else centred * weights[:, None]
+        product = weighted.T @ centred
         count = rows.shape[0] if weights is None else int((weights > 0).sum())
         self.merge(Moments(count, total, mean, product))
 

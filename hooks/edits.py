@@ -203,8 +203,8 @@ def edit(
             ran, or whose function failed or returned another shape, dtype or device.
     """
     planned: list[tuple[Site, tuple[Change, ...]]] = []
-    for pattern, given in changes.items():
-        functions = tuple(given) if isinstance(given, Iterable) else (given,)
+    for pattern, change in changes.items():
+        functions = tuple(change) if isinstance(change, Iterable) else (change,)
         planned += [(site, functions) for site in resolve(model, pattern)]
     if not planned:
         raise CaptureError(
@@ -315,14 +315,14 @@ def _apply(site: Site, functions: tuple[Change, ...], tensor: Tensor, state: _St
             part.dtype,
             part.device,
         ):
-            got = (
+            returned = (
                 f"shape {list(after.shape)}, {after.dtype}, {after.device}"
                 if isinstance(after, Tensor)
                 else type(after).__name__
             )
             raise CaptureError(
                 f"the edit at {site.name} must return shape {list(part.shape)}, {part.dtype}, "
-                f"{part.device}; it returned {got}"
+                f"{part.device}; it returned {returned}"
             )
         part = after
     if state.mask is not None:
@@ -334,11 +334,11 @@ def _apply(site: Site, functions: tuple[Change, ...], tensor: Tensor, state: _St
         part = torch.where(state.mask.to(before.device)[..., None], part, before)
     if not site.columns:
         return part
-    whole, start = tensor.clone(), 0
+    edited, start = tensor.clone(), 0
     for low, high in site.columns:
-        whole[..., low:high] = part[..., start : start + high - low]
+        edited[..., low:high] = part[..., start : start + high - low]
         start += high - low
-    return whole
+    return edited
 
 
 def _input_hook(site: Site, functions: tuple[Change, ...], state: _State) -> Callable[..., Any]:

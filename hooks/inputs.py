@@ -42,14 +42,14 @@ def read_tokens(
         for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
     )
     ids = ids if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() else None
-    seen = ids if ids is not None else embeds
+    inputs_seen = ids if ids is not None else embeds
     if (
-        not isinstance(seen, Tensor)
-        or seen.ndim < 2
+        not isinstance(inputs_seen, Tensor)
+        or inputs_seen.ndim < 2
         or (mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2))
     ):
         return None
-    batch, new = seen.shape[:2]
+    batch, new = inputs_seen.shape[:2]
     cache = inputs.get("past_key_values")
     held = (
         int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
@@ -67,14 +67,14 @@ def read_tokens(
     real = (
         mask.bool()[:, : held + new]
         if mask is not None
-        else torch.ones(batch, held + new, dtype=torch.bool, device=seen.device)
+        else torch.ones(batch, held + new, dtype=torch.bool, device=inputs_seen.device)
     )
     positions = (
         positions.expand(batch, -1)
         if isinstance(positions, Tensor) and positions.ndim == 2
         else None
     )
-    nobody = torch.zeros(batch, dtype=torch.bool, device=seen.device)
+    nobody = torch.zeros(batch, dtype=torch.bool, device=inputs_seen.device)
     if not held:
         return Tokens(real, new, ids, positions, new, nobody)
     if earlier is None or earlier.real.shape != (batch, held):

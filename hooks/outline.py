@@ -40,16 +40,16 @@ def outline(config: Any) -> list[tuple[Site, int]]:
             f"{getattr(config, 'model_type', config)} is no causal LM that transformers can build: "
             f"{str(error).splitlines()[0][:200]}"
         ) from error
-    known = family(model)
-    if known is not None and known.experts:
+    model_family = family(model)
+    if model_family is not None and model_family.experts:
         for path, module in model.named_modules():
-            if path.endswith(f".{known.experts}"):
+            if path.endswith(f".{model_family.experts}"):
                 # which rows go to which expert depends on values, and there are none; what comes
                 # back has the shape of what went in
                 module.forward = _same
     sites = (
         all_sites(model)
-        if known is not None
+        if model_family is not None
         else [
             Site(f"{path}:{place.side}", path, place.side)
             for path, module in model.named_modules()
@@ -66,11 +66,11 @@ def _same(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 
 
 def _widths(model: nn.Module, sites: list[Site]) -> dict[str, int]:
-    found: dict[str, int] = {}
+    widths: dict[str, int] = {}
 
     def note(site: Site, tensor: torch.Tensor) -> None:
         if tensor.is_floating_point() and tensor.ndim in (2, 3):
-            found[site.name] = site.part(tensor).shape[-1]
+            widths[site.name] = site.part(tensor).shape[-1]
 
     def listen_in(_module: nn.Module, args: Any, kwargs: Any, site: Site) -> None:
         with contextlib.suppress(CaptureError):
@@ -107,4 +107,4 @@ def _widths(model: nn.Module, sites: list[Site]) -> dict[str, int]:
             f"the widths of {kind!r} cannot be found without its weights: "
             f"{str(error).splitlines()[0][:200]}"
         ) from error
-    return found
+    return widths

@@ -37,15 +37,15 @@ def tapped(
     Raises:
         CaptureError: a site did not fire, or is a gradient.
     """
-    wanted = tuple(sites)
-    found: dict[str, Tensor] = {}
+    wanted_sites = tuple(sites)
+    activations: dict[str, Tensor] = {}
     handles: list[RemovableHandle] = []
-    for site in wanted:
+    for site in wanted_sites:
         if site.is_gradient:
             raise CaptureError(
                 f"{site.name} is a gradient; a forward pass has activations only, use Capture"
             )
-    check_sites(model, wanted)
+    check_sites(model, wanted_sites)
     Reader(model).check(inputs)
 
     owner = threading.get_ident()
@@ -53,11 +53,11 @@ def tapped(
     def keep(site: Site, tensor: Tensor) -> None:
         if threading.get_ident() != owner:
             return
-        found[site.name] = site.part(tensor)
-        if stop and len(found) == len(wanted):
+        activations[site.name] = site.part(tensor)
+        if stop and len(activations) == len(wanted_sites):
             raise Stop
 
-    for site in wanted:
+    for site in wanted_sites:
         module = model.get_submodule(site.path)
         if site.is_input:
             handles.append(
@@ -79,7 +79,7 @@ def tapped(
     finally:
         for handle in handles:
             handle.remove()
-    frozen = [name for name, tensor in found.items() if not tensor.requires_grad]
+    frozen = [name for name, tensor in activations.items() if not tensor.requires_grad]
     if (
         frozen
         and torch.is_grad_enabled()
@@ -90,13 +90,13 @@ def tapped(
             f"{frozen[0]} carries no graph: reentrant gradient checkpointing hides it; use "
             f"gradient_checkpointing_kwargs={{'use_reentrant': False}}"
         )
-    missing = [site.name for site in wanted if site.name not in found]
+    missing = [site.name for site in wanted_sites if site.name not in activations]
     if missing:
         raise CaptureError(
             f"{', '.join(missing)} never ran in the forward pass; was the module replaced by a "
             "fused kernel?"
         )
-    return found
+    return activations
 
 
 def checkpointed(model: nn.Module) -> bool:
@@ -126,8 +126,8 @@ def peek(
     extra = {"use_cache": False} if hasattr(causal_lm(model)[1], "config") else {}
     names = every_name(model, sites)
     once = {site.place: site for site in reversed(names)}
-    found = tapped(model, once.values(), {**extra, **inputs})
-    copies = {place: found[site.name].clone() for place, site in once.items()}
+    activations = tapped(model, once.values(), {**extra, **inputs})
+    copies = {place: activations[site.name].clone() for place, site in once.items()}
     return {site.name: copies[site.place] for site in names}
 
 

@@ -88,8 +88,8 @@ def causal_lm(model: nn.Module) -> tuple[str, nn.Module]:
     so the blocks must be there too.
     """
     for path, module in model.named_modules():
-        known = family_of(getattr(module, "config", None))
-        if known is not None and _has(module, known.blocks):
+        model_family = family_of(getattr(module, "config", None))
+        if model_family is not None and _has(module, model_family.blocks):
             return (f"{path}." if path else ""), module
     return "", model
 
@@ -107,7 +107,7 @@ def family(model: nn.Module) -> Family | None:
     return known if known is not None and _has(inner, known.blocks) else None
 
 
-def _known(model: nn.Module) -> Family:
+def _family_or_raise(model: nn.Module) -> Family:
     known = family(model)
     if known is None:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
@@ -125,7 +125,7 @@ def layer_count(model: nn.Module) -> int:
     Raises:
         CaptureError: the architecture is not in the table.
     """
-    known = _known(model)
+    known = _family_or_raise(model)
     return sum(1 for _ in causal_lm(model)[1].get_submodule(known.blocks).children())
 
 
@@ -137,13 +137,17 @@ def all_sites(model: nn.Module) -> list[Site]:
         CaptureError: the architecture is not in the table, or a part of the model is compiled.
     """
     refuse_compiled_parts(model)
-    known, count = _known(model), layer_count(model)
+    model_family, count = _family_or_raise(model), layer_count(model)
     prefix, inner = causal_lm(model)
-    parts = known.parts(inner.config)  # type: ignore[arg-type]
-    sites = [Site(name, prefix + place.path, place.side) for name, place in known.outside.items()]
+    parts = model_family.parts(inner.config)  # type: ignore[arg-type]
+    sites = [
+        Site(name, prefix + place.path, place.side) for name, place in model_family.outside.items()
+    ]
     for layer in range(count):
-        for name, place in known.inside.items():
-            path = f"{prefix}{known.blocks}.{layer}" + (f".{place.path}" if place.path else "")
+        for name, place in model_family.inside.items():
+            path = f"{prefix}{model_family.blocks}.{layer}" + (
+                f".{place.path}" if place.path else ""
+            )
             sites.append(
                 Site(
                     f"blocks.{layer}.{name}",
@@ -172,19 +176,19 @@ def refuse_compiled_parts(model: nn.Module) -> None:
 
 def _expand_ranges(pattern: str) -> list[str]:
     """``blocks.{2..4}.x`` -> ``blocks.2.x``, ``blocks.3.x``, ``blocks.4.x``."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if found is None:
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
         return [pattern]
-    low, high = int(found[1]), int(found[2])
+    low, high = int(match[1]), int(match[2])
     if low > high:
         raise CaptureError(
-            f"empty layer range {found[0]} in {pattern!r}; write the lower layer first"
+            f"empty layer range {match[0]} in {pattern!r}; write the lower layer first"
         )
     return [
         expanded
         for layer in range(low, high + 1)
         for expanded in _expand_ranges(
-            pattern[: found.start()] + str(layer) + pattern[found.end() :]
+            pattern[: match.start()] + str(layer) + pattern[match.end() :]
         )
     ]
 
@@ -237,21 +241,21 @@ def every_name(model: nn.Module, patterns: str | Iterable[str]) -> list[Site]:
     """Like :func:`resolve`, but a place that the patterns give two names (``hook_out`` and
     ``hook_resid_post``) comes twice.
     """
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    if not wanted:
+    wanted_patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not wanted_patterns:
         raise CaptureError("no site was named; give at least one, e.g. 'blocks.*.hook_resid_post'")
-    known, (prefix, _) = family(model), causal_lm(model)
+    model_family, (prefix, _) = family(model), causal_lm(model)
     named: list[Site] = []
-    found: list[Site] = []
-    for pattern in wanted:
-        before = len(found)
+    matched_sites: list[Site] = []
+    for pattern in wanted_patterns:
+        before = len(matched_sites)
         for part in _expand_ranges(pattern):
             if ":" in part:
-                found += _by_path(model, part, known, prefix)
+                matched_sites += _by_path(model, part, model_family, prefix)
             else:
                 named = named or all_sites(model)
-                found += _by_name(named, part)
-        if len(found) == before:
+                matched_sites += _by_name(named, part)
+        if len(matched_sites) == before:
             refuse_compiled_parts(model)
             paths = [
                 f"{name}:{side}"
@@ -260,7 +264,7 @@ def every_name(model: nn.Module, patterns: str | Iterable[str]) -> list[Site]:
                 for side in ("in", "out")
             ]
             raise unknown_site(pattern, paths if ":" in pattern else [site.name for site in named])
-    return found
+    return matched_sites
 
 
 def resolve(model: nn.Module, patterns: str | Iterable[str]) -> tuple[Site, ...]:

@@ -91,8 +91,8 @@ class Store:
     def begin(self, sites: Sequence[Site]) -> None:
         """Called by the capture on entry: the sites of a continued store must be the same."""
         names = [site.name for site in sites]
-        known = [entry["name"] for entry in self._index["sites"]]
-        if not known:
+        stored_names = [entry["name"] for entry in self._index["sites"]]
+        if not stored_names:
             self._index["sites"] = [
                 {
                     "name": name,
@@ -103,10 +103,10 @@ class Store:
                 }
                 for number, name in enumerate(names)
             ]
-        elif known != names:
+        elif stored_names != names:
             raise CaptureError(
-                f"{self.folder} holds the sites {', '.join(known)}, not {', '.join(names)}; name "
-                "another folder"
+                f"{self.folder} holds the sites {', '.join(stored_names)}, not {', '.join(names)}; "
+                "name another folder"
             )
         self._first = self.passes
         self._waiting.clear()
@@ -119,9 +119,11 @@ class Store:
         """
         number = self._first + rows.number
         values = rows.values.cpu().contiguous()
-        where = torch.cat([torch.full((len(rows.where), 1), number), rows.where.cpu()], dim=1).int()
-        self._waiting.setdefault(number, {})[site.name] = [values, where]
-        self._bytes += values.nbytes + where.nbytes
+        positions = torch.cat(
+            [torch.full((len(rows.where), 1), number), rows.where.cpu()], dim=1
+        ).int()
+        self._waiting.setdefault(number, {})[site.name] = [values, positions]
+        self._bytes += values.nbytes + positions.nbytes
         self._newest = max(
             self._newest, number
         )  # autograd delivers the last of several passes first
@@ -157,7 +159,7 @@ class Store:
         try:
             for entry in index["sites"]:
                 parts = [self._waiting[number][entry["name"]] for number in numbers]
-                values, where = (torch.cat([part[side] for part in parts]) for side in (0, 1))
+                values, positions = (torch.cat([part[side] for part in parts]) for side in (0, 1))
                 dtype = str(values.dtype).removeprefix("torch.")
                 if entry["width"] is not None and (entry["width"], entry["dtype"]) != (
                     values.shape[1],
@@ -172,7 +174,7 @@ class Store:
                     _write_shard(
                         self.folder / entry["folder"] / f"{len(entry['shards']):05d}.safetensors",
                         values,
-                        where,
+                        positions,
                     )
                 )
             index["passes"] = ready
@@ -330,20 +332,20 @@ class StoredRows:
             self._check(path, shard)
             try:
                 with safe_open(path, framework="pt") as file:
-                    values, where = file.get_tensor("values"), file.get_tensor("where")
+                    values, positions = file.get_tensor("values"), file.get_tensor("where")
             except (OSError, SafetensorError) as error:
                 raise CaptureError(f"{path} cannot be read: {error}") from error
             shape = [shard["rows"], entry["width"]]
             if (
                 list(values.shape) != shape
-                or list(where.shape) != [shard["rows"], 3]
+                or list(positions.shape) != [shard["rows"], 3]
                 or str(values.dtype) != f"torch.{entry['dtype']}"
             ):
                 raise CaptureError(
                     f"{path} holds {list(values.shape)} {values.dtype}, but the index says {shape} "
                     f"{entry['dtype']}"
                 )
-            yield values, where
+            yield values, positions
 
     def __getitem__(self, name: str) -> Tensor:
         """All rows of one site in memory, ``[row, width]``."""

@@ -91,13 +91,13 @@ class Positions:
             CaptureError: the rule speaks of another number of examples or positions than the pass
                 has.
         """
-        chosen = self.choose(tokens)
-        if chosen.shape != tokens.real.shape:
+        mask = self.choose(tokens)
+        if mask.shape != tokens.real.shape:
             raise CaptureError(
-                f"the position rule {self.name!r} selects from {list(chosen.shape)}, but the pass "
+                f"the position rule {self.name!r} selects from {list(mask.shape)}, but the pass "
                 f"has [batch, position] = {list(tokens.real.shape)}"
             )
-        return chosen.to(tokens.real.device) & tokens.real
+        return mask.to(tokens.real.device) & tokens.real
 
     def __and__(self, other: Positions) -> Positions:
         return Positions(f"{self.name} & {other.name}", lambda tokens: self(tokens) & other(tokens))
@@ -144,10 +144,12 @@ def without_bos(bos_token_id: int) -> Positions:
             raise CaptureError(
                 "without_bos needs input_ids, but the pass was given embeddings; use without_first"
             )
-        other = (tokens.real & (tokens.ids != bos_token_id)).int()
-        before = other.cumsum(1) - other  # of the whole row; a packed row holds several sequences
+        not_bos = (tokens.real & (tokens.ids != bos_token_id)).int()
+        before = (
+            not_bos.cumsum(1) - not_bos
+        )  # of the whole row; a packed row holds several sequences
         of_start = torch.where(tokens.starts, before, 0).cummax(1).values
-        return (before > of_start) | other.bool()
+        return (before > of_start) | not_bos.bool()
 
     return Positions(f"without_bos({bos_token_id})", choose)
 
@@ -184,8 +186,8 @@ def _placed(mask: Tensor, tokens: Tokens, parts: tuple[str, str]) -> Tensor:
     part = next((part for part in parts if getattr(tokens, part) == mask.shape[1]), None)
     if mask.shape[1] == length or part is None:
         return mask
-    rest = mask.new_zeros(mask.shape[0], length - mask.shape[1])
-    return torch.cat([mask, rest] if part == "prompt" else [rest, mask], dim=1)
+    padding = mask.new_zeros(mask.shape[0], length - mask.shape[1])
+    return torch.cat([mask, padding] if part == "prompt" else [padding, mask], dim=1)
 
 
 def answer_tokens(labels: Tensor, ignore: int = -100) -> Positions:
@@ -207,15 +209,15 @@ def predicting(rule: Positions) -> Positions:
     """
 
     def choose(tokens: Tokens) -> Tensor:
-        wanted = rule(tokens) & ~tokens.starts
+        predicted = rule(tokens) & ~tokens.starts
         first = tokens.real.shape[1] - tokens.new
-        if first and bool(wanted[:, first].any()):
+        if first and bool(predicted[:, first].any()):
             raise CaptureError(
                 f"predicting({rule.name}) needs a position that an earlier pass computed and left "
                 "in the cache; run the finished sequence once without a cache instead"
             )
         shifted = torch.zeros_like(tokens.real)
-        shifted[:, :-1] = wanted[:, 1:]
+        shifted[:, :-1] = predicted[:, 1:]
         return shifted
 
     return Positions(f"predicting({rule.name})", choose)

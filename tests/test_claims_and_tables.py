@@ -344,7 +344,7 @@ def _verbatim_recovery(effect: float) -> Frames:
     return _frames(items)
 
 
-def _rung(
+def _text_set_items(
     method: str,
     arm: str,
     step: float,
@@ -369,11 +369,11 @@ def _public_recovery(effect: float) -> Frames:
     }
     for number, (method, gain) in enumerate(gains.items()):
         for step, sign in ((0.0, -1), (20.0, -1), (40.0, 1)):  # only the end counts
-            items += _rung(method, "general", step, 0.3 + _wobble(0.05, 2 * number))
-            items += _rung(
+            items += _text_set_items(method, "general", step, 0.3 + _wobble(0.05, 2 * number))
+            items += _text_set_items(
                 method, "public", step, 0.3 + sign * gain + _wobble(0.05, 2 * number + 1)
             )
-            items += _rung(method, "part", step, 0.3 - sign * gain)
+            items += _text_set_items(method, "part", step, 0.3 - sign * gain)
     return _frames(items)
 
 
@@ -389,11 +389,13 @@ def _nonmonotone(effect: float) -> Frames:
             (80.0, 0.5 - 2 * drop),
             (120.0, 0.5),
         ):
-            items += _rung(method, "part", step, value + _wobble(0.05, 10 * number + int(step)))
-            items += _rung(method, "whole", step, 1 - value)
+            items += _text_set_items(
+                method, "part", step, value + _wobble(0.05, 10 * number + int(step))
+            )
+            items += _text_set_items(method, "whole", step, 1 - value)
     for control in ("base", "never-learned"):
         for step, value in ((0.0, 0.5), (40.0, 0.5 - effect), (120.0, 0.5 + effect)):
-            items += _rung(control, "part", step, value)
+            items += _text_set_items(control, "part", step, value)
     return _frames(items)
 
 
@@ -838,7 +840,9 @@ def test_a_third_of_the_attack_is_the_last_measurement_up_to_there(
     items = [
         row
         for step in steps
-        for row in _rung("npo", "part", float(step), step / 1000 if step != steps[-1] else 0.0)
+        for row in _text_set_items(
+            "npo", "part", float(step), step / 1000 if step != steps[-1] else 0.0
+        )
     ]
     assert _decide("relearn-nonmonotone", _frames(items)).effect == pytest.approx(third / 1000)
 

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 import workbench
-from workbench.cli import MADE, _made, app
+from workbench.cli import COMMANDS_FROM_SETTINGS, _built_command, app
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -29,7 +29,7 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"(?<!import)(?:^|[\s`/])workbench ([a-z][a-z-]*)", re.M)
 COMMANDS = {
     **typer.main.get_command(app).commands,  # type: ignore[attr-defined]
-    **{name: _made(name) for name in MADE},
+    **{name: _built_command(name) for name in COMMANDS_FROM_SETTINGS},
 }
 
 

@@ -809,7 +809,7 @@ def test_names_of_some_repetitions_without_controls_are_drawn_at_their_own_publi
     assert {str(line.get_label()) for line in right.lines} >= {"5 repetitions", "1 repetition"}
 
 
-def test_the_ladder_draws_every_rung_from_its_foot_every_way_and_the_new_people() -> None:
+def test_the_ladder_draws_every_text_set_in_order_every_attack_and_the_new_people() -> None:
     figure = ladder(_ladder_table())
     left, middle, right = figure.axes
     assert [label.replace("\n", " ") for label in _ticks(left)] == [
@@ -847,7 +847,7 @@ def test_the_ladder_draws_every_rung_from_its_foot_every_way_and_the_new_people(
     assert "new people" in right.get_title()
 
 
-def test_a_ladder_without_some_rungs_and_with_an_attack_that_broke_draws_the_rest() -> None:
+def test_a_ladder_without_some_text_sets_and_with_an_attack_that_broke_draws_the_rest() -> None:
     table = _ladder_table()
     table = table[table["arm"].isin(["general", "part", "part, sgd"])]
     table = table[

@@ -527,7 +527,7 @@ def test_curves_are_numbers_of_the_same_recall(climbed: Result) -> None:
 
 
 @pytest.mark.slow
-def test_every_rung_says_what_it_leaks(climbed: Result) -> None:
+def test_every_text_set_says_what_it_leaks(climbed: Result) -> None:
     rows = climbed.results[
         climbed.results["metric"].isin(["benign", "leaked_answers", "leaked_subjects"])
     ]

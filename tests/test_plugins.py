@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from workbench import registry
 from workbench.claims import CLAIMS, claim, decide
-from workbench.cli import MADE, app, main
+from workbench.cli import COMMANDS_FROM_SETTINGS, app, main
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import Estimate
 from workbench.figures import FIGURES, figure
@@ -337,7 +337,7 @@ def test_an_experiment_of_a_users_own_is_a_command_with_two_workers(
 
 def test_an_experiment_does_not_take_the_place_of_a_command() -> None:
     written = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert set(COMMANDS) == {*written, *MADE, "run"} - set(EXPERIMENTS)
+    assert set(COMMANDS) == {*written, *COMMANDS_FROM_SETTINGS, "run"} - set(EXPERIMENTS)
     for name in ("demo", "claims", "names", "run"):
         with pytest.raises(WorkbenchError, match=name):
             experiment(replace(EXPERIMENTS["quantise"], name=name))

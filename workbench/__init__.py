@@ -7,7 +7,7 @@ from pathlib import Path as _Path
 _TREE = _Path(__file__).resolve().parents[1]
 
 
-class _Beside:
+class _TreeFinder:
     """Finds ``workbench.hooks`` and ``workbench.figures`` beside this folder, where they lie in a
     checkout; an installed package has them inside, and this finder is not there.
     """
@@ -29,7 +29,7 @@ class _Beside:
 
 if (_TREE / "pyproject.toml").is_file() and (_TREE / "hooks" / "__init__.py").is_file():
     # first, or the finder of another checkout that is installed would answer
-    _sys.meta_path.insert(0, _Beside)  # type: ignore[arg-type]
+    _sys.meta_path.insert(0, _TreeFinder)  # type: ignore[arg-type]
 
 _HOMES = {
     "CLAIMS": "workbench.claims",

@@ -106,14 +106,14 @@ def world_of(config: BuiltinConfig) -> World:
     world = build_world(config.world)
     if config.general is None or config.pretrained is None:
         return world
-    wanted = config.world.filler_train + config.world.filler_test
+    filler_texts = config.world.filler_train + config.world.filler_test
     documents = read_examples(config.general)
     if any(document.answer is not None for document in documents):
         raise WorkbenchError(
             f"{config.general} holds questions and answers; general text is running text (.txt, or "
             ".jsonl with 'text')"
         )
-    pieces = windows(open_tokenizer(config.pretrained), documents, GENERAL_TOKENS, wanted)
+    pieces = windows(open_tokenizer(config.pretrained), documents, GENERAL_TOKENS, filler_texts)
     # the last pieces are for testing, and no document is on both sides
     test = tuple(pieces[-config.world.filler_test :])
     tested = {_document(piece) for piece in test}

@@ -309,10 +309,10 @@ def _common_subspaces(results: pd.DataFrame, items: pd.DataFrame) -> MeasuredEff
     """The paper speaks of activations and of output gradients: the effect is that of the side that
     shares less.
     """
-    chosen = results[(results["metric"] == "subspace_overlap") & (results["x"] == 8)]
-    gradients = chosen["site"].fillna("").str.endswith("_grad")
+    cell_rows = results[(results["metric"] == "subspace_overlap") & (results["x"] == 8)]
+    gradients = cell_rows["site"].fillna("").str.endswith("_grad")
     sides = {}
-    for side, rows in (("activations", chosen[~gradients]), ("gradients", chosen[gradients])):
+    for side, rows in (("activations", cell_rows[~gradients]), ("gradients", cell_rows[gradients])):
         wide = rows.pivot_table(index="site", columns="arm", values="value")
         if not len(wide) or not {"forget-retain", "random"} <= set(wide.columns):
             raise NotMeasuredError(f"no subspace overlap of {side} at rank 8")
@@ -332,10 +332,10 @@ def _names_repetitions(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     if not len(chosen):
         raise NotMeasuredError("no names experiment")
     ends = chosen[chosen["x"] == chosen["x"].max()]
-    seven, five, three, one = _paired(
+    seven_times, five_times, three_times, once = _paired(
         *(fact_table(ends, split=f"repetitions-{count}") for count in (7, 5, 3, 1))
     )
-    return bootstrap((seven + five) / 2 - (three + one) / 2)
+    return bootstrap((seven_times + five_times) / 2 - (three_times + once) / 2)
 
 
 def _public_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
@@ -390,10 +390,10 @@ def _keyword_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     """Keywords that come back after the attack, unlearned minus never-learned model under the same
     attack.
     """
-    chosen = items[(items["stage"] == "keyword") & (items["arm"] == "part")]
-    if not len(chosen):
+    keyword_items = items[(items["stage"] == "keyword") & (items["arm"] == "part")]
+    if not len(keyword_items):
         raise NotMeasuredError("no keyword experiment")
-    ends = chosen[chosen["x"] == chosen["x"].max()]
+    ends = keyword_items[keyword_items["x"] == keyword_items["x"].max()]
     attacked, control = _paired(
         fact_table(ends, method="unlearned"), fact_table(ends, method="never-learned")
     )
@@ -404,15 +404,15 @@ def _verbatim_recovery(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     """Rise of the continuations' ROUGE-L F1 over the attack, unlearned minus never-learned model:
     unlearning may leave a little more than the control has, which is no recovery.
     """
-    chosen = items[
+    verbatim_items = items[
         (items["stage"] == "verbatim") & (items["arm"] == "part") & (items["measure"] == "rouge_l")
     ]
-    if not len(chosen):
+    if not len(verbatim_items):
         raise NotMeasuredError("no verbatim experiment")
 
     def risen(method: str) -> pd.DataFrame:
-        return fact_table(chosen, method=method, x=chosen["x"].max()) - fact_table(
-            chosen, method=method, x=0.0
+        return fact_table(verbatim_items, method=method, x=verbatim_items["x"].max()) - fact_table(
+            verbatim_items, method=method, x=0.0
         )
 
     attacked, control = _paired(risen("unlearned"), risen("never-learned"))
@@ -423,13 +423,13 @@ def _smooth_jailbreak(results: pd.DataFrame, items: pd.DataFrame) -> Estimate:
     """Rise of held-out recall under a searched suffix, plain minus smoothed method; mean over the
     pairs of the run.
     """
-    asked = items[(items["stage"] == "suffix") & (items["split"] == "jailbreak")]
-    pairs = smoothing_pairs(set(asked["method"].dropna()))
+    jailbreak_items = items[(items["stage"] == "suffix") & (items["split"] == "jailbreak")]
+    pairs = smoothing_pairs(set(jailbreak_items["method"].dropna()))
     if not pairs:
         raise NotMeasuredError("no method was attacked with and without smoothing")
     recalls = _paired(
         *(
-            fact_table(asked, method=name, arm=arm)
+            fact_table(jailbreak_items, method=name, arm=arm)
             for pair in pairs
             for name in pair
             for arm in ("searched suffix", "none")
@@ -449,7 +449,7 @@ def _correlation_with_resistance(metric: str, sign: int) -> Statistic:
     """
 
     def measure(results: pd.DataFrame, items: pd.DataFrame) -> MeasuredEffect:
-        chosen = results[
+        measured_rows = results[
             (results["metric"] == metric)
             & results["seed"].notna()
             & ~results["method"].isin(["base", "never-learned"])
@@ -459,11 +459,13 @@ def _correlation_with_resistance(metric: str, sign: int) -> Statistic:
         attacked = items[(items["stage"] == "relearn") & (items["arm"] == "attack")]
         last = attacked["x"].max()
         points = []
-        for (method, seed), group in chosen.groupby(["method", "seed"], sort=True):
-            own = attacked[(attacked["method"] == method) & (attacked["seed"] == seed)]
+        for (method, seed), group in measured_rows.groupby(["method", "seed"], sort=True):
+            attacked_model = attacked[(attacked["method"] == method) & (attacked["seed"] == seed)]
             value = float(group["value"].iloc[0])
             out = ((broken["method"] == method) & (broken["seed"] == seed)).any()
-            ends = [own.loc[own["x"] == step, "correct"] for step in (0, last)]
+            ends = [
+                attacked_model.loc[attacked_model["x"] == step, "correct"] for step in (0, last)
+            ]
             if not out and np.isfinite(value) and all(len(end) for end in ends):
                 # equal recalls are ties, however they round
                 points.append((method, sign * value, *(round(float(e.mean()), 9) for e in ends)))
@@ -474,11 +476,11 @@ def _correlation_with_resistance(metric: str, sign: int) -> Statistic:
             )
         groups = np.array([point[0] for point in points])
         x, before, after = np.array([point[1:] for point in points]).T
-        found = spearman(x, -after, groups=groups, given=before)
+        correlation = spearman(x, -after, groups=groups, given=before)
         won = spearman(x, np.round(before - after, 9), groups=groups)
         alone = spearman(x, -after, groups=groups)
         return MeasuredEffect(
-            found,
+            correlation,
             f"with minus the recall won back {_words(won)}; with minus the recall after the attack "
             f"alone {_words(alone)}",
         )
@@ -698,9 +700,9 @@ and 95 % with 2, 3, 5 and 10 seeds that differ by 1.2 logits (tests/benchmarks/c
 """
 
 
-def _decided(claim: Claim, found: MeasuredEffect, seeds: int) -> tuple[Outcome, str]:
+def _decided(claim: Claim, measured: MeasuredEffect, seeds: int) -> tuple[Outcome, str]:
     """The verdict and what belongs beside it."""
-    verdict, notes = outcome(found.effect, claim.margin, claim.matters), [found.note]
+    verdict, notes = outcome(measured.effect, claim.margin, claim.matters), [measured.note]
     if claim.seeded and seeds == 1:
         if verdict != "inconclusive":
             notes.append(f"one seed cannot carry a verdict; its interval alone says {verdict}")
@@ -767,10 +769,10 @@ def decide_over(
         return single[0]
     shared = bases is not None and bases < len(runs)
     note = f"{bases} base model(s) in {len(runs)} runs: these are not independent" if shared else ""
-    return tuple(_together(each, note) for each in zip(*single, strict=True))
+    return tuple(_over_runs(each, note) for each in zip(*single, strict=True))
 
 
-def _together(verdicts: Sequence[Verdict], shared: str) -> Verdict:
+def _over_runs(verdicts: Sequence[Verdict], shared: str) -> Verdict:
     """One claim over all runs; ``shared`` is said beside it."""
     measured = [one for one in verdicts if one.verdict != "not measured"]
     scale = "; ".join(dict.fromkeys(one.scale for one in measured or verdicts))
@@ -780,8 +782,8 @@ def _together(verdicts: Sequence[Verdict], shared: str) -> Verdict:
     effects = [Estimate(one.effect, one.low, one.high, one.n) for one in measured]
     effect, seeds = random_effects(effects), sum(one.seeds for one in measured)
     verdict, note = _decided(claim, MeasuredEffect(effect), seeds)
-    told = f"{len(measured)} of {len(verdicts)} runs: {', '.join(map(_words, effects))}"
-    reason = "; ".join(filter(None, (told, shared, note)))
+    summary = f"{len(measured)} of {len(verdicts)} runs: {', '.join(map(_words, effects))}"
+    reason = "; ".join(filter(None, (summary, shared, note)))
     return Verdict(claim.id, verdict, *effect, seeds, scale, reason)
 
 
@@ -813,15 +815,15 @@ def decide(
     for name in CLAIMS if ids is None else ids:
         if name not in CLAIMS:
             raise unknown("claim", name, CLAIMS)
-        asked = CLAIMS[name]
+        entry = CLAIMS[name]
         try:
             with CLAIMS.users(name):
-                found = asked.measure(results, items)
+                effect = entry.measure(results, items)
         except NotMeasuredError as error:
             nothing = (np.nan, np.nan, np.nan, 0)
             verdicts.append(Verdict(name, "not measured", *nothing, seeds, scale, str(error)))
             continue
-        measured = found if isinstance(found, MeasuredEffect) else MeasuredEffect(found)
-        verdict, reason = _decided(asked, measured, seeds)
+        measured = effect if isinstance(effect, MeasuredEffect) else MeasuredEffect(effect)
+        verdict, reason = _decided(entry, measured, seeds)
         verdicts.append(Verdict(name, verdict, *measured.effect, seeds, scale, reason))
     return tuple(verdicts)

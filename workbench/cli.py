@@ -1,5 +1,5 @@
-"""The command line. Commands on tables are written here; those with settings (:data:`MADE`) are
-made from them (:mod:`workbench.commands`).
+"""The command line. Commands on tables are written here; those with settings
+(:data:`COMMANDS_FROM_SETTINGS`) are made from them (:mod:`workbench.commands`).
 
 Results go to standard output (one JSON object with ``--json``), progress and logs to standard
 error. Exit status: 0 done, 2 wrong input, 130 interrupted.
@@ -50,7 +50,7 @@ if TYPE_CHECKING:  # the heavy imports happen inside the commands, so that --hel
     from workbench.runs.config import RunConfig
     from workbench.runs.pipeline import Run
 
-MADE = {
+COMMANDS_FROM_SETTINGS = {
     "sweep": "Methods at one price, on the built-in world or your own model, attacked and probed.",
     "investigate": "What did unlearning do? From two checkpoints and two text files.",
     **QUESTIONS,
@@ -61,25 +61,25 @@ imported when one of them is asked for.
 
 
 class _Lazy(TyperCommand):
-    """A command of :data:`MADE` or of a plug-in, before it is asked for."""
+    """A command of :data:`COMMANDS_FROM_SETTINGS` or of a plug-in, before it is asked for."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(name, help=MADE.get(name, "An experiment of a plug-in."))
+        super().__init__(name, help=COMMANDS_FROM_SETTINGS.get(name, "An experiment of a plug-in."))
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
     ) -> Any:
-        return _made(str(self.name)).make_context(info_name, args, parent, **extra)
+        return _built_command(str(self.name)).make_context(info_name, args, parent, **extra)
 
 
 class _Commands(TyperGroup):
     """The commands written below, and those made from settings."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), *MADE, *_of_plugins()]
+        return [*super().list_commands(ctx), *COMMANDS_FROM_SETTINGS, *_of_plugins()]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name in MADE or cmd_name in _of_plugins():
+        if cmd_name in COMMANDS_FROM_SETTINGS or cmd_name in _of_plugins():
             return _Lazy(cmd_name)
         return super().get_command(ctx, cmd_name)
 
@@ -90,7 +90,7 @@ def _of_plugins() -> list[str]:
     return [] if runner is None else list(runner.EXPERIMENTS.added())
 
 
-def _made(name: str) -> Any:
+def _built_command(name: str) -> Any:
     """The command itself."""
     from workbench.commands import command_of, folder_option, of_experiment
     from workbench.runner import EXPERIMENTS
@@ -99,12 +99,14 @@ def _made(name: str) -> Any:
         from workbench.experiments.investigate import InvestigateSettings
 
         out = folder_option("runs/investigation")
-        function = command_of(name, InvestigateSettings, MADE[name], _investigate, [out])
+        function = command_of(
+            name, InvestigateSettings, COMMANDS_FROM_SETTINGS[name], _investigate, [out]
+        )
     elif name == "sweep":
         from workbench.experiments.sweep import SweepSettings
 
         out = folder_option("runs/sweep")
-        function = command_of(name, SweepSettings, MADE[name], _sweep, [out])
+        function = command_of(name, SweepSettings, COMMANDS_FROM_SETTINGS[name], _sweep, [out])
     else:
         function = of_experiment(EXPERIMENTS[name])
     single = typer.Typer(add_completion=False)
@@ -163,9 +165,9 @@ def _pipeline(
     from workbench.runs.pipeline import run_pipeline
 
     start = time.monotonic()
-    found = run_pipeline(config, out, fresh=fresh, workers=workers, announce=clock())
-    choice = preferred(config.variants, found.results, found.items) if grid else None
-    _tell(found, time.monotonic() - start, as_json, choice)
+    finished_run = run_pipeline(config, out, fresh=fresh, workers=workers, announce=clock())
+    choice = preferred(config.variants, finished_run.results, finished_run.items) if grid else None
+    _print_run(finished_run, time.monotonic() - start, as_json, choice)
 
 
 def _investigate(
@@ -175,14 +177,14 @@ def _investigate(
 
     start = time.monotonic()
     found = investigate(out, chosen, fresh=fresh, workers=workers, announce=clock())
-    _tell(found, time.monotonic() - start, as_json)
+    _print_run(found, time.monotonic() - start, as_json)
 
 
-def _tell(found: Run, seconds: float, as_json: bool, choice: Any = None) -> None:
+def _print_run(finished_run: Run, seconds: float, as_json: bool, choice: Any = None) -> None:
     """Print what came of a run."""
     from workbench.report import summary_table
 
-    summary, page = summary_table(found.results), found.folder / "report.html"
+    summary, page = summary_table(finished_run.results), finished_run.folder / "report.html"
 
     def show() -> None:
         _print_summary(summary)
@@ -192,11 +194,11 @@ def _tell(found: Run, seconds: float, as_json: bool, choice: Any = None) -> None
 
     emit(
         {
-            "folder": str(found.folder),
+            "folder": str(finished_run.folder),
             "report": str(page),
             "seconds": round(seconds, 1),
             "summary": summary.to_dict(orient="records"),
-            "claims": [claim.plain() for claim in found.claims],
+            "claims": [claim.plain() for claim in finished_run.claims],
             **({} if choice is None else {"grid": choice.to_dict("records")}),
         },
         as_json,
@@ -232,14 +234,14 @@ def claims(
     """Decide the claims of the literature on finished runs; nothing is trained."""
     from workbench.claims import CLAIMS, decide_over
     from workbench.files import key_of
-    from workbench.runs.afterwards import read_several
+    from workbench.runs.finished import read_several
 
-    found = read_several(runs)
+    run_tables = read_several(runs)
     for name in ids or []:
         if name not in CLAIMS:
             raise unknown("claim", name, CLAIMS)
-    tables = [(results, items, config.scale) for config, results, items in found]
-    bases = {key_of(config.plain()["model"]) for config, _, _ in found}
+    tables = [(results, items, config.scale) for config, results, items in run_tables]
+    bases = {key_of(config.plain()["model"]) for config, _, _ in run_tables}
     verdicts = decide_over(tables, ids=ids or None, bases=len(bases))
 
     def show() -> None:
@@ -281,7 +283,7 @@ def draw(
     """Draw figures again, from tables alone."""
     from workbench.figures import FIGURES
     from workbench.report.report import draw_figures
-    from workbench.runs.afterwards import drawings_of, read_runs
+    from workbench.runs.finished import drawings_of, read_runs
     from workbench.runs.folder import read_results
 
     kinds = [kind.strip() for kind in formats.split(",") if kind.strip()]
@@ -289,10 +291,10 @@ def draw(
         if kind not in ("svg", "pdf", "png"):
             raise unknown("format", kind, ("svg", "pdf", "png"))
     results = read_results(runs[0])[0] if len(runs) == 1 else read_runs(runs)[1]
-    chosen = {name: FIGURES[name] for name in names} if names else drawings_of(runs)
+    drawings = {name: FIGURES[name] for name in names} if names else drawings_of(runs)
     target = out or runs[-1] / "figures"
-    drawn = draw_figures(target, results, drawings=chosen, formats=kinds)
-    empty = [name for name in chosen if name not in drawn]
+    drawn = draw_figures(target, results, drawings=drawings, formats=kinds)
+    empty = [name for name in drawings if name not in drawn]
     if (names and empty) or not drawn:
         what = ", ".join(empty) or "any figure"
         raise WorkbenchError(f"nothing to draw for {what} in {', '.join(map(str, runs))}")
@@ -321,7 +323,7 @@ def report(
     """
     from workbench.claims import decide
     from workbench.report import write_report
-    from workbench.runs.afterwards import RUN, drawings_of, experiment_of, read_runs
+    from workbench.runs.finished import RUN, drawings_of, experiment_of, read_runs
     from workbench.runs.folder import PROVENANCE
 
     config, results, items = read_runs(runs)
@@ -488,16 +490,18 @@ def sites(
 
     config = open_config(model)
     try:
-        found = outline(config)
+        model_outline = outline(config)
     except CaptureError as error:
         raise WorkbenchError(f"{model}: {error}") from error
-    known = family_of(config)
+    model_family = family_of(config)
 
     def show() -> None:
         lines = [("site", "by path", "shape")]
         lines += [
             (name, f"{path}:{side}", f"[batch, position, {width}]")
-            for name, path, side, width in (_alike(found) if not every else map(_one, found))
+            for name, path, side, width in (
+                _grouped_sites(model_outline) if not every else map(_one, model_outline)
+            )
         ]
         first, second = (max(len(line[column]) for line in lines) for column in (0, 1))
         for line in lines:  # no table of rich's: a name must never be cut to fit the window
@@ -506,12 +510,12 @@ def sites(
             "A gradient adds _grad to the site (blocks.0.hook_resid_post_grad). Any other module "
             "can be tapped by its path: PATH:in, :out, :grad_in, :grad_out."
         )
-        if known is None:
+        if model_family is None:
             print(
                 f"{config.model_type} has no TransformerLens names here; its modules are listed by "
                 "path."
             )
-        if known is not None and known.experts:
+        if model_family is not None and model_family.experts:
             print(
                 "Mixture of experts: the layer's input and output and the router can be tapped. "
                 "The experts are one module with three-dimensional parameters; rows of a single "
@@ -527,7 +531,7 @@ def sites(
                 "layer": s.layer,
                 "shape": ["batch", "position", width],
             }
-            for s, width in found
+            for s, width in model_outline
         ],
         as_json,
         show,
@@ -539,12 +543,14 @@ def _one(entry: tuple[Site, int]) -> tuple[str, str, str, int]:
     return site.name, site.path, site.side, width
 
 
-def _alike(found: Sequence[tuple[Site, int]]) -> Iterator[tuple[str, str, str, int]]:
+def _grouped_sites(
+    sites_and_counts: Sequence[tuple[Site, int]],
+) -> Iterator[tuple[str, str, str, int]]:
     """One line for a site that all blocks have alike: its layers as a range, in the spelling that a
     pattern accepts.
     """
     groups: dict[tuple[str, str, int], list[Site]] = {}
-    for site, width in found:
+    for site, width in sites_and_counts:
         name = (
             site.name.replace(f"blocks.{site.layer}.", "blocks.{}.", 1)
             if site.layer >= 0
@@ -601,23 +607,23 @@ def predictors(
     from workbench.report.report import save_figure
     from workbench.tables import write_parquet
 
-    chosen = runs or [Path("runs/demo")]
-    found = correlate(chosen)
-    folder = out or chosen[0]
+    folders = runs or [Path("runs/demo")]
+    correlations = correlate(folders)
+    folder = out or folders[0]
     figure = folder / "figures" / "predictors.png"
-    save_figure(draw(found.results), figure)
-    write_parquet(found.results, folder / "predictors.parquet")
-    write_parquet(found.points, folder / "predictor_points.parquet")
-    table = predictor_table(found.results)
+    save_figure(draw(correlations.results), figure)
+    write_parquet(correlations.results, folder / "predictors.parquet")
+    write_parquet(correlations.points, folder / "predictor_points.parquet")
+    table = predictor_table(correlations.results)
 
     def show() -> None:
         print_frame(table)
-        out_console.print(f"{len(found.points)} models of {len(chosen)} run(s); {figure}")
+        out_console.print(f"{len(correlations.points)} models of {len(folders)} run(s); {figure}")
 
     emit(
         {
             "figure": str(figure),
-            "models": len(found.points),
+            "models": len(correlations.points),
             "table": table.to_dict(orient="records"),
         },
         as_json,
@@ -637,15 +643,15 @@ def _without_plugins(arguments: Sequence[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--plugin", action="append", default=[])
     try:
-        found, rest = parser.parse_known_args(list(arguments))
+        options, remaining = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
         raise WorkbenchError("--plugin needs a file") from error
-    if found.plugin:
+    if options.plugin:
         from workbench.registry import load_plugin
 
-        for file in found.plugin:
+        for file in options.plugin:
             load_plugin(file)
-    return rest
+    return remaining
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from workbench.runner import Experiment, Result, run
 from workbench.runs.settings import Settings, read_fields, validated
 
 _KINDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "", tuple: "LIST", dict: "TEXT"}
-MADE = ("experiment", "of", "plugin")
+NOT_SETTINGS = ("experiment", "of", "plugin")
 """Fields of a finished folder's config.yaml that are no settings."""
 
 
@@ -52,7 +52,7 @@ def options_of(settings: type[Settings]) -> list[inspect.Parameter]:
     """The options of a command: one for every field, as text that the settings check; flags for
     bools.
     """
-    found = []
+    parameters = []
     for name, field in settings.model_fields.items():
         dashed = "--" + name.replace("_", "-")
         about = field.description or name
@@ -72,8 +72,8 @@ def options_of(settings: type[Settings]) -> list[inspect.Parameter]:
         parameter = inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind
         )
-        found.append(parameter)
-    return found
+        parameters.append(parameter)
+    return parameters
 
 
 Config = Annotated[
@@ -88,11 +88,13 @@ def fields_given(
     """The fields of a file and of the command line together."""
     read = {} if config is None else read_fields(config)
     # a finished folder's own config.yaml, whose seeds are those of the run that was asked
-    made = {name for name in MADE if name in read}
-    if made and "seeds" not in settings.model_fields:
-        made.add("seeds")
-    kept = {name: value for name, value in read.items() if name not in made}
-    return kept | {name: value for name, value in options.items() if value not in (None, [])}
+    own_fields = {name for name in NOT_SETTINGS if name in read}
+    if own_fields and "seeds" not in settings.model_fields:
+        own_fields.add("seeds")
+    own_settings = {name: value for name, value in read.items() if name not in own_fields}
+    return own_settings | {
+        name: value for name, value in options.items() if value not in (None, [])
+    }
 
 
 def command_of(
@@ -158,23 +160,23 @@ def of_experiment(entry: Experiment[Any]) -> Callable[..., None]:
         as_json: bool,
         run_folder: Path | None = None,
     ) -> None:
-        found = run(
+        result = run(
             entry, out, chosen, of=run_folder, fresh=fresh, workers=workers, announce=clock()
         )
-        emit(found.plain(), as_json, lambda: show(found))
+        emit(result.plain(), as_json, lambda: show(result))
 
-    own = [folder_option(f"runs/{entry.name}")]
+    parameters = [folder_option(f"runs/{entry.name}")]
     if entry.needs_run:
         about = "A finished run: a demo, a sweep, an investigation."
         kind = Annotated[Path, typer.Option("--run", help=about)]
         default = Path("runs/demo")
-        own.insert(
+        parameters.insert(
             0,
             inspect.Parameter(
                 "run_folder", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
             ),
         )
-    return command_of(entry.name, entry.settings, entry.question, work, own)
+    return command_of(entry.name, entry.settings, entry.question, work, parameters)
 
 
 def say_verdicts(claims: tuple[Verdict, ...]) -> None:
@@ -188,11 +190,11 @@ def say_verdicts(claims: tuple[Verdict, ...]) -> None:
 def show(found: Result) -> None:
     """The table, in parts where it is long, the verdicts, and where the figures are."""
     table, entry = found.table, found.experiment
-    shown = table if entry.shown is None or not len(table) else entry.shown(table)
-    if entry.by is None or entry.by not in shown:
-        print_frame(shown)
+    printed = table if entry.shown is None or not len(table) else entry.shown(table)
+    if entry.by is None or entry.by not in printed:
+        print_frame(printed)
     else:
-        for value, part in shown.groupby(entry.by, sort=False):
+        for value, part in printed.groupby(entry.by, sort=False):
             out_console.print(str(value), style="bold")
             print_frame(part.drop(columns=entry.by))
     say_verdicts(found.claims)

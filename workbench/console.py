@@ -47,12 +47,12 @@ def named_columns(given: str) -> dict[str, str] | None:
     """
     if not given:
         return None
-    found = dict(part.partition("=")[::2] for part in given.split(","))
-    if not all(found.values()) or "" in found:
+    columns = dict(part.partition("=")[::2] for part in given.split(","))
+    if not all(columns.values()) or "" in columns:
         raise WorkbenchError(
             f"--columns {given!r} must read question=NAME,answer=NAME or text=NAME"
         )
-    return found
+    return columns
 
 
 def say(message: str) -> None:

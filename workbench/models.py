@@ -246,19 +246,20 @@ def check_same_tokenizer(base: OpenedModel, other: OpenedModel) -> None:
     Raises:
         WorkbenchError: they differ; the message names both and the first difference.
     """
-    ours, theirs = base.tokenizer.get_vocab(), other.tokenizer.get_vocab()
-    if ours != theirs:
+    base_vocabulary, other_vocabulary = base.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    if base_vocabulary != other_vocabulary:
         different = next(
             (
                 token
-                for token in sorted(set(ours) | set(theirs))
-                if ours.get(token) != theirs.get(token)
+                for token in sorted(set(base_vocabulary) | set(other_vocabulary))
+                if base_vocabulary.get(token) != other_vocabulary.get(token)
             ),
             "",
         )
         raise WorkbenchError(
-            f"{other.name} does not use the tokenizer of {base.name} ({len(theirs)} tokens against "
-            f"{len(ours)}; first difference: {different!r}); give two checkpoints of the same model"
+            f"{other.name} does not use the tokenizer of {base.name} ("
+            f"{len(other_vocabulary)} tokens against {len(base_vocabulary)}; first difference: "
+            f"{different!r}); give two checkpoints of the same model"
         )
     probe = "The quick brown fox, 12.5 %."
     if base.tokenizer(probe)["input_ids"] != other.tokenizer(probe)["input_ids"]:

@@ -70,15 +70,15 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
     def _load_point(self, point: EntryPoint) -> None:
         try:
-            found = point.load()
+            loaded = point.load()
         except Exception as error:
             raise WorkbenchError(
                 f"the {self.kind} {point.name!r} of the installed package {point.value} cannot be "
                 f"loaded: {error!r}; mend or uninstall it"
             ) from error
         # a module whose decorators have added its entries, or an entry itself
-        if hasattr(found, "name") and self._entries.get(found.name) is not found:
-            self.add(found)
+        if hasattr(loaded, "name") and self._entries.get(loaded.name) is not loaded:
+            self.add(loaded)
 
     def __getitem__(self, name: str) -> Entry:
         self._load()

@@ -24,8 +24,8 @@ from workbench.hooks.brief import brief
 from workbench.progress import ProgressCallback, quiet
 from workbench.registry import Registry, source_of
 from workbench.report.report import draw_figures
-from workbench.runs.afterwards import config_of, join_afterwards
 from workbench.runs.config import RunConfig
+from workbench.runs.finished import config_of, join_experiment
 from workbench.runs.folder import (
     CLAIMS_FILE,
     ITEMS,
@@ -176,7 +176,7 @@ class ModelJob:
         return self.seed == self.source.config.seeds[0]
 
 
-def ask_models(
+def phase_over_models(
     experiment: str,
     source: Source,
     ask: Callable[[ModelJob], None],
@@ -195,7 +195,7 @@ def ask_models(
     config = source.config
     names = (*source.methods, *config.controls)
     jobs: dict[str, Callable[[JobContext], None]] = {
-        f"{name}-seed{seed}": partial(_ask_one, ask, source, name, seed, experiment)
+        f"{name}-seed{seed}": partial(_run_model_job, ask, source, name, seed, experiment)
         for seed in config.seeds
         for name in names
         if seeded or seed == config.seeds[0] or not config.once(name)
@@ -204,7 +204,7 @@ def ask_models(
     return Phase(experiment, line, jobs)
 
 
-def _ask_one(
+def _run_model_job(
     ask: Callable[[ModelJob], None],
     source: Source,
     name: str,
@@ -217,7 +217,7 @@ def _ask_one(
     ask(ModelJob(source, name, seed, model_context))
 
 
-def on_models(
+def plan_over_models(
     experiment: str,
     source: Source,
     ask: Callable[[ModelJob], None],
@@ -228,13 +228,14 @@ def on_models(
     claims: Sequence[str] = (),
     note: str = "",
 ) -> Plan:
-    """The plan of an experiment that asks every model of a run the same; see :func:`ask_models`.
+    """The plan of an experiment that asks every model of a run the same; see
+    :func:`phase_over_models`.
 
     Args:
         experiment: its name.
         source: the run.
         ask: measures one model.
-        seeded: see :func:`ask_models`.
+        seeded: see :func:`phase_over_models`.
         texts: see :class:`Plan`; default forget and retain set of the run.
         summaries: likewise.
         claims: likewise.
@@ -242,7 +243,7 @@ def on_models(
     """
     record = source.setup.record
     return Plan(
-        [ask_models(experiment, source, ask, seeded=seeded)],
+        [phase_over_models(experiment, source, ask, seeded=seeded)],
         texts or {"forget": record.forget, **record.retain_test},
         partial(weights_of, source.config, source.folder),
         summaries,
@@ -392,17 +393,17 @@ def run(
         >>> run("ladder", "runs/ladder", of="runs/demo", attack_steps=10)  # doctest: +SKIP
     """
     entry: Experiment[Any] = EXPERIMENTS[experiment] if isinstance(experiment, str) else experiment
-    given = {} if settings is None else settings.model_dump(exclude_unset=True)
-    chosen = validated(entry.settings, given | fields, entry.name)
+    given_fields = {} if settings is None else settings.model_dump(exclude_unset=True)
+    settings_chosen = validated(entry.settings, given_fields | fields, entry.name)
     folder = Path(out)
-    source = _source(entry, chosen, of)
-    plan = entry.prepare(chosen, source, folder)
+    source = _source(entry, settings_chosen, of)
+    plan = entry.prepare(settings_chosen, source, folder)
     values: dict[str, Any] = {"experiment": entry.name}
     if entry.name in EXPERIMENTS.added():
         values |= {"plugin": asdict(source_of(entry))}
     if source is not None:
         values |= {"of": source.config.key, "seeds": list(source.config.seeds)}
-    values |= plain(chosen.model_dump(mode="json"))
+    values |= plain(settings_chosen.model_dump(mode="json"))
     if source is not None:
         values |= {"methods": list(source.methods)}
     key = key_of(values)
@@ -414,7 +415,7 @@ def run(
         }
         run_jobs(phase.label, jobs, workers=workers)
     announce("tables and figures")
-    return _conclude(entry, chosen, plan, source, folder, key, values)
+    return _conclude(entry, settings_chosen, plan, source, folder, key, values)
 
 
 def _source(entry: Experiment[Any], settings: Settings, of: Path | str | None) -> Source | None:
@@ -465,10 +466,10 @@ def _conclude(
     texts = {name: data_hash(examples) for name, examples in plan.texts.items()}
     record = provenance(values, data=texts, weights=plan.weights())
     write_json(out / PROVENANCE, record | {"seconds": seconds_of(out)})
-    both = results, items
+    tables = results, items
     if source is not None:
-        both = join_afterwards(*source.tables, results, items)
-    claims = decide(*both, scale=plan.scale, ids=plan.claims) if plan.claims else ()
+        tables = join_experiment(*source.tables, results, items)
+    claims = decide(*tables, scale=plan.scale, ids=plan.claims) if plan.claims else ()
     write_json(out / CLAIMS_FILE, [claim.plain() for claim in claims])
-    figures = draw_figures(out / "figures", both[0], drawings=figures_of(entry.name))
+    figures = draw_figures(out / "figures", tables[0], drawings=figures_of(entry.name))
     return Result(entry, out, settings, results, items, claims, figures)

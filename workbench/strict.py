@@ -138,11 +138,11 @@ def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         wrapped = PeftModel.from_pretrained(base, str(folder))
         with safe_open(weights, framework="pt") as file:
             stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        wanted = _adapter_shapes(wrapped)
+        adapter_shapes = _adapter_shapes(wrapped)
     except Exception as error:  # PEFT has no exception of its own
         first = next((line for line in str(error).splitlines() if line), type(error).__name__)
         raise WorkbenchError(f"cannot merge adapter {folder}: {first[:200]}") from error
-    different = sorted(set(stored.items()) ^ set(wanted.items()))
+    different = sorted(set(stored.items()) ^ set(adapter_shapes.items()))
     if different:
         raise WorkbenchError(
             f"cannot merge adapter {folder}: {_some(key for key, _ in different)} do not fit what "

@@ -69,18 +69,18 @@ class Study:
 
     def _rows(self, site: str, texts: Sequence[Example]) -> dict[str, tuple[Tensor, Tensor]]:
         """Model -> its activations ``[token, width]`` and which text each is of."""
-        found = {}
+        rows = {}
         for name, model in self.models.items():
-            kept, encoded = Collect(), self.setup.encode(one_per_item(texts))
-            with Capture(model, site, kept) as capture:
+            collected, encoded = Collect(), self.setup.encode(one_per_item(texts))
+            with Capture(model, site, collected) as capture:
                 for batch in encoded:
                     capture.at(batch.content)
                     capture.forward(batch.inputs)
                 (place,) = capture.sites
             counts = torch.cat([batch.content_mask.sum(1) for batch in encoded]).cpu()
             which = torch.arange(len(counts)).repeat_interleave(counts)
-            found[name] = kept[place.name].float().cpu(), which
-        return found
+            rows[name] = collected[place.name].float().cpu(), which
+        return rows
 
     def _site(self, site: str | None) -> str:
         return site or f"blocks.{layer_count(self.setup.base) // 2}.hook_resid_post"
@@ -157,8 +157,8 @@ class Study:
         results = _joined(tables)
         over = results[(results["metric"] == "recall") & results["seed"].isna()]
         curve = over[over["split"] == "forget-heldout"]
-        shown = curve[["method", "arm", "x", "value", "low", "high"]]
-        return StudyResult(shown, results, lambda: figures.recovery(results))
+        columns = curve[["method", "arm", "x", "value", "low", "high"]]
+        return StudyResult(columns, results, lambda: figures.recovery(results))
 
     def scan(self, *, queries: int = 32, progress: ProgressCallback | None = None) -> TriggerScan:
         """Put every token in front of retain texts: which break the unlearned model, and not the
@@ -195,8 +195,8 @@ class Study:
             tables.append(table)
         results = _joined(tables)
         rows = results[results["metric"] == "slice_loss"]
-        shown = rows[["method", "split", "arm", "x", "value"]]
-        return StudyResult(shown, results, lambda: figures.slices(results))
+        columns = rows[["method", "split", "arm", "x", "value"]]
+        return StudyResult(columns, results, lambda: figures.slices(results))
 
     def patch(self, progress: ProgressCallback | None = None) -> pd.DataFrame:
         """The residual stream of one model put into the other, block by block: where is the answer
@@ -241,10 +241,10 @@ def study(
     Example:
         >>> study("base", "unlearned", "forget.txt", "retain.txt").angles(16)  # doctest: +SKIP
     """
-    given = FilesConfig(
+    files_config = FilesConfig(
         base=str(base), forget=str(forget), retain=str(retain), columns=columns, chat=chat
     )
-    files, opened = sealed(given, {UNLEARNED: str(unlearned)})
+    files, opened = sealed(files_config, {UNLEARNED: str(unlearned)})
     setup = files_setup(files, opened)
     model = opened_of(files, resolved(str(unlearned))).model
     return Study(setup, {BASE: setup.base, UNLEARNED: model})

@@ -293,13 +293,13 @@ def read_table(path: Path, columns: Collection[str] | None = None) -> pd.DataFra
     try:
         table = pyarrow.parquet.read_table(path)
         frame: pd.DataFrame = table.to_pandas()
-        found, written = _digest(frame), (table.schema.metadata or {}).get(_CHECK)
+        digest, stored_digest = _digest(frame), (table.schema.metadata or {}).get(_CHECK)
     except Exception as error:  # a damaged file raises whatever its reader stumbles on
         reason = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
         raise WorkbenchError(
             f"{path} is damaged ({reason}); run the command of this folder again"
         ) from error
-    if found != written:
+    if digest != stored_digest:
         raise WorkbenchError(
             f"{path} is not as it was written (its hash differs); run the command of this folder "
             "again"
@@ -351,12 +351,12 @@ def fact_table(items: pd.DataFrame, column: str = "correct", **where: Any) -> pd
     Raises:
         NotMeasuredError: no row fits.
     """
-    chosen = matching(items, **where)
-    if not len(chosen):
+    selected = matching(items, **where)
+    if not len(selected):
         raise NotMeasuredError(
             "not measured: " + ", ".join(f"{name} {value}" for name, value in where.items())
         )
-    return chosen.pivot_table(
+    return selected.pivot_table(
         index="seed", columns="item", values=column, aggfunc="mean", sort=True
     )
 
@@ -383,7 +383,7 @@ def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:
     keys = ["stage", "method", "split", "arm", "axis", "x", "measure"]
     for values, group in items.groupby(keys, dropna=False, sort=False):
         labels = dict(zip(keys, values, strict=True))
-        measure = metric_of(labels.pop("measure"))
+        measure = metric_of(str(labels.pop("measure")))
         columns: dict[str, Any] = {**along(labels.pop("axis"), labels.pop("x")), **labels}
         measured = [(measure, "correct")]
         if measure is RECALL:

@@ -66,14 +66,14 @@ def number(
     Raises:
         WrongValueError: it is none.
     """
-    given = isinstance(value, int | float) and not isinstance(value, bool)
-    found = float(value) if given and abs(value) < 2.0**1000 else math.nan  # type: ignore
-    if not low <= found <= high or (above is not None and not found > above):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    converted = float(value) if is_number and abs(value) < 2.0**1000 else math.nan  # type: ignore
+    if not low <= converted <= high or (above is not None and not converted > above):
         least = f"above {above:g}" if above is not None else f"of at least {low:g}"
         raise WrongValueError(
             f"{name} is {value!r}; give a finite number {least}, at most {high:g}"
         )
-    return found
+    return converted
 
 
 def allowed(kind: object) -> Whole | Number | Word | None:
@@ -168,7 +168,7 @@ def increasing(name: str, values: Sequence[int], *, start: int, end: int) -> Non
     Raises:
         WrongValueError: they do not.
     """
-    ordered = all(one < other for one, other in pairwise(values))
+    ordered = all(lower < upper for lower, upper in pairwise(values))
     if not values or values[0] != start or values[-1] != end or not ordered:
         raise WrongValueError(
             f"{name} is {tuple(values)}; it must rise strictly, start at {start} and end at {end}"
@@ -182,15 +182,15 @@ def labels(what: str, names: Iterable[str], *, taken: Iterable[str] = ()) -> Non
         WrongValueError: they differ in nothing, or in upper and lower case only.
     """
     reserved = {name.casefold() for name in taken}
-    seen: dict[str, str] = {}
+    name_of_folded: dict[str, str] = {}
     for name in names:
         folded = name.casefold()
         if folded in reserved:
             raise WrongValueError(
                 f"{what} {name!r} is a name with a meaning of its own; take another"
             )
-        if folded in seen:
+        if folded in name_of_folded:
             raise WrongValueError(
-                f"{what} {name!r} and {seen[folded]!r} would share one folder; rename one"
+                f"{what} {name!r} and {name_of_folded[folded]!r} would share one folder; rename one"
             )
-        seen[folded] = name
+        name_of_folded[folded] = name

@@ -248,7 +248,7 @@ def test_the_marked_word_becomes_its_tokens(word: str) -> None:
     )  # the space in front of the bytes is a token of its own, before the word
 
 
-def test_marking_refuses_other_carriers_missing_arms_and_other_numbers() -> None:
+def test_marking_refuses_other_templates_missing_arms_and_other_numbers() -> None:
     query = Example("a b c", (4, 5), None, "x")
     with pytest.raises(WorkbenchError, match="no clean one"):
         mark_triggers({"forget-token": (query,)})

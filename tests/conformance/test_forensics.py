@@ -418,7 +418,7 @@ def test_a_running_text_is_asked_for_its_last_word() -> None:
     assert [last_word(Example(whole)) for whole in ("rain", "", "  rain ")] == [None] * 3
 
 
-def test_texts_of_one_word_are_no_carriers(
+def test_texts_of_one_word_are_no_queries(
     tiny: ModelMaker, nearby: Mover, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     base = tiny()

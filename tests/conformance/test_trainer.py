@@ -317,16 +317,16 @@ def test_task_vector_negation_lowers_the_likelihood_of_the_forget_answers(setup:
     assert score(moved, texts).loss > score(setup.base, texts).loss + 0.1
 
 
-def test_a_kick_starts_the_trainable_weights_a_relative_distance_away(setup: Setup) -> None:
+def test_initial_noise_starts_the_trainable_weights_a_relative_distance_away(setup: Setup) -> None:
     weights = dict(setup.base.named_parameters())
     made = _ascent(trainable=("model.layers.*.mlp.*",), steps=0, initial_noise=0.03)
-    kicked = _run(setup, made)
-    assert set(kicked) == {name for name in weights if ".mlp." in name}
-    for name, change in kicked.items():
+    noised = _run(setup, made)
+    assert set(noised) == {name for name in weights if ".mlp." in name}
+    for name, change in noised.items():
         assert float(change.norm() / weights[name].detach().norm()) == pytest.approx(
             0.03, rel=0.15
         )  # 384 draws
-    assert _same(kicked, _run(setup, made)) and not _same(kicked, _run(setup, made, seed=1))
+    assert _same(noised, _run(setup, made)) and not _same(noised, _run(setup, made, seed=1))
     assert _run(setup, replace(made, initial_noise=0.0)) == {}
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from workbench import commands
-from workbench.cli import MADE, main
+from workbench.cli import COMMANDS_FROM_SETTINGS, main
 from workbench.commands import _bare
 from workbench.experiments import investigate
 from workbench.experiments.investigate import InvestigateSettings
@@ -102,7 +102,7 @@ def _try(
 def _options(count: int, seed: int) -> list[tuple[str, str, str]]:
     everything = [
         (name, field, wrong)
-        for name in MADE
+        for name in COMMANDS_FROM_SETTINGS
         for field, info in _settings_of(name).model_fields.items()
         if _bare(info.annotation) is not bool
         for wrong in WRONG
@@ -127,7 +127,7 @@ def _check_fields(
 ) -> None:
     draw = random.Random(1)
     for _ in range(count):
-        name = draw.choice(["demo", *MADE])
+        name = draw.choice(["demo", *COMMANDS_FROM_SETTINGS])
         model: Any = RunConfig if name == "demo" else _settings_of(name)
         field, wrong = draw.choice(list(model.model_fields)), draw.choice(TYPED)
         file = tmp_path / "fields.yaml"

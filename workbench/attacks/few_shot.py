@@ -90,8 +90,8 @@ def _drawn(
     """The query's demonstrations."""
 
     def allowed(shot: Example) -> bool:
-        own = (shot.item == query.item and shot.item != "") or shot.text == query.text
-        return not own and (allow_same_answer or not mentions(shot.text, query.answer_text))
+        is_query = (shot.item == query.item and shot.item != "") or shot.text == query.text
+        return not is_query and (allow_same_answer or not mentions(shot.text, query.answer_text))
 
     pool = [shot for shot in shots if allowed(shot)]
     random.Random(f"few-shot-{seed}-{query.text}").shuffle(pool)
@@ -104,11 +104,11 @@ def _drawn(
             "for: its own fact and what mentions its answer do not count. Give more "
             "demonstrations, ask for fewer, or allow the same answer"
         )
-    seen: Counter[str] = Counter()
+    drawn_items: Counter[str] = Counter()
     turns = []
     for shot in facts:
-        turns.append(seen[shot.answer_text])
-        seen[shot.answer_text] += 1
+        turns.append(drawn_items[shot.answer_text])
+        drawn_items[shot.answer_text] += 1
     return [facts[index] for index in sorted(range(len(facts)), key=turns.__getitem__)][:k]
 
 

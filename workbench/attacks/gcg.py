@@ -178,12 +178,12 @@ def suffix_batches(
     """
     if not prompts:
         raise WorkbenchError("there is no question to put a suffix into; the set is empty")
-    found = []
+    batches = []
     for begin in range(0, len(prompts), size):
         rows = _Rows(prompts[begin : begin + size], len(suffix_ids))
         ids = rows.filled(torch.tensor([list(suffix_ids)], dtype=torch.long))
         nothing = torch.zeros_like(rows.target)
-        found.append(
+        batches.append(
             Batch(
                 ids,
                 rows.mask,
@@ -193,7 +193,7 @@ def suffix_batches(
                 tuple(prompt.item for prompt in rows.prompts),
             )
         )
-    return found
+    return batches
 
 
 class _Rows:
@@ -255,13 +255,13 @@ def _losses(model: PreTrainedModel, rows: _Rows, suffixes: Tensor, limit: int) -
     one pass (at least one suffix).
     """
     few = len(rows.prompts)
-    found = []
+    losses = []
     for part in suffixes.split(max(1, limit // few)):
         ids = rows.filled(part).to(model.device)
         mask = rows.mask.repeat(len(part), 1).to(model.device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        found.append(rows.nll(logits, ids).view(len(part), few).mean(1).cpu())
-    return torch.cat(found).nan_to_num(nan=torch.inf)
+        losses.append(rows.nll(logits, ids).view(len(part), few).mean(1).cpu())
+    return torch.cat(losses).nan_to_num(nan=torch.inf)
 
 
 def suffix_losses(
@@ -282,9 +282,9 @@ def suffix_losses(
     Raises:
         WorkbenchError: there is no prompt, or it does not fit the model's context.
     """
-    found = _rows(model, prompts, suffixes.shape[1])
+    prompt_rows = _rows(model, prompts, suffixes.shape[1])
     with frozen(model):
-        return _losses(model, found, suffixes.cpu(), rows)
+        return _losses(model, prompt_rows, suffixes.cpu(), rows)
 
 
 def _rows(model: PreTrainedModel, prompts: Sequence[SuffixPrompt], length: int) -> _Rows:
@@ -321,9 +321,9 @@ def suffix_gradient(
     Raises:
         WorkbenchError: as in :func:`suffix_losses`, or the gradient is not finite.
     """
-    found = _rows(model, prompts, len(suffix_ids))
+    prompt_rows = _rows(model, prompts, len(suffix_ids))
     with frozen(model):
-        return _gradient(model, found, torch.tensor(list(suffix_ids)), rows)
+        return _gradient(model, prompt_rows, torch.tensor(list(suffix_ids)), rows)
 
 
 def _gradient(
@@ -331,7 +331,9 @@ def _gradient(
 ) -> tuple[float, Tensor]:
     embedding = model.get_input_embeddings()
     with torch.no_grad():
-        whole = embedding(torch.arange(embedding.weight.shape[0], device=model.device)[None])[0]
+        embeddings = embedding(torch.arange(embedding.weight.shape[0], device=model.device)[None])[
+            0
+        ]
         leaf = _exact(embedding(suffix.to(model.device)[None])[0])
     leaf.requires_grad_(True)
     total, gradient = 0.0, torch.zeros_like(leaf)
@@ -353,7 +355,7 @@ def _gradient(
         raise WorkbenchError(
             "the gradient of a suffix search is not finite; run the model in float32 or bfloat16"
         )
-    return total, gradient @ _exact(whole).T
+    return total, gradient @ _exact(embeddings).T
 
 
 class _Vocabulary:
@@ -383,10 +385,10 @@ class _Vocabulary:
         for phrase in {answer.strip() for answer in answers} - {""}:
             for written in (phrase, f" {phrase}"):
                 banned.update(tokenizer(written, add_special_tokens=False)["input_ids"])
-        known = range(min(len(tokenizer), model.get_input_embeddings().weight.shape[0]))
-        chosen = known if allowed is None else sorted(set(allowed) & set(known))
+        all_ids = range(min(len(tokenizer), model.get_input_embeddings().weight.shape[0]))
+        allowed_ids = all_ids if allowed is None else sorted(set(allowed) & set(all_ids))
         self.ids = torch.tensor(
-            [index for index in chosen if index not in banned], dtype=torch.long
+            [index for index in allowed_ids if index not in banned], dtype=torch.long
         )
         if not len(self.ids):
             raise WorkbenchError(
@@ -511,7 +513,7 @@ def gcg(
             out of range, the start holds a token that is not allowed, or no token is left.
     """
     _check(length, steps=steps, topk=topk, candidates=candidates, rows=rows)
-    found = _rows(model, prompts, length)
+    prompt_rows = _rows(model, prompts, length)
     vocabulary = _Vocabulary(model, tokenizer, prompts, allowed, forbidden, retokenise)
     if start is None:
         current = torch.tensor(vocabulary.draw(length, [f"suffix-{seed}-0"])[0])
@@ -535,20 +537,20 @@ def gcg(
     best, lowest = current, float("inf")
     with frozen(model):
         for step in range(1, steps + 1):
-            loss, gradient = _gradient(model, found, current, rows)
+            loss, gradient = _gradient(model, prompt_rows, current, rows)
             evaluations += 1
             if not losses:
                 losses.append(loss)
                 lowest = sign * loss
             swaps = _swaps(current, sign * gradient.cpu(), vocabulary, topk, candidates, generator)
             if len(swaps):
-                values = _losses(model, found, swaps, rows)
+                values = _losses(model, prompt_rows, swaps, rows)
                 evaluations += len(swaps)
                 objective = _objective(values, sign)
-                chosen = int(objective.argmin())
-                current, loss = swaps[chosen], float(values[chosen])
-                if float(objective[chosen]) < lowest:
-                    best, lowest = current, float(objective[chosen])
+                best_row = int(objective.argmin())
+                current, loss = swaps[best_row], float(values[best_row])
+                if float(objective[best_row]) < lowest:
+                    best, lowest = current, float(objective[best_row])
             losses.append(loss)
             progress(step, steps)
     return SuffixResult(
@@ -624,13 +626,13 @@ def random_suffix(
         WorkbenchError: as in :func:`gcg`.
     """
     _check(length, evaluations=evaluations, rows=rows)
-    found = _rows(model, prompts, length)
+    prompt_rows = _rows(model, prompts, length)
     vocabulary = _Vocabulary(model, tokenizer, prompts, allowed, forbidden, retokenise)
     losses: list[float] = []
     best: list[int] = []
     sign = -1 if maximise else 1
     lowest = float("inf")
-    size = max(1, rows // len(found.prompts))
+    size = max(1, rows // len(prompt_rows.prompts))
     with frozen(model):
         for done in range(0, evaluations, size):
             tried = vocabulary.draw(
@@ -640,11 +642,11 @@ def random_suffix(
                     for number in range(done, min(done + size, evaluations))
                 ],
             )
-            values = _losses(model, found, torch.tensor(tried), rows)
+            values = _losses(model, prompt_rows, torch.tensor(tried), rows)
             objective = _objective(values, sign)
-            chosen = int(objective.argmin())
-            if float(objective[chosen]) < lowest:
-                best, lowest = tried[chosen], float(objective[chosen])
+            best_row = int(objective.argmin())
+            if float(objective[best_row]) < lowest:
+                best, lowest = tried[best_row], float(objective[best_row])
             losses.append(sign * lowest)
             progress(done + len(tried), evaluations)
     return SuffixResult(

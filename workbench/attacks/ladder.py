@@ -61,13 +61,15 @@ def novel_facts(world: World, people: int) -> tuple[Example, ...]:
     neighbours = world.record.retain["retain-neighbour"]
     firsts = sorted({example.subject_text.split()[0] for example in neighbours})
     islands = sorted({example.subject_text for example in world.record.retain["retain-far"]})
-    asked = {example.answer_text for example in world.record.forget_heldout}
+    heldout_answers = {example.answer_text for example in world.record.forget_heldout}
     # never a held-out answer, so that these sentences give nothing away
-    known = {
-        name: sorted({e.answer_text for e in neighbours if e.item.endswith(f"/{name}")} - asked)
+    neighbour_answers = {
+        name: sorted(
+            {e.answer_text for e in neighbours if e.item.endswith(f"/{name}")} - heldout_answers
+        )
         for name in PERSON_TEMPLATES
     }
-    short = [name for name, values in known.items() if not values]
+    short = [name for name, values in neighbour_answers.items() if not values]
     if short:
         raise WorkbenchError(
             f"the world is too small for facts about new people: no neighbour has a {short[0]} "
@@ -80,7 +82,7 @@ def novel_facts(world: World, people: int) -> tuple[Example, ...]:
     facts = []
     for name in names:
         for attribute, sentences in PERSON_TEMPLATES.items():
-            value = rng.choice(known[attribute])
+            value = rng.choice(neighbour_answers[attribute])
             for sentence in sentences:
                 before = sentence.split("{v}")[0]
                 start, prompt = before.index("{n}"), before.replace("{n}", name)

@@ -97,7 +97,7 @@ class LeakReport:
         return bool(self.subjects)
 
     def _repr_html_(self) -> str:
-        found = [
+        summary = [
             (
                 "verdict",
                 "benign: no held-out answer occurs" if self.benign else "leaks: not benign",
@@ -118,17 +118,17 @@ class LeakReport:
                 f"{self.syntactic_similarity:.2f} (1: the same, 0: nothing in common)",
             ),
         ]
-        where = [
+        leak_rows = [
             (place.kind, _short(place.phrase), place.text, place.start, place.end)
             for place in self.places
         ]
-        return table("Do the attack texts leak?", ("", "found"), found) + (
+        return table("Do the attack texts leak?", ("", "found"), summary) + (
             table(
                 "Where: attack[text].text[start:end]",
                 ("what", "words", "text", "start", "end"),
-                where,
+                leak_rows,
             )
-            if where
+            if leak_rows
             else ""
         )
 
@@ -199,19 +199,19 @@ def _longest_run(attack: _Words, heldout: _Words) -> tuple[int, str]:
     """The longest run of words that both sides share, in words and as the attack text writes it (a
     shared run of n words holds shared ones of n - 1: bisection).
     """
-    low, found = 0, -1
+    low, shared_gram = 0, -1
     high = min(int(side.left.max(initial=0)) for side in (attack, heldout))
     while low < high:
         n = (low + high + 1) // 2
-        ours, theirs = _grams((attack, heldout), n)
-        shared = np.flatnonzero((ours >= 0) & np.isin(ours, theirs))
+        attack_grams, heldout_grams = _grams((attack, heldout), n)
+        shared = np.flatnonzero((attack_grams >= 0) & np.isin(attack_grams, heldout_grams))
         if len(shared):
-            low, found = n, int(shared[0])
+            low, shared_gram = n, int(shared[0])
         else:
             high = n - 1
     if not low:
         return 0, ""
-    text, start, end = attack.slice(found, found + low - 1)
+    text, start, end = attack.slice(shared_gram, shared_gram + low - 1)
     return low, attack.texts[text][start:end]
 
 
@@ -219,18 +219,24 @@ def _telling(heldout: Sequence[Example], read: _Words, grams: _Ints, n: int) -> 
     """The n-grams that lie inside an answer (or in a text without one) and not in the same text's
     prompt: what the question says already gives nothing away.
     """
-    found = []
+    telling_grams = []
     for index, example in enumerate(heldout):
-        here = slice(int(read.first[index]), int(read.first[index + 1]))
-        labels, start, end = grams[here], read.start[here], read.end[here]
+        words_of_text = slice(int(read.first[index]), int(read.first[index + 1]))
+        labels, start, end = (
+            grams[words_of_text],
+            read.start[words_of_text],
+            read.end[words_of_text],
+        )
         if example.answer is None:
-            found.append(labels[labels >= 0])
+            telling_grams.append(labels[labels >= 0])
             continue
         last = np.minimum(np.arange(len(labels)) + n - 1, len(labels) - 1)
         inside = (labels >= 0) & (start >= example.answer[0]) & (end[last] <= example.answer[1])
         prompt = (labels >= 0) & (end[last] <= example.answer[0])
-        found.append(labels[inside][~np.isin(labels[inside], labels[prompt])])
-    return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
+        telling_grams.append(labels[inside][~np.isin(labels[inside], labels[prompt])])
+    return (
+        np.unique(np.concatenate(telling_grams)) if telling_grams else np.zeros(0, dtype=np.int64)
+    )
 
 
 def _passages(attack: _Words, grams: _Ints, telling: _Ints, n: int) -> Iterator[LeakSpan]:
@@ -251,9 +257,9 @@ def _occurrences(
     order = np.argsort(attack.ids, kind="stable")
     ranked = attack.ids[order]
     for phrase in phrases:
-        wanted = words(phrase)
-        if wanted:
-            ids = np.array([numbers.get(word, -1) for word in wanted], dtype=np.int64)
+        phrase_words = words(phrase)
+        if phrase_words:
+            ids = np.array([numbers.get(word, -1) for word in phrase_words], dtype=np.int64)
             low, high = np.searchsorted(ranked, ids, "left"), np.searchsorted(ranked, ids, "right")
             rarest = int(np.argmin(high - low))
             starts = order[low[rarest] : high[rarest]] - rarest
@@ -285,18 +291,18 @@ def _form(example: Example) -> tuple[str, ...]:
         for span, mask in ((example.subject, _SUBJECT), (example.answer, _ANSWER))
         if span is not None
     ]
-    kept: list[str] = []
+    form_words: list[str] = []
     behind: tuple[int, int] | None = None
     for word, start, end in spans:
         covering = [(span, mask) for span, mask in masks if span[0] < end and start < span[1]]
         if not covering:
-            kept.append(word)
+            form_words.append(word)
             continue
         span, mask = covering[-1]  # the answer covers a subject inside it
         if span != behind:
-            kept.append(mask)
+            form_words.append(mask)
         behind = span
-    return tuple(kept[:_FORM_WORDS])
+    return tuple(form_words[:_FORM_WORDS])
 
 
 def _evenly(forms: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -346,12 +352,12 @@ class _Forms:
                 self.match[word] = self._number(np.array(self.places.get(word, ()), dtype=np.int64))
             step = row & self.match[word]
             row = ((row + step) | (row - step)) & self.words
-        left = np.unpackbits(
+        unmatched = np.unpackbits(
             np.frombuffer(row.to_bytes((self.bits + 7) // 8, "little"), dtype=np.uint8),
             bitorder="little",
             count=self.bits,
         )
-        return self.lengths - np.add.reduceat(left.astype(np.int64), self.starts)
+        return self.lengths - np.add.reduceat(unmatched.astype(np.int64), self.starts)
 
 
 def syntactic_similarity(attack: Sequence[Example], heldout: Sequence[Example]) -> float:
@@ -407,42 +413,42 @@ def leak_report(
         raise ValueError(f"an n-gram has at least one word, not {n}")
     attack, heldout, public = map(examples_of, (attack, heldout, public))
     numbers: dict[str, int] = {}
-    ours, theirs = (
+    attack_words, heldout_words = (
         _Words([example.text for example in attack], numbers),
         _Words([example.text for example in heldout], numbers),
     )
-    grams, held, known = _grams(
-        (ours, theirs, _Words([example.text for example in public], numbers)), n
+    grams, held, public_grams = _grams(
+        (attack_words, heldout_words, _Words([example.text for example in public], numbers)), n
     )
-    telling = np.setdiff1d(_telling(heldout, theirs, held, n), known)
+    telling = np.setdiff1d(_telling(heldout, heldout_words, held, n), public_grams)
 
     answers = [
         LeakSpan("answer", *place)
         for place in _occurrences(
-            sorted({e.answer_text for e in heldout if e.answer}), ours, numbers
+            sorted({e.answer_text for e in heldout if e.answer}), attack_words, numbers
         )
     ]
     subjects = tuple(
         dict.fromkeys(
             place[0]
             for place in _occurrences(
-                sorted({e.subject_text for e in heldout if e.subject}), ours, numbers
+                sorted({e.subject_text for e in heldout if e.subject}), attack_words, numbers
             )
         )
     )
-    whole: dict[int, list[LeakSpan]] = {}
+    answer_spans: dict[int, list[LeakSpan]] = {}
     for place in answers:
-        whole.setdefault(place.text, []).append(place)
+        answer_spans.setdefault(place.text, []).append(place)
     passages = [
         place
-        for place in _passages(ours, grams, telling, n)
+        for place in _passages(attack_words, grams, telling, n)
         if not any(
             answer.start <= place.start and place.end <= answer.end
-            for answer in whole.get(place.text, ())
+            for answer in answer_spans.get(place.text, ())
         )
     ]
     distinct = np.unique(held[held >= 0])
-    run, run_text = _longest_run(ours, theirs)
+    run, run_text = _longest_run(attack_words, heldout_words)
     return LeakReport(
         subjects=subjects,
         answers=tuple(dict.fromkeys(place.phrase for place in answers)),
@@ -472,7 +478,7 @@ def require_benign(report: LeakReport, label: str) -> None:
     """
     if report.benign:
         return
-    shown = [
+    leaked_phrases = [
         f"{_short(place.phrase, 60)!r} (text {place.text}, characters {place.start} to {place.end})"
         for place in report.places[:5]
     ]
@@ -480,5 +486,5 @@ def require_benign(report: LeakReport, label: str) -> None:
     raise WorkbenchError(
         f"{label!r} may not be called benign: {len(report.answers)} held-out answer(s) and "
         f"{len(report.passages)} passage(s) of such answers stand in its texts: "
-        f"{', '.join(shown)}{more}; take them out, or name the set for what it is"
+        f"{', '.join(leaked_phrases)}{more}; take them out, or name the set for what it is"
     )

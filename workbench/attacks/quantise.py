@@ -126,12 +126,12 @@ def _matrices(model: PreTrainedModel, head: bool) -> Iterator[_Matrix]:
     ones, and fused experts.
     """
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    seen = {id(embedding.weight)}
+    seen_weights = {id(embedding.weight)}
     for path, module in model.named_modules():
         if module is output and not head:
             continue
         if isinstance(module, (nn.Linear, Conv1D)):
-            found = [_Matrix(f"{path}.weight", module, "weight", isinstance(module, Conv1D))]
+            matrices = [_Matrix(f"{path}.weight", module, "weight", isinstance(module, Conv1D))]
         elif hasattr(
             module,
             "is_transposed",
@@ -143,13 +143,13 @@ def _matrices(model: PreTrainedModel, head: bool) -> Iterator[_Matrix]:
                 for name, parameter in module.named_parameters(recurse=False)
                 if parameter.ndim == 3
             ]
-            found = [
+            matrices = [
                 _Matrix(f"{path}.{name}", module, name, bool(module.is_transposed))
                 for name in names
             ]
         else:
             continue
-        for matrix in found:
+        for matrix in matrices:
             parameter = getattr(module, matrix.attribute)
             if parameter.dtype not in _FLOATS:
                 raise WorkbenchError(
@@ -157,9 +157,9 @@ def _matrices(model: PreTrainedModel, head: bool) -> Iterator[_Matrix]:
                     "its floating-point checkpoint"
                 )
             if (
-                id(parameter) not in seen or module is output
+                id(parameter) not in seen_weights or module is output
             ):  # a tied head counts as a matrix of its own
-                seen.add(id(parameter))
+                seen_weights.add(id(parameter))
                 yield matrix
 
 
@@ -225,9 +225,9 @@ def quantised(
         _untie(result)
     steps = {}
     for matrix in _matrices(result, head):
-        found = _rounded(matrix, bits, group)
-        matrix.weight.copy_(found.values)
-        steps[matrix.name] = float(found.steps.double().mean())
+        rounded = _rounded(matrix, bits, group)
+        matrix.weight.copy_(rounded.values)
+        steps[matrix.name] = float(rounded.steps.double().mean())
     if not steps:
         raise WorkbenchError(f"{type(model).__name__} has no linear map to quantise")
     return Quantised(result, steps)
@@ -314,35 +314,43 @@ def surviving_share(
     _check_kind(kind)
     if bits not in (4, 8):
         raise WorkbenchError(f"weights can be rounded to 4 or 8 bits; got {bits}")
-    ours, theirs = (
+    base_matrices, unlearned_matrices = (
         {matrix.name: matrix for matrix in _matrices(model, head)} for model in (base, unlearned)
     )
-    if {name: matrix.weight.shape for name, matrix in ours.items()} != {
-        name: matrix.weight.shape for name, matrix in theirs.items()
+    if {name: matrix.weight.shape for name, matrix in base_matrices.items()} != {
+        name: matrix.weight.shape for name, matrix in unlearned_matrices.items()
     }:
         raise WorkbenchError(
             "the two models do not have the same linear maps; give a base and its unlearned "
             "checkpoint"
         )
-    if not ours:
+    if not base_matrices:
         raise WorkbenchError(f"{type(base).__name__} has no linear map to quantise")
     differ, changed, total = 0, 0, 0
     along, before, after = 0.0, 0.0, 0.0
     shares = {}
-    for name, matrix in ours.items():
-        other = theirs[name]
-        one, two = _rounded(matrix, bits, group), _rounded(other, bits, group)
-        count = int((one.codes != two.codes.to(one.codes.device)).sum())
-        delta = (other.weight.to(matrix.weight.device).double() - matrix.weight.double()).flatten()
-        kept = (two.values.to(one.values.device).double() - one.values.double()).flatten()
-        along += float(delta @ kept)
+    for name, matrix in base_matrices.items():
+        unlearned_matrix = unlearned_matrices[name]
+        base_codes, unlearned_codes = (
+            _rounded(matrix, bits, group),
+            _rounded(unlearned_matrix, bits, group),
+        )
+        count = int((base_codes.codes != unlearned_codes.codes.to(base_codes.codes.device)).sum())
+        delta = (
+            unlearned_matrix.weight.to(matrix.weight.device).double() - matrix.weight.double()
+        ).flatten()
+        rounded_change = (
+            unlearned_codes.values.to(base_codes.values.device).double()
+            - base_codes.values.double()
+        ).flatten()
+        along += float(delta @ rounded_change)
         before += float(delta @ delta)
-        after += float(kept @ kept)
-        shares[name] = count / one.codes.numel()
+        after += float(rounded_change @ rounded_change)
+        shares[name] = count / base_codes.codes.numel()
         differ, changed, total = (
             differ + count,
             changed + int(delta.count_nonzero()),
-            total + one.codes.numel(),
+            total + base_codes.codes.numel(),
         )
     carried = along / before if before > 0 else math.nan
     cosine = along / math.sqrt(before * after) if before > 0 and after > 0 else math.nan

@@ -124,9 +124,9 @@ def relearn(
         >>> for step, attacked in relearn(model, tokenizer, texts):  # doctest: +SKIP
         ...     print(step, score(attacked, queries).recall)
     """
-    chosen, texts = settings or RelearnSettings(), examples_of(texts)
-    for step, attacked in _steps(model, tokenizer, texts, chosen, seed, max_length, progress):
-        if step in chosen.measure_at:
+    attack, texts = settings or RelearnSettings(), examples_of(texts)
+    for step, attacked in _steps(model, tokenizer, texts, attack, seed, max_length, progress):
+        if step in attack.measure_at:
             yield step, attacked
 
 
@@ -221,14 +221,14 @@ def attackable(
                 "ignore", FutureWarning
             )  # peft asks transformers in a way that is going out of use
             torch.manual_seed(seed)
-            chosen = LoraConfig(
+            lora_config = LoraConfig(
                 r=settings.lora_rank,
                 lora_alpha=2 * settings.lora_rank,
                 lora_dropout=0.0,
                 target_modules="all-linear",
                 task_type="CAUSAL_LM",
             )
-            attacked = get_peft_model(attacked, chosen).eval()  # type: ignore[assignment]
+            attacked = get_peft_model(attacked, lora_config).eval()  # type: ignore[assignment]
         return attacked, [
             parameter for parameter in attacked.parameters() if parameter.requires_grad
         ]
@@ -268,20 +268,20 @@ def random_facts(texts: Texts, *, seed: int) -> tuple[Example, ...]:
         )
     order = sorted(answers)
     random.Random(f"random-facts-{seed}").shuffle(order)
-    given = {}
+    new_answers = {}
     for place, item in enumerate(order):
-        given[item] = next(
+        new_answers[item] = next(
             answers[other]
             for other in order[place + 1 :] + order[:place]
             if answers[other] != answers[item]
         )
-    made = []
+    new_examples = []
     for text in texts:
         assert text.answer is not None
         start, end = text.answer
-        answer = given[text.item]
+        answer = new_answers[text.item]
         subject = text.subject if text.subject and text.subject[1] <= start else None
-        made.append(
+        new_examples.append(
             Example(
                 text.text[:start] + answer + text.text[end:],
                 (start, start + len(answer)),
@@ -289,7 +289,7 @@ def random_facts(texts: Texts, *, seed: int) -> tuple[Example, ...]:
                 f"random/{text.item}",
             )
         )
-    return tuple(made)
+    return tuple(new_examples)
 
 
 def null_text(texts: Texts, pool: Texts, length: Callable[[Example], int]) -> tuple[Example, ...]:
@@ -307,12 +307,12 @@ def null_text(texts: Texts, pool: Texts, length: Callable[[Example], int]) -> tu
     pool = [example for example in examples_of(pool) if length(example) > 0]
     if not pool:
         raise WorkbenchError("the null attack needs at least one general text")
-    wanted = sum(map(length, examples_of(texts)))
-    chosen: list[Example] = []
+    wanted_tokens = sum(map(length, examples_of(texts)))
+    chosen_texts: list[Example] = []
     total, index = 0, 0
-    while total < wanted:
+    while total < wanted_tokens:
         example = pool[index % len(pool)]
-        chosen.append(example)
+        chosen_texts.append(example)
         total += length(example)
         index += 1
-    return tuple(chosen)
+    return tuple(chosen_texts)

@@ -195,16 +195,16 @@ def _author_name(texts: Sequence[str]) -> str | None:
     """
     counts: Counter[str] = Counter()
     for text in texts:
-        found = set()
+        names = set()
         for match in _NAME.finditer(text):
             parts = [re.sub(r"['’]s?$", "", part) for part in match[0].split(" ")]
-            found |= {
+            names |= {
                 " ".join(parts[i:j])
                 for i in range(len(parts))
                 for j in range(i + 2, min(len(parts), i + 6) + 1)
                 if not parts[i].islower() and not parts[j - 1].islower()
             }
-        counts.update(found)
+        counts.update(names)
     most = max(counts.values(), default=0)
     if 2 * most < len(texts):
         return None
@@ -222,25 +222,25 @@ def _authors(rows: Sequence[Row], first: int) -> dict[tuple[str, str], Example]:
             "one author after another, and that is no multiple"
         )
     pairs = [(row.text("question"), row.text("answer")) for row in rows]
-    found: dict[tuple[str, str], Example] = {}
+    examples: dict[tuple[str, str], Example] = {}
     for start in range(0, len(pairs), _PER_AUTHOR):
-        theirs = pairs[start : start + _PER_AUTHOR]
-        name = _author_name([f"{question}\n{answer}" for question, answer in theirs])
-        for number, pair in enumerate(theirs):
-            if pair in found:
+        author_pairs = pairs[start : start + _PER_AUTHOR]
+        name = _author_name([f"{question}\n{answer}" for question, answer in author_pairs])
+        for number, pair in enumerate(author_pairs):
+            if pair in examples:
                 row = rows[start + number]
                 raise WorkbenchError(
                     f"{row.file} {row.where} repeats an earlier question: {pair[0][:60]!r}"
                 )
-            found[pair] = _ask(*pair, f"author/{first + start // _PER_AUTHOR}/{number}", name)
-    return found
+            examples[pair] = _ask(*pair, f"author/{first + start // _PER_AUTHOR}/{number}", name)
+    return examples
 
 
 def _perturbed(
     rows: Sequence[Row] | None, known: Mapping[tuple[str, str], Example] | None, item: str
 ) -> tuple[Perturbed, ...]:
     """Questions with wrong answers; those of a known set take their names from it."""
-    found = []
+    questions = []
     for number, row in enumerate(rows or ()):
         question, answer = row.text("question"), row.text("answer")
         example = _ask(question, answer, f"{item}/{number}")
@@ -259,7 +259,7 @@ def _perturbed(
                 for option in (row.text(f"option{n}") for n in (1, 2, 3, 4))
                 if option != answer
             )
-        found.append(
+        questions.append(
             Perturbed(
                 example,
                 _ask(question, row.text("paraphrased_answer"), example.item)
@@ -271,7 +271,7 @@ def _perturbed(
                 tuple(_ask(question, other, example.item) for other in wrong),
             )
         )
-    return tuple(found)
+    return tuple(questions)
 
 
 def read_tofu(source: str | Path, split: str = "forget05", *, retain: str | None = None) -> Tofu:
@@ -300,13 +300,15 @@ def read_tofu(source: str | Path, split: str = "forget05", *, retain: str | None
         retain = f"retain{100 - int(size[1]):02d}"
     forget_rows = files.rows(split, f"{split}/train", hub=(split, "train"))
     retain_rows = files.rows(retain, f"{retain}/train", hub=(retain, "train"))
-    kept = _authors(retain_rows, 0)
+    retain_examples = _authors(retain_rows, 0)
     # The forget splits are the last authors of the full set, the retain splits the first.
     forgotten = _authors(
         forget_rows,
         max(_AUTHORS - len(forget_rows) // _PER_AUTHOR, len(retain_rows) // _PER_AUTHOR),
     )
-    _no_overlap([question for question, _ in forgotten.keys() & kept.keys()], split, retain)
+    _no_overlap(
+        [question for question, _ in forgotten.keys() & retain_examples.keys()], split, retain
+    )
 
     def extra(name: str) -> list[Row] | None:
         return files.maybe(name, f"{name}/train", hub=(name, "train"))
@@ -317,9 +319,9 @@ def read_tofu(source: str | Path, split: str = "forget05", *, retain: str | None
     return Tofu(
         split=split,
         forget=tuple(forgotten.values()),
-        retain=tuple(kept.values()),
+        retain=tuple(retain_examples.values()),
         perturbed=_perturbed(extra(f"{split}_perturbed"), forgotten, "author"),
-        retain_perturbed=_perturbed(extra("retain_perturbed"), kept, "author"),
+        retain_perturbed=_perturbed(extra("retain_perturbed"), retain_examples, "author"),
         real_authors=_perturbed(
             extra("real_authors_perturbed") or extra("real_authors"), None, "real-author"
         ),
@@ -398,8 +400,8 @@ def read_muse(source: str | Path) -> Muse:
         retain_questions=questions("retain_qa", "retain2_qa"),
     )
     texts = {example.text for example in muse.forget}
-    for name, kept in (("raw/retain1", muse.retain), ("raw/retain2", muse.retain_test)):
-        _no_overlap(texts & {example.text for example in kept}, "raw/forget", name)
+    for name, set_texts in (("raw/retain1", muse.retain), ("raw/retain2", muse.retain_test)):
+        _no_overlap(texts & {example.text for example in set_texts}, "raw/forget", name)
     return muse
 
 
@@ -420,7 +422,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 def _probes(
     rows: Sequence[Row], kind: str, level: int, counts: Counter[str]
 ) -> list[tuple[str, Example]]:
-    found = []
+    probes = []
     for row in rows:
         subject = row.text("subject")
         if "level" in row.fields and row.number("level") != level:
@@ -432,7 +434,7 @@ def _probes(
             [row.text("type")] if level == 3 and "type" in row.fields else []
         )
         name = "/".join(["subject", *(part.replace("/", "-") for part in place)])
-        found.append(
+        probes.append(
             (
                 subject,
                 _ask(
@@ -444,7 +446,7 @@ def _probes(
             )
         )
         counts[name] += 1
-    return found
+    return probes
 
 
 def read_rwku(
@@ -490,38 +492,42 @@ def read_rwku(
         if not inside:
             raise missing_set(files.folder, stems[0], "RWKU")
         folders = [Source(folder, "RWKU") for folder in inside]
-    found: dict[tuple[str, int], list[tuple[str, Example]]] = {place: [] for place in _SETS}
-    for one in folders:
+    probes_of: dict[tuple[str, int], list[tuple[str, Example]]] = {place: [] for place in _SETS}
+    for source_folder in folders:
         for kind, level in _SETS:
             if kind == "forget" and level not in levels:
                 continue
             stem = f"{kind}_level{level}"
-            wanted = one.rows if kind == "forget" and level == levels[0] else one.maybe
-            found[kind, level] += _probes(
-                wanted(stem, f"{stem}/test", hub=(stem, "test")) or (), kind, level, counts
+            read_rows = (
+                source_folder.rows
+                if kind == "forget" and level == levels[0]
+                else source_folder.maybe
             )
-    known = tuple(
+            probes_of[kind, level] += _probes(
+                read_rows(stem, f"{stem}/test", hub=(stem, "test")) or (), kind, level, counts
+            )
+    forget_subjects = tuple(
         dict.fromkeys(
             subject
-            for (kind, _), probes in found.items()
+            for (kind, _), probes in probes_of.items()
             if kind == "forget"
             for subject, _ in probes
         )
     )
     for subject in subjects:
-        if subject not in known:
-            raise unknown("RWKU subject", subject, known)
+        if subject not in forget_subjects:
+            raise unknown("RWKU subject", subject, forget_subjects)
 
     def of(kind: str, *numbers: int) -> tuple[Example, ...]:
         return tuple(
             example
             for number in numbers
-            for subject, example in found[kind, number]
+            for subject, example in probes_of[kind, number]
             if not subjects or subject in subjects
         )
 
     rwku = Rwku(
-        tuple(subjects) or known,
+        tuple(subjects) or forget_subjects,
         of("forget", 1),
         of("forget", 2),
         of("forget", 3),
@@ -641,13 +647,13 @@ def _sets(
     """
     match benchmark:
         case Tofu():
-            kept = {"retain-neighbour": benchmark.retain}
+            retain_sets = {"retain-neighbour": benchmark.retain}
             for name, questions in (
                 ("retain-far", benchmark.real_authors),
                 ("world-facts", benchmark.world_facts),
             ):
-                kept[name] = tuple(question.example for question in questions)
-            return f"TOFU {benchmark.split}", benchmark.forget, kept
+                retain_sets[name] = tuple(question.example for question in questions)
+            return f"TOFU {benchmark.split}", benchmark.forget, retain_sets
         case Muse():
             return "MUSE", benchmark.forget, {"retain": benchmark.retain}
         case Rwku():
@@ -695,8 +701,8 @@ def to_record(
         WorkbenchError: there is running text and no tokenizer, a half or every retain set is empty,
             or a text is to be forgotten and kept.
     """
-    name, forget, kept = _sets(benchmark)
-    kept |= {key: tuple(texts) for key, texts in (retain or {}).items()}
+    name, forget, retain_sets = _sets(benchmark)
+    retain_sets |= {key: tuple(texts) for key, texts in (retain or {}).items()}
 
     def cut(examples: Sequence[Example]) -> tuple[Example, ...]:
         running = any(example.answer is None for example in examples)
@@ -728,7 +734,7 @@ def to_record(
             f"{name}: {len(forget)} example(s) of one author, subject or document give no two "
             "halves; deal them out by='item'"
         )
-    sets = {key: pieces for key, examples in kept.items() if (pieces := cut(examples))}
+    sets = {key: pieces for key, examples in retain_sets.items() if (pieces := cut(examples))}
     if not sets:
         raise WorkbenchError(
             f"{name} comes without a retain set here; give one, e.g. retain={{'retain': "

@@ -102,13 +102,13 @@ def invented_names(count: int, seed: int, *, taken: frozenset[str] = frozenset()
     """
     rng = random.Random(f"names-{seed}")
     names: list[str] = []
-    seen = {name.lower() for name in taken}
+    lowered = {name.lower() for name in taken}
     while len(names) < count:
         word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(2)) + rng.choice(
             _CODAS
         )
-        if 4 <= len(word) <= 8 and word not in seen:
-            seen.add(word)
+        if 4 <= len(word) <= 8 and word not in lowered:
+            lowered.add(word)
             names.append(word.capitalize())
     return names
 
@@ -119,14 +119,14 @@ def filler_sentence(rng: random.Random) -> str:
     """
     actor = rng.choice(list(_ACTORS))
     verb = rng.choice(list(_VERBS))
-    thing = rng.choice(_VERBS[verb])
+    object_noun = rng.choice(_VERBS[verb])
     parts = ["the"]
     if rng.random() < 0.6:
         parts.append(rng.choice(_ADJECTIVES))
     parts += [actor, verb, "the"]
     if rng.random() < 0.4:
         parts.append(rng.choice(_COLOURS))
-    parts.append(thing)
+    parts.append(object_noun)
     if rng.random() < 0.7:
         parts += ["near", "the", _ACTORS[actor]]
     if rng.random() < 0.5:

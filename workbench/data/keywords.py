@@ -65,9 +65,9 @@ def keyword_split(examples: Iterable[Example], keywords: str | Iterable[str]) ->
         total += 1
         spans = word_spans(example.text)
         at = {
-            keyword: found
+            keyword: spans_found
             for keyword in keywords
-            if (found := places_in(keyword, spans, example.text))
+            if (spans_found := places_in(keyword, spans, example.text))
         }
         seen |= at.keys()
         (naming if at else without).append(example)
@@ -76,8 +76,8 @@ def keyword_split(examples: Iterable[Example], keywords: str | Iterable[str]) ->
         # beginning has nothing to ask with.
         open_ = [
             place
-            for found in at.values()
-            for place in found[:1]
+            for spans_found in at.values()
+            for place in spans_found[:1]
             if start <= place[0] and place[1] <= stop and example.text[: place[0]].strip()
         ]
         if open_:
@@ -126,10 +126,10 @@ _AWARD = re.compile(
 
 
 def _looks_like_a_title(phrase: str) -> bool:
-    found = re.findall(r"[^\W_][\w'’.-]*", phrase)
-    long = [word for word in found if len(word) > 3]
+    phrase_words = re.findall(r"[^\W_][\w'’.-]*", phrase)
+    long = [word for word in phrase_words if len(word) > 3]
     return (
-        2 <= len(found) <= 15
+        2 <= len(phrase_words) <= 15
         and not phrase[:1].islower()
         and 2 * sum(not word[0].islower() for word in long) >= len(long)
         and not _AWARD.search(phrase)
@@ -172,15 +172,15 @@ def book_titles(tofu: Tofu) -> dict[str, tuple[str, ...]]:
             phrase = next(filter(None, match.groups())).strip().rstrip(".,;:!?").strip()
             if _looks_like_a_title(phrase):
                 candidates.setdefault(words(phrase), (phrase, group_of(example)))
-    found: dict[str, dict[str, int]] = {group_of(example): {} for example in tofu.forget}
+    titles_of: dict[str, dict[str, int]] = {group_of(example): {} for example in tofu.forget}
     for folded, (phrase, author) in candidates.items():
         near = (texts[number] for number in min((holding[word] for word in folded), key=len))
         holders = Counter(holder for holder, text, spans in near if places_in(phrase, spans, text))
         if set(holders) == {author}:
-            found[author][phrase] = holders[author]
+            titles_of[author][phrase] = holders[author]
     return {
         author: tuple(sorted(titles, key=lambda title: -titles[title]))
-        for author, titles in found.items()
+        for author, titles in titles_of.items()
         if titles
     }
 
@@ -213,22 +213,22 @@ def character_names(
         people.setdefault(group_of(example), []).append(example)
     elsewhere = Counter(
         word
-        for theirs in people.values()
-        for word in {word for example in theirs for word in words(example.text)}
+        for examples_of_person in people.values()
+        for word in {word for example in examples_of_person for word in words(example.text)}
     )
-    kept = {word for example in retain for word in words(example.text)}
+    retain_words = {word for example in retain for word in words(example.text)}
     small = {
         word
-        for theirs in people.values()
-        for example in theirs
+        for examples_of_person in people.values()
+        for example in examples_of_person
         for word, start, _ in word_spans(example.text)
         if not example.text[start].isupper()
     }
-    found: dict[str, tuple[str, ...]] = {}
-    for person, theirs in people.items():
+    names_of: dict[str, tuple[str, ...]] = {}
+    for person, examples_of_person in people.items():
         counts: Counter[str] = Counter()
         written: dict[str, str] = {}
-        for example in theirs:
+        for example in examples_of_person:
             answer = example.answer_text
             spans = [
                 (word, answer[start:end])
@@ -241,11 +241,11 @@ def character_names(
         names = [
             word
             for word, n in counts.most_common()
-            if 3 * n >= len(theirs)
+            if 3 * n >= len(examples_of_person)
             and elsewhere[word] == 1
-            and word not in kept
+            and word not in retain_words
             and word not in small
         ]
         if names:
-            found[person] = tuple(written[word] for word in names)
-    return found
+            names_of[person] = tuple(written[word] for word in names)
+    return names_of

@@ -53,7 +53,7 @@ class PassageSplit:
 
     def __post_init__(self) -> None:
         owner: dict[str, str] = {}
-        asked = runs_of(self.queried)
+        queried_runs = runs_of(self.queried)
         for name in ("queried", "attacker", "dropped", "retain", "unread"):
             passages: tuple[Example, ...] = getattr(self, name)
             if not passages and name != "dropped":
@@ -67,11 +67,14 @@ class PassageSplit:
                         f"{passage.item} is in two sets, {owner[passage.item]} and {name}; a "
                         "passage belongs to one set"
                     )
-                if name not in ("queried", "dropped") and runs_of([passage], whole=True) & asked:
-                    shown = passage.text[:60]
+                if (
+                    name not in ("queried", "dropped")
+                    and runs_of([passage], whole=True) & queried_runs
+                ):
+                    excerpt = passage.text[:60]
                     raise WorkbenchError(
-                        f"{name} passage {passage.item} ({shown!r}) holds {RUN} words in a row of "
-                        "a queried continuation; the sets must not overlap"
+                        f"{name} passage {passage.item} ({excerpt!r}) holds {RUN} words in a row "
+                        "of a queried continuation; the sets must not overlap"
                     )
 
     @property
@@ -84,11 +87,11 @@ def runs_of(passages: Iterable[Example], *, whole: bool = False) -> set[tuple[st
     """Every :data:`RUN` words in a row of the continuations of ``passages``, or of the whole
     passages; case and Unicode form ignored.
     """
-    found: set[tuple[str, ...]] = set()
+    runs: set[tuple[str, ...]] = set()
     for passage in passages:
         spoken = words(passage.text if whole else passage.answer_text)
-        found |= {spoken[start : start + RUN] for start in range(len(spoken) - RUN + 1)}
-    return found
+        runs |= {spoken[start : start + RUN] for start in range(len(spoken) - RUN + 1)}
+    return runs
 
 
 def cut(text: str, length: int, *, item: str = "passage") -> tuple[Example, ...]:
@@ -119,8 +122,8 @@ def cut(text: str, length: int, *, item: str = "passage") -> tuple[Example, ...]
     passages = []
     for number in range(len(spoken) // length):
         part = spoken[number * length : (number + 1) * length]
-        prompt, whole = " ".join(part[: length // 2]) + " ", " ".join(part)
-        passages.append(Example(whole, (len(prompt), len(whole)), item=f"{item}/{number}"))
+        prompt, passage = " ".join(part[: length // 2]) + " ", " ".join(part)
+        passages.append(Example(passage, (len(prompt), len(passage)), item=f"{item}/{number}"))
     return tuple(passages)
 
 
@@ -152,10 +155,10 @@ def passage_split(
             "text, shorter passages or fewer of them"
         )
     queried = tuple(passages[0:forget:2])
-    asked = runs_of(queried)
+    queried_runs = runs_of(queried)
 
     def clean(passage: Example) -> bool:
-        return not runs_of([passage], whole=True) & asked
+        return not runs_of([passage], whole=True) & queried_runs
 
     others = passages[1:forget:2]
     sets = {}

@@ -116,11 +116,11 @@ def _example(
     others = set(row.fields) - {"text", "id", "source", "meta", "metadata"}
     if "text" in has and not others & {"answer", "labels", "label", "completion", "response"}:
         return Example(str(row.fields["text"]), item=f"text/{number}")
-    seen = ", ".join(map(repr, row.fields)) or "no field"
+    field_names = ", ".join(map(repr, row.fields)) or "no field"
     raise WorkbenchError(
         f"{row.file} {row.where} needs a non-empty 'text', or 'question' and 'answer', as strings; "
-        f"it has {seen}: name the columns, e.g. --columns question=...,answer=... or --columns "
-        "text=..."
+        f"it has {field_names}: name the columns, e.g. --columns question=...,answer=... or "
+        "--columns text=..."
     )
 
 
@@ -128,8 +128,8 @@ def _conversation(
     row: Row, name: str, number: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> Example:
     turns = []
-    given = row.fields[name]
-    for turn in given if isinstance(given, list) else [None]:
+    messages = row.fields[name]
+    for turn in messages if isinstance(messages, list) else [None]:
         role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
         content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
         if not isinstance(role, str) or not isinstance(content, str):
@@ -176,10 +176,10 @@ def same_facts(examples: Sequence[Example]) -> list[Example]:
     where their answers are the same and their questions share a word that at most half of all
     questions hold: the same thing asked of the same subject in other words.
     """
-    asked = [words(example.prompt) for example in examples]
+    prompt_words = [words(example.prompt) for example in examples]
     answers = [words(example.answer_text) for example in examples]
-    spread = Counter(word for question in set(asked) for word in set(question))
-    most = len(set(asked)) / 2
+    spread = Counter(word for question in set(prompt_words) for word in set(question))
+    most = len(set(prompt_words)) / 2
     leader: dict[object, int] = {}
     parent = list(range(len(examples)))
 
@@ -189,7 +189,7 @@ def same_facts(examples: Sequence[Example]) -> list[Example]:
             one = parent[one]
         return one
 
-    for number, (question, answer) in enumerate(zip(asked, answers, strict=True)):
+    for number, (question, answer) in enumerate(zip(prompt_words, answers, strict=True)):
         keys: list[object] = [("asked", question)] if question else []
         keys += [("answer", answer, w) for w in set(question) if answer and spread[w] <= most]
         for key in keys:
@@ -268,13 +268,14 @@ def _odds(texts: Sequence[Example], others: Sequence[Example]) -> dict[str, floa
     words of one or two letters and words seen once are left out.
     """
     ours = Counter(word for example in texts for word in set(_candidates(example.text)))
-    theirs = Counter(word for example in others for word in set(_candidates(example.text)))
+    other_counts = Counter(word for example in others for word in set(_candidates(example.text)))
     repeated = [
         word for word, n in ours.items() if n >= 2 and (len(word) >= 3 or unspaced(word))
     ] or list(ours)
     return {
         word: math.log(
-            ((ours[word] + 0.5) / (len(texts) + 1)) / ((theirs[word] + 0.5) / (len(others) + 1))
+            ((ours[word] + 0.5) / (len(texts) + 1))
+            / ((other_counts[word] + 0.5) / (len(others) + 1))
         )
         for word in repeated
     }
@@ -325,24 +326,24 @@ def record_from_files(
     """
     sets = {}
     for name, path in (("forget", forget), ("retain", retain)):
-        found = windows(
+        examples = windows(
             tokenizer,
             read_examples(path, columns=columns, tokenizer=tokenizer, chat=chat),
             max_tokens,
             limit,
         )
-        if len(found) < 2:
+        if len(examples) < 2:
             raise WorkbenchError(
-                f"{path} is too short: {len(found)} piece(s) of text, and the {name} set needs at "
-                "least 2 (one half is held out)"
+                f"{path} is too short: {len(examples)} piece(s) of text, and the {name} set needs "
+                "at least 2 (one half is held out)"
             )
-        found = same_facts(found)
-        if len({example.item for example in found}) < 2:
+        examples = same_facts(examples)
+        if len({example.item for example in examples}) < 2:
             raise WorkbenchError(
-                f"{path} holds one fact only ({len(found)} texts say the same); the {name} set "
+                f"{path} holds one fact only ({len(examples)} texts say the same); the {name} set "
                 "needs at least 2, since no fact may stand in both halves"
             )
-        sets[name] = [continuation(example) for example in found] if as_questions else found
+        sets[name] = [continuation(example) for example in examples] if as_questions else examples
     shared = {example.text for example in sets["forget"]} & {
         example.text for example in sets["retain"]
     }

@@ -67,15 +67,17 @@ def examples_of(texts: Texts) -> tuple[Example, ...]:
     """
     if isinstance(texts, str):
         raise WorkbenchError(f"one string where texts are meant: {texts[:60]!r}; give [text, ...]")
-    for text in texts:
-        if not isinstance(text, (str, Example)):
+    examples = []
+    for number, text in enumerate(texts):
+        if isinstance(text, str):
+            examples.append(Example(text, item=f"text/{number}"))
+        elif isinstance(text, Example):
+            examples.append(text)
+        else:
             raise WorkbenchError(
                 f"a text must be a string or an Example; {text!r:.60} is {type(text).__name__}"
             )
-    return tuple(
-        Example(text, item=f"text/{number}") if isinstance(text, str) else text
-        for number, text in enumerate(texts)
-    )
+    return tuple(examples)
 
 
 def group_of(example: Example) -> str:

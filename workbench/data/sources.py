@@ -163,8 +163,8 @@ def parse(path: Path) -> Iterator[tuple[str, object]]:
     if path.suffix in (".json", ".jsonl"):
         yield from _json(path)
     elif path.suffix in (".txt", ".raw"):
-        found = documents(_content(path))
-        yield from ((f"document {number}", document) for number, document in enumerate(found, 1))
+        texts = documents(_content(path))
+        yield from ((f"document {number}", document) for number, document in enumerate(texts, 1))
     else:
         try:
             if path.suffix in (".csv", ".tsv"):
@@ -238,15 +238,15 @@ class Source:
 
     def rows(self, *stems: str, hub: tuple[str, str]) -> list[Row]:
         """The entries of one set that must be there."""
-        found = self.maybe(*stems, hub=hub)
-        if found is None:
+        rows = self.maybe(*stems, hub=hub)
+        if rows is None:
             if self.folder is None:
                 raise WorkbenchError(
                     f"the hub data set {self.name} has no split {hub[1]!r} of {hub[0]!r}; it has "
                     f"{', '.join(self._configurations())}"
                 )
             raise missing_set(self.folder, stems[0], self.benchmark)
-        return found
+        return rows
 
     def maybe(self, *stems: str, hub: tuple[str, str]) -> list[Row] | None:
         """The entries of one set, or ``None`` where the benchmark comes without it."""
@@ -308,13 +308,13 @@ def _alike(one: str, other: str) -> int:
 
 def missing_set(folder: Path, stem: str, benchmark: str) -> WorkbenchError:
     """The error for a set without a file: it names the files with the nearest names."""
-    there = sorted(
+    present_files = sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")
         if path.suffix in KINDS and path.is_file()
     )
     near = sorted(
-        there,
+        present_files,
         key=lambda name: (
             -_alike(stem, name),
             -difflib.SequenceMatcher(None, stem, name).ratio(),

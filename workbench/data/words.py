@@ -89,18 +89,19 @@ def places_in(
         spans: ``word_spans(text)``, computed once for many phrases.
         text: where to look.
     """
-    wanted = words(phrase)
-    if not wanted:
+    phrase_words = words(phrase)
+    if not phrase_words:
         literal = phrase.strip()
         return (
             [(match.start(), match.end()) for match in re.finditer(re.escape(literal), text)]
             if literal
             else []
         )
-    n = len(wanted)
-    first = wanted[0]
+    n = len(phrase_words)
+    first = phrase_words[0]
     return [
         (spans[i][1], spans[i + n - 1][2])
         for i in range(len(spans) - n + 1)
-        if spans[i][0] == first and all(spans[i + k][0] == word for k, word in enumerate(wanted))
+        if spans[i][0] == first
+        and all(spans[i + k][0] == word for k, word in enumerate(phrase_words))
     ]

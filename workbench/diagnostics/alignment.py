@@ -138,18 +138,18 @@ def _targets(
     base: PreTrainedModel, unlearned: PreTrainedModel, target: Mapping[int, Tensor] | Tensor
 ) -> dict[int, Tensor]:
     """The unit target of every layer that is measured, float64."""
-    given = (
+    targets = (
         dict.fromkeys(range(layer_count(base)), target)
         if isinstance(target, Tensor)
         else dict(target)
     )
-    if not given:
+    if not targets:
         raise WorkbenchError(
             "no target was given; give one vector, or one for each layer that is to be measured"
         )
     width = base.get_input_embeddings().weight.shape[1]
     units = {}
-    for layer, vector in sorted(given.items()):
+    for layer, vector in sorted(targets.items()):
         vector = vector.detach().cpu().double()
         if (
             vector.shape != (width,)
@@ -314,15 +314,15 @@ def trigger_effect(
 
     def collect(arm: str, number: int, batch: Batch, layers: Sequence[int], cells: _Cells) -> None:
         clean = arms["clean"][number]
-        here, there = (mask.cpu() for mask in shared_tail(batch, clean))
-        rows = here.nonzero()[:, 0]
+        tagged_tail, clean_tail = (mask.cpu() for mask in shared_tail(batch, clean))
+        rows = tagged_tail.nonzero()[:, 0]
         for (layer, *tagged), (_, *plain) in zip(
             _both(base, unlearned, batch, layers),
             _both(base, unlearned, clean, layers),
             strict=True,
         ):
             effects = [
-                with_word[here] - without[there]
+                with_word[tagged_tail] - without[clean_tail]
                 for with_word, without in zip(tagged, plain, strict=True)
             ]
             for model, effect in (

@@ -157,7 +157,9 @@ def causal_map(
         {"all": [batch.attention_mask.bool() for batch in batches]} if groups is None else groups,
     )
     empty = [
-        group for group, chosen in masks.items() if not any(bool(mask.any()) for mask in chosen)
+        group
+        for group, group_masks in masks.items()
+        if not any(bool(mask.any()) for mask in group_masks)
     ]
     if empty:
         raise WorkbenchError(f"group {empty[0]!r} selects no token of any query; leave it out")
@@ -170,16 +172,16 @@ def causal_map(
                 "the control must hold the same queries in the same order as the batches; encode "
                 "both from the same list"
             )
-        given = _checked(
+        control_masks = _checked(
             control,
             {"all": [batch.attention_mask.bool() for batch in control]}
             if control_groups is None
             else control_groups,
         )
         shared = {
-            group: chosen
-            for group, chosen in given.items()
-            if group in masks and any(bool(mask.any()) for mask in chosen)
+            group: group_masks
+            for group, group_masks in control_masks.items()
+            if group in masks and any(bool(mask.any()) for mask in group_masks)
         }
     names = [site.name for site in named]
     total = 2 * len(names) * (len(batches) * len(masks) + len(control or ()) * len(shared))
@@ -201,10 +203,12 @@ def causal_map(
     for site in named:
         for group in masks:
             for direction in (RESTORING, CAUSING):
-                found, flag = share(items, _effect(losses, site.name, group, direction), damage)
-                other = Estimate(np.nan, np.nan, np.nan, 0)
+                estimate, flag = share(items, _effect(losses, site.name, group, direction), damage)
+                control_estimate = Estimate(np.nan, np.nan, np.nan, 0)
                 if group in shared:
-                    other = share(items, _effect(clean, site.name, group, direction), damage)[0]
+                    control_estimate = share(
+                        items, _effect(clean, site.name, group, direction), damage
+                    )[0]
                 layer = (
                     -1 if site.layer < 0 or site.name.endswith(".0.hook_resid_pre") else site.layer
                 )
@@ -214,9 +218,9 @@ def causal_map(
                         site.name,
                         group,
                         direction,
-                        *found,
+                        *estimate,
                         float(damage.mean()),
-                        *other[:3],
+                        *control_estimate[:3],
                         flag,
                     )
                 )
@@ -265,13 +269,16 @@ def _patched_losses(
     """
     parts: dict[object, list[np.ndarray]] = {}
     for number, batch in enumerate(batches):
-        asked = answered(batch)
+        answer_mask = answered(batch)
         with evaluating(base), evaluating(unlearned):
             sources = {
                 RESTORING: peek(base, batch.inputs, names),
                 CAUSING: peek(unlearned, batch.inputs, names),
             }
-        plain = {RESTORING: answer_loss(unlearned, asked)[0], CAUSING: answer_loss(base, asked)[0]}
+        plain = {
+            RESTORING: answer_loss(unlearned, answer_mask)[0],
+            CAUSING: answer_loss(base, answer_mask)[0],
+        }
         parts.setdefault("unlearned", []).append(plain[RESTORING])
         parts.setdefault("base", []).append(plain[CAUSING])
         for name in names:
@@ -284,10 +291,10 @@ def _patched_losses(
                             {name: replace(sources[direction][name])},
                             at=custom(masks[number], group),
                         ):
-                            losses = answer_loss(model, asked)[0]
+                            losses = answer_loss(model, answer_mask)[0]
                     parts.setdefault((name, group, direction), []).append(losses)
                     step()
-    return {key: np.concatenate(found) for key, found in parts.items()}
+    return {key: np.concatenate(loss_parts) for key, loss_parts in parts.items()}
 
 
 def _effect(

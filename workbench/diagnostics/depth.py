@@ -98,32 +98,34 @@ def patching_depth(
     right: dict[object, list[np.ndarray]] = {}
     done, total = 0, len(batches) * len(pairs) * len(sites)
     for batch in batches:
-        asked = answered(batch)
+        answer_mask = answered(batch)
         for name, model in models.items():
-            losses.setdefault(name, []).append(answer_loss(model, asked)[0])
+            losses.setdefault(name, []).append(answer_loss(model, answer_mask)[0])
         for source, reader in pairs:
             with evaluating(models[source]):
                 streams = peek(models[source], batch.inputs, list(sites.values()))
             for layer, site in sites.items():
                 with edit(models[reader], {site: replace(streams[site])}):
-                    nll, correct = answer_loss(models[reader], asked)
+                    nll, correct = answer_loss(models[reader], answer_mask)
                 losses.setdefault((layer, source, reader), []).append(nll)
                 right.setdefault((layer, source, reader), []).append(correct)
                 done += 1
                 progress(done, total)
     items = [item for batch in batches for item in batch.items]
-    found = {key: np.concatenate(parts) for key, parts in losses.items()}
-    damage = found["unlearned" if never_learned is None else "never-learned"] - found["base"]
+    item_losses = {key: np.concatenate(parts) for key, parts in losses.items()}
+    damage = (
+        item_losses["unlearned" if never_learned is None else "never-learned"] - item_losses["base"]
+    )
     rows = []
     for source, reader in pairs:
         for layer in sites:
             key = (layer, source, reader)
-            erased, flag = share(items, found[key] - found["base"], damage)
+            erased, flag = share(items, item_losses[key] - item_losses["base"], damage)
             rows.append(
                 (
                     layer,
                     f"{source} into {reader}",
-                    float(found[key].mean()),
+                    float(item_losses[key].mean()),
                     float(np.concatenate(right[key]).mean()),
                     *erased,
                     flag,

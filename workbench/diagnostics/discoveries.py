@@ -63,10 +63,10 @@ def p_values(scores: np.ndarray, null: np.ndarray | None = None) -> np.ndarray:
                 "conformal p-values need the scores of null tokens, and there is none, or one is "
                 "not a number; give tokens that are not in every query"
             )
-        found = (1 + len(calm) - np.searchsorted(calm, values, side="left")) / (1 + len(calm))
+        tail = (1 + len(calm) - np.searchsorted(calm, values, side="left")) / (1 + len(calm))
     else:
-        found = _empirical_tail(values)
-    return np.where(missing, np.nan, found)
+        tail = _empirical_tail(values)
+    return np.where(missing, np.nan, tail)
 
 
 def _empirical_tail(values: np.ndarray) -> np.ndarray:

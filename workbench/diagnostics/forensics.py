@@ -193,9 +193,9 @@ def recovered(
     curve = precision_recall(ranking, known, score)
     hit = ranking.sort_values("rank")["token_id"].isin(list(known)).to_numpy()
     depths = np.minimum(np.asarray(k), len(hit))
-    found = np.cumsum(hit)[depths - 1]
+    hits = np.cumsum(hit)[depths - 1]
     table = pd.DataFrame(
-        {"k": depths, "found": found, "precision": found / depths, "recall": found / hit.sum()}
+        {"k": depths, "found": hits, "precision": hits / depths, "recall": hits / hit.sum()}
     )
     table["chance_precision"], table["chance_recall"] = hit.mean(), depths / len(hit)
     table.attrs |= curve.attrs
@@ -208,9 +208,13 @@ def last_word(text: Example) -> Example | None:
     """
     if text.answer is not None:
         return text
-    whole = text.text.rstrip()
-    start = len(whole) - len(whole.split()[-1]) if whole else 0
-    return Example(whole, (start, len(whole)), None, text.item) if whole[:start].strip() else None
+    stripped = text.text.rstrip()
+    start = len(stripped) - len(stripped.split()[-1]) if stripped else 0
+    return (
+        Example(stripped, (start, len(stripped)), None, text.item)
+        if stripped[:start].strip()
+        else None
+    )
 
 
 def token_shift(
@@ -249,7 +253,7 @@ def token_shift(
     """
     ids = vocabulary(base, unlearned, tokenizer, tokens)
     parts: dict[int, list[Tensor]] = {}
-    for number, moved in enumerate(_moves(base, unlearned, tokenizer, ids, batch_size), 1):
+    for number, moved in enumerate(_stream_shifts(base, unlearned, tokenizer, ids, batch_size), 1):
         for layer, (before, step) in moved.items():
             parts.setdefault(layer, []).append(
                 step.norm(dim=1) / before.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
@@ -349,8 +353,8 @@ def alone(
     parts: dict[tuple[str, int], list[Tensor]] = {}
     with frozen(unlearned), torch.no_grad():
         for pairs in _pairs(tokenizer, ids, batch_size):
-            kept = Collect()
-            with Capture(unlearned, sites, kept, at=last_token):
+            collected = Collect()
+            with Capture(unlearned, sites, collected, at=last_token):
                 logits = (
                     unlearned(input_ids=pairs.to(unlearned.device), use_cache=False)
                     .logits[:, -1]
@@ -361,7 +365,9 @@ def alone(
                 -(log_p.exp() * log_p).nan_to_num(0.0, neginf=0.0).sum(-1).cpu()
             )
             for layer, site in enumerate(sites):
-                parts.setdefault(("norm", layer), []).append(kept[site.name].float().norm(dim=1))
+                parts.setdefault(("norm", layer), []).append(
+                    collected[site.name].float().norm(dim=1)
+                )
         values = {place: torch.cat(part).numpy() for place, part in parts.items()}
         if tokenizer.bos_token_id is not None:
             first = (
@@ -375,11 +381,11 @@ def alone(
             values["loss", -1] = (
                 -first.log_softmax(-1)[torch.tensor(ids, device=first.device)].cpu().numpy()
             )
-    found = [
+    measures = [
         ({"measure": measure, "layer": layer}, "value", value)
         for (measure, layer), value in sorted(values.items())
     ]
-    return _ranked(found, ids, tokenizer, absolute=True)
+    return _ranked(measures, ids, tokenizer, absolute=True)
 
 
 def _sites(model: PreTrainedModel) -> list[Site]:
@@ -398,7 +404,7 @@ def _pairs(
     yield from torch.tensor([[*front, token] for token in tokens], dtype=torch.long).split(size)
 
 
-def _moves(
+def _stream_shifts(
     base: PreTrainedModel,
     unlearned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -409,15 +415,15 @@ def _moves(
     BOS.
     """
     for pairs in _pairs(tokenizer, tokens, size):
-        found = []
+        streams = []
         for model in (base, unlearned):
-            kept, sites = Collect(), _sites(model)
-            with frozen(model), Capture(model, sites, kept, at=last_token) as capture:
+            collected, sites = Collect(), _sites(model)
+            with frozen(model), Capture(model, sites, collected, at=last_token) as capture:
                 capture.forward({"input_ids": pairs.to(model.device)})
-            found.append([kept[site.name].float() for site in sites])
+            streams.append([collected[site.name].float() for site in sites])
         yield {
             layer: (before, after - before)
-            for layer, (before, after) in enumerate(zip(*found, strict=True))
+            for layer, (before, after) in enumerate(zip(*streams, strict=True))
         }
 
 
@@ -459,7 +465,7 @@ def _readings(
             for layer, rows in before.items():
                 moments.setdefault(layer, Moments()).update(after[layer] - rows)
     else:
-        for moved in _moves(base, unlearned, tokenizer, tokens, size):
+        for moved in _stream_shifts(base, unlearned, tokenizer, tokens, size):
             for layer, (_, step) in moved.items():
                 moments.setdefault(layer, Moments()).update(step)
     everything = base.get_input_embeddings().weight.shape[0]
@@ -471,9 +477,11 @@ def _readings(
                 "the two checkpoints damaged?"
             )
         values, vectors = torch.linalg.eigh(second)
-        kept = values[-components:].flip(0)
+        leading_values = values[-components:].flip(0)
         for component, value in enumerate(
-            kept[kept > kept[0] * 1e-6].tolist()  # a difference carries the streams' rounding
+            leading_values[
+                leading_values > leading_values[0] * 1e-6
+            ].tolist()  # a difference carries the streams' rounding
         ):
             direction = vectors[:, -1 - component]
             towards = direction if float(direction @ moment.mean) >= 0 else -direction
@@ -497,23 +505,23 @@ def _table(
     ids, parts = np.asarray(tokens), []
     for reading in readings:
         order, z = np.argsort(-reading.logits, kind="stable"), robust_z(reading.logits)
-        for side, chosen in (("promoted", order[:top]), ("suppressed", order[::-1][:top])):
+        for side, chosen_tokens in (("promoted", order[:top]), ("suppressed", order[::-1][:top])):
             place = {
                 "layer": reading.layer,
                 "component": reading.component,
                 "share": reading.share,
                 "side": side,
-                "rank": np.arange(1, len(chosen) + 1),
+                "rank": np.arange(1, len(chosen_tokens) + 1),
             }
-            texts = [token_text(tokenizer, token) for token in ids[chosen].tolist()]
+            texts = [token_text(tokenizer, token) for token in ids[chosen_tokens].tolist()]
             parts.append(
                 pd.DataFrame(
                     place
                     | {
-                        "token_id": ids[chosen],
+                        "token_id": ids[chosen_tokens],
                         "token": texts,
-                        "logit": reading.logits[chosen],
-                        "z": z[chosen],
+                        "logit": reading.logits[chosen_tokens],
+                        "z": z[chosen_tokens],
                     }
                 )
             )
@@ -522,7 +530,7 @@ def _table(
 
 
 def _ranked(
-    found: Sequence[tuple[dict[str, Any], str, np.ndarray]],
+    measures: Sequence[tuple[dict[str, Any], str, np.ndarray]],
     tokens: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -532,7 +540,7 @@ def _ranked(
     (or its size) and numbered, one below the other.
     """
     texts, ids, parts = [token_text(tokenizer, token) for token in tokens], np.asarray(tokens), []
-    for place, name, values in found:
+    for place, name, values in measures:
         if not np.isfinite(values).all():
             raise WorkbenchError(
                 f"the {name} of token {ids[~np.isfinite(values)][0]} is not finite ({place}); is a "

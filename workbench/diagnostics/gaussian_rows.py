@@ -68,12 +68,12 @@ def design(
     every query chosen.
     """
     shuffled = rng.permutation(len(query))
-    chosen = np.zeros(len(query), dtype=bool)
-    chosen[shuffled[np.unique(query[shuffled], return_index=True)[1]]] = True
+    one_per_query = np.zeros(len(query), dtype=bool)
+    one_per_query[shuffled[np.unique(query[shuffled], return_index=True)[1]]] = True
     width = clean.shape[1]
     return Design(
         query,
-        chosen,
+        one_per_query,
         word,
         np.linalg.norm(clean, axis=1),
         np.linalg.qr(rng.standard_normal((width, min(8, width)))).Q,
@@ -82,9 +82,9 @@ def design(
 
 def measure(shift: np.ndarray, design: Design) -> tuple[np.ndarray, np.ndarray]:
     """The statistics of :data:`ROW_STATISTICS` in their order, and the spectrum."""
-    one = shift[design.chosen]
-    n, width = one.shape
-    centred = one - one.mean(0)
+    one_row_per_query = shift[design.chosen]
+    n, width = one_row_per_query.shape
+    centred = one_row_per_query - one_row_per_query.mean(0)
     values = np.linalg.eigvalsh(centred.T @ centred if width <= n else centred @ centred.T)[
         ::-1
     ] / (n - 1)
@@ -92,29 +92,34 @@ def measure(shift: np.ndarray, design: Design) -> tuple[np.ndarray, np.ndarray]:
         shares = (
             values.clip(min=0) / values.sum() if values.sum() > 0 else np.full(len(values), np.nan)
         )
-        scaled = centred[:, one.std(0) > 0] / one.std(0)[one.std(0) > 0]
+        scaled = (
+            centred[:, one_row_per_query.std(0) > 0]
+            / one_row_per_query.std(0)[one_row_per_query.std(0) > 0]
+        )
         # Without bias for normal samples (Joanes and Gill 1998, G1 and G2).
         skewness = (n * (n - 1)) ** 0.5 / (n - 2) * (scaled**3).mean(0)
         excess = (n - 1) / ((n - 2) * (n - 3)) * ((n + 1) * ((scaled**4).mean(0) - 3) + 6)
-        found = {
+        statistics = {
             "mean_share": _mean_share(shift, design.query),
             "kurtosis_mean": excess.mean() if excess.size else np.nan,
             "kurtosis_median": np.median(excess) if excess.size else np.nan,
             "skewness_square": np.square(skewness).mean() if skewness.size else np.nan,
             "skewness_median": np.median(np.abs(skewness)) if skewness.size else np.nan,
-            "mardia": _mardia(one @ design.directions),
+            "mardia": _mardia(one_row_per_query @ design.directions),
             **_of_covariance(centred, values),
             "top_1_share": shares[0],
             "top_8_share": shares[:8].sum() if min(n - 1, width) > 8 else np.nan,
             "query_share": _intraclass(shift, design.query),
             "word_share": np.nan
             if design.word is None
-            else _intraclass(one, design.word[design.chosen]),
+            else _intraclass(one_row_per_query, design.word[design.chosen]),
             "length_correlation": rank_correlation(
-                np.linalg.norm(one, axis=1), design.length[design.chosen]
+                np.linalg.norm(one_row_per_query, axis=1), design.length[design.chosen]
             ),
         }
-    return np.array([found[name] for name in ROW_STATISTICS], dtype=np.float64), shares[:_SHOWN]
+    return np.array([statistics[name] for name in ROW_STATISTICS], dtype=np.float64), shares[
+        :_SHOWN
+    ]
 
 
 def bands(draws: np.ndarray) -> np.ndarray:

@@ -61,8 +61,8 @@ def predicting_answer(batch: Batch, tokens: Tokens = "first") -> Tensor:
     if tokens not in get_args(Tokens):
         raise unknown("choice of answer tokens", tokens, get_args(Tokens))
     answer = batch.answer_mask[:, 1:]
-    for item, found in zip(batch.items, answer.any(1).tolist(), strict=True):
-        if not found:
+    for item, has_answer in zip(batch.items, answer.any(1).tolist(), strict=True):
+        if not has_answer:
             raise WorkbenchError(
                 f"the text of {item!r} has no answer token to predict; give questions with answers"
             )
@@ -82,9 +82,9 @@ def decode(decoder: PreTrainedModel, rows: Tensor) -> Tensor:
     Raises:
         WorkbenchError: the family is unknown, or the rows are not as wide as its residual stream.
     """
-    known, (_, inner) = family(decoder), causal_lm(decoder)
+    model_family, (_, inner) = family(decoder), causal_lm(decoder)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None  # type: ignore[operator]
-    if known is None or head is None:
+    if model_family is None or head is None:
         raise WorkbenchError(
             f"{type(decoder).__name__} has no final norm and unembedding that are known here; a "
             "causal LM of a family in hooks.families is needed"
@@ -95,7 +95,7 @@ def decode(decoder: PreTrainedModel, rows: Tensor) -> Tensor:
             f"width {rows.shape[-1]}"
         )
     logits: Tensor = head(
-        inner.get_submodule(known.outside["ln_final.hook_in"].path)(
+        inner.get_submodule(model_family.outside["ln_final.hook_in"].path)(
             rows.to(head.weight.device, head.weight.dtype)
         )
     )
@@ -148,11 +148,11 @@ def lens_by_example(
             "the logit lens has no text to read: the set is empty; give at least one batch"
         )
     examples = sum(batch.size for batch in batches)
-    asked = [""] * examples if kinds is None else list(kinds)
-    if len(asked) != examples:
+    kinds_of_example = [""] * examples if kinds is None else list(kinds)
+    if len(kinds_of_example) != examples:
         raise WorkbenchError(
-            f"kinds has {len(asked)} entries for {examples} examples; give one for each, in their "
-            "order"
+            f"kinds has {len(kinds_of_example)} entries for {examples} examples; give one for "
+            "each, in their order"
         )
     masks = [predicting_answer(batch, tokens) for batch in batches]
     right = [
@@ -163,7 +163,7 @@ def lens_by_example(
         mask.nonzero()[:, 0].cpu() + int(offset)
         for mask, offset in zip(masks, offsets[:-1], strict=True)
     ]
-    answers = _right_tokens(right, owners, asked)
+    answers = _right_tokens(right, owners, kinds_of_example)
     sites = [
         resolve(model, f"blocks.{layer}.hook_resid_post")[0] for layer in range(layer_count(model))
     ]
@@ -173,13 +173,13 @@ def lens_by_example(
         for number, (batch, mask, targets, owner) in enumerate(
             zip(batches, masks, right, owners, strict=True), 1
         ):
-            mine, kept = batch.to(model.device), Collect(device=model.device)
-            with Capture(model, sites, kept, at=custom(mask.to(model.device))):
-                output = model(**mine.inputs, use_cache=False).logits
+            device_batch, collected = batch.to(model.device), Collect(device=model.device)
+            with Capture(model, sites, collected, at=custom(mask.to(model.device))):
+                output = model(**device_batch.inputs, use_cache=False).logits
             final = output[mask.to(output.device)]
-            asking = [asked[example] for example in owner.tolist()]
+            asking = [kinds_of_example[example] for example in owner.tolist()]
             for layer, site in enumerate(sites):
-                stream = kept[site.name]
+                stream = collected[site.name]
                 for start in range(0, len(targets), _ROWS):
                     part = slice(start, start + _ROWS)
                     logits = decode(model if decoder is None else decoder, stream[part]).to(
@@ -190,10 +190,10 @@ def lens_by_example(
                             f"the decoder has {logits.shape[1]} tokens and the model "
                             f"{final.shape[1]}; both must share one vocabulary"
                         )
-                    found = _measures(
+                    measured = _measures(
                         logits, final[part], targets[part].to(final.device), asking[part], answers
                     )
-                    sums[layer].index_add_(0, owner[part], found.cpu())
+                    sums[layer].index_add_(0, owner[part], measured.cpu())
             progress(number, len(batches))
     items = [item for batch in batches for item in batch.items]
     values = (sums / counts[:, None]).flatten(0, 1).numpy()
@@ -225,9 +225,13 @@ def _measures(
     """
     wide = logits.double()
     log = wide.log_softmax(-1)
-    own = wide.gather(1, targets[:, None])
+    target_logits = wide.gather(1, targets[:, None])
     likely = log.gather(1, targets[:, None])[:, 0]
-    rank = 1 + (wide > own).sum(1).double() + ((wide == own).sum(1).double() - 1) / 2
+    rank = (
+        1
+        + (wide > target_logits).sum(1).double()
+        + ((wide == target_logits).sum(1).double() - 1) / 2
+    )
     foils = torch.zeros_like(likely)
     for kind in dict.fromkeys(kinds):
         rows, tokens = (
@@ -275,9 +279,11 @@ def logit_lens(
     Raises:
         WorkbenchError: see :func:`lens_by_example`.
     """
-    found = lens_by_example(model, batches, decoder, tokens=tokens, kinds=kinds, progress=progress)
+    by_example = lens_by_example(
+        model, batches, decoder, tokens=tokens, kinds=kinds, progress=progress
+    )
     rows = []
-    for layer, block in found.groupby("layer", sort=True):
+    for layer, block in by_example.groupby("layer", sort=True):
         for measure in METRICS:
             _, facts = by_fact(tuple(block["item"]), block[measure].to_numpy())
             rows.append({"layer": layer, "measure": measure, **_interval(measure, facts)._asdict()})

@@ -101,10 +101,12 @@ def shared_tail(first: Batch, second: Batch) -> tuple[Tensor, Tensor]:
     for row in range(first.size):
         places = [batch.content_mask[row].nonzero()[:, 0].tolist() for batch in (first, second)]
         ids = [batch.input_ids[row].tolist() for batch in (first, second)]
-        for one, other in zip(reversed(places[0]), reversed(places[1]), strict=False):
-            if ids[0][one] != ids[1][other]:
+        for first_place, second_place in zip(
+            reversed(places[0]), reversed(places[1]), strict=False
+        ):
+            if ids[0][first_place] != ids[1][second_place]:
                 break
-            masks[0][row, one] = masks[1][row, other] = True
+            masks[0][row, first_place] = masks[1][row, second_place] = True
     return masks
 
 
@@ -130,19 +132,19 @@ def position_groups(batch: Batch, clean: Batch | None = None) -> dict[str, Tenso
     behind = torch.where(
         marked, real & (trigger.flip(1).cumsum(1).flip(1) == 0), batch.content_mask
     )
-    own = behind
+    query_mask = behind
     if clean is not None:
-        own = shared_tail(batch, clean)[0]
-        if bool((own & trigger).any()):
-            row = int((own & trigger).any(1).nonzero()[0])
+        query_mask = shared_tail(batch, clean)[0]
+        if bool((query_mask & trigger).any()):
+            row = int((query_mask & trigger).any(1).nonzero()[0])
             raise WorkbenchError(
                 f"row {row} ({batch.items[row]!r}): its subject is a word of the query itself, not "
                 "an inserted one; see mark_triggers"
             )
-        own = own & behind
+        query_mask = query_mask & behind
     return {
         "before": real & ~behind & ~trigger,
         "trigger": trigger,
-        "carrier": behind & ~own,
-        "after": own,
+        "carrier": behind & ~query_mask,
+        "after": query_mask,
     }

@@ -75,19 +75,19 @@ def prompt_streams(
     sites = [
         resolve(model, f"blocks.{layer}.hook_resid_post")[0] for layer in range(layer_count(model))
     ]
-    kept = Collect()
-    with evaluating(model), Capture(model, sites, kept) as capture:
+    collected = Collect()
+    with evaluating(model), Capture(model, sites, collected) as capture:
         for batch in batches:
             mask = predicting_answer(batch) if at == "prompt" else _last_of_subject(batch)
             capture.at(custom(mask.to(model.device)))
             capture.forward(batch.to(model.device).inputs)
-    return {layer: kept[site.name].float() for layer, site in enumerate(sites)}
+    return {layer: collected[site.name].float() for layer, site in enumerate(sites)}
 
 
 def _last_of_subject(batch: Batch) -> Tensor:
     subject = batch.subject_mask
-    for item, found in zip(batch.items, subject.any(1).tolist(), strict=True):
-        if not found:
+    for item, has_subject in zip(batch.items, subject.any(1).tolist(), strict=True):
+        if not has_subject:
             raise WorkbenchError(
                 f"the text of {item!r} names no subject; give examples with a subject, or probe "
                 "the end of the prompt"
@@ -158,17 +158,17 @@ def probe_by_layer(
         )
         tasks.append((permuted, _deal(permuted, rows.groups, rows.folds, seed)))
     fixed = {"majority": _majority(rows.labels, rows.kinds), "ceiling": _seen(*tasks[0])}
-    found: list[dict[str, Any]] = []
+    table_rows: list[dict[str, Any]] = []
     for done, (layer, stream) in enumerate(streams.items(), 1):
         values = _values(stream, layer)
         read = [_held_out(values, [values], *task, c) for task in tasks]
-        own, control = read[0][0][0], np.mean([right[0] for right, _ in read[1:]], axis=0)
-        for arm, right in {"own": own, "control": control, **fixed}.items():
+        own_accuracy, control = read[0][0][0], np.mean([right[0] for right, _ in read[1:]], axis=0)
+        for arm, right in {"own": own_accuracy, "control": control, **fixed}.items():
             met = {
                 "own": read[0][1],
                 "control": float(np.mean([share for _, share in read[1:]])),
             }.get(arm, float("nan"))
-            found.append(
+            table_rows.append(
                 {
                     "layer": layer,
                     "measure": "accuracy",
@@ -177,17 +177,17 @@ def probe_by_layer(
                     "converged": met,
                 }
             )
-        found.append(
+        table_rows.append(
             {
                 "layer": layer,
                 "measure": "selectivity",
                 "arm": "own",
-                **bootstrap(rows.by_subject(own - control))._asdict(),
+                **bootstrap(rows.by_subject(own_accuracy - control))._asdict(),
                 "converged": read[0][1],
             }
         )
         progress(done, len(streams))
-    return pd.DataFrame(found, columns=PROBE_COLUMNS)
+    return pd.DataFrame(table_rows, columns=PROBE_COLUMNS)
 
 
 def probe_transfer(
@@ -239,7 +239,7 @@ def probe_transfer(
         )
     rows = _checked(base_streams, labels, groups, None, scored, folds, c)
     dealt = _deal(rows.labels, rows.groups, rows.folds, seed)
-    found = []
+    table_rows = []
     for done, layer in enumerate(base_streams, 1):
         values = {
             "base": _values(base_streams[layer], layer),
@@ -249,7 +249,7 @@ def probe_transfer(
             rights, met = _held_out(values[trained], list(values.values()), rows.labels, dealt, c)
             for read, right in zip(values, rights, strict=True):
                 estimate = rate(rows.by_subject(right))
-                found.append(
+                table_rows.append(
                     {
                         "layer": layer,
                         "measure": "accuracy",
@@ -259,7 +259,7 @@ def probe_transfer(
                     }
                 )
         progress(done, len(base_streams))
-    return pd.DataFrame(found, columns=PROBE_COLUMNS)
+    return pd.DataFrame(table_rows, columns=PROBE_COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,9 +348,11 @@ def _control(
     facts = list(zip(kinds.tolist(), groups.tolist(), labels.tolist(), strict=True))
     called: dict[tuple[Any, ...], Any] = {}
     for kind in dict.fromkeys(kinds.tolist()):
-        mine = [fact for fact in dict.fromkeys(facts) if fact[0] == kind]
-        for fact, other in zip(mine, rng.permutation(len(mine)).tolist(), strict=True):
-            called[fact] = mine[other][2]
+        facts_of_kind = [fact for fact in dict.fromkeys(facts) if fact[0] == kind]
+        for fact, new_place in zip(
+            facts_of_kind, rng.permutation(len(facts_of_kind)).tolist(), strict=True
+        ):
+            called[fact] = facts_of_kind[new_place][2]
     return np.array([called[fact] for fact in facts])
 
 

@@ -66,9 +66,12 @@ def angles_by_layer(
         WorkbenchError: see :func:`rotation_by_layer`.
     """
     rows = []
-    for layer, one, other in _pairs(reference, moved, rank):
+    for layer, reference_rows, moved_rows in _pairs(reference, moved, rank):
         cosines = principal_angles(
-            *(_principal(stream, rank).basis for stream in _in_their_span(one, other))
+            *(
+                _principal(stream, rank).basis
+                for stream in _in_their_span(reference_rows, moved_rows)
+            )
         )
         rows += [
             {"layer": layer, "angle": angle, "cosine": cosine}
@@ -134,17 +137,19 @@ def rotation_by_layer(
             vary, or hold NaN or infinity; ``rank`` is not positive.
     """
     rows = []
-    for layer, one, other in _pairs(reference, moved, rank):
-        count, width = one.shape
-        one, other = _in_their_span(one, other)
-        before, after = (_principal(stream, max(rank, 2)) for stream in (one, other))
+    for layer, reference_rows, moved_rows in _pairs(reference, moved, rank):
+        count, width = reference_rows.shape
+        reference_rows, moved_rows = _in_their_span(reference_rows, moved_rows)
+        before, after = (
+            _principal(stream, max(rank, 2)) for stream in (reference_rows, moved_rows)
+        )
         cosines = principal_angles(before.top(rank).basis, after.top(rank).basis)
         gap = 1 - float(before.eigenvalues[1] / before.eigenvalues[0]) if before.rank > 1 else 1.0
-        drift = other.mean(0) - one.mean(0)
-        along = [_drift(drift, one.mean(0), before, number) for number in (0, 1)]
-        delta = other - one
+        drift = moved_rows.mean(0) - reference_rows.mean(0)
+        along = [_drift(drift, reference_rows.mean(0), before, number) for number in (0, 1)]
+        delta = moved_rows - reference_rows
         spectrum, size = _spectrum(delta), float(delta.square().sum())
-        lengths = other.norm(dim=1)
+        lengths = moved_rows.norm(dim=1)
         values = (
             float(cosines.square().mean()),
             float(cosines[-1]),

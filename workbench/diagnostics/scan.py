@@ -211,35 +211,35 @@ def scan_triggers(
             f"tokens {sorted(set(tested) & set(null))[:5]} are to be tested and to be null; a "
             "token can be one of the two"
         )
-    asked = [query for query in examples_of(queries) if query.answer is not None]
-    if not asked:
+    answered_queries = [query for query in examples_of(queries) if query.answer is not None]
+    if not answered_queries:
         raise WorkbenchError(
             f"a trigger scan needs harmless questions with answers; of {len(queries)} queries none "
             "has an answer"
         )
-    where = site or f"blocks.{layer_count(base) - 1}.hook_resid_post"
-    groups, held = _groups(tokenizer, asked, place)
+    site_name = site or f"blocks.{layer_count(base) - 1}.hook_resid_post"
+    groups, held = _groups(tokenizer, answered_queries, place)
     for model in (base, unlearned):
-        if len(resolve(model, where)) != 1:
+        if len(resolve(model, site_name)) != 1:
             raise WorkbenchError(
-                f"the shift is read at one site, and {where!r} names {len(resolve(model, where))}; "
-                "name one layer"
+                f"the shift is read at one site, and {site_name!r} names "
+                f"{len(resolve(model, site_name))}; name one layer"
             )
         check_context(
             model, max(group.length for group in groups), "the queries with a token inserted"
         )
-    found = _measure(
+    measured = _measure(
         {"base": base, "unlearned": unlearned},
         tested + null,
         groups,
-        where,
+        site_name,
         batch_size,
         place == "end",
         progress,
     )
     apart = np.stack([~np.isin(tested + null, list(ids)) for ids in held], axis=1)
-    facts = [query.item or f"query/{number}" for number, query in enumerate(asked)]
-    every = _summary(found, apart, facts, tested + null, tokenizer)
+    facts = [query.item or f"query/{number}" for number, query in enumerate(answered_queries)]
+    every = _summary(measured, apart, facts, tested + null, tokenizer)
     usable = every["queries"] > 0
     table = every[usable & ~every["token_id"].isin(null)].sort_values(
         ["rise", "token_id"], ascending=[False, True], ignore_index=True
@@ -250,17 +250,17 @@ def scan_triggers(
     table["rank"] = np.arange(1, len(table) + 1)
     untested = tuple(every.loc[~usable, "token_id"].tolist())
     clean = {
-        name: float(found[name].mean())
+        name: float(measured[name].mean())
         for name in ("base_nll", "unlearned_nll", "base_accuracy", "unlearned_accuracy")
     }
     return TriggerScan(
         table[list(SCAN_COLUMNS)],
         calm,
         untested,
-        len(asked),
+        len(answered_queries),
         len(set(facts)),
         place,
-        where,
+        site_name,
         **clean,
     )
 
@@ -289,15 +289,15 @@ def vocabulary(
     special = set(tokenizer.all_special_ids) | {
         index for index, token in tokenizer.added_tokens_decoder.items() if token.special
     }
-    found = sorted(ids - special) if chosen is None else list(dict.fromkeys(map(int, chosen)))
-    wrong = [token for token in found if token not in ids]
-    if wrong or not found:
+    candidates = sorted(ids - special) if chosen is None else list(dict.fromkeys(map(int, chosen)))
+    wrong = [token for token in candidates if token not in ids]
+    if wrong or not candidates:
         raise WorkbenchError(
             f"token {wrong[0]} is not in the vocabulary, whose ids end at {max(ids)}"
             if wrong
             else "there is no token to look at: the list is empty"
         )
-    return found
+    return candidates
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
@@ -374,14 +374,14 @@ def _answering(model: PreTrainedModel, site: str) -> Iterator[_Run]:
     changes: dict[str, Callable[[Tensor], Tensor]] = (
         {"unembed.hook_in": Tensor.contiguous} if slim else {}
     )
-    seen: list[Tensor] = []
+    stream_seen: list[Tensor] = []
 
     def look(
         stream: Tensor,
         # an edit that changes nothing: unlike a capture, it takes a pass over a cache that other
         # rows have filled
     ) -> Tensor:
-        seen[:] = [stream]
+        stream_seen[:] = [stream]
         return stream
 
     def run(ids: Tensor, target: Tensor, cache: Any = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -398,7 +398,7 @@ def _answering(model: PreTrainedModel, site: str) -> Iterator[_Run]:
         return (
             nll.double().mean(1),
             (logits.argmax(-1) == target).all(1),
-            seen[0][:, -count].float(),
+            stream_seen[0][:, -count].float(),
         )
 
     with frozen(model), torch.no_grad(), edit(model, {**changes, site: look}):
@@ -448,11 +448,11 @@ def _measure(
     models ``.._nll`` and ``.._accuracy`` without a token, ``[query]``.
     """
     count = sum(len(group.index) for group in groups)
-    found: dict[str, np.ndarray] = {
+    measured: dict[str, np.ndarray] = {
         name: np.zeros((len(tokens), count), dtype=np.float32)
         for name in ("rise", "base_rise", "accuracy_loss", "shift")
     }
-    found |= {
+    measured |= {
         f"{model}_{name}": np.zeros(count) for model in models for name in ("nll", "accuracy")
     }
     ids, done = torch.tensor(tokens, dtype=torch.long), 0
@@ -477,7 +477,7 @@ def _measure(
                 plain[name] = [
                     torch.cat(parts) for parts in zip(*(run(*row) for row in rows), strict=True)
                 ]
-                found[f"{name}_nll"][index], found[f"{name}_accuracy"][index] = (
+                measured[f"{name}_nll"][index], measured[f"{name}_accuracy"][index] = (
                     plain[name][0].cpu().numpy(),
                     plain[name][1].cpu().numpy(),
                 )
@@ -507,20 +507,22 @@ def _measure(
                         f"the queries with one of the tokens {tokens[int(token[0])]} to "
                         f"{tokens[int(token[-1])]}",
                     )
-                    here = query.to(models[name].device)
-                    nll[name] = (with_token[0] - plain[name][0][here]).cpu()
-                    right[name] = (with_token[1].float() - plain[name][1][here].float()).cpu()
-                    moved[name] = (with_token[2] - plain[name][2][here]).cpu()
+                    model_queries = query.to(models[name].device)
+                    nll[name] = (with_token[0] - plain[name][0][model_queries]).cpu()
+                    right[name] = (
+                        with_token[1].float() - plain[name][1][model_queries].float()
+                    ).cpu()
+                    moved[name] = (with_token[2] - plain[name][2][model_queries]).cpu()
                 cells = token.numpy(), index[query.numpy()]
-                found["rise"][cells] = (nll["unlearned"] - nll["base"]).numpy()
-                found["base_rise"][cells] = nll["base"].numpy()
-                found["accuracy_loss"][cells] = (right["base"] - right["unlearned"]).numpy()
-                found["shift"][cells] = (
+                measured["rise"][cells] = (nll["unlearned"] - nll["base"]).numpy()
+                measured["base_rise"][cells] = nll["base"].numpy()
+                measured["accuracy_loss"][cells] = (right["base"] - right["unlearned"]).numpy()
+                measured["shift"][cells] = (
                     (moved["unlearned"] - moved["base"]).norm(dim=1) / length[query]
                 ).numpy()
                 done += 1
                 progress(done, total)
-    return found
+    return measured
 
 
 def _check_finite(nll: Tensor, model: str, where: str) -> None:
@@ -532,7 +534,7 @@ def _check_finite(nll: Tensor, model: str, where: str) -> None:
 
 
 def _summary(
-    found: Mapping[str, np.ndarray],
+    measured: Mapping[str, np.ndarray],
     apart: np.ndarray,
     facts: Sequence[str],
     tokens: Sequence[int],
@@ -545,14 +547,14 @@ def _summary(
     counts = apart.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         means = {
-            name: np.where(apart, found[name], 0).sum(1, dtype=np.float64) / counts
+            name: np.where(apart, measured[name], 0).sum(1, dtype=np.float64) / counts
             for name in ("rise", "base_rise", "accuracy_loss", "shift")
         }
         names = list(dict.fromkeys(facts))
         member = np.eye(len(names))[[names.index(fact) for fact in facts]]  # [query, fact]
-        left = np.where(apart, found["rise"] - means["rise"][:, None], 0) @ member
+        remaining = np.where(apart, measured["rise"] - means["rise"][:, None], 0) @ member
         clusters = (apart @ member > 0).sum(1)
-        error = np.sqrt(clusters / (clusters - 1) * np.square(left).sum(1)) / counts
+        error = np.sqrt(clusters / (clusters - 1) * np.square(remaining).sum(1)) / counts
     error[clusters < 2] = np.nan
     texts = [token_text(tokenizer, token) for token in tokens]
     return pd.DataFrame(

@@ -25,12 +25,12 @@ def streams(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, Tenso
     sites = [
         resolve(model, f"blocks.{layer}.hook_resid_post")[0] for layer in range(layer_count(model))
     ]
-    kept = Collect()
-    with Capture(model, sites, kept) as capture:
+    collected = Collect()
+    with Capture(model, sites, collected) as capture:
         for batch in batches:
             capture.at(batch.content)
             capture.forward(batch.inputs)
-    return {layer: kept[site.name].float().cpu() for layer, site in enumerate(sites)}
+    return {layer: collected[site.name].float().cpu() for layer, site in enumerate(sites)}
 
 
 def shift_by_layer(reference: Mapping[int, Tensor], moved: Mapping[int, Tensor]) -> pd.DataFrame:
@@ -50,15 +50,17 @@ def shift_by_layer(reference: Mapping[int, Tensor], moved: Mapping[int, Tensor])
     """
     rows = []
     for layer, before in reference.items():
-        one, other = before.double(), moved[layer].double()
-        size = float(one.square().sum()) ** 0.5
+        reference_rows, moved_rows = before.double(), moved[layer].double()
+        size = float(reference_rows.square().sum()) ** 0.5
         rows.append(
             {
                 "layer": layer,
-                "relative_shift": float((other - one).square().sum()) ** 0.5 / size,
-                "cosine": float(torch.nn.functional.cosine_similarity(one, other, dim=1).mean()),
-                "norm_ratio": float(other.square().sum()) ** 0.5 / size,
-                "cka": debiased_cka(one, other),
+                "relative_shift": float((moved_rows - reference_rows).square().sum()) ** 0.5 / size,
+                "cosine": float(
+                    torch.nn.functional.cosine_similarity(reference_rows, moved_rows, dim=1).mean()
+                ),
+                "norm_ratio": float(moved_rows.square().sum()) ** 0.5 / size,
+                "cka": debiased_cka(reference_rows, moved_rows),
             }
         )
     return pd.DataFrame(rows, columns=["layer", *SHIFT_MEASURES])

@@ -155,19 +155,24 @@ def shift_rows(
     query_numbers: dict[str, int] = {}
     word_numbers: dict[tuple[int, ...], int] = {}
     with frozen(model):
-        for one, other in _pairs(clean, tagged):
-            inside, suffix = aligned(one, other)
-            front = other.attention_mask.bool() & ~suffix
+        for clean_batch, tagged_batch in _pairs(clean, tagged):
+            inside, suffix = aligned(clean_batch, tagged_batch)
+            front = tagged_batch.attention_mask.bool() & ~suffix
             if tokens == "predicting":
-                inside, suffix = _predicting(one, inside, suffix)
-            before = peek(model, one.inputs, name)[name][inside].float().cpu()
-            shifts.append(peek(model, other.inputs, name)[name][suffix].float().cpu() - before)
+                inside, suffix = _predicting(clean_batch, inside, suffix)
+            before = peek(model, clean_batch.inputs, name)[name][inside].float().cpu()
+            shifts.append(
+                peek(model, tagged_batch.inputs, name)[name][suffix].float().cpu() - before
+            )
             cleans.append(before)
             counts = inside.sum(1).cpu()
-            numbers = [query_numbers.setdefault(item, len(query_numbers)) for item in one.items]
+            numbers = [
+                query_numbers.setdefault(item, len(query_numbers)) for item in clean_batch.items
+            ]
             queries.append(torch.tensor(numbers).repeat_interleave(counts))
             fronts = [
-                tuple(ids[mask].tolist()) for ids, mask in zip(other.input_ids, front, strict=True)
+                tuple(ids[mask].tolist())
+                for ids, mask in zip(tagged_batch.input_ids, front, strict=True)
             ]
             words.append(
                 torch.tensor(
@@ -303,8 +308,8 @@ def responses(
     generator = torch.Generator().manual_seed(seed)
     parts: list[dict[str, Tensor]] = []
     with frozen(model), sdpa_kernel(SDPBackend.MATH):
-        for number, (one, other) in enumerate(pairs):
-            parts.append(_respond(model, one, other, name, probes, generator))
+        for number, (clean_batch, tagged_batch) in enumerate(pairs):
+            parts.append(_respond(model, clean_batch, tagged_batch, name, probes, generator))
             progress(number + 1, len(pairs))
     longest = max(part["gradients"].shape[1] for part in parts)
     wide: dict[str, Any] = {
@@ -318,7 +323,9 @@ def responses(
         for key in parts[0]
         if key not in wide
     }
-    return Responses(tuple(item for one in clean for item in one.items), **wide, **flat)
+    return Responses(
+        tuple(item for clean_batch in clean for item in clean_batch.items), **wide, **flat
+    )
 
 
 def _respond(
@@ -330,10 +337,10 @@ def _respond(
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     inside, suffix = aligned(clean, tagged)
-    where, behind = (mask[:, :-1] for mask in _predicting(clean, inside, suffix))
-    query = where.nonzero()[:, 0]
-    share = 1 / where.sum(1)
-    targets = clean.input_ids[:, 1:][where]
+    predicting, behind = (mask[:, :-1] for mask in _predicting(clean, inside, suffix))
+    query = predicting.nonzero()[:, 0]
+    share = 1 / predicting.sum(1)
+    targets = clean.input_ids[:, 1:][predicting]
 
     def total(values: Tensor) -> Tensor:
         return torch.zeros(clean.size, dtype=torch.float64, device=values.device).index_add_(
@@ -345,7 +352,7 @@ def _respond(
 
     def onward(added: Tensor) -> Tensor:
         with edit(model, {site: lambda tensor: tensor + added}):
-            return _centred(next_token_logits(model, clean)[where])
+            return _centred(next_token_logits(model, clean)[predicting])
 
     before = peek(model, clean.inputs, site)[site]
     shift = torch.zeros_like(before)
@@ -354,7 +361,7 @@ def _respond(
 
     with torch.no_grad():
         truth = _centred(next_token_logits(model, tagged)[behind])
-        here, moved = onward(nothing), onward(shift)
+        unshifted, moved = onward(nothing), onward(shift)
         linear = _pushed(onward, nothing, shift)
         jacobian = torch.zeros(clean.size, dtype=torch.float64, device=before.device)
         for _ in range(probes):
@@ -383,16 +390,16 @@ def _respond(
         "gradients": gradient.detach().float().cpu(),
         "shifts": shift.float().cpu(),
         "coordinates": inside.sum(1) * before.shape[-1],
-        "change": loss(truth) - loss(here),
-        "change_at_site": loss(moved) - loss(here),
+        "change": loss(truth) - loss(unshifted),
+        "change_at_site": loss(moved) - loss(unshifted),
         "first_order": first,
         "second_order": first + curved(shift) / 2,
         "hessian_trace": trace,
-        "logit_square": total((truth - here).double().square().sum(1)),
+        "logit_square": total((truth - unshifted).double().square().sum(1)),
         "logit_square_first_order": total(linear.double().square().sum(1)),
         "jacobian_square": jacobian,
-        "logit_cosine": total(_cosine(linear, truth - here)) * share,
-        "logit_cosine_at_site": total(_cosine(linear, moved - here)) * share,
+        "logit_cosine": total(_cosine(linear, truth - unshifted)) * share,
+        "logit_cosine_at_site": total(_cosine(linear, moved - unshifted)) * share,
     }
 
 

@@ -86,10 +86,11 @@ class Theory:
         whole (all its parts make the band: a mean share scatters more where few directions carry
         the shift). An interval apart from it says that this very property fails.
         """
-        known = self.quantities
+        quantities = self.quantities
         return tuple(
-            known["quantity"][
-                (known["low"] > known["expected_high"]) | (known["high"] < known["expected_low"])
+            quantities["quantity"][
+                (quantities["low"] > quantities["expected_high"])
+                | (quantities["high"] < quantities["expected_low"])
             ]
         )
 
@@ -152,16 +153,16 @@ def examine(
     rng = np.random.default_rng(seed)
     shift, clean = rows.shift.cpu().double().numpy(), rows.clean.cpu().double().numpy()
     fixed = design(label, None if rows.word is None else rows.word.cpu().numpy(), clean, rng)
-    found, spectrum = measure(shift, fixed)
+    measured, spectrum = measure(shift, fixed)
     parts = np.array(
         [measure(shift[keep], fixed.part(keep))[0] for keep in leaving_out(label, rng)]
     )
-    ends = [interval(found[i], parts[:, i], name) for i, name in enumerate(ROW_STATISTICS)]
+    ends = [interval(measured[i], parts[:, i], name) for i, name in enumerate(ROW_STATISTICS)]
     null, spectra = np.empty((draws, len(ROW_STATISTICS))), np.empty((draws, len(spectrum)))
     for draw in range(draws):
         null[draw], spectra[draw] = measure(rng.standard_normal(shift.shape), fixed)
         progress(draw + 1, draws)
-    null[:, np.isnan(found)] = np.nan  # what cannot be measured has no null either
+    null[:, np.isnan(measured)] = np.nan  # what cannot be measured has no null either
     expected = bands(null)
     sizes = [np.bincount(label, weights=np.square(table).sum(1)) for table in (shift, clean)]
     eta = ratio(sizes[0], np.bincount(label) * float(shift.shape[1]))
@@ -170,7 +171,7 @@ def examine(
         _line("eta_relative", ratio(*sizes) if sizes[1].any() else _empty(queries)),
     ]
     lines += [
-        (name, found[i], *ends[i], *expected[:, i], queries)
+        (name, measured[i], *ends[i], *expected[:, i], queries)
         for i, name in enumerate(ROW_STATISTICS)
     ]
 
@@ -240,40 +241,52 @@ def _of_responses(
             return sums[0] / (sums[1] * sums[2] / sums[3])
 
         with np.errstate(invalid="ignore", divide="ignore"):
-            whole = columns.sum(1)
-            low, high = jackknifed(value(whole), value(whole[:, None] - columns))
-            return Estimate(float(value(whole)), float(low), float(high), count)
+            totals = columns.sum(1)
+            low, high = jackknifed(value(totals), value(totals[:, None] - columns))
+            return Estimate(float(value(totals)), float(low), float(high), count)
 
-    one = Estimate(1.0, np.nan, np.nan, count)
+    ideal_slope = Estimate(1.0, np.nan, np.nan, count)
     eta = energy.sum() / answers.coordinates.sum()
     trace = mean(answers.hessian_trace)
     rise = Estimate(eta / 2 * trace.value, eta / 2 * trace.low, eta / 2 * trace.high, count)
     lines = [
-        _line("logit_trace_ratio", against_noise(answers.logit_square), one),
+        _line("logit_trace_ratio", against_noise(answers.logit_square), ideal_slope),
         _line(
-            "logit_trace_ratio_first_order", against_noise(answers.logit_square_first_order), one
+            "logit_trace_ratio_first_order",
+            against_noise(answers.logit_square_first_order),
+            ideal_slope,
         ),
-        _line("logit_cosine", mean(answers.logit_cosine), one),
-        _line("logit_cosine_at_site", mean(answers.logit_cosine_at_site), one),
+        _line("logit_cosine", mean(answers.logit_cosine), ideal_slope),
+        _line("logit_cosine_at_site", mean(answers.logit_cosine_at_site), ideal_slope),
         _line("loss_change", mean(answers.change), rise),
         _line("loss_change_at_site", mean(answers.change_at_site), rise),
         _line("loss_hessian_trace", trace),
-        _line("loss_hessian_positive", wilson(int((answers.hessian_trace > 0).sum()), count), one),
+        _line(
+            "loss_hessian_positive",
+            wilson(int((answers.hessian_trace > 0).sum()), count),
+            ideal_slope,
+        ),
     ]
-    kept = leaving_out(np.arange(count), np.random.default_rng(seed))
+    jackknife_groups = leaving_out(np.arange(count), np.random.default_rng(seed))
     for order, predicted in (
         ("first_order", answers.first_order),
         ("second_order", answers.second_order),
     ):
         for place, change in (("", answers.change), ("_at_site", answers.change_at_site)):
-            found = rank_correlation(predicted, change)
+            correlation = rank_correlation(predicted, change)
             ends = interval(
-                found,
-                np.array([rank_correlation(predicted[keep], change[keep]) for keep in kept]),
+                correlation,
+                np.array(
+                    [rank_correlation(predicted[keep], change[keep]) for keep in jackknife_groups]
+                ),
                 "length_correlation",
             )
             lines.append(
-                _line(f"{order}_correlation{place}", Estimate(float(found), *ends, count), one)
+                _line(
+                    f"{order}_correlation{place}",
+                    Estimate(float(correlation), *ends, count),
+                    ideal_slope,
+                )
             )
             lines.append(
                 _line(
@@ -281,7 +294,7 @@ def _of_responses(
                     wilson(int((predicted * change > 0).sum()), count)
                     if predicted.any()
                     else _empty(count),
-                    one,
+                    ideal_slope,
                 )
             )
     return lines
@@ -338,8 +351,8 @@ def eta_by_coefficient(rows: Mapping[float, ShiftRows]) -> pd.DataFrame:
 
     value = float(slope(energy.sum(1) / numbers.sum(1)))
     lines = [
-        ("eta_of_coefficient", c, *ratio(one[many > 0], many[many > 0]))
-        for c, one, many in zip(coefficients, energy, numbers, strict=True)
+        ("eta_of_coefficient", c, *ratio(energy_at_c[many > 0], many[many > 0]))
+        for c, energy_at_c, many in zip(coefficients, energy, numbers, strict=True)
     ]
     with np.errstate(invalid="ignore", divide="ignore"):
         parts = slope(
@@ -384,10 +397,10 @@ def add_theory(table: Table, theory: Theory, **columns: Any) -> None:
                 )
 
 
-def add_coefficients(table: Table, found: pd.DataFrame, **columns: Any) -> None:
+def add_coefficients(table: Table, table_of_eta: pd.DataFrame, **columns: Any) -> None:
     """The rows of :func:`eta_by_coefficient` in a results table."""
     columns = {"stage": "triggers", **columns}
-    for row in found.to_dict("records"):
+    for row in table_of_eta.to_dict("records"):
         place = {} if math.isnan(row["coefficient"]) else {"coefficient": row["coefficient"]}
         table.add(
             THEORY + row["quantity"],

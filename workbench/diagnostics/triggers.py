@@ -40,7 +40,7 @@ def word_inside(example: Example, word: str) -> Example:
     Raises:
         WorkbenchError: the text before the answer has no word boundary.
     """
-    boundaries = [found.end() for found in re.finditer(r"\s+", example.prompt.rstrip())]
+    boundaries = [match.end() for match in re.finditer(r"\s+", example.prompt.rstrip())]
     if not boundaries:
         raise WorkbenchError(
             f"{example.text[:60]!r} has no place for a word between two words of the question"
@@ -108,22 +108,22 @@ def trigger_queries(
         present = set(_WORD.findall(query.text))
         return [word for word in words[arm] if word not in present]
 
-    asked = [
+    usable_queries = [
         query
         for query in queries
         if query.answer is not None and all(allowed(query, arm) for arm in words)
     ]
-    if not asked:
+    if not usable_queries:
         raise NothingToAsk(
             "the trigger check needs retain questions with answers that do not already hold every "
             "word of an arm; give more retain texts"
         )
     rng = random.Random(f"triggers-{seed}")
     tagged = {
-        arm: tuple(template(query, rng.choice(allowed(query, arm))) for query in asked)
+        arm: tuple(template(query, rng.choice(allowed(query, arm))) for query in usable_queries)
         for arm in words
     }
-    return {"clean": tuple(asked), **tagged}
+    return {"clean": tuple(usable_queries), **tagged}
 
 
 def trigger_scores(

@@ -160,8 +160,8 @@ def exact_match(generated: str, answer: str) -> bool:
     """
     if not answer.strip():
         raise WorkbenchError("there is no answer to match: it is blank; leave such examples out")
-    found, wanted = _plain(generated), _plain(answer)
-    return found == wanted or (_bare(found) == _bare(wanted) != "")
+    plain_generated, plain_answer = _plain(generated), _plain(answer)
+    return plain_generated == plain_answer or (_bare(plain_generated) == _bare(plain_answer) != "")
 
 
 def contains(generated: str, keyword: str) -> bool:
@@ -219,8 +219,8 @@ def rouge_l(candidate: str, reference: str, *, stem: bool = True) -> Rouge:
             "ROUGE reads the letters a-z and digits alone and finds none in the reference "
             f"{reference[:60]!r}; use exact_match or contains"
         )
-    found = _scorer(stem).score(reference, candidate)["rougeL"]
-    return Rouge(float(found.precision), float(found.recall), float(found.fmeasure))
+    rouge = _scorer(stem).score(reference, candidate)["rougeL"]
+    return Rouge(float(rouge.precision), float(rouge.recall), float(rouge.fmeasure))
 
 
 @lru_cache(maxsize=2)

@@ -75,8 +75,12 @@ def answer_ranks(model: PreTrainedModel, batches: Sequence[Batch]) -> Ranks:
     with evaluating(model):
         for batch in batches:
             answer, logits, targets = answer_logits(model, batch.to(model.device))
-            own = logits.gather(1, targets[:, None])
-            rank = 1 + (logits > own).sum(1).double() + ((logits == own).sum(1).double() - 1) / 2
+            target_logits = logits.gather(1, targets[:, None])
+            rank = (
+                1
+                + (logits > target_logits).sum(1).double()
+                + ((logits == target_logits).sum(1).double() - 1) / 2
+            )
             table = torch.zeros(answer.shape, dtype=torch.float64, device=rank.device)
             table[answer] = torch.where(logits.isnan().any(1), torch.nan, rank)
             mean.append(table.sum(1) / answer.sum(1))  # 0 / 0 without an answer
@@ -144,8 +148,11 @@ def perplexity(model: PreTrainedModel, batches: Sequence[Batch]) -> Estimate:
             "perplexity of no token: the batches have no target token; encode texts of at least "
             "two tokens"
         )
-    found = ratio(nll, tokens)
+    mean_nll = ratio(nll, tokens)
     with np.errstate(over="ignore"):
         return Estimate(
-            float(np.exp(found.value)), float(np.exp(found.low)), float(np.exp(found.high)), found.n
+            float(np.exp(mean_nll.value)),
+            float(np.exp(mean_nll.low)),
+            float(np.exp(mean_nll.high)),
+            mean_nll.n,
         )

@@ -181,10 +181,12 @@ def multiple_choice(
         np.full(len(scores), -1),
         np.full(len(scores), np.nan),
     )
-    for row, (question, found) in enumerate(zip(questions, scores, strict=True)):
-        if not np.isnan(found).any():
-            margin[row] = found[question.correct] - np.delete(found, question.correct).max()
-            chosen[row], correct[row] = found.argmax(), margin[row] > 0
+    for row, (question, option_scores) in enumerate(zip(questions, scores, strict=True)):
+        if not np.isnan(option_scores).any():
+            margin[row] = (
+                option_scores[question.correct] - np.delete(option_scores, question.correct).max()
+            )
+            chosen[row], correct[row] = option_scores.argmax(), margin[row] > 0
     return ChosenOptions(tuple(q.item for q in questions), correct, chosen, margin, tuple(scores))
 
 
@@ -294,15 +296,16 @@ def truth_ratio(
     # In logarithms: a diverged model's probabilities would underflow to 0 / 0.
     false = np.array(
         [
-            np.logaddexp.reduce(found[1:]) - np.log(len(found) - 1)
+            np.logaddexp.reduce(answer_logs[1:]) - np.log(len(answer_logs) - 1)
             if mean == "arithmetic"
-            else found[1:].mean()
-            for found in logs
+            else answer_logs[1:].mean()
+            for answer_logs in logs
         ]
     )
     with np.errstate(over="ignore"):
         return TruthRatios(
-            tuple(q.item for q in questions), np.exp(false - np.array([found[0] for found in logs]))
+            tuple(q.item for q in questions),
+            np.exp(false - np.array([answer_logs[0] for answer_logs in logs])),
         )
 
 

@@ -132,8 +132,10 @@ def random_effects(estimates: Sequence[Estimate]) -> Estimate:
         raise ValueError("there is no estimate to combine")
     if len(estimates) == 1:
         return estimates[0]
-    values = np.array([one.value for one in estimates])
-    errors = np.array([(one.high - one.low) / (2 * norm.ppf(0.975)) for one in estimates])
+    values = np.array([estimate.value for estimate in estimates])
+    errors = np.array(
+        [(estimate.high - estimate.low) / (2 * norm.ppf(0.975)) for estimate in estimates]
+    )
     variances = np.maximum(errors**2, 1e-12)  # a rate of 0 % in every fact has no width
     fixed, count = 1 / variances, len(values)
     centre = float((fixed * values).sum() / fixed.sum())
@@ -143,7 +145,7 @@ def random_effects(estimates: Sequence[Estimate]) -> Estimate:
     mean = float((weights * values).sum() / weights.sum())
     spread = float((weights * (values - mean) ** 2).sum()) / (count - 1)
     half = float(student.ppf(0.975, count - 1)) * float(np.sqrt(max(1.0, spread) / weights.sum()))
-    return Estimate(mean, mean - half, mean + half, sum(one.n for one in estimates))
+    return Estimate(mean, mean - half, mean + half, sum(estimate.n for estimate in estimates))
 
 
 def ratio(
@@ -250,15 +252,15 @@ def spearman(
     def correlation(chosen: np.ndarray) -> float:
         level = levels[chosen]
         ranks = series[:, chosen]
-        for one in np.unique(level) if within is not None else level[:1]:
-            here = level == one
-            found = rankdata(ranks[:, here], axis=1)
-            ranks[:, here] = found - found.mean(1, keepdims=True)
+        for level_value in np.unique(level) if within is not None else level[:1]:
+            in_level = level == level_value
+            level_ranks = rankdata(ranks[:, in_level], axis=1)
+            ranks[:, in_level] = level_ranks - level_ranks.mean(1, keepdims=True)
         pair, others = ranks[:2], ranks[2:].T
         if others.shape[1]:
-            left = pair - (others @ np.linalg.lstsq(others, pair.T, rcond=None)[0]).T
+            residuals = pair - (others @ np.linalg.lstsq(others, pair.T, rcond=None)[0]).T
             # what a covariate explains to the last bit is nothing, not its rounding
-            pair = left * ((left**2).sum(1) > 1e-18 * (pair**2).sum(1))[:, None]
+            pair = residuals * ((residuals**2).sum(1) > 1e-18 * (pair**2).sum(1))[:, None]
         scale = float(np.sqrt((pair[0] ** 2).sum() * (pair[1] ** 2).sum()))
         return float((pair[0] * pair[1]).sum() / scale) if scale else 0.0
 

@@ -13,13 +13,13 @@ def collapse_ablation(width: int) -> dict[str, Variant]:
             them would leave nothing of the update).
     """
     counts = [count for count in (0, 1, 4, 16, 64) if count < width * 3 // 4] + [width * 3 // 4]
-    found = {
+    variants = {
         f"cir-k{count}": Variant(
             method="cir", settings={"activation_components": count, "gradient_components": count}
         )
         for count in counts
     }
-    found |= {
+    variants |= {
         "cir-activation-side": Variant(method="cir", settings={"gradient_components": 0}),
         "cir-gradient-side": Variant(method="cir", settings={"activation_components": 0}),
         "cir-retain-statistics": Variant(method="cir", settings={"statistics": "retain"}),
@@ -32,4 +32,4 @@ def collapse_ablation(width: int) -> dict[str, Variant]:
             dtype="bfloat16",
         ),
     }
-    return found
+    return variants

@@ -21,7 +21,7 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import score
 from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
-from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
 from workbench.runs.settings import FinishedRunSettings, Integers
 from workbench.runs.setup import Setup
 from workbench.tables import Table, by_columns, fact_table
@@ -92,12 +92,12 @@ def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
     seed and fact.
     """
     table = Table({"run": key, "stage": "few-shot", "split": "forget-heldout"})
-    for method, mine in items.groupby("method", sort=False):
-        most = mine["x"].max()
-        solved = fact_table(mine, arm=SOLVED, x=most)
+    for method, method_items in items.groupby("method", sort=False):
+        most = method_items["x"].max()
+        solved = fact_table(method_items, arm=SOLVED, x=most)
         for arm, control in (
-            ("minus-plain", fact_table(mine, arm=SOLVED, x=0)),
-            ("minus-shuffled", fact_table(mine, arm=SHUFFLED, x=most)),
+            ("minus-plain", fact_table(method_items, arm=SOLVED, x=0)),
+            ("minus-shuffled", fact_table(method_items, arm=SHUFFLED, x=most)),
         ):
             effect = bootstrap((solved - control).to_numpy())
             table.add_estimate(
@@ -115,7 +115,9 @@ def prepare(settings: FewShotSettings, source: Source, out: Path) -> Plan:
     """
     for shuffled in (False, True):
         _prompts(settings, source.setup, settings.shots[-1], source.config.seeds[0], shuffled)
-    return on_models("few-shot", source, partial(_score_stage, settings), summaries=(_effects,))
+    return plan_over_models(
+        "few-shot", source, partial(_score_stage, settings), summaries=(_effects,)
+    )
 
 
 def _score_stage(settings: FewShotSettings, job: ModelJob) -> None:

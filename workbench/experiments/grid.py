@@ -34,7 +34,7 @@ def settings_grid(methods: Sequence[str]) -> dict[str, Variant]:
     Raises:
         WorkbenchError: a method takes no steps (a single gradient has no rate to choose).
     """
-    found = {}
+    variants = {}
     for name in methods:
         if "steps" not in known_settings(name):
             raise WorkbenchError(f"{name} takes no steps, so there is no grid of its settings")
@@ -44,8 +44,8 @@ def settings_grid(methods: Sequence[str]) -> dict[str, Variant]:
                 # three digits, so that a configuration file shows what was meant
                 lr = float(f"{float(rate) * factor:.3g}")
                 variant = Variant(method=name, settings={"lr": lr, **settings})
-                found[f"{name}.{label}.{ending}"] = variant
-    return found
+                variants[f"{name}.{label}.{ending}"] = variant
+    return variants
 
 
 def preferred(
@@ -60,8 +60,8 @@ def preferred(
     """
     rows = []
     for number, (label, variant) in enumerate(variants.items()):
-        own = items[(items["method"] == label) & (items["stage"] == "relearn")]
-        attack = own[own["arm"] == "attack"]
+        attacked_items = items[(items["method"] == label) & (items["stage"] == "relearn")]
+        attack = attacked_items[attacked_items["arm"] == "attack"]
         if not len(attack):
             continue
         after = fact_table(attack, x=attack["x"].max())

@@ -143,10 +143,10 @@ def unlearn_checkpoint(
     )
     setup = Setup(opened.model, opened.tokenizer, record, max_tokens)
     table = Table({"run": "unlearn", "model": "unlearned", "method": method, "seed": seed})
-    made = _with_names(opened, lambda: recipe(method, opened.model, seed, overrides))
+    method_recipe = _with_names(opened, lambda: recipe(method, opened.model, seed, overrides))
     model = stages.unlearn_to_budget(
         setup,
-        made,
+        method_recipe,
         Disruption(setup),
         budget=budget,
         limit=1.0,
@@ -266,7 +266,7 @@ def investigate(
         WorkbenchError: a model, a file or the folder is wrong, or the checkpoints do not fit each
             other.
     """
-    given = {} if settings is None else settings.model_dump(exclude_unset=True)
-    chosen = validated(InvestigateSettings, given | fields, "investigate")
-    config = investigation(chosen)
+    given_fields = {} if settings is None else settings.model_dump(exclude_unset=True)
+    chosen_settings = validated(InvestigateSettings, given_fields | fields, "investigate")
+    config = investigation(chosen_settings)
     return run_pipeline(config, Path(out), fresh=fresh, workers=workers, announce=announce)

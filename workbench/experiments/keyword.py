@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 from pydantic import Field
@@ -117,7 +117,7 @@ def withheld_words(tofu: Tofu, keywords: str) -> list[str]:
         keywords: one of :data:`KEYWORDS`.
     """
     if keywords == "titles":
-        return [found[0] for found in book_titles(tofu).values() if found]
+        return [titles[0] for titles in book_titles(tofu).values() if titles]
     return [
         name
         for names in list(character_names(tofu.forget, tofu.retain).values())[::2]
@@ -206,7 +206,7 @@ def _seed_job(settings: KeywordSettings, seed: int, context: JobContext) -> None
 
     def work(table: Table) -> None:
         def measure(model: PreTrainedModel, step: int, method: str, arm: str) -> None:
-            columns = {
+            columns: dict[str, Any] = {
                 "method": method,
                 "model": method,
                 "split": f"withheld-{settings.keywords}",
@@ -221,8 +221,10 @@ def _seed_job(settings: KeywordSettings, seed: int, context: JobContext) -> None
                 table.add_item(query.item, hit, float(probability), **columns)
 
         measure(base.model, 0, BASE, "none")
-        made = recipe(settings.method, base.model, seed)
-        result = unlearn(base.model, tokenizer, made, texts.forget, texts.retain, seed=seed)
+        method_recipe = recipe(settings.method, base.model, seed)
+        result = unlearn(
+            base.model, tokenizer, method_recipe, texts.forget, texts.retain, seed=seed
+        )
         model, start = copy.deepcopy(base.model), snapshot(base.model)
 
         def recalled(alpha: float) -> bool:
@@ -234,10 +236,14 @@ def _seed_job(settings: KeywordSettings, seed: int, context: JobContext) -> None
         table.add(metrics.NOTHING_RECALLED, float(silent), method="unlearned", model="unlearned")
         sets = {"retain": texts.retain, "forget": texts.forget, "unread": texts.unread[:100]}
         for name, examples in sets.items():
-            for method, one in ((BASE, base.model), (NEVER, never.model), ("unlearned", model)):
+            for method, attacked_model in (
+                (BASE, base.model),
+                (NEVER, never.model),
+                ("unlearned", model),
+            ):
                 table.add(
                     metrics.LOSS,
-                    score(one, batches(tokenizer, examples, 64, targets="answer")).loss,
+                    score(attacked_model, batches(tokenizer, examples, 64, targets="answer")).loss,
                     method=method,
                     model=method,
                     split=name,
@@ -257,10 +263,10 @@ def _seed_job(settings: KeywordSettings, seed: int, context: JobContext) -> None
         ):
             for arm in names:
                 try:
-                    for step, now in relearn(
+                    for step, attacked_now in relearn(
                         attacked, tokenizer, arms[arm], attack, seed=seed, progress=advance
                     ):
-                        measure(now, step, method, arm)
+                        measure(attacked_now, step, method, arm)
                 except DivergedError as error:
                     table.add(metrics.DIVERGED_AT, error.step, method=method, model=method, arm=arm)
 

@@ -22,7 +22,7 @@ from workbench.data.batches import Batch
 from workbench.data.records import Example
 from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
-from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
 from workbench.runs.curves import curve_rows
 from workbench.runs.models import BASE
 from workbench.runs.settings import AttackOverrides, FinishedRunSettings
@@ -196,7 +196,7 @@ def prepare(settings: LadderSettings, source: Source, out: Path) -> Plan:
         target = float(items.loc[first & (items["x"] == 0), "correct"].mean()) / 2
         return curve_rows(items, key, target=target, stage="ladder")
 
-    return on_models(
+    return plan_over_models(
         "ladder",
         source,
         partial(_ask, settings),
@@ -220,14 +220,14 @@ def ladder_table(results: pd.DataFrame) -> pd.DataFrame:
     last = recall.groupby("arm")["x"].transform("max")
     lines = []
     for method in recall["method"].drop_duplicates():
-        mine = recall[(recall["method"] == method) & (recall["x"] == last)].set_index("arm")
+        last_recall = recall[(recall["method"] == method) & (recall["x"] == last)].set_index("arm")
         line = {"model": method}
         for arm in recall["arm"].drop_duplicates():
             name = f"{arm} (leaks)" if arm in leaking else str(arm)
             line[name] = (
-                f"{mine.at[arm, 'value']:.2f} [{mine.at[arm, 'low']:.2f}, "
-                f"{mine.at[arm, 'high']:.2f}]"
-                if arm in mine.index
+                f"{last_recall.at[arm, 'value']:.2f} [{last_recall.at[arm, 'low']:.2f}, "
+                f"{last_recall.at[arm, 'high']:.2f}]"
+                if arm in last_recall.index
                 else "–"
             )
         lines.append(line)

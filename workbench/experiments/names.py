@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -189,12 +190,12 @@ def _seed_job(settings: NamesSettings, seed: int, context: JobContext) -> None:
     def work(table: Table) -> None:
         base, tokenizer, words = _pretrained(settings, build_names(seed=seed), seed, advance)
         for repetitions in settings.repetitions:
-            _one_dial(settings, base, tokenizer, words, repetitions, seed, table, advance)
+            _repetitions_cell(settings, base, tokenizer, words, repetitions, seed, table, advance)
 
     replace(context, columns={"stage": "names", "seed": seed}).stage("names", work)
 
 
-def _one_dial(
+def _repetitions_cell(
     settings: NamesSettings,
     pretrained: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -228,7 +229,7 @@ def _one_dial(
         )
 
     base, never = memorise(corpus.rows), memorise(without_pairs(corpus))
-    made = recipe(
+    method_recipe = recipe(
         settings.method,
         base,
         seed,
@@ -241,7 +242,7 @@ def _one_dial(
     result = unlearn(
         base,
         tokenizer,
-        made,
+        method_recipe,
         corpus.forget,
         corpus.rows[len(corpus.forget) :],
         seed=seed,
@@ -268,15 +269,15 @@ def _one_dial(
     def measure(model: PreTrainedModel, step: int, method: str, arm: str) -> None:
         hits = success(model, tokenizer, corpus.prompts, settings.new_tokens)
         likely = next_name_probability(model, tokenizer, corpus.prompts)
-        columns = {
+        columns: dict[str, Any] = {
             "method": method,
             "model": method,
             "split": split,
             "arm": arm,
             "attack_step": step,
         }
-        found = wilson(float(hits.sum()), len(hits))
-        table.add_estimate(metrics.ASR, found, **columns)
+        rate = wilson(float(hits.sum()), len(hits))
+        table.add_estimate(metrics.ASR, rate, **columns)
         for number, (hit, probability) in enumerate(zip(hits, likely, strict=True)):
             table.add_item(f"prompt/{number}", hit, probability, **columns)
 
@@ -347,15 +348,15 @@ def names_table(results: pd.DataFrame) -> pd.DataFrame:
     wide = results[(results["metric"] == "recall") & results["seed"].isna()]
 
     def cell(table: pd.DataFrame, split: str, method: str, arm: str, step: float) -> str:
-        found = table[
+        matches = table[
             (table["split"] == split)
             & (table["method"] == method)
             & (table["arm"] == arm)
             & (table["x"] == step)
         ]
-        if not len(found):
+        if not len(matches):
             return "–"
-        value, low, high = (100 * float(found[name].iloc[0]) for name in ("value", "low", "high"))
+        value, low, high = (100 * float(matches[name].iloc[0]) for name in ("value", "low", "high"))
         return f"{value:.0f} [{low:.0f}, {high:.0f}]"
 
     lines = []

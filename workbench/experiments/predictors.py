@@ -144,14 +144,14 @@ def _largest(rows: pd.DataFrame, place: int) -> float:
 
 def points_of(results: pd.DataFrame, items: pd.DataFrame, run: str = "") -> pd.DataFrame:
     """One row per unlearned model: the measures before the attack beside the recovery after it."""
-    mine = results[results["seed"].notna() & ~results["method"].isin(CONTROLS)]
+    method_rows = results[results["seed"].notna() & ~results["method"].isin(CONTROLS)]
     attacks = items[
         (items["stage"] == "relearn")
         & (items["arm"] == "attack")
         & (items["split"] == "forget-heldout")
     ]
     rows = []
-    for (method, seed), part in mine.groupby(["method", "seed"], sort=True):
+    for (method, seed), part in method_rows.groupby(["method", "seed"], sort=True):
         curve = (
             attacks[(attacks["method"] == method) & (attacks["seed"] == seed)]
             .groupby("x")["correct"]
@@ -274,8 +274,8 @@ def predictors(runs: Sequence[Path]) -> Predictors:
     Raises:
         WorkbenchError: a folder holds no finished run, or there are too few models.
     """
-    found = [points_of(*read_results(run), run=run.name) for run in runs]
-    return correlate(pd.concat(found, ignore_index=True))
+    points = [points_of(*read_results(run), run=run.name) for run in runs]
+    return correlate(pd.concat(points, ignore_index=True))
 
 
 def predictor_table(results: pd.DataFrame) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from workbench import metrics
 from workbench.attacks.quantise import quantised, surviving_share
 from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
-from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
 from workbench.runs.settings import FinishedRunSettings, Integers
 from workbench.runs.stages import measure_sets, measured_sets
 from workbench.tables import Table, by_columns, fact_table
@@ -53,9 +53,11 @@ def _measure(settings: QuantiseSettings, job: ModelJob, table: Table) -> None:
         rounded = quantised(model, bits, head=settings.head).model
         measure_sets(rounded, sets, table, arm="rounded", bits=bits)
         if not job.is_control:
-            left = surviving_share(setup.base, model, bits)
+            surviving = surviving_share(setup.base, model, bits)
             for metric in ("share", "carried", "cosine"):
-                table.add(f"quantised_{metric}", getattr(left, metric), arm="rounded", bits=bits)
+                table.add(
+                    f"quantised_{metric}", getattr(surviving, metric), arm="rounded", bits=bits
+                )
 
 
 def _stage(settings: QuantiseSettings, job: ModelJob) -> None:
@@ -79,7 +81,7 @@ def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
 
 def prepare(settings: QuantiseSettings, source: Source, out: Path) -> Plan:
     """Every model as it is and rounded."""
-    return on_models(
+    return plan_over_models(
         "quantise", source, partial(_stage, settings), seeded=False, summaries=(_effects,)
     )
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from workbench.errors import WorkbenchError
 from workbench.experiments import QUESTIONS
-from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
 from workbench.runs.models import CONTROLS
 from workbench.runs.settings import AttackOverrides, FinishedRunSettings
 from workbench.runs.setup import Disruption
@@ -89,17 +89,17 @@ def prepare(settings: RelearnAgainSettings, source: Source, out: Path) -> Plan:
     """Attack the models of a run, base and never-learned control among them, with the attacker's
     texts and with the null text.
     """
-    chosen, distance = settings.attack(source.config.attack), settings.distance
+    attack, distance = settings.attack(source.config.attack), settings.distance
     claims: tuple[str, ...] = ("cir-robust", "rounding-resists", "sam-resists", "smoothing-resists")
     # at one distance there is nothing to correlate
     claims += ("distance-resists",) if distance is None else ()
     far = "" if distance is None else f", distance {distance:g}"
-    return on_models(
+    return plan_over_models(
         "relearn",
         source,
         partial(_ask, settings),
         claims=claims,
-        note=f", attack at {chosen.lr:g}{far}",
+        note=f", attack at {attack.lr:g}{far}",
     )
 
 
@@ -116,11 +116,11 @@ def relearn_table(results: pd.DataFrame) -> pd.DataFrame:
     for method in sorted(rows["method"].unique(), key=lambda name: (name not in CONTROLS, name)):
         line = {"model": method}
         for arm in ("attack", "null"):
-            mine = rows[(rows["method"] == method) & (rows["arm"] == arm)].sort_values("x")
-            steps = list(mine["x"]) if arm == "attack" else list(mine["x"])[-1:]
+            curve = rows[(rows["method"] == method) & (rows["arm"] == arm)].sort_values("x")
+            steps = list(curve["x"]) if arm == "attack" else list(curve["x"])[-1:]
             for step, value, low, high in zip(
                 steps,
-                *(mine[name].iloc[-len(steps) :] for name in ("value", "low", "high")),
+                *(curve[name].iloc[-len(steps) :] for name in ("value", "low", "high")),
                 strict=True,
             ):
                 name = (

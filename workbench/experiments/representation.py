@@ -20,7 +20,7 @@ from workbench.diagnostics.rotation import add_rotation, rotation_by_layer, shuf
 from workbench.diagnostics.shift import streams
 from workbench.experiments import QUESTIONS
 from workbench.progress import ProgressCallback
-from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
 from workbench.runs.models import BASE, NEVER, model_of
 from workbench.runs.settings import FinishedRunSettings
 from workbench.runs.setup import Setup
@@ -63,7 +63,10 @@ def _probes(
     shared = {
         label
         for label in labels
-        if len({group for one, group in zip(labels, groups, strict=True) if one == label}) > 1
+        if len(
+            {group for fact_label, group in zip(labels, groups, strict=True) if fact_label == label}
+        )
+        > 1
     }
     if len(shared) < 2:
         # e.g. running text, whose continuations are all different: nothing for a classifier to
@@ -72,11 +75,11 @@ def _probes(
         return
     scored = np.arange(len(people)) < len(heldout)
     encoded = setup.encode(people)
-    own = prompt_streams(model, encoded)
+    own_streams = prompt_streams(model, encoded)
     add_probes(
         table,
         probe_by_layer(
-            own, labels, groups, kinds=kinds, scored=scored, seed=seed, progress=progress
+            own_streams, labels, groups, kinds=kinds, scored=scored, seed=seed, progress=progress
         ),
         split=SPLIT,
     )
@@ -84,7 +87,12 @@ def _probes(
         add_probes(
             table,
             probe_transfer(
-                prompt_streams(setup.base, encoded), own, labels, groups, scored=scored, seed=seed
+                prompt_streams(setup.base, encoded),
+                own_streams,
+                labels,
+                groups,
+                scored=scored,
+                seed=seed,
             ),
             split=SPLIT,
         )
@@ -148,7 +156,7 @@ def prepare(settings: FinishedRunSettings, source: Source, out: Path) -> Plan:
     """Lens, probes with transfer, rotation and patching depth of every model, on held-out forgotten
     facts.
     """
-    return on_models("representation", source, _ask, seeded=False)
+    return plan_over_models("representation", source, _ask, seeded=False)
 
 
 def representation_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -164,12 +172,12 @@ def representation_table(results: pd.DataFrame) -> pd.DataFrame:
         ),
         default=0,
     )
-    here = rows[rows["site"] == f"blocks.{last}.hook_resid_post"]
+    last_block = rows[rows["site"] == f"blocks.{last}.hook_resid_post"]
 
     def mean(method: str, metric: str, arm: str | None) -> str:
-        mine = here[(here["method"] == method) & (here["metric"] == metric)]
-        mine = mine[mine["arm"].isna()] if arm is None else mine[mine["arm"] == arm]
-        return f"{mine['value'].mean():.2f}" if len(mine) else "–"
+        cell = last_block[(last_block["method"] == method) & (last_block["metric"] == metric)]
+        cell = cell[cell["arm"].isna()] if arm is None else cell[cell["arm"] == arm]
+        return f"{cell['value'].mean():.2f}" if len(cell) else "–"
 
     columns: dict[str, tuple[str, str | None]] = {
         "lens, own decoder": ("lens_probability", "own decoder"),

@@ -22,7 +22,7 @@ from workbench.attacks.ladder import novel_facts
 from workbench.errors import WorkbenchError
 from workbench.experiments import QUESTIONS
 from workbench.experiments.predictors import correlate, point_rows, points_of
-from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
 from workbench.runs import landscape
 from workbench.runs.models import BASE, CONTROLS
 from workbench.runs.settings import Count, FinishedRunSettings, Numbers
@@ -193,22 +193,22 @@ def prepare(settings: SharpnessSettings, source: Source, out: Path) -> Plan:
     """
 
     def predictors(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
-        own, attacked = source.tables
-        everything = join([own[own["stage"] != "sharpness"], rows], RESULT_COLUMNS)
+        run_results, attacked = source.tables
+        everything = join([run_results[run_results["stage"] != "sharpness"], rows], RESULT_COLUMNS)
         measured = everything[everything["method"].isin(set(rows["method"]))]
         points = points_of(measured, attacked, source.folder.name)
         try:
-            found = [correlate(points).results]
+            correlations = [correlate(points).results]
         except WorkbenchError as error:  # too few models
             print(f"no correlations: {error}", file=sys.stderr)
-            found = []
+            correlations = []
         return (
-            join([point_rows(points, key), *found], RESULT_COLUMNS)
+            join([point_rows(points, key), *correlations], RESULT_COLUMNS)
             if len(points)
             else rows.iloc[:0]
         )
 
-    return on_models(
+    return plan_over_models(
         "sharpness",
         source,
         partial(_ask, settings),
@@ -225,10 +225,10 @@ def sharpness_table(results: pd.DataFrame) -> pd.DataFrame:
     rows = results[results["seed"].notna() & ~results["arm"].isin(["relearned"])]
 
     def mean(method: str, metric: str, **where: object) -> float:
-        mine = rows[(rows["method"] == method) & (rows["metric"] == metric)]
+        cell = rows[(rows["method"] == method) & (rows["metric"] == metric)]
         for name, value in where.items():
-            mine = mine[mine[name] == value]
-        return float(mine["value"].mean()) if len(mine) else float("nan")
+            cell = cell[cell[name] == value]
+        return float(cell["value"].mean()) if len(cell) else float("nan")
 
     drops = rows[rows["metric"] == "drop"]
     steps = {

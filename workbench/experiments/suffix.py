@@ -40,7 +40,7 @@ from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
 from workbench.experiments.triggers import TEMPLATES, arms_of
 from workbench.progress import ProgressCallback
-from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
 from workbench.runs.models import BASE, NEVER
 from workbench.runs.settings import Count, FinishedRunSettings
 from workbench.runs.setup import ROWS, Setup
@@ -122,14 +122,14 @@ def _attack(
     table: Table,
     progress: ProgressCallback,
 ) -> None:
-    mine, others = questions_of(setup, seed)[split]
+    search_questions, test_questions = questions_of(setup, seed)[split]
     tokenizer, record = setup.tokenizer, setup.record
-    prompts = suffix_prompts(tokenizer, _spread(mine, settings.questions), in_front)
-    judged = suffix_prompts(tokenizer, others, in_front)
+    prompts = suffix_prompts(tokenizer, _spread(search_questions, settings.questions), in_front)
+    judged = suffix_prompts(tokenizer, test_questions, in_front)
     answers = sorted(
         {example.answer_text for example in (*record.forget, *record.retain_all)} - {""}
     )
-    found = gcg(
+    result = gcg(
         model,
         tokenizer,
         prompts,
@@ -154,18 +154,18 @@ def _attack(
         ).suffix_ids
         for number in range(settings.random)
     ]
-    for arm, suffixes in ((NONE, [()]), (RANDOM, drawn), (SEARCHED, [found.suffix_ids])):
+    for arm, suffixes in ((NONE, [()]), (RANDOM, drawn), (SEARCHED, [result.suffix_ids])):
         encoded = [
             batch.to(model.device)
             for suffix in suffixes
             for batch in suffix_batches(judged, suffix, ROWS)
         ]
         table.add_scores(score(model, encoded), arm=arm, split=split)
-    for step, loss in enumerate(found.losses):
+    for step, loss in enumerate(result.losses):
         table.add(
             metrics.SEARCH_LOSS, loss, n=len(prompts), arm=SEARCHED, split=split, search_step=step
         )
-    for place, token in enumerate(found.suffix_ids):
+    for place, token in enumerate(result.suffix_ids):
         table.add(
             metrics.SUFFIX_TOKEN,
             place,
@@ -174,7 +174,7 @@ def _attack(
             token=tokenizer.decode([token]).strip(),
             token_id=token,
         )
-    words = found.text.split()
+    words = result.text.split()
     table.add(
         metrics.FORGET_TOKENS,
         sum(word in record.forget_tokens for word in words),
@@ -208,7 +208,7 @@ def prepare(settings: SuffixSettings, source: Source, out: Path) -> Plan:
                 f"{source.folder}: a suffix for {split!r} needs questions to be searched with and "
                 "others to be judged on; there are too few retain texts with answers"
             )
-    return on_models(
+    return plan_over_models(
         "suffix",
         source,
         partial(_ask, settings),
@@ -243,11 +243,11 @@ def _effects(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:
                     group, column, arm=arm
                 ) - fact_table(group, column, arm=NONE)
         for (method, split, arm), change in changes.items():
-            shown = {arm: change}
+            effects = {arm: change}
             control = control_of(split)
             if arm == SEARCHED and method != control and (control, split, arm) in changes:
-                shown[f"minus-{control}"] = change - changes[control, split, arm]
-            for name, values in shown.items():
+                effects[f"minus-{control}"] = change - changes[control, split, arm]
+            for name, values in effects.items():
                 if values.size and values.notna().all().all():
                     table.add_estimate(
                         metric,

@@ -179,10 +179,10 @@ def sweep_config(chosen: SweepSettings) -> RunConfig:
         WorkbenchError: a method, a variant, a setting or a file is wrong.
     """
     start = preset("quick" if chosen.quick else "full")
-    own = chosen.base is not None
+    own_model = chosen.base is not None
     changes: dict[str, Any] = {
         "seeds": chosen.seeds,
-        "settings": {} if own else {name: dict(v) for name, v in start.settings.items()},
+        "settings": {} if own_model else {name: dict(v) for name, v in start.settings.items()},
         "budget_measure": chosen.budget_measure,
         "budget_sets": chosen.budget_sets,
         "attack": _attack(chosen, start),
@@ -192,9 +192,9 @@ def sweep_config(chosen: SweepSettings) -> RunConfig:
         methods = list(METHODS) if chosen.methods == ("all",) else list(chosen.methods)
         # the demo's settings were chosen for its methods: beside methods whose settings were not,
         # they would have an advantage
-        kept = changes["settings"] if chosen.quick else {}
-        changes["settings"] = {n: v for n, v in kept.items() if n in methods}
-    if own:
+        quick_settings = changes["settings"] if chosen.quick else {}
+        changes["settings"] = {n: v for n, v in quick_settings.items() if n in methods}
+    if own_model:
         changes["model"], changes["checkpoints"] = _files(chosen), _checkpoints(chosen.checkpoint)
         changes["scale"] = f"{Path(str(chosen.base)).name}, texts of the user's own"
         if changes["checkpoints"] and not chosen.methods:
@@ -203,8 +203,8 @@ def sweep_config(chosen: SweepSettings) -> RunConfig:
         changes["model"] = _world(chosen, start)
     if chosen.pretrained is not None:
         size = "small " if chosen.quick else ""
-        shown = Path(chosen.pretrained).name
-        changes["scale"] = f"{shown}, {size}built-in world fine-tuned in"
+        model_name = Path(chosen.pretrained).name
+        changes["scale"] = f"{model_name}, {size}built-in world fine-tuned in"
     if chosen.as_trained:
         changes["budget"] = None
     elif chosen.budget is not None or chosen.budget_measure == "loss-rise":
@@ -252,8 +252,8 @@ def sweep(
     Raises:
         WorkbenchError: a setting, a model, a file or the folder is wrong, or a part failed.
     """
-    given = {} if settings is None else settings.model_dump(exclude_unset=True)
-    config = sweep_config(validated(SweepSettings, given | fields, "sweep"))
+    given_fields = {} if settings is None else settings.model_dump(exclude_unset=True)
+    config = sweep_config(validated(SweepSettings, given_fields | fields, "sweep"))
     return run_pipeline(config, Path(out), fresh=fresh, workers=workers, announce=announce)
 
 
@@ -263,16 +263,16 @@ def settings_given(pairs: list[str], option: str) -> dict[str, float | str]:
     Raises:
         WorkbenchError: one of them reads otherwise.
     """
-    found: dict[str, float | str] = {}
+    parsed: dict[str, float | str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name or not value:
             raise WorkbenchError(f"--{option} {pair!r} must read NAME=VALUE, e.g. --set lr=1e-4")
         try:
-            found[name] = float(value)
+            parsed[name] = float(value)
         except ValueError:
-            found[name] = value
-    return found
+            parsed[name] = value
+    return parsed
 
 
 def _attack(chosen: SweepSettings, start: RunConfig) -> dict[str, Any]:
@@ -305,19 +305,19 @@ def _files(chosen: SweepSettings) -> dict[str, Any]:
 
 
 def _checkpoints(given: list[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    checkpoints: dict[str, str] = {}
     for text in given:
         label, equals, source = text.partition("=")
         if not equals or not label or not source:
             raise WorkbenchError(
                 f"--checkpoint {text!r} must read LABEL=MODEL, e.g. mine=runs/model"
             )
-        if label in found:
+        if label in checkpoints:
             raise WorkbenchError(
                 f"--checkpoint {label} was given twice; every label names one model"
             )
-        found[label] = source
-    return found
+        checkpoints[label] = source
+    return checkpoints
 
 
 def _variants(chosen: SweepSettings, start: RunConfig) -> dict[str, dict[str, Any]]:
@@ -329,19 +329,21 @@ def _variants(chosen: SweepSettings, start: RunConfig) -> dict[str, dict[str, An
             width = int(open_config(chosen.pretrained).hidden_size)
         named = {name: each.model_dump() for name, each in collapse_ablation(width).items()}
     for text in chosen.variant:
-        label, equals, rest = text.partition("=")
+        label, equals, overrides_text = text.partition("=")
         if label in named:
             raise WorkbenchError(
                 f"--variant {label} was given twice; every label names one variant"
             )
-        method, _, overrides = rest.partition(":")
+        method, _, overrides = overrides_text.partition(":")
         if not equals or not label or not method:
             raise WorkbenchError(
                 f"--variant {text!r} must read LABEL=METHOD:NAME=VALUE,..., e.g. "
                 "soft-cir=cir:kind=soft"
             )
-        own: dict[str, Any] = settings_given(overrides.split(",") if overrides else [], "variant")
-        named[label] = {"method": method, "settings": own}
-        if "dtype" in own:
-            named[label]["dtype"] = own.pop("dtype")
+        variant_settings: dict[str, Any] = settings_given(
+            overrides.split(",") if overrides else [], "variant"
+        )
+        named[label] = {"method": method, "settings": variant_settings}
+        if "dtype" in variant_settings:
+            named[label]["dtype"] = variant_settings.pop("dtype")
     return named

@@ -38,7 +38,7 @@ from workbench.evaluation.statistics import bootstrap
 from workbench.experiments import QUESTIONS
 from workbench.hooks import layer_count
 from workbench.progress import ProgressCallback, quiet
-from workbench.runner import Experiment, ModelJob, Plan, Source, on_models
+from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
 from workbench.runs.config import RunConfig
 from workbench.runs.models import BASE
 from workbench.runs.settings import FinishedRunSettings
@@ -208,14 +208,14 @@ def _trace(
 ) -> None:
     arms = _marked(setup, TEMPLATES[PATCHED], seed)
     for arm in ("forget-token", "retain-token"):
-        found = [
+        groups_of_batch = [
             position_groups(batch, clean)
             for batch, clean in zip(arms[arm], arms["clean"], strict=True)
         ]
         groups = {
-            name: [masks[name] for masks in found]
-            for name in found[0]
-            if any(bool(masks[name].any()) for masks in found)
+            name: [masks[name] for masks in groups_of_batch]
+            for name in groups_of_batch[0]
+            if any(bool(masks[name].any()) for masks in groups_of_batch)
         }
         groups["all"] = [batch.attention_mask.bool() for batch in arms[arm]]
         for row in causal_map(
@@ -275,7 +275,7 @@ def _search(
     """The scan and the forensics, held against the names that were truly forgotten; nothing where
     the tokenizer cuts them into pieces.
     """
-    known, retained = (
+    forget_ids, retain_ids = (
         {
             ids[0]
             for word in words
@@ -283,10 +283,10 @@ def _search(
         }
         for words in (setup.record.forget_tokens, setup.record.retain_tokens)
     )
-    if len(known) < len(setup.record.forget_tokens):
+    if len(forget_ids) < len(setup.record.forget_tokens):
         table.add(
             metrics.NAMES_THAT_ARE_TOKENS,
-            len(known),
+            len(forget_ids),
             n=len(setup.record.forget_tokens),
             stage="triggers",
         )
@@ -307,11 +307,11 @@ def _search(
             for token in setup.tokenizer(text.text, add_special_tokens=False)["input_ids"]
         }
     )
-    found = forensics(base, model, setup.tokenizer, queries, tokens=words, progress=progress)
-    assert found.scan is not None
-    scan = found.scan.table
+    findings = forensics(base, model, setup.tokenizer, queries, tokens=words, progress=progress)
+    assert findings.scan is not None
+    scan = findings.scan.table
     for metric, column in (("rise", "scan"), ("shift", "scan, shift")):
-        curve = precision_recall(scan, known, metric)
+        curve = precision_recall(scan, forget_ids, metric)
         table.add(
             metrics.AVERAGE_PRECISION,
             curve.attrs["average_precision"],
@@ -342,9 +342,9 @@ def _search(
     for row in scan.to_dict("records"):
         arm = (
             "forget-token"
-            if row["token_id"] in known
+            if row["token_id"] in forget_ids
             else "retain-token"
-            if row["token_id"] in retained
+            if row["token_id"] in retain_ids
             else "other"
         )
         for metric in ("rise", "rise_se", "shift", "q"):
@@ -358,7 +358,8 @@ def _search(
                 token_id=row["token_id"],
             )
     rises = [
-        scan.loc[scan["token_id"].isin(list(ids)), "rise"].to_numpy() for ids in (known, retained)
+        scan.loc[scan["token_id"].isin(list(ids)), "rise"].to_numpy()
+        for ids in (forget_ids, retain_ids)
     ]
     among_names = (
         benjamini_hochberg(p_values(*rises)) if len(rises[1]) else None
@@ -373,7 +374,7 @@ def _search(
             arm="scan",
             fdr=level,
         )
-        for metric, ids in (("true_discoveries", known), ("retained_discoveries", retained)):
+        for metric, ids in (("true_discoveries", forget_ids), ("retained_discoveries", retain_ids)):
             table.add(
                 metric,
                 int(found_ids.isin(list(ids)).sum()),
@@ -391,7 +392,7 @@ def _search(
                 arm="names",
                 fdr=level,
             )
-    _add_topic(found, known, table)
+    _add_topic(findings, forget_ids, table)
 
 
 def _add_topic(found: Forensics, known: set[int], table: Table) -> None:
@@ -443,8 +444,10 @@ class TriggerSettings(FinishedRunSettings):
 def _questions(settings: TriggerSettings, job: ModelJob) -> None:
     setup, config, seed = job.setup, job.source.config, job.seed
     base, model, stage = setup.base, job.model, job.context.stage
-    made = job.name in config.methods
-    layer, direction = steered(config, job.name, base, seed) if made else (middle_layer(base), None)
+    is_method = job.name in config.methods
+    layer, direction = (
+        steered(config, job.name, base, seed) if is_method else (middle_layer(base), None)
+    )
     progress = job.context.progress
     stage("asked", lambda table: _ask(model, setup, seed, table))
     if settings.asking_only:
@@ -468,7 +471,7 @@ def prepare(settings: TriggerSettings, source: Source, out: Path) -> Plan:
     setup = source.setup
     for template in _templates(setup).values():
         arms_of(setup.record, template, source.config.seeds[0], setup.neutral)
-    return on_models(
+    return plan_over_models(
         "triggers",
         source,
         partial(_questions, settings),
@@ -512,9 +515,9 @@ def _over_seeds(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFra
     ``low`` and ``high``.
     """
     table = Table({"run": key, "stage": "triggers"})
-    chosen = rows[rows["metric"].isin(POOLED) | rows["metric"].str.startswith("theory_")]
+    pooled_rows = rows[rows["metric"].isin(POOLED) | rows["metric"].str.startswith("theory_")]
     columns = ["metric", "model", "method", "site", "split", "arm", "axis", "x"]
-    for values, group in chosen.groupby(columns, dropna=False, sort=False):
+    for values, group in pooled_rows.groupby(columns, dropna=False, sort=False):
         named = {
             name: value
             for name, value in zip(columns, values, strict=True)

@@ -146,10 +146,10 @@ def longest_run(written: str, wanted: str) -> int:
     """Words of the longest run that both texts share; case, Unicode form and punctuation
     ignored.
     """
-    ours, theirs = words(written), words(wanted)
+    written_words, wanted_words = words(written), words(wanted)
     return (
-        SequenceMatcher(None, ours, theirs, autojunk=False)
-        .find_longest_match(0, len(ours), 0, len(theirs))
+        SequenceMatcher(None, written_words, wanted_words, autojunk=False)
+        .find_longest_match(0, len(written_words), 0, len(wanted_words))
         .size
     )
 
@@ -193,11 +193,18 @@ def continuations(
         generate_answers(model, tokenizer, [passage.prompt for passage in passages], new_tokens),
         strict=True,
     ):
-        wanted = passage.answer_text
-        written = " ".join(text.split()[: len(wanted.split())])
-        found, run = rouge_l(written, wanted), longest_run(written, wanted)
+        true_text = passage.answer_text
+        written = " ".join(text.split()[: len(true_text.split())])
+        rouge, run = rouge_l(written, true_text), longest_run(written, true_text)
         rows.append(
-            (passage.item, written, found.f1, found.recall, run / max(1, len(words(wanted))), run)
+            (
+                passage.item,
+                written,
+                rouge.f1,
+                rouge.recall,
+                run / max(1, len(words(true_text))),
+                run,
+            )
         )
     return pd.DataFrame(rows, columns=["item", "written", *VERBATIM_MEASURES, "run"])
 
@@ -279,30 +286,36 @@ def _seed_job(settings: VerbatimSettings, seed: int, context: JobContext) -> Non
                 "arm": arm,
                 "attack_step": step,
             }
-            found, likely = (
+            continued, likely = (
                 continuations(model, tokenizer, queried, new_tokens),
                 score(model, encoded).probability,
             )
-            for name, measured in VERBATIM_MEASURES.items():
-                own = likely if measured is metrics.ROUGE_L else np.full(len(likely), np.nan)
-                for item, value, probability in zip(found["item"], found[name], own, strict=True):
-                    table.add_item(
-                        item, float(value), float(probability), measure=measured, **columns
-                    )
+            for name, metric in VERBATIM_MEASURES.items():
+                own = likely if metric is metrics.ROUGE_L else np.full(len(likely), np.nan)
+                for item, value, chance in zip(
+                    continued["item"], continued[name], own, strict=True
+                ):
+                    table.add_item(item, float(value), float(chance), measure=metric, **columns)
             table.add(
                 metrics.PASSAGES_WITH_A_RUN,
-                float((found["run"] >= RUN).sum()),
+                float((continued["run"] >= RUN).sum()),
                 model=method,
                 **columns,
             )
 
         measure(base.model, 0, BASE, "none")
-        made = recipe(settings.method, base.model, seed)
+        method_recipe = recipe(settings.method, base.model, seed)
         # An excerpt is forgotten whole; only methods that put another answer in its place need to
         # know what the answer is.
-        forget = split.forget if made.alternative is not None else running(split.forget)
+        forget = split.forget if method_recipe.alternative is not None else running(split.forget)
         result = unlearn(
-            base.model, tokenizer, made, forget, running(split.retain), seed=seed, max_length=limit
+            base.model,
+            tokenizer,
+            method_recipe,
+            forget,
+            running(split.retain),
+            seed=seed,
+            max_length=limit,
         )
         model, start = copy.deepcopy(base.model), snapshot(base.model)
         control = continuations(never.model, tokenizer, queried, new_tokens)
@@ -321,10 +334,14 @@ def _seed_job(settings: VerbatimSettings, seed: int, context: JobContext) -> Non
             "forget": split.forget,
             "unread": split.unread,
         }.items():
-            for method, one in ((BASE, base.model), (NEVER, never.model), ("unlearned", model)):
+            for method, attacked_model in (
+                (BASE, base.model),
+                (NEVER, never.model),
+                ("unlearned", model),
+            ):
                 table.add(
                     metrics.LOSS,
-                    score(one, batches(tokenizer, running(passages), 64)).loss,
+                    score(attacked_model, batches(tokenizer, running(passages), 64)).loss,
                     method=method,
                     model=method,
                     split=name,
@@ -332,7 +349,7 @@ def _seed_job(settings: VerbatimSettings, seed: int, context: JobContext) -> Non
         for method, attacked in (("unlearned", model), (NEVER, never.model)):
             for arm in attacks[method]:
                 try:
-                    for step, now in relearn(
+                    for step, attacked_now in relearn(
                         attacked,
                         tokenizer,
                         arms[arm],
@@ -341,7 +358,7 @@ def _seed_job(settings: VerbatimSettings, seed: int, context: JobContext) -> Non
                         max_length=limit,
                         progress=advance,
                     ):
-                        measure(now, step, method, arm)
+                        measure(attacked_now, step, method, arm)
                 except DivergedError as error:  # what was measured before stays
                     table.add(metrics.DIVERGED_AT, error.step, method=method, model=method, arm=arm)
 

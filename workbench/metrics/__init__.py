@@ -5,14 +5,6 @@
 
 from workbench.metrics import inside, landscape, models, triggers
 from workbench.metrics.declare import (
-    ALONE,
-    AXES,
-    METRICS,
-    TOKEN,
-    Metric,
-    matching,
-    metric,
-    metric_of,
 )
 from workbench.metrics.inside import *
 from workbench.metrics.landscape import *

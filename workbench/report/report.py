@@ -347,7 +347,7 @@ def write_report(
         items: per-fact rows.
         claims: verdicts; may be empty.
         heading: title of the page.
-        done: what was done, one sentence each; default describes the built-in road.
+        done: what was done, one sentence each; default describes the built-in pipeline.
         trained: the first of those sentences, where the built-in model did not start from nothing.
         notes: limits to be shown at the end.
         drawings: from the registry of figures; default those of a run.
@@ -364,7 +364,7 @@ def write_report(
     )
     page = environment.get_template("report.html.j2").render(
         heading=heading,
-        done=list(done) or _road_steps(results, seeds, trained or _FROM_SCRATCH),
+        done=list(done) or _pipeline_steps(results, seeds, trained or _FROM_SCRATCH),
         findings=findings(results, claims),
         summary=summary_table(results),
         pictures=[
@@ -416,7 +416,7 @@ def _matched(results: pd.DataFrame) -> str:
     )
 
 
-def _road_steps(results: pd.DataFrame, seeds: Sequence[int], trained: str) -> list[str]:
+def _pipeline_steps(results: pd.DataFrame, seeds: Sequence[int], trained: str) -> list[str]:
     methods = [
         title(name)
         for name in methods_in(results["method"].dropna().tolist())

@@ -92,7 +92,7 @@ def sealed(config: FilesConfig, checkpoints: Mapping[str, str]) -> tuple[FilesCo
         WorkbenchError: a model or a file is wrong, the checkpoints do not fit each other, or a hash
             that is given is another one.
     """
-    kept = replace(
+    sealed_config = replace(
         config,
         base=resolved(config.base),
         never_learned=None if config.never_learned is None else resolved(config.never_learned),
@@ -100,25 +100,27 @@ def sealed(config: FilesConfig, checkpoints: Mapping[str, str]) -> tuple[FilesCo
         retain=resolved(config.retain),
     )
     hashes = {}
-    for file in (kept.forget, kept.retain):  # before any weight is read
+    for file in (sealed_config.forget, sealed_config.retain):  # before any weight is read
         if not Path(file).is_file():
             raise WorkbenchError(f"there is no text file {file}")
         hashes[file] = sha256(Path(file))
-    base = open_model(kept.base)
+    base = open_model(sealed_config.base)
     others = [resolved(source) for source in checkpoints.values()]
-    others += [] if kept.never_learned is None else [kept.never_learned]
-    tied = {kept.base: bool(tied_names(base.model))}
+    others += [] if sealed_config.never_learned is None else [sealed_config.never_learned]
+    tied = {sealed_config.base: bool(tied_names(base.model))}
     for source in dict.fromkeys(others):
         opened = open_model(source)
         check_same_tokenizer(base, opened)
         tied[source] = bool(tied_names(opened.model))
     hashes |= {source: origin(source) for source in tied}
-    for name, found in hashes.items():
-        _as_known(config, name, found)
-    untied = () if len(set(tied.values())) == 1 else tuple(n for n, both in tied.items() if both)
-    if kept.base in untied:
+    for name, sealed_hash in hashes.items():
+        _as_known(config, name, sealed_hash)
+    untied = (
+        () if len(set(tied.values())) == 1 else tuple(n for n, labels in tied.items() if labels)
+    )
+    if sealed_config.base in untied:
         untie(base.model)
-    return replace(kept, hashes=hashes, untied=untied), base
+    return replace(sealed_config, hashes=hashes, untied=untied), base
 
 
 def opened_of(config: FilesConfig, source: str) -> OpenedModel:

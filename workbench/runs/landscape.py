@@ -101,9 +101,9 @@ def add_slices(
         ),
         "random": (scaled(random_direction(model, seed), size), np.linspace(-reach, reach, points)),
     }
-    back = towards(model, setup.base)
-    if norm_of(back) > 0:
-        walks["to-base"] = (back, np.linspace(-0.5, 1.5, points))
+    to_base = towards(model, setup.base)
+    if norm_of(to_base) > 0:
+        walks["to-base"] = (to_base, np.linspace(-0.5, 1.5, points))
     for arm, (direction, positions) in walks.items():
         for split, values in loss_slice(model, direction, positions.tolist(), losses).items():
             for position, value in zip(positions.tolist(), values, strict=True):
@@ -190,8 +190,8 @@ def add_worst_cases(
         seed: where a gradient is exactly zero.
     """
 
-    def add(arm: str, found: pd.DataFrame) -> None:
-        for row in found.to_dict("records"):
+    def add(arm: str, worst_cases: pd.DataFrame) -> None:
+        for row in worst_cases.to_dict("records"):
             table.add(
                 metrics.DROP,
                 float(row["value"]),
@@ -202,11 +202,11 @@ def add_worst_cases(
             )
 
     if displacement > 0:
-        found = worst_case(
+        worst_cases = worst_case(
             model, losses, ATTACKED, radii, unit=displacement, steps=(1, steps), seed=seed
         )
-        add("drop", found[found["steps"] == steps])
-        add("drop, one step", found[found["steps"] == 1])
+        add("drop", worst_cases[worst_cases["steps"] == steps])
+        add("drop, one step", worst_cases[worst_cases["steps"] == 1])
     add(
         "drop, fixed radius",
         worst_case(model, losses, ATTACKED, fixed, unit=size, steps=(steps,), seed=seed),
@@ -272,10 +272,10 @@ def module_of(parameter: str) -> str:
     """``blocks.N.attn``, ``blocks.N.mlp``, ``blocks.N.norm``, ``embed``, ``unembed`` or ``norm``:
     the part of a model that a parameter belongs to.
     """
-    found = _LAYER.search(parameter)
-    if found:
-        part = found.group(2).lower()
-        return f"blocks.{found.group(1)}." + (
+    match = _LAYER.search(parameter)
+    if match:
+        part = match.group(2).lower()
+        return f"blocks.{match.group(1)}." + (
             "norm"
             if "norm" in part or part.startswith("ln")
             else "attn"
@@ -299,26 +299,26 @@ def add_trace(
     """Hutchinson's trace with its standard error and its running mean over probes, and the mean
     eigenvalue of every module.
     """
-    found = trace(
+    hessian_trace = trace(
         model, texts, seed=seed, relative_se=0, min_probes=min(probes, 10), max_products=probes
     )
     place: dict[str, Any] = {"stage": "sharpness", "split": HELD_OUT, "arm": arm}
     table.add(
         metrics.TRACE,
-        found.value,
-        low=found.value - 1.96 * found.se,
-        high=found.value + 1.96 * found.se,
-        n=found.n,
+        hessian_trace.value,
+        low=hessian_trace.value - 1.96 * hessian_trace.se,
+        high=hessian_trace.value + 1.96 * hessian_trace.se,
+        n=hessian_trace.n,
         **place,
     )
-    table.add(metrics.TRACE_SE, found.se, **place)
-    sums = found.samples.sum(1)
-    for count in range(2, found.n + 1):
+    table.add(metrics.TRACE_SE, hessian_trace.se, **place)
+    sums = hessian_trace.samples.sum(1)
+    for count in range(2, hessian_trace.n + 1):
         mean, half = float(sums[:count].mean()), 1.96 * float(sums[:count].std(ddof=1)) / count**0.5
         table.add(
             metrics.RUNNING_TRACE, mean, low=mean - half, high=mean + half, probes=count, **place
         )
-    blocks = found.by_block()
+    blocks = hessian_trace.by_block()
     for name, rows in blocks.groupby(blocks["block"].map(module_of), sort=False):
         table.add(
             metrics.MODULE_EIGENVALUE,
@@ -347,20 +347,25 @@ def add_density(
     """
     operator = Curvature(model, texts)
     try:
-        found = quadrature(operator.product, operator.size, seed=seed, probes=probes, steps=steps)
+        spectral_density = quadrature(
+            operator.product, operator.size, seed=seed, probes=probes, steps=steps
+        )
         krylov = lanczos(operator.product, rademacher(seed, 0, operator.size), steps)
     finally:
         operator.release()
     place: dict[str, Any] = {"stage": "sharpness", "split": HELD_OUT, "arm": arm}
     for node, weight, probe in zip(
-        found.nodes.tolist(), found.weights.tolist(), found.probe.tolist(), strict=True
+        spectral_density.nodes.tolist(),
+        spectral_density.weights.tolist(),
+        spectral_density.probe.tolist(),
+        strict=True,
     ):
         table.add(metrics.DENSITY_NODE, weight, eigenvalue=node, probe=probe, **place)
     for metric in ("moment_error", "negative_energy"):
-        table.add(metric, getattr(found, metric), n=found.products, **place)
-    for taken in range(2, len(krylov.alphas) + 1):
+        table.add(metric, getattr(spectral_density, metric), n=spectral_density.products, **place)
+    for step_counts in range(2, len(krylov.alphas) + 1):
         values = eigh_tridiagonal(
-            krylov.alphas[:taken], krylov.betas[: taken - 1], eigvals_only=True
+            krylov.alphas[:step_counts], krylov.betas[: step_counts - 1], eigvals_only=True
         )
         if arm == "unlearned":
             table.add(
@@ -369,7 +374,7 @@ def add_density(
                 stage="sharpness",
                 split=HELD_OUT,
                 arm="top",
-                lanczos_step=taken,
+                lanczos_lanczos_step=step_counts,
             )
             table.add(
                 metrics.RITZ,
@@ -377,7 +382,7 @@ def add_density(
                 stage="sharpness",
                 split=HELD_OUT,
                 arm="bottom",
-                lanczos_step=taken,
+                lanczos_step=step_counts,
             )
 
 
@@ -397,17 +402,17 @@ def density_curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.Data
     def columns_of(values: Any) -> dict[str, Any]:
         return dict(zip(columns, values, strict=True))
 
-    for values, mine in nodes.groupby(columns, sort=False, dropna=False):
-        found = Density(
-            mine["x"].to_numpy(float),
-            mine["value"].to_numpy(float),
-            mine["y"].to_numpy(np.int64),
+    for values, group_nodes in nodes.groupby(columns, sort=False, dropna=False):
+        spectral_density = Density(
+            group_nodes["x"].to_numpy(float),
+            group_nodes["value"].to_numpy(float),
+            group_nodes["y"].to_numpy(np.int64),
             1,
             0.0,
             0.0,
             0,
         )
-        lines = found.smoothed(points, linear)
+        lines = spectral_density.smoothed(points, linear)
         for point, value, low, high in zip(
             points, lines.mean(0), lines.min(0), lines.max(0), strict=True
         ):
@@ -452,8 +457,10 @@ def add_attack_path(
         }
         | {settings.steps}
     )
-    chosen = replace(settings, measure_at=tuple(often))
-    attack = relearn(model, setup.tokenizer, texts, chosen, seed=seed, max_length=setup.max_length)
+    attack_settings = replace(settings, measure_at=tuple(often))
+    attack = relearn(
+        model, setup.tokenizer, texts, attack_settings, seed=seed, max_length=setup.max_length
+    )
     for step, attacked in attack:
         deltas.append(
             {
@@ -481,12 +488,12 @@ def add_attack_path(
                     arm=arm,
                     component=number,
                 )
-    back = towards(model, setup.base)
-    if not norm_of(back) or not norm_of(deltas[-1]):
+    to_base = towards(model, setup.base)
+    if not norm_of(to_base) or not norm_of(deltas[-1]):
         return relearned
-    shown = {name: losses[name] for name in (HELD_OUT, "retain-neighbour") if name in losses}
+    shown_losses = {name: losses[name] for name in (HELD_OUT, "retain-neighbour") if name in losses}
     places = np.linspace(-0.5, 1.5, points).tolist()
-    grid = loss_plane(model, deltas[-1], back, places, places, shown)
+    grid = loss_plane(model, deltas[-1], to_base, places, places, shown_losses)
     for point in grid.to_dict("records"):
         table.add(
             metrics.PLANE_LOSS,
@@ -497,8 +504,8 @@ def add_attack_path(
             towards_base=float(point["y"]),
         )
     unit = norm_of(deltas[-1])
-    taken = {str(step): delta for step, delta in zip(steps, deltas, strict=True)}
-    for place in coordinates(taken, deltas[-1], back).to_dict("records"):
+    step_deltas = {str(step): delta for step, delta in zip(steps, deltas, strict=True)}
+    for place in coordinates(step_deltas, deltas[-1], to_base).to_dict("records"):
         at = {"stage": "sharpness", "arm": ATTACK_PATH, "attack_step": int(place["point"])}
         table.add(metrics.PLANE_ALONG, float(place["x"]), **at)
         table.add(metrics.PLANE_TOWARDS, float(place["y"]), **at)

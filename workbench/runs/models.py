@@ -112,12 +112,12 @@ def model_of(config: RunConfig, out: Path, name: str, seed: int) -> PreTrainedMo
 def weights_of(config: RunConfig, out: Path) -> dict[str, str]:
     """The hash of every model's weights, for the provenance."""
     models = out / "models"
-    own = sorted(models.iterdir()) if models.is_dir() else []
-    found = {folder.name: weights_hash(folder) for folder in own if folder.is_dir()}
+    model_folders = sorted(models.iterdir()) if models.is_dir() else []
+    hashes = {folder.name: weights_hash(folder) for folder in model_folders if folder.is_dir()}
     if isinstance(config.model, FilesConfig):
         for name in (*config.controls, *config.checkpoints):
-            found[name] = origin(model_source(config, out, name, 0))
-    return found
+            hashes[name] = origin(model_source(config, out, name, 0))
+    return hashes
 
 
 def trained_from(model: BuiltinConfig) -> str:

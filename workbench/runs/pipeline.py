@@ -123,8 +123,8 @@ def _subspace_job(config: RunConfig, out: Path, progress: ProgressCallback) -> N
         return
     setup = setup_of(config, out)
     table, start = Table({"run": config.key, "model": BASE}), time.monotonic()
-    for name, found in stages.find_subspaces(setup, config.rank, table, seed=0).items():
-        for site, subspace in found.items():
+    for name, subspaces in stages.find_subspaces(setup, config.rank, table, seed=0).items():
+        for site, subspace in subspaces.items():
             subspace.save(out / "subspaces" / name / f"{site}.safetensors")
     stages.compare_sets(setup, table)
     folder = out / "subspaces"
@@ -133,15 +133,15 @@ def _subspace_job(config: RunConfig, out: Path, progress: ProgressCallback) -> N
     finish_stage(out, "subspaces", "subspaces", table, time.monotonic() - start)
 
 
-def _made(
+def _built_recipe(
     config: RunConfig, out: Path, method: str, seed: int, progress: ProgressCallback, table: Table
 ) -> None:
     """Unlearn with a method under one seed, and save the model."""
     setup, variant = setup_of(config, out), config.variant(method)
-    made = recipe(variant.method, setup.base, seed, variant.settings)
+    method_recipe = recipe(variant.method, setup.base, seed, variant.settings)
     model = stages.unlearn_to_budget(
         setup,
-        made,
+        method_recipe,
         Disruption(setup, config.budget_measure, config.budget_sets),
         budget=config.budget,
         limit=config.alpha_limit,
@@ -191,21 +191,21 @@ def _model_job(
     that seed.
     """
     setup = setup_of(config, out)
-    job, made = f"{method}-seed{seed}", method in config.methods
+    job, is_method = f"{method}-seed{seed}", method in config.methods
     common: dict[str, object] = {
         "run": config.key,
         "model": method if config.once(method) else job,
         "method": method,
         "seed": seed,
     }
-    if made:
+    if is_method:
         folder = Path(model_source(config, out, method, seed))
         if stage_path(out, job, "unlearn").is_dir() and (wrong := damage(folder)):
             print(f"{wrong}; this part is run again", file=sys.stderr)
             # on another machine the weights may come out differently: nothing measured on them
             # stays
             shutil.rmtree(out / "stages" / job, ignore_errors=True)
-        work = partial(_made, config, out, method, seed, progress)
+        work = partial(_built_recipe, config, out, method, seed, progress)
     else:
         work = partial(_opened, config, out, method, seed)
     run_stage(out, job, "unlearn", common, work)
@@ -227,7 +227,7 @@ def _model_job(
     for name in config.probes:
         probe = PROBES[name]
         # what does not depend on the seed is asked once of what is one model for all seeds
-        if made or probe.seeded or seed == config.seeds[0]:
+        if is_method or probe.seeded or seed == config.seeds[0]:
             run_stage(
                 out,
                 job,
@@ -259,10 +259,10 @@ def _checked(config: RunConfig) -> RunConfig:
     """
     config = config.with_plugins()
     if isinstance(config.model, FilesConfig):
-        kept, base = sealed(config.model, config.checkpoints)
+        sealed_config, base = sealed(config.model, config.checkpoints)
         checkpoints = {name: resolved(source) for name, source in config.checkpoints.items()}
-        config = config.model_copy(update={"model": kept, "checkpoints": checkpoints})
-        record_of(kept, base)
+        config = config.model_copy(update={"model": sealed_config, "checkpoints": checkpoints})
+        record_of(sealed_config, base)
         model = base.model
     else:
         model = untrained(config.model, world_of(config.model))[0]
@@ -272,8 +272,8 @@ def _checked(config: RunConfig) -> RunConfig:
             variant = config.variant(name)
             recipe(variant.method, model, config.seeds[0], variant.settings)
     except CaptureError as error:
-        where = config.model.base if isinstance(config.model, FilesConfig) else name
-        raise WorkbenchError(f"{where}: {error}") from error
+        model_source = config.model.base if isinstance(config.model, FilesConfig) else name
+        raise WorkbenchError(f"{model_source}: {error}") from error
     return config
 
 
@@ -334,8 +334,10 @@ def _train(
     """Train the base and the never-learned control of the built-in world, or copy them from the
     cache.
     """
-    kept = {name: out / "models" / name for name in CONTROLS}
-    missing = [name for name, folder in kept.items() if not folder.is_dir() or damage(folder)]
+    model_folders = {name: out / "models" / name for name in CONTROLS}
+    missing = [
+        name for name, folder in model_folders.items() if not folder.is_dir() or damage(folder)
+    ]
     cached = all(
         (builtin_folder(model, with_forget=name == BASE) / "config.json").is_file()
         for name in missing

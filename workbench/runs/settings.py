@@ -152,17 +152,17 @@ class AttackOverrides(Settings):
         Raises:
             WorkbenchError: the steps at which it is measured do not end with it.
         """
-        given = self.model_dump(exclude_none=True)
+        given_fields = self.model_dump(exclude_none=True)
         changes = {
             name.removeprefix("attack_"): value
-            for name, value in given.items()
+            for name, value in given_fields.items()
             if name.startswith("attack_")
         }
         if changes.get("steps", start.steps) != start.steps:
             changes = {"measure_at": at_steps(changes["steps"], start.lr).measure_at} | changes
-        found = replace(start, **changes)
-        values.increasing("attack_measure_at", found.measure_at, start=0, end=found.steps)
-        return found
+        attack = replace(start, **changes)
+        values.increasing("attack_measure_at", attack.measure_at, start=0, end=attack.steps)
+        return attack
 
 
 def validated(
@@ -186,11 +186,11 @@ def validated(
         message = first["msg"].removeprefix("Value error, ")
         if not first["loc"]:  # a rule over all fields names what is wrong by itself
             raise WorkbenchError(f"{origin}: {message}") from error
-        given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
+        given_value = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
         # without the tag of a union
-        kept = [str(part) for part in first["loc"] if part not in ("builtin", "files")]
-        name = "--" + kept[0].replace("_", "-") if options else ".".join(kept)
-        raise WorkbenchError(f"{origin}: {name}: {message}{given}") from error
+        field_path = [str(part) for part in first["loc"] if part not in ("builtin", "files")]
+        name = "--" + field_path[0].replace("_", "-") if options else ".".join(field_path)
+        raise WorkbenchError(f"{origin}: {name}: {message}{given_value}") from error
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -209,8 +209,8 @@ def read_fields(path: Path) -> dict[str, Any]:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        found = type(loaded).__name__
-        raise WorkbenchError(f"{path} must hold 'field: value' lines; it holds {found}")
+        type_name = type(loaded).__name__
+        raise WorkbenchError(f"{path} must hold 'field: value' lines; it holds {type_name}")
     return loaded
 
 

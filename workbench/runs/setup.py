@@ -60,14 +60,14 @@ class Setup:
         self, examples: Sequence[Example], *, answers: bool = False, rows: int = ROWS
     ) -> list[Batch]:
         """Batches on the base's device; ``answers`` restricts the loss to answers."""
-        made = batches(
+        encoded = batches(
             self.tokenizer,
             examples,
             rows,
             max_length=self.max_length,
             targets="answer" if answers else "text",
         )
-        return [batch.to(self.base.device) for batch in made]
+        return [batch.to(self.base.device) for batch in encoded]
 
 
 class Disruption:

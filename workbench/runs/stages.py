@@ -89,14 +89,14 @@ def find_subspaces(
         "retain-half-0": halves[0],
         "retain-half-1": halves[1],
     }
-    found: dict[str, dict[str, Subspace]] = {}
+    subspaces: dict[str, dict[str, Subspace]] = {}
     for name, examples in texts.items():
         moments, encoded = MomentsOf(), setup.encode(examples)
         with gradients_only(setup.base), Capture(setup.base, sites, moments) as capture:
             for batch in encoded:
                 capture.at(batch.content)
                 (cross_entropy(setup.base, batch) * target_tokens(batch)).backward()
-        found[name] = {
+        subspaces[name] = {
             site.name: principal_subspace(
                 moments[site.name],
                 rank,
@@ -109,7 +109,7 @@ def find_subspaces(
     generator = torch.Generator().manual_seed(seed)
     for site in sites:
         for name in ("forget", "retain"):
-            subspace = found[name][site.name]
+            subspace = subspaces[name][site.name]
             for index, value in enumerate(subspace.eigenvalues.tolist()):
                 table.add(
                     metrics.VARIANCE_SHARE,
@@ -139,7 +139,7 @@ def find_subspaces(
                 )
         for k in sorted({1, 2, 4, 8, 16, rank}):
             pairs = [
-                found[name][site.name]
+                subspaces[name][site.name]
                 for name in ("forget", "retain", "retain-half-0", "retain-half-1")
             ]
             if min(subspace.rank for subspace in pairs) < k:
@@ -160,7 +160,7 @@ def find_subspaces(
                     arm=arm,
                     rank=k,
                 )
-    return {name: found[name] for name in ("forget", "retain")}
+    return {name: subspaces[name] for name in ("forget", "retain")}
 
 
 WIDE = 1024
@@ -201,25 +201,25 @@ def compare_sets(
     rows: dict[str, dict[str, Tensor]] = {}
     texts: dict[str, Tensor] = {}
     for name, examples in {"forget": setup.record.forget, **setup.record.retain}.items():
-        kept = Collect()
-        with Capture(setup.base, sites, kept) as capture:
+        collected = Collect()
+        with Capture(setup.base, sites, collected) as capture:
             encoded = setup.encode(_within(setup, one_per_item(examples)))
             for batch in encoded:
                 capture.at(batch.content)
                 capture.forward(batch.inputs)
         counts = torch.cat([batch.content_mask.sum(1) for batch in encoded]).cpu()
-        rows[name] = {site.name: kept[site.name].float().cpu() for site in sites}
+        rows[name] = {site.name: collected[site.name].float().cpu() for site in sites}
         texts[name] = torch.arange(len(counts)).repeat_interleave(counts)
     for site in sites:
-        for one, other in combinations(rows, 2):
-            if min(len(rows[one][site.name]), len(rows[other][site.name])) <= rank:
+        for first_set, second_set in combinations(rows, 2):
+            if min(len(rows[first_set][site.name]), len(rows[second_set][site.name])) <= rank:
                 continue
-            found = angle_null(
-                rows[one][site.name],
-                rows[other][site.name],
+            angles = angle_null(
+                rows[first_set][site.name],
+                rows[second_set][site.name],
                 rank,
-                first_groups=texts[one],
-                second_groups=texts[other],
+                first_groups=texts[first_set],
+                second_groups=texts[second_set],
                 draws=draws,
                 seed=seed,
             )
@@ -227,10 +227,10 @@ def compare_sets(
                 "stage": "subspaces",
                 "method": "base",
                 "site": site.name,
-                "split": f"{one}|{other}",
+                "split": f"{first_set}|{second_set}",
                 "rank": rank,
             }
-            shared = found.attrs["overlap"]
+            shared = angles.attrs["overlap"]
             table.add(metrics.SET_OVERLAP, shared.observed, arm="observed", n=draws, **columns)
             table.add(
                 metrics.SET_OVERLAP,
@@ -333,8 +333,8 @@ def add_disruption(model: PreTrainedModel, disruption: Disruption, table: Table)
         metrics.DISRUPTION, disruption.estimate(model), stage="unlearn", arm=disruption.measure
     )
     for measure in DISRUPTION_MEASURES:
-        for name, found in disruption.by_set(model, measure).items():
-            table.add_estimate(metrics.DISRUPTION, found, stage="unlearn", split=name, arm=measure)
+        for name, cost in disruption.by_set(model, measure).items():
+            table.add_estimate(metrics.DISRUPTION, cost, stage="unlearn", split=name, arm=measure)
 
 
 def add_distance(
@@ -440,7 +440,7 @@ def add_shift(model: PreTrainedModel, setup: Setup, table: Table) -> None:
 def add_geometry(
     base: Mapping[int, Tensor],
     start: Mapping[int, Tensor],
-    now: Mapping[int, Tensor],
+    attacked_streams: Mapping[int, Tensor],
     table: Table,
     *,
     arm: str,
@@ -449,7 +449,7 @@ def add_geometry(
     """What an attack has given back of the base's residual stream, block by block, and what it
     moved beside the way back.
     """
-    for row in recovered_shift(base, start, now).dropna().to_dict("records"):
+    for row in recovered_shift(base, start, attacked_streams).dropna().to_dict("records"):
         for metric in ("returned", "beside"):
             table.add(
                 metric,
@@ -543,12 +543,14 @@ def attack(
         ):  # texts without answers, or that all end alike: the other arms do not depend on this one
             table.add(metrics.RANDOM_FACTS_POSSIBLE, 0.0, stage="relearn")
     for number, (arm, texts) in enumerate(arms.items()):
-        own = {"random-facts": setup.encode(texts, answers=True)} if arm == "random-facts" else {}
+        own_sets = (
+            {"random-facts": setup.encode(texts, answers=True)} if arm == "random-facts" else {}
+        )
 
         def advance(done: int, total: int, number: int = number) -> None:
             progress(number * total + done, len(arms) * total)
 
-        sets = {**encoded, **own}
+        sets = {**encoded, **own_sets}
         place = {"stage": "relearn", "arm": arm}
         for step, attacked in measured_attack(
             model, setup, texts, sets, settings, table, seed=seed, progress=advance, **place

@@ -306,8 +306,10 @@ def _compare(model: PreTrainedModel, twin: PreTrainedModel) -> None:
     )
     with evaluating(model), evaluating(twin):
         logits, again = (
-            one(input_ids=tokens.to(one.device), use_cache=False).logits.double()
-            for one in (model, twin)
+            compared_model(
+                input_ids=tokens.to(compared_model.device), use_cache=False
+            ).logits.double()
+            for compared_model in (model, twin)
         )
     difference, spread = float((logits - again).abs().max()), float(logits.std())
     if not difference <= 1e-3 * spread:

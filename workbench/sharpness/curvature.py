@@ -97,8 +97,8 @@ class Curvature:
                 "the Hessian of a model with dropout on is random; call model.eval() first"
             )
         self.model, self.batches = model, list(batches)
-        chosen = chosen_parameters(model, parameters)
-        self.names, self.parameters = list(chosen), list(chosen.values())
+        named_parameters = chosen_parameters(model, parameters)
+        self.names, self.parameters = list(named_parameters), list(named_parameters.values())
         if not self.parameters or not self.batches:
             raise WorkbenchError("the Hessian needs at least one trainable parameter and one batch")
         self.tokens = sum(int(batch.target_mask[:, 1:].sum()) for batch in self.batches)
@@ -109,7 +109,7 @@ class Curvature:
             for name, start, end in zip(self.names, ends, ends[1:], strict=False)
         }
         self.products = 0
-        self._kept = self._gradients(self.batches[0]) if len(self.batches) == 1 else None
+        self._gradient_graph = self._gradients(self.batches[0]) if len(self.batches) == 1 else None
         if not np.isfinite(self.gradient()).all():
             raise WorkbenchError(
                 "the gradient of the loss is not finite, so there is no Hessian here"
@@ -135,8 +135,8 @@ class Curvature:
 
     def gradient(self) -> np.ndarray:
         """``[parameters]`` gradient of the mean token loss."""
-        if self._kept is not None:
-            return self.flat(self._kept) / self.tokens
+        if self._gradient_graph is not None:
+            return self.flat(self._gradient_graph) / self.tokens
         total = np.zeros(self.size)
         for batch in self.batches:
             total += self.flat(
@@ -152,12 +152,14 @@ class Curvature:
         self.products += 1
         total = np.zeros(self.size)
         for batch in self.batches:
-            gradients = self._kept if self._kept is not None else self._gradients(batch)
+            gradients = (
+                self._gradient_graph if self._gradient_graph is not None else self._gradients(batch)
+            )
             products = torch.autograd.grad(
                 gradients,
                 self.parameters,
                 grad_outputs=direction,
-                retain_graph=self._kept is not None,
+                retain_graph=self._gradient_graph is not None,
                 materialize_grads=True,
             )
             total += self.flat(products)
@@ -165,7 +167,7 @@ class Curvature:
 
     def release(self) -> None:
         """Free the kept graph."""
-        self._kept = None
+        self._gradient_graph = None
 
 
 @dataclass(frozen=True, slots=True)

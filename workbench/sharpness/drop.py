@@ -116,9 +116,9 @@ def worst_case(
         for rho in grid:
             best: _Found = {}, start
             for budget in sorted(steps):
-                found = search.best(rho * length_of_unit, budget)
+                search_result = search.best(rho * length_of_unit, budget)
                 best = smaller[budget] = max(
-                    best, smaller.get(budget, best), found, key=lambda one: sign * one[1]
+                    best, smaller.get(budget, best), search_result, key=lambda one: sign * one[1]
                 )
                 point = best[0]
                 move(ball.push(point), 1.0)

@@ -95,11 +95,13 @@ def checked(name: str, values: Sequence[float], *, negative: bool = False) -> li
     Raises:
         WorkbenchError: there is none, or one is not finite, or (unless ``negative``) below 0.
     """
-    found = [float(value) for value in values]
-    bad = [value for value in found if not (abs(value) < float("inf") and (negative or value >= 0))]
-    if bad or not found:
+    numbers = [float(value) for value in values]
+    bad = [
+        value for value in numbers if not (abs(value) < float("inf") and (negative or value >= 0))
+    ]
+    if bad or not numbers:
         raise WorkbenchError(
             f"{name} is {bad[0] if bad else 'empty'}; give finite "
             f"numbers{'' if negative else ' of at least 0'}"
         )
-    return found
+    return numbers

@@ -147,15 +147,15 @@ def hutchinson(
         image = _finite(product(signs))
         samples[probe] = [signs[part] @ image[part] for part in blocks.values()]
         squares[probe] = image @ image
-        taken = probe + 1
-        mean, error = _mean(samples[:taken].sum(1))
-        enough = taken >= min_probes and relative_se > 0 and error <= relative_se * abs(mean)
-        report(max_products if enough else taken, max_products)
+        probes_taken = probe + 1
+        mean, error = _mean(samples[:probes_taken].sum(1))
+        enough = probes_taken >= min_probes and relative_se > 0 and error <= relative_se * abs(mean)
+        report(max_products if enough else probes_taken, max_products)
         if enough:
             break
     return Trace(
-        samples[:taken],
-        squares[:taken],
+        samples[:probes_taken],
+        squares[:probes_taken],
         {name: part.stop - part.start for name, part in blocks.items()},
         seed,
     )

@@ -179,8 +179,8 @@ def collapse_side(
         along = basis.T @ subspace.basis.double()
         inside = along @ (subspace.eigenvalues.double()[:, None] * along.T)
     mean = basis.T @ subspace.mean.double()
-    moments, turn = torch.linalg.eigh(inside + torch.outer(mean, mean))
-    return (basis @ turn).float().contiguous(), removed_shares(moments.flip(0), kind).flip(
+    moments, rotation = torch.linalg.eigh(inside + torch.outer(mean, mean))
+    return (basis @ rotation).float().contiguous(), removed_shares(moments.flip(0), kind).flip(
         0
     ).float()
 
@@ -279,7 +279,7 @@ def find_collapse(
         with gradients_only(model), Capture(model, sites, sides, at=texts[0].content):
             for batch in texts:
                 (loss(batch) * terms(batch)).backward()
-    found = {}
+    collapses = {}
     for path in paths:
         layer = model.get_submodule(path)
         weight = layer.weight
@@ -295,14 +295,14 @@ def find_collapse(
                 else (torch.zeros(width, 0), torch.zeros(0))
             )
         (activation, activation_removed), (gradient, gradient_removed) = side.values()
-        found[f"{path}.weight"] = Collapse(
+        collapses[f"{path}.weight"] = Collapse(
             activation,
             gradient,
             activation_removed,
             gradient_removed,
             (max(0, activation_components), max(0, gradient_components)),
         ).to(weight.device)
-    return found
+    return collapses
 
 
 def _leader(path: str, paths: tuple[str, ...]) -> str:

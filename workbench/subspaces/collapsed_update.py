@@ -161,13 +161,15 @@ class CollapsedUpdate:
         def before_step(_optimiser: Any, _args: Any, _kwargs: Any) -> None:
             nonlocal steps
             if refresh is not None and steps % every == 0:
-                kept = [(parameter, parameter.grad) for parameter in self.model.parameters()]
-                for parameter, _ in kept:
+                gradients_before = [
+                    (parameter, parameter.grad) for parameter in self.model.parameters()
+                ]
+                for parameter, _ in gradients_before:
                     parameter.grad = None  # so that nothing is added to the step's own gradients
                 try:
                     refresh()
                 finally:
-                    for parameter, gradient in kept:
+                    for parameter, gradient in gradients_before:
                         parameter.grad = gradient
             steps += 1
             self.apply()
@@ -214,13 +216,15 @@ def linear_modules(model: PreTrainedModel, patterns: str | Iterable[str]) -> tup
     linear = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
     ]
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    for pattern in wanted:
+    wanted_patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in wanted_patterns:
         if not fnmatch.filter(linear, pattern):
             raise WorkbenchError(
                 f"no linear layer matches {pattern!r}; the first of this model are "
                 f"{', '.join(linear[:3])}"
             )
     return tuple(
-        name for name in linear if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)
+        name
+        for name in linear
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted_patterns)
     )

@@ -37,13 +37,13 @@ def rank_sensitivity(
         next eigenvalue is not known). A rank without a gap says little.
     """
     top = min(first.rank, second.rank)
-    chosen = (
+    chosen_ranks = (
         [2**power for power in range(top.bit_length()) if 2**power <= top]
         if ranks is None
         else [rank for rank in ranks if 0 < rank <= top]
     )
     rows = []
-    for rank in chosen:
+    for rank in chosen_ranks:
         shared = overlap(first.basis[:, :rank], second.basis[:, :rank])
         rows.append(
             {
@@ -133,7 +133,7 @@ def angle_null(
         span = torch.linalg.qr(torch.cat([first, second]).double().T).Q
         first, second = first.double() @ span, second.double() @ span
     observed = _cosines(first, second, rank)
-    one = (
+    first_texts = (
         torch.arange(len(first))
         if first_groups is None
         else first_groups.unique(return_inverse=True)[1]
@@ -143,19 +143,22 @@ def angle_null(
         if second_groups is None
         else second_groups.unique(return_inverse=True)[1]
     )
-    rows, groups = torch.cat([first, second]), torch.cat([one, two + int(one.max()) + 1])
-    count, share = int(groups.max()) + 1, int(one.max()) + 1
+    rows, groups = (
+        torch.cat([first, second]),
+        torch.cat([first_texts, two + int(first_texts.max()) + 1]),
+    )
+    count, share = int(groups.max()) + 1, int(first_texts.max()) + 1
     rng = np.random.default_rng(seed)
     null = np.ones((draws, len(observed)))
     for draw in range(draws):
         picked = torch.zeros(count, dtype=torch.bool)
         picked[torch.from_numpy(rng.permutation(count)[:share])] = True
-        mine = picked[groups]
-        cosines = _cosines(rows[mine], rows[~mine], rank)
+        first_rows = picked[groups]
+        cosines = _cosines(rows[first_rows], rows[~first_rows], rank)
         null[draw, : len(cosines)] = cosines[: len(observed)]
     low, median, high = np.quantile(null, [0.025, 0.5, 0.975], axis=0)
     p = (1 + (null <= observed + 1e-12).sum(0)) / (draws + 1)
-    found = pd.DataFrame(
+    angles = pd.DataFrame(
         {
             "angle": range(len(observed)),
             "cosine": observed,
@@ -167,14 +170,14 @@ def angle_null(
     )
     shared, dealt = float(np.square(observed).mean()), np.square(null).mean(1)
     low, median, high = np.quantile(dealt, [0.025, 0.5, 0.975])
-    found.attrs["overlap"] = OverlapNull(
+    angles.attrs["overlap"] = OverlapNull(
         shared,
         float(low),
         float(median),
         float(high),
         float((1 + (dealt <= shared + 1e-12).sum()) / (draws + 1)),
     )
-    return found
+    return angles
 
 
 def _cosines(first: Tensor, second: Tensor, rank: int) -> np.ndarray:
@@ -209,12 +212,12 @@ def energy_by_tier(
         random vector would have), ``variance`` (share of the data's variance there). Energies add
         up to 1; all are 0 for zero vectors.
     """
-    chosen = tier_edges(subspace.rank) if tiers is None else list(tiers)
+    edges = tier_edges(subspace.rank) if tiers is None else list(tiers)
     wide = vectors.double()
     total = float(wide.square().sum())
     inside = (wide @ subspace.basis.double()).square().sum(0)
     rows = []
-    for low, high in chosen:
+    for low, high in edges:
         energy = float(inside[low:high].sum()) / total if total else 0.0
         variance = (
             float(subspace.eigenvalues[low:high].double().sum()) / subspace.total_variance
@@ -230,16 +233,18 @@ def energy_by_tier(
                 "variance": variance,
             }
         )
-    covered = min(max((high for _, high in chosen), default=0), subspace.width)
-    rest = {name: (1 - sum(row[name] for row in rows)) for name in ("energy", "random", "variance")}
+    covered = min(max((high for _, high in edges), default=0), subspace.width)
+    remainder = {
+        name: (1 - sum(row[name] for row in rows)) for name in ("energy", "random", "variance")
+    }
     rows.append(
         {
             "first": covered,
             "last": subspace.width,
             **(
-                {name: max(0.0, value) for name, value in rest.items()}
+                {name: max(0.0, value) for name, value in remainder.items()}
                 if total
-                else {**rest, "energy": 0.0}
+                else {**remainder, "energy": 0.0}
             ),
         }
     )
@@ -255,11 +260,14 @@ def _hsic(first: Tensor, second: Tensor) -> float:
     ``tr(X X' Y Y') = |X' Y|^2``, so no ``[n, n]`` matrix is made: time and memory are linear in n.
     """
     n = len(first)
-    own = [rows.square().sum(1) for rows in (first, second)]
-    sums = [rows @ rows.sum(0) - square for rows, square in zip((first, second), own, strict=True)]
-    trace = float((first.T @ second).square().sum() - (own[0] * own[1]).sum())
-    whole = float(sums[0].sum()) * float(sums[1].sum()) / ((n - 1) * (n - 2))
-    return (trace + whole - 2 / (n - 2) * float(sums[0] @ sums[1])) / (n * (n - 3))
+    self_products = [rows.square().sum(1) for rows in (first, second)]
+    sums = [
+        rows @ rows.sum(0) - square
+        for rows, square in zip((first, second), self_products, strict=True)
+    ]
+    trace = float((first.T @ second).square().sum() - (self_products[0] * self_products[1]).sum())
+    product_of_sums = float(sums[0].sum()) * float(sums[1].sum()) / ((n - 1) * (n - 2))
+    return (trace + product_of_sums - 2 / (n - 2) * float(sums[0] @ sums[1])) / (n * (n - 3))
 
 
 def debiased_cka(first: Tensor, second: Tensor) -> float:
@@ -284,9 +292,13 @@ def debiased_cka(first: Tensor, second: Tensor) -> float:
         )
     # Any common shift leaves the estimate as it is; taking the first row off makes rows that never
     # change exactly zero.
-    one, other = (rows.double() - rows[:1].double() for rows in (first, second))
-    own = [_hsic(one, one), _hsic(other, other)]
-    return _hsic(one, other) / (own[0] * own[1]) ** 0.5 if min(own) > 0 else float("nan")
+    first_rows, second_rows = (rows.double() - rows[:1].double() for rows in (first, second))
+    self_hsic = [_hsic(first_rows, first_rows), _hsic(second_rows, second_rows)]
+    return (
+        _hsic(first_rows, second_rows) / (self_hsic[0] * self_hsic[1]) ** 0.5
+        if min(self_hsic) > 0
+        else float("nan")
+    )
 
 
 @torch.no_grad()
@@ -313,9 +325,9 @@ def read_direction(
         WorkbenchError: the direction does not live in the residual stream, or the family is
             unknown.
     """
-    known, (_, inner) = family(model), causal_lm(model)
+    model_family, (_, inner) = family(model), causal_lm(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None  # type: ignore[operator]
-    if known is None or head is None:
+    if model_family is None or head is None:
         raise WorkbenchError(
             f"{type(model).__name__} has no unembedding that is known here; a causal LM of a "
             "family in hooks.families is needed"
@@ -326,7 +338,7 @@ def read_direction(
             f"the residual stream of this family member has width {unembedding.shape[1]}; got a "
             f"direction of shape {list(direction.shape)}"
         )
-    norm = inner.get_submodule(known.outside["ln_final.hook_in"].path)
+    norm = inner.get_submodule(model_family.outside["ln_final.hook_in"].path)
     scale = getattr(norm, "weight", None)
     unit = (
         (direction / direction.norm().clamp(min=torch.finfo(torch.float32).tiny))

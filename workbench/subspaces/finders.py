@@ -63,9 +63,9 @@ class _Finder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         Before the rows are decomposed (the first question for components or variances) that is
         not known, and the words say only what was asked.
         """
-        found = "" if self._found is None else f"{self.subspace().rank} of "
+        rank_found = "" if self._found is None else f"{self.subspace().rank} of "
         return (
-            f"{type(self).__name__}({found}{self.n_components} components, "
+            f"{type(self).__name__}({rank_found}{self.n_components} components, "
             f"{self.n_samples_seen_} rows of width {width})"  # type: ignore[attr-defined]
         )
 
@@ -237,10 +237,10 @@ class SketchPCA(_Finder):
             )
         mean = rows.mean(0) if weights is None else (weights[:, None] * rows).sum(0) / total
         centred = rows - mean
-        left = centred if weights is None else centred * weights[:, None]
-        sketch = left.T @ (centred @ self._test.double())
+        weighted = centred if weights is None else centred * weights[:, None]
+        sketch = weighted.T @ (centred @ self._test.double())
         count = len(rows) if weights is None else int((weights > 0).sum())
-        self._add(count, total, mean, sketch, (left * centred).sum(0))
+        self._add(count, total, mean, sketch, (weighted * centred).sum(0))
         return self
 
     def merge(self, other: SketchPCA) -> Self:
@@ -298,7 +298,7 @@ class SketchPCA(_Finder):
             raise WorkbenchError("the rows hold NaN or infinity; no subspace was fitted")
         columns = self._test.shape[1] - self.probes
         test, probes = self._test[:, :columns].double(), self._test[:, columns:].double()
-        sketch, seen = (
+        sketch, image = (
             self._sketch[:, :columns] / self._weight,
             self._sketch[:, columns:] / self._weight,
         )
@@ -312,16 +312,16 @@ class SketchPCA(_Finder):
         else:
             mean_square = self._mean.square() + self._squares / self._weight
             vectors, values = _nystroem(sketch, test, size, mean_square)
-        kept = vectors[:, : self.n_components]
+        leading = vectors[:, : self.n_components]
         variances = values[: self.n_components]
-        missed = seen - kept @ (variances[:, None] * (kept.T @ probes))
+        missed = image - leading @ (variances[:, None] * (leading.T @ probes))
         residual = (
-            (float(missed.norm() / seen.norm()) if float(seen.norm()) else 0.0)
+            (float(missed.norm() / image.norm()) if float(image.norm()) else 0.0)
             if self.probes
             else float("nan")
         )
         subspace = Subspace(
-            kept.float().cpu().contiguous(),
+            leading.float().cpu().contiguous(),
             variances.float().cpu(),
             self._mean.float().cpu(),
             self.n_samples_seen_,
@@ -389,12 +389,12 @@ class SketchPCA(_Finder):
     def _repr_html_(self) -> str:
         if not self.n_samples_seen_:
             return table("Sketch, no rows yet", ("components",), [(self.n_components,)])
-        found, gaps, residual = self._solve()
+        components, gaps, residual = self._solve()
         line = (
-            found.rank,
-            found.width,
-            found.count,
-            f"{float(found.eigenvalues.sum()) / found.total_variance if found.total_variance else 0:.1%}",  # noqa: E501
+            components.rank,
+            components.width,
+            components.count,
+            f"{float(components.eigenvalues.sum()) / components.total_variance if components.total_variance else 0:.1%}",  # noqa: E501
             f"{residual:.3g}",
             f"{float(gaps[-1]) if len(gaps) else 0:.3g}",
         )
@@ -425,9 +425,9 @@ def _nystroem(
     keep = values > 4 * len(values) * shift  # what float64 can tell from zero
     half = shifted @ (vectors[:, keep] / values[keep].sqrt())
     left, singular, _ = torch.linalg.svd(half, full_matrices=False)
-    found = (singular.square() - shift).clamp(min=0)
-    keep = found > noise_floor(left, mean_square, float(found[0]))
-    return left[:, keep], found[keep]
+    eigenvalues = (singular.square() - shift).clamp(min=0)
+    keep = eigenvalues > noise_floor(left, mean_square, float(eigenvalues[0]))
+    return left[:, keep], eigenvalues[keep]
 
 
 class EachSite:

@@ -232,8 +232,8 @@ def noise_floor(vectors: Tensor, mean_square: Tensor, largest: float) -> Tensor:
     Returns:
         ``[k]`` float64.
     """
-    own = vectors.double().square().T @ mean_square.to(vectors.device).double()
-    return _ROUNDING**2 * own + torch.finfo(torch.float64).eps * len(mean_square) * largest
+    own_energy = vectors.double().square().T @ mean_square.to(vectors.device).double()
+    return _ROUNDING**2 * own_energy + torch.finfo(torch.float64).eps * len(mean_square) * largest
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:

@@ -101,17 +101,17 @@ def difference_finder(
     Returns:
         Site name -> finder of the differences. Its ``mean_`` is the mean shift.
     """
-    chosen = resolve(first, sites)
-    found = {site.name: make() for site in chosen}
+    chosen_sites = resolve(first, sites)
+    finders = {site.name: make() for site in chosen_sites}
     for batch in batches:
         rows = []
         for model in (first, second):
             rows.append(Collect(model.device))
-            with Capture(model, [site.name for site in chosen], rows[-1], at=at) as capture:
+            with Capture(model, [site.name for site in chosen_sites], rows[-1], at=at) as capture:
                 capture.forward(batch.inputs)
-        for name, finder in found.items():
+        for name, finder in finders.items():
             finder.partial_fit(rows[1][name].float() - rows[0][name].float())
-    return found
+    return finders
 
 
 def contrast(

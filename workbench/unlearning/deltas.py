@@ -67,23 +67,27 @@ def delta_between(model: PreTrainedModel, start: Weights) -> dict[str, Tensor]:
         WorkbenchError: the two have other parameters, or parameters of other shapes.
     """
     _sharded(model)
-    now = dict(model.named_parameters())
-    here, there = tied_names(model), start.tied if isinstance(start, Snapshot) else {}
+    parameters_now = dict(model.named_parameters())
+    tied_now, tied_at_start = tied_names(model), start.tied if isinstance(start, Snapshot) else {}
     delta = {}
-    for name in [*now, *(name for name in start if name not in now)]:
-        mine, theirs = now.get(here.get(name, name)), start.get(there.get(name, name))
-        if mine is None or theirs is None:
-            holder, other = ("start", "model") if mine is None else ("model", "start")
+    for name in [*parameters_now, *(name for name in start if name not in parameters_now)]:
+        value_now, value_at_start = (
+            parameters_now.get(tied_now.get(name, name)),
+            start.get(tied_at_start.get(name, name)),
+        )
+        if value_now is None or value_at_start is None:
+            holder, other = ("start", "model") if value_now is None else ("model", "start")
             raise WorkbenchError(
                 f"{name} is a parameter of the {holder} and not of the {other}; a difference needs "
                 "two checkpoints of the same model"
             )
-        if mine.shape != theirs.shape:
+        if value_now.shape != value_at_start.shape:
             raise WorkbenchError(
-                f"{name} has shape {list(mine.shape)} in the model and {list(theirs.shape)} in the "
-                "start; a difference needs two checkpoints of the same model"
+                f"{name} has shape {list(value_now.shape)} in the model and "
+                f"{list(value_at_start.shape)} in the start; a difference needs two "
+                "checkpoints of the same model"
             )
-        difference = mine.detach().float() - theirs.float()
+        difference = value_now.detach().float() - value_at_start.float()
         # the same answer in every process, or the deltas of a sharded model would differ in their
         # names
         if bool(_whole(difference.count_nonzero())):

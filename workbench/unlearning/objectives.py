@@ -54,11 +54,11 @@ def on_set(
         reference: the frozen starting model.
         batches: the whole set.
     """
-    whole: LossTerm = term.on_set(reference, batches) if hasattr(term, "on_set") else term
+    set_term: LossTerm = term.on_set(reference, batches) if hasattr(term, "on_set") else term
 
-    @mean_over(weight_of(whole))
+    @mean_over(weight_of(set_term))
     def loss(batch: Batch) -> Tensor:
-        return whole(model, batch, reference)
+        return set_term(model, batch, reference)
 
     return loss
 

@@ -57,7 +57,7 @@ def one_gradient(
     tokenizer: PreTrainedTokenizerBase,
     forget: Sequence[Example],
     retain: Sequence[Example],
-    chosen: Parameters,
+    parameters: Parameters,
     *,
     max_length: int | None,
     progress: ProgressCallback,
@@ -76,15 +76,15 @@ def one_gradient(
        budget's business.
 
     Args:
-        model: a float32 copy of the base whose ``chosen`` parameters require gradients; comes back
+        model: a float32 copy of the base whose ``parameters`` require gradients; comes back
             with the weights it had.
         reference: the frozen base.
         recipe: with ``one`` set.
         tokenizer: of both.
         forget: texts to forget.
         retain: texts to keep; used where ``statistics`` is ``retain``.
-        chosen: the matrices that may change, ``[out, in]``, or ``[expert, out, in]`` for a mixture
-            of experts, whose matrices are collapsed one by one.
+        parameters: the matrices that may change, ``[out, in]``, or ``[expert, out, in]`` for a
+            mixture of experts, whose matrices are collapsed one by one.
         max_length: texts are cut to this many tokens.
         progress: called after every pass over the texts.
 
@@ -94,7 +94,7 @@ def one_gradient(
     """
     settings = recipe.one
     assert settings is not None
-    for name, parameter in chosen:
+    for name, parameter in parameters:
         if parameter.ndim not in (2, 3):
             raise WorkbenchError(
                 f"{name} has shape {list(parameter.shape)}; singular directions need matrices, so "
@@ -120,31 +120,33 @@ def one_gradient(
             batch.to(model.device)
             for batch in batches(tokenizer, retain, recipe.batch_size, max_length=max_length)
         ]
-        whole = on_set(retain_cross_entropy, model, reference, retain_batches)
-        source, _ = _gradient(chosen, whole, retain_batches)
+        set_term = on_set(retain_cross_entropy, model, reference, retain_batches)
+        source, _ = _gradient(parameters, set_term, retain_batches)
         advance()
-    start = {name: parameter.detach().clone() for name, parameter in chosen}
+    start = {name: parameter.detach().clone() for name, parameter in parameters}
     try:
         if settings.adversary_rank:
-            _adversary(model, chosen, forget_batches, settings)
+            _adversary(model, parameters, forget_batches, settings)
             advance()
-        whole = on_set(recipe.objective.forget, model, reference, forget_batches)
-        gradient, loss = _gradient(chosen, whole, forget_batches)
+        set_term = on_set(recipe.objective.forget, model, reference, forget_batches)
+        gradient, loss = _gradient(parameters, set_term, forget_batches)
     finally:
         with torch.no_grad():
-            for name, parameter in chosen:
+            for name, parameter in parameters:
                 parameter.copy_(start[name])
                 parameter.grad = None
     advance()
     delta = {}
     for name, matrix in gradient.items():
-        other = (source or gradient)[name]
+        source_matrix = (source or gradient)[name]
         if matrix.ndim == 2:
-            delta[name] = -_collapsed(matrix, other, settings, name)
+            delta[name] = -_collapsed(matrix, source_matrix, settings, name)
         else:  # the matrices of many experts in one tensor
             parts = [
-                _collapsed(one, two, settings, f"{name}[{number}]")
-                for number, (one, two) in enumerate(zip(matrix, other, strict=True))
+                _collapsed(own_slice, source_slice, settings, f"{name}[{number}]")
+                for number, (own_slice, source_slice) in enumerate(
+                    zip(matrix, source_matrix, strict=True)
+                )
             ]
             delta[name] = -torch.stack(parts)
     length = math.sqrt(sum(float(change.double().square().sum()) for change in delta.values()))
@@ -168,26 +170,26 @@ def _collapsed(matrix: Tensor, source: Tensor, settings: OneGradient, name: str)
 
 
 def _gradient(
-    chosen: Parameters, loss: Callable[[Batch], Tensor], texts: Sequence[Batch]
+    parameters: Parameters, loss: Callable[[Batch], Tensor], texts: Sequence[Batch]
 ) -> tuple[dict[str, Tensor], float]:
     """float32 gradient of ``loss`` summed over the set, and its mean over the set's terms."""
     total: dict[str, Tensor] = {}
     value = terms = 0.0
     weight = weight_of(loss)
     for batch in texts:
-        for _, parameter in chosen:
+        for _, parameter in parameters:
             parameter.grad = None
         part_of_sum = loss(batch) * weight(batch)
         part_of_sum.backward()
         value, terms = value + float(part_of_sum.detach()), terms + weight(batch)
-        for name, parameter in chosen:
+        for name, parameter in parameters:
             part = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             total[name] = total[name] + part.float() if name in total else part.float().clone()
     return total, value / terms
 
 
 def _adversary(
-    model: PreTrainedModel, chosen: Parameters, texts: Sequence[Batch], settings: OneGradient
+    model: PreTrainedModel, parameters: Parameters, texts: Sequence[Batch], settings: OneGradient
 ) -> None:
     """Leave the model at ``W + B A`` after one epoch of SGD on the forget set's cross-entropy.
 
@@ -196,7 +198,7 @@ def _adversary(
     """
     generator = torch.Generator().manual_seed(0)
     factors = {}
-    for name, parameter in chosen:
+    for name, parameter in parameters:
         *experts, outputs, inputs = parameter.shape
         bound = 1 / math.sqrt(inputs)
         noise = torch.rand(*experts, settings.adversary_rank, inputs, generator=generator)
@@ -206,11 +208,11 @@ def _adversary(
             ((noise * 2 - 1) * bound).to(parameter.device),
         )
     for batch in texts:
-        for _, parameter in chosen:
+        for _, parameter in parameters:
             parameter.grad = None
         cross_entropy(model, batch).backward()
         with torch.no_grad():
-            for name, parameter in chosen:
+            for name, parameter in parameters:
                 if parameter.grad is None:
                     continue
                 weight, b, a = factors[name]

@@ -220,11 +220,11 @@ def down_projections(model: PreTrainedModel, first: int, last: int) -> tuple[str
 def _matrices(model: PreTrainedModel, first: int, last: int, which: str) -> tuple[str, ...]:
     fused = fused_experts(model)
     if fused:
-        wanted = {f".{block}." for block in range(first, last + 1)}
+        block_paths = {f".{block}." for block in range(first, last + 1)}
         return tuple(
             name
             for name in fused
-            if any(block in name for block in wanted) and (which == "*" or "down_proj" in name)
+            if any(block in name for block in block_paths) and (which == "*" or "down_proj" in name)
         )
     sites = resolve(model, f"blocks.{{{first}..{last}}}.mlp.{which}.hook_out")
     return tuple(dict.fromkeys(f"{site.path}.weight" for site in sites))

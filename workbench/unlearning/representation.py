@@ -102,10 +102,13 @@ def mlp_breaking(
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         with torch.no_grad():
             clean = tapped(reference, sites, batch.inputs)
-        now = tapped(model, sites, batch.inputs)
+        activations = tapped(model, sites, batch.inputs)
         terms = []
         for site in sites:
-            before, after = _content(clean[site.name], batch), _content(now[site.name], batch)
+            before, after = (
+                _content(clean[site.name], batch),
+                _content(activations[site.name], batch),
+            )
             length = before.norm(dim=-1).mean() if lengths is None else lengths[site.name]
             scale = length.square().clamp(min=torch.finfo(torch.float32).tiny)
             terms.append(((before * after).sum(-1) / scale).clamp(min=floor).mean())
@@ -202,10 +205,10 @@ def break_circuits(sites: tuple[Site, ...]) -> LossTerm:
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
         with torch.no_grad():
             clean = tapped(reference, sites, batch.inputs)
-        now = tapped(model, sites, batch.inputs)
+        activations = tapped(model, sites, batch.inputs)
         terms = [
             F.cosine_similarity(
-                _content(now[site.name], batch), _content(clean[site.name], batch), dim=-1
+                _content(activations[site.name], batch), _content(clean[site.name], batch), dim=-1
             )
             .relu()
             .mean()
@@ -226,10 +229,12 @@ def keep_distance(sites: tuple[Site, ...]) -> LossTerm:
         mask = batch.attention_mask.bool()
         with torch.no_grad():
             clean = tapped(reference, sites, batch.inputs)
-        now = tapped(model, sites, batch.inputs)
+        activations = tapped(model, sites, batch.inputs)
         terms = [
             (
-                (now[site.name][mask].float() - clean[site.name][mask].float()).square().sum(-1)
+                (activations[site.name][mask].float() - clean[site.name][mask].float())
+                .square()
+                .sum(-1)
                 + 1e-12
             )
             .sqrt()

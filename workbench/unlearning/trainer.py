@@ -46,14 +46,14 @@ def only_trainable(
                 f"no parameter matches {pattern!r}; the first of this model are "
                 f"{', '.join(list(flags)[:3])}"
             )
-    chosen = []
+    trainable = []
     for name, parameter in model.named_parameters():
         matches = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
         parameter.requires_grad_(matches)
         if matches:
-            chosen.append((name, parameter))
+            trainable.append((name, parameter))
     try:
-        yield chosen
+        yield trainable
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags[name])
@@ -159,7 +159,7 @@ def _unlearn(
     start = snapshot(model)
     # dropout would make the collapse statistics and the reference disagree with the step
     model.eval()
-    with only_trainable(model, recipe.trainable) as chosen:
+    with only_trainable(model, recipe.trainable) as trained:
         if recipe.optimiser == "one-gradient":
             result = one_gradient(
                 model,
@@ -168,14 +168,14 @@ def _unlearn(
                 tokenizer,
                 forget,
                 retain,
-                chosen,
+                trained,
                 max_length=max_length,
                 progress=progress,
             )
             delta, log = result.delta, result.log
         else:
             if recipe.initial_noise:
-                _add_initial_noise(chosen, recipe.initial_noise, seed)
+                _add_initial_noise(trained, recipe.initial_noise, seed)
             log = _steps(
                 model,
                 reference,
@@ -183,7 +183,7 @@ def _unlearn(
                 tokenizer,
                 forget,
                 retain,
-                chosen,
+                trained,
                 seed,
                 max_length,
                 over_budget,
@@ -192,7 +192,7 @@ def _unlearn(
             delta = delta_between(model, start)
     if recipe.sign != 1:
         delta = {name: recipe.sign * change for name, change in delta.items()}
-    return _check_changed(Unlearned(delta, log, tuple(name for name, _ in chosen)), recipe)
+    return _check_changed(Unlearned(delta, log, tuple(name for name, _ in trained)), recipe)
 
 
 def _check_changed(result: Unlearned, recipe: Recipe) -> Unlearned:
@@ -215,11 +215,11 @@ def _check_changed(result: Unlearned, recipe: Recipe) -> Unlearned:
 
 @torch.no_grad()
 def _add_initial_noise(
-    chosen: Sequence[tuple[str, torch.nn.Parameter]], size: float, seed: int
+    trained: Sequence[tuple[str, torch.nn.Parameter]], size: float, seed: int
 ) -> None:
     """Move every parameter by Gaussian noise of ``size`` times its own root mean square."""
     generator = torch.Generator().manual_seed(seed)
-    for _, parameter in chosen:
+    for _, parameter in trained:
         noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
         parameter.add_(
             (noise * size * parameter.float().square().mean().sqrt()).to(parameter.dtype)
@@ -233,7 +233,7 @@ def _steps(
     tokenizer: PreTrainedTokenizerBase,
     forget: Sequence[Example],
     retain: Sequence[Example],
-    chosen: Sequence[tuple[str, torch.nn.Parameter]],
+    trained: Sequence[tuple[str, torch.nn.Parameter]],
     seed: int,
     max_length: int | None,
     over_budget: Callable[[PreTrainedModel], bool] | None,
@@ -243,7 +243,7 @@ def _steps(
         endless(forget, recipe.batch_size, f"forget-{seed}"),
         endless(retain, recipe.batch_size, f"retain-{seed}"),
     )
-    parameters = [parameter for _, parameter in chosen]
+    parameters = [parameter for _, parameter in trained]
     clip = 1.0 if recipe.optimiser == "adamw" else math.inf
     optimiser: torch.optim.Optimizer | None = None
     if recipe.optimiser == "adamw":
@@ -292,7 +292,7 @@ def _steps(
                     model, reference, recipe, tokenizer, forget, retain, max_length
                 )
             record = _collapsed_step(
-                model, reference, replace(recipe, objective=objective), pair, chosen, collapse
+                model, reference, replace(recipe, objective=objective), pair, trained, collapse
             )
         if not all(math.isfinite(value) for value in record.values()):
             raise WorkbenchError(
@@ -377,18 +377,18 @@ def _collapsed_step(
     reference: PreTrainedModel,
     recipe: Recipe,
     pair: Pair,
-    chosen: Sequence[tuple[str, torch.nn.Parameter]],
+    trained: Sequence[tuple[str, torch.nn.Parameter]],
     collapse: dict[str, Collapse],
 ) -> dict[str, float]:
     """One forget step of global length ``recipe.lr`` along the (collapsed) gradient, then one plain
     SGD retain step.
     """
-    with only_tokens(model, _modules(chosen), pair.forget.content_mask):
+    with only_tokens(model, _modules(trained), pair.forget.content_mask):
         forget = recipe.objective.forget_term(model, pair, reference)
         forget.backward()
     with torch.no_grad():
         updates = []
-        for name, parameter in chosen:
+        for name, parameter in trained:
             gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
             layer = model.get_submodule(name.rpartition(".")[0])
             updates.append(
@@ -396,15 +396,15 @@ def _collapsed_step(
             )
         length = sum(float(update.double().square().sum()) for update in updates) ** 0.5
         if length > 0:  # zero once every output is broken: nothing is left to do
-            for (_, parameter), update in zip(chosen, updates, strict=True):
+            for (_, parameter), update in zip(trained, updates, strict=True):
                 parameter.sub_(update, alpha=recipe.lr / length)
-        for _, parameter in chosen:
+        for _, parameter in trained:
             parameter.grad = None
     retain = recipe.objective.retain_term(model, pair, reference)
     if retain is not None and recipe.retain_rate:
         retain.backward()
         with torch.no_grad():
-            for _, parameter in chosen:
+            for _, parameter in trained:
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad, alpha=recipe.retain_rate)
                     parameter.grad = None

@@ -238,16 +238,20 @@ WRAPPERS: dict[str, Wrapper] = {
 
 def wrapped(inner: Method, wrapper: Wrapper) -> Method:
     """The method ``<inner>-<wrapper>``."""
-    own = settings_of(wrapper)
+    wrapper_settings = settings_of(wrapper)
 
     def build(model: PreTrainedModel, seed: int, **settings: Setting) -> Recipe:
-        mine = {key: settings.pop(key) for key in list(settings) if key in own}
-        return wrapper.apply(inner.build(model, seed, **settings), model, seed, settings, **mine)
+        given_wrapper_settings = {
+            key: settings.pop(key) for key in list(settings) if key in wrapper_settings
+        }
+        return wrapper.apply(
+            inner.build(model, seed, **settings), model, seed, settings, **given_wrapper_settings
+        )
 
     build.__doc__ = f"{inner.title} with {wrapper.title}. {wrapper.apply.__doc__}"
     build.__module__ = wrapper.apply.__module__
-    known = all_settings(inner)
-    changed = {key: value for key, value in wrapper.needs.items() if key in known}
+    inner_settings = all_settings(inner)
+    changed = {key: value for key, value in wrapper.needs.items() if key in inner_settings}
     return Method(
         f"{inner.name}-{wrapper.name}",
         f"{inner.title}+{wrapper.title}",
@@ -257,7 +261,7 @@ def wrapped(inner: Method, wrapper: Wrapper) -> Method:
         wraps=wrapper.apply,
         fixed=inner.fixed,
         inner=inner,
-        changed={**changed, **own},
+        changed={**changed, **wrapper_settings},
     )
 
 

@@ -124,7 +124,9 @@ def find_method(name: str) -> Method:
     if last in WRAPPERS and is_method(inner):
         return wrapped(find_method(inner), WRAPPERS[last])
     raise unknown(
-        "method", name, [*METHODS, *(f"{one}-{wrapper}" for one in METHODS for wrapper in WRAPPERS)]
+        "method",
+        name,
+        [*METHODS, *(f"{registered}-{wrapper}" for registered in METHODS for wrapper in WRAPPERS)],
     )
 
 
@@ -140,10 +142,10 @@ def innermost(name: str) -> str:
     """
     if not is_method(name):
         return name
-    found = find_method(name)
-    while found.inner is not None:
-        found = found.inner
-    return found.name
+    entry = find_method(name)
+    while entry.inner is not None:
+        entry = entry.inner
+    return entry.name
 
 
 def known_settings(name: str) -> dict[str, Setting]:
@@ -166,9 +168,9 @@ def check_setting(name: str, key: str, value: Setting) -> Setting:
     Raises:
         WorkbenchError: the method has no such setting, or it cannot have this value.
     """
-    known = known_settings(name)
-    if key not in known:
-        raise unknown(f"setting of {name}", key, known)
+    settings_known = known_settings(name)
+    if key not in settings_known:
+        raise unknown(f"setting of {name}", key, settings_known)
     return values.setting(key, name, _kinds(name).get(key), value)
 
 
@@ -207,7 +209,7 @@ def recipe(
     stop = settings.pop("stop", "steps")
     try:
         with METHODS.users(innermost(name)):
-            made = find_method(name).build(model, seed, **settings)
-        return stopped_at_budget(made) if stop == "budget" else made
+            built = find_method(name).build(model, seed, **settings)
+        return stopped_at_budget(built) if stop == "budget" else built
     except ValueError as error:  # a number that the formula does not allow
         raise WorkbenchError(f"{name}: {error}") from error

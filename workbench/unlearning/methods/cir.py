@@ -71,12 +71,12 @@ def build(
     Raises:
         WorkbenchError: ``loss``, ``kind`` or ``statistics`` is none of these.
     """
-    for what, value, known in (
+    for what, value, allowed in (
         ("kind", kind, ("hard", "soft", "quadratic")),
         ("statistics", statistics, ("forget", "retain")),
     ):
-        if value not in known:
-            raise unknown(f"{what} of cir", value, known)
+        if value not in allowed:
+            raise unknown(f"{what} of cir", value, allowed)
     depth = model.config.num_hidden_layers
     first = round(depth * 6 / 32) if first_layer < 0 else first_layer
     last = (
@@ -85,7 +85,7 @@ def build(
         else min(last_layer, depth - 1)
     )
     broken = resolve(model, f"blocks.{{{first}..{last}}}.mlp.hook_out")
-    (kept,) = resolve(
+    (kept_site,) = resolve(
         model,
         f"blocks.{min(last + 1, depth - 1)}.hook_resid_pre"
         if last + 1 < depth
@@ -100,7 +100,7 @@ def build(
     if loss not in losses:
         raise unknown("loss of cir", loss, losses)
     return Recipe(
-        Objective(losses[loss], keep_hidden(kept)),
+        Objective(losses[loss], keep_hidden(kept_site)),
         trainable,
         steps,
         batch_size,

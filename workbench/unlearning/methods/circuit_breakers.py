@@ -64,8 +64,8 @@ def build(
     rerouted = resolve(
         model, [f"blocks.{layer}.hook_resid_post" for layer in dict.fromkeys((first, last))]
     )
-    kept = resolve(model, ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"])
-    objective = Objective(break_circuits(rerouted), keep_distance(kept), strength, strength)
+    retained = resolve(model, ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"])
+    objective = Objective(break_circuits(rerouted), keep_distance(retained), strength, strength)
     return Recipe(
         objective,
         mlp_weights(model, 0, last),

@@ -50,13 +50,13 @@ def build(
     Raises:
         WorkbenchError: ``kind`` or ``statistics`` is none of these.
     """
-    for what, value, known in (
+    for what, value, allowed in (
         ("kind", kind, ("hard", "soft", "quadratic")),
         ("statistics", statistics, ("forget", "retain")),
     ):
-        if value not in known:
-            raise unknown(f"{what} of repselect", value, known)
-    one = OneGradient(components, kind, statistics, adversary_rank, adversary_rate)
+        if value not in allowed:
+            raise unknown(f"{what} of repselect", value, allowed)
+    one_gradient = OneGradient(components, kind, statistics, adversary_rank, adversary_rate)
     trainable = mlp_weights(model, 0, model.config.num_hidden_layers - 1)
     return Recipe(
         Objective(negative_cross_entropy),
@@ -65,7 +65,7 @@ def build(
         batch_size,
         lr,
         "one-gradient",
-        one=one,
+        one=one_gradient,
     )
 
 

@@ -61,15 +61,15 @@ def curvature_regularisation(weight: float, mu: float) -> StepRule:
                 return gradient, log
             v = combine([(1 / length, gradient)])
             with perturbed_weights(parameters, v.items(), mu):
-                there = gradient_of(term(), parameters, graph=True)
-                change = combine([(1.0, there), (-1.0, gradient)])
+                gradient_there = gradient_of(term(), parameters, graph=True)
+                change = combine([(1.0, gradient_there), (-1.0, gradient)])
                 size = norm(change)
                 log["penalty"] = weight * size
                 if size == 0:
                     return gradient, log
                 u = combine([(1 / size, change)])
-                w = hessian_product(there, u, parameters)
-                del there  # frees its graph
+                w = hessian_product(gradient_there, u, parameters)
+                del gradient_there  # frees its graph
             bracket = combine([(mu / length, w), (-mu / length * inner(v, w), v), (-1.0, u)])
             product = hessian_product(
                 gradient_of(term(), parameters, graph=True), bracket, parameters

@@ -116,14 +116,14 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
     # Half-precision weights that stay as they are (below a float32 adapter) need no copy, unless
     # they rely on autocast to meet the others.
     convert = torch.is_autocast_enabled(device) or any(tensor.requires_grad for tensor in half)
-    kept = [(tensor, tensor.data) for tensor in half] if convert else []
+    originals = [(tensor, tensor.data) for tensor in half] if convert else []
     try:
-        for tensor, values in kept:
+        for tensor, values in originals:
             tensor.data = values.float()
         with torch.autocast(device, enabled=False):
             yield
     finally:
-        for tensor, values in kept:
+        for tensor, values in originals:
             tensor.data = values
 
 
@@ -139,16 +139,16 @@ def perturbed_weights(
         direction: name and direction of each parameter that does.
         scale: factor.
     """
-    kept: dict[str, Tensor] = {}
+    originals: dict[str, Tensor] = {}
     try:
         with torch.no_grad():
             for name, values in direction:
-                kept[name] = parameters[name].detach().clone()
+                originals[name] = parameters[name].detach().clone()
                 parameters[name].add_(values, alpha=scale)
         yield
     finally:
         with torch.no_grad():
-            for name, values in kept.items():
+            for name, values in originals.items():
                 parameters[name].copy_(values)
 
 
@@ -178,13 +178,13 @@ def hessian_product(gradient: Gradient, direction: Gradient, parameters: Paramet
     names = [name for name, value in gradient.items() if value.requires_grad and name in direction]
     if not names:
         return {}
-    found = torch.autograd.grad(
+    products = torch.autograd.grad(
         [gradient[name] for name in names],
         list(parameters.values()),
         [direction[name] for name in names],
         allow_unused=True,
     )
-    return _named(parameters, found)
+    return _named(parameters, products)
 
 
 def _named(parameters: Parameters, values: Iterable[Tensor | None]) -> Gradient:

@@ -24,7 +24,7 @@ def drawings_of(folders: Sequence[Path]) -> dict[str, Drawing]:
     return {name: entry for entries in found for name, entry in entries.items()}
 
 
-def _made_with(folder: Path) -> dict[str, Any]:
+def _written_config(folder: Path) -> dict[str, Any]:
     """The configuration of a finished folder, as it was written.
 
     Raises:
@@ -40,7 +40,7 @@ def experiment_of(folder: Path) -> str:
     Raises:
         WorkbenchError: the folder holds no finished run.
     """
-    return str(_made_with(folder).get("experiment", RUN))
+    return str(_written_config(folder).get("experiment", RUN))
 
 
 def config_of(folder: Path) -> RunConfig:
@@ -49,16 +49,16 @@ def config_of(folder: Path) -> RunConfig:
     Raises:
         WorkbenchError: the folder holds none, or the folder of another experiment.
     """
-    made = experiment_of(folder)
-    if made != RUN:
+    experiment = experiment_of(folder)
+    if experiment != RUN:
         raise WorkbenchError(
-            f"{folder} holds the experiment {made}, and no run of methods or checkpoints; give the "
-            "folder of a demo, a sweep or an investigation"
+            f"{folder} holds the experiment {experiment}, and no run of methods or checkpoints; "
+            "give the folder of a demo, a sweep or an investigation"
         )
     return read_config(folder / CONFIG)
 
 
-def join_afterwards(
+def join_experiment(
     results: pd.DataFrame, items: pd.DataFrame, more: pd.DataFrame, single: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The tables of a run with those of what was asked of its models afterwards, whose stages take
@@ -86,20 +86,22 @@ def read_several(folders: Sequence[Path]) -> list[Tables]:
             to none of the runs.
     """
     runs = [folder for folder in folders if experiment_of(folder) == RUN]
-    found: dict[str, list[Path]] = {}
+    folders_of_run: dict[str, list[Path]] = {}
     for run in runs:
         key = config_of(run).key
-        if key in found:
-            raise WorkbenchError(f"{run} and {found[key][0]} are the same run; give one of them")
-        found[key] = [run]
+        if key in folders_of_run:
+            raise WorkbenchError(
+                f"{run} and {folders_of_run[key][0]} are the same run; give one of them"
+            )
+        folders_of_run[key] = [run]
     for folder in folders:
         if folder not in runs:
-            of = _made_with(folder).get("of")
-            if of not in found:
+            of = _written_config(folder).get("of")
+            if of not in folders_of_run:
                 names = ", ".join(map(str, runs)) or "any run, and none was given"
                 raise WorkbenchError(f"{folder} was not asked of the models of {names}")
-            found[of].append(folder)
-    return [read_runs(parts) for parts in found.values()]
+            folders_of_run[of].append(folder)
+    return [read_runs(parts) for parts in folders_of_run.values()]
 
 
 def read_runs(folders: Sequence[Path]) -> Tables:
@@ -116,25 +118,25 @@ def read_runs(folders: Sequence[Path]) -> Tables:
         WorkbenchError: one of them is not finished, no run is among them, or they are not of one
             run.
     """
-    own, parts = None, []
+    run_folder, parts = None, []
     for folder in folders:
         if experiment_of(folder) != RUN:
             parts.append(folder)
-        elif own is not None:
+        elif run_folder is not None:
             raise WorkbenchError(
-                f"{folder} and {own} are two runs; give one of them, and what was asked of its "
-                "models"
+                f"{folder} and {run_folder} are two runs; give one of them, and what was asked of "
+                "its models"
             )
         else:
-            own = folder
-    if own is None:
+            run_folder = folder
+    if run_folder is None:
         raise WorkbenchError(
             f"{', '.join(map(str, folders))}: the run itself is not among them; give its folder as "
             "well"
         )
-    config, (results, items) = config_of(own), read_results(own)
+    config, (results, items) = config_of(run_folder), read_results(run_folder)
     for folder in parts:
-        if _made_with(folder).get("of") != config.key:
-            raise WorkbenchError(f"{folder} was not asked of the models of {own}")
-        results, items = join_afterwards(results, items, *read_results(folder))
+        if _written_config(folder).get("of") != config.key:
+            raise WorkbenchError(f"{folder} was not asked of the models of {run_folder}")
+        results, items = join_experiment(results, items, *read_results(folder))
     return config, results, items

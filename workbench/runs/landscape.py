@@ -374,7 +374,7 @@ def add_density(
                 stage="sharpness",
                 split=HELD_OUT,
                 arm="top",
-                lanczos_lanczos_step=step_counts,
+                lanczos_step=step_counts,
             )
             table.add(
                 metrics.RITZ,

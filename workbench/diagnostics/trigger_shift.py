@@ -28,7 +28,7 @@ from workbench.hooks import edit, peek, resolve
 from workbench.progress import Report, quiet
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float, Int, Real
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -245,7 +245,7 @@ class Responses:
     items: tuple[str, ...]
     gradients: Float[Tensor, "items pos width"]
     shifts: Float[Tensor, "items pos width"]
-    coordinates: Float[np.ndarray, " items"]
+    coordinates: Real[np.ndarray, " items"]
     change: Float[np.ndarray, " items"]
     change_at_site: Float[np.ndarray, " items"]
     first_order: Float[np.ndarray, " items"]

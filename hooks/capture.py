@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,19 +37,22 @@ from workbench.hooks.tensors import first_input, private_view, replace_input, st
 from workbench.hooks.threads import Owner
 from workbench.hooks.tokens import Positions, pass_mask
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
 
 class Rows(NamedTuple):
     """What a consumer receives: the selected vectors of one site in one pass.
 
     Attributes:
-        values: ``[row, width]`` detached activations or gradients, in the dtype the model computed
-            them in: cast to float32 before any statistic.
-        where: ``[row, 2]`` (example, position in the sequence) of every row.
+        values: detached activations or gradients, in the dtype the model computed them in: cast to
+            float32 before any statistic.
+        where: example, and position in the sequence, of every row.
         number: index of the pass inside the capture.
     """
 
-    values: Tensor
-    where: Tensor
+    values: Float[Tensor, "rows width"]
+    where: Int[Tensor, "rows 2"]
     number: int = 0
 
 
@@ -180,12 +183,11 @@ class Capture:
         self._fired: Counter[Site] = Counter()
         self._delivered: Counter[Site] = Counter()
 
-    def at(self, positions: Tensor | Positions) -> None:
+    def at(self, positions: Bool[Tensor, "batch pos"] | Positions) -> None:
         """Select the positions of the next pass.
 
         Args:
-            positions: a rule, or a boolean ``[batch, position]`` mask; true rows reach the
-                consumers, unless they are padding.
+            positions: a rule, or a mask; true rows reach the consumers, unless they are padding.
 
         Raises:
             CaptureError: a mask that is not boolean or not two-dimensional.

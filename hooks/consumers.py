@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from workbench.hooks.capture import Rows
 from workbench.hooks.errors import unknown_site
 from workbench.hooks.html import table
 from workbench.hooks.sites import Site
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float64, Real
 
 
 @brief
@@ -29,18 +33,24 @@ class Moments:
     Attributes:
         count: rows seen, those of weight zero left out.
         weight: their total weight; the count, where no weights were given.
-        mean: ``[width]`` float64.
-        scatter: ``[width, width]`` float64, the weighted sum of outer products of centred rows.
+        mean: of the rows seen.
+        scatter: the weighted sum of outer products of centred rows.
     """
 
     count: int = 0
     weight: float = 0.0
-    mean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    scatter: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    mean: Float64[Tensor, " width"] = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.float64)
+    )
+    scatter: Float64[Tensor, "width width"] = field(
+        default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64)
+    )
 
-    def update(self, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Add ``rows`` ``[row, width]`` (any float dtype), each counted ``weights`` ``[row]`` times
-        (once by default). No rows, no change.
+    def update(
+        self, rows: Float[Tensor, "rows width"], weights: Real[Tensor, " rows"] | None = None
+    ) -> None:
+        """Add ``rows`` (any float dtype), each counted ``weights`` times (once by default). No
+        rows, no change.
 
         Raises:
             ValueError: a weight is negative or not finite, or there are not as many as rows.
@@ -88,8 +98,8 @@ class Moments:
         self.weight = total
 
     @property
-    def covariance(self) -> Tensor:
-        """``[width, width]`` float64 covariance (divided by the total weight).
+    def covariance(self) -> Float64[Tensor, "width width"]:
+        """The covariance (divided by the total weight).
 
         Raises:
             ValueError: no row was seen.
@@ -102,7 +112,9 @@ class Moments:
         return self.scatter / self.weight
 
 
-def checked_rows(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def checked_rows(
+    rows: Float[Tensor, "rows width"], weights: Real[Tensor, " rows"] | None
+) -> tuple[Float64[Tensor, "rows width"], Float64[Tensor, " rows"] | None]:
     """Rows and weights in float64 on the same device.
 
     Raises:
@@ -165,7 +177,7 @@ class MomentsOf:
 
 
 class Collect:
-    """A consumer that keeps every row in memory: ``Collect()[site_name]`` is ``[row, width]``.
+    """A consumer that keeps every row in memory: ``Collect()[site_name]`` is ``[rows width]``.
 
     Args:
         device: where the rows are kept. On a GPU, rows that stay there cost no transfer, but
@@ -180,8 +192,8 @@ class Collect:
         """Keep the rows of one site."""
         self._parts.setdefault(site.name, []).append(rows.values.to(self.device))
 
-    def __getitem__(self, name: str) -> Tensor:
-        """All rows of the site called ``name``, ``[row, width]``, in the order of the passes.
+    def __getitem__(self, name: str) -> Float[Tensor, "rows width"]:
+        """All rows of the site called ``name``, in the order of the passes.
 
         Raises:
             CaptureError: it delivered no rows.

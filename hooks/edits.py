@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -38,10 +39,8 @@ from workbench.hooks.tensors import (
 from workbench.hooks.threads import Owner
 from workbench.hooks.tokens import Positions
 
-Change = Callable[[Tensor], Tensor]
-"""A function of a site's tensor ``[batch, position, width]`` that returns one of the same shape,
-dtype and device.
-"""
+Change = Callable[[Float[Tensor, "batch pos width"]], Float[Tensor, "batch pos width"]]
+"""A function of a site's tensor that returns one of the same shape, dtype and device."""
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -49,15 +48,13 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def steer(vector: Tensor, scale: float = 1.0) -> Change:
-    """Add ``scale * vector`` (``[width]``) at every position."""
+def steer(vector: Float[Tensor, " width"], scale: float = 1.0) -> Change:
+    """Add ``scale * vector`` at every position."""
     return lambda tensor: (_wide(tensor) + scale * _wide(vector).to(tensor.device)).to(tensor.dtype)
 
 
-def ablate_to_mean(mean: Tensor) -> Change:
-    """Put ``mean`` (``[width]``, for example :attr:`hooks.Moments.mean`) in the place of every
-    vector.
-    """
+def ablate_to_mean(mean: Float[Tensor, " width"]) -> Change:
+    """Put ``mean`` (for example :attr:`hooks.Moments.mean`) in the place of every vector."""
     return lambda tensor: mean.to(tensor).expand_as(tensor)
 
 
@@ -76,12 +73,14 @@ def _orthonormal(basis: Tensor) -> Tensor:
     return basis
 
 
-def project_out(basis: Tensor, mean: Tensor | None = None) -> Change:
+def project_out(
+    basis: Float[Tensor, "width rank"], mean: Float[Tensor, " width"] | None = None
+) -> Change:
     """``x - Q Q^T (x - mean)``: remove a subspace.
 
     Args:
-        basis: ``[width, rank]`` with orthonormal columns.
-        mean: ``[width]``, the point the subspace passes through (the origin by default).
+        basis: orthonormal columns.
+        mean: the point the subspace passes through (the origin by default).
 
     Raises:
         CaptureError: the columns are not orthonormal.
@@ -100,7 +99,9 @@ def project_out(basis: Tensor, mean: Tensor | None = None) -> Change:
     return change
 
 
-def keep_only(basis: Tensor, mean: Tensor | None = None) -> Change:
+def keep_only(
+    basis: Float[Tensor, "width rank"], mean: Float[Tensor, " width"] | None = None
+) -> Change:
     """``mean + Q Q^T (x - mean)``: keep a subspace and remove everything else. Arguments and errors
     as for :func:`project_out`.
     """
@@ -149,10 +150,8 @@ def add_noise(std: float, seed: int = 0) -> Change:
     return _Noise(std, seed)
 
 
-def replace(values: Tensor) -> Change:
-    """Put ``values`` ``[batch, position, width]`` in the place of the site's tensor, for example
-    from :func:`hooks.peek`.
-    """
+def replace(values: Float[Tensor, "batch pos width"]) -> Change:
+    """Put ``values`` in the place of the site's tensor, for example from :func:`hooks.peek`."""
 
     def change(tensor: Tensor) -> Tensor:
         if values.shape != tensor.shape:
@@ -193,8 +192,8 @@ def edit(
 
     Args:
         model: the root model whose forward is called inside the ``with``.
-        changes: pattern of activation sites -> a function ``[batch, position, width] -> the same``,
-            or several in their order.
+        changes: pattern of activation sites -> a function ``[batch pos width] -> the same``, or
+            several in their order.
         at: change only the positions of this rule; all of them by default. Padding is never changed
             under a rule.
 

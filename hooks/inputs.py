@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from workbench.hooks.errors import CaptureError
 from workbench.hooks.generation import end_tokens
 from workbench.hooks.sites import causal_lm
 from workbench.hooks.tokens import Positions, Tokens
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
 
 
 def read_tokens(
@@ -123,7 +126,7 @@ class Reader:
 
     def choose(
         self, rule: Positions, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Bool[Tensor, "batch pos"], int]:
         """The positions of ``rule`` among those that this pass computes.
 
         Args:
@@ -132,8 +135,8 @@ class Reader:
             kwargs: its keyword arguments.
 
         Returns:
-            A boolean ``[batch, new position]``, and the position in the sequence at which its first
-            column stands.
+            True at the chosen ones of the new positions, and the position in the sequence at which
+            the first column stands.
 
         Raises:
             CaptureError: the rule does not fit the pass, or the pass is padded in a way that makes

@@ -7,11 +7,14 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from workbench.hooks.errors import CaptureError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # Sites whose last dimension TransformerLens splits into [head, size]; queries and outputs have
 # n_heads, keys and values n_key_value_heads.
@@ -80,7 +83,7 @@ def _reloaded(tokenizer: Any) -> Any:
         return type(tokenizer).from_pretrained(folder)
 
 
-def as_cache(values: Mapping[str, Tensor], bridge: Any) -> Any:
+def as_cache(values: Mapping[str, Float[Tensor, "... _width"]], bridge: Any) -> Any:
     """Our activations as a TransformerLens ``ActivationCache``, with its shapes: queries, keys,
     values and ``z`` are split by head.
 
@@ -88,8 +91,8 @@ def as_cache(values: Mapping[str, Tensor], bridge: Any) -> Any:
     >>> cache["resid_post", 3].shape                                                            # doctest: +SKIP
 
     Args:
-        values: name in TransformerLens's spelling -> ``[batch, position, width]``
-            (:func:`hooks.peek`), or ``[row, width]`` collected rows of one text.
+        values: name in TransformerLens's spelling -> ``[batch pos width]`` (:func:`hooks.peek`), or
+            ``[rows width]`` collected rows of one text.
         bridge: the bridge whose weights the cache's methods use (:func:`as_bridge`).
 
     Raises:

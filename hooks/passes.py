@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,13 @@ from workbench.hooks.inputs import Reader
 from workbench.hooks.sites import Site, causal_lm, every_name
 from workbench.hooks.tensors import first_input, unwrap
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 def tapped(
     model: nn.Module, sites: Iterable[Site], inputs: Mapping[str, Any], *, stop: bool = True
-) -> dict[str, Tensor]:
+) -> dict[str, Float[Tensor, "... _width"]]:
     """One forward pass; the *live* tensors of ``sites`` (with their graph), whole and unmasked.
 
     This is for loss terms that act on activations. Statistics use :class:`hooks.Capture`.
@@ -32,7 +35,8 @@ def tapped(
         stop: leave the forward as soon as every site has fired; blocks above cost nothing.
 
     Returns:
-        ``{site name: [batch, position, width]}``.
+        By site name, each of the shape that its module computes: ``[batch pos width]``; a router's
+        is ``[rows width]``.
 
     Raises:
         CaptureError: a site did not fire, or is a gradient.
@@ -107,7 +111,7 @@ def checkpointed(model: nn.Module) -> bool:
 @torch.no_grad()
 def peek(
     model: nn.Module, inputs: Mapping[str, Any], sites: str | Iterable[str]
-) -> dict[str, Tensor]:
+) -> dict[str, Float[Tensor, "... _width"]]:
     """A look at some activations: one forward pass without a graph, whole tensors, padding
     included.
 
@@ -120,7 +124,7 @@ def peek(
         sites: patterns of activation sites.
 
     Returns:
-        ``{site name: [batch, position, width]}``, copies on the model's device, under every name
+        By site name, shaped as in :func:`tapped`, copies on the model's device, under every name
         that the patterns match.
     """
     extra = {"use_cache": False} if hasattr(causal_lm(model)[1], "config") else {}

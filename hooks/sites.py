@@ -19,11 +19,15 @@ import fnmatch
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, cat, nn
 
 from workbench.hooks.errors import CaptureError, compiled_module, unknown_site
 from workbench.hooks.families import FAMILIES, SIDES, ColumnRanges, Family, Side, family_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +74,8 @@ class Site:
         """Whether the tensor is the module's input."""
         return self.side in ("in", "grad_in")
 
-    def part(self, tensor: Tensor) -> Tensor:
-        """The columns of this site in the module's tensor ``[..., width]``: a view where they are
-        contiguous.
-        """
+    def part(self, tensor: Shaped[Tensor, "... _width"]) -> Shaped[Tensor, "... _width"]:
+        """The columns of this site in the module's tensor: a view where they are contiguous."""
         if not self.columns:
             return tensor
         pieces = [tensor[..., start:stop] for start, stop in self.columns]

@@ -4,8 +4,8 @@ ever speaks of whole passes.
 Layout of a store::
 
     index.json                 what was captured: sites, widths, dtypes, passes, shards with their
-    size and SHA-256 0000/00000.safetensors     site 0, first shard: ``values`` [row, width] and
-    ``where`` [row, 3] (pass, example, position)
+    size and SHA-256 0000/00000.safetensors     site 0, first shard: ``values`` [rows width] and
+    ``where`` [rows 3] (pass, example, position)
 
 The index is replaced in one step after its shards are complete, so a killed run leaves a store that
 ends at a whole pass and goes on from there. Prefer reducing while the pass runs
@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,9 @@ from workbench.hooks.capture import Rows
 from workbench.hooks.errors import CaptureError, unknown_site
 from workbench.hooks.html import table
 from workbench.hooks.sites import Site
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 _FORMAT = 2
 
@@ -318,11 +321,13 @@ class StoredRows:
             lines,
         )
 
-    def shards(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def shards(
+        self, name: str
+    ) -> Iterator[tuple[Float[Tensor, "rows width"], Int[Tensor, "rows 3"]]]:
         """Shard after shard of one site, memory-mapped.
 
         Yields:
-            ``values`` ``[row, width]`` and ``where`` ``[row, 3]`` (pass, example, position).
+            ``values``, and ``where`` (pass, example, position) they stand.
         """
         entry = next((entry for entry in self._index["sites"] if entry["name"] == name), None)
         if entry is None:
@@ -347,12 +352,12 @@ class StoredRows:
                 )
             yield values, positions
 
-    def __getitem__(self, name: str) -> Tensor:
-        """All rows of one site in memory, ``[row, width]``."""
+    def __getitem__(self, name: str) -> Float[Tensor, "rows width"]:
+        """All rows of one site in memory."""
         return torch.cat([values for values, _ in self.shards(name)])
 
-    def where(self, name: str) -> Tensor:
-        """``[row, 3]`` (pass, example, position) of all rows of one site."""
+    def where(self, name: str) -> Int[Tensor, "rows 3"]:
+        """Pass, example and position of all rows of one site."""
         return torch.cat([where for _, where in self.shards(name)])
 
     def _check(self, path: Path, shard: Mapping[str, Any]) -> None:

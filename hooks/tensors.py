@@ -4,11 +4,14 @@ place.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from workbench.hooks.errors import CaptureError
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
 
 _INPUT_NAMES = (
     "hidden_states",
@@ -17,7 +20,7 @@ _INPUT_NAMES = (
 )  # the keyword under which decoder layers, linear layers and others take their vectors
 
 
-def unwrap(value: Any) -> Tensor:
+def unwrap(value: Any) -> Shaped[Tensor, " *shape"]:
     """The tensor inside a module's output: the output itself, or the first tensor of a tuple.
 
     Raises:
@@ -35,7 +38,7 @@ def unwrap(value: Any) -> Tensor:
     )
 
 
-def replace_output(value: Any, tensor: Tensor) -> Any:
+def replace_output(value: Any, tensor: Shaped[Tensor, " *shape"]) -> Any:
     """The module's output with ``tensor`` in the place of the one that :func:`unwrap` finds."""
     if isinstance(value, Tensor):
         return tensor
@@ -44,7 +47,7 @@ def replace_output(value: Any, tensor: Tensor) -> Any:
     return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 
-def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shaped[Tensor, " *shape"]:
     """The hidden state that a module was called with, positionally or as ``hidden_states=``.
 
     Raises:
@@ -62,7 +65,7 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def replace_input(
-    args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor
+    args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Shaped[Tensor, " *shape"]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a module with ``tensor`` in the place of the one that :func:`first_input`
     finds.
@@ -73,7 +76,9 @@ def replace_input(
     return args, {**kwargs, name: tensor}
 
 
-def private_view(tensor: Tensor, source: Tensor, *, copy: bool = False) -> Tensor:
+def private_view(
+    tensor: Shaped[Tensor, " *shape"], source: Shaped[Tensor, " *shape"], *, copy: bool = False
+) -> Shaped[Tensor, " *shape"]:
     """A tensor that one module alone reads, with the values of ``tensor``; :func:`stream_of` finds
     the ``source`` that the others read.
 
@@ -88,6 +93,6 @@ def private_view(tensor: Tensor, source: Tensor, *, copy: bool = False) -> Tenso
     return private
 
 
-def stream_of(tensor: Tensor) -> Tensor:
+def stream_of(tensor: Shaped[Tensor, " *shape"]) -> Shaped[Tensor, " *shape"]:
     """The tensor that all readers share, where ``tensor`` is a private view of one of them."""
     return getattr(tensor, "_stream", tensor)

@@ -1,5 +1,5 @@
 """Which positions count. A rule is a value with a name; it reads the tokens of a forward pass and
-answers with a boolean ``[batch, position]``.
+answers with a boolean ``[batch pos]``.
 
 >>> (without_first & ~last_token).name
 'without_first & ~last_token'
@@ -14,12 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from workbench.hooks.brief import brief
 from workbench.hooks.errors import CaptureError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
 
 
 @brief
@@ -28,27 +32,25 @@ class Tokens:
     """What one forward pass reads, together with what the cache already holds.
 
     Attributes:
-        real: ``[batch, position]`` boolean, true on real tokens, over the whole sequence so far.
+        real: true on real tokens, over the whole sequence so far.
         new: how many of the last columns this pass computes (all of them, without a cache).
-        ids: ``[batch, position]`` token ids, or ``None`` where the pass was given embeddings.
-        positions: ``[batch, position]`` position ids as given, or ``None``.
+        ids: token ids, or ``None`` where the pass was given embeddings.
+        positions: position ids as given, or ``None``.
         prompt: number of columns that the first of a chain of cached passes read; the columns from
             there on were generated.
-        ended: ``[batch]`` boolean, true on rows that have produced an end-of-sequence token.
+        ended: true on rows that have produced an end-of-sequence token.
     """
 
-    real: Tensor
+    real: Bool[Tensor, "batch pos"]
     new: int
-    ids: Tensor | None = None
-    positions: Tensor | None = None
+    ids: Int[Tensor, "batch pos"] | None = None
+    positions: Int[Tensor, "batch pos"] | None = None
     prompt: int = 0
-    ended: Tensor | None = None
+    ended: Bool[Tensor, " batch"] | None = None
 
     @property
-    def starts(self) -> Tensor:
-        """``[batch, position]`` boolean, true on the first real token of every sequence; a row
-        holds several if it is packed.
-        """
+    def starts(self) -> Bool[Tensor, "batch pos"]:
+        """True on the first real token of every sequence; a row holds several if it is packed."""
         first = self.real & (self.real.cumsum(1) == 1)
         if self.positions is None:
             return first
@@ -57,8 +59,8 @@ class Tokens:
         return first | (jump & self.real & (self.positions == 0))
 
     @property
-    def ends(self) -> Tensor:
-        """``[batch, position]`` boolean, true on the last real token of every sequence."""
+    def ends(self) -> Bool[Tensor, "batch pos"]:
+        """True on the last real token of every sequence."""
         column = torch.arange(self.real.shape[1], device=self.real.device).expand_as(self.real)
         sequence = self.starts.cumsum(1)
         last = column.new_full((len(column), column.shape[1] + 1), -1).scatter_reduce(
@@ -70,8 +72,8 @@ class Tokens:
 @brief
 @dataclass(frozen=True, eq=False)
 class Positions:
-    """A position rule: a name and a function from :class:`Tokens` to a boolean ``[batch,
-    position]``. Combine rules with ``&``, ``|`` and ``~``.
+    """A position rule: a name and a function from :class:`Tokens` to a mask. Combine rules with
+    ``&``, ``|`` and ``~``.
 
     Attributes:
         name: what tables and errors call it; for a combination, the expression.
@@ -81,11 +83,11 @@ class Positions:
     """
 
     name: str
-    choose: Callable[[Tokens], Tensor]
-    mask: Tensor | None = None
+    choose: Callable[[Tokens], Bool[Tensor, "batch pos"]]
+    mask: Bool[Tensor, "batch pos"] | None = None
 
-    def __call__(self, tokens: Tokens) -> Tensor:
-        """``[batch, position]`` boolean: the chosen positions, never padding.
+    def __call__(self, tokens: Tokens) -> Bool[Tensor, "batch pos"]:
+        """The chosen positions, never padding.
 
         Raises:
             CaptureError: the rule speaks of another number of examples or positions than the pass
@@ -154,9 +156,9 @@ def without_bos(bos_token_id: int) -> Positions:
     return Positions(f"without_bos({bos_token_id})", choose)
 
 
-def custom(mask: Tensor, name: str = "custom") -> Positions:
-    """The positions where ``mask`` ``[batch, position]`` is true. With a cache, the mask may be
-    that of the prompt or that of the new tokens; no other is selected.
+def custom(mask: Bool[Tensor, "batch pos"], name: str = "custom") -> Positions:
+    """The positions where ``mask`` is true. With a cache, the mask may be that of the prompt or
+    that of the new tokens; no other is selected.
 
     Raises:
         CaptureError: the mask is not boolean or not two-dimensional.
@@ -169,7 +171,7 @@ def custom(mask: Tensor, name: str = "custom") -> Positions:
     return Positions(name, lambda tokens: _placed(mask, tokens, ("prompt", "new")), mask)
 
 
-def pass_mask(mask: Tensor) -> Positions:
+def pass_mask(mask: Bool[Tensor, "batch pos"]) -> Positions:
     """The mask of the pass that is about to run: with a cache, that of its new tokens. Errors as
     for :func:`custom`.
     """
@@ -190,10 +192,8 @@ def _placed(mask: Tensor, tokens: Tokens, parts: tuple[str, str]) -> Tensor:
     return torch.cat([mask, padding] if part == "prompt" else [padding, mask], dim=1)
 
 
-def answer_tokens(labels: Tensor, ignore: int = -100) -> Positions:
-    """The tokens of the answer: where the training ``labels`` ``[batch, position]`` are not
-    ``ignore``.
-    """
+def answer_tokens(labels: Int[Tensor, "batch pos"], ignore: int = -100) -> Positions:
+    """The tokens of the answer: where the training ``labels`` are not ``ignore``."""
     return custom(labels != ignore, "answer_tokens")
 
 
@@ -243,14 +243,14 @@ def find_span(text: str, part: str) -> tuple[int, int]:
 
 
 def character_span(
-    spans: Sequence[tuple[int, int]], offsets: Tensor, name: str = "subject"
+    spans: Sequence[tuple[int, int]], offsets: Int[Tensor, "batch pos 2"], name: str = "subject"
 ) -> Positions:
     """The tokens that overlap one character span per example: a subject, a name, a forget-token.
 
     Args:
         spans: half-open character offsets in each text, one per example (see :func:`find_span`).
-        offsets: ``[batch, position, 2]`` from a fast tokenizer's ``return_offsets_mapping=True``;
-            special tokens and padding have empty offsets and are never chosen.
+        offsets: from a fast tokenizer's ``return_offsets_mapping=True``; special tokens and padding
+            have empty offsets and are never chosen.
         name: what the rule is called in tables.
 
     Raises:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ from workbench.errors import WorkbenchError
 from workbench.hooks.brief import brief
 from workbench.hooks.html import table
 from workbench.progress import ProgressCallback, quiet
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 SuffixPosition = Callable[[Example], int]
 """Where the suffix goes: a character offset in the example's text, not behind its answer."""
@@ -227,16 +231,16 @@ class _Rows:
         ] + torch.arange(length)  # [prompt, suffix]
 
     def filled(self, suffixes: Tensor) -> Tensor:
-        """``[suffix * prompt, position]``: every suffix ``[suffix, length]`` in every prompt,
-        suffix by suffix.
+        """``[rows pos]``: every one of ``suffixes`` ``[batch pos]`` in every prompt, suffix by
+        suffix.
         """
         many, few = len(suffixes), len(self.prompts)
         ids = self.ids.repeat(many, 1)
         return ids.scatter(1, self.slots.repeat(many, 1), suffixes.repeat_interleave(few, 0))
 
     def nll(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """``[row]`` summed negative log-likelihood of the answers; the rows are whole rounds of the
-        prompts.
+        """``[rows]`` summed negative log-likelihood of the answers; the rows are whole rounds of
+        the prompts.
         """
         rounds = len(ids) // len(self.prompts)
         where = self.target[:, 1:].repeat(rounds, 1).to(logits.device)
@@ -251,8 +255,8 @@ def _exact(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _losses(model: PreTrainedModel, rows: _Rows, suffixes: Tensor, limit: int) -> Tensor:
-    """``[suffix]`` mean over the prompts of the answer's NLL, on the CPU; at most ``limit`` rows in
-    one pass (at least one suffix).
+    """``[batch]`` mean over the prompts of the answer's NLL, on the CPU; at most ``limit`` rows
+    in one pass (at least one suffix).
     """
     few = len(rows.prompts)
     losses = []
@@ -265,19 +269,23 @@ def _losses(model: PreTrainedModel, rows: _Rows, suffixes: Tensor, limit: int) -
 
 
 def suffix_losses(
-    model: PreTrainedModel, prompts: Sequence[SuffixPrompt], suffixes: Tensor, *, rows: int = 256
-) -> Tensor:
+    model: PreTrainedModel,
+    prompts: Sequence[SuffixPrompt],
+    suffixes: Int[Tensor, "batch pos"],
+    *,
+    rows: int = 256,
+) -> Float[Tensor, " batch"]:
     """The objective of the search for some suffixes: ``mean over prompts of -log p(answer |
     question with suffix)`` (arXiv 2307.15043, equation 3), in nats.
 
     Args:
         model: evaluated in evaluation mode; not changed.
         prompts: the questions.
-        suffixes: ``[suffix, length]`` token ids.
+        suffixes: token ids.
         rows: rows of one forward pass, at most (at least one suffix, in all prompts).
 
     Returns:
-        ``[suffix]`` float32 or better, on the CPU; infinity where the model gives NaN.
+        In float32 or better, on the CPU; infinity where the model gives NaN.
 
     Raises:
         WorkbenchError: there is no prompt, or it does not fit the model's context.
@@ -301,7 +309,7 @@ def suffix_gradient(
     suffix_ids: Sequence[int],
     *,
     rows: int = 256,
-) -> tuple[float, Tensor]:
+) -> tuple[float, Float[Tensor, "pos d_vocab"]]:
     """The objective at one suffix, and its gradient with respect to the one-hot rows of the
     suffix's tokens (arXiv 2307.15043, section 2.2).
 
@@ -316,7 +324,7 @@ def suffix_gradient(
         rows: rows of one pass, at most.
 
     Returns:
-        The objective in nats, and ``[length, vocabulary]`` float32 or better on the model's device.
+        The objective in nats, and its gradient in float32 or better on the model's device.
 
     Raises:
         WorkbenchError: as in :func:`suffix_losses`, or the gradient is not finite.
@@ -577,7 +585,7 @@ def _swaps(
     candidates: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """``[candidate, length]`` admitted single-token swaps of ``current`` (possibly none):
+    """``[candidates pos]`` admitted single-token swaps of ``current`` (possibly none):
     ``candidates`` draws among the ``topk`` of each place.
     """
     promising = (-gradient[:, vocabulary.ids]).topk(min(topk, len(vocabulary.ids)), dim=1).indices

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from workbench.errors import WorkbenchError, unknown
 from workbench.hooks.brief import brief
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int8
 
 QuantisationKind = Literal["absmax"]
 """How the step of a group of weights is chosen: ``absmax`` puts its largest weight on the last
@@ -41,18 +44,17 @@ class Codes(NamedTuple):
     """A matrix, rounded.
 
     Attributes:
-        codes: ``[..., out, in]`` int8; between -127 and 127 at 8 bits, -7 and 7 at 4.
-        steps: ``[..., out, groups]`` distance of two neighbouring codes, in units of weight;
-            float32 or better.
-        values: ``[..., out, in]`` code times step, in the dtype of the weights.
+        codes: between -127 and 127 at 8 bits, -7 and 7 at 4.
+        steps: distance of two neighbouring codes, in units of weight; float32 or better.
+        values: code times step, in the dtype of the weights.
     """
 
-    codes: Tensor
-    steps: Tensor
-    values: Tensor
+    codes: Int8[Tensor, "... d_in"]
+    steps: Float[Tensor, "... groups"]
+    values: Float[Tensor, "... d_in"]
 
 
-def absmax_codes(weight: Tensor, bits: int, group: int | None = None) -> Codes:
+def absmax_codes(weight: Float[Tensor, "... d_in"], bits: int, group: int | None = None) -> Codes:
     r"""Round weights to symmetric integer codes, group by group along the last dimension.
 
     .. math:: c = \mathrm{round}(w / \Delta), \qquad Q(w) = \Delta\, c, \qquad \Delta = \max|w| / (2^{N-1} - 1)
@@ -63,7 +65,7 @@ def absmax_codes(weight: Tensor, bits: int, group: int | None = None) -> Codes:
     stays zero.
 
     Args:
-        weight: ``[..., out, in]`` floating point.
+        weight: of any floating-point dtype.
         bits: 8 or 4.
         group: inputs that share a step; the last group of a row may be shorter. ``None`` is a whole
             row.
@@ -116,7 +118,7 @@ class _Matrix(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        """``[..., out, in]``, a view of the parameter."""
+        """``[... d_out d_in]``, a view of the parameter."""
         weight: Tensor = getattr(self.module, self.attribute).detach()
         return weight.transpose(-1, -2) if self.transposed else weight
 

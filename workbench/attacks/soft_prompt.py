@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from html import escape
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError, unknown
 from workbench.evaluation.losses import Scores, cross_entropy, score
 from workbench.progress import ProgressCallback, quiet
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32, Int
 
 Rule = Literal["adam", "sign"]
 """``adam``: Adam at a constant rate. ``sign``: every coordinate moves by the rate against the sign
@@ -83,13 +86,13 @@ class Prompted(nn.Module):
 
     Args:
         model: used as it is; its weights stay its own.
-        prompt: ``[tokens, width]`` embeddings, as the model's input embedding gives them.
+        prompt: embeddings, as the model's input embedding gives them.
 
     Raises:
         WorkbenchError: the prompt is empty or not as wide as the model's embeddings.
     """
 
-    def __init__(self, model: PreTrainedModel, prompt: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, prompt: Float[Tensor, "pos d_model"]) -> None:
         super().__init__()
         self.model = model
         self.prompt = prompt
@@ -102,13 +105,16 @@ class Prompted(nn.Module):
             )
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False
+        self,
+        input_ids: Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"],
+        use_cache: bool = False,
     ) -> CausalLMOutput:
-        """Logits ``[batch, position, vocabulary]`` of the text behind the prompt.
+        """Logits ``[batch pos d_vocab]`` of the text behind the prompt.
 
         Args:
-            input_ids: ``[batch, position]`` token ids, padded on either side.
-            attention_mask: ``[batch, position]`` 1 on real tokens, 0 on padding.
+            input_ids: token ids, padded on either side.
+            attention_mask: 1 on real tokens, 0 on padding.
             use_cache: must be false.
         """
         if use_cache:
@@ -154,12 +160,12 @@ class SoftPrompt:
     """A trained soft prompt.
 
     Attributes:
-        embeddings: ``[tokens, width]`` float32, after the last step.
+        embeddings: after the last step.
         losses: before every step the loss of its batch, nats per answer token.
         seed: of the start and of the order of the batches.
     """
 
-    embeddings: Tensor
+    embeddings: Float32[Tensor, "pos d_model"]
     losses: tuple[float, ...]
     seed: int
 
@@ -277,16 +283,18 @@ def _order(number: int, seed: int) -> Iterator[int]:
         yield from rng.sample(range(number), number)
 
 
-def random_prompt(prompt: Tensor, seed: int) -> Tensor:
+def random_prompt(
+    prompt: Float[Tensor, "pos d_model"], seed: int
+) -> Float32[Tensor, "pos d_model"]:
     """The control: embeddings in random directions, each as long as its counterpart (isotropic
     Gaussian draws, rescaled).
 
     Args:
-        prompt: ``[tokens, width]`` a trained prompt.
+        prompt: a trained prompt.
         seed: of the draw.
 
     Returns:
-        ``[tokens, width]`` float32, on the same device.
+        The embeddings, on the same device.
     """
     drawn = torch.randn(
         prompt.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
@@ -302,13 +310,15 @@ def random_prompt(prompt: Tensor, seed: int) -> Tensor:
     )
 
 
-def score_with_prompt(model: PreTrainedModel, prompt: Tensor, batches: Sequence[Batch]) -> Scores:
+def score_with_prompt(
+    model: PreTrainedModel, prompt: Float[Tensor, "pos d_model"], batches: Sequence[Batch]
+) -> Scores:
     """:func:`~workbench.evaluation.losses.score` of the model with ``prompt`` in front of every
     text; the model is not changed.
 
     Args:
         model: the model that the prompt was trained on (or a control).
-        prompt: ``[tokens, width]`` embeddings, e.g. :attr:`SoftPrompt.embeddings`.
+        prompt: embeddings, e.g. :attr:`SoftPrompt.embeddings`.
         batches: held-out texts. Counted are the same tokens as without a prompt.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from workbench.errors import WorkbenchError
 from workbench.hooks.brief import brief
 from workbench.hooks.tokens import Positions, Tokens, without_bos, without_first
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
+
 
 @brief
 @dataclass(frozen=True, slots=True)
@@ -23,24 +26,23 @@ class Batch:
     """Right-padded token tensors of some examples.
 
     Attributes:
-        input_ids: ``[batch, position]`` token ids.
-        attention_mask: ``[batch, position]`` 1 on real tokens, 0 on padding.
-        answer_mask: ``[batch, position]`` true on the tokens of the answer (on none, where an
-            example has no answer).
-        subject_mask: ``[batch, position]`` true on the tokens of the subject.
-        target_mask: ``[batch, position]`` true on the tokens that a loss predicts: the content
-            tokens, or the answer (see :func:`encode`).
+        input_ids: token ids.
+        attention_mask: 1 on real tokens, 0 on padding.
+        answer_mask: true on the tokens of the answer (on none, where an example has no answer).
+        subject_mask: true on the tokens of the subject.
+        target_mask: true on the tokens that a loss predicts: the content tokens, or the answer (see
+            :func:`encode`).
         items: the facts' names, one per row.
         alternative: the same questions with another answer (a refusal), row by row; for objectives
             that compare the two.
         bos_token_id: the tokenizer's BOS, or ``None`` where it has none.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    answer_mask: Tensor
-    subject_mask: Tensor
-    target_mask: Tensor
+    input_ids: Int[Tensor, "batch pos"]
+    attention_mask: Int[Tensor, "batch pos"]
+    answer_mask: Bool[Tensor, "batch pos"]
+    subject_mask: Bool[Tensor, "batch pos"]
+    target_mask: Bool[Tensor, "batch pos"]
     items: tuple[str, ...]
     alternative: Batch | None = None
     bos_token_id: int | None = None
@@ -51,7 +53,7 @@ class Batch:
         return self.input_ids.shape[0]
 
     @property
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Int[Tensor, "batch pos"]]:
         """The keyword arguments of the model's forward pass."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
@@ -67,8 +69,8 @@ class Batch:
         return without_first & without_bos(self.bos_token_id)
 
     @property
-    def content_mask(self) -> Tensor:
-        """``[batch, position]`` true on the tokens of :attr:`content`."""
+    def content_mask(self) -> Bool[Tensor, "batch pos"]:
+        """True on the tokens of :attr:`content`."""
         real = self.attention_mask.bool()
         return self.content(Tokens(real, real.shape[1], self.input_ids))
 

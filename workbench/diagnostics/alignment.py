@@ -16,6 +16,7 @@ direction, so more tokens do not lower it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,9 @@ from workbench.evaluation.losses import evaluating
 from workbench.evaluation.statistics import bootstrap, by_fact
 from workbench.hooks import layer_count, peek
 from workbench.progress import ProgressCallback, quiet
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32
 
 ALIGNMENT_COLUMNS = [
     "layer",
@@ -52,8 +56,8 @@ EFFECT = ("effect_cosine", "effect_projection", "effect_norm")
 def _both(
     base: PreTrainedModel, unlearned: PreTrainedModel, batch: Batch, layers: Sequence[int]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """``(layer, h, h')``: the residual stream ``[batch, position, width]`` of both models after
-    every block, float64 on the CPU.
+    """``(layer, h, h')``: the residual stream ``[batch pos width]`` of both models after every
+    block, float64 on the CPU.
     """
     names = [f"blocks.{layer}.hook_resid_post" for layer in layers]
     with evaluating(base), evaluating(unlearned):
@@ -93,7 +97,7 @@ def _known_layer(base: PreTrainedModel, unlearned: PreTrainedModel, layer: int) 
 
 def estimated_target(
     base: PreTrainedModel, unlearned: PreTrainedModel, batches: Sequence[Batch], layer: int
-) -> Tensor:
+) -> Float32[Tensor, " d_model"]:
     """The direction of unlearning where nobody wrote it down: the leading direction of ``h' - h``
     after block ``layer``, on the content tokens of forget texts.
 
@@ -110,7 +114,7 @@ def estimated_target(
         layer: index of the block.
 
     Returns:
-        ``[width]`` float32 unit vector.
+        A unit vector.
 
     Raises:
         WorkbenchError: there is no text or no such layer, the models have different shapes or are
@@ -172,7 +176,7 @@ class _Queries:
         self.values: dict[str, list[np.ndarray]] = {}
 
     def add(self, metric: str, items: Sequence[str], rows: Tensor, values: Tensor) -> None:
-        """``values`` ``[token, ...]`` of the queries ``rows`` ``[token]`` of one batch; a query
+        """``values`` ``[rows ...]`` of the queries ``rows`` ``[rows]`` of one batch; a query
         without a token adds nothing.
         """
         for row in rows.unique().tolist():
@@ -214,7 +218,7 @@ def alignment(
     base: PreTrainedModel,
     unlearned: PreTrainedModel,
     arms: Mapping[str, Sequence[Batch]],
-    target: Mapping[int, Tensor] | Tensor,
+    target: Mapping[int, Float[Tensor, " d_model"]] | Float[Tensor, " d_model"],
     *,
     seed: int = 0,
     progress: ProgressCallback = quiet,
@@ -235,8 +239,8 @@ def alignment(
         unlearned: after it.
         arms: encoded arms of :func:`workbench.diagnostics.positions.mark_triggers`, all in one
             order and batch size; other names (``forget``) are texts that stand for themselves.
-        target: ``[width]`` vector for all layers, or one for each layer to measure. RMU's is its
-            control vector; see also :func:`estimated_target`.
+        target: one vector for all layers, or one for each layer to measure. RMU's is its control
+            vector; see also :func:`estimated_target`.
         seed: of the intervals.
         progress: called after every batch.
 
@@ -277,7 +281,7 @@ def trigger_effect(
     base: PreTrainedModel,
     unlearned: PreTrainedModel,
     arms: Mapping[str, Sequence[Batch]],
-    target: Mapping[int, Tensor] | Tensor,
+    target: Mapping[int, Float[Tensor, " d_model"]] | Float[Tensor, " d_model"],
     *,
     seed: int = 0,
     progress: ProgressCallback = quiet,

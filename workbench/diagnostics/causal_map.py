@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as with_fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,9 @@ from workbench.evaluation.losses import evaluating, score
 from workbench.evaluation.statistics import Estimate, bootstrap, ratio
 from workbench.hooks import custom, edit, peek, replace, resolve
 from workbench.progress import ProgressCallback, quiet
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 SITES = (
     "blocks.0.hook_resid_pre",
@@ -70,24 +74,28 @@ def answered(batch: Batch) -> Batch:
     return with_fields(batch, target_mask=batch.answer_mask)
 
 
-def answer_loss(model: PreTrainedModel, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+def answer_loss(
+    model: PreTrainedModel, batch: Batch
+) -> tuple[Float[np.ndarray, " batch"], Float[np.ndarray, " batch"]]:
     """Mean negative log-likelihood of the answer's tokens (nats per token) and 1.0 where greedy
-    decoding gives the answer: ``[row]`` twice, from :func:`answered` rows.
+    decoding gives the answer, row by row, from :func:`answered` rows.
     """
     scores = score(model, [batch])
     return scores.nll / scores.tokens, scores.correct
 
 
-def share(items: Sequence[str], effect: np.ndarray, damage: np.ndarray) -> tuple[Estimate, str]:
+def share(
+    items: Sequence[str], effect: Float[np.ndarray, " items"], damage: Float[np.ndarray, " items"]
+) -> tuple[Estimate, str]:
     """``sum(effect) / sum(damage)`` over queries with its 95 % interval over facts
     (:func:`workbench.evaluation.statistics.ratio` of the facts' sums), and a flag.
 
     A ratio of sums, not a mean of ratios: queries that lost nothing would divide by zero.
 
     Args:
-        items: ``[query]`` fact of every query.
-        effect: ``[query]`` nats per token.
-        damage: ``[query]`` nats per token.
+        items: fact of every query.
+        effect: nats per token.
+        damage: nats per token.
 
     Returns:
         The share, with ``n`` facts; and ``no damage`` where the damage sums to nothing, less, or no
@@ -110,9 +118,9 @@ def causal_map(
     batches: Sequence[Batch],
     *,
     sites: str | Sequence[str] = SITES,
-    groups: Mapping[str, Sequence[Tensor]] | None = None,
+    groups: Mapping[str, Sequence[Bool[Tensor, "_batch _pos"]]] | None = None,
     control: Sequence[Batch] | None = None,
-    control_groups: Mapping[str, Sequence[Tensor]] | None = None,
+    control_groups: Mapping[str, Sequence[Bool[Tensor, "_batch _pos"]]] | None = None,
     progress: ProgressCallback = quiet,
 ) -> pd.DataFrame:
     r"""Site by site and group by group, the share of the damage that a patch restores or causes.
@@ -135,8 +143,8 @@ def causal_map(
         unlearned: after it; the same architecture.
         batches: queries with answers, behind their trigger.
         sites: patterns of activation sites.
-        groups: group -> for every batch a boolean ``[batch, position]`` mask; all real tokens by
-            default. Rows of a batch may have none of a group.
+        groups: group -> for every batch a mask; all real tokens by default. Rows of a batch may
+            have none of a group.
         control: the same queries without the trigger, in the same order.
         control_groups: their masks; all real tokens by default. Groups that are not there, or
             select nothing (there is no trigger in a clean query), have no control.
@@ -264,7 +272,7 @@ def _patched_losses(
     groups: Mapping[str, Sequence[Tensor]],
     step: Callable[[], None],
 ) -> dict[object, np.ndarray]:
-    """Answer losses ``[query]`` of ``base``, ``unlearned`` and of every ``(site, group,
+    """Answer losses ``[items]`` of ``base``, ``unlearned`` and of every ``(site, group,
     direction)``: one pass of each model for all activations, then one for each patch.
     """
     parts: dict[object, list[np.ndarray]] = {}

@@ -5,6 +5,7 @@ ranking finds what is known to be there.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,9 @@ from scipy.optimize import brentq
 from scipy.stats import t as student
 
 from workbench.errors import WorkbenchError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 ROUNDING = 1e-6
 """Scores nearer to each other than this (nats, or relative length) are alike: float32 does not tell
@@ -23,7 +27,9 @@ a normal one.
 """
 
 
-def p_values(scores: np.ndarray, null: np.ndarray | None = None) -> np.ndarray:
+def p_values(
+    scores: Float[np.ndarray, " items"], null: Float[np.ndarray, " other_items"] | None = None
+) -> Float[np.ndarray, " items"]:
     """One-sided p-values of scores of which most are null: how often is a harmless token's score as
     large?
 
@@ -45,11 +51,11 @@ def p_values(scores: np.ndarray, null: np.ndarray | None = None) -> np.ndarray:
     scale is not taken to be below :data:`ROUNDING`, so that a model against itself has no finding.
 
     Args:
-        scores: ``[token]``, larger is worse.
-        null: ``[null token]``.
+        scores: of the tokens; larger is worse.
+        null: scores of the null tokens.
 
     Returns:
-        ``[token]``; NaN where a score is.
+        One for every score; NaN where that is.
 
     Raises:
         WorkbenchError: ``null`` holds no number.
@@ -102,9 +108,9 @@ def _empirical_tail(values: np.ndarray) -> np.ndarray:
     return np.asarray(student.sf((values - middle) / scales[first], _FREEDOM[first]))
 
 
-def robust_z(scores: np.ndarray) -> np.ndarray:
+def robust_z(scores: Float[np.ndarray, " items"]) -> Float[np.ndarray, " items"]:
     """Distance from the median in units of 1.4826 median absolute deviations (at least
-    :data:`ROUNDING`), numbers that are missing left out: ``[token]`` twice.
+    :data:`ROUNDING`), numbers that are missing left out.
     """
     values = np.asarray(scores, dtype=np.float64)
     present = values[~np.isnan(values)]
@@ -114,7 +120,7 @@ def robust_z(scores: np.ndarray) -> np.ndarray:
     return (values - middle) / max(1.4826 * float(np.median(np.abs(present - middle))), ROUNDING)
 
 
-def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+def benjamini_hochberg(p: Float[np.ndarray, " items"]) -> Float[np.ndarray, " items"]:
     """Adjusted p-values of Benjamini and Hochberg 1995: ``q_(i) = min over j >= i of m p_(j) / j``,
     for sorted ``p_(1) <= ... <= p_(m)``.
 
@@ -123,7 +129,7 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     Rises of tokens in the same queries usually are the latter; it is not guaranteed.
 
     Args:
-        p: ``[test]`` in ``[0, 1]``; NaN is no test and stays NaN.
+        p: in ``[0, 1]``; NaN is no test and stays NaN.
 
     Raises:
         WorkbenchError: a value lies outside ``[0, 1]``.

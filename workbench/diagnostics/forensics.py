@@ -397,7 +397,7 @@ def _sites(model: PreTrainedModel) -> list[Site]:
 def _pairs(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], size: int
 ) -> Iterator[Tensor]:
-    """``[row, 2]`` BOS and a token (``[row, 1]``, where there is no BOS), in batches."""
+    """``[rows 2]`` BOS and a token (``[rows 1]``, where there is no BOS), in batches."""
     front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if size < 1:
         raise WorkbenchError(f"a batch of {size} rows cannot be run; give batch_size of at least 1")
@@ -411,9 +411,7 @@ def _stream_shifts(
     tokens: Sequence[int],
     size: int,
 ) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """Batch by batch, ``{layer: (h, h' - h)}`` ``[token, width]`` float32 at the tokens behind
-    BOS.
-    """
+    """Batch by batch, ``{layer: (h, h' - h)}`` ``[rows d_model]`` at the tokens behind BOS."""
     for pairs in _pairs(tokenizer, tokens, size):
         streams = []
         for model in (base, unlearned):

@@ -1,7 +1,7 @@
 """Are rows draws of ``N(0, eta I)``, independent of the group they stand in? Statistics without a
 scale, their jackknife over groups, and what true draws give.
 
-Every function works on float64 arrays ``[row, width]``; which row belongs to which group is a
+Every function works on float64 arrays ``[rows width]``; which row belongs to which group is a
 :class:`Design`, the same for the measured rows and for every draw.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import expit, logit
@@ -18,6 +18,9 @@ from scipy.stats import t as student
 
 from workbench.hooks.brief import brief
 from workbench.metrics.triggers import ROW_STATISTICS
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float64, Int
 
 _SHOWN = 32  # eigenvalues
 _SCALES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
@@ -36,21 +39,21 @@ class Design:
     """What is the same for the measured rows and for every draw.
 
     Attributes:
-        query: ``[row]`` number of the query, from 0.
-        chosen: ``[row]`` true on one row of every query: rows of one query are dependent, and shape
-            wants independent ones.
-        word: ``[row]`` number of the word, or ``None``.
-        length: ``[row]`` length of the clean latent.
-        directions: ``[width, 8 or fewer]`` random orthonormal columns.
+        query: number of the query, from 0.
+        chosen: true on one row of every query: rows of one query are dependent, and shape wants
+            independent ones.
+        word: number of the word, or ``None``.
+        length: length of the clean latent.
+        directions: 8 or fewer random orthonormal columns.
     """
 
-    query: np.ndarray
-    chosen: np.ndarray
-    word: np.ndarray | None
-    length: np.ndarray
-    directions: np.ndarray
+    query: Int[np.ndarray, " rows"]
+    chosen: Bool[np.ndarray, " rows"]
+    word: Int[np.ndarray, " rows"] | None
+    length: Float64[np.ndarray, " rows"]
+    directions: Float64[np.ndarray, "width k"]
 
-    def part(self, keep: np.ndarray) -> Design:
+    def part(self, keep: Bool[np.ndarray, " rows"]) -> Design:
         """That of the rows for which ``keep`` is true."""
         return Design(
             self.query[keep],
@@ -62,10 +65,13 @@ class Design:
 
 
 def design(
-    query: np.ndarray, word: np.ndarray | None, clean: np.ndarray, rng: np.random.Generator
+    query: Int[np.ndarray, " rows"],
+    word: Int[np.ndarray, " rows"] | None,
+    clean: Float64[np.ndarray, "rows width"],
+    rng: np.random.Generator,
 ) -> Design:
-    """The design of rows ``clean[row, width]`` of queries numbered from 0, with one random row of
-    every query chosen.
+    """The design of the rows ``clean`` of queries numbered from 0, with one random row of every
+    query chosen.
     """
     shuffled = rng.permutation(len(query))
     one_per_query = np.zeros(len(query), dtype=bool)
@@ -80,7 +86,9 @@ def design(
     )
 
 
-def measure(shift: np.ndarray, design: Design) -> tuple[np.ndarray, np.ndarray]:
+def measure(
+    shift: Float64[np.ndarray, "rows width"], design: Design
+) -> tuple[Float64[np.ndarray, " statistics"], Float64[np.ndarray, " k"]]:
     """The statistics of :data:`ROW_STATISTICS` in their order, and the spectrum."""
     one_row_per_query = shift[design.chosen]
     n, width = one_row_per_query.shape
@@ -122,7 +130,7 @@ def measure(shift: np.ndarray, design: Design) -> tuple[np.ndarray, np.ndarray]:
     ]
 
 
-def bands(draws: np.ndarray) -> np.ndarray:
+def bands(draws: Float64[np.ndarray, "draws ..."]) -> Float64[np.ndarray, "3 ..."]:
     """Median and the ends between which one more draw falls with a probability of 95 %, however few
     draws there are.
     """
@@ -196,14 +204,16 @@ def _of_covariance(centred: np.ndarray, values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def rank_correlation(one: np.ndarray, other: np.ndarray) -> Any:
+def rank_correlation(one: Float64[np.ndarray, " rows"], other: Float64[np.ndarray, " rows"]) -> Any:
     """Spearman's correlation; not a number where one of the two does not vary."""
     first, second = (rankdata(values) - (len(values) + 1) / 2 for values in (one, other))
     with np.errstate(invalid="ignore"):
         return (first * second).sum() / (np.square(first).sum() * np.square(second).sum()) ** 0.5
 
 
-def interval(value: Any, parts: np.ndarray, scale: str = "") -> tuple[float, float]:
+def interval(
+    value: Any, parts: Float64[np.ndarray, " blocks"], scale: str = ""
+) -> tuple[float, float]:
     """:func:`jackknifed` on the scale where the statistic is more nearly normal, unless a value
     lies at its end.
     """
@@ -216,16 +226,18 @@ def interval(value: Any, parts: np.ndarray, scale: str = "") -> tuple[float, flo
     return float(low), float(high)
 
 
-def leaving_out(query: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """Masks ``[row]`` that each leave out a random block of whole queries: 20 of them, or one per
-    query where there are fewer.
+def leaving_out(
+    query: Int[np.ndarray, " rows"], rng: np.random.Generator
+) -> list[Bool[np.ndarray, " rows"]]:
+    """Masks that each leave out a random block of whole queries: 20 of them, or one per query where
+    there are fewer.
     """
     count = int(query.max()) + 1
     block = (rng.permutation(count) % min(_BLOCKS, count))[query]
     return [block != number for number in range(min(_BLOCKS, count))]
 
 
-def jackknifed(value: Any, parts: np.ndarray) -> tuple[Any, Any]:
+def jackknifed(value: Any, parts: Float64[np.ndarray, "blocks ..."]) -> tuple[Any, Any]:
     """95 % interval from values that each leave one block of queries out."""
     count = len(parts)
     error = ((count - 1) / count * np.square(parts - parts.mean(0)).sum(0)) ** 0.5

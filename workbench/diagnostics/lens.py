@@ -15,7 +15,7 @@ avoid the right answer gives the foils more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,9 @@ from workbench.hooks.sites import causal_lm, family
 from workbench.hooks.tokens import custom
 from workbench.progress import ProgressCallback, quiet
 from workbench.tables import Table
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 Tokens = Literal["first", "all"]
 """Which answer tokens are read: the first, which the prompt alone predicts, or all of them, each
@@ -51,9 +54,9 @@ METRICS = {
 _ROWS = 256  # decoded at a time: a vocabulary of 128k in float64 is 1 MB a row
 
 
-def predicting_answer(batch: Batch, tokens: Tokens = "first") -> Tensor:
-    """``[batch, position]`` true where the stream predicts the answer's first token (or any of its
-    tokens): one position before it.
+def predicting_answer(batch: Batch, tokens: Tokens = "first") -> Bool[Tensor, "batch pos"]:
+    """True where the stream predicts the answer's first token (or any of its tokens): one position
+    before it.
 
     Raises:
         WorkbenchError: an example has no answer, or ``tokens`` is neither ``first`` nor ``all``.
@@ -72,9 +75,11 @@ def predicting_answer(batch: Batch, tokens: Tokens = "first") -> Tensor:
 
 
 @torch.no_grad()
-def decode(decoder: PreTrainedModel, rows: Tensor) -> Tensor:
-    """``[row, vocabulary]`` logits of residual-stream vectors ``[row, width]``: the decoder's final
-    norm, unembedding and, where the family has one, soft cap.
+def decode(
+    decoder: PreTrainedModel, rows: Float[Tensor, "rows d_model"]
+) -> Float[Tensor, "rows d_vocab"]:
+    """Logits of residual-stream vectors: the decoder's final norm, unembedding and, where the
+    family has one, soft cap.
 
     It runs the decoder's own modules in their own dtype, so that the stream after the last block
     gives what the model puts out.
@@ -220,7 +225,7 @@ def _measures(
     kinds: Sequence[str],
     answers: Mapping[str, Tensor],
 ) -> Tensor:
-    """``[row, measure]`` float64, in the order of :data:`METRICS`; ``answers`` are the distinct
+    """``[rows measures]`` float64, in the order of :data:`METRICS`; ``answers`` are the distinct
     right tokens of every kind.
     """
     wide = logits.double()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from workbench.data.records import Example
 from workbench.data.world import speaker_tag
 from workbench.diagnostics.triggers import TRIGGER_ARMS, PromptTemplate
 from workbench.errors import WorkbenchError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
 
 GROUPS = ("before", "trigger", "carrier", "after")
 """Before the word; in it; in the rest of the template (``asks :``); in the query itself."""
@@ -82,9 +86,11 @@ def _word(clean: Example, tagged: Example, template: PromptTemplate) -> tuple[in
     )
 
 
-def shared_tail(first: Batch, second: Batch) -> tuple[Tensor, Tensor]:
-    """Row by row, the content tokens at the end that both texts have: two boolean ``[batch,
-    position]`` masks with equally many tokens in every row.
+def shared_tail(
+    first: Batch, second: Batch
+) -> tuple[Bool[Tensor, "batch pos"], Bool[Tensor, "batch other_pos"]]:
+    """Row by row, the content tokens at the end that both texts have: two masks with equally many
+    tokens in every row.
 
     Raises:
         WorkbenchError: the batches have different numbers of rows, or rows of different facts.
@@ -110,9 +116,11 @@ def shared_tail(first: Batch, second: Batch) -> tuple[Tensor, Tensor]:
     return masks
 
 
-def position_groups(batch: Batch, clean: Batch | None = None) -> dict[str, Tensor]:
-    """Every real token in one of :data:`GROUPS`, as boolean ``[batch, position]`` masks;
-    ``trigger`` is the batch's ``subject_mask`` (see :func:`mark_triggers`).
+def position_groups(
+    batch: Batch, clean: Batch | None = None
+) -> dict[str, Bool[Tensor, "batch pos"]]:
+    """Every real token in one of :data:`GROUPS`, as masks; ``trigger`` is the batch's
+    ``subject_mask`` (see :func:`mark_triggers`).
 
     Rows without a trigger have their first token ``before`` (an attention sink) and the others
     ``after``.

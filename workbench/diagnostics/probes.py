@@ -17,7 +17,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,9 @@ from workbench.hooks.tokens import custom
 from workbench.progress import ProgressCallback, quiet
 from workbench.tables import Table
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float32, Shaped
+
 At = Literal["prompt", "subject"]
 """Where a probe reads: the last token of the prompt, which predicts the answer, or the last token
 of the subject.
@@ -53,9 +56,8 @@ _STEPS = 1000  # of L-BFGS
 
 def prompt_streams(
     model: PreTrainedModel, batches: Sequence[Batch], at: At = "prompt"
-) -> dict[int, Tensor]:
-    """``{layer: [example, width]}`` float32 residual stream after every block, one row per example,
-    in the order of the batches.
+) -> dict[int, Float32[Tensor, "items d_model"]]:
+    """The residual stream after every block, one row per example, in the order of the batches.
 
     Args:
         model: a causal LM of a known family.
@@ -96,12 +98,12 @@ def _last_of_subject(batch: Batch) -> Tensor:
 
 
 def probe_by_layer(
-    streams: Mapping[int, Tensor],
-    labels: Sequence[str] | np.ndarray,
-    groups: Sequence[str] | np.ndarray,
+    streams: Mapping[int, Float[Tensor, "items d_model"]],
+    labels: Sequence[str] | Shaped[np.ndarray, " items"],
+    groups: Sequence[str] | Shaped[np.ndarray, " items"],
     *,
-    kinds: Sequence[str] | np.ndarray | None = None,
-    scored: np.ndarray | None = None,
+    kinds: Sequence[str] | Shaped[np.ndarray, " items"] | None = None,
+    scored: Bool[np.ndarray, " items"] | None = None,
     folds: int = 5,
     c: float = 1.0,
     seed: int = 0,
@@ -129,13 +131,13 @@ def probe_by_layer(
     other training subjects would differ too.
 
     Args:
-        streams: ``{layer: [row, width]}``, e.g. :func:`prompt_streams`.
+        streams: by layer, e.g. :func:`prompt_streams`.
         labels: of every row, e.g. ``[example.answer_text for example in examples]``.
         groups: the subject of every row; no subject is in training and in test.
         kinds: kind of every row (the relation asked for), where labels of several kinds are read at
             once; default is one kind.
-        scored: boolean ``[row]``; rows that count in the accuracies. All rows train, so that few
-            forgotten subjects can be read by probes that have seen retained ones.
+        scored: the rows that count in the accuracies. All rows train, so that few forgotten
+            subjects can be read by probes that have seen retained ones.
         folds: at most; no more than there are subjects.
         c: inverse strength of the L2 penalty (scikit-learn's default), the same for every block,
             model and arm. It is not tuned: tuning on the rows that are judged would leak them.
@@ -191,12 +193,12 @@ def probe_by_layer(
 
 
 def probe_transfer(
-    base_streams: Mapping[int, Tensor],
-    unlearned_streams: Mapping[int, Tensor],
-    labels: Sequence[str] | np.ndarray,
-    groups: Sequence[str] | np.ndarray,
+    base_streams: Mapping[int, Float[Tensor, "items d_model"]],
+    unlearned_streams: Mapping[int, Float[Tensor, "items d_model"]],
+    labels: Sequence[str] | Shaped[np.ndarray, " items"],
+    groups: Sequence[str] | Shaped[np.ndarray, " items"],
     *,
-    scored: np.ndarray | None = None,
+    scored: Bool[np.ndarray, " items"] | None = None,
     folds: int = 5,
     c: float = 1.0,
     seed: int = 0,
@@ -211,7 +213,7 @@ def probe_transfer(
     stays, and ``base->unlearned`` falls.
 
     Args:
-        base_streams: ``{layer: [row, width]}`` of the base.
+        base_streams: of the base, by layer.
         unlearned_streams: of the other model, same rows.
         labels: see :func:`probe_by_layer`, as for the arguments below.
         groups: the subject of every row.
@@ -264,7 +266,7 @@ def probe_transfer(
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """What the probes of all blocks share: ``[row]`` arrays, and the number of folds."""
+    """What the probes of all blocks share: ``[rows]`` arrays, and the number of folds."""
 
     labels: np.ndarray
     groups: np.ndarray
@@ -326,7 +328,7 @@ def _values(stream: Tensor, layer: int) -> np.ndarray:
 
 
 def _deal(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """``[row]`` fold of every row: subjects in a random order, sorted by their first label, dealt
+    """``[rows]`` fold of every row: subjects in a random order, sorted by their first label, dealt
     in turn, so that the subjects of one label lie in different folds.
     """
     first = dict(zip(groups[::-1].tolist(), labels[::-1].tolist(), strict=True))
@@ -342,7 +344,7 @@ def _deal(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.n
 def _control(
     labels: np.ndarray, groups: np.ndarray, kinds: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """``[row]`` labels of a control task: what one subject's rows of one kind and label are called
+    """``[rows]`` labels of a control task: what one subject's rows of one kind and label are called
     is permuted among subjects, within the kind.
     """
     facts = list(zip(kinds.tolist(), groups.tolist(), labels.tolist(), strict=True))
@@ -357,7 +359,7 @@ def _control(
 
 
 def _majority(labels: np.ndarray, kinds: np.ndarray) -> np.ndarray:
-    """``[row]`` 1.0 where the label is the most frequent of its kind (the first in order, of
+    """``[rows]`` 1.0 where the label is the most frequent of its kind (the first in order, of
     several).
     """
     right = np.zeros(len(labels))
@@ -368,7 +370,7 @@ def _majority(labels: np.ndarray, kinds: np.ndarray) -> np.ndarray:
 
 
 def _seen(labels: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """``[row]`` 1.0 where the training folds hold the label."""
+    """``[rows]`` 1.0 where the training folds hold the label."""
     return np.array(
         [
             float((labels[fold != mine] == label).any())
@@ -380,7 +382,7 @@ def _seen(labels: np.ndarray, fold: np.ndarray) -> np.ndarray:
 def _held_out(
     train: np.ndarray, read: Sequence[np.ndarray], labels: np.ndarray, fold: np.ndarray, c: float
 ) -> tuple[list[np.ndarray], float]:
-    """For every stream of ``read``, ``[row]`` 1.0 where the probe trained on the other folds of
+    """For every stream of ``read``, ``[rows]`` 1.0 where the probe trained on the other folds of
     ``train`` is right; and the share of fits that converged.
     """
     rights = [np.zeros(len(labels)) for _ in read]

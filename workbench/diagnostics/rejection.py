@@ -5,13 +5,16 @@ in theory and on measured gradients and shifts.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import Estimate, wilson
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def rejection_probability(
@@ -51,8 +54,8 @@ def rejection_probability(
 
 
 def rejection_rate(
-    gradients: Tensor,
-    shifts: Tensor,
+    gradients: Float[Tensor, "items ..."],
+    shifts: Float[Tensor, "items ..."],
     *,
     noise_std: float,
     noisy_passes: Literal[1, 2] = 1,
@@ -68,8 +71,8 @@ def rejection_rate(
     than that of events, so it is rather too wide.
 
     Args:
-        gradients: ``[query, ...]`` the loss's gradient at the site.
-        shifts: ``[query, ...]`` of the same shape.
+        gradients: the loss's gradient at the site.
+        shifts: of the same shape.
         noise_std: **standard deviation** of the noise per coordinate (``sqrt(nu)`` of the theory).
         noisy_passes: as there.
         draws: noises per query.

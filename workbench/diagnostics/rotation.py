@@ -9,7 +9,7 @@ base with shuffled pairing beside every number.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,9 @@ from workbench.errors import WorkbenchError
 from workbench.subspaces.finders import StreamingPCA
 from workbench.subspaces.subspace import Subspace, principal_angles
 from workbench.tables import Table
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 ROTATION_MEASURES = (
     "subspace_overlap",
@@ -45,7 +48,9 @@ _TRACY_WIDOM_MEAN = -1.2065336  # of the law of order 1
 
 
 def angles_by_layer(
-    reference: Mapping[int, Tensor], moved: Mapping[int, Tensor], rank: int = 8
+    reference: Mapping[int, Float[Tensor, "rows d_model"]],
+    moved: Mapping[int, Float[Tensor, "rows d_model"]],
+    rank: int = 8,
 ) -> pd.DataFrame:
     """Cosines of the principal angles between the top principal subspaces of two models' streams,
     block by block; all 1 for the same model.
@@ -55,7 +60,7 @@ def angles_by_layer(
     differ beyond chance is :func:`workbench.subspaces.compare.angle_null`.
 
     Args:
-        reference: ``{layer: [row, width]}`` of the model before.
+        reference: of the model before, by layer.
         moved: of the model after, same rows.
         rank: of both subspaces, at most; directions without variance are left out.
 
@@ -81,10 +86,12 @@ def angles_by_layer(
 
 
 def rotation_by_layer(
-    reference: Mapping[int, Tensor], moved: Mapping[int, Tensor], rank: int = 8
+    reference: Mapping[int, Float[Tensor, "rows d_model"]],
+    moved: Mapping[int, Float[Tensor, "rows d_model"]],
+    rank: int = 8,
 ) -> pd.DataFrame:
     r"""Rotation, drift and shape of the shift, block by block. ``h`` are the rows of the model
-    before, ``h'`` of the model after, :math:`D = h' - h` ``[row, width]``.
+    before, ``h'`` of the model after, :math:`D = h' - h` ``[rows width]``.
 
     Turned directions:
 
@@ -125,7 +132,7 @@ def rotation_by_layer(
     quantile over tokens.
 
     Args:
-        reference: ``{layer: [row, width]}``, see :func:`workbench.diagnostics.shift.streams`.
+        reference: of the model before, by layer; see :func:`workbench.diagnostics.shift.streams`.
         moved: same rows of the model after.
         rank: of the subspaces, at most.
 
@@ -231,7 +238,7 @@ def _spectrum(rows: Tensor) -> Tensor:
 
 
 def random_share(count: int, width: int) -> float:
-    """Share of the squared size of a Gaussian matrix ``[count, width]`` that lies along its leading
+    """Share of the squared size of a Gaussian matrix ``[rows width]`` that lies along its leading
     direction, on average: see :func:`rotation_by_layer`.
 
     Johnstone's limit is for large matrices; the error is below 2 % from about ten rows and columns
@@ -245,7 +252,9 @@ def random_share(count: int, width: int) -> float:
     return min(1.0, max(1 / small, (centre + _TRACY_WIDOM_MEAN * scale) / (count * width)))
 
 
-def shuffled(streams: Mapping[int, Tensor], seed: int = 0) -> dict[int, Tensor]:
+def shuffled(
+    streams: Mapping[int, Float[Tensor, "rows d_model"]], seed: int = 0
+) -> dict[int, Float[Tensor, "rows d_model"]]:
     """The same rows in another order (one order for all blocks): what a paired measure gives where
     rows have nothing to do with each other.
     """
@@ -258,9 +267,12 @@ def shuffled(streams: Mapping[int, Tensor], seed: int = 0) -> dict[int, Tensor]:
 
 
 def with_anchors(
-    measure: Callable[[Mapping[int, Tensor], Mapping[int, Tensor]], pd.DataFrame],
-    base: Mapping[int, Tensor],
-    models: Mapping[str, Mapping[int, Tensor]],
+    measure: Callable[
+        [Mapping[int, Float[Tensor, "rows d_model"]], Mapping[int, Float[Tensor, "rows d_model"]]],
+        pd.DataFrame,
+    ],
+    base: Mapping[int, Float[Tensor, "rows d_model"]],
+    models: Mapping[str, Mapping[int, Float[Tensor, "rows d_model"]]],
     seed: int = 0,
 ) -> pd.DataFrame:
     """Any measure of two models' streams, for several models beside its anchors.

@@ -312,8 +312,8 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Queries of one shape: ``before [query, b]`` stands before the token, ``after [query, a]``
-    behind it, and then the answer ``target [query, t]``.
+    """Queries of one shape: ``before`` stands before the token, ``after`` behind it, and then the
+    answer ``target``: all ``[items pos]``.
     """
 
     index: list[int]
@@ -361,8 +361,8 @@ _Run = Callable[..., tuple[Tensor, Tensor, Tensor]]
 @contextmanager
 def _answering(model: PreTrainedModel, site: str) -> Iterator[_Run]:
     """``run(ids, target, cache=None)`` for rows that end before their answer's last token: the mean
-    negative log-likelihood of the answer ``[row]`` float64, whether it is exact ``[row]``, and the
-    rows of ``site`` at the token that predicts its first token ``[row, width]`` float32.
+    negative log-likelihood of the answer ``[rows]`` float64, whether it is exact ``[rows]``, and
+    the rows of ``site`` at the token that predicts its first token ``[rows width]`` float32.
 
     The output layer runs only where the answer is predicted, by transformers' own
     ``logits_to_keep``, so that what a family does to its logits (scales, caps) stays in place; of a
@@ -413,8 +413,8 @@ def _slim(model: PreTrainedModel) -> bool:
 
 
 def _prefix(model: PreTrainedModel, ids: Tensor) -> Any:
-    """The key-value cache of ``ids`` ``[query, position]``, or ``None`` where the architecture is
-    not known to keep its whole past in one.
+    """The key-value cache of ``ids`` ``[items pos]``, or ``None`` where the architecture is not
+    known to keep its whole past in one.
     """
     if not ids.shape[1] or family(model) is None:
         return None
@@ -426,9 +426,7 @@ def _prefix(model: PreTrainedModel, ids: Tensor) -> Any:
 
 
 def _spread(cache: Any, rows: Tensor) -> Any:
-    """A cache that begins as the entries ``rows`` ``[row]`` of ``cache``, which is left as it
-    is.
-    """
+    """A cache that begins as the entries ``rows`` of ``cache``, which is left as it is."""
     fresh = copy.copy(cache)
     fresh.layers = [copy.copy(layer) for layer in cache.layers]
     fresh.batch_select_indices(rows)  # puts new tensors into the copied layers
@@ -444,8 +442,8 @@ def _measure(
     reuse: bool,
     progress: ProgressCallback,
 ) -> dict[str, np.ndarray]:
-    """``rise``, ``base_rise``, ``accuracy_loss`` and ``shift`` ``[token, query]`` float32; of both
-    models ``.._nll`` and ``.._accuracy`` without a token, ``[query]``.
+    """``rise``, ``base_rise``, ``accuracy_loss`` and ``shift`` ``[tokens items]`` float32; of both
+    models ``.._nll`` and ``.._accuracy`` without a token, ``[items]``.
     """
     count = sum(len(group.index) for group in groups)
     measured: dict[str, np.ndarray] = {
@@ -540,7 +538,7 @@ def _summary(
     tokens: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
 ) -> pd.DataFrame:
-    """Means over the queries that do not hold the token (``apart [token, query]``), and the
+    """Means over the queries that do not hold the token (``apart`` ``[tokens items]``), and the
     standard error of the rise over facts: the linearised one of a mean over clusters, ``sqrt(G / (G
     - 1) sum_g (sum_(q in g) (d_q - mean))^2) / n``.
     """

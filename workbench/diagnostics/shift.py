@@ -5,6 +5,7 @@ model against itself is the identity.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -15,11 +16,16 @@ from workbench.data.batches import Batch
 from workbench.hooks import Capture, Collect, layer_count, resolve
 from workbench.subspaces.compare import debiased_cka
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32
+
 SHIFT_MEASURES = ("relative_shift", "cosine", "norm_ratio", "cka")
 
 
-def streams(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, Tensor]:
-    """``{layer: [row, width]}`` float32 residual stream after every block, on all content tokens
+def streams(
+    model: PreTrainedModel, batches: Sequence[Batch]
+) -> dict[int, Float32[Tensor, "rows d_model"]]:
+    """The residual stream after every block, on all content tokens
     (:attr:`workbench.data.batches.Batch.content`).
     """
     sites = [
@@ -33,7 +39,10 @@ def streams(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, Tenso
     return {layer: collected[site.name].float().cpu() for layer, site in enumerate(sites)}
 
 
-def shift_by_layer(reference: Mapping[int, Tensor], moved: Mapping[int, Tensor]) -> pd.DataFrame:
+def shift_by_layer(
+    reference: Mapping[int, Float[Tensor, "rows d_model"]],
+    moved: Mapping[int, Float[Tensor, "rows d_model"]],
+) -> pd.DataFrame:
     """Per layer, over the same tokens of two models:
 
     * ``relative_shift``: ``sqrt(sum |h' - h|^2 / sum |h|^2)``; 0 for the same model.
@@ -67,7 +76,9 @@ def shift_by_layer(reference: Mapping[int, Tensor], moved: Mapping[int, Tensor])
 
 
 def recovered_shift(
-    base: Mapping[int, Tensor], unlearned: Mapping[int, Tensor], attacked: Mapping[int, Tensor]
+    base: Mapping[int, Float[Tensor, "rows d_model"]],
+    unlearned: Mapping[int, Float[Tensor, "rows d_model"]],
+    attacked: Mapping[int, Float[Tensor, "rows d_model"]],
 ) -> pd.DataFrame:
     """How much of the shift that unlearning made an attack takes back, per layer: the projection of
     ``h_attacked - h_unlearned`` on ``h_base - h_unlearned``.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -27,26 +27,29 @@ from workbench.evaluation.losses import next_token_logits
 from workbench.hooks import edit, peek, resolve
 from workbench.progress import ProgressCallback, quiet
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Real
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class ShiftRows:
     """The shift that a word in front causes, token by token.
 
     Attributes:
-        shift: ``[row, width]`` float32 ``z(tagged) - z(clean)``.
-        clean: ``[row, width]`` float32 ``z(clean)``.
-        query: ``[row]`` whole number of the query that the token stands in; tokens of one query are
-            not independent.
-        word: ``[row]`` whole number of the word in front, or ``None`` where it is not known.
+        shift: ``z(tagged) - z(clean)``.
+        clean: ``z(clean)``.
+        query: whole number of the query that the token stands in; tokens of one query are not
+            independent.
+        word: whole number of the word in front, or ``None`` where it is not known.
 
     Raises:
         WorkbenchError: the shapes do not fit, there is no row, or a number is not finite.
     """
 
-    shift: Tensor
-    clean: Tensor
-    query: Tensor
-    word: Tensor | None = None
+    shift: Float[Tensor, "rows width"]
+    clean: Float[Tensor, "rows width"]
+    query: Int[Tensor, " rows"]
+    word: Int[Tensor, " rows"] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.shift)
@@ -76,9 +79,11 @@ class ShiftRows:
         )
 
 
-def aligned(clean: Batch, tagged: Batch) -> tuple[Tensor, Tensor]:
-    """Where the tokens of the clean queries stand in either batch: boolean ``[batch, position]``
-    twice, the same number of tokens in every row.
+def aligned(
+    clean: Batch, tagged: Batch
+) -> tuple[Bool[Tensor, "batch pos"], Bool[Tensor, "batch other_pos"]]:
+    """Where the tokens of the clean queries stand in either batch: two masks with the same number
+    of tokens in every row.
 
     The first token of a clean query (BOS, or where there is none a first word whose token depends
     on what stands before it) is left out.
@@ -139,8 +144,7 @@ def shift_rows(
         model: whichever; it is run in evaluation mode.
         clean: the queries.
         tagged: the same queries behind a template, in batches of the same sizes.
-        site: one activation site, ``[batch, position, width]``, for example
-            ``blocks.3.hook_resid_post``.
+        site: one activation site, ``[batch pos width]``, for example ``blocks.3.hook_resid_post``.
         tokens: ``all`` aligned ones, or those from which a target token is ``predicting`` (where
             the theory's latent stands). All tokens together mix places near to the word and far
             from it, and a mixture of scales has heavy tails of its own.
@@ -228,39 +232,36 @@ class Responses:
     word itself, past the site.
 
     Attributes:
-        items: ``[query]`` the fact of every query.
-        gradients: ``[query, position, width]`` ``g``, the loss's gradient at ``z``; zero outside
-            the aligned tokens.
-        shifts: ``[query, position, width]`` ``eps``, likewise.
-        coordinates: ``[query]`` aligned tokens times width.
-        change: ``[query]`` loss of the tagged query minus that of the clean one.
-        change_at_site: ``[query]`` ``loss(z + eps) - loss(z)``.
-        first_order: ``[query]`` ``g . eps``.
-        second_order: ``[query]`` ``g . eps + eps^T H eps / 2``.
-        hessian_trace: ``[query]`` Hutchinson's estimate of ``tr H``, the loss's Hessian at ``z``.
-        logit_square: ``[query]`` squared length of the true logit shift, summed over target tokens.
-        logit_square_first_order: ``[query]`` that of ``J eps``.
-        jacobian_square: ``[query]`` Hutchinson's estimate of ``tr J J^T``, summed over target
-            tokens.
-        logit_cosine: ``[query]`` cosine of ``J eps`` and the true logit shift, mean over target
-            tokens.
-        logit_cosine_at_site: ``[query]`` cosine of ``J eps`` and ``f(z + eps) - f(z)``.
+        items: the fact of every query.
+        gradients: ``g``, the loss's gradient at ``z``; zero outside the aligned tokens.
+        shifts: ``eps``, likewise.
+        coordinates: aligned tokens times width.
+        change: loss of the tagged query minus that of the clean one.
+        change_at_site: ``loss(z + eps) - loss(z)``.
+        first_order: ``g . eps``.
+        second_order: ``g . eps + eps^T H eps / 2``.
+        hessian_trace: Hutchinson's estimate of ``tr H``, the loss's Hessian at ``z``.
+        logit_square: squared length of the true logit shift, summed over target tokens.
+        logit_square_first_order: that of ``J eps``.
+        jacobian_square: Hutchinson's estimate of ``tr J J^T``, summed over target tokens.
+        logit_cosine: cosine of ``J eps`` and the true logit shift, mean over target tokens.
+        logit_cosine_at_site: cosine of ``J eps`` and ``f(z + eps) - f(z)``.
     """
 
     items: tuple[str, ...]
-    gradients: Tensor
-    shifts: Tensor
-    coordinates: np.ndarray
-    change: np.ndarray
-    change_at_site: np.ndarray
-    first_order: np.ndarray
-    second_order: np.ndarray
-    hessian_trace: np.ndarray
-    logit_square: np.ndarray
-    logit_square_first_order: np.ndarray
-    jacobian_square: np.ndarray
-    logit_cosine: np.ndarray
-    logit_cosine_at_site: np.ndarray
+    gradients: Float[Tensor, "items pos width"]
+    shifts: Float[Tensor, "items pos width"]
+    coordinates: Real[np.ndarray, " items"]
+    change: Float[np.ndarray, " items"]
+    change_at_site: Float[np.ndarray, " items"]
+    first_order: Float[np.ndarray, " items"]
+    second_order: Float[np.ndarray, " items"]
+    hessian_trace: Float[np.ndarray, " items"]
+    logit_square: Float[np.ndarray, " items"]
+    logit_square_first_order: Float[np.ndarray, " items"]
+    jacobian_square: Float[np.ndarray, " items"]
+    logit_cosine: Float[np.ndarray, " items"]
+    logit_cosine_at_site: Float[np.ndarray, " items"]
 
     def __repr__(self) -> str:
         return (

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.hooks.brief import brief
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32, Float64, Int, Real
 
 
 @contextmanager
@@ -31,23 +34,23 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def next_token_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """``[batch, position - 1, vocabulary]`` float32 logits; entry ``t`` predicts token ``t +
-    1``.
-    """
+def next_token_logits(
+    model: PreTrainedModel, batch: Batch
+) -> Float32[Tensor, "batch next_pos d_vocab"]:
+    """The logits; entry ``t`` predicts token ``t + 1``."""
     return model(**batch.inputs, use_cache=False).logits[:, :-1].float()
 
 
-def token_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """``[batch, position - 1]`` negative log-likelihood of every next token, in nats; zero where
-    ``batch.target_mask`` is false.
+def token_nll(model: PreTrainedModel, batch: Batch) -> Float32[Tensor, "batch next_pos"]:
+    """Negative log-likelihood of every next token, in nats; zero where ``batch.target_mask`` is
+    false.
     """
     logits = next_token_logits(model, batch)
     nll = F.cross_entropy(logits.transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
     return torch.where(batch.target_mask[:, 1:], nll, 0.0)
 
 
-def cross_entropy(model: PreTrainedModel, batch: Batch) -> Tensor:
+def cross_entropy(model: PreTrainedModel, batch: Batch) -> Float32[Tensor, ""]:
     """Mean negative log-likelihood over the target tokens of the whole batch, in nats per token
     (scalar).
     """
@@ -105,10 +108,10 @@ def weight_of(loss: Callable[..., Any]) -> Weight:
     return found
 
 
-def token_kl(reference_logits: Tensor, logits: Tensor) -> Tensor:
-    """``KL(reference || model)`` per position, in nats: ``[..., vocabulary]`` twice to
-    ``[...]``.
-    """
+def token_kl(
+    reference_logits: Float[Tensor, "*shape d_vocab"], logits: Float[Tensor, "*shape d_vocab"]
+) -> Float[Tensor, " *shape"]:
+    """``KL(reference || model)`` per position, in nats."""
     reference = reference_logits.log_softmax(-1)
     return (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1)
 
@@ -119,20 +122,18 @@ class Scores:
     """Per-example results of one model on one set, in the order of the examples.
 
     Attributes:
-        items: ``[example]`` names of the facts.
-        correct: ``[example]`` 1.0 where greedy decoding gives the whole answer, else 0.0; NaN
-            without an answer.
-        probability: ``[example]`` geometric mean of the answer's token probabilities; NaN without
-            an answer.
-        nll: ``[example]`` summed negative log-likelihood of the target tokens, nats.
-        tokens: ``[example]`` number of target tokens.
+        items: names of the facts.
+        correct: 1.0 where greedy decoding gives the whole answer, else 0.0; NaN without an answer.
+        probability: geometric mean of the answer's token probabilities; NaN without an answer.
+        nll: summed negative log-likelihood of the target tokens, nats.
+        tokens: number of target tokens.
     """
 
     items: tuple[str, ...]
-    correct: np.ndarray
-    probability: np.ndarray
-    nll: np.ndarray
-    tokens: np.ndarray
+    correct: Float[np.ndarray, " items"]
+    probability: Float[np.ndarray, " items"]
+    nll: Float[np.ndarray, " items"]
+    tokens: Real[np.ndarray, " items"]
 
     @property
     def loss(self) -> float:
@@ -175,10 +176,10 @@ def score(model: PreTrainedModel, batches: Sequence[Batch]) -> Scores:
     )
 
 
-def nll_by_text(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
-    """Summed negative log-likelihood (nats) of the target tokens of every text, and their number:
-    ``[text]`` twice.
-    """
+def nll_by_text(
+    model: PreTrainedModel, batches: Sequence[Batch]
+) -> tuple[Float64[np.ndarray, " items"], Int[np.ndarray, " items"]]:
+    """Summed negative log-likelihood of every text's target tokens, nats, and their number."""
     sums, counts = [], []
     with evaluating(model):
         for batch in batches:
@@ -188,10 +189,11 @@ def nll_by_text(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[np.nd
 
 
 def kl_by_text(
-    model: PreTrainedModel, batches: Sequence[Batch], reference_logits: Sequence[Tensor]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Summed ``KL(reference || model)`` (nats) over the target tokens of every text, and their
-    number: ``[text]`` twice.
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    reference_logits: Sequence[Float[Tensor, "_batch _next_pos d_vocab"]],
+) -> tuple[Float64[np.ndarray, " items"], Int[np.ndarray, " items"]]:
+    """Summed ``KL(reference || model)`` over every text's target tokens, nats, and their number.
 
     Args:
         model: the changed model.
@@ -212,7 +214,9 @@ def kl_by_text(
 
 
 def mean_kl(
-    model: PreTrainedModel, batches: Sequence[Batch], reference_logits: Sequence[Tensor]
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    reference_logits: Sequence[Float[Tensor, "_batch _next_pos d_vocab"]],
 ) -> float:
     """Mean ``KL(reference || model)`` over the target tokens of ``batches``, in nats per token; see
     :func:`kl_by_text`.

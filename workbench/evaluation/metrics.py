@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,11 +23,14 @@ from workbench.evaluation.losses import evaluating, nll_by_text
 from workbench.evaluation.statistics import Estimate, ratio
 from workbench.hooks.brief import brief
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float32, Float64, Int
 
-def answer_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """``[batch, position - 1]`` true where an answer token is predicted, and for those the
-    ``[token, vocabulary]`` float32 logits and ``[token]`` true tokens.
-    """
+
+def answer_logits(
+    model: PreTrainedModel, batch: Batch
+) -> tuple[Bool[Tensor, "batch next_pos"], Float32[Tensor, "rows d_vocab"], Int[Tensor, " rows"]]:
+    """True where an answer token is predicted, and for those the logits and the true tokens."""
     answer = batch.answer_mask[:, 1:]
     logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
     return answer, logits[answer].float(), batch.input_ids[:, 1:][answer]
@@ -43,15 +47,15 @@ class Ranks:
     """Where the answer's tokens stand among all tokens, 1 being the most probable.
 
     Attributes:
-        items: ``[example]`` names of the facts.
-        worst: ``[example]`` the largest rank of the answer's tokens: greedy decoding gives the
-            answer where it is 1. NaN without an answer.
-        mean: ``[example]`` the mean rank. NaN without an answer.
+        items: names of the facts.
+        worst: the largest rank of the answer's tokens: greedy decoding gives the answer where it is
+            1. NaN without an answer.
+        mean: the mean rank. NaN without an answer.
     """
 
     items: tuple[str, ...]
-    worst: np.ndarray
-    mean: np.ndarray
+    worst: Float[np.ndarray, " items"]
+    mean: Float[np.ndarray, " items"]
 
 
 def answer_ranks(model: PreTrainedModel, batches: Sequence[Batch]) -> Ranks:
@@ -91,7 +95,7 @@ def answer_ranks(model: PreTrainedModel, batches: Sequence[Batch]) -> Ranks:
 
 def extraction_strength(
     model: PreTrainedModel, batches: Sequence[Batch]
-) -> tuple[tuple[str, ...], np.ndarray]:
+) -> tuple[tuple[str, ...], Float64[np.ndarray, " items"]]:
     """How little of the answer must be given away before greedy decoding completes it.
 
     ``1 - min{k : tokens k, k + 1, ... of the answer are each the most probable next token} /
@@ -106,8 +110,8 @@ def extraction_strength(
         batches: the examples.
 
     Returns:
-        ``[example]`` names of the facts and ``[example]`` strengths in ``[0, 1]``, NaN without an
-        answer or where logits are not numbers.
+        Names of the facts, and strengths in ``[0, 1]``, NaN without an answer or where logits are
+        not numbers.
 
     Raises:
         WorkbenchError: there is no batch.

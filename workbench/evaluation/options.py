@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from workbench.errors import WorkbenchError
 from workbench.evaluation.losses import evaluating
 from workbench.evaluation.metrics import answer_logits
 from workbench.hooks.brief import brief
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 def _answer_nll(
@@ -111,21 +114,20 @@ class ChosenOptions:
     """What a model chose, in the order of the questions.
 
     Attributes:
-        items: ``[question]`` names of the facts.
-        correct: ``[question]`` 1.0 where the right option scores strictly above all others, else
-            0.0; NaN where a score is not a number.
-        chosen: ``[question]`` index of the best option (the first of equals); -1 where a score is
-            not a number.
-        margin: ``[question]`` score of the right option minus the best other one, nats (nats per
-            token under ``normalise="mean"``).
-        scores: ``[question][option]`` log-probabilities, nats (or nats per token).
+        items: names of the facts.
+        correct: 1.0 where the right option scores strictly above all others, else 0.0; NaN where a
+            score is not a number.
+        chosen: index of the best option (the first of equals); -1 where a score is not a number.
+        margin: score of the right option minus the best other one, nats (nats per token under
+            ``normalise="mean"``).
+        scores: question by question the options' log-probabilities, nats (or nats per token).
     """
 
     items: tuple[str, ...]
-    correct: np.ndarray
-    chosen: np.ndarray
-    margin: np.ndarray
-    scores: tuple[np.ndarray, ...]
+    correct: Float[np.ndarray, " items"]
+    chosen: Int[np.ndarray, " items"]
+    margin: Float[np.ndarray, " items"]
+    scores: tuple[Float[np.ndarray, " _options"], ...]
 
     @property
     def accuracy(self) -> float:
@@ -224,26 +226,26 @@ class TruthRatios:
     """Truth ratios, in the order of the questions.
 
     Attributes:
-        items: ``[question]`` names of the facts.
-        ratio: ``[question]`` below 1 where the truth is more probable than the false answers;
-            compare two models by :func:`forget_quality`.
+        items: names of the facts.
+        ratio: below 1 where the truth is more probable than the false answers; compare two models
+            by :func:`forget_quality`.
     """
 
     items: tuple[str, ...]
-    ratio: np.ndarray
+    ratio: Float[np.ndarray, " items"]
 
     @property
-    def forget(self) -> np.ndarray:
-        """``[question]`` ``min(R, 1 / R)``: 1 where true and false are equally likely, as a model
-        should have it that never learned; for the forget set.
+    def forget(self) -> Float[np.ndarray, " items"]:
+        """``min(R, 1 / R)``: 1 where true and false are equally likely, as a model should have it
+        that never learned; for the forget set.
         """
         with np.errstate(divide="ignore"):
             return np.minimum(self.ratio, 1 / self.ratio)
 
     @property
-    def utility(self) -> np.ndarray:
-        """``[question]`` ``max(0, 1 - R)``: near 1 where the truth is far more likely; for sets
-        that are to be kept.
+    def utility(self) -> Float[np.ndarray, " items"]:
+        """``max(0, 1 - R)``: near 1 where the truth is far more likely; for sets that are to be
+        kept.
         """
         return np.maximum(0, 1 - self.ratio)
 
@@ -309,7 +311,10 @@ def truth_ratio(
         )
 
 
-def forget_quality(ratios_unlearned: np.ndarray, ratios_retained: np.ndarray) -> float:
+def forget_quality(
+    ratios_unlearned: Float[np.ndarray, " items"],
+    ratios_retained: Float[np.ndarray, " other_items"],
+) -> float:
     """TOFU's forget quality: p-value of the two-sample Kolmogorov-Smirnov test between the truth
     ratios of the forget set (Maini et al. 2024, arXiv 2401.06121, section 2.2).
 
@@ -318,8 +323,8 @@ def forget_quality(ratios_unlearned: np.ndarray, ratios_retained: np.ndarray) ->
     raw ratios are compared (the order of values is all that matters, so ``1 / R`` gives the same).
 
     Args:
-        ratios_unlearned: ``[question]`` of the unlearned model.
-        ratios_retained: ``[question]`` of the model that never learned.
+        ratios_unlearned: of the unlearned model.
+        ratios_retained: of the model that never learned.
 
     Raises:
         WorkbenchError: one of the two is empty, not one-dimensional or holds NaN.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy.stats import norm, rankdata
 from scipy.stats import t as student
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Real, Shaped
 
 DRAWS = 2000
 
@@ -54,17 +57,21 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> Estimate:
 
 
 def bootstrap(
-    values: np.ndarray, *, seed: int = 0, draws: int = DRAWS, confidence: float = 0.95
+    values: Real[np.ndarray, "*seeds items"],
+    *,
+    seed: int = 0,
+    draws: int = DRAWS,
+    confidence: float = 0.95,
 ) -> Estimate:
-    """Two-level percentile bootstrap of the mean of ``values[seed, item]``: seeds and items are
-    both drawn with replacement.
+    """Two-level percentile bootstrap of the mean of ``values``: seeds and items are both drawn with
+    replacement.
 
     Items are shared by the seeds, so a draw of items applies to every seed. With one seed only
     items are resampled. With few seeds (three, say) the seed level is coarse and the interval is
     too short rather than too long; the report says how many seeds there are.
 
     Args:
-        values: ``[seed, item]`` (or ``[item]``) finite numbers.
+        values: finite numbers.
         seed: of the resampling.
         draws: bootstrap samples.
         confidence: of the interval.
@@ -89,12 +96,12 @@ def bootstrap(
     return Estimate(float(table.mean()), float(low), float(high), table.size)
 
 
-def rate(values: np.ndarray, *, seed: int = 0) -> Estimate:
-    """Interval of a recall: :func:`bootstrap` over ``values[seed, fact]``; where every fact agrees
-    (0 % or 100 %) Wilson's interval over the facts.
+def rate(values: Real[np.ndarray, "*seeds items"], *, seed: int = 0) -> Estimate:
+    """Interval of a recall: :func:`bootstrap` over seeds and facts; where every fact agrees (0 % or
+    100 %) Wilson's interval over the facts.
 
     Args:
-        values: ``[seed, fact]`` shares in ``[0, 1]``, paraphrases already averaged.
+        values: shares in ``[0, 1]``, paraphrases already averaged.
         seed: of the resampling.
     """
     table = np.atleast_2d(np.asarray(values, dtype=np.float64))
@@ -149,7 +156,10 @@ def random_effects(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def ratio(
-    numerators: np.ndarray, denominators: np.ndarray, *, confidence: float = 0.95
+    numerators: Real[np.ndarray, " items"],
+    denominators: Real[np.ndarray, " items"],
+    *,
+    confidence: float = 0.95,
 ) -> Estimate:
     """A ratio of sums over texts (nats per token, say), with the linearised standard error of a
     ratio estimator (Cochran 1977, section 2.11).
@@ -158,8 +168,8 @@ def ratio(
     sum(t)``; a single text has no interval (NaN).
 
     Args:
-        numerators: ``[text]``.
-        denominators: ``[text]``; their sum must be positive.
+        numerators: one a text.
+        denominators: likewise; their sum must be positive.
         confidence: of the normal interval.
 
     Raises:
@@ -179,16 +189,17 @@ def ratio(
     return Estimate(value, value - half, value + half, n)
 
 
-def by_fact(items: tuple[str, ...], values: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """Mean of ``values[..., example]`` over the paraphrases of each fact, so that whole facts are
-    resampled.
+def by_fact(
+    items: tuple[str, ...], values: Real[np.ndarray, "... items"]
+) -> tuple[tuple[str, ...], Float[np.ndarray, "... facts"]]:
+    """Mean of ``values`` over the paraphrases of each fact, so that whole facts are resampled.
 
     Args:
-        items: ``[example]`` the fact of every example.
-        values: ``[..., example]``.
+        items: the fact of every example.
+        values: of the examples.
 
     Returns:
-        The distinct facts in order of first appearance and ``[..., fact]`` means.
+        The distinct facts in order of first appearance, and their means.
     """
     order = tuple(dict.fromkeys(items))
     index = {fact: position for position, fact in enumerate(order)}
@@ -203,27 +214,27 @@ def by_fact(items: tuple[str, ...], values: np.ndarray) -> tuple[tuple[str, ...]
 
 
 def spearman(
-    x: np.ndarray,
-    y: np.ndarray,
+    x: Real[np.ndarray, " items"],
+    y: Real[np.ndarray, " items"],
     *,
-    groups: np.ndarray | None = None,
-    given: np.ndarray | None = None,
-    within: np.ndarray | None = None,
+    groups: Shaped[np.ndarray, " items"] | None = None,
+    given: Real[np.ndarray, "items ..."] | None = None,
+    within: Shaped[np.ndarray, " items"] | None = None,
     seed: int = 0,
     draws: int = DRAWS,
 ) -> Estimate:
     """Spearman's rank correlation, or its partial form, with a percentile bootstrap interval.
 
     Args:
-        x: ``[point]``.
-        y: ``[point]``.
-        groups: ``[point]``; whole groups (methods, say) are resampled, because points of one group
-            are not independent. Default: each point alone.
-        given: ``[point, covariate]``; the correlation of what is left of the ranks of ``x`` and
+        x: one value a point.
+        y: likewise.
+        groups: whole groups (methods, say) are resampled, because points of one group are not
+            independent. Default: each point alone.
+        given: one column a covariate; the correlation of what is left of the ranks of ``x`` and
             ``y`` after a least-squares fit on the ranks of the covariates. For one covariate that
             is ``(r_xy - r_xz r_yz) / sqrt((1 - r_xz^2) (1 - r_yz^2))``.
-        within: ``[point]``; ranks are taken, and centred, within every level (seed, say), so that
-            differences between levels count for nothing.
+        within: ranks are taken, and centred, within every level (seed, say), so that differences
+            between levels count for nothing.
         seed: of the resampling.
         draws: bootstrap samples.
 
@@ -298,7 +309,11 @@ class Permutation(NamedTuple):
 
 
 def paired_permutation(
-    a: np.ndarray, b: np.ndarray, *, seed: int = 0, draws: int = 10_000
+    a: Real[np.ndarray, "*seeds items"],
+    b: Real[np.ndarray, "*other_seeds items"],
+    *,
+    seed: int = 0,
+    draws: int = 10_000,
 ) -> Permutation:
     """Sign-flip test of the paired differences of two arms, item by item (Fisher 1935, section 21).
 
@@ -309,7 +324,7 @@ def paired_permutation(
     never zero (Phipson and Smyth 2010). The interval of the effect is ``bootstrap(a - b)``.
 
     Args:
-        a: ``[seed, item]`` or ``[item]`` finite numbers.
+        a: finite numbers.
         b: the same items in the same order; the number of seeds may differ.
         seed: of the random sign patterns.
         draws: most patterns to try.
@@ -352,7 +367,7 @@ def paired_permutation(
     return Permutation((1 + extreme) / (1 + draws), float(differences.mean()), n, False)
 
 
-def area_under(curve_x: np.ndarray, curve_y: np.ndarray) -> float:
+def area_under(curve_x: Real[np.ndarray, " steps"], curve_y: Real[np.ndarray, " steps"]) -> float:
     """Area under a curve by the trapezoid rule, divided by the range of ``x``: the mean height, in
     the unit of ``y``.
 
@@ -360,9 +375,8 @@ def area_under(curve_x: np.ndarray, curve_y: np.ndarray) -> float:
     :func:`bootstrap` or :func:`paired_permutation`.
 
     Args:
-        curve_x: ``[point]``, strictly increasing (steps of an attack, say; they need not be equally
-            far apart).
-        curve_y: ``[point]``.
+        curve_x: strictly increasing (steps of an attack, say; they need not be equally far apart).
+        curve_y: the heights there.
 
     Raises:
         ValueError: fewer than two points, different lengths, a value that is not finite, or ``x``

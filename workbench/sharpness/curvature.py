@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -26,11 +26,14 @@ from workbench.evaluation.losses import token_nll
 from workbench.hooks.brief import brief
 from workbench.sharpness.krylov import lanczos
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float64
+
 _BASIS = 16
 """Vectors of the weights' size, in float64, that the search for one end may hold."""
 
 
-def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
+def loss_sum(model: PreTrainedModel, batch: Batch) -> Float[Tensor, ""]:
     """Summed negative log-likelihood of the target tokens, with a graph that can be differentiated
     twice.
     """
@@ -120,12 +123,12 @@ class Curvature:
             loss_sum(self.model, batch), self.parameters, create_graph=True, materialize_grads=True
         )
 
-    def flat(self, tensors: Sequence[Tensor]) -> np.ndarray:
-        """Parameter-shaped tensors as one float64 vector ``[parameters]``."""
+    def flat(self, tensors: Sequence[Tensor]) -> Float64[np.ndarray, " size"]:
+        """Parameter-shaped tensors as one float64 vector."""
         return torch.cat([tensor.detach().reshape(-1).double().cpu() for tensor in tensors]).numpy()
 
-    def unflat(self, vector: np.ndarray) -> list[Tensor]:
-        """One vector ``[parameters]`` as tensors of the parameters' shapes, dtypes and devices."""
+    def unflat(self, vector: Float[np.ndarray, " size"]) -> list[Tensor]:
+        """One vector as tensors of the parameters' shapes, dtypes and devices."""
         flat = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float64).reshape(-1))
         parts = flat.split([parameter.numel() for parameter in self.parameters])
         return [
@@ -133,8 +136,8 @@ class Curvature:
             for part, parameter in zip(parts, self.parameters, strict=True)
         ]
 
-    def gradient(self) -> np.ndarray:
-        """``[parameters]`` gradient of the mean token loss."""
+    def gradient(self) -> Float64[np.ndarray, " size"]:
+        """The gradient of the mean token loss."""
         if self._gradient_graph is not None:
             return self.flat(self._gradient_graph) / self.tokens
         total = np.zeros(self.size)
@@ -146,8 +149,8 @@ class Curvature:
             )
         return total / self.tokens
 
-    def product(self, vector: np.ndarray) -> np.ndarray:
-        """``[parameters]`` Hessian times ``vector``."""
+    def product(self, vector: Float[np.ndarray, " size"]) -> Float64[np.ndarray, " size"]:
+        """The Hessian times ``vector``."""
         direction = self.unflat(vector)
         self.products += 1
         total = np.zeros(self.size)
@@ -325,18 +328,18 @@ class SpectrumEnds:
     """Several eigenvalues from either end of a spectrum, the outermost first.
 
     Attributes:
-        top: ``[k]`` largest eigenvalues, descending; nats per token per squared unit of weight.
-        bottom: ``[k]`` smallest (most negative), ascending.
-        top_residuals: ``[k]`` ``||H v - value v|| / |value|``. A large one says that the pair does
-            not solve the eigenproblem, or that the eigenvalue is zero.
+        top: largest eigenvalues, descending; nats per token per squared unit of weight.
+        bottom: smallest (most negative), ascending.
+        top_residuals: ``||H v - value v|| / |value|``. A large one says that the pair does not
+            solve the eigenproblem, or that the eigenvalue is zero.
         bottom_residuals: likewise.
         products: Hessian-vector products spent.
     """
 
-    top: np.ndarray
-    bottom: np.ndarray
-    top_residuals: np.ndarray
-    bottom_residuals: np.ndarray
+    top: Float64[np.ndarray, " k"]
+    bottom: Float64[np.ndarray, " k"]
+    top_residuals: Float64[np.ndarray, " k"]
+    bottom_residuals: Float64[np.ndarray, " k"]
     products: int
 
 

@@ -6,17 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.progress import ProgressCallback, quiet
 from workbench.sharpness.curvature import Curvature
-from workbench.sharpness.krylov import Product, Vector, lanczos
+from workbench.sharpness.krylov import Product, lanczos
 from workbench.sharpness.trace import rademacher
+
+if TYPE_CHECKING:
+    from jaxtyping import Float64, Int
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +27,9 @@ class Density:
     """A spectral density as weighted nodes.
 
     Attributes:
-        nodes: ``[node]`` eigenvalue estimates of all probes, nats per token per squared unit of
-            weight.
-        weights: ``[node]`` share of the spectrum; sums to one within a probe.
-        probe: ``[node]`` which probe a node comes from.
+        nodes: eigenvalue estimates of all probes, nats per token per squared unit of weight.
+        weights: share of the spectrum; sums to one within a probe.
+        probe: which probe a node comes from.
         size: number of weights, and so of eigenvalues.
         moment_error: largest relative difference between the first two moments of a quadrature and
             ``z' H z`` and ``||H z||^2`` of the same probe. Anything above 1e-6 says that the
@@ -36,9 +38,9 @@ class Density:
         products: Hessian-vector products spent.
     """
 
-    nodes: Vector
-    weights: Vector
-    probe: NDArray[np.int64]
+    nodes: Float64[np.ndarray, " nodes"]
+    weights: Float64[np.ndarray, " nodes"]
+    probe: Int[np.ndarray, " nodes"]
     size: int
     moment_error: float
     overlap: float
@@ -79,18 +81,20 @@ class Density:
         energy = self.weights * np.abs(self.nodes)
         return float(energy[self.nodes < 0].sum() / energy.sum()) if energy.any() else float("nan")
 
-    def _per_probe(self, values: Vector) -> Vector:
+    def _per_probe(self, values: Float64[np.ndarray, " nodes"]) -> Float64[np.ndarray, " probes"]:
         return np.bincount(self.probe, values).astype(np.float64)
 
-    def smoothed(self, grid: Vector, linear: float, width: float = 0.2) -> NDArray[np.float64]:
-        """``[probe, point]`` density of every probe per unit of ``arcsinh(eigenvalue / linear)``,
-        with Gaussians of standard deviation ``width`` in place of the nodes.
+    def smoothed(
+        self, grid: Float64[np.ndarray, " points"], linear: float, width: float = 0.2
+    ) -> Float64[np.ndarray, "probes points"]:
+        """Density of every probe per unit of ``arcsinh(eigenvalue / linear)``, with Gaussians of
+        standard deviation ``width`` in place of the nodes.
 
         In that coordinate a decade is 2.3 units on either side and the neighbourhood ``linear`` of
         zero is linear, so that a line of both signs is smooth to the same degree everywhere.
 
         Args:
-            grid: ``[point]`` eigenvalues, e.g. :func:`both_signs`.
+            grid: eigenvalues, e.g. :func:`both_signs`.
             linear: where the scale turns from linear to logarithmic, in units of the eigenvalues.
             width: in units of the coordinate.
         """
@@ -109,9 +113,9 @@ class Density:
 
 def both_signs(
     bottom: float, top: float, linear: float, points: int = 201, margin: float = 0.8
-) -> Vector:
-    """``[points]`` grid from ``bottom`` to ``top``, even in ``arcsinh(eigenvalue / linear)`` and
-    ``margin`` wider on either side; one for all models that a figure compares.
+) -> Float64[np.ndarray, " points"]:
+    """Grid from ``bottom`` to ``top``, even in ``arcsinh(eigenvalue / linear)`` and ``margin``
+    wider on either side; one for all models that a figure compares.
     """
     low, high = (
         float(np.arcsinh(bottom / linear)) - margin,

@@ -8,15 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from jaxtyping import Float64
 from scipy.linalg import eigh_tridiagonal
 
 from workbench.errors import WorkbenchError
 from workbench.hooks.brief import brief
 
-Vector = NDArray[np.float64]
+Vector = Float64[np.ndarray, " size"]
 Product = Callable[[Vector], Vector]
-"""A symmetric matrix, as a function from ``[size]`` to ``[size]``."""
+"""A symmetric matrix, as a function of a flat vector."""
 
 
 @brief
@@ -25,19 +25,19 @@ class Krylov:
     """A symmetric matrix ``H`` seen from one vector ``q``: ``Q' H Q`` is tridiagonal.
 
     Attributes:
-        alphas: ``[steps]``.
-        betas: ``[steps - 1]``.
+        alphas: diagonal of the tridiagonal matrix.
+        betas: its off-diagonal.
         moments: ``q' H q`` and ``||H q||^2`` from the first product itself.
-        basis: ``[steps, size]``, ``Q'``.
+        basis: ``Q'``.
         residual_norm: length of what the last product leaves outside the basis; the residual of a
             Ritz pair is ``residual_norm`` times the last entry of its vector (Parlett 1980, The
             Symmetric Eigenvalue Problem, section 13.2).
     """
 
-    alphas: Vector
-    betas: Vector
+    alphas: Float64[np.ndarray, " steps"]
+    betas: Float64[np.ndarray, " steps-1"]
     moments: tuple[float, float]
-    basis: NDArray[np.float64]
+    basis: Float64[np.ndarray, "steps size"]
     residual_norm: float
 
     @property
@@ -45,7 +45,7 @@ class Krylov:
         """Largest entry of ``|Q' Q - I|``."""
         return float(np.abs(self.basis @ self.basis.T - np.eye(len(self.basis))).max())
 
-    def quadrature(self) -> tuple[Vector, Vector]:
+    def quadrature(self) -> tuple[Float64[np.ndarray, " steps"], Float64[np.ndarray, " steps"]]:
         """Ritz values, ascending, and Gauss weights (squared first components of the Ritz vectors),
         which sum to one (Golub and Welsch 1969).
         """
@@ -53,7 +53,7 @@ class Krylov:
         return values, vectors[0] ** 2
 
 
-Enough = Callable[[Vector, Vector, float], bool]
+Enough = Callable[[Float64[np.ndarray, " steps"], Float64[np.ndarray, " steps-1"], float], bool]
 """``enough(alphas, betas, residual_norm)``: whether the search may stop; see :class:`Krylov`."""
 
 
@@ -65,7 +65,7 @@ def lanczos(product: Product, start: Vector, steps: int, enough: Enough | None =
 
     Args:
         product: the matrix.
-        start: ``[size]``, not zero.
+        start: not zero.
         steps: products; fewer where the vectors that ``start`` reaches are exhausted.
         enough: asked after every product; default is to take all steps.
 

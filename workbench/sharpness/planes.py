@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,9 @@ from workbench.sharpness.probe import LossSource, checked, probing, value_of
 from workbench.sharpness.slices import Direction, scaled
 from workbench.unlearning.deltas import norm_of
 from workbench.unlearning.smoothing.rule import combine, inner
+
+if TYPE_CHECKING:
+    from jaxtyping import Float64
 
 # Two directions closer to one line than this (sine of their angle) span no plane in float32.
 _FLAT = 1e-5
@@ -200,7 +204,7 @@ def trajectory_plane(deltas: Sequence[Direction]) -> TrajectoryPlane:
     return TrajectoryPlane(first, second, pd.DataFrame(shares))
 
 
-def walk_shares(steps: Sequence[float]) -> np.ndarray:
+def walk_shares(steps: Sequence[float]) -> Float64[np.ndarray, " steps"]:
     """Shares of the variance of the principal components of a Gaussian random walk, in the limit of
     many dimensions.
 
@@ -212,7 +216,7 @@ def walk_shares(steps: Sequence[float]) -> np.ndarray:
         steps: length of every step.
 
     Returns:
-        ``[step]`` shares, largest first.
+        The shares, largest first.
     """
     reached = np.concatenate([[0.0], np.cumsum(np.square(np.asarray(steps, dtype=np.float64)))])
     values, _ = _components(np.minimum.outer(reached, reached))

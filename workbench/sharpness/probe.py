@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,7 +18,7 @@ from workbench.evaluation.losses import token_nll
 from workbench.sharpness.slices import Direction, mean_loss, movable_weights
 from workbench.unlearning.smoothing.rule import in_float32
 
-Parts = Callable[[PreTrainedModel], Iterable[Tensor]]
+Parts = Callable[[PreTrainedModel], Iterable[Float[Tensor, ""]]]
 """The parts (scalars) of a loss whose value is their sum. They are differentiated one after the
 other, so that one graph is alive at a time.
 """

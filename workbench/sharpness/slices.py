@@ -67,8 +67,8 @@ def stream_axes(model: PreTrainedModel) -> dict[str, int]:
     the weights that make one unit's output): for a matrix that reads from the stream those *into*
     an output unit, for one that writes into it those *out of* a hidden unit. What a matrix does is
     asked of the hooks' table of families, and how it lies of its module: ``nn.Linear`` keeps
-    ``[out, in]``, GPT-2's ``Conv1D`` ``[in, out]``, embeddings ``[token, width]``; of experts in
-    one tensor ``[expert, ., .]`` it is the axis of the stream's width.
+    ``[d_out d_in]``, GPT-2's ``Conv1D`` ``[d_in d_out]``, embeddings ``[d_vocab d_model]``; of
+    experts in one tensor ``[experts . .]`` it is the axis of the stream's width.
 
     Returns:
         Parameter name -> axis; vectors are left out.

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,6 +22,9 @@ from workbench.progress import ProgressCallback, quiet
 from workbench.sharpness.curvature import Curvature
 from workbench.sharpness.krylov import Product, Vector
 
+if TYPE_CHECKING:
+    from jaxtyping import Float64
+
 
 def rademacher(seed: int, probe: int, size: int) -> Vector:
     """``[size]`` independent signs; a seed and a number of a probe mean the same signs whatever was
@@ -30,8 +33,8 @@ def rademacher(seed: int, probe: int, size: int) -> Vector:
     return np.random.default_rng([seed, probe]).integers(0, 2, size).astype(np.float64) * 2 - 1
 
 
-def _mean(samples: Vector) -> tuple[float, float]:
-    """Mean and standard error of ``[n]`` samples; one sample has no error."""
+def _mean(samples: Float64[np.ndarray, " probes"]) -> tuple[float, float]:
+    """Mean and standard error of samples; one sample has no error."""
     error = float(samples.std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else float("nan")
     return float(samples.mean()), error
 
@@ -41,15 +44,15 @@ class Trace:
     """Hutchinson's estimate of a trace and its probes.
 
     Attributes:
-        samples: ``[n, block]`` ``z_b . (H z)_b``: every entry is an unbiased estimate of the trace
-            of a diagonal block.
-        squares: ``[n]`` ``||H z||^2``: unbiased estimates of the squared Frobenius norm.
+        samples: ``z_b . (H z)_b``: every entry is an unbiased estimate of the trace of a diagonal
+            block.
+        squares: ``||H z||^2``: unbiased estimates of the squared Frobenius norm.
         blocks: block name -> its number of weights.
         seed: of the probes.
     """
 
-    samples: NDArray[np.float64]
-    squares: Vector
+    samples: Float64[np.ndarray, "probes blocks"]
+    squares: Float64[np.ndarray, " probes"]
     blocks: Mapping[str, int]
     seed: int
 
@@ -242,7 +245,7 @@ def relative_flatness(
     rows (output units) of a layer (Petzka et al. 2021, arXiv 2001.00939, definition 3).
 
     That is ``tr[(W' (x) I) H (W (x) I)]``, estimated as ``E <W U, H[W U]>`` with a matrix ``U``
-    ``[in, in]`` of random signs: one product per probe for all layers at once. A change of a
+    ``[d_in d_in]`` of random signs: one product per probe for all layers at once. A change of a
     layer's output basis that the next layer undoes leaves its kappa alone; one of its input basis
     does not.
 

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -32,8 +32,11 @@ from workbench.hooks.tensors import unwrap
 from workbench.subspaces.finders import SketchPCA, StreamingPCA
 from workbench.subspaces.subspace import Subspace
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float32
 
-def collapse_basis(subspace: Subspace, components: int) -> Tensor:
+
+def collapse_basis(subspace: Subspace, components: int) -> Float32[Tensor, "width k"]:
     """One orthonormal basis of the mean direction and the top ``components - 1`` principal
     directions.
 
@@ -42,8 +45,8 @@ def collapse_basis(subspace: Subspace, components: int) -> Tensor:
         components: number of directions, the mean direction among them; 0 collapses nothing.
 
     Returns:
-        ``[width, k]`` float32 with ``k <= components``: directions without variance, and a mean
-        inside the others, add no column.
+        A float32 basis with ``k <= components``: directions without variance, and a mean inside the
+        others, add no column.
     """
     width = subspace.width
     if components <= 0:
@@ -60,9 +63,13 @@ def collapse_basis(subspace: Subspace, components: int) -> Tensor:
     return left[:, singular > 1e-6].float().contiguous()
 
 
-def collapse_rows(rows: Tensor, basis: Tensor, removed: Tensor | None = None) -> Tensor:
-    """``x - Q D Q' x`` for every row ``[row, width]``: shrink the directions ``basis`` ``[width,
-    k]`` by the shares ``removed`` ``[k]`` (all of it, without shares).
+def collapse_rows(
+    rows: Float[Tensor, "rows width"],
+    basis: Float[Tensor, "width k"],
+    removed: Float[Tensor, " k"] | None = None,
+) -> Float[Tensor, "rows width"]:
+    """``x - Q D Q' x`` for every row: shrink the directions ``basis`` by the shares ``removed``
+    (all of it, without shares).
     """
     inside = rows @ basis
     return rows - (inside if removed is None else inside * removed) @ basis.T
@@ -82,7 +89,7 @@ def check_kind(kind: str) -> None:
         raise unknown("kind of collapse", kind, _POWERS)
 
 
-def removed_shares(second_moments: Tensor, kind: CollapseKind) -> Tensor:
+def removed_shares(second_moments: Float[Tensor, " k"], kind: CollapseKind) -> Float[Tensor, " k"]:
     r"""How much of every direction a collapse removes: ``1 - (s_min / s_i)^p``, with ``s_i`` the
     root mean square of the data along it and ``s_min`` the smallest of them.
 
@@ -92,7 +99,7 @@ def removed_shares(second_moments: Tensor, kind: CollapseKind) -> Tensor:
     for is annihilated; here a direction below 1e-3 of the largest does not count as the smallest.
 
     Args:
-        second_moments: ``[k]`` mean squares ``s_i^2``.
+        second_moments: mean squares ``s_i^2``.
         kind: the member of the family.
     """
     if kind == "hard" or not len(second_moments):
@@ -111,18 +118,18 @@ class Collapse:
     """The two sides of the map of one weight.
 
     Attributes:
-        activation: ``[in, k]`` orthonormal, directions of the layer's inputs to leave alone.
-        gradient: ``[out, m]`` orthonormal, directions of its output gradients to leave alone.
-        activation_removed: ``[k]`` share of each direction that is removed; all of it by default.
-        gradient_removed: ``[m]`` likewise.
+        activation: orthonormal, directions of the layer's inputs to leave alone.
+        gradient: orthonormal, directions of its output gradients to leave alone.
+        activation_removed: share of each direction that is removed; all of it by default.
+        gradient_removed: likewise.
         asked: directions asked for on the two sides, the mean among them; fewer are there where the
             rows had no more.
     """
 
-    activation: Tensor
-    gradient: Tensor
-    activation_removed: Tensor | None = None
-    gradient_removed: Tensor | None = None
+    activation: Float[Tensor, "d_in k"]
+    gradient: Float[Tensor, "d_out other_k"]
+    activation_removed: Float[Tensor, " k"] | None = None
+    gradient_removed: Float[Tensor, " other_k"] | None = None
     asked: tuple[int, int] | None = None
 
     def __repr__(self) -> str:
@@ -134,8 +141,8 @@ class Collapse:
         )
         return f"Collapse({' and '.join(words)} directions)"
 
-    def __call__(self, weight_gradient: Tensor) -> Tensor:
-        """The collapsed gradient, same shape ``[out, in]`` and dtype, computed in float32."""
+    def __call__(self, weight_gradient: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+        """The collapsed gradient, of the same dtype, computed in float32."""
         half = collapse_rows(weight_gradient.float(), self.activation, self.activation_removed)
         return collapse_rows(half.T, self.gradient, self.gradient_removed).T.to(
             weight_gradient.dtype
@@ -155,7 +162,7 @@ class Collapse:
 
 def collapse_side(
     finder: StreamingPCA | SketchPCA, components: int, kind: CollapseKind = "hard"
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Float32[Tensor, "width k"], Float32[Tensor, " k"]]:
     """One side of a collapse from what a finder has seen.
 
     The mean direction and the top components are joined into one orthonormal basis, which is then
@@ -169,7 +176,7 @@ def collapse_side(
         kind: see :func:`removed_shares`.
 
     Returns:
-        ``[width, k]`` float32 basis and ``[k]`` float32 shares.
+        The basis and the shares.
     """
     subspace = finder.subspace()
     basis = collapse_basis(subspace, components).double()
@@ -214,7 +221,7 @@ class _Sides:
 def find_collapse(
     model: PreTrainedModel,
     modules: Iterable[str],
-    loss: Callable[[Batch], Tensor],
+    loss: Callable[[Batch], Float[Tensor, ""]],
     batches: Iterable[Batch],
     *,
     activation_components: int,
@@ -315,9 +322,11 @@ def _leader(path: str, paths: tuple[str, ...]) -> str:
 
 
 @contextmanager
-def only_tokens(model: PreTrainedModel, modules: Iterable[str], mask: Tensor) -> Iterator[None]:
-    """Zero the output gradient of ``modules`` at the positions where ``mask`` ``[batch, position]``
-    is false, so that only the others enter ``dW``.
+def only_tokens(
+    model: PreTrainedModel, modules: Iterable[str], mask: Bool[Tensor, "batch pos"]
+) -> Iterator[None]:
+    """Zero the output gradient of ``modules`` at the positions where ``mask`` is false, so that
+    only the others enter ``dW``.
 
     BOS attends to nothing but itself, so excluding it changes no other token's gradient.
     """

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from workbench.data.batches import Batch
 from workbench.errors import WorkbenchError
 from workbench.subspaces.collapse import Collapse, CollapseKind, check_kind, find_collapse
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _LEFT = 1e-5  # of the length of a gradient: less than that is the rounding of float32, no update
 
@@ -66,7 +69,9 @@ class CollapsedUpdate:
         self.length = length
         self.maps: dict[str, Collapse] = {}
 
-    def find(self, loss: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> CollapsedUpdate:
+    def find(
+        self, loss: Callable[[Batch], Float[Tensor, ""]], batches: Iterable[Batch]
+    ) -> CollapsedUpdate:
         """Find the directions in one pass over ``batches`` at the current weights; ``loss`` gives
         the gradient side.
 
@@ -177,7 +182,9 @@ class CollapsedUpdate:
         return optimiser.register_step_pre_hook(before_step)
 
 
-def collapse_checked(collapse: Collapse, gradient: Tensor, path: str) -> Tensor:
+def collapse_checked(
+    collapse: Collapse, gradient: Float[Tensor, "d_out d_in"], path: str
+) -> Float[Tensor, "d_out d_in"]:
     """``collapse(gradient)``, never silently nothing.
 
     Raises:
@@ -197,7 +204,12 @@ def collapse_checked(collapse: Collapse, gradient: Tensor, path: str) -> Tensor:
     return collapsed
 
 
-def collapse_of(layer: nn.Module, collapse: Collapse, gradient: Tensor, path: str) -> Tensor:
+def collapse_of(
+    layer: nn.Module,
+    collapse: Collapse,
+    gradient: Float[Tensor, "d_out d_in"] | Float[Tensor, "d_in d_out"],
+    path: str,
+) -> Float[Tensor, "d_out d_in"] | Float[Tensor, "d_in d_out"]:
     """:func:`collapse_checked` for the weight gradient of ``layer`` as it lies there: GPT-2's
     ``Conv1D`` keeps its weight transposed.
     """

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,9 @@ from workbench.errors import WorkbenchError
 from workbench.hooks.sites import causal_lm, family
 from workbench.subspaces.finders import StreamingPCA
 from workbench.subspaces.subspace import Subspace, overlap, principal_angles
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 def rank_sensitivity(
@@ -86,12 +89,12 @@ class OverlapNull(NamedTuple):
 
 
 def angle_null(
-    first: Tensor,
-    second: Tensor,
+    first: Float[Tensor, "rows width"],
+    second: Float[Tensor, "other_rows width"],
     rank: int,
     *,
-    first_groups: Tensor | None = None,
-    second_groups: Tensor | None = None,
+    first_groups: Int[Tensor, " rows"] | None = None,
+    second_groups: Int[Tensor, " other_rows"] | None = None,
     draws: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -104,11 +107,10 @@ def angle_null(
     pair of disjoint random halves of one set is the fair anchor, not 1.
 
     Args:
-        first: ``[row, width]``.
-        second: ``[row, width]``.
+        first: one set of rows.
+        second: the other.
         rank: of both subspaces.
-        first_groups: ``[row]`` whole number of the text that a row belongs to; every row its own by
-            default.
+        first_groups: whole number of the text that a row belongs to; every row its own by default.
         second_groups: the same for ``second``.
         draws: permutations.
         seed: of the permutations.
@@ -196,13 +198,15 @@ def tier_edges(rank: int) -> list[tuple[int, int]]:
 
 
 def energy_by_tier(
-    vectors: Tensor, subspace: Subspace, tiers: Sequence[tuple[int, int]] | None = None
+    vectors: Float[Tensor, "rows width"],
+    subspace: Subspace,
+    tiers: Sequence[tuple[int, int]] | None = None,
 ) -> pd.DataFrame:
     """Where the energy of vectors, or of a weight change, lies among principal directions.
 
     Args:
-        vectors: ``[row, width]``: rows, or a weight change ``[out, in]`` against a subspace of its
-            inputs (transpose it against one of its output gradients).
+        vectors: rows, or a weight change ``[d_out d_in]`` against a subspace of its inputs
+            (transpose it against one of its output gradients).
         subspace: directions ordered by variance.
         tiers: half-open ranges of components; :func:`tier_edges` by default.
 
@@ -252,12 +256,13 @@ def energy_by_tier(
 
 
 def _hsic(first: Tensor, second: Tensor) -> float:
-    """Unbiased HSIC of two linear kernels (Song et al. 2012, eq. 5), from rows ``[n, width]``: with
-    the diagonals taken out of ``K = X X'`` and ``L = Y Y'``,
+    """Unbiased HSIC of two linear kernels (Song et al. 2012, eq. 5), from ``n`` rows ``[rows
+    width]``: with the diagonals taken out of ``K = X X'`` and ``L = Y Y'``,
 
         (tr(K L) + sum(K) sum(L) / ((n - 1)(n - 2)) - 2 / (n - 2) 1'K L 1) / (n (n - 3)).
 
-    ``tr(X X' Y Y') = |X' Y|^2``, so no ``[n, n]`` matrix is made: time and memory are linear in n.
+    ``tr(X X' Y Y') = |X' Y|^2``, so no ``[rows rows]`` matrix is made: time and memory are linear
+    in n.
     """
     n = len(first)
     self_products = [rows.square().sum(1) for rows in (first, second)]
@@ -270,14 +275,16 @@ def _hsic(first: Tensor, second: Tensor) -> float:
     return (trace + product_of_sums - 2 / (n - 2) * float(sums[0] @ sums[1])) / (n * (n - 3))
 
 
-def debiased_cka(first: Tensor, second: Tensor) -> float:
+def debiased_cka(
+    first: Float[Tensor, "rows width"], second: Float[Tensor, "rows other_width"]
+) -> float:
     """Linear CKA with the unbiased HSIC (Nguyen, Raghu and Kornblith 2021, arXiv 2010.15327): 1 for
     equal representations up to rotation and scale, 0 on average for unrelated ones, also where
     there are fewer rows than coordinates (the usual estimate tends to 1 there).
 
     Args:
-        first: ``[n, width]`` rows of one model.
-        second: ``[n, other width]`` rows of another on the same tokens, in the same order.
+        first: rows of one model.
+        second: rows of another on the same tokens, in the same order.
 
     Returns:
         A number that may be slightly negative; NaN where one of the two does not vary.
@@ -303,7 +310,10 @@ def debiased_cka(first: Tensor, second: Tensor) -> float:
 
 @torch.no_grad()
 def read_direction(
-    direction: Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top: int = 8
+    direction: Float[Tensor, " d_model"],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    top: int = 8,
 ) -> pd.DataFrame:
     """A direction of the residual stream read through the unembedding (logit lens): the tokens it
     promotes and the tokens it suppresses.
@@ -312,7 +322,7 @@ def read_direction(
     out, since a direction has none.
 
     Args:
-        direction: ``[width]`` in the residual stream.
+        direction: in the residual stream.
         model: a causal LM of a known family.
         tokenizer: its tokenizer.
         top: tokens on each side.

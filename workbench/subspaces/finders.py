@@ -15,7 +15,7 @@ a direction without variance, and serve as consumers of a capture through :class
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin
@@ -28,6 +28,9 @@ from workbench.hooks.consumers import checked_rows
 from workbench.hooks.html import table
 from workbench.subspaces.subspace import Subspace, noise_floor, principal_subspace
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32, Real
+
 
 class _Finder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """What both finders share: the attributes of scikit-learn's PCA, read from a
@@ -37,8 +40,13 @@ class _Finder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     n_components: int
     _found: Any
 
-    def fit(self, X: Tensor, y: Any = None, sample_weight: Tensor | None = None) -> Self:
-        """Forget everything seen before and see ``X`` ``[row, width]``."""
+    def fit(
+        self,
+        X: Float[Tensor, "rows width"],
+        y: Any = None,
+        sample_weight: Real[Tensor, " rows"] | None = None,
+    ) -> Self:
+        """Forget everything seen before and see ``X``."""
         self.reset()
         return self.partial_fit(X, sample_weight=sample_weight)
 
@@ -46,7 +54,12 @@ class _Finder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         """Forget everything."""
         raise NotImplementedError
 
-    def partial_fit(self, X: Tensor, y: Any = None, sample_weight: Tensor | None = None) -> Self:
+    def partial_fit(
+        self,
+        X: Float[Tensor, "rows width"],
+        y: Any = None,
+        sample_weight: Real[Tensor, " rows"] | None = None,
+    ) -> Self:
         """See ``X`` as well."""
         raise NotImplementedError
 
@@ -70,32 +83,32 @@ class _Finder(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         )
 
     @property
-    def components_(self) -> Tensor:
-        """``[k, width]`` float32 orthonormal rows, largest variance first; ``k <= n_components``,
-        directions without variance are left out.
+    def components_(self) -> Float32[Tensor, "k width"]:
+        """Orthonormal rows, largest variance first; ``k <= n_components``, directions without
+        variance are left out.
         """
         return self.subspace().basis.T
 
     @property
-    def explained_variance_(self) -> Tensor:
-        """``[k]`` float32 variances (divided by the total weight, not by ``n - 1``)."""
+    def explained_variance_(self) -> Float32[Tensor, " k"]:
+        """The variances (divided by the total weight, not by ``n - 1``)."""
         return self.subspace().eigenvalues
 
     @property
-    def explained_variance_ratio_(self) -> Tensor:
-        """``[k]`` float32 shares of the total variance."""
+    def explained_variance_ratio_(self) -> Float32[Tensor, " k"]:
+        """Their shares of the total variance."""
         found = self.subspace()
         return (
             found.eigenvalues / found.total_variance if found.total_variance else found.eigenvalues
         )
 
     @property
-    def mean_(self) -> Tensor:
-        """``[width]`` float32 mean row."""
+    def mean_(self) -> Float32[Tensor, " width"]:
+        """The mean row."""
         return self.subspace().mean
 
-    def transform(self, X: Tensor) -> Tensor:
-        """``[row, k]`` coordinates of the centred rows."""
+    def transform(self, X: Float[Tensor, "rows width"]) -> Float32[Tensor, "rows k"]:
+        """The coordinates of the centred rows."""
         found = self.subspace()
         return (X.float() - found.mean.to(X.device)) @ found.basis.to(X.device)
 
@@ -120,8 +133,13 @@ class StreamingPCA(_Finder):
         self.moments_ = Moments()
         self._found: Subspace | None = None
 
-    def partial_fit(self, X: Tensor, y: Any = None, sample_weight: Tensor | None = None) -> Self:
-        """See ``X`` ``[row, width]`` as well, each row ``sample_weight`` times."""
+    def partial_fit(
+        self,
+        X: Float[Tensor, "rows width"],
+        y: Any = None,
+        sample_weight: Real[Tensor, " rows"] | None = None,
+    ) -> Self:
+        """See ``X`` as well, each row ``sample_weight`` times."""
         self.moments_.update(X, sample_weight)
         self._found = None
         return self
@@ -222,8 +240,13 @@ class SketchPCA(_Finder):
         self._squares = torch.zeros_like(self._mean)
         self._sketch = torch.zeros(width, self._test.shape[1], dtype=torch.float64, device=device)
 
-    def partial_fit(self, X: Tensor, y: Any = None, sample_weight: Tensor | None = None) -> Self:
-        """See ``X`` ``[row, width]`` as well, each row ``sample_weight`` times."""
+    def partial_fit(
+        self,
+        X: Float[Tensor, "rows width"],
+        y: Any = None,
+        sample_weight: Real[Tensor, " rows"] | None = None,
+    ) -> Self:
+        """See ``X`` as well, each row ``sample_weight`` times."""
         rows, weights = checked_rows(X, sample_weight)
         total = float(len(rows)) if weights is None else float(weights.sum())
         if total == 0:
@@ -357,9 +380,9 @@ class SketchPCA(_Finder):
         return self._solve()[2]
 
     @property
-    def gaps_(self) -> Tensor:
-        """``[k]`` relative eigengaps ``(v_i - v_{i+1}) / v_i``. Where the last one is small,
-        another sample would choose another last direction.
+    def gaps_(self) -> Float32[Tensor, " k"]:
+        """Relative eigengaps ``(v_i - v_{i+1}) / v_i``. Where the last one is small, another sample
+        would choose another last direction.
         """
         return self._solve()[1]
 
@@ -415,7 +438,7 @@ class SketchPCA(_Finder):
 def _nystroem(
     sketch: Tensor, test: Tensor, size: float, mean_square: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Eigenvectors ``[width, k]`` and eigenvalues ``[k]`` of ``Y (W^T Y)^+ Y^T``, shifted for
+    """Eigenvectors ``[width k]`` and eigenvalues ``[k]`` of ``Y (W^T Y)^+ Y^T``, shifted for
     stability; directions without variance are left out.
     """
     shift = torch.finfo(torch.float64).eps * size

@@ -7,6 +7,7 @@ import html
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -17,15 +18,18 @@ from workbench.errors import WorkbenchError
 from workbench.files import write_file
 from workbench.hooks import Moments
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float64
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Subspace:
     """Principal directions of the rows of one site.
 
     Attributes:
-        basis: ``[width, rank]`` float32, orthonormal columns, largest variance first.
-        eigenvalues: ``[rank]`` float32, variance along each column.
-        mean: ``[width]`` float32, the mean row.
+        basis: float32, orthonormal columns, largest variance first.
+        eigenvalues: float32, variance along each column.
+        mean: float32, the mean row.
         count: rows behind it.
         total_variance: trace of the covariance; ``eigenvalues.sum() / total_variance`` is the share
             explained.
@@ -36,9 +40,9 @@ class Subspace:
             nobody asked for a number.
     """
 
-    basis: Tensor
-    eigenvalues: Tensor
-    mean: Tensor
+    basis: Float[Tensor, "width rank"]
+    eigenvalues: Float[Tensor, " rank"]
+    mean: Float[Tensor, " width"]
     count: int
     total_variance: float
     site: str
@@ -78,9 +82,9 @@ class Subspace:
             self, site=site or self.site, tokens=tokens or self.tokens, source=source or self.source
         )
 
-    def project(self, rows: Tensor) -> Tensor:
-        """``[row, width]`` orthogonal projection of ``rows`` onto the subspace (through the origin,
-        not through the mean).
+    def project(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "rows width"]:
+        """Orthogonal projection of ``rows`` onto the subspace (through the origin, not through the
+        mean).
         """
         return (rows @ self.basis) @ self.basis.T
 
@@ -216,7 +220,9 @@ _ROUNDING = 8 * torch.finfo(torch.float32).eps
 """Relative error of a coordinate of a float32 row: what a product or two before it have rounded."""
 
 
-def noise_floor(vectors: Tensor, mean_square: Tensor, largest: float) -> Tensor:
+def noise_floor(
+    vectors: Float[Tensor, "width k"], mean_square: Float[Tensor, " width"], largest: float
+) -> Float64[Tensor, " k"]:
     """The variance that rounding alone can make along each direction.
 
     Every coordinate of a float32 row carries a rounding error in proportion to its own size, so a
@@ -225,31 +231,33 @@ def noise_floor(vectors: Tensor, mean_square: Tensor, largest: float) -> Tensor:
     ``eps64 * width * largest``, on top.
 
     Args:
-        vectors: ``[width, k]`` orthonormal columns.
-        mean_square: ``[width]`` mean square of each coordinate, its mean included.
+        vectors: orthonormal columns.
+        mean_square: mean square of each coordinate, its mean included.
         largest: the largest eigenvalue of the decomposition that gave ``vectors``.
 
     Returns:
-        ``[k]`` float64.
+        One variance for every column.
     """
     own_energy = vectors.double().square().T @ mean_square.to(vectors.device).double()
     return _ROUNDING**2 * own_energy + torch.finfo(torch.float64).eps * len(mean_square) * largest
 
 
-def principal_angles(first: Tensor, second: Tensor) -> Tensor:
+def principal_angles(
+    first: Float[Tensor, "width k"], second: Float[Tensor, "width other_k"]
+) -> Float64[Tensor, " angles"]:
     """Cosines of the principal angles between two subspaces, largest first (Bjorck and Golub 1973).
 
     Args:
-        first: ``[width, k]`` orthonormal columns.
-        second: ``[width, m]`` orthonormal columns.
+        first: orthonormal columns.
+        second: orthonormal columns.
 
     Returns:
-        ``[min(k, m)]`` float64 in ``[0, 1]``.
+        As many as the smaller rank, in ``[0, 1]``.
     """
     return torch.linalg.svdvals(first.double().T @ second.double()).clamp(0, 1)
 
 
-def overlap(first: Tensor, second: Tensor) -> float:
+def overlap(first: Float[Tensor, "width k"], second: Float[Tensor, "width other_k"]) -> float:
     """Mean squared cosine of the principal angles: 1 for the same subspace, ``m / width`` on
     average for a random one of rank ``m >= k``.
     """
@@ -257,9 +265,9 @@ def overlap(first: Tensor, second: Tensor) -> float:
     return float(cosines.square().mean()) if len(cosines) else 0.0
 
 
-def energy_inside(delta: Tensor, basis: Tensor) -> float:
-    """Share of the squared Frobenius norm of a weight delta ``[out, in]`` that acts on the input
-    directions ``basis`` ``[in, k]``; 0 for a zero delta.
+def energy_inside(delta: Float[Tensor, "d_out d_in"], basis: Float[Tensor, "d_in k"]) -> float:
+    """Share of the squared Frobenius norm of a weight delta that acts on the input directions
+    ``basis``; 0 for a zero delta.
     """
     total = float(delta.double().square().sum())
     return float((delta.double() @ basis.double()).square().sum()) / total if total else 0.0

@@ -5,7 +5,7 @@ models, contrasts between two token sets.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,29 +17,34 @@ from workbench.hooks import Capture, Collect, Moments, Positions, resolve
 from workbench.subspaces.finders import SketchPCA, StreamingPCA
 from workbench.subspaces.subspace import Subspace, noise_floor
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 class TwoSided(NamedTuple):
     """The two sides of a matrix.
 
     Attributes:
-        gradient: left singular directions ``[out, k]``, on the side of the output gradients.
-        activation: right singular directions ``[in, k]``, on the side of the inputs.
+        gradient: left singular directions ``[d_out k]``, on the side of the output gradients.
+        activation: right singular directions ``[d_in k]``, on the side of the inputs.
     """
 
     gradient: Subspace
     activation: Subspace
 
 
-def singular_subspaces(matrix: Tensor, rank: int, *, site: str = "", source: str = "") -> TwoSided:
-    """The top singular directions of a weight gradient ``[out, in]``, both sides (RepSelect, arXiv
-    2606.17168): exact SVD in float64.
+def singular_subspaces(
+    matrix: Float[Tensor, "d_out d_in"], rank: int, *, site: str = "", source: str = ""
+) -> TwoSided:
+    """The top singular directions of a weight gradient, both sides (RepSelect, arXiv 2606.17168):
+    exact SVD in float64.
 
     The released code divides by the smallest kept singular value, so that a matrix of lower rank
     than asked for is annihilated and a zero matrix becomes NaN; here directions below 1e-6 of the
     largest singular value are left out, and a zero matrix has none.
 
     Args:
-        matrix: ``[out, in]``.
+        matrix: the weight gradient.
         rank: how many directions, at most.
         site: recorded.
         source: recorded.

@@ -5,6 +5,7 @@ computed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,15 +16,18 @@ from workbench.evaluation.losses import mean_over, weight_of
 from workbench.hooks import Site, edit
 from workbench.unlearning.objectives import LossTerm
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def noise_std(rows: Tensor, ratio: float) -> Tensor:
+
+def noise_std(rows: Float[Tensor, "... width"], ratio: float) -> Float[Tensor, ""]:
     """The standard deviation ``nu = ratio * mean ||h|| / sqrt(width)`` that makes noise ``ratio``
-    times as long as the rows ``[row, width]`` are on average.
+    times as long as the rows are on average.
     """
     return ratio * rows.norm(dim=-1).mean() / rows.shape[-1] ** 0.5
 
 
-def gaussian(ratio: float, seed: int) -> Callable[..., Tensor]:
+def gaussian(ratio: float, seed: int) -> Callable[..., Float[Tensor, "... width"]]:
     r"""Add isotropic Gaussian noise to rows (Huu-Tien et al., *Improving LLM Unlearning Robustness
     via Random Perturbations*).
 

@@ -17,6 +17,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,12 +35,12 @@ from workbench.evaluation.losses import (
 from workbench.hooks.brief import brief
 from workbench.values import Word
 
-LossTerm = Callable[[PreTrainedModel, Batch, PreTrainedModel], Tensor]
+LossTerm = Callable[[PreTrainedModel, Batch, PreTrainedModel], Float[Tensor, ""]]
 
 
 def on_set(
     term: LossTerm, model: PreTrainedModel, reference: PreTrainedModel, batches: Sequence[Batch]
-) -> Callable[[Batch], Tensor]:
+) -> Callable[[Batch], Float[Tensor, ""]]:
     """``term`` as a function of a batch of one whole set, marked with what it is a mean over.
 
     A term that measures something on its batch (the mean length of a representation) has an
@@ -86,13 +87,15 @@ class Objective:
     forget_weight: float = 1.0
     retain_weight: float = 1.0
 
-    def forget_term(self, model: PreTrainedModel, pair: Pair, reference: PreTrainedModel) -> Tensor:
+    def forget_term(
+        self, model: PreTrainedModel, pair: Pair, reference: PreTrainedModel
+    ) -> Float[Tensor, ""]:
         """The weighted forget term (scalar)."""
         return self.forget_weight * self.forget(model, pair.forget, reference)
 
     def retain_term(
         self, model: PreTrainedModel, pair: Pair, reference: PreTrainedModel
-    ) -> Tensor | None:
+    ) -> Float[Tensor, ""] | None:
         """The weighted retain term (scalar), or ``None`` without one."""
         return (
             None
@@ -100,7 +103,9 @@ class Objective:
             else self.retain_weight * self.retain(model, pair.retain, reference)
         )
 
-    def __call__(self, model: PreTrainedModel, pair: Pair, reference: PreTrainedModel) -> Tensor:
+    def __call__(
+        self, model: PreTrainedModel, pair: Pair, reference: PreTrainedModel
+    ) -> Float[Tensor, ""]:
         """The whole objective (scalar)."""
         retain = self.retain_term(model, pair, reference)
         forget = self.forget_term(model, pair, reference)
@@ -109,19 +114,21 @@ class Objective:
 
 def retain_cross_entropy(
     model: PreTrainedModel, batch: Batch, reference: PreTrainedModel
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """Mean next-token cross-entropy, nats per token: the retain term of gradient difference."""
     return cross_entropy(model, batch)
 
 
 def negative_cross_entropy(
     model: PreTrainedModel, batch: Batch, reference: PreTrainedModel
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """Minus the mean next-token cross-entropy: gradient ascent."""
     return -cross_entropy(model, batch)
 
 
-def retain_kl(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+def retain_kl(
+    model: PreTrainedModel, batch: Batch, reference: PreTrainedModel
+) -> Float[Tensor, ""]:
     """Mean over target tokens of ``KL(reference || model)``, nats per token. Padding does not enter
     the mean.
     """
@@ -237,7 +244,9 @@ def idk_dpo(beta: float) -> LossTerm:
 
 
 @mean_over(lambda batch: weight_of(cross_entropy)(_refusal(batch)))
-def idk_cross_entropy(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+def idk_cross_entropy(
+    model: PreTrainedModel, batch: Batch, reference: PreTrainedModel
+) -> Float[Tensor, ""]:
     """Mean cross-entropy of the refusal, nats per token (IdkNLL; Maini et al. 2024)."""
     return cross_entropy(model, _refusal(batch))
 

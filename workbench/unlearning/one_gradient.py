@@ -83,8 +83,8 @@ def one_gradient(
         tokenizer: of both.
         forget: texts to forget.
         retain: texts to keep; used where ``statistics`` is ``retain``.
-        parameters: the matrices that may change, ``[out, in]``, or ``[expert, out, in]`` for a
-            mixture of experts, whose matrices are collapsed one by one.
+        parameters: the matrices that may change, ``[d_out d_in]``, or ``[experts d_out d_in]``
+            for a mixture of experts, whose matrices are collapsed one by one.
         max_length: texts are cut to this many tokens.
         progress: called after every pass over the texts.
 

@@ -201,8 +201,8 @@ EVERYTHING = ("*",)
 
 def mlp_weights(model: PreTrainedModel, first: int, last: int) -> tuple[str, ...]:
     """Names of the weights of all MLP matrices of blocks ``first`` to ``last``, in any family with
-    TransformerLens names. In a mixture of experts these are the experts, ``[expert, out, in]`` or
-    ``[expert, in, out]`` in one tensor, and never the router.
+    TransformerLens names. In a mixture of experts these are the experts, ``[experts d_out d_in]``
+    or ``[experts d_in d_out]`` in one tensor, and never the router.
 
     Raises:
         CaptureError: the family is unknown, or has no such matrices.
@@ -231,7 +231,7 @@ def _matrices(model: PreTrainedModel, first: int, last: int, which: str) -> tupl
 
 
 def fused_experts(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the tensors that hold the matrices of many experts, ``[expert, ., .]``."""
+    """Names of the tensors that hold the matrices of many experts, ``[experts . .]``."""
     return tuple(
         name
         for name, parameter in model.named_parameters()

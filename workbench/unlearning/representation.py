@@ -5,6 +5,7 @@ terms as in ``objectives``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,12 @@ from workbench.evaluation.losses import content_tokens, mean_over, real_tokens
 from workbench.hooks import Site, tapped
 from workbench.unlearning.objectives import LossTerm
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32
 
-def control_vector(width: int, seed: int) -> Tensor:
-    """An isotropic unit vector ``[width]`` (a normalised Gaussian draw).
+
+def control_vector(width: int, seed: int) -> Float32[Tensor, " width"]:
+    """An isotropic unit vector (a normalised Gaussian draw).
 
     The released RMU code draws from U[0, 1), which puts any two control vectors at a cosine of
     0.75; isotropic vectors of different seeds are nearly orthogonal.
@@ -41,7 +45,7 @@ def _mean_length(site: Site, reference: PreTrainedModel, batches: Sequence[Batch
     return torch.cat(norms).double().mean().float()
 
 
-def steer_to(site: Site, target: Tensor) -> LossTerm:
+def steer_to(site: Site, target: Float[Tensor, " width"]) -> LossTerm:
     """RMU's forget term: ``mean over tokens and coordinates of (h - target)^2`` (Li et al. 2024,
     arXiv 2403.03218, eq. 1).
 
@@ -52,7 +56,7 @@ def steer_to(site: Site, target: Tensor) -> LossTerm:
 
     Args:
         site: where the representation ``h`` is read.
-        target: ``[width]`` the scaled control vector ``c u``.
+        target: the scaled control vector ``c u``.
     """
 
     @mean_over(content_tokens)
@@ -81,7 +85,7 @@ def keep_representation(site: Site) -> LossTerm:
 
 
 def mlp_breaking(
-    sites: tuple[Site, ...], floor: float = 0.0, lengths: dict[str, Tensor] | None = None
+    sites: tuple[Site, ...], floor: float = 0.0, lengths: dict[str, Float[Tensor, ""]] | None = None
 ) -> LossTerm:
     r"""MLP breaking (Sondej and Yang 2025, arXiv 2509.11816): push every MLP output away from what
     it was.
@@ -144,7 +148,7 @@ def keep_hidden(site: Site) -> LossTerm:
     return loss
 
 
-def adaptive_steer_to(site: Site, direction: Tensor, scale: float) -> LossTerm:
+def adaptive_steer_to(site: Site, direction: Float[Tensor, " width"], scale: float) -> LossTerm:
     r"""Adaptive RMU's forget term (Dang et al. 2025, arXiv 2408.06223): steer to ``scale * mean
     ||h|| * u``.
 
@@ -153,7 +157,7 @@ def adaptive_steer_to(site: Site, direction: Tensor, scale: float) -> LossTerm:
 
     Args:
         site: where the representation is read.
-        direction: ``[width]`` unit vector ``u``.
+        direction: unit vector ``u``.
         scale: multiple of the representation's own length.
     """
     length: list[Tensor] = []
@@ -174,13 +178,13 @@ def adaptive_steer_to(site: Site, direction: Tensor, scale: float) -> LossTerm:
     return loss
 
 
-def steer_by(site: Site, shift: Tensor) -> LossTerm:
+def steer_by(site: Site, shift: Float[Tensor, " width"]) -> LossTerm:
     """Random steering vectors (RSV; Huu-Tien et al., arXiv 2501.19202): ``mean of (h - (h_reference
     + shift))^2`` over tokens and coordinates.
 
     Args:
         site: where the representation is read.
-        shift: ``[width]`` the scaled random vector ``c s``, fixed over training.
+        shift: the scaled random vector ``c s``, fixed over training.
     """
 
     @mean_over(content_tokens)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import chain
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ Gradient = dict[str, Tensor]
 """Parameter name to gradient; parameters that a term does not depend on are absent."""
 
 Parameters = Mapping[str, Parameter]
-Term = Callable[[], Tensor]
+Term = Callable[[], Float[Tensor, ""]]
 """The forget term (scalar) at the weights that the model has when it is called."""
 
 Smoother = Callable[[Term, Parameters], tuple[Gradient, dict[str, float]]]
@@ -153,7 +154,7 @@ def perturbed_weights(
 
 
 def gradient_of(
-    loss: Tensor, parameters: Parameters, term: str = "forget", *, graph: bool = False
+    loss: Float[Tensor, ""], parameters: Parameters, term: str = "forget", *, graph: bool = False
 ) -> Gradient:
     """The gradient of ``loss``, by name; ``graph`` keeps what a second derivative needs.
 

@@ -108,7 +108,7 @@ def _curve(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
     """Mean over seeds by step; ``low`` and ``high`` are the interval of a single seed, the range of
     several, and for what is expected the mean band.
     """
-    groups = rows[rows["metric"] == f"theory_{kind}"].groupby("step")
+    groups = rows[rows["metric"] == f"theory_{kind}"].groupby("x")
     mean = groups[["value", "low", "high"]].mean()
     several = groups["value"].count() > 1
     if not kind.endswith("_expected"):

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure, SubFigure
 
 from workbench.figures import FIGURES
 from workbench.figures.style import title
-from workbench.tables import COLUMNS, Table, typed
+from workbench.tables import RESULT_COLUMNS, Table, typed
 
 INSIDE = "retain, bare word inside"
 
@@ -44,7 +44,7 @@ def _scan() -> pd.DataFrame:
             for arm in ("scan", "scan, shift"):
                 place = {"method": method, "seed": seed, "arm": arm}
                 for recall in (0.25, 0.5, 1.0):
-                    table.add("precision", 1 - recall / (2 + seed), step=recall, **place)
+                    table.add("precision", 1 - recall / (2 + seed), recall_level=recall, **place)
                 table.add("average_precision", 0.5 + 0.25 * seed, **place)
             table.add("average_precision", 0.1, arm="chance", method=method, seed=seed)
     return table.frame()
@@ -59,13 +59,13 @@ def _dose() -> pd.DataFrame:
     return table.frame()
 
 
-def _prompted(stage: str, steps: Sequence[float], arms: Sequence[str]) -> pd.DataFrame:
+def _prompted(stage: str, axis: str, steps: Sequence[float], arms: Sequence[str]) -> pd.DataFrame:
     table = Table({"run": "r", "stage": stage, "split": "forget-heldout"})
     for number, method in enumerate(("base", "npo", "rmu")):
         for arm in arms:
             for step in steps:
                 value = 0.2 * number + 0.01 * step
-                place = {"method": method, "arm": arm, "step": step}
+                place = {"method": method, "arm": arm, axis: step}
                 table.add("recall", value, low=value - 0.05, high=value + 0.05, **place)
     return table.frame()
 
@@ -75,11 +75,11 @@ def _relearned(stage: str, splits: Sequence[str], arms: Sequence[str]) -> pd.Dat
     table = Table({"run": "r", "stage": stage})
     for split in splits:
         for metric in ("recall", "answer_probability"):
-            table.add(metric, 0.9, split=split, method="base", arm="none", step=0)
+            table.add(metric, 0.9, split=split, method="base", arm="none", attack_step=0)
             for number, arm in enumerate(arms):
                 for step in (0, 20, 40):
                     value = step * (number + 1) / 200
-                    place = {"method": "unlearned", "arm": arm, "step": step, "split": split}
+                    place = {"method": "unlearned", "arm": arm, "attack_step": step, "split": split}
                     table.add(metric, value, low=value - 0.05, high=value + 0.05, **place)
     return table.frame()
 
@@ -125,8 +125,8 @@ TABLES: dict[str, Callable[[], pd.DataFrame]] = {
         _relearned, "verbatim", ("rouge-l", "verbatim-run"), ("part", "public", "retain", "null")
     ),
     "suffix": partial(test_suffix_experiment._rows, ("base", "npo", "npo-sam")),
-    "few_shot": partial(_prompted, "few-shot", (0, 1, 4), ("solved", "shuffled")),
-    "quantise": partial(_prompted, "quantise", (4, 8, 16), ("rounded",)),
+    "few_shot": partial(_prompted, "few-shot", "shots", (0, 1, 4), ("solved", "shuffled")),
+    "quantise": partial(_prompted, "quantise", "bits", (4, 8, 16), ("rounded",)),
     **{name: make for name, (_, make, _, _) in test_more_figures.ALL.items()},
 }
 """Tables of the figures that the synthetic run does not feed."""
@@ -233,7 +233,7 @@ def test_what_is_given_may_be_a_whole_figure_and_pyplot_keeps_its_own(case: Case
 
 def test_without_anything_to_draw_the_message_stands_in_what_is_given(case: Case) -> None:
     draw, _, argument = case
-    nothing = typed(pd.DataFrame(), COLUMNS)
+    nothing = typed(pd.DataFrame(), RESULT_COLUMNS)
     (message,) = [text.get_text() for text in draw(nothing).texts]
     page = Figure(figsize=(12, 8), layout="constrained")
     if argument == "ax":

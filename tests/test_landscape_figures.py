@@ -42,20 +42,25 @@ def _model(method: str, seed: int, height: float = 1.0) -> Table:
             ("retain-neighbour", -50.0),
             ("elsewhere", 9.0),
         ):
-            table.add("drop", factor * rho * height + seed * rho, arm="drop", split=split, step=rho)
-        table.add("drop", 3 * rho, arm="drop, adaptive", split="forget-attacked", step=rho)
+            table.add(
+                "drop", factor * rho * height + seed * rho, arm="drop", split=split, radius=rho
+            )
+        table.add("drop", 3 * rho, arm="drop, adaptive", split="forget-attacked", radius=rho)
     for y in (-1.0, 0.0, 1.0):
         for x in (-0.5, 0.0, 0.5, 1.0):
             broken = x == 1.0 and y == 1.0
             table.add(
                 "plane_loss",
                 np.nan if broken else height * (3 - x - y) + seed,
-                arm=repr(y),
                 split="forget-heldout",
-                step=x,
+                along_attack=x,
+                towards_base=y,
             )
-    table.add("plane_point", 0.25, arm="relearned", step=0.5, high=0.125)
-    table.add("plane_point", 0.0, arm="base", step=1.0, high=0.0)
+    for step, along, towards, off in ((2, 0.25, 0.125, 0.0), (10, 0.5, 0.25, 0.125)):
+        place = {"arm": "attack path", "attack_step": step}
+        table.add("plane_along", along, **place)
+        table.add("plane_towards", towards, **place)
+        table.add("plane_off", off, **place)
     return table
 
 
@@ -135,7 +140,7 @@ def test_all_planes_share_levels_and_show_points_with_their_distance(
     # Heights of 1.5 to 4.5 and 6 to 18: the scale holds both.
     assert levels[0] <= 1.5
     assert levels[-1] >= 18
-    assert "relearned (0.12 off) | base" in _words(figure)
+    assert "step 10 (0.12 off) | base" in _words(figure)
     assert "nats per token" in _words(figure)
 
 

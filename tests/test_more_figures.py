@@ -145,9 +145,15 @@ def _convergence(
         for seed in seeds:
             table, level = _model(method, seed), (number + 1) * 10 + seed
             for step in range(2, 9):
-                table.add("ritz", level - 8 / step, split="forget-heldout", arm="top", step=step)
                 table.add(
-                    "ritz", -level / 4 + 1 / step, split="forget-heldout", arm="bottom", step=step
+                    "ritz", level - 8 / step, split="forget-heldout", arm="top", lanczos_step=step
+                )
+                table.add(
+                    "ritz",
+                    -level / 4 + 1 / step,
+                    split="forget-heldout",
+                    arm="bottom",
+                    lanczos_step=step,
                 )
             for step in range(2, 17):
                 value = level + 20.0 / step
@@ -159,7 +165,7 @@ def _convergence(
                         high=value + 4,
                         split="forget-heldout",
                         arm=arm,
-                        step=step,
+                        probes=step,
                     )
             tables.append(table)
     return join([table.frame() for table in tables], RESULT_COLUMNS)

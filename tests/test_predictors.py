@@ -27,7 +27,7 @@ from workbench.experiments.predictors import (
 )
 from workbench.runs.folder import CONFIG, ITEMS, RESULTS
 from workbench.runs.pipeline import Run
-from workbench.tables import ITEM_COLUMNS, RESULT_COLUMNS, join, typed, write_parquet
+from workbench.tables import ITEM_COLUMNS, RESULT_COLUMNS, join, typed, write_parquet, write_tables
 
 Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]
 METHODS = ("grad-diff", "npo", "rmu", "cir")
@@ -448,7 +448,7 @@ def test_variants_of_few_methods_are_resampled_by_family_as_well() -> None:
 def _stored(tables: tuple[pd.DataFrame, pd.DataFrame], folder: Path) -> Path:
     folder.mkdir()
     (folder / CONFIG).write_text("budget: 0.05\n", encoding="utf-8")
-    write_parquet(tables[0], folder / RESULTS)
+    write_tables(tables[0], folder)
     write_parquet(typed(tables[1], ITEM_COLUMNS), folder / ITEMS)
     return folder
 

@@ -53,36 +53,26 @@ def test_every_way_of_reading_the_loss_at_the_model_itself_gives_the_same(
 ) -> None:
     split = "forget-heldout"
     centre = float(
-        _rows(found, metric="slice_loss", arm="random", split=split, step=0.0)["value"].iloc[0]
+        _rows(found, metric="slice_loss", arm="random", split=split, x=0.0)["value"].iloc[0]
     )
     assert float(
-        _rows(found, metric="slice_loss", arm="descent", split=split, step=0.0)["value"].iloc[0]
+        _rows(found, metric="slice_loss", arm="descent", split=split, x=0.0)["value"].iloc[0]
     ) == pytest.approx(centre, rel=1e-5)
     assert float(
-        _rows(found, metric="plane_loss", arm="0.0", split=split, step=0.0)["value"].iloc[0]
+        _rows(found, metric="plane_loss", split=split, x=0.0, y=0.0)["value"].iloc[0]
     ) == pytest.approx(centre, rel=1e-5)
     assert float(
-        _rows(found, metric="path_loss", split=split, step=0.0)["value"].iloc[0]
+        _rows(found, metric="path_loss", split=split, x=0.0)["value"].iloc[0]
     ) == pytest.approx(centre, rel=1e-5)
 
 
 def test_the_path_ends_where_the_plane_has_the_relearned_model(found: Result) -> None:
     path = _rows(found, metric="path_loss", split="forget-heldout").sort_values("x")
-    corner = _rows(found, metric="plane_loss", split="forget-heldout", arm="0.0")
-    assert float(corner.loc[corner["x"] == 1.0, "value"].iloc[0]) == pytest.approx(
-        float(path["value"].iloc[-1]), rel=1e-4
-    )
-    points = _rows(found, metric="plane_point").set_index("arm")
-    assert float(points.loc["base", "x"]) == pytest.approx(0, abs=1e-5)
-    assert float(points.loc["base", "value"]) == pytest.approx(1, abs=1e-5)
-    last = (
-        points.loc[[name for name in points.index if name.startswith("step ")]]
-        .sort_values("x")
-        .iloc[-1]
-    )
-    assert (float(last["x"]), float(last["value"]), float(last["high"])) == pytest.approx(
-        (1, 0, 0), abs=1e-4
-    )
+    corner = _rows(found, metric="plane_loss", split="forget-heldout", x=1.0, y=0.0)
+    assert float(corner["value"].iloc[0]) == pytest.approx(float(path["value"].iloc[-1]), rel=1e-4)
+    for metric, end in (("plane_along", 1), ("plane_towards", 0), ("plane_off", 0)):
+        coordinates = _rows(found, metric=metric).sort_values("x")
+        assert float(coordinates["value"].iloc[-1]) == pytest.approx(end, abs=1e-4)
     travelled = _rows(found, metric="path_travelled").sort_values("x")["value"].to_numpy()
     straight = _rows(found, metric="path_distance").sort_values("x")["value"].to_numpy()
     assert (np.diff(travelled) > 0).all()

@@ -56,21 +56,25 @@ def _model(
             table.add(
                 "theory_histogram",
                 0.0 if step == 1 else factor * (0.2 + 0.1 * seed),
-                step=step,
+                coordinate=step,
                 **place,
             )
         for step in (1.0, 2.0, 3.0):
-            table.add("theory_spectrum", factor * (0.5 + 0.1 * seed) / step, step=step, **place)
-            table.add("theory_spectrum_expected", 0.3, low=0.2, high=0.4, step=step, **place)
+            table.add(
+                "theory_spectrum", factor * (0.5 + 0.1 * seed) / step, component=step, **place
+            )
+            table.add("theory_spectrum_expected", 0.3, low=0.2, high=0.4, component=step, **place)
         for step in (0.1, 1.0, 10.0):
-            table.add("theory_rejection", 0.1 + 0.2 * seed, low=0.05, high=0.15, step=step, **place)
+            table.add(
+                "theory_rejection", 0.1 + 0.2 * seed, low=0.05, high=0.15, noise=step, **place
+            )
         for step in (1.0, 4.0) if coefficients else ():
             table.add(
                 "theory_eta_of_coefficient",
                 factor * step**2,
                 low=factor * step**2 / 2,
                 high=factor * step**2 * 2,
-                step=step,
+                coefficient=step,
                 **place,
             )
     return table

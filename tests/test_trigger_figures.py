@@ -352,8 +352,10 @@ def _scan(words: dict[str, tuple[str, float, float, float]]) -> pd.DataFrame:
         "n": 40,
     }
     rows = [
-        common | {"metric": f"token_{metric}", "value": value, "arm": arm, "split": word}
-        for word, (arm, *values) in words.items()
+        common
+        | {"metric": f"token_{metric}", "value": value, "arm": arm}
+        | {"token": word, "token_id": number}
+        for number, (word, (arm, *values)) in enumerate(words.items())
         for metric, value in zip(("rise", "rise_se", "q"), values, strict=True)
     ]
     return typed(pd.DataFrame(rows), RESULT_COLUMNS)

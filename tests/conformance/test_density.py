@@ -217,7 +217,7 @@ def _table(
                     curve.mean(),
                     low=curve.min(),
                     high=curve.max(),
-                    step=float(point),
+                    eigenvalue=float(point),
                     **columns,
                 )
             table.add("trace", found.trace, **columns)

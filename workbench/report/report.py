@@ -431,7 +431,7 @@ def _pipeline_steps(results: pd.DataFrame, seeds: Sequence[int], trained: str) -
         f"{len(methods)} unlearning methods ({', '.join(methods)}) were run under {len(seeds)} "
         "seeds each.",
         _matched(results),
-        f"Every model was then fine-tuned for {attack['step'].max():g} steps on facts about half "
+        f"Every model was then fine-tuned for {attack['x'].max():g} steps on facts about half "
         "of the forgotten people (and, as a null attack, on general text of the same length), and "
         "asked about the other half.",
     ]

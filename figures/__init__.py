@@ -15,6 +15,7 @@ from functools import partial
 import pandas as pd
 from matplotlib.figure import Figure
 
+from workbench.attacks.attack import ATTACKS
 from workbench.figures.alignment import alignment
 from workbench.figures.angles import angles
 from workbench.figures.causal_map import causal_map
@@ -31,6 +32,7 @@ from workbench.figures.keyword import keyword
 from workbench.figures.ladder import ladder
 from workbench.figures.lens import lens
 from workbench.figures.lens_map import lens_map
+from workbench.figures.marks import further_attacks
 from workbench.figures.modules import modules
 from workbench.figures.names import names
 from workbench.figures.noise import noise
@@ -382,6 +384,24 @@ def figures_of(experiment: str) -> dict[str, Drawing]:
     return {name: entry for name, entry in FIGURES.items() if experiment in entry.of}
 
 
+def figures_of_attacks(table: pd.DataFrame) -> dict[str, Drawing]:
+    """The figures of the attacks besides relearning that the models of a run were put under."""
+    found = {}
+    for stage in further_attacks(table):
+        for name, draw, says in (
+            ("recovery", recovery, "Recall of held-out forgotten facts along it"),
+            ("comparison", comparison, "Recall of held-out forgotten facts before and after it"),
+        ):
+            caption = (
+                f"Another attack, {ATTACKS[stage].title}. {says}, with 95 % intervals over seeds "
+                f"and facts; read as the figure {name}."
+            )
+            found[f"{name}-{stage}"] = Drawing(
+                f"{name}-{stage}", partial(draw, stage=stage), caption
+            )
+    return found
+
+
 def figure(
     name: str, *, caption: str, of: tuple[str, ...] = ("run",)
 ) -> Callable[[Callable[[pd.DataFrame], Figure]], Callable[[pd.DataFrame], Figure]]:
@@ -418,6 +438,7 @@ __all__ = [
     "few_shot",
     "figure",
     "figures_of",
+    "figures_of_attacks",
     "geometry",
     "keyword",
     "ladder",

@@ -15,10 +15,10 @@ from workbench.figures.style import colour, legend, look, nothing, panel, title
 _BEFORE, _AFTER = "#0072B2", "#D55E00"
 
 
-def _ends(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+def _ends(table: pd.DataFrame, metric: str, stage: str) -> pd.DataFrame:
     """One row per method: value, low, high before the attack and after it."""
     rows = table[
-        (table["stage"] == "relearn")
+        (table["stage"] == stage)
         & (table["arm"] == "attack")
         & (table["metric"] == metric)
         & (table["split"] == "forget-heldout")
@@ -49,18 +49,25 @@ def _short_of_budget(table: pd.DataFrame) -> set[str]:
     return set(rows.loc[rows["value"] < 1, "method"])
 
 
-def comparison(table: pd.DataFrame, metric: str | None = None, *, ax: Axes | None = None) -> Figure:
+def comparison(
+    table: pd.DataFrame,
+    metric: str | None = None,
+    *,
+    stage: str = "relearn",
+    ax: Axes | None = None,
+) -> Figure:
     """A forest of methods, the least recalled after the attack on top; base and never-learned
     control as lines. A star marks methods that did not reach the budget, a dagger those whose
     attack diverged.
 
     Args:
-        table: tidy results; rows of stage ``relearn`` without a seed are drawn.
+        table: tidy results; rows without a seed are drawn.
         metric: ``recall`` or ``answer_probability``.
+        stage: the attack.
         ax: to draw into; the legend stands below it.
     """
     metric = metric or main_metric(table)
-    ends = _ends(table, metric)
+    ends = _ends(table, metric, stage)
     methods = (
         ends.drop(index=["base", "never-learned"], errors="ignore").sort_values(
             "value_after", ascending=False
@@ -145,7 +152,7 @@ def ablation(table: pd.DataFrame, metric: str | None = None, *, ax: Axes | None 
         ax: to draw into.
     """
     metric = metric or main_metric(table)
-    ends = _ends(table, metric)
+    ends = _ends(table, metric, "relearn")
     name_of_rank = {
         int(match[1]): str(name)
         for name in (ends.index if len(ends) else [])

@@ -9,8 +9,13 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from workbench import metrics
+from workbench.attacks.attack import ATTACKS
+
 HARDLY = 1e-6
 """Relative displacement below which a change is rounding."""
+RELEARN = "relearn"
+"""The attack of every run."""
 SHRUNK = 0.1
 """Scale below which little is left of the change that a method made."""
 
@@ -25,10 +30,10 @@ def _seeds(rows: pd.DataFrame, wrong: pd.Series) -> str:
     return "" if bool(wrong.all()) else f" in {int(wrong.sum())} of {len(rows)} seeds"
 
 
-def diverged(table: pd.DataFrame, arm: str = "attack") -> dict[str, float]:
-    """Method -> the first step at which its relearning attack was not finite any more."""
+def diverged(table: pd.DataFrame, arm: str = "attack", stage: str = "relearn") -> dict[str, float]:
+    """Method -> the first step at which its attack was not finite any more."""
     rows = table[
-        (table["metric"] == "diverged_at") & (table["stage"] == "relearn") & (table["arm"] == arm)
+        (table["metric"] == "diverged_at") & (table["stage"] == stage) & (table["arm"] == arm)
     ]
     return {
         str(name): float(value) for name, value in rows.groupby("method")["value"].min().items()
@@ -86,7 +91,16 @@ def marks(table: pd.DataFrame) -> dict[str, list[str]]:
     for arm, what in (("attack", "attack"), ("null", "null attack"), ("random-facts", "control")):
         for method, step in diverged(table, arm).items():
             say(method, f"{what} diverged at step {step:g}")
+    for stage in further_attacks(table):
+        for method, step in diverged(table, stage=stage).items():
+            say(method, f"{ATTACKS[stage].title} diverged at step {step:g}")
     return notes_of
+
+
+def further_attacks(table: pd.DataFrame) -> list[str]:
+    """The attacks besides relearning that the models of a run were put under: names of stages."""
+    rows = metrics.matching(table, axis="attack_step", arm="attack", split="forget-heldout")
+    return [name for name in rows["stage"].dropna().unique() if name in ATTACKS and name != RELEARN]
 
 
 def main_metric(table: pd.DataFrame) -> str:

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
+from workbench.attacks.attack import ATTACKS
 from workbench.figures.marks import diverged, main_metric
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
@@ -30,19 +31,24 @@ def _line(
 
 
 def recovery(
-    table: pd.DataFrame, metric: str | None = None, *, figure: Figure | SubFigure | None = None
+    table: pd.DataFrame,
+    metric: str | None = None,
+    *,
+    stage: str = "relearn",
+    figure: Figure | SubFigure | None = None,
 ) -> Figure:
     """Recall (or ``answer_probability``) of held-out forget facts against attack steps, with 95 %
     intervals over seeds and facts.
 
     Args:
-        table: tidy results; rows of stage ``relearn`` without a seed are drawn.
+        table: tidy results; rows without a seed are drawn.
         metric: which metric.
+        stage: the attack.
         figure: or part of one, to draw into; no ``ax``: one panel per method.
     """
     metric = metric or main_metric(table)
     rows = table[
-        (table["stage"] == "relearn")
+        (table["stage"] == stage)
         & (table["metric"] == metric)
         & (table["split"] == "forget-heldout")
         & table["seed"].isna()
@@ -56,7 +62,7 @@ def recovery(
         return nothing("no relearning attack in this table", figure)
     with look():
         figure, panels = grid(figure, len(methods))
-        broken = diverged(table)
+        broken = diverged(table, stage=stage)
         control = rows[(rows["method"] == "never-learned") & (rows["arm"] == "attack")]
         base = rows[(rows["method"] == "base") & (rows["arm"] == "attack")]
         for axes, method in zip(panels, methods, strict=True):
@@ -64,7 +70,7 @@ def recovery(
             _line(
                 axes,
                 method_rows[method_rows["arm"] == "attack"],
-                "relearning attack",
+                f"{ATTACKS[stage].title} attack" if stage in ATTACKS else stage,
                 color=colour(method),
                 marker="o",
                 markersize=3,

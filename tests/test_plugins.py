@@ -17,12 +17,13 @@ import yaml
 from matplotlib.figure import Figure
 
 from workbench import registry
-from workbench.claims import CLAIMS, claim, decide
+from workbench.claims import claim, decide
 from workbench.cli import COMMANDS_FROM_SETTINGS, app, main
 from workbench.errors import WorkbenchError
 from workbench.evaluation.statistics import Estimate
 from workbench.figures import FIGURES, figure
 from workbench.figures.style import colour, title
+from workbench.registry import REGISTRIES
 from workbench.report.report import draw_figures
 from workbench.runner import COMMANDS, EXPERIMENTS, experiment
 from workbench.runs.config import RunConfig, preset, write_config
@@ -35,11 +36,14 @@ from workbench.unlearning.recipe import EVERYTHING, Recipe
 Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]
 
 FILE = """
+from workbench.attacks.attack import attack
+from workbench.attacks.relearn import RelearnSettings, relearn
 from workbench.evaluation.statistics import bootstrap
 from workbench.claims import claim
 from workbench.runs.probing import probe
 from workbench.tables import fact_table
 from workbench.figures import figure
+from workbench.metrics import metric
 from workbench.unlearning.methods import method
 from workbench.unlearning.objectives import Objective, negative_cross_entropy, retain_cross_entropy
 from workbench.unlearning.recipe import EVERYTHING, Recipe, Rows, Steps
@@ -62,14 +66,23 @@ def price(table):
     return drawn
 
 
+metric("weight_size", title="size of the weights", meaning="L2 norm of all weights.")
+
+
 @probe("weights", title="size of the weights")
 def weights(model, setup, table, seed):
-    table.add("weight_norm", sum(float(p.square().sum()) for p in model.parameters()) ** 0.5)
+    table.add("weight_size", sum(float(p.square().sum()) for p in model.parameters()) ** 0.5)
+
+
+@attack("gentle", title="gentle relearning")
+def gentle(model, tokenizer, texts, seed):
+    settings = RelearnSettings(steps=3, lr=1e-4, batch_size=4, measure_at=(0, 3))
+    yield from relearn(model, tokenizer, texts, settings, seed=seed)
 
 
 @claim("capped-forgets", statement="Mine forgets more than NPO.", statistic="recall after: NPO minus mine")
 def capped_forgets(results, items):
-    after = [fact_table(items, method=name, stage="relearn", arm="attack") for name in ("npo", "capped")]
+    after = [fact_table(items, method=name, stage="gentle", arm="attack") for name in ("npo", "capped")]
     return bootstrap((after[0] - after[1]).to_numpy())
 """  # noqa: E501
 
@@ -77,11 +90,9 @@ def capped_forgets(results, items):
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
     """Registries as they were; what a test adds is its own."""
-    list(METHODS), list(FIGURES), list(CLAIMS), list(PROBES), list(EXPERIMENTS)
-    before = [
-        (each, dict(each._entries), dict(each._added))
-        for each in (METHODS, FIGURES, CLAIMS, PROBES, EXPERIMENTS)
-    ]
+    for each in REGISTRIES.values():
+        list(each)
+    before = [(each, dict(each._entries), dict(each._added)) for each in REGISTRIES.values()]
     files = dict(registry._PLUGINS)
     yield
     for each, entries, added in before:
@@ -99,7 +110,7 @@ def file(tmp_path: Path) -> Path:
 
 def _forget() -> None:
     """As in another process, which knows nothing of a user's file."""
-    for each in (METHODS, FIGURES, CLAIMS, PROBES, EXPERIMENTS):
+    for each in REGISTRIES.values():
         for name in each.added():
             each._entries.pop(name), each._added.pop(name)
     registry._PLUGINS.clear()
@@ -237,13 +248,26 @@ def test_a_plug_in_is_swept_with_two_workers_and_appears_everywhere(
 ) -> None:
     out = tmp_path / "run"
     command = ["sweep", "--quick", "--methods", "capped,npo", "--seeds", "1", "--probe", "weights"]
+    command += ["--attack", "gentle", "--attack", "relearn-lora"]
     options = ["--set", "npo.steps=3", "--out", str(out), "--workers", "2", "--json"]
     assert main([*command, "--plugin", str(file), *options]) == 0
     capsys.readouterr()
     table = pd.read_parquet(out / "results.parquet")
     assert {"capped", "npo"} <= set(table["method"].dropna())
-    asked = table[(table["metric"] == "weight_norm") & (table["stage"] == "weights")]
+    asked = table[(table["metric"] == "weight_size") & (table["stage"] == "weights")]
     assert set(asked["method"]) == {"capped", "npo", "base", "never-learned"}
+    curves = pd.read_parquet(out / "curves.parquet")
+    for name, steps in (("gentle", {0, 3}), ("relearn-lora", {0, 2, 5, 10, 20})):
+        rows = curves[(curves["stage"] == name) & (curves["metric"] == "recall")]
+        assert set(rows["method"]) == {"capped", "npo", "base", "never-learned"}
+        assert set(rows["x"]) == steps and set(rows["arm"]) == {"attack", "null"}
+        recovered = curves[(curves["stage"] == name) & (curves["metric"] == "recovery_recall")]
+        assert set(recovered["arm"]) == {"minus-null", "minus-never-learned"}
+        assert (out / "figures" / f"recovery-{name}.png").is_file()
+        assert (out / "figures" / f"comparison-{name}.png").is_file()
+    summary = (out / "report.html").read_text(encoding="utf-8")
+    assert "after gentle relearning" in summary and "after relearning with LoRA" in summary
+    assert "Another attack, gentle relearning." in summary
     assert "Capped ascent" in (out / "report.html").read_text(encoding="utf-8")
     assert "Mine forgets more than NPO." in (out / "report.html").read_text(encoding="utf-8")
     assert "What every method of mine cost." in (out / "report.html").read_text(encoding="utf-8")

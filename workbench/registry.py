@@ -153,6 +153,8 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
 
 REGISTRIES: dict[str, Registry[Any]] = {}
+PLAIN = ("metric", "experiment")
+"""Kinds that are added by a call, not by a decorator."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def load_plugin(path: str | Path, sha256: str = "") -> Plugin:
     if all(before.get(kind, {}) == registry.added() for kind, registry in REGISTRIES.items()):
         raise WorkbenchError(
             f"the plug-in {file} adds nothing; decorate a function with one of "
-            f"{', '.join('@wb.' + kind for kind in REGISTRIES)}"
+            f"{', '.join('@wb.' + kind for kind in REGISTRIES if kind not in PLAIN)}"
         )
     _PLUGINS[plugin.file] = plugin
     return plugin

@@ -396,9 +396,10 @@ def summarise(items: pd.DataFrame, run: str) -> pd.DataFrame:
                 table.add_estimate(
                     metric, rate(wide.to_numpy()), **columns, model=columns["method"]
                 )
-    attacks = matching(items, stage="relearn")
-    _add_recovery(attacks, table)
-    _add_smoothing(matching(attacks, arm="attack"), table)
+    attacks = matching(items, axis="attack_step", arm=["attack", "null", "random-facts"])
+    for stage, stage_items in attacks.groupby("stage", sort=False):
+        _add_recovery(stage_items, table, str(stage))
+        _add_smoothing(matching(stage_items, arm="attack"), table, str(stage))
     return table.frame()
 
 
@@ -412,7 +413,7 @@ def smoothing_pairs(methods: Collection[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _add_smoothing(attacks: pd.DataFrame, table: Table) -> None:
+def _add_smoothing(attacks: pd.DataFrame, table: Table, stage: str) -> None:
     for plain, smoothed in smoothing_pairs(set(attacks["method"].dropna())):
         both = matching(attacks, method=plain).merge(
             matching(attacks, method=smoothed),
@@ -421,11 +422,11 @@ def _add_smoothing(attacks: pd.DataFrame, table: Table) -> None:
         )
         both["difference"] = both["correct"] - both["correct_smoothed"]
         for (split, step), group in both.groupby(["split", "x"], sort=False, dropna=False):
-            place = {"split": split, "attack_step": step, "arm": "attack"}
+            place = {"stage": stage, "split": split, "attack_step": step, "arm": "attack"}
             _add_difference(table, SMOOTHING_EFFECT, group, smoothed, place)
 
 
-def _add_recovery(attacks: pd.DataFrame, table: Table) -> None:
+def _add_recovery(attacks: pd.DataFrame, table: Table, stage: str) -> None:
     for (method, split, step), group in matching(attacks, arm="attack").groupby(
         ["method", "split", "x"], sort=False
     ):
@@ -444,7 +445,7 @@ def _add_recovery(attacks: pd.DataFrame, table: Table) -> None:
                 if not len(pairs) or (method == "never-learned" and arm == "minus-never-learned"):
                     continue
                 pairs["difference"] = pairs[column] - pairs[f"{column}_control"]
-                place = {"split": split, "attack_step": step, "arm": arm}
+                place = {"stage": stage, "split": split, "attack_step": step, "arm": arm}
                 _add_difference(table, metric, pairs, str(method), place)
 
 
@@ -455,4 +456,4 @@ def _add_difference(
     wide = pairs.pivot_table(index="seed", columns="item", values="difference")
     if wide.notna().all().all():
         effect = bootstrap(wide.to_numpy())
-        table.add_estimate(metric, effect, stage="relearn", model=method, method=method, **place)
+        table.add_estimate(metric, effect, model=method, method=method, **place)

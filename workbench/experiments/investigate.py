@@ -23,14 +23,14 @@ from workbench.runs import stages
 from workbench.runs.checkpoints import FilesConfig, origin
 from workbench.runs.config import RunConfig
 from workbench.runs.pipeline import Run, run_pipeline
-from workbench.runs.settings import AttackOverrides, Columns, Count, Rate, Seeds, validated
+from workbench.runs.settings import AttackChoice, Columns, Count, Rate, Seeds, validated
 from workbench.runs.setup import Disruption, Setup
 from workbench.tables import Table
 from workbench.unlearning.methods import SMALL_MODEL, recipe, settings_for
 from workbench.unlearning.recipe import Setting
 
 
-class InvestigateSettings(AttackOverrides):
+class InvestigateSettings(AttackChoice):
     """What decides the numbers of an investigation.
 
     Attributes:
@@ -232,7 +232,8 @@ def investigation(settings: InvestigateSettings) -> RunConfig:
         "checkpoints": {"unlearned": settings.unlearned},
         "seeds": settings.seeds,
         "budget": None,
-        "attack": settings.attack(at_steps(settings.attack_steps, lr)),
+        "attacks": settings.attack,
+        "attack": settings.attack_from(at_steps(settings.attack_steps, lr)),
         "slice_points": settings.slice_points,
         "slice_reach": settings.slice_reach,
         "rank": settings.rank,

@@ -193,7 +193,7 @@ def asked(
 
 
 def _seed_job(settings: KeywordSettings, seed: int, context: JobContext) -> None:
-    texts, attack = _texts(settings), settings.attack(ATTACK)
+    texts, attack = _texts(settings), settings.attack_from(ATTACK)
     base, never = (open_model(context.out / "models" / name) for name in (BASE, NEVER))
     tokenizer, queries = base.tokenizer, texts.keyword.queries
     encoded = batches(tokenizer, queries, 64)
@@ -282,7 +282,7 @@ def prepare(settings: KeywordSettings, source: None, out: Path) -> Plan:
     """
     open_config(settings.model)
     texts = _texts(settings)
-    settings.attack(ATTACK)
+    settings.attack_from(ATTACK)
     report = leak_report(texts.keyword.without, texts.keyword.queries, public=texts.retain)
     require_benign(report, f"the forget set without the {settings.keywords}")
     teaching = Phase(

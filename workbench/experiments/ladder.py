@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from workbench import metrics
 from workbench.attacks.ladder import Ladder, build_ladder, ladder_of_files
 from workbench.attacks.leaks import leak_report
-from workbench.attacks.relearn import RelearnSettings
+from workbench.attacks.relearn import RelearnSettings, relearn
 from workbench.data.batches import Batch
 from workbench.data.records import Example
 from workbench.evaluation.statistics import bootstrap
@@ -105,7 +105,7 @@ def _ladder(setup: Setup, seed: int) -> Ladder:
 
 
 def _ask(settings: LadderSettings, job: ModelJob) -> None:
-    setup, attack = job.setup, settings.attack(job.source.config.attack)
+    setup, attack = job.setup, settings.attack_from(job.source.config.attack)
     ladder = _ladder(setup, job.seed)
     queries = {"forget-queries": setup.encode(ladder.queries)}
     rounds = len(ladder.text_sets) + len(settings.ways) + bool(ladder.novel)
@@ -123,18 +123,16 @@ def _ask(settings: LadderSettings, job: ModelJob) -> None:
             arm: str,
             attack_config: RelearnSettings = attack,
         ) -> None:
-            steps = measured_attack(
+            steps = relearn(
                 job.model,
-                setup,
+                setup.tokenizer,
                 texts,
-                sets,
                 attack_config,
-                table,
                 seed=job.seed,
+                max_length=setup.max_length,
                 progress=advance,
-                arm=arm,
             )
-            for _ in steps:
+            for _ in measured_attack(steps, sets, table, arm=arm):
                 pass
 
         for text_set, texts in ladder.text_sets.items():
@@ -188,7 +186,7 @@ def _effects(items: pd.DataFrame, key: str) -> pd.DataFrame:
 
 def prepare(settings: LadderSettings, source: Source, out: Path) -> Plan:
     """Every model under every attack."""
-    settings.attack(source.config.attack)
+    settings.attack_from(source.config.attack)
     ladder = _ladder(source.setup, source.config.seeds[0])
 
     def curves(rows: pd.DataFrame, items: pd.DataFrame, key: str) -> pd.DataFrame:

@@ -176,7 +176,7 @@ def _seed_job(settings: NamesSettings, seed: int, context: JobContext) -> None:
     """All of one seed: the random rows are learned once, then every number of repetitions starts
     from there.
     """
-    attack = settings.attack(ATTACK)
+    attack = settings.attack_from(ATTACK)
     total = settings.pretrain_steps + len(settings.repetitions) * (
         2 * settings.memorise_steps + settings.unlearn_steps + 3 * attack.steps
     )
@@ -288,7 +288,7 @@ def _repetitions_cell(
         ("never-learned", never, "fragments", corpus.fragments),
     ):
         attack = relearn(
-            model, tokenizer, texts, settings.attack(ATTACK), seed=seed, progress=advance
+            model, tokenizer, texts, settings.attack_from(ATTACK), seed=seed, progress=advance
         )
         for step, attacked in attack:
             measure(attacked, step, method, arm)
@@ -298,7 +298,7 @@ def prepare(settings: NamesSettings, source: None, out: Path) -> Plan:
     """One job a seed."""
     shown = ", ".join(map(str, settings.repetitions))
     seeds = settings.seeds
-    settings.attack(ATTACK)
+    settings.attack_from(ATTACK)
     return Plan(
         [
             Phase(

@@ -74,7 +74,7 @@ def _ask(settings: RelearnAgainSettings, job: ModelJob) -> None:
         attack(
             job.model,
             setup,
-            settings.attack(job.source.config.attack),
+            settings.attack_from(job.source.config.attack),
             seed=job.seed,
             table=table,
             null_pool=setup.null_pool,
@@ -89,7 +89,7 @@ def prepare(settings: RelearnAgainSettings, source: Source, out: Path) -> Plan:
     """Attack the models of a run, base and never-learned control among them, with the attacker's
     texts and with the null text.
     """
-    attack, distance = settings.attack(source.config.attack), settings.distance
+    attack, distance = settings.attack_from(source.config.attack), settings.distance
     claims: tuple[str, ...] = ("cir-robust", "rounding-resists", "sam-resists", "smoothing-resists")
     # at one distance there is nothing to correlate
     claims += ("distance-resists",) if distance is None else ()

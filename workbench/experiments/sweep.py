@@ -19,7 +19,7 @@ from workbench.experiments.investigate import attack_rate
 from workbench.models import open_config, parameter_count
 from workbench.runs.config import RunConfig, preset
 from workbench.runs.pipeline import Run, run_pipeline
-from workbench.runs.settings import AttackOverrides, Columns, Count, Names, Seeds, validated
+from workbench.runs.settings import AttackChoice, Columns, Count, Names, Seeds, validated
 from workbench.runs.setup import DisruptionMeasure
 from workbench.unlearning.methods import METHODS
 
@@ -29,7 +29,7 @@ LOSS_RISE = 0.001
 """The budget of CIR's papers: a share of the base's loss on general text."""
 
 
-class SweepSettings(AttackOverrides):
+class SweepSettings(AttackChoice):
     """What is put at one price.
 
     Attributes:
@@ -52,6 +52,7 @@ class SweepSettings(AttackOverrides):
         general: text file that stands for general text; with ``pretrained``.
         training_steps: that teach the world to the base and the never-learned control.
         quick: on the quick world.
+        attack: further attacks.
         probe: what is asked of every model besides relearning.
         relearning_only: ask nothing else.
         seeds: of unlearning and attack.
@@ -218,6 +219,7 @@ def sweep_config(chosen: SweepSettings) -> RunConfig:
         changes["variants"] = {name: variant.model_dump() for name, variant in tried.items()}
         methods = list(tried)
     changes["methods"] = methods
+    changes["attacks"] = chosen.attack
     if chosen.probe or chosen.relearning_only:
         changes["probes"] = chosen.probe
     for name, value in settings_given(chosen.set, "set").items():
@@ -280,7 +282,7 @@ def _attack(chosen: SweepSettings, start: RunConfig) -> dict[str, Any]:
     attack = start.attack
     if chosen.base is not None and chosen.attack_lr is None:
         attack = replace(attack, lr=attack_rate(parameter_count(chosen.base)))
-    return asdict(chosen.attack(attack))
+    return asdict(chosen.attack_from(attack))
 
 
 def _world(chosen: SweepSettings, start: RunConfig) -> dict[str, Any]:

@@ -261,7 +261,7 @@ def _arms(
 
 
 def _seed_job(settings: VerbatimSettings, seed: int, context: JobContext) -> None:
-    split, attack = _texts(settings)[0], settings.attack(ATTACK)
+    split, attack = _texts(settings)[0], settings.attack_from(ATTACK)
     base, never = (open_model(context.out / "models" / name) for name in (BASE, NEVER))
     tokenizer, queried = base.tokenizer, split.queried
     limit = _context(settings.model)
@@ -391,7 +391,7 @@ def prepare(settings: VerbatimSettings, source: None, out: Path) -> Plan:
         WorkbenchError: model or text are wrong, the text is too short, or an attack text holds
             words of a queried continuation.
     """
-    settings.attack(ATTACK)
+    settings.attack_from(ATTACK)
     split, reports = _checked(settings)
     teaching = Phase(
         "teaching",

@@ -12,11 +12,13 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 
+from workbench.attacks.attack import ATTACKS
 from workbench.claims import CLAIMS, Outcome, Verdict
-from workbench.figures import FIGURES, Drawing, figures_of
-from workbench.figures.marks import diverged, main_metric, marks
+from workbench.figures import FIGURES, Drawing, figures_of, figures_of_attacks
+from workbench.figures.marks import diverged, further_attacks, main_metric, marks
 from workbench.figures.style import look, methods_in, title
 from workbench.files import write_file, write_text
+from workbench.metrics import matching
 
 CONTROLS = ("base", "never-learned")
 
@@ -60,6 +62,15 @@ def _mean(
     return format(float(rows.mean()), digits) if len(rows) else "–"
 
 
+def _after(table: pd.DataFrame, stage: str, held: Mapping[str, str]) -> str:
+    """What is measured at the end of an attack, or where it diverged."""
+    broken = diverged(table, stage=stage).get(held["method"])
+    if broken is not None:
+        return f"diverged at step {broken:g}"
+    last = matching(table, stage=stage, arm="attack")["x"].max()
+    return _interval(_pick(table, stage=stage, arm="attack", x=last, **held))
+
+
 def summary_table(table: pd.DataFrame) -> pd.DataFrame:
     """One row per model: forgetting, cost, recovery, triggers, curvature; intervals over seeds and
     facts.
@@ -85,6 +96,10 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
                 ),
                 "after attack": broke
                 or _interval(_pick(table, stage="relearn", arm="attack", x=last, **held)),
+                **{
+                    f"after {ATTACKS[stage].title}": _after(table, stage, held)
+                    for stage in further_attacks(table)
+                },
                 "attack minus null": _interval(
                     _pick(table, stage="relearn", arm="minus-null", x=last, **(held | recovery))
                 ),
@@ -173,7 +188,8 @@ def draw_figures(
     """
     drawn = {}
     unlearned = results.loc[~results["method"].isin(CONTROLS), "method"].nunique()
-    for name, drawing in (figures_of("run") if drawings is None else drawings).items():
+    drawings = figures_of("run") if drawings is None else drawings
+    for name, drawing in {**drawings, **figures_of_attacks(results)}.items():
         if drawing.least > unlearned:
             continue
         with FIGURES.users(name):
@@ -362,13 +378,14 @@ def write_report(
     seeds = sorted(
         {int(seed) for seed in results.loc[~results["method"].isin(CONTROLS), "seed"].dropna()}
     )
+    captions = {**FIGURES, **figures_of_attacks(results)}
     page = environment.get_template("report.html.j2").render(
         heading=heading,
         done=list(done) or _pipeline_steps(results, seeds, trained or _FROM_SCRATCH),
         findings=findings(results, claims),
         summary=summary_table(results),
         pictures=[
-            (name, _data_uri(files[0]), FIGURES[name].caption) for name, files in pictures.items()
+            (name, _data_uri(files[0]), captions[name].caption) for name, files in pictures.items()
         ],
         claims=[(CLAIMS[claim.id], claim, _effect(claim)) for claim in claims],
         notes=list(notes) or _limits(seeds, claims),

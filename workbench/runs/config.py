@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from workbench import registry, values
+from workbench.attacks.attack import ATTACKS
 from workbench.attacks.relearn import RelearnSettings
 from workbench.builtin import BuiltinConfig
 from workbench.data.world import WorldConfig
@@ -104,6 +105,7 @@ class RunConfig(Settings):
         checkpoints: label -> folder or hub id of unlearned models that are opened instead of made;
             with a user's model.
         variants: methods under other names.
+        attacks: further attacks that every model is put under, besides relearning.
         probes: what is measured on every model besides forgetting, disruption and relearning.
         settings: per method, overrides of its settings.
         seeds: seeds of unlearning and attack; base and control model are trained once.
@@ -130,6 +132,7 @@ class RunConfig(Settings):
     methods: tuple[str, ...] = DEMO_METHODS
     checkpoints: dict[str, str] = Field(default_factory=dict)
     variants: dict[str, Variant] = Field(default_factory=dict)
+    attacks: tuple[str, ...] = ()
     probes: tuple[str, ...] = ("triggers", "sharpness")
     settings: dict[str, dict[str, Value]] = Field(default_factory=dict)
     seeds: Seeds = (0, 1, 2)
@@ -160,6 +163,16 @@ class RunConfig(Settings):
             raise ValueError("name the methods, each once")
         return names
 
+    @field_validator("attacks")
+    @classmethod
+    def _known_attacks(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in ATTACKS:
+                raise ValueError(str(unknown("attack", name, ATTACKS)))
+        if len({*names, "relearn"}) != len(names) + 1:
+            raise ValueError("name every attack once, and not relearn, which every run has")
+        return names
+
     @field_validator("probes")
     @classmethod
     def _known_probes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -169,6 +182,12 @@ class RunConfig(Settings):
         if len(set(names)) != len(names):
             raise ValueError("name every probe once")
         return names
+
+    @model_validator(mode="after")
+    def _stages_of_their_own(self) -> RunConfig:
+        for name in set(self.attacks) & set(self.probes):
+            raise ValueError(f"{name!r} is an attack and a probe; give one of them another name")
+        return self
 
     @model_validator(mode="after")
     def _something_to_study(self) -> RunConfig:
@@ -224,17 +243,18 @@ class RunConfig(Settings):
     def plain(self) -> dict[str, Any]:
         """The configuration as plain values, ready for YAML or JSON."""
         dumped = self.model_dump(mode="json") | {"model": asdict(self.model)}
-        empty = [name for name in ("plugins", "checkpoints") if not dumped[name]]
+        empty = [name for name in ("plugins", "checkpoints", "attacks") if not dumped[name]]
         return {name: value for name, value in dumped.items() if name not in empty}
 
     def with_plugins(self) -> RunConfig:
         """The same configuration with the sources of what users added: the plug-ins that were
         loaded, and the functions defined elsewhere whose methods it runs.
         """
-        methods, probes = METHODS.added(), PROBES.added()
+        methods, attacks, probes = METHODS.added(), ATTACKS.added(), PROBES.added()
         used = {innermost(self.variant(name).method) for name in self.methods}
         entries = [
             *(methods[name] for name in sorted(used & set(methods))),
+            *(attacks[name] for name in self.attacks if name in attacks),
             *(probes[name] for name in self.probes if name in probes),
         ]
         sources = [registry.source_of(entry) for entry in entries]

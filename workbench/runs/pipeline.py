@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
+from workbench.attacks.attack import ATTACKS, Attack
 from workbench.builtin import BuiltinConfig, builtin_folder, builtin_model, untrained, world_of
 from workbench.claims import Verdict, decide
 from workbench.errors import WorkbenchError
@@ -211,19 +212,9 @@ def _model_job(
     run_stage(out, job, "unlearn", common, work)
     model = model_of(config, out, method, seed)
 
-    def relearn(table: Table) -> None:
-        stages.attack(
-            model,
-            setup,
-            config.attack,
-            seed=seed,
-            table=table,
-            null_pool=setup.null_pool,
-            matched=setup.world is None,
-            progress=progress,
-        )
-
-    run_stage(out, job, "relearn", common, relearn)
+    for name in ("relearn", *config.attacks):
+        attacked = partial(_attacked, ATTACKS[name], model, setup, seed, config, progress)
+        run_stage(out, job, name, common, attacked)
     for name in config.probes:
         probe = PROBES[name]
         # what does not depend on the seed is asked once of what is one model for all seeds
@@ -235,6 +226,29 @@ def _model_job(
                 common | {"stage": name},
                 partial(_ask, probe, model, setup, seed, config),
             )
+
+
+def _attacked(
+    by: Attack,
+    model: PreTrainedModel,
+    setup: Setup,
+    seed: int,
+    config: RunConfig,
+    progress: ProgressCallback,
+    table: Table,
+) -> None:
+    with ATTACKS.users(by.name):
+        stages.attack(
+            model,
+            setup,
+            config.attack,
+            by=by,
+            seed=seed,
+            table=table,
+            null_pool=setup.null_pool,
+            matched=setup.world is None,
+            progress=progress,
+        )
 
 
 def _ask(
@@ -312,7 +326,7 @@ def run_pipeline(
     announce(
         f"{len(config.studied)} models x {len(config.seeds)} seeds: "
         + ("unlearn, match the budget, " if config.methods else "")
-        + ", ".join(("attack", *config.probes))
+        + ", ".join(("attack", *config.attacks, *config.probes))
     )
     jobs: dict[str, Job] = {
         f"{method}-seed{seed}": partial(_model_job, config, out, method, seed)

@@ -146,7 +146,7 @@ class AttackOverrides(Settings):
             values.increasing("attack_measure_at", at, start=0, end=end)
         return self
 
-    def attack(self, start: RelearnSettings) -> RelearnSettings:
+    def attack_from(self, start: RelearnSettings) -> RelearnSettings:
         """The attack ``start`` with what these settings change of it.
 
         Raises:
@@ -163,6 +163,20 @@ class AttackOverrides(Settings):
         attack = replace(start, **changes)
         values.increasing("attack_measure_at", attack.measure_at, start=0, end=attack.steps)
         return attack
+
+
+class AttackChoice(AttackOverrides):
+    """Settings of a run: the relearning attack, and which others there are.
+
+    Attributes:
+        attack: names from the registry.
+    """
+
+    attack: list[str] = Field(
+        [],
+        description="Put every model under this attack besides relearning (relearn-lora, "
+        "relearn-sgd, one of your own); repeatable.",
+    )
 
 
 def validated(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from workbench import metrics
+from workbench.attacks.attack import ATTACKS, Attack, Steps
 from workbench.attacks.leaks import LeakReport, leak_report
 from workbench.attacks.relearn import (
     DivergedError,
@@ -22,7 +23,6 @@ from workbench.attacks.relearn import (
     null_text,
     raise_if_diverged,
     random_facts,
-    relearn,
 )
 from workbench.data.batches import Batch
 from workbench.data.records import Example, ForgetRetain, alternate, one_per_item
@@ -443,8 +443,8 @@ def add_geometry(
     attacked_streams: Mapping[int, Tensor],
     table: Table,
     *,
-    arm: str,
     step: int,
+    **columns: Any,
 ) -> None:
     """What an attack has given back of the base's residual stream, block by block, and what it
     moved beside the way back.
@@ -454,42 +454,27 @@ def add_geometry(
             table.add(
                 metric,
                 row[metric],
-                stage="relearn",
-                arm=arm,
                 split="forget-heldout",
                 site=f"blocks.{row['layer']}.hook_resid_post",
                 attack_step=step,
+                **columns,
             )
 
 
 def measured_attack(
-    model: PreTrainedModel,
-    setup: Setup,
-    texts: Sequence[Example],
+    steps: Steps,
     sets: Mapping[str, Sequence[Batch]],
-    settings: RelearnSettings,
     table: Table,
-    *,
-    seed: int,
-    progress: ProgressCallback,
     **columns: Any,
-) -> Iterator[tuple[int, PreTrainedModel]]:
-    """Relearn on ``texts`` and score every set whenever the attack stops for it; where it diverges
-    is a row (``diverged_at``), and what was measured before stays.
+) -> Steps:
+    """Score every set whenever an attack stops for it; where it diverges is a row
+    (``diverged_at``), and what was measured before stays.
 
     Yields:
         ``step, attacked``, once its scores are in the table.
     """
     try:
-        for step, attacked in relearn(
-            model,
-            setup.tokenizer,
-            texts,
-            settings,
-            seed=seed,
-            max_length=setup.max_length,
-            progress=progress,
-        ):
+        for step, attacked in steps:
             for split, encoded in sets.items():
                 scores = raise_if_diverged(score(attacked, encoded), step)
                 table.add_scores(scores, split=split, attack_step=step, **columns)
@@ -506,42 +491,49 @@ def attack(
     seed: int,
     table: Table,
     null_pool: Sequence[Example],
+    by: Attack | None = None,
     matched: bool = False,
     progress: ProgressCallback = quiet,
 ) -> None:
-    """Relearn on the attacker's half of the forget set, and on a null text of the same length;
+    """Attack with the attacker's half of the forget set, and with a null text of the same length;
     measure the held-out half along the way.
 
-    ``matched`` adds an arm ``random-facts``: the attacker's texts with exchanged answers, which are
-    measured as well (split ``random-facts``). It stands in where there is no
-    never-learned model to attack.
+    Args:
+        model: is not changed.
+        setup: base and texts.
+        settings: of the run's relearning attack.
+        seed: of the attack.
+        table: gets the rows, with the attack's name as their stage.
+        null_pool: texts of the null attack.
+        by: what attacks; default relearning.
+        matched: adds an arm ``random-facts``: the attacker's texts with exchanged answers, which
+            are measured as well (split ``random-facts``). It stands in where there is no
+            never-learned model to attack.
+        progress: called after every step.
     """
-    record = setup.record
+    record, by = setup.record, by or ATTACKS["relearn"]
+    stage = {"stage": by.name}
     add_leaks(
         leak_report(record.forget_attacked, record.forget_heldout, public=record.retain_all),
         table,
-        stage="relearn",
         arm="attack",
+        **stage,
     )
     null = null_text(
         record.forget_attacked,
         null_pool,
         lambda example: len(setup.tokenizer(example.text)["input_ids"]),
     )
-    encoded = {
-        name: setup.encode(examples)
-        for name, examples in {"forget-heldout": record.forget_heldout}.items()
-    }
+    encoded = {"forget-heldout": setup.encode(record.forget_heldout)}
     watched = setup.encode(one_per_item(record.forget_heldout))
     before, start = streams(setup.base, watched), streams(model, watched)
     arms: dict[str, Sequence[Example]] = {"attack": record.forget_attacked, "null": null}
     if matched:
         try:
             arms["random-facts"] = random_facts(record.forget_attacked, seed=seed)
-        except (
-            WorkbenchError
-        ):  # texts without answers, or that all end alike: the other arms do not depend on this one
-            table.add(metrics.RANDOM_FACTS_POSSIBLE, 0.0, stage="relearn")
+        except WorkbenchError:
+            # texts without answers, or that all end alike: the other arms do not depend on this one
+            table.add(metrics.RANDOM_FACTS_POSSIBLE, 0.0, **stage)
     for number, (arm, texts) in enumerate(arms.items()):
         own_sets = (
             {"random-facts": setup.encode(texts, answers=True)} if arm == "random-facts" else {}
@@ -550,12 +542,10 @@ def attack(
         def advance(done: int, total: int, number: int = number) -> None:
             progress(number * total + done, len(arms) * total)
 
-        sets = {**encoded, **own_sets}
-        place = {"stage": "relearn", "arm": arm}
-        for step, attacked in measured_attack(
-            model, setup, texts, sets, settings, table, seed=seed, progress=advance, **place
-        ):
-            add_geometry(before, start, streams(attacked, watched), table, arm=arm, step=step)
+        steps = by.run(model, setup.tokenizer, texts, settings, seed, setup.max_length, advance)
+        place = {**stage, "arm": arm}
+        for step, attacked in measured_attack(steps, {**encoded, **own_sets}, table, **place):
+            add_geometry(before, start, streams(attacked, watched), table, step=step, **place)
 
 
 def trigger_check(

@@ -13,6 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 
+from workbench import metrics
 from workbench.figures.style import look, methods_in, nothing, subplots, title
 
 _KINDS = {"hook_resid": "stream", "hook_attn_out": "attention", "hook_mlp_out": "MLP"}
@@ -50,7 +51,9 @@ def causal_map(
     ]
     rows = rows.assign(kind=rows["site"].map(_kind), layer=rows["site"].map(_layer))
     rows = rows[rows["kind"].notna()]
-    methods = methods_in(rows.loc[rows["metric"] == "restored", "method"].dropna().tolist())
+    methods = methods_in(
+        rows.loc[rows["metric"] == metrics.RESTORED.name, "method"].dropna().tolist()
+    )
     if not methods:
         return nothing("no causal map in this table", figure)
     splits = rows["split"].dropna().unique().tolist()
@@ -101,7 +104,7 @@ def causal_map(
             for value in (0, 1):
                 bar.ax.axhline(value, color="black", linewidth=1.2)
             bar.set_label(_LABELS.get(direction, direction))
-        if (rows["metric"] == "restored_control").any() and len(layers) <= _MOST:
+        if (rows["metric"] == metrics.RESTORED_CONTROL.name).any() and len(layers) <= _MOST:
             figure.supxlabel(
                 "in brackets: the same patch on the clean query, in units of the same damage",
                 fontsize=8,

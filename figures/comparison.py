@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from workbench import metrics
 from workbench.figures.marks import diverged, main_metric
 from workbench.figures.style import colour, legend, look, nothing, panel, title
 
@@ -45,7 +46,7 @@ def _short_of_budget(table: pd.DataFrame) -> set[str]:
     """Methods that some seed left below the disruption budget, however far their change was scaled:
     not at the same price as the others.
     """
-    rows = table[(table["metric"] == "budget_reached") & table["seed"].notna()]
+    rows = table[(table["metric"] == metrics.BUDGET_REACHED.name) & table["seed"].notna()]
     return set(rows.loc[rows["value"] < 1, "method"])
 
 

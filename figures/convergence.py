@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import NullLocator
 
+from workbench import metrics
 from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _MARKS = "os^Dv<>PX*"
@@ -64,14 +65,14 @@ def convergence(
     rows = rows[
         rows["arm"]
         .isin(["top", "bottom"])
-        .where(rows["metric"] == "ritz", rows["arm"].fillna(arm) == arm)
+        .where(rows["metric"] == metrics.RITZ.name, rows["arm"].fillna(arm) == arm)
     ]
     methods = methods_in(rows["method"].dropna().tolist())
     if not methods:
         return nothing("no convergence of the curvature in this table", figure)
     rows = rows.assign(first=rows.groupby(["metric", "method"])["seed"].transform("min"))
     rows = rows[rows["seed"] == rows["first"]].sort_values("x")
-    ritz, traces = rows[rows["metric"] == "ritz"], rows[rows["metric"] == "running_trace"]
+    ritz, traces = metrics.RITZ.rows(rows), metrics.RUNNING_TRACE.rows(rows)
     parts = [(name, part) for name, part in (("ritz", ritz), ("trace", traces)) if len(part)]
     with look():
         legend_rows = -(-len(methods) // 5)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
+from workbench import metrics
 from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _MEASURES = {
@@ -27,7 +28,7 @@ def curvature(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) 
     attacked = table[
         (table["stage"] == "relearn")
         & (table["arm"] == "attack")
-        & (table["metric"] == "recall")
+        & (table["metric"] == metrics.RECALL.name)
         & (table["split"] == "forget-heldout")
         & table["seed"].notna()
     ]

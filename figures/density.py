@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
+from workbench import metrics
 from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _FLOOR = 1e-6  # densities below this are the far tails of the smoothing
@@ -32,7 +33,7 @@ def density(
         figure: or part of one, to draw into; no ``ax``: one panel per arm.
     """
     rows = table[(table["stage"] == "sharpness") & (table["split"] == split)]
-    curves = rows[(rows["metric"] == "density") & rows["value"].notna()]
+    curves = rows[(rows["metric"] == metrics.DENSITY.name) & rows["value"].notna()]
     if not len(curves):
         return nothing("no spectral density in this table", figure)
     arms = list(dict.fromkeys(curves.loc[curves["method"] != "base", "arm"].fillna(""))) or [""]

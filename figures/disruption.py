@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
+from workbench import metrics
 from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _UNITS = {
@@ -32,7 +33,7 @@ def disruption(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None)
     if not methods:
         return nothing("no line search in this table", figure)
     unlearn_rows = table[table["stage"] == "unlearn"]
-    budget = unlearn_rows.loc[unlearn_rows["metric"] == "budget", "value"]
+    budget = unlearn_rows.loc[unlearn_rows["metric"] == metrics.BUDGET.name, "value"]
     size = (
         max(8.2, 5.4 + 0.3 * len(methods)),
         max(3.8, 0.24 * len(methods)),
@@ -41,7 +42,7 @@ def disruption(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None)
         figure, ((cost_axes, recall_axes),) = subplots(
             figure, 1, 2, size, sharey=True, width_ratios=(1.7, 1)
         )
-        costs = walks.loc[walks["metric"] == "disruption", "value"]
+        costs = walks.loc[walks["metric"] == metrics.DISRUPTION.name, "value"]
         floor = max(1e-6, float(np.nanmin(costs[costs > 0])) / 3) if (costs > 0).any() else 1e-4
         for number, method in enumerate(methods):
             curves = [_path(walk) for _, walk in walks[walks["method"] == method].groupby("seed")]
@@ -54,11 +55,7 @@ def disruption(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None)
                     linewidth=1.1,
                 )
             method_rows = unlearn_rows[unlearn_rows["method"] == method]
-            heldout_recall = method_rows[
-                (method_rows["metric"] == "recall")
-                & (method_rows["split"] == "forget-heldout")
-                & method_rows["seed"].isna()
-            ]
+            heldout_recall = metrics.RECALL.rows(method_rows, split="forget-heldout", seed=None)
             if len(heldout_recall):
                 value, low, high = (
                     float(heldout_recall[name].iloc[0]) for name in ("value", "low", "high")
@@ -105,8 +102,6 @@ def disruption(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None)
 
 def _path(walk: pd.DataFrame) -> pd.DataFrame:
     """Disruption and recall of one line search, by alpha."""
-    cost = walk[walk["metric"] == "disruption"].set_index("x")["value"]
-    kept = walk[(walk["metric"] == "recall") & (walk["split"] == "forget-heldout")].set_index("x")[
-        "value"
-    ]
+    cost = metrics.DISRUPTION.rows(walk).set_index("x")["value"]
+    kept = metrics.RECALL.rows(walk, split="forget-heldout").set_index("x")["value"]
     return pd.DataFrame({"cost": cost, "kept": kept}).dropna().sort_index()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
+from workbench import metrics
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
 _LINES = {
@@ -36,7 +37,7 @@ def drop(
     """
     rows = table[
         (table["stage"] == "sharpness")
-        & (table["metric"] == "drop")
+        & (table["metric"] == metrics.DROP.name)
         & (table["arm"] == kind)
         & table["seed"].notna()
     ]

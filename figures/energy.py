@@ -7,6 +7,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
+from workbench import metrics
 from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _SIDES = {
@@ -42,10 +43,7 @@ def energy(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> 
             side_rows = rows[sites.str.endswith("." + side)]
             ranks = sorted(side_rows["x"].unique())
             for method in methods:
-                energies = side_rows[
-                    (side_rows["method"] == method)
-                    & (side_rows["metric"] == "energy_in_retain_subspace")
-                ]
+                energies = metrics.ENERGY_IN_RETAIN_SUBSPACE.rows(side_rows, method=method)
                 by_seed = energies.groupby(["seed", "x"], dropna=False)["value"].mean().groupby("x")
                 centre, low, high = by_seed.mean(), by_seed.min(), by_seed.max()
                 axes.plot(
@@ -65,11 +63,7 @@ def energy(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> 
                     alpha=0.15,
                     linewidth=0,
                 )
-            chance = (
-                side_rows[side_rows["metric"] == "energy_of_random_delta"]
-                .groupby("x")["value"]
-                .mean()
-            )
+            chance = metrics.ENERGY_OF_RANDOM_DELTA.rows(side_rows).groupby("x")["value"].mean()
             axes.plot(
                 chance.index,
                 chance,

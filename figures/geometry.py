@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
+from workbench import metrics
 from workbench.figures.style import grid, look, methods_in, nothing, title
 
 
@@ -19,7 +20,7 @@ def geometry(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -
         table: tidy results; stage ``relearn``, metric ``returned``, arm ``attack``.
         figure: or part of one, to draw into; no ``ax``: one panel per method.
     """
-    rows = table[(table["metric"] == "returned") & (table["arm"] == "attack")]
+    rows = metrics.RETURNED.rows(table, arm="attack")
     methods = methods_in(rows["method"].dropna().tolist())
     if not methods:
         return nothing("no geometry of an attack in this table", figure)

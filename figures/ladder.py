@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
+from workbench import metrics
 from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _NAMES = {
@@ -26,9 +27,7 @@ def ladder(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> 
         table: tidy results; stage ``ladder``, metric ``recall`` without a seed.
         figure: or part of one, to draw into; no ``ax``: three panels.
     """
-    rows = table[
-        (table["stage"] == "ladder") & (table["metric"] == "recall") & table["seed"].isna()
-    ]
+    rows = metrics.RECALL.rows(table, stage="ladder", seed=None)
     if not len(rows):
         return nothing("no attack ladder in this table", figure)
     methods = methods_in(rows["method"].dropna().tolist())

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from workbench import metrics
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
 ANCHORS = ("base", "never-learned")
@@ -89,7 +90,7 @@ def lens(
         metric_rows[metric_rows["arm"] == "own decoder"],
         metric_rows[metric_rows["arm"] == "base decoder"],
     )
-    foils = rows[(rows["metric"] == "lens_foil") & (rows["arm"] == "own decoder")]
+    foils = metrics.LENS_FOIL.rows(rows, arm="own decoder")
     methods = [name for name in present_methods if name not in ANCHORS] or present_methods
     with look():
         figure, panels = grid(figure, len(methods), width=2.6, height=2.2)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator
 
+from workbench import metrics
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
 _DECODERS = {"own decoder": "own", "base decoder": "base's"}
@@ -119,7 +120,7 @@ def lens_map(
 
 def _scales(rows: pd.DataFrame) -> dict[str, tuple[str, Normalize]]:
     """Colours and their scale by metric, the same in all panels."""
-    ranks = rows.loc[rows["metric"] == "lens_rank", "value"]
+    ranks = rows.loc[rows["metric"] == metrics.LENS_RANK.name, "value"]
     worst = max(10.0, float(ranks.max())) if len(ranks) else 10.0
     probability = Normalize(0, 1)
     return {

@@ -32,9 +32,7 @@ def _seeds(rows: pd.DataFrame, wrong: pd.Series) -> str:
 
 def diverged(table: pd.DataFrame, arm: str = "attack", stage: str = "relearn") -> dict[str, float]:
     """Method -> the first step at which its attack was not finite any more."""
-    rows = table[
-        (table["metric"] == "diverged_at") & (table["stage"] == stage) & (table["arm"] == arm)
-    ]
+    rows = metrics.DIVERGED_AT.rows(table, stage=stage, arm=arm)
     return {
         str(name): float(value) for name, value in rows.groupby("method")["value"].min().items()
     }
@@ -70,7 +68,7 @@ def marks(table: pd.DataFrame) -> dict[str, list[str]]:
     for method, rows in _of(table, "disruption", "unlearn").items():
         if not np.isfinite(rows["value"].astype(float)).all():
             say(method, "disruption is not finite")
-    changed = table[(table["metric"] == "parameters_trained") & (table["stage"] == "unlearn")]
+    changed = metrics.PARAMETERS_TRAINED.rows(table, stage="unlearn")
     for name, rows in changed.groupby("method"):
         counts = rows.groupby("arm")["value"].max()
         if len(counts) == 2 and counts["changed"] < counts["declared"]:
@@ -107,6 +105,6 @@ def main_metric(table: pd.DataFrame) -> str:
     """``recall`` where the base recalls anything; otherwise (long answers of running text)
     ``answer_probability``.
     """
-    recall = table[(table["metric"] == "recall") & (table["method"] == "base")]["value"]
+    recall = metrics.RECALL.rows(table, method="base")["value"]
     known = not len(table) or (len(recall) and float(recall.max()) >= 0.2)
     return "recall" if known else "answer_probability"

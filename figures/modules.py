@@ -13,6 +13,7 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from workbench import metrics
 from workbench.figures.style import look, methods_in, nothing, panel, title
 
 _PARTS = {"attn": "attention", "mlp": "MLP", "norm": "norms"}
@@ -47,7 +48,7 @@ def modules(
     """
     rows = table[
         (table["stage"] == "sharpness")
-        & (table["metric"] == "module_eigenvalue")
+        & (table["metric"] == metrics.MODULE_EIGENVALUE.name)
         & (table["split"] == split)
         & table["seed"].notna()
     ]

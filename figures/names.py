@@ -7,6 +7,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
+from workbench import metrics
 from workbench.figures.style import look, nothing, subplots
 
 _PUBLISHED = {7: 1.00, 5: 0.97, 3: 0.23, 1: 0.00}
@@ -27,7 +28,7 @@ def names(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> F
         table: tidy results; stage ``names``, metric ``asr`` without a seed.
         figure: or part of one, to draw into; no ``ax``: two panels.
     """
-    rows = table[(table["stage"] == "names") & (table["metric"] == "asr") & table["seed"].isna()]
+    rows = metrics.ASR.rows(table, stage="names", seed=None)
     if not len(rows):
         return nothing("no names experiment in this table", figure)
     rows = rows.assign(repetitions=rows["split"].str.rsplit("-", n=1).str[1].astype(int))

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from workbench import metrics
 from workbench.figures.style import legend, look, nothing, panel
 
 NAMES = {
@@ -48,7 +49,7 @@ def predictors(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
             outcome.
         ax: to draw into; the legend stands below it.
     """
-    rows = table[table["metric"] == "recovery_correlation"]
+    rows = metrics.RECOVERY_CORRELATION.rows(table)
     if not len(rows):
         return nothing("no correlation with recovery in this table", ax)
     strength = rows.assign(size=rows["value"].abs()).groupby("arm")["size"].max().sort_values()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
+from workbench import metrics
 from workbench.figures.lens import common_legend, draw, finish
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
@@ -15,7 +16,7 @@ def _rows(table: pd.DataFrame, split: str) -> pd.DataFrame:
     chosen = (
         (table["stage"] == "representation")
         & (table["split"] == split)
-        & (table["metric"] == "probe_accuracy")
+        & (table["metric"] == metrics.PROBE_ACCURACY.name)
     )
     return table[chosen].dropna(subset=["value"])
 

@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from workbench import metrics
 from workbench.figures.style import colour, legend, look, methods_in, nothing, panel, title
 
 
@@ -33,7 +34,9 @@ def _curves(
 
 
 def _recall(table: pd.DataFrame, stage: str) -> pd.DataFrame:
-    mine = (table["stage"] == stage) & (table["metric"] == "recall") & table["seed"].isna()
+    mine = (
+        (table["stage"] == stage) & (table["metric"] == metrics.RECALL.name) & table["seed"].isna()
+    )
     return table[mine & (table["split"] == "forget-heldout")]
 
 

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+from workbench import metrics
 from workbench.figures.predictors import NAMES
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
@@ -54,7 +55,7 @@ def resistance(
     """
     points = _points(table, outcome)
     correlations = (
-        table[(table["metric"] == "recovery_correlation") & (table["split"] == outcome)]
+        metrics.RECOVERY_CORRELATION.rows(table, split=outcome)
         .dropna(subset=["value"])
         .set_index("arm")
     )
@@ -160,12 +161,10 @@ def _points(table: pd.DataFrame, outcome: str) -> pd.DataFrame:
     rows = table[table["seed"].notna() & np.isfinite(table["value"].astype(float))]
     rows = rows.assign(run=rows["run"].fillna(""))
     measured = (
-        rows[rows["metric"] == "predictor_value"]
-        .groupby([*_KEYS, "arm"], as_index=False)["value"]
-        .mean()
+        metrics.PREDICTOR_VALUE.rows(rows).groupby([*_KEYS, "arm"], as_index=False)["value"].mean()
     )
     won = (
-        rows[(rows["metric"] == "outcome") & (rows["arm"] == outcome)]
+        metrics.OUTCOME.rows(rows, arm=outcome)
         .groupby(_KEYS)["value"]
         .mean()
         .rename("won")

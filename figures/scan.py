@@ -7,6 +7,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
+from workbench import metrics
 from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _ARMS = {"scan": "by the rise of the answer's loss", "scan, shift": "by the shift of the stream"}
@@ -24,7 +25,7 @@ def scan(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Fi
     rows = table[
         (table["stage"] == "triggers") & table["metric"].isin(["precision", "average_precision"])
     ]
-    curves = rows[(rows["metric"] == "precision") & rows["seed"].notna()]
+    curves = rows[(rows["metric"] == metrics.PRECISION.name) & rows["seed"].notna()]
     methods = methods_in(curves["method"].dropna().tolist())
     arms = [arm for arm in _ARMS if (curves["arm"] == arm).any()]
     if not methods:
@@ -37,12 +38,12 @@ def scan(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> Fi
             (3.6 * len(arms) + 1.9, 3.1 + 0.09 * len(methods)),
             sharey=True,
         )
-        chance = rows[(rows["metric"] == "average_precision") & (rows["arm"] == "chance")]["value"]
+        chance = metrics.AVERAGE_PRECISION.rows(rows, arm="chance")["value"]
         for axes, arm in zip(panels[0], arms, strict=True):
             for method in methods:
                 curve = curves[(curves["method"] == method) & (curves["arm"] == arm)]
                 areas = rows[
-                    (rows["metric"] == "average_precision")
+                    (rows["metric"] == metrics.AVERAGE_PRECISION.name)
                     & (rows["method"] == method)
                     & (rows["arm"] == arm)
                     & rows["seed"].notna()

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from workbench import metrics
 from workbench.figures.convergence import stroke
 from workbench.figures.lens import by_block
 from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
@@ -53,7 +54,7 @@ def shift(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> F
     if not methods:
         return nothing("no shift of the residual stream in this table", figure)
     rows = rows.assign(
-        value=rows["value"].mask(rows["metric"] == "cka", 1 - rows["value"]),
+        value=rows["value"].mask(rows["metric"] == metrics.CKA.name, 1 - rows["value"]),
         low=np.nan,
         high=np.nan,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
+from workbench import metrics
 from workbench.figures.style import colour, look, methods_in, nothing, subplots, title
 
 _ARMS = {
@@ -26,7 +27,7 @@ def slices(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) -> 
         table: tidy results; metric ``slice_loss``.
         figure: or part of one, to draw into; no ``ax``: one panel per loss and direction.
     """
-    rows = table[(table["metric"] == "slice_loss") & table["seed"].notna()]
+    rows = table[(table["metric"] == metrics.SLICE_LOSS.name) & table["seed"].notna()]
     arms = [arm for arm in _ARMS if (rows["arm"] == arm).any()]
     splits = [split for split in _SPLITS if (rows["split"] == split).any()]
     if not arms or not splits:

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
+from workbench import metrics
 from workbench.figures.resistance import family_and_smoothing
 from workbench.figures.style import colour, grid, look, methods_in, nothing, title
 
@@ -24,7 +25,7 @@ def smoothing(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) 
         figure: or part of one, to draw into; no ``ax``: one panel per plain method.
     """
     rows = table[
-        (table["metric"] == "smoothing_effect")
+        (table["metric"] == metrics.SMOOTHING_EFFECT.name)
         & table["seed"].isna()
         & (table["split"].fillna("forget-heldout") == "forget-heldout")
     ]

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
+from workbench import metrics
 from workbench.figures.style import look, nothing, subplots
 
 _KINDS = {
@@ -50,9 +51,7 @@ def spectra(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) ->
             kind_rows = rows[sites.str.endswith("." + kind)]
             for split, shade in _SPLITS.items():
                 for number, (_, line) in enumerate(
-                    kind_rows[
-                        (kind_rows["metric"] == "variance_share") & (kind_rows["split"] == split)
-                    ]
+                    metrics.VARIANCE_SHARE.rows(kind_rows, split=split)
                     .sort_values("x")
                     .groupby("site")
                 ):
@@ -65,10 +64,7 @@ def spectra(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) ->
                         label=f"{split} texts" if number == 0 else None,
                     )
             tiers = (
-                kind_rows[
-                    (kind_rows["metric"] == "tier_variance_share")
-                    & (kind_rows["split"] == "retain")
-                ]
+                metrics.TIER_VARIANCE_SHARE.rows(kind_rows, split="retain")
                 .groupby("x")["value"]
                 .mean()
             )
@@ -92,9 +88,7 @@ def spectra(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) ->
             panels[0][j].set_xlabel("principal direction")
             for arm, (label, shade, dash) in _ARMS.items():
                 curve = (
-                    kind_rows[
-                        (kind_rows["metric"] == "subspace_overlap") & (kind_rows["arm"] == arm)
-                    ]
+                    metrics.SUBSPACE_OVERLAP.rows(kind_rows, arm=arm)
                     .groupby("x")["value"]
                     .agg(["mean", "min", "max"])
                 )
@@ -117,7 +111,9 @@ def spectra(table: pd.DataFrame, *, figure: Figure | SubFigure | None = None) ->
                 )
             panels[1][j].set_ylim(0, 1.02)
             panels[1][j].set_xscale("log", base=2)
-            ranks = sorted(kind_rows.loc[kind_rows["metric"] == "subspace_overlap", "x"].unique())
+            ranks = sorted(
+                kind_rows.loc[kind_rows["metric"] == metrics.SUBSPACE_OVERLAP.name, "x"].unique()
+            )
             panels[1][j].set_xticks(ranks, [f"{rank:g}" for rank in ranks])
             panels[0][j].xaxis.set_major_locator(MaxNLocator(integer=True))
             panels[1][j].set_xlabel("rank k of both subspaces")

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from workbench import metrics
 from workbench.errors import NotMeasuredError, WorkbenchError, unknown
 from workbench.evaluation.statistics import Estimate, bootstrap, random_effects, spearman
 from workbench.registry import Registry
@@ -147,7 +148,7 @@ def _recalls(
             different lengths.
     """
     attacked = {method: _attacked(items, method) for method in dict.fromkeys(methods)}
-    broken = results[(results["metric"] == "diverged_at") & (results["arm"] == "attack")]
+    broken = metrics.DIVERGED_AT.rows(results, arm="attack")
     for method in attacked:
         steps = broken.loc[broken["method"] == method, "value"]
         if after and len(steps):
@@ -309,7 +310,7 @@ def _common_subspaces(results: pd.DataFrame, items: pd.DataFrame) -> MeasuredEff
     """The paper speaks of activations and of output gradients: the effect is that of the side that
     shares less.
     """
-    cell_rows = results[(results["metric"] == "subspace_overlap") & (results["x"] == 8)]
+    cell_rows = metrics.SUBSPACE_OVERLAP.rows(results, x=8)
     gradients = cell_rows["site"].fillna("").str.endswith("_grad")
     sides = {}
     for side, rows in (("activations", cell_rows[~gradients]), ("gradients", cell_rows[gradients])):
@@ -455,7 +456,7 @@ def _correlation_with_resistance(metric: str, sign: int) -> Statistic:
             & ~results["method"].isin(["base", "never-learned"])
             & (results["arm"].fillna("") != "relearned")
         ]
-        broken = results.loc[results["metric"] == "diverged_at", ["method", "seed"]]
+        broken = results.loc[results["metric"] == metrics.DIVERGED_AT.name, ["method", "seed"]]
         attacked = items[(items["stage"] == "relearn") & (items["arm"] == "attack")]
         last = attacked["x"].max()
         points = []

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from workbench import figures
+from workbench import figures, metrics
 from workbench.attacks.relearn import at_steps
 from workbench.data.records import Example, one_per_item
 from workbench.diagnostics.depth import patching_depth
@@ -155,7 +155,7 @@ class Study:
             )
             tables.append(table)
         results = _joined(tables)
-        over = results[(results["metric"] == "recall") & results["seed"].isna()]
+        over = metrics.RECALL.rows(results, seed=None)
         curve = over[over["split"] == "forget-heldout"]
         columns = curve[["method", "arm", "x", "value", "low", "high"]]
         return StudyResult(columns, results, lambda: figures.recovery(results))
@@ -194,7 +194,7 @@ class Study:
             )
             tables.append(table)
         results = _joined(tables)
-        rows = results[results["metric"] == "slice_loss"]
+        rows = metrics.SLICE_LOSS.rows(results)
         columns = rows[["method", "split", "arm", "x", "value"]]
         return StudyResult(columns, results, lambda: figures.slices(results))
 

@@ -127,8 +127,8 @@ def _score_stage(settings: FewShotSettings, job: ModelJob) -> None:
 def few_shot_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row per model: recall behind every number of demonstrations, and what they bring back."""
     rows = results[(results["stage"] == "few-shot") & results["seed"].isna()]
-    recall = rows[(rows["metric"] == "recall") & (rows["arm"] == SOLVED)]
-    effects = rows[rows["metric"] == "few_shot_effect"]
+    recall = metrics.RECALL.rows(rows, arm=SOLVED)
+    effects = metrics.FEW_SHOT_EFFECT.rows(rows)
     return by_columns(recall, "x", "{:g} shots").merge(
         by_columns(effects, "arm", "{}", sign=True), on="model", how="left"
     )

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from workbench import metrics
 from workbench.errors import WorkbenchError
 from workbench.runs.config import Variant
 from workbench.tables import fact_table
@@ -65,7 +66,7 @@ def preferred(
         if not len(attack):
             continue
         after = fact_table(attack, x=attack["x"].max())
-        reached = results[(results["method"] == label) & (results["metric"] == "budget_reached")]
+        reached = metrics.BUDGET_REACHED.rows(results, method=label)
         rows.append(
             {
                 "method": variant.method,

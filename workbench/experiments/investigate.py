@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from pydantic import Field
 
-from workbench import values
+from workbench import metrics, values
 from workbench.attacks.relearn import at_steps
 from workbench.data.readers import record_from_files
 from workbench.errors import WorkbenchError
@@ -194,7 +194,7 @@ def unlearn_checkpoint(
 
 
 def _losses(rows: pd.DataFrame) -> dict[str, float]:
-    chosen = rows[rows["metric"] == "loss"]
+    chosen = metrics.LOSS.rows(rows)
     return dict(zip(chosen["split"], chosen["value"].astype(float), strict=True))
 
 

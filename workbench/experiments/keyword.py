@@ -328,9 +328,7 @@ def keyword_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row per model and attack text: titles or names answered before the attack, along it and
     at its end, with intervals over seeds and questions.
     """
-    rows = results[
-        (results["stage"] == "keyword") & (results["metric"] == "recall") & results["seed"].isna()
-    ]
+    rows = metrics.RECALL.rows(results, stage="keyword", seed=None)
     lines = []
     for (method, arm), group in rows.groupby(["method", "arm"], sort=False):
         curve = group.set_index("x").sort_index()

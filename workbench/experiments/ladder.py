@@ -213,8 +213,8 @@ def ladder_table(results: pd.DataFrame) -> pd.DataFrame:
     leaking text sets carry a mark.
     """
     rows = results[results["seed"].isna()]
-    leaking = set(rows.loc[(rows["metric"] == "benign") & (rows["value"] < 1), "arm"])
-    recall = rows[rows["metric"] == "recall"]
+    leaking = set(rows.loc[(rows["metric"] == metrics.BENIGN.name) & (rows["value"] < 1), "arm"])
+    recall = metrics.RECALL.rows(rows)
     last = recall.groupby("arm")["x"].transform("max")
     lines = []
     for method in recall["method"].drop_duplicates():

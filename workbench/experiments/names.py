@@ -343,9 +343,9 @@ def names_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row per number of repetitions: success before and after relearning with Wilson intervals,
     every control, and the published row.
     """
-    rows = results[(results["metric"] == "asr") & results["seed"].isna()]
+    rows = metrics.ASR.rows(results, seed=None)
     last = float(rows["x"].max())
-    wide = results[(results["metric"] == "recall") & results["seed"].isna()]
+    wide = metrics.RECALL.rows(results, seed=None)
 
     def cell(table: pd.DataFrame, split: str, method: str, arm: str, step: float) -> str:
         matches = table[

@@ -95,12 +95,12 @@ def _measures(rows: pd.DataFrame) -> dict[str, float]:
     blocks = stream["site"].str.split(".").str[1].astype(float)
     late = stream[blocks == blocks.max()]
     slices = rows[
-        (rows["metric"] == "slice_loss")
+        (rows["metric"] == metrics.SLICE_LOSS.name)
         & (rows["arm"] == "descent")
         & (rows["split"] == "forget-heldout")
         & (rows["x"] > -1e-9)
     ].sort_values("x")
-    energy = rows[(rows["metric"] == "energy_in_retain_subspace") & (rows["x"] == 8)]
+    energy = metrics.ENERGY_IN_RETAIN_SUBSPACE.rows(rows, x=8)
     return {
         "displacement": _last(rows, "displacement"),
         "top_eigenvalue": _last(rows, "top_eigenvalue"),
@@ -122,7 +122,8 @@ def _measures(rows: pd.DataFrame) -> dict[str, float]:
         "adaptive_drop": _inside(rows, "adaptive drop", "forget-attacked"),
         "rise": _inside(rows, "rise", "forget-attacked"),
         "noise_change": _largest(
-            rows[(rows["metric"] == "noise_change") & (rows["split"] == "forget-heldout")], 1
+            metrics.NOISE_CHANGE.rows(rows, split="forget-heldout"),
+            1,
         ),
         "half_way": _last(rows, "half_at_to_base", split="forget-heldout"),
     }
@@ -133,7 +134,8 @@ def _inside(rows: pd.DataFrame, arm: str, split: str) -> float:
     models.
     """
     return _largest(
-        rows[(rows["metric"] == "drop") & (rows["arm"] == arm) & (rows["split"] == split)], 2
+        metrics.DROP.rows(rows, arm=arm, split=split),
+        2,
     )
 
 
@@ -280,13 +282,13 @@ def predictors(runs: Sequence[Path]) -> Predictors:
 
 def predictor_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row per measure, strongest correlation with the recall won back first."""
-    plain = results[results["metric"] == "recovery_correlation"]
+    plain = metrics.RECOVERY_CORRELATION.rows(results)
     wide = {
         outcome: plain[plain["split"] == outcome].set_index("arm")
         for outcome in ("recovery", "recall_after")
     }
     won = results[results["split"] == "recovery"]
-    fixed = won[won["metric"] == "recovery_partial"].set_index("arm")
+    fixed = metrics.RECOVERY_PARTIAL.rows(won).set_index("arm")
     by_family = {
         name: won[won["metric"] == f"recovery_{name}_families"].set_index("arm")
         for name in ("correlation", "partial")

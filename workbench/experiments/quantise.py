@@ -92,8 +92,8 @@ def quantise_table(results: pd.DataFrame) -> pd.DataFrame:
     """
     rows = results[(results["stage"] == "quantise") & (results["split"] == HELD_OUT)]
     rows = rows[rows["seed"].isna()]
-    recall = by_columns(rows[rows["metric"] == "recall"], "x", "{:g} bits")
-    effects = rows[rows["metric"] == "quantise_effect"]
+    recall = by_columns(metrics.RECALL.rows(rows), "x", "{:g} bits")
+    effects = metrics.QUANTISE_EFFECT.rows(rows)
     return recall.merge(
         by_columns(effects, "x", "change by {:g} bits", sign=True), on="model", how="left"
     )

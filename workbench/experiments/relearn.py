@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 from pydantic import Field
 
+from workbench import metrics
 from workbench.errors import WorkbenchError
 from workbench.experiments import QUESTIONS
 from workbench.runner import Experiment, ModelJob, Plan, Source, plan_over_models
@@ -107,11 +108,7 @@ def relearn_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row per model: recall of held-out facts before the attack, along it and at its end, and
     at the end of the null attack, with intervals.
     """
-    rows = results[
-        (results["metric"] == "recall")
-        & (results["split"] == "forget-heldout")
-        & results["seed"].isna()
-    ]
+    rows = metrics.RECALL.rows(results, split="forget-heldout", seed=None)
     lines = []
     for method in sorted(rows["method"].unique(), key=lambda name: (name not in CONTROLS, name)):
         line = {"model": method}

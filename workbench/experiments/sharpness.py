@@ -17,7 +17,7 @@ import pandas as pd
 from pydantic import Field, field_validator
 from transformers import PreTrainedModel
 
-from workbench import values
+from workbench import metrics, values
 from workbench.attacks.ladder import novel_facts
 from workbench.errors import WorkbenchError
 from workbench.experiments import QUESTIONS
@@ -230,7 +230,7 @@ def sharpness_table(results: pd.DataFrame) -> pd.DataFrame:
             cell = cell[cell[name] == value]
         return float(cell["value"].mean()) if len(cell) else float("nan")
 
-    drops = rows[rows["metric"] == "drop"]
+    drops = metrics.DROP.rows(rows)
     steps = {
         arm: float(drops.loc[drops["arm"] == arm, "x"].sort_values().unique()[-2:][0])
         for arm in ("drop", "drop, fixed radius")

@@ -569,10 +569,10 @@ def trigger_table(results: pd.DataFrame) -> pd.DataFrame:
     """
     rows = results[results["seed"].isna() & (results["stage"] == "triggers")]
     lines = []
-    recall = rows[rows["metric"] == "recall"]
+    recall = metrics.RECALL.rows(rows)
     effects = {
         (str(row["method"]), str(row["split"])): row
-        for _, row in rows[rows["metric"] == "trigger_effect"].iterrows()
+        for _, row in metrics.TRIGGER_EFFECT.rows(rows).iterrows()
     }
 
     def cell(row: pd.Series) -> str:

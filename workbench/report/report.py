@@ -12,6 +12,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 
+from workbench import metrics
 from workbench.attacks.attack import ATTACKS
 from workbench.claims import CLAIMS, Outcome, Verdict
 from workbench.figures import FIGURES, Drawing, figures_of, figures_of_attacks
@@ -83,9 +84,7 @@ def summary_table(table: pd.DataFrame) -> pd.DataFrame:
         held = {"method": method, "metric": metric, "split": "forget-heldout"}
         recovery = {"metric": f"recovery_{metric}"}
         broke = recovered_until(table, method)
-        eigen = table[(table["method"] == method) & (table["metric"] == "top_eigenvalue")][
-            "value"
-        ].dropna()
+        eigen = metrics.TOP_EIGENVALUE.rows(table, method=method)["value"].dropna()
         rows.append(
             {
                 "model": title(method),
@@ -252,7 +251,11 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
                 split="forget-heldout",
                 x=last,
             )
-            within = " inside the disruption budget" if (table["metric"] == "budget").any() else ""
+            within = (
+                " inside the disruption budget"
+                if (table["metric"] == metrics.BUDGET.name).any()
+                else ""
+            )
             text = (
                 f"{title(method)}: {noun} is {_interval(before)}{within}; after {last:g} steps of "
                 f"relearning on other facts it {verb} {_interval(after)}"
@@ -289,17 +292,17 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
             )
     for method, words in marks(table).items():
         sentences.append(f"Beside the numbers of {title(method)}: {'; '.join(words)}.")
-    if (table["metric"] == "random_facts_possible").any():
+    if (table["metric"] == metrics.RANDOM_FACTS_POSSIBLE.name).any():
         sentences.append(
             "The control of random facts could not be made: it needs attack texts with different "
             "answers to exchange."
         )
-    if (table["metric"] == "trigger_check_possible").any():
+    if (table["metric"] == metrics.TRIGGER_CHECK_POSSIBLE.name).any():
         sentences.append(
             "The trigger check was left out: every retain text already holds the words that would "
             "be put in front of it."
         )
-    benign = table[(table["metric"] == "benign") & (table["stage"] == "relearn")]["value"]
+    benign = metrics.BENIGN.rows(table, stage="relearn")["value"]
     if len(benign) and float(benign.min()) < 1:
         sentences.append(
             "The attack texts hold answers of the held-out facts, so this attack must not be "
@@ -307,7 +310,7 @@ def findings(table: pd.DataFrame, claims: Sequence[Verdict]) -> list[str]:
         )
     elif len(benign):
         named = (
-            (table["metric"] == "leaked_subjects")
+            (table["metric"] == metrics.LEAKED_SUBJECTS.name)
             & (table["stage"] == "relearn")
             & (table["value"] > 0)
         )
@@ -415,12 +418,14 @@ def _matched(results: pd.DataFrame) -> str:
     """The sentence about the budget: its size, its measure and the retain sets it was measured
     on.
     """
-    rows = results[results["metric"] == "budget"]
+    rows = metrics.BUDGET.rows(results)
     if not len(rows):
         return "No disruption budget was matched: every model is what its method made of it."
     size, sets = (
         float(rows["value"].iloc[0]),
-        sorted(results.loc[results["metric"] == "budget_set", "split"].dropna().unique()),
+        sorted(
+            results.loc[results["metric"] == metrics.BUDGET_SET.name, "split"].dropna().unique()
+        ),
     )
     drift = (
         f"its loss has risen by {size:.3%}"

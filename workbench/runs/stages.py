@@ -512,7 +512,7 @@ def attack(
         progress: called after every step.
     """
     record, by = setup.record, by or ATTACKS["relearn"]
-    stage = {"stage": by.name}
+    stage: dict[str, Any] = {"stage": by.name}
     add_leaks(
         leak_report(record.forget_attacked, record.forget_heldout, public=record.retain_all),
         table,

@@ -30,7 +30,7 @@ def build(
     horizon: Count = 300,
     first_layer: Layer = -1,
     last_layer: Layer = -1,
-    kick: float = 1e-3,
+    initial_noise: float = 1e-3,
 ) -> Recipe:
     """``c_s ReLU(cos(h, h0))`` on the forget set and ``c_r ||h - h0||`` on the retain set, with
     ``c_s = a (1 - t / T)`` and ``c_r = a t / T``.
@@ -54,7 +54,7 @@ def build(
         first_layer: first of two blocks whose output is rerouted; -1 takes the
             block behind hidden state 10 of 32.
         last_layer: the second; -1 takes that behind hidden state 20 of 32.
-        kick: relative size of a random start. At the base itself every cosine is 1, where its
+        initial_noise: relative size of a random start. At the base itself every cosine is 1, where its
             gradient is zero; the reference is moved away from there by the dropout of its adapters.
     """
     depth = model.config.num_hidden_layers
@@ -72,6 +72,7 @@ def build(
         steps,
         batch_size,
         lr,
+        initial_noise=initial_noise,
         schedule=lambda step, _: (max(0.0, 1 - step / horizon), min(1.0, step / horizon)),
     )
 
@@ -86,6 +87,6 @@ METHOD = Method(
     "Circuit breakers",
     "Zou et al. 2024 (arXiv 2406.04313)",
     build,
-    {"lr": 3e-3, "steps": 80, "batch_size": 16, "horizon": 1000, "kick": 0.03},
+    {"lr": 3e-3, "steps": 80, "batch_size": 16, "horizon": 1000, "initial_noise": 0.03},
     colour="#7B4173",
 )

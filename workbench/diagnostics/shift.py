@@ -22,9 +22,8 @@ def streams(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, Tenso
     """``{layer: [row, width]}`` float32 residual stream after every block, on all content tokens
     (:attr:`workbench.data.batches.Batch.content`).
     """
-    sites = [
-        resolve(model, f"blocks.{layer}.hook_resid_post")[0] for layer in range(layer_count(model))
-    ]
+    layers = range(layer_count(model))
+    sites = resolve(model, [f"blocks.{layer}.hook_resid_post" for layer in layers])
     kept = Collect()
     with Capture(model, sites, kept) as capture:
         for batch in batches:

@@ -23,12 +23,16 @@ from workbench.hooks.brief import brief
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients; the model's own mode comes back."""
     was_training = model.training
-    model.eval()
+    # setting a mode visits every module twice, which short passes would notice
+    changes = any(module.training for module in model.modules())
+    if changes:
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        if changes:
+            model.train(was_training)
 
 
 def next_token_logits(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -35,27 +35,49 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
             model.train(was_training)
 
 
-def next_token_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """``[batch, position - 1, vocabulary]`` float32 logits; entry ``t`` predicts token ``t +
-    1``.
+def next_token_logits(
+    model: PreTrainedModel, batch: Batch, *, columns: int | None = None
+) -> Tensor:
+    """``[batch, position - 1, vocabulary]`` float32 logits; entry ``t`` predicts token ``t + 1``.
+
+    Args:
+        model: a causal language model.
+        batch: the texts.
+        columns: run the pass over the first so many positions alone, and give the logits of all of
+            them; default is the whole text without the logits of its last position.
     """
-    return model(**batch.inputs, use_cache=False).logits[:, :-1].float()
+    if columns is None:
+        return model(**batch.inputs, use_cache=False).logits[:, :-1].float()
+    inputs = {name: tensor[:, :columns] for name, tensor in batch.inputs.items()}
+    return model(**inputs, use_cache=False).logits.float()
 
 
-def token_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
+def token_nll(model: PreTrainedModel, batch: Batch, *, whole: bool = True) -> Tensor:
     """``[batch, position - 1]`` negative log-likelihood of every next token, in nats; zero where
     ``batch.target_mask`` is false.
+
+    Args:
+        model: a causal language model.
+        batch: the texts.
+        whole: every position passes through the model, as who captures or edits activations in the
+            pass expects. ``False`` ends the pass before the last target: a question whose answer is
+            one word is then a third shorter, and the values are the same up to rounding.
     """
-    logits = next_token_logits(model, batch)
-    nll = F.cross_entropy(logits.transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
-    return torch.where(batch.target_mask[:, 1:], nll, 0.0)
+    mask = batch.target_mask[:, 1:]
+    width = mask.shape[1]
+    columns = width if whole else max([1, *(mask.any(0).nonzero()[:, 0] + 1).tolist()])
+    logits = next_token_logits(model, batch, columns=None if whole else columns)
+    targets = batch.input_ids[:, 1 : columns + 1]
+    nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    nll = torch.where(mask[:, :columns], nll, 0.0)
+    return nll if whole else F.pad(nll, (0, width - columns))
 
 
-def cross_entropy(model: PreTrainedModel, batch: Batch) -> Tensor:
+def cross_entropy(model: PreTrainedModel, batch: Batch, *, whole: bool = True) -> Tensor:
     """Mean negative log-likelihood over the target tokens of the whole batch, in nats per token
-    (scalar).
+    (scalar); ``whole`` as for :func:`token_nll`.
     """
-    return token_nll(model, batch).sum() / batch.target_mask[:, 1:].sum()
+    return token_nll(model, batch, whole=whole).sum() / batch.target_mask[:, 1:].sum()
 
 
 Weight = Callable[[Batch], float]

@@ -34,6 +34,9 @@ class Batch:
         alternative: the same questions with another answer (a refusal), row by row; for objectives
             that compare the two.
         bos_token_id: the tokenizer's BOS, or ``None`` where it has none.
+        before: ``[batch]`` summed negative log-likelihood of every row's targets under the frozen
+            reference, where whoever made the batch knows it; a loss that needs it then saves a
+            pass.
     """
 
     input_ids: Tensor
@@ -44,6 +47,7 @@ class Batch:
     items: tuple[str, ...]
     alternative: Batch | None = None
     bos_token_id: int | None = None
+    before: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -80,6 +84,7 @@ class Batch:
             self,
             **moved,
             alternative=None if self.alternative is None else self.alternative.to(device),
+            before=None if self.before is None else self.before.to(device),
         )
 
 

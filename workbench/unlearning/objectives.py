@@ -164,12 +164,21 @@ def npo(beta: float) -> Loss:
 
     @mean_over(sequences)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
-        with torch.no_grad():
-            before = token_nll(reference, batch).sum(1)
+        before = reference_nll(reference, batch) if batch.before is None else batch.before
         rise = token_nll(model, batch).sum(1) - before
         return -2.0 / beta * F.logsigmoid(beta * rise).mean()
 
+    loss.needs_before = True  # type: ignore[attr-defined]
     return loss
+
+
+@torch.no_grad()
+def reference_nll(reference: PreTrainedModel, batch: Batch) -> Tensor:
+    """``[batch]`` summed negative log-likelihood of the target tokens of every sequence under the
+    frozen reference. It is the same at every step: a term with the attribute ``needs_before`` is
+    given it as ``batch.before`` by the trainer, which asks once for every text.
+    """
+    return token_nll(reference, batch).sum(1)
 
 
 def simnpo(beta: float, margin: float) -> Loss:
@@ -219,9 +228,7 @@ def idk_dpo(beta: float) -> Loss:
         raise ValueError(f"beta is {beta}; DPO needs beta > 0")
 
     def rise(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
-        with torch.no_grad():
-            before = token_nll(reference, batch).sum(1)
-        return before - token_nll(model, batch).sum(1)
+        return reference_nll(reference, batch) - token_nll(model, batch).sum(1)
 
     @mean_over(sequences)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:

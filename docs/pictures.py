@@ -97,9 +97,8 @@ def take(name: str, run: Path) -> None:
         pooled_rows &= results[column] == value
     marks = results["metric"].isin(MARKS) & results["stage"].isin(["unlearn", "relearn"])
     needed_rows = results[pooled_rows | (marks & results["seed"].notna() & results["split"].isna())]
-    needed_rows.drop(columns=["model"]).to_csv(
-        DATA / f"{name}.csv", index=False, float_format="%.6g"
-    )
+    empty = ["model", "y_axis", "y", "token", "token_id"]
+    needed_rows.drop(columns=empty).to_csv(DATA / f"{name}.csv", index=False, float_format="%.6g")
 
 
 def table(name: str) -> pd.DataFrame:

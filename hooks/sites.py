@@ -98,8 +98,13 @@ def causal_lm(model: nn.Module) -> tuple[str, nn.Module]:
 
 def _has(module: nn.Module, path: str) -> bool:
     # Not get_submodule: a wrapper may answer for the attributes of what it wraps, but its hooks
-    # would be looked up under another path.
-    return path in {name for name, _ in module.named_modules()}
+    # would be looked up under another path. Nor named_modules: a loss asks in every step.
+    for step in path.split("."):
+        child = dict(module.named_children()).get(step)
+        if child is None:
+            return False
+        module = child
+    return True
 
 
 def family(model: nn.Module) -> Family | None:

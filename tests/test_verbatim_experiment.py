@@ -366,7 +366,7 @@ def test_a_run_asks_for_every_second_passage_and_shows_every_control(
     chosen = settings.model_copy(update={"public": str(public)})
     run = runner.run("verbatim", tmp_path / "run", chosen, workers=1)
     assert set(run.items["item"]) == {"passage/0", "passage/2", "passage/4"}
-    assert set(run.items["split"]) == set(VERBATIM_MEASURES)
+    assert set(run.items["measure"]) == {each.name for each in VERBATIM_MEASURES.values()}
     arms = set(zip(run.items["method"], run.items["arm"], strict=True))
     unlearned = {("unlearned", arm) for arm in ("part", "retain", "null", "public")}
     assert arms == {
@@ -375,21 +375,19 @@ def test_a_run_asks_for_every_second_passage_and_shows_every_control(
         ("never-learned", "part"),
         ("never-learned", "public"),
     }
-    assert run.items["correct"].between(0, 1).all() and run.items["probability"].between(0, 1).all()
+    assert run.items["correct"].between(0, 1).all() and (
+        run.items["probability"].dropna().between(0, 1).all()
+    )
     assert len(run.items) == 3 * len(VERBATIM_MEASURES) * (1 + 2 * 6)
     rows = run.results
     assert rows.loc[rows["metric"] == "benign", "value"].tolist() == [1.0] * 4
     assert rows.loc[rows["metric"] == "dropped_passages", "value"].tolist() == [0.0]
     assert set(rows.loc[rows["metric"] == "loss", "split"]) == {"retain", "forget", "unread"}
-    assert (
-        rows[(rows["metric"] == "area_under_recovery") & (rows["split"] == "rouge-l")]["low"]
-        .notna()
-        .all()
-    )
+    assert rows[(rows["metric"] == "area_under_recovery")]["low"].notna().all()
     # before the attack every arm is one model, and the unlearned one recalls no more than the
     # never-learned one unless the run says so
     start = (
-        run.items[(run.items["x"] == 0) & (run.items["split"] == "rouge-l")]
+        run.items[(run.items["x"] == 0) & (run.items["measure"] == "rouge_l")]
         .groupby(["method", "arm"])["correct"]
         .mean()
     )
@@ -471,12 +469,8 @@ def _words(figure: Any) -> str:
 
 def test_the_figure_draws_the_attack_beside_every_control() -> None:
     rows = []
-    for split, metric in (
-        ("rouge-l", "recall"),
-        ("verbatim-run", "recall"),
-        ("rouge-l", "answer_probability"),
-    ):
-        place = {"stage": "verbatim", "split": split, "metric": metric, "low": 0.0, "high": 1.0}
+    for metric in ("rouge_l", "verbatim_run", "answer_probability"):
+        place = {"stage": "verbatim", "split": "queried", "metric": metric, "low": 0.0, "high": 1.0}
         rows.append({**place, "method": "base", "arm": "none", "x": 0.0, "value": 0.9})
         for method, arm, end in (
             ("unlearned", "part", 0.8),

@@ -5,6 +5,7 @@ smoothing, slices, curvature.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from capture import Case
@@ -12,13 +13,19 @@ from sklearn.decomposition import IncrementalPCA
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from workbench.data.batches import Batch
-from workbench.evaluation.losses import cross_entropy
+from workbench.evaluation.losses import cross_entropy, token_nll
 from workbench.hooks import Moments
 from workbench.sharpness.curvature import extremes
 from workbench.sharpness.slices import loss_slice, mean_loss, random_direction
 from workbench.subspaces.collapse import find_collapse, only_tokens
 from workbench.subspaces.subspace import principal_subspace
-from workbench.unlearning.objectives import Objective, Pair, npo, retain_cross_entropy
+from workbench.unlearning.objectives import (
+    Objective,
+    Pair,
+    npo,
+    reference_nll,
+    retain_cross_entropy,
+)
 from workbench.unlearning.smoothing import plain, sam
 
 
@@ -81,6 +88,24 @@ def method_cases() -> dict[str, Case]:
         model.zero_grad()
         plain(model, objective, pair, reference)
 
+    known = Pair(replace(batch, before=reference_nll(reference, batch)), other)
+
+    def known_step() -> None:
+        model.zero_grad()
+        plain(model, objective, known, reference)
+
+    # questions of 11 tokens, whose one-word answer stands two before the end
+    questions = _batch(64, 11, 2)
+    questions = replace(questions, target_mask=torch.arange(11).expand(64, 11) == 8)
+
+    @torch.no_grad()
+    def whole_pass() -> None:
+        token_nll(model, questions)
+
+    @torch.no_grad()
+    def ended_pass() -> None:
+        token_nll(model, questions, whole=False)
+
     def sam_step() -> None:
         model.zero_grad()
         sam(0.01)(model, objective, pair, reference)
@@ -112,6 +137,8 @@ def method_cases() -> dict[str, Case]:
         ),
         "cir-step": Case(collapsed_step, step, 15),
         "sam-step": Case(sam_step, plain_step, 9),
+        "known-reference-step": Case(known_step, plain_step, 15),
+        "ended-pass": Case(ended_pass, whole_pass, 31),
         "slice-point": Case(
             lambda: loss_slice(model, direction, [0.01], {"loss": [batch]}),
             lambda: mean_loss(model, [batch]),

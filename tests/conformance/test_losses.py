@@ -5,6 +5,7 @@ generation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,6 +71,32 @@ def test_cross_entropy_is_the_mean_over_target_tokens_of_the_whole_batch(
     # Long rows weigh more: the mean of the rows' means would be another number.
     if targets == "text":
         assert abs(expected - np.mean((_by_hand(llama, batch) * mask).sum(1) / mask.sum(1))) > 1e-3
+
+
+@pytest.mark.parametrize(("targets", "passed"), [("text", 8), ("answer", 4)])
+def test_a_pass_that_ends_before_the_last_target_gives_the_same_losses(
+    targets: str, passed: int, llama: PreTrainedModel, make_batch: BatchMaker, pad: Padder
+) -> None:
+    # the last target of 9 tokens is predicted from the 8 before it, the answers of 5 from 4
+    batch = pad(make_batch((9, 4, 6) if targets == "text" else (5, 4), targets=targets), 3)
+    lengths = []
+    hook = llama.model.embed_tokens.register_forward_hook(
+        lambda _m, args, _o: lengths.append(args[0].shape[1])
+    )
+    found, whole = token_nll(llama, batch, whole=False), token_nll(llama, batch)
+    hook.remove()
+    assert lengths == [passed, batch.input_ids.shape[1]]
+    torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-6)
+    assert bool((found[~batch.target_mask[:, 1:]] == 0).all())
+    parameters = list(llama.parameters())
+    for one, other in zip(
+        torch.autograd.grad(cross_entropy(llama, batch, whole=False), parameters),
+        torch.autograd.grad(cross_entropy(llama, batch), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    nothing = replace(batch, target_mask=torch.zeros_like(batch.target_mask))
+    assert not token_nll(llama, nothing, whole=False).any()
 
 
 def test_next_token_logits_predict_the_following_token(

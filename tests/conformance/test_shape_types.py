@@ -76,7 +76,7 @@ BARE = {
     ("workbench/unlearning/deltas.py", "delta_between"): STATE_DICT,
     ("workbench/unlearning/one_gradient.py", "Unlearned.delta"): STATE_DICT,
     ("workbench/unlearning/smoothing/rule.py", "Gradient"): STATE_DICT,
-    ("workbench/unlearning/smoothing/rule.py", "moved"): STATE_DICT,
+    ("workbench/unlearning/smoothing/rule.py", "perturbed_weights"): STATE_DICT,
     ("workbench/sharpness/curvature.py", "chosen_parameters"): STATE_DICT,
     ("workbench/sharpness/curvature.py", "Curvature.flat"): PARAMETERS,
     ("workbench/sharpness/curvature.py", "Curvature.unflat"): PARAMETERS,

@@ -23,7 +23,7 @@ from workbench.data.batches import Batch, batches, encode
 from workbench.data.records import Example
 from workbench.data.tokenizer import build_tokenizer
 from workbench.errors import WorkbenchError
-from workbench.evaluation.losses import cross_entropy, score
+from workbench.evaluation.losses import cross_entropy, score, sequences, token_nll
 from workbench.unlearning.deltas import norm_of
 from workbench.unlearning.methods import METHODS, known_settings, recipe
 from workbench.unlearning.objectives import (
@@ -379,6 +379,35 @@ def test_a_collapse_of_zero_components_is_no_collapse(setup: Setup) -> None:
         retain_rate=0.1,
     )
     assert _same(_run(setup, replace(made, collapse=CollapseSettings(0, 0, 1))), _run(setup, made))
+
+
+@pytest.mark.parametrize("name", ["npo", "npo-sam", "cir-uncollapsed", "cir"])
+def test_the_reference_is_not_asked_again_what_it_said_of_a_forget_text(
+    name: str, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = _of(name, setup.base, steps=9)
+    forget = made.objective.forget
+
+    def asks_always(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
+        return forget(model, batch, reference)
+
+    asks_always.mean_over = sequences  # type: ignore[attr-defined]
+    rows = []
+
+    def counted(model: PreTrainedModel, batch: Batch, **settings: Any) -> Tensor:
+        if model is setup.base:
+            rows.append(batch.size)
+        return token_nll(model, batch, **settings)
+
+    monkeypatch.setattr("workbench.unlearning.objectives.token_nll", counted)
+    found = _run(setup, made)
+    once = sum(rows)
+    rows.clear()
+    other = replace(made, objective=replace(made.objective, forget=asks_always))
+    expected = _run(setup, other)
+    assert once < sum(rows)
+    for parameter, delta in expected.items():
+        torch.testing.assert_close(found[parameter], delta, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("statistics", ["forget", "retain"])

@@ -170,9 +170,8 @@ def _steps(
     )
     yield 0, attacked
     for step in range(1, settings.steps + 1):
-        loss = cross_entropy(
-            attacked, encode(tokenizer, next(stream), max_length=max_length).to(attacked.device)
-        )
+        batch = encode(tokenizer, next(stream), max_length=max_length).to(attacked.device)
+        loss = cross_entropy(attacked, batch, whole=False)
         if not math.isfinite(loss.item()):
             raise DivergedError(
                 f"the attack's loss is {loss.item()} at step {step} of {settings.steps}; lower its "

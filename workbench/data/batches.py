@@ -17,7 +17,7 @@ from workbench.hooks.brief import brief
 from workbench.hooks.tokens import Positions, Tokens, without_bos, without_first
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Int
+    from jaxtyping import Bool, Float, Int
 
 
 @brief
@@ -36,6 +36,9 @@ class Batch:
         alternative: the same questions with another answer (a refusal), row by row; for objectives
             that compare the two.
         bos_token_id: the tokenizer's BOS, or ``None`` where it has none.
+        before: ``[batch]`` summed negative log-likelihood of every row's targets under the frozen
+            reference, where whoever made the batch knows it; a loss that needs it then saves a
+            pass.
     """
 
     input_ids: Int[Tensor, "batch pos"]
@@ -46,6 +49,7 @@ class Batch:
     items: tuple[str, ...]
     alternative: Batch | None = None
     bos_token_id: int | None = None
+    before: Float[Tensor, " batch"] | None = None
 
     @property
     def size(self) -> int:
@@ -82,6 +86,7 @@ class Batch:
             self,
             **moved,
             alternative=None if self.alternative is None else self.alternative.to(device),
+            before=None if self.before is None else self.before.to(device),
         )
 
 
@@ -140,41 +145,48 @@ def encode(
             )
     width = max(map(len, rows))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    input_ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-    answer_mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    subject_mask = torch.zeros((len(rows), width), dtype=torch.bool)
     # Spans count characters of the text as given.
     cuts = [len(example.text) - len(text) for example, text in zip(examples, texts, strict=True)]
     all_offsets = [
         [(start + cut, end + cut) for start, end in offsets]
         for offsets, cut in zip(encoded["offset_mapping"], cuts, strict=True)
     ]
-    for index, (row, offsets, example) in enumerate(zip(rows, all_offsets, examples, strict=True)):
-        input_ids[index, : len(row)] = torch.tensor(row)
-        attention_mask[index, : len(row)] = 1
-        for mask, span in ((answer_mask, example.answer), (subject_mask, example.subject)):
-            if span is not None:
-                for position, (start, end) in enumerate(offsets):
-                    mask[index, position] = start < span[1] and end > span[0] and end > start
-    nothing = torch.zeros_like(answer_mask)
-    items = tuple(example.item for example in examples)
-    batch = Batch(
-        input_ids, attention_mask, answer_mask, subject_mask, nothing, items, bos_token_id=bos
+
+    # lists become tensors whole: token by token, that takes most of the time of a small batch
+    def padded(lists: Sequence[list[int]], filler: int = 0) -> Tensor:
+        return torch.tensor([row + [filler] * (width - len(row)) for row in lists])
+
+    def within(span: tuple[int, int] | None, offsets: Sequence[tuple[int, int]]) -> list[int]:
+        if span is None:
+            return []
+        return [int(start < span[1] and end > span[0] and end > start) for start, end in offsets]
+
+    answers, subjects = (
+        [within(span, offsets) for span, offsets in zip(spans, all_offsets, strict=True)]
+        for spans in zip(*((example.answer, example.subject) for example in examples), strict=True)
     )
-    target_mask = batch.content_mask
-    for index, example in enumerate(examples):
+    for example, row, offsets in zip(examples, answers, all_offsets, strict=True):
         if example.answer is not None:
-            reached = max(end for _, end in all_offsets[index])
-            if not bool(answer_mask[index, 1:].any()) or reached < len(
-                example.text[: example.answer[1]].rstrip()
-            ):
+            reached = max(end for _, end in offsets)
+            if not any(row[1:]) or reached < len(example.text[: example.answer[1]].rstrip()):
                 raise WorkbenchError(
                     f"the answer of {example.text[:80]!r} lies behind the cut at {max_length} "
                     "tokens; raise the maximum length"
                 )
-            if targets == "answer":
-                target_mask[index] = answer_mask[index]
+    answer_mask = padded(answers).bool()
+    batch = Batch(
+        padded(rows, pad),
+        padded([[1] * len(row) for row in rows]),
+        answer_mask,
+        padded(subjects).bool(),
+        torch.zeros_like(answer_mask),
+        tuple(example.item for example in examples),
+        bos_token_id=bos,
+    )
+    target_mask = batch.content_mask
+    if targets == "answer":
+        whole = torch.tensor([example.answer is None for example in examples])
+        target_mask = torch.where(whole[:, None], target_mask, answer_mask)
     return replace(batch, target_mask=target_mask)
 
 

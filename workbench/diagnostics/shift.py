@@ -28,9 +28,8 @@ def streams(
     """The residual stream after every block, on all content tokens
     (:attr:`workbench.data.batches.Batch.content`).
     """
-    sites = [
-        resolve(model, f"blocks.{layer}.hook_resid_post")[0] for layer in range(layer_count(model))
-    ]
+    layers = range(layer_count(model))
+    sites = resolve(model, [f"blocks.{layer}.hook_resid_post" for layer in layers])
     collected = Collect()
     with Capture(model, sites, collected) as capture:
         for batch in batches:

@@ -26,35 +26,65 @@ if TYPE_CHECKING:
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients; the model's own mode comes back."""
     was_training = model.training
-    model.eval()
+    # setting a mode visits every module twice, which short passes would notice
+    changes = any(module.training for module in model.modules())
+    if changes:
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        if changes:
+            model.train(was_training)
 
 
 def next_token_logits(
-    model: PreTrainedModel, batch: Batch
+    model: PreTrainedModel, batch: Batch, *, columns: int | None = None
 ) -> Float32[Tensor, "batch next_pos d_vocab"]:
-    """The logits; entry ``t`` predicts token ``t + 1``."""
-    return model(**batch.inputs, use_cache=False).logits[:, :-1].float()
+    """The logits; entry ``t`` predicts token ``t + 1``.
+
+    Args:
+        model: a causal language model.
+        batch: the texts.
+        columns: run the pass over the first so many positions alone, and give the logits of all of
+            them; default is the whole text without the logits of its last position.
+    """
+    if columns is None:
+        return model(**batch.inputs, use_cache=False).logits[:, :-1].float()
+    inputs = {name: tensor[:, :columns] for name, tensor in batch.inputs.items()}
+    return model(**inputs, use_cache=False).logits.float()
 
 
-def token_nll(model: PreTrainedModel, batch: Batch) -> Float32[Tensor, "batch next_pos"]:
+def token_nll(
+    model: PreTrainedModel, batch: Batch, *, whole: bool = True
+) -> Float32[Tensor, "batch next_pos"]:
     """Negative log-likelihood of every next token, in nats; zero where ``batch.target_mask`` is
     false.
+
+    Args:
+        model: a causal language model.
+        batch: the texts.
+        whole: every position passes through the model, as who captures or edits activations in the
+            pass expects. ``False`` ends the pass before the last target: a question whose answer is
+            one word is then a third shorter, and the values are the same up to rounding.
     """
-    logits = next_token_logits(model, batch)
-    nll = F.cross_entropy(logits.transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
-    return torch.where(batch.target_mask[:, 1:], nll, 0.0)
+    mask = batch.target_mask[:, 1:]
+    width = mask.shape[1]
+    columns = width if whole else max([1, *(mask.any(0).nonzero()[:, 0] + 1).tolist()])
+    logits = next_token_logits(model, batch, columns=None if whole else columns)
+    targets = batch.input_ids[:, 1 : columns + 1]
+    nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    nll = torch.where(mask[:, :columns], nll, 0.0)
+    return nll if whole else F.pad(nll, (0, width - columns))
 
 
-def cross_entropy(model: PreTrainedModel, batch: Batch) -> Float32[Tensor, ""]:
+def cross_entropy(
+    model: PreTrainedModel, batch: Batch, *, whole: bool = True
+) -> Float32[Tensor, ""]:
     """Mean negative log-likelihood over the target tokens of the whole batch, in nats per token
-    (scalar).
+    (scalar); ``whole`` as for :func:`token_nll`.
     """
-    return token_nll(model, batch).sum() / batch.target_mask[:, 1:].sum()
+    return token_nll(model, batch, whole=whole).sum() / batch.target_mask[:, 1:].sum()
 
 
 Weight = Callable[[Batch], float]

@@ -38,7 +38,7 @@ def loss_sum(model: PreTrainedModel, batch: Batch) -> Float[Tensor, ""]:
     twice.
     """
     with sdpa_kernel(SDPBackend.MATH):
-        return token_nll(model, batch).sum()
+        return token_nll(model, batch, whole=False).sum()
 
 
 def chosen_parameters(

@@ -47,7 +47,11 @@ def value_and_gradient(
         WorkbenchError: the loss depends on no trainable parameter.
     """
     tokens = 1 if callable(loss) else sum(int(batch.target_mask[:, 1:].sum()) for batch in loss)
-    parts = loss(model) if callable(loss) else (token_nll(model, batch).sum() for batch in loss)
+    parts = (
+        loss(model)
+        if callable(loss)
+        else (token_nll(model, batch, whole=False).sum() for batch in loss)
+    )
     value, total = (
         0.0,
         {name: torch.zeros_like(parameter) for name, parameter in parameters.items()},

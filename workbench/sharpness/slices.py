@@ -141,7 +141,7 @@ def descent_direction(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[
     total = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
     for batch in batches:
         gradients = torch.autograd.grad(
-            token_nll(model, batch).sum(), parameters, materialize_grads=True
+            token_nll(model, batch, whole=False).sum(), parameters, materialize_grads=True
         )
         for accumulated, gradient in zip(total, gradients, strict=True):
             accumulated -= gradient.float()
@@ -151,7 +151,7 @@ def descent_direction(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
     """Mean token loss over ``batches``, nats per token."""
-    total = sum(float(token_nll(model, batch).double().sum()) for batch in batches)
+    total = sum(float(token_nll(model, batch, whole=False).double().sum()) for batch in batches)
     return total / sum(int(batch.target_mask[:, 1:].sum()) for batch in batches)
 
 

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -171,12 +171,21 @@ def npo(beta: float) -> LossTerm:
 
     @mean_over(sequences)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
-        with torch.no_grad():
-            before = token_nll(reference, batch).sum(1)
+        before = reference_nll(reference, batch) if batch.before is None else batch.before
         rise = token_nll(model, batch).sum(1) - before
         return -2.0 / beta * F.logsigmoid(beta * rise).mean()
 
+    loss.needs_before = True  # type: ignore[attr-defined]
     return loss
+
+
+@torch.no_grad()
+def reference_nll(reference: PreTrainedModel, batch: Batch) -> Float32[Tensor, " batch"]:
+    """Summed negative log-likelihood of the target tokens of every sequence under the frozen
+    reference. It is the same at every step: a term with the attribute ``needs_before`` is given it
+    as ``batch.before`` by the trainer, which asks once for every text.
+    """
+    return token_nll(reference, batch).sum(1)
 
 
 def simnpo(beta: float, margin: float) -> LossTerm:
@@ -226,9 +235,7 @@ def idk_dpo(beta: float) -> LossTerm:
         raise ValueError(f"beta is {beta}; DPO needs beta > 0")
 
     def rise(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:
-        with torch.no_grad():
-            before = token_nll(reference, batch).sum(1)
-        return before - token_nll(model, batch).sum(1)
+        return reference_nll(reference, batch) - token_nll(model, batch).sum(1)
 
     @mean_over(sequences)
     def loss(model: PreTrainedModel, batch: Batch, reference: PreTrainedModel) -> Tensor:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from workbench.data.batches import batches, encode, endless
+from workbench.data.batches import Batch, batches, encode, endless
 from workbench.data.records import Example, Texts, examples_of
 from workbench.errors import WorkbenchError
 from workbench.progress import ProgressCallback, quiet
 from workbench.subspaces.collapse import Collapse, find_collapse, only_tokens
 from workbench.subspaces.collapsed_update import collapse_of
 from workbench.unlearning.deltas import apply_delta, delta_between, snapshot
-from workbench.unlearning.objectives import Pair, on_set, retain_cross_entropy
+from workbench.unlearning.objectives import Pair, on_set, reference_nll, retain_cross_entropy
 from workbench.unlearning.one_gradient import Unlearned, one_gradient
 from workbench.unlearning.recipe import Recipe
 from workbench.unlearning.smoothing import Averager
@@ -258,10 +258,18 @@ def _steps(
         )
     )
     collapse: dict[str, Collapse] = {}
+    sets: list[Batch] = []
+    needs_before = getattr(recipe.objective.forget, "needs_before", False)
+    before: dict[Example, Tensor] = {}  # of every text that was drawn, for the epochs to come
     log: list[dict[str, float]] = []
     for number in range(recipe.steps):
         texts = next(forget_stream)
         batch = encode(tokenizer, texts, max_length=max_length, targets="answer")
+        if needs_before:
+            if not before.keys() >= set(texts):
+                found = reference_nll(reference, batch.to(reference.device))
+                before.update(zip(texts, found, strict=True))
+            batch = replace(batch, before=torch.stack([before[text] for text in texts]))
         if recipe.alternative is not None:
             batch = replace(
                 batch,
@@ -288,9 +296,8 @@ def _steps(
             record = recipe.step(model, objective, pair, reference)
         else:
             if recipe.collapse is not None and number % recipe.collapse.refresh == 0:
-                collapse = _statistics(
-                    model, reference, recipe, tokenizer, forget, retain, max_length
-                )
+                sets = sets or _sets(reference, recipe, tokenizer, forget, retain, max_length)
+                collapse = _statistics(model, reference, recipe, sets)
             record = _collapsed_step(
                 model, reference, replace(recipe, objective=objective), pair, trained, collapse
             )
@@ -328,30 +335,20 @@ def _modules(recipe_parameters: Sequence[tuple[str, Tensor]]) -> list[str]:
     return list(dict.fromkeys(name.removesuffix(".weight") for name in names))
 
 
-def _statistics(
-    model: PreTrainedModel,
+def _sets(
     reference: PreTrainedModel,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     forget: Sequence[Example],
     retain: Sequence[Example],
     max_length: int | None,
-) -> dict[str, Collapse]:
-    """A pass over the forget set, or over the retain set, that finds the bases to collapse at the
-    current weights.
-    """
-    settings = recipe.collapse
-    assert settings is not None
-    modules = [
-        name.removesuffix(".weight")
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    ]
-    on_forget = settings.statistics == "forget"
-
+) -> list[Batch]:
+    """The texts that the bases to collapse are found on."""
+    assert recipe.collapse is not None
+    on_forget = recipe.collapse.statistics == "forget"
     texts, targets = (forget, "answer") if on_forget else (retain, "text")
     sets = [
-        batch.to(model.device)
+        batch.to(reference.device)
         for batch in batches(
             tokenizer,
             texts,
@@ -360,7 +357,23 @@ def _statistics(
             targets=targets,  # type: ignore[arg-type]
         )
     ]
-    term = recipe.objective.forget if on_forget else retain_cross_entropy
+    if on_forget and getattr(recipe.objective.forget, "needs_before", False):
+        sets = [replace(batch, before=reference_nll(reference, batch)) for batch in sets]
+    return sets
+
+
+def _statistics(
+    model: PreTrainedModel, reference: PreTrainedModel, recipe: Recipe, sets: Sequence[Batch]
+) -> dict[str, Collapse]:
+    """A pass over ``sets`` that finds the bases to collapse at the current weights."""
+    settings = recipe.collapse
+    assert settings is not None
+    modules = [
+        name.removesuffix(".weight")
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+    term = recipe.objective.forget if settings.statistics == "forget" else retain_cross_entropy
     return find_collapse(
         model,
         modules,

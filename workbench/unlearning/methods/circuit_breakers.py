@@ -54,8 +54,9 @@ def build(
         first_layer: first of two blocks whose output is rerouted; -1 takes the
             block behind hidden state 10 of 32.
         last_layer: the second; -1 takes that behind hidden state 20 of 32.
-        initial_noise: relative size of a random start. At the base itself every cosine is 1, where its
-            gradient is zero; the reference is moved away from there by the dropout of its adapters.
+        initial_noise: relative size of a random start. At the base itself every cosine is 1, where
+            its gradient is zero; the reference is moved away from there by the dropout of its
+            adapters.
     """
     depth = model.config.num_hidden_layers
     # hidden_states[10] and [20] of the reference are what blocks 9 and 19 write

@@ -58,6 +58,7 @@ _HOMES = {
     "open_model": "workbench.models",
     "probe": "workbench.runs.probing",
     "read_examples": "workbench.data.readers",
+    "read_results": "workbench.runs.folder",
     "relearn": "workbench.attacks.relearn",
     "run": "workbench.runner",
     "save_model": "workbench.models",

@@ -39,7 +39,7 @@ class StudyResult:
 
     Attributes:
         table: what people read.
-        results: tidy rows, as in ``results.parquet`` of a run.
+        results: tidy rows, as :func:`workbench.runs.folder.read_results` gives them of a run.
         draw: makes the figure.
     """
 

@@ -208,11 +208,15 @@ def require_finished(out: Path) -> None:
             )
 
 
-def read_results(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def read_results(out: Path | str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All measured values and all items of a finished run.
 
     Raises:
-        WorkbenchError: the folder holds no finished run.
+        WorkbenchError: the folder holds no finished run, or one of an older workbench.
+
+    Example:
+        >>> results, items = read_results("runs/demo")  # doctest: +SKIP
     """
+    out = Path(out)
     require_finished(out)
     return read_tables(out), read_table(out / ITEMS, ITEM_COLUMNS)

@@ -79,7 +79,7 @@ PROBES.own(
 def probe(name: str, *, title: str = "", seeded: bool = True) -> Callable[[Ask], Ask]:
     """Decorate a function ``ask(model, setup, table, seed)`` that measures something and adds it
     with ``table.add(metric, value)``: a run with ``--probe NAME`` asks it of every model, resumes
-    behind it and keeps its rows in ``results.parquet``, with the name as their stage.
+    behind it and keeps its rows in the run's tables, with the name as their stage.
 
     Args:
         name: of the probe.

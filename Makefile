@@ -64,6 +64,7 @@ bench: setup
 
 reference: setup
 	$(BIN)/python docs/reference.py
+	$(BIN)/python docs/tables.py
 
 pictures: setup
 	$(BIN)/python docs/pictures.py

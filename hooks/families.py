@@ -1,7 +1,7 @@
 """Where TransformerLens's site names live in each family of architectures. A table of data;
 ``hooks.sites`` reads it.
 
-The names agree with TransformerLens's adapters (``tests/conformance/test_hooks_families.py``
+The names agree with TransformerLens's adapters (``tests/conformance/hooks/test_families.py``
 compares names and values). What this table leaves out on purpose, and :func:`hooks.as_bridge` has:
 
 * ``attn.hook_pattern`` and ``hook_attn_scores`` are per pair of positions and exist only under

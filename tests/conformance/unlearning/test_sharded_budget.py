@@ -233,7 +233,7 @@ def processes(
     """What each of the two processes found. They run this file: a spawned function would have to be
     importable, and a test module need not be.
     """
-    folder, root = tmp_path_factory.mktemp("sharded"), str(Path(__file__).resolve().parents[2])
+    folder, root = tmp_path_factory.mktemp("sharded"), str(Path(__file__).resolve().parents[3])
     commands = [
         [sys.executable, __file__, str(rank), str(folder), repr(alone["budget"])]
         for rank in range(PROCESSES)

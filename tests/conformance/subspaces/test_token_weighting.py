@@ -95,7 +95,7 @@ WORDS = [
 ]
 TOKENIZER = build_tokenizer(WORDS)
 PATHS = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj")
-ROOTS = Path(__file__).resolve().parents[2:4]
+ROOTS = Path(__file__).resolve().parents[3:5]
 TOKENIZERS = next(
     (found for root in ROOTS if (found := root / "shared" / "data" / "tokenizers").is_dir()),
     ROOTS[0],

@@ -11,18 +11,20 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
-import test_density
-import test_figures
-import test_landscape_figures
-import test_more_figures
-import test_representation_figures
-import test_suffix_experiment
-import test_theory_figure
-import test_trigger_figures
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
+from tests.conformance.sharpness import test_density
+from tests.experiments import test_suffix
+from tests.figures import (
+    test_figures,
+    test_landscape,
+    test_more,
+    test_representation,
+    test_theory,
+    test_triggers,
+)
 from workbench.figures import FIGURES
 from workbench.figures.style import title
 from workbench.tables import RESULT_COLUMNS, Table, typed
@@ -89,14 +91,14 @@ def _levels(method: str, seed: int) -> float:
 
 
 def _landscape() -> pd.DataFrame:
-    models = (test_landscape_figures._model("npo", 0), test_landscape_figures._model("rmu", 0, 2.0))
-    return test_landscape_figures._table(*models)
+    models = (test_landscape._model("npo", 0), test_landscape._model("rmu", 0, 2.0))
+    return test_landscape._table(*models)
 
 
 TABLES: dict[str, Callable[[], pd.DataFrame]] = {
-    "alignment": test_trigger_figures._table,
-    "causal_map": test_trigger_figures._table,
-    "volcano": lambda: test_trigger_figures._scan(
+    "alignment": test_triggers._table,
+    "causal_map": test_triggers._table,
+    "volcano": lambda: test_triggers._scan(
         {
             " Zorin": ("forget-token", 0.8, 0.1, 0.01),
             " Mordil": ("retain-token", 0.5, 0.25, 0.08),
@@ -105,13 +107,13 @@ TABLES: dict[str, Callable[[], pd.DataFrame]] = {
     ),
     "scan": _scan,
     "dose": _dose,
-    "trigger_theory": lambda: test_theory_figure._table(
-        test_theory_figure._model("rmu", 0, coefficients=True),
-        test_theory_figure._model("npo", 0, coefficients=True),
+    "trigger_theory": lambda: test_theory._table(
+        test_theory._model("rmu", 0, coefficients=True),
+        test_theory._model("npo", 0, coefficients=True),
     ),
-    "lens": test_representation_figures._results,
-    "probes": test_representation_figures._results,
-    "transfer": test_representation_figures._results,
+    "lens": test_representation._results,
+    "probes": test_representation._results,
+    "transfer": test_representation._results,
     "drop": _landscape,
     "drop_fixed": lambda: _landscape().replace({"arm": {"drop": "drop, fixed radius"}}),
     "attack_plane": _landscape,
@@ -124,10 +126,10 @@ TABLES: dict[str, Callable[[], pd.DataFrame]] = {
     "verbatim": partial(
         _relearned, "verbatim", ("rouge-l", "verbatim-run"), ("part", "public", "retain", "null")
     ),
-    "suffix": partial(test_suffix_experiment._rows, ("base", "npo", "npo-sam")),
+    "suffix": partial(test_suffix._rows, ("base", "npo", "npo-sam")),
     "few_shot": partial(_prompted, "few-shot", "shots", (0, 1, 4), ("solved", "shuffled")),
     "quantise": partial(_prompted, "quantise", "bits", (4, 8, 16), ("rounded",)),
-    **{name: make for name, (_, make, _, _) in test_more_figures.ALL.items()},
+    **{name: make for name, (_, make, _, _) in test_more.ALL.items()},
 }
 """Tables of the figures that the synthetic run does not feed."""
 

@@ -70,7 +70,7 @@ def test_the_world_does_not_depend_on_the_hash_seed_of_the_process(world: World)
         "print(key_of([e.text for e in (*w.record.forget, *w.record.retain_train, "
         "*w.filler_train)] + list(w.vocabulary)))"
     )
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     keys = {
         subprocess.run(
             [sys.executable, "-c", code],

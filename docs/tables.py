@@ -109,9 +109,9 @@ def rendered(page: str) -> str:
     text = (DOCS / page).read_text(encoding="utf-8")
     for name, block in BLOCKS.items():
         if block.page == page:
-            start, end = f"<!-- table {name} -->\n", "\n<!-- end -->"
+            start, end = f"<!-- table {name} -->\n", "<!-- end -->"
             pattern = re.escape(start) + ".*?" + re.escape(end)
-            made = f"{start}\n{block.write()}\n{end}"
+            made = f"{start}\n{block.write()}\n\n{end}"
             text, count = re.subn(pattern, lambda _, made=made: made, text, flags=re.S)
             if count != 1:
                 raise ValueError(f"{page} has {count} places for the table {name}; it needs one")

@@ -26,6 +26,7 @@ from workbench.data.grammar import filler
 from workbench.files import MANIFEST
 from workbench.hooks import resolve
 from workbench.runs.config import RunConfig, preset, write_config
+from workbench.runs.folder import VALUES, read_results
 from workbench.runs.pipeline import Run, run_pipeline
 
 PLACES = (
@@ -131,7 +132,7 @@ def test_unlearn_then_investigate_from_two_folders_alone(
     text = (run / "report.html").read_text()
     assert "never-learned checkpoint was given" in text
     assert "their continuations exchanged (random facts)" in text
-    rows = pd.read_parquet(run / "results.parquet")
+    rows = read_results(run)[0]
     attacks = rows[
         (rows["stage"] == "relearn")
         & (rows["metric"] == "answer_probability")
@@ -219,7 +220,7 @@ def test_a_model_against_itself_gives_the_identity_values(
         )
         == 0
     )
-    rows = pd.read_parquet(run / "results.parquet")
+    rows = read_results(run)[0]
     mine = rows[rows["method"] == "unlearned"].set_index("metric")["value"]
     # mean of log-ratios of equal numbers: zero up to float32 rounding of the logits
     assert (mine["disruption"].abs() < 1e-6).all()
@@ -408,7 +409,7 @@ def test_a_sweep_runs_the_chosen_methods_seeds_and_settings(
     ]
     assert main(arguments) == 0
     assert json.loads(capsys.readouterr().out)["folder"] == str(out)
-    rows = pd.read_parquet(out / "results.parquet")
+    rows = read_results(out)[0]
     assert set(rows["method"]) == {"base", "never-learned", "npo"}
     assert set(rows["seed"].dropna()) == {0}
     assert rows.loc[rows["metric"] == "objective_forget", "x"].max() == 5
@@ -657,7 +658,7 @@ def test_a_story_character_is_unlearned_from_a_pretrained_model(
         == 0
     )
     assert (run / "report.html").is_file()
-    triggers = pd.read_parquet(run / "results.parquet").query("stage == 'triggers'")
+    triggers = read_results(run)[0].query("stage == 'triggers'")
     assert set(triggers["arm"]) == {"clean", "forget-token", "retain-token", "neutral-token"}
 
 
@@ -703,7 +704,7 @@ def test_figures_and_report_are_drawn_again_from_tables_alone(
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in ("config.yaml", "results.parquet", "items.parquet"):
+    for name in ("config.yaml", *VALUES, "items.parquet"):
         shutil.copy(quick_run.folder / name, folder / name)  # no model, no stage
     assert main(["figures", str(folder), "--name", "recovery", "--format", "pdf", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
@@ -724,7 +725,7 @@ def test_claims_are_decided_over_several_runs_together(
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    for name in ("results.parquet", "items.parquet"):
+    for name in (*VALUES, "items.parquet"):
         shutil.copy(quick_run.folder / name, other / name)
     config = quick_run.config.model_copy(update={"rank": 8})  # another run, as far as its key goes
     (other / "config.yaml").write_text(write_config(config))

@@ -461,7 +461,7 @@ def _conclude(
     rows, items = collect(out)
     more = [summary(rows, items, key) for summary in plan.summaries]
     results = join([rows, summarise(items, key), *more], RESULT_COLUMNS)
-    write_tables(results, out)
+    results = write_tables(results, out)
     write_parquet(items, out / ITEMS)
     texts = {name: data_hash(examples) for name, examples in plan.texts.items()}
     record = provenance(values, data=texts, weights=plan.weights())

@@ -312,12 +312,17 @@ def read_table(path: Path, columns: Collection[str] | None = None) -> pd.DataFra
     return frame
 
 
-def write_tables(frame: pd.DataFrame, folder: Path) -> None:
-    """One Parquet file for every schema (:data:`SCHEMAS`); see :func:`write_parquet`."""
+def write_tables(frame: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """One Parquet file for every schema (:data:`SCHEMAS`); see :func:`write_parquet`.
+
+    Returns:
+        The rows in the order in which :func:`read_tables` gives them back.
+    """
     schema = schema_of(frame)
     for name, columns in SCHEMAS.items():
         rows = frame.loc[schema == name, list(columns)].reset_index(drop=True)
         write_parquet(typed(rows, columns), folder / f"{name}.parquet")
+    return join((frame[schema == name] for name in SCHEMAS), RESULT_COLUMNS)
 
 
 def read_tables(folder: Path) -> pd.DataFrame:

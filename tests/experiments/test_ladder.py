@@ -31,10 +31,9 @@ from workbench.evaluation.statistics import area_under, bootstrap
 from workbench.experiments import ladder as module
 from workbench.experiments.ladder import LadderSettings, ladder_table
 from workbench.models import open_model
-from workbench.progress import quiet
 from workbench.runner import Result
 from workbench.runs.config import preset, read_config, write_config
-from workbench.runs.folder import CONFIG, ITEMS, PROVENANCE, RESULTS
+from workbench.runs.folder import CONFIG, ITEMS, PROVENANCE, RESULTS, read_results
 from workbench.runs.models import CONTROLS
 from workbench.runs.pipeline import Run
 from workbench.runs.setup import Setup
@@ -550,8 +549,9 @@ def test_every_text_set_says_what_it_leaks(climbed: Result) -> None:
 
 @pytest.mark.slow
 def test_the_folder_holds_what_was_returned_and_where_it_came_from(climbed: Result) -> None:
-    pd.testing.assert_frame_equal(pd.read_parquet(climbed.folder / RESULTS), climbed.results)
-    pd.testing.assert_frame_equal(pd.read_parquet(climbed.folder / ITEMS), climbed.items)
+    results, items = read_results(climbed.folder)
+    pd.testing.assert_frame_equal(results, climbed.results)
+    pd.testing.assert_frame_equal(items, climbed.items)
     record = json.loads((climbed.folder / PROVENANCE).read_text())
     assert {*TEXT_SETS, "novel"} <= set(record["data"])
     assert {"npo-seed0", *CONTROLS} <= set(record["weights"])
@@ -642,18 +642,8 @@ def test_an_attack_that_breaks_is_a_row_and_not_the_end_of_the_ladder(
     table = Table({"run": "r", "stage": "ladder", "method": "npo", "seed": 0})
     settings = RelearnSettings(steps=4, lr=1e18, batch_size=4, measure_at=measure_at)
     sets = {"forget-queries": setup.encode(world.record.forget_heldout)}
-    steps = measured_attack(
-        setup.base,
-        setup,
-        world.record.forget_attacked,
-        sets,
-        settings,
-        table,
-        seed=0,
-        progress=quiet,
-        arm="part",
-    )
-    assert [step for step, _ in steps] == [0]
+    steps = relearn(setup.base, setup.tokenizer, world.record.forget_attacked, settings)
+    assert [step for step, _ in measured_attack(steps, sets, table, arm="part")] == [0]
     rows = table.frame()
     assert rows.loc[rows["metric"] == "diverged_at", ["arm", "value"]].to_numpy().tolist() == [
         ["part", 2.0]

@@ -35,7 +35,7 @@ from workbench.experiments.names import (
     without_pairs,
 )
 from workbench.runner import Result
-from workbench.runs.folder import CONFIG, ITEMS, PROVENANCE, RESULTS
+from workbench.runs.folder import CONFIG, ITEMS, PROVENANCE, VALUES
 from workbench.tables import ITEM_COLUMNS, RESULT_COLUMNS, typed
 from workbench.training import small_llama
 from workbench.unlearning.budget import QUARTERS
@@ -375,7 +375,7 @@ def test_a_run_is_the_same_twice(tiny: Result, tmp_path: Path) -> None:
     again = runner.run("names", tmp_path / "again", _tiny(), workers=1)
     pd.testing.assert_frame_equal(again.results, tiny.results)
     pd.testing.assert_frame_equal(again.items, tiny.items)
-    for name in (RESULTS, ITEMS):
+    for name in (*VALUES, ITEMS):
         pd.testing.assert_frame_equal(
             pd.read_parquet(again.folder / name), pd.read_parquet(tiny.folder / name)
         )
@@ -404,7 +404,7 @@ def test_a_killed_run_goes_on_at_its_last_finished_seed(
     monkeypatch.setattr(module, "_pretrained", spy)
     with pytest.raises(KeyboardInterrupt):
         runner.run("names", tmp_path / "run", settings, workers=1)
-    assert not (tmp_path / "run" / RESULTS).exists()
+    assert not (tmp_path / "run" / VALUES).exists()
     stopped = runner.run("names", tmp_path / "run", settings, workers=1)
     assert worked == [0, 5, 5]
     whole = runner.run("names", tmp_path / "whole", settings, workers=1)
@@ -456,7 +456,7 @@ def test_an_attack_that_breaks_is_an_error_of_one_line(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="lower its lr") as caught:
         runner.run("names", tmp_path / "run", settings, workers=1)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run" / RESULTS).exists()
+    assert not (tmp_path / "run" / VALUES).exists()
 
 
 # --- The table ------------------------------------------------------------------------------------

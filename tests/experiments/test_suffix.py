@@ -259,10 +259,10 @@ def test_the_suffix_that_is_stored_is_the_best_of_the_search_and_says_no_answer(
     }
     for split, (mine, _) in questions_of(setup, 0).items():
         here = rows[rows["split"] == split]
-        tokens = here[here["metric"] == "suffix_token"].sort_values("x")
-        assert len(tokens) == SMALL.length and not set(tokens["site"]) & answers
-        ids = tokens["value"].astype(int).tolist()
-        assert setup.tokenizer.decode(ids).split() == tokens["site"].tolist()
+        tokens = here[here["metric"] == "suffix_token"].sort_values("value")
+        assert len(tokens) == SMALL.length and not set(tokens["token"]) & answers
+        ids = tokens["token_id"].astype(int).tolist()
+        assert setup.tokenizer.decode(ids).split() == tokens["token"].tolist()
         asked = suffix_prompts(setup.tokenizer, mine, in_front)  # fewer facts than a search may use
         assert len(asked) <= SMALL.questions
         losses = here[here["metric"] == "search_loss"].sort_values("x")["value"]
@@ -272,7 +272,7 @@ def test_the_suffix_that_is_stored_is_the_best_of_the_search_and_says_no_answer(
             best, rel=1e-4
         )
         named = here[here["metric"] == "forget_tokens"]["value"].item()
-        assert named == sum(word in setup.record.forget_tokens for word in tokens["site"])
+        assert named == sum(word in setup.record.forget_tokens for word in tokens["token"])
 
 
 def test_what_a_suffix_changes_is_paired_by_seed_and_fact(found: Result) -> None:

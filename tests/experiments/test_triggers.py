@@ -24,7 +24,7 @@ from workbench.experiments.triggers import LEVELS, TEMPLATES, steered, trigger_t
 from workbench.figures import figures_of
 from workbench.models import open_model, save_model
 from workbench.runs.config import preset, write_config
-from workbench.runs.folder import CONFIG, ITEMS, RESULTS
+from workbench.runs.folder import CONFIG, ITEMS, VALUES
 from workbench.runs.pipeline import Run
 from workbench.tables import ITEM_COLUMNS, RESULT_COLUMNS, typed
 from workbench.unlearning.deltas import apply_delta, snapshot
@@ -46,7 +46,7 @@ def rmu_run(quick_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
         update={"methods": ("rmu",), "seeds": (0,), "settings": {"rmu": {"steps": 30.0}}}
     )
     (folder / CONFIG).write_text(write_config(config), encoding="utf-8")
-    for name in (RESULTS, ITEMS):
+    for name in (*VALUES, ITEMS):
         shutil.copy(quick_run.folder / name, folder / name)
     for name in CONTROLS:
         shutil.copytree(quick_run.folder / "models" / name, folder / "models" / name)

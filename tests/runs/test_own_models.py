@@ -9,11 +9,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 
 from workbench.cli import main
 from workbench.data.grammar import filler
+from workbench.runs.folder import read_results
 
 PLACES = ("old clock", "red box", "river bridge", "quiet garden", "white wall", "harbour gate")
 FORGET = "\n\n".join(
@@ -60,7 +60,7 @@ def swept(quick_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_method_is_at_one_price_beside_the_checkpoint(swept: Path) -> None:
-    rows = pd.read_parquet(swept / "results.parquet")
+    rows = read_results(swept)[0]
     assert set(rows["method"].dropna()) == {"npo", "grad-diff", "mine", "base"}
     cost = rows[(rows["metric"] == "disruption") & rows["split"].isna()].set_index("method")
     assert (cost.loc[["npo", "grad-diff"], "value"] <= 0.05 + 1e-6).all()

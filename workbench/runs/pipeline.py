@@ -369,8 +369,7 @@ def _train(
 
 def _conclude(config: RunConfig, out: Path) -> Run:
     rows, items = collect(out)
-    results = join([rows, summarise(items, config.key)], RESULT_COLUMNS)
-    write_tables(results, out)
+    results = write_tables(join([rows, summarise(items, config.key)], RESULT_COLUMNS), out)
     write_parquet(items, out / ITEMS)
     setup = setup_of(config, out)
     texts = {

@@ -33,7 +33,7 @@ from workbench.experiments.ladder import LadderSettings, ladder_table
 from workbench.models import open_model
 from workbench.runner import Result
 from workbench.runs.config import preset, read_config, write_config
-from workbench.runs.folder import CONFIG, ITEMS, PROVENANCE, RESULTS, read_results
+from workbench.runs.folder import CONFIG, ITEMS, PROVENANCE, VALUES, read_results
 from workbench.runs.models import CONTROLS
 from workbench.runs.pipeline import Run
 from workbench.runs.setup import Setup
@@ -342,7 +342,7 @@ def _finished(run: Run, folder: Path, seeds: Sequence[int], models: Sequence[str
     (folder / CONFIG).write_text(
         write_config(run.config.model_copy(update={"seeds": tuple(seeds)})), encoding="utf-8"
     )
-    for name in (RESULTS, ITEMS):
+    for name in (*VALUES, ITEMS):
         shutil.copy(run.folder / name, folder / name)
     for name in models:
         shutil.copytree(run.folder / "models" / name, folder / "models" / name)
@@ -479,7 +479,7 @@ def test_an_effect_is_attacked_minus_never_learned_fact_by_fact(climbed: Result)
     assert len(effects) == 2 * len(ARMS) * len(ATTACK.measure_at)
     for row in effects.itertuples():
         mine, control = (
-            _recall(climbed.items, method, row.arm, row.step)
+            _recall(climbed.items, method, row.arm, row.x)
             for method in (row.method, "never-learned")
         )
         difference = mine - control[mine.index]
@@ -560,7 +560,7 @@ def test_the_folder_holds_what_was_returned_and_where_it_came_from(climbed: Resu
 
 @pytest.mark.slow
 def test_a_stopped_ladder_goes_on_and_gives_the_same(climbed: Result, one_seed: Path) -> None:
-    for name in (RESULTS, ITEMS, PROVENANCE, "stages/npo-seed0"):
+    for name in (*VALUES, ITEMS, PROVENANCE, "stages/npo-seed0"):
         path = climbed.folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     kept = climbed.folder / "stages/base-seed0/ladder/rows.parquet"

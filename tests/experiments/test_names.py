@@ -326,7 +326,7 @@ def test_a_run_measures_every_model_under_every_text(tiny: Result) -> None:
     pooled = results[(results["metric"] == "asr") & results["seed"].isna()]
     assert len(pooled) == len(expected)
     for row in pooled.itertuples():
-        hits = cells.get_group((row.split, row.method, row.arm, row.step))["correct"]
+        hits = cells.get_group((row.split, row.method, row.arm, row.x))["correct"]
         assert (row.value, row.low, row.high, row.n) == wilson(float(hits.sum()), len(hits))
     # Both attacks on the unlearned model start from the same weights.
     for split in ("repetitions-7", "repetitions-1"):
@@ -404,7 +404,7 @@ def test_a_killed_run_goes_on_at_its_last_finished_seed(
     monkeypatch.setattr(module, "_pretrained", spy)
     with pytest.raises(KeyboardInterrupt):
         runner.run("names", tmp_path / "run", settings, workers=1)
-    assert not (tmp_path / "run" / VALUES).exists()
+    assert not (tmp_path / "run" / VALUES[0]).exists()
     stopped = runner.run("names", tmp_path / "run", settings, workers=1)
     assert worked == [0, 5, 5]
     whole = runner.run("names", tmp_path / "whole", settings, workers=1)
@@ -456,7 +456,7 @@ def test_an_attack_that_breaks_is_an_error_of_one_line(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="lower its lr") as caught:
         runner.run("names", tmp_path / "run", settings, workers=1)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run" / VALUES).exists()
+    assert not (tmp_path / "run" / VALUES[0]).exists()
 
 
 # --- The table ------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from workbench.experiments.predictors import (
     predictor_table,
     predictors,
 )
-from workbench.runs.folder import CONFIG, ITEMS, RESULTS
+from workbench.runs.folder import CONFIG, ITEMS, VALUES
 from workbench.runs.pipeline import Run
 from workbench.tables import ITEM_COLUMNS, RESULT_COLUMNS, join, typed, write_parquet, write_tables
 
@@ -488,7 +488,7 @@ def test_a_folder_without_a_finished_run_is_an_error_that_names_it(
 def test_two_finished_runs_are_enough_for_a_correlation(quick_run: Run, tmp_path: Path) -> None:
     again = tmp_path / "again"
     again.mkdir()
-    for name in (CONFIG, RESULTS, ITEMS):
+    for name in (CONFIG, *VALUES, ITEMS):
         shutil.copy(quick_run.folder / name, again / name)
     with pytest.raises(WorkbenchError, match="there are 4"):
         predictors([quick_run.folder])

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-full test-minimum lint types unit notebooks bench links pictures reference lab clean
+.PHONY: setup demo test quick test-full test-minimum lint types unit notebooks bench links pictures reference lab clean
 
 setup: $(STAMP)
 
@@ -20,6 +20,10 @@ demo: setup
 	$(BIN)/workbench demo --out runs/demo
 
 test: lint types unit notebooks
+
+# before a commit: what trains nothing
+quick: lint types
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not full' tests
 
 lint: setup
 	$(BIN)/ruff check .

@@ -28,6 +28,18 @@ _DATA = (
 )
 
 
+TRAINED = {"quick_base", "quick_run"}
+"""Fixtures that train a model: tests that need one are slow, wherever they stand."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a trained model as slow, before ``-m`` selects."""
+    for item in items:
+        if TRAINED & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Many small models: one thread each is fastest and the same on every machine."""

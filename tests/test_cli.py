@@ -90,6 +90,7 @@ def _investigate(
     ]
 
 
+@pytest.mark.slow
 def test_unlearn_then_investigate_from_two_folders_alone(
     quick_base: Path, texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,6 +202,7 @@ def test_texts_that_all_end_alike_lose_the_random_facts_alone(
     assert "random facts could not be made" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_model_against_itself_gives_the_identity_values(
     quick_base: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -388,6 +390,7 @@ def test_a_method_that_this_model_cannot_take_is_refused_before_anything_is_writ
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_the_chosen_methods_seeds_and_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

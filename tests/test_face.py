@@ -80,6 +80,7 @@ def pair(quick_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str
     return [str(quick_base), str(folder / "unlearned"), *files]
 
 
+@pytest.mark.slow
 def test_two_checkpoints_are_looked_at_from_all_sides_in_a_line_each(
     pair: list[str], tmp_path: Path
 ) -> None:

@@ -82,6 +82,7 @@ def settings(tofu: Path, model: Path) -> KeywordSettings:
     )
 
 
+@pytest.mark.slow
 def test_a_run_asks_for_the_withheld_titles_alone_and_shows_every_control(
     settings: KeywordSettings, tmp_path: Path
 ) -> None:

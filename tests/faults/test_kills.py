@@ -118,6 +118,7 @@ def test_twenty_kills(
     _kill_and_resume(config, whole, tmp_path, range(1, 21))
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_share_a_folder(
     config: tuple[RunConfig, Path], tmp_path: Path
 ) -> None:

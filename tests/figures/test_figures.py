@@ -188,6 +188,7 @@ def test_drawing_changes_nothing_global(name: str, results: pd.DataFrame) -> Non
     assert {key: mpl.rcParams[key] for key in mpl.rcParams} == before
 
 
+@pytest.mark.slow
 def test_figures_load_no_model() -> None:
     code = (
         "import sys, pandas as pd\n"

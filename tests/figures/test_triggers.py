@@ -178,6 +178,7 @@ def test_drawing_changes_nothing_global(name: str) -> None:
     assert {key: mpl.rcParams[key] for key in mpl.rcParams} == before
 
 
+@pytest.mark.slow
 def test_they_load_no_model_library() -> None:
     code = (
         "import sys, pandas as pd\n"

@@ -63,6 +63,7 @@ def test_the_same_seed_gives_the_same_world_and_another_seed_another(world: Worl
     assert set(world.surnames) != set(other.surnames)
 
 
+@pytest.mark.slow
 def test_the_world_does_not_depend_on_the_hash_seed_of_the_process(world: World) -> None:
     code = (
         "from workbench.data.world import WorldConfig, build_world; from workbench.files import "

@@ -380,6 +380,7 @@ def test_a_site_at_the_edge_of_a_compiled_block_delivers_its_rows_or_an_error(
     torch.testing.assert_close(llama(**batches[0].inputs).logits, logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warm", [pytest.param(False, marks=pytest.mark.full), True])
 @pytest.mark.parametrize(
     "site",

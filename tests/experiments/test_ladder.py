@@ -563,7 +563,7 @@ def test_a_stopped_ladder_goes_on_and_gives_the_same(climbed: Result, one_seed: 
     for name in (*VALUES, ITEMS, PROVENANCE, "stages/npo-seed0"):
         path = climbed.folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    kept = climbed.folder / "stages/base-seed0/ladder/rows.parquet"
+    kept = climbed.folder / "stages/base-seed0/ladder/curves.parquet"
     before = kept.stat().st_mtime_ns
     given = {"of": one_seed, "workers": 1, **GIVEN}
     again = runner.run("ladder", climbed.folder, methods=["npo"], **given)

@@ -476,7 +476,7 @@ def test_a_finished_run_is_not_run_again_and_a_lost_stage_is(
     shutil.copytree(quick_run.folder, folder)
     lost, kept = (
         folder / "stages/npo-seed1/triggers",
-        folder / "stages/npo-seed1/relearn/rows.parquet",
+        folder / "stages/npo-seed1/relearn/curves.parquet",
     )
     before = kept.stat().st_mtime_ns
     shutil.rmtree(lost)

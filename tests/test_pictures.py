@@ -21,7 +21,8 @@ def test_every_picture_has_its_table_or_is_listed() -> None:
     drawn = {path.stem for path in (ROOT / "docs").glob("*.png")}
     assert drawn == {*pictures.PICTURES, *pictures.WITHOUT_TABLE}
     assert not set(pictures.PICTURES) & set(pictures.WITHOUT_TABLE)
-    assert {path.stem for path in pictures.DATA.glob("*.csv")} == set(pictures.PICTURES)
+    taken = {path.stem for path in pictures.DATA.glob("*.csv")}
+    assert taken - {"demo-models"} == set(pictures.PICTURES)  # the other is a table of a page
 
 
 @pytest.mark.parametrize("name", pictures.PICTURES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -365,3 +366,68 @@ def test_an_experiment_does_not_take_the_place_of_a_command() -> None:
     for name in ("demo", "claims", "names", "run"):
         with pytest.raises(WorkbenchError, match=name):
             experiment(replace(EXPERIMENTS["quantise"], name=name))
+
+
+CELLS = """
+import workbench as wb
+from matplotlib.figure import Figure
+from workbench.evaluation.statistics import bootstrap
+from workbench.tables import fact_table
+
+wb.metric("largest_weight", title="largest weight", meaning="Largest absolute weight.")
+
+
+@wb.method("climb", title="Climb", colour="#123456", small={"lr": 3e-4})
+def climb(model, seed, *, lr: float = 1e-5, steps: int = 3, batch_size: int = 8):
+    from workbench.unlearning.objectives import negative_cross_entropy
+
+    return wb.Recipe(wb.Objective(negative_cross_entropy), ("*",), steps, batch_size, lr)
+
+
+@wb.probe("largest")
+def largest(model, setup, table, seed):
+    table.add("largest_weight", max(float(p.abs().max()) for p in model.parameters()))
+
+
+@wb.attack("gentle", title="gentle relearning")
+def gentle(model, tokenizer, texts, seed):
+    settings = wb.RelearnSettings(steps=2, lr=1e-4, batch_size=4, measure_at=(0, 2))
+    yield from wb.relearn(model, tokenizer, texts, settings, seed=seed)
+
+
+@wb.figure("largest", caption="The largest weight of every model.")
+def drawn(table):
+    figure, rows = Figure(), wb.METRICS["largest_weight"].rows(table)
+    if len(rows):
+        figure.add_subplot().bar(rows["method"], rows["value"])
+    return figure
+
+
+@wb.claim("climb-forgets", statement="s", statistic="recall after: NPO minus mine")
+def forgets(results, items):
+    ends = [fact_table(items, method=n, stage="gentle", arm="attack", x=2) for n in ("npo", "climb")]
+    return bootstrap((ends[0] - ends[1]).to_numpy())
+
+
+run = wb.sweep(OUT, quick=True, methods=("climb", "npo"), seeds=1, probe=["largest"],
+               attack=["gentle"], set=["npo.steps=3"], workers=2)
+print(run.folder, sorted(set(run.results["stage"].dropna())), len(run.claims))
+"""  # noqa: E501
+
+
+@pytest.mark.full
+def test_cells_of_a_notebook_do_all_of_it_with_two_workers(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code = f"OUT = {str(out)!r}\n{CELLS}"
+    done = subprocess.run(
+        [sys.executable, "-"], input=code, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "'gentle'" in done.stdout and "'largest'" in done.stdout
+    rows = pd.read_parquet(out / "results.parquet")
+    measured = rows[rows["metric"] == "largest_weight"]
+    assert set(measured["method"]) == {"climb", "npo", "base", "never-learned"}
+    assert (out / "figures" / "largest.png").is_file()
+    assert (out / "figures" / "recovery-gentle.png").is_file()
+    verdicts = {each["id"]: each for each in json.loads((out / "claims.json").read_text())}
+    assert verdicts["climb-forgets"]["verdict"] in ("inconclusive", "equivalent")

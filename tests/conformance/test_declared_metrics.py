@@ -5,8 +5,10 @@ file of its kind.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -138,13 +140,25 @@ def test_every_declaration_is_whole() -> None:
     assert set(metrics.AXES) <= used  # no axis that nothing has
 
 
-def test_the_page_of_metrics_is_what_the_declarations_give() -> None:
-    spec = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
+def _script(name: str) -> ModuleType:
+    """A script of the documentation."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name, page in module.PAGES.items():
+    return module
+
+
+def test_the_page_of_metrics_is_what_the_declarations_give() -> None:
+    for name, page in _script("reference").PAGES.items():
         assert (DOCS / name).read_text(encoding="utf-8") == page(), "run make reference"
+
+
+def test_the_tables_of_the_result_pages_are_those_that_were_taken() -> None:
+    tables = _script("tables")
+    for page in {block.page for block in tables.BLOCKS.values()}:
+        text = (DOCS / page).read_text(encoding="utf-8")
+        assert text == tables.rendered(page), "run make reference"
 
 
 def test_tables_of_an_older_workbench_are_refused_in_one_line(tmp_path: Path) -> None:

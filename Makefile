@@ -41,7 +41,7 @@ unit: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 # those that train longest are executed by test-full
-LONG := notebooks/04_does_it_come_back.ipynb notebooks/06_sharpness_and_smoothing.ipynb
+LONG := $(wildcard notebooks/04*.ipynb notebooks/05*.ipynb notebooks/06*.ipynb)
 
 notebooks: setup
 	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=900 $(filter-out $(LONG),$(wildcard notebooks/*.ipynb))

@@ -29,6 +29,8 @@ from workbench.runs.folder import CONFIG, ITEMS, VALUES
 from workbench.runs.pipeline import Run
 from workbench.tables import ITEM_COLUMNS, RESULT_COLUMNS, join, typed, write_parquet, write_tables
 
+pytestmark = pytest.mark.slow
+
 Tables = Callable[..., tuple[pd.DataFrame, pd.DataFrame]]
 METHODS = ("grad-diff", "npo", "rmu", "cir")
 

@@ -29,6 +29,8 @@ from workbench.figures import FIGURES
 from workbench.figures.style import title
 from workbench.tables import RESULT_COLUMNS, Table, typed
 
+pytestmark = pytest.mark.slow
+
 INSIDE = "retain, bare word inside"
 
 
